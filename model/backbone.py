@@ -1,0 +1,138 @@
+"""Images to feature maps at strides 8, 16 and 32, by any network that timm can build."""
+
+# B images   H W height and width   C channels of a feature map
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import timm
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.utils.model import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+STRIDES = (8, 16, 32)  # DETA builds its further levels from the last of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    name: str = "resnet50.tv_in1k"  # any timm network with features at strides 8, 16 and 32
+    pretrained: bool = True  # start from timm's weights of that name; needs a network once
+    # "frozen": BatchNorm with its statistics and weights fixed, as all published DETA R50 have it.
+    # "batch": BatchNorm that trains; its result depends on how a batch is split among workers.
+    # "group": GroupNorm in its place, to learn from scratch; independent of the split.
+    # "own": whatever the network has, untouched.
+    norm: Literal["frozen", "batch", "group", "own"] = "frozen"
+    frozen_parts: tuple[str, ...] = ("conv1", "bn1", "layer1")  # do not train; names as in timm
+    output_norm: bool = False  # a LayerNorm after each output, as DETA gives Swin
+    drop_path: float = 0.0  # stochastic depth of the last block; less in those before it
+    window: int | None = None  # of a Swin, if not the one in its name
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("frozen", "batch", "group", "own"):
+            raise ValueError(f"backbone.norm={self.norm!r} is not frozen, batch, group or own")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"backbone.drop_path={self.drop_path} is not in 0..1")
+
+
+class Backbone(nn.Module):
+    """B 3 H W -> three maps B C h w, finest first."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.body = _timm_network(config)
+        self.channels: list[int] = self.body.feature_info.channels()
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(channels) if config.output_norm else nn.Identity()
+            for channels in self.channels
+        )
+        if config.norm == "frozen":
+            self.body = freeze_batch_norm_2d(self.body)
+        elif config.norm == "group":
+            _replace_batch_norm(self.body)
+        for name, parameter in self.body.named_parameters():
+            if any(name == part or name.startswith(f"{part}.") for part in config.frozen_parts):
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = []
+        for feature, channels, norm in zip(
+            self.body(images), self.channels, self.norms, strict=True
+        ):
+            if feature.shape[-1] == channels and feature.shape[1] != channels:  # as Swin gives it
+                feature = norm(feature).permute(0, 3, 1, 2)
+            elif not isinstance(norm, nn.Identity):
+                feature = norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            features.append(feature)
+        return features
+
+
+def _timm_network(config: BackboneConfig) -> nn.Module:
+    is_swin = config.name.startswith("swin_")
+    options: dict = {"drop_path_rate": config.drop_path} if config.drop_path or is_swin else {}
+    if is_swin:
+        # Published code pads to whole windows whatever the image size and never shrinks a window.
+        options |= {"dynamic_img_size": True, "always_partition": True}
+        if config.window is not None:
+            options["window_size"] = config.window
+    probe = timm.create_model(config.name, pretrained=False, features_only=True)
+    strides = probe.feature_info.reduction()
+    if not set(STRIDES) <= set(strides):
+        raise ValueError(
+            f"backbone {config.name} gives features at strides {strides}; DETA needs {STRIDES}"
+        )
+    try:
+        network = timm.create_model(
+            config.name,
+            pretrained=config.pretrained,
+            features_only=True,
+            out_indices=tuple(strides.index(stride) for stride in STRIDES),
+            **options,
+        )
+    except (OSError, RuntimeError) as error:
+        if not config.pretrained:
+            raise
+        raise RuntimeError(
+            f"the pretrained weights of backbone {config.name} could not be loaded ({error}). "
+            "Without a network, put them into the Hugging Face cache of this machine first, give "
+            "a whole detector with `init_checkpoint=FILE`, or train from scratch with "
+            "`model.backbone.pretrained=false model.backbone.norm=group "
+            "model.backbone.frozen_parts=[]`."
+        ) from error
+    if is_swin:
+        network.patch_embed.dynamic_img_pad = True
+        for module in network.modules():
+            if isinstance(module, SwinTransformerBlock):
+                module.__class__ = _PaddedSwinBlock
+    return network
+
+
+class _PaddedSwinBlock(SwinTransformerBlock):
+    """timm's block, padded to whole windows before the shift instead of after it.
+
+    The order decides which pixels share a window at the right and bottom edges; the published
+    weights were trained with this one.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        window_height, window_width = self.window_size
+        padded = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
+        return super()._attn(padded)[:, :height, :width]
+
+
+def _replace_batch_norm(network: nn.Module) -> None:
+    """Put a GroupNorm of at most 32 groups in the place of every BatchNorm."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                groups = math.gcd(32, child.num_features)
+                setattr(module, name, nn.GroupNorm(groups, child.num_features))
+            elif isinstance(child, nn.BatchNorm2d):
+                raise ValueError(
+                    f"backbone.norm=group cannot replace a {type(child).__name__}; "
+                    "choose a network with plain BatchNorm, such as resnet10t, or norm=batch"
+                )

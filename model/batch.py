@@ -1,0 +1,118 @@
+"""What a model eats: images padded to one size, and the targets to learn from."""
+
+# B images   H W height and width of the largest image   N boxes, padded to the most in one image
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """The objects of one image."""
+
+    boxes: Tensor  # N 4, cxcywh relative to the unpadded image
+    labels: Tensor  # N, int64, class index
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The objects of all images, padded to the same number so that no loop is needed."""
+
+    boxes: Tensor  # B N 4, cxcywh relative to the unpadded image
+    labels: Tensor  # B N, int64
+    present: Tensor  # B N, bool, false where there is no object
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        return Targets(
+            self.boxes.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.present.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of different sizes in one tensor, the smaller ones padded at right and bottom."""
+
+    images: Tensor  # B 3 H W, normalised, zero where padded
+    padding: Tensor  # B H W, bool, true where there is no image
+    targets: Targets
+    seeds: Tensor  # B, int64: all that is random about an image follows from its seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_boxes(self) -> int:
+        """Of all images. Call it before the batch goes to a device: it reads the tensor."""
+        return int(self.targets.present.sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            self.padding.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            self.seeds.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader, so that copies to a GPU need not wait."""
+        return Batch(
+            self.images.pin_memory(),
+            self.padding.pin_memory(),
+            Targets(
+                self.targets.boxes.pin_memory(),
+                self.targets.labels.pin_memory(),
+                self.targets.present.pin_memory(),
+            ),
+            self.seeds.pin_memory(),
+        )
+
+
+def pad_targets(targets: Sequence[Target]) -> Targets:
+    """One row an image. At least one column, so that a maximum over objects always exists."""
+    num_boxes = max(1, *(len(target.labels) for target in targets))
+    boxes = torch.zeros(len(targets), num_boxes, 4)
+    labels = torch.zeros(len(targets), num_boxes, dtype=torch.int64)
+    present = torch.zeros(len(targets), num_boxes, dtype=torch.bool)
+    for row, target in enumerate(targets):
+        boxes[row, : len(target.labels)] = target.boxes
+        labels[row, : len(target.labels)] = target.labels
+        present[row, : len(target.labels)] = True
+    return Targets(boxes, labels, present)
+
+
+def pad_batch(
+    images: Sequence[Tensor], targets: Sequence[Target], seeds: Sequence[int] | None = None
+) -> Batch:
+    """Put images of different sizes into one batch.
+
+    Args:
+        images: each 3 h w, normalised.
+        targets: one an image.
+        seeds: one an image, of 63 bits at most; 0, 1, 2, … if left out.
+
+    Raises:
+        ValueError: no images, or not as many targets or seeds as images.
+    """
+    seeds = range(len(images)) if seeds is None else seeds
+    if not images or len(images) != len(targets) or len(images) != len(seeds):
+        raise ValueError(
+            f"a batch needs images, and a target and a seed for each: got {len(images)} images, "
+            f"{len(targets)} targets and {len(seeds)} seeds"
+        )
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for row, image in enumerate(images):
+        padded[row, :, : image.shape[1], : image.shape[2]] = image
+        padding[row, : image.shape[1], : image.shape[2]] = False
+    return Batch(
+        padded, padding, pad_targets(targets), torch.tensor(list(seeds), dtype=torch.int64)
+    )

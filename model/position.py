@@ -1,0 +1,58 @@
+"""Sine encodings: of pixels on a feature map and of box coordinates."""
+
+# B images   H W height and width of a feature map   Q boxes   D features
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TEMPERATURE = 10_000  # DETA, all published code
+_EPS = 1e-6
+
+
+def _sines(angles: Tensor, num_features: int) -> Tensor:
+    """… -> … D: sine and cosine of each angle at D / 2 frequencies, interleaved."""
+    index = torch.arange(num_features, dtype=torch.float32, device=angles.device)
+    wavelengths = TEMPERATURE ** (2 * (index // 2) / num_features)
+    phases = angles[..., None] / wavelengths
+    return torch.stack([phases[..., 0::2].sin(), phases[..., 1::2].cos()], -1).flatten(-2)
+
+
+def encode_pixels(padding: Tensor, dim: int) -> Tensor:
+    """Where each pixel lies in its image, as a vector.
+
+    Args:
+        padding: B H W, true where there is no image.
+        dim: features a pixel, even: half for y, then half for x.
+
+    Returns:
+        B H W dim, float32. Positions run from 0 to 2π over the unpadded part.
+
+    Source: DETR (Carion et al. 2020) with the half-pixel shift of Deformable DETR's code.
+    """
+    inside = (~padding).float()
+    encoded = []
+    for axis in (1, 2):
+        count = inside.cumsum(axis)
+        last = count.narrow(axis, -1, 1)
+        position = (count - 0.5) / (last + _EPS) * (2 * math.pi)
+        encoded.append(_sines(position, dim // 2))
+    return torch.cat(encoded, -1)
+
+
+def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
+    """Where a box lies, as a vector.
+
+    Args:
+        boxes: B Q 4, cxcywh, relative.
+        dim: features a coordinate, even.
+
+    Returns:
+        B Q 4·dim, float32, in the order cx, cy, w, h.
+
+    Source: two-stage Deformable DETR, released code (`get_proposal_pos_embed`).
+    """
+    return _sines(boxes.float() * (2 * math.pi), dim).flatten(-2)

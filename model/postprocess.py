@@ -1,0 +1,73 @@
+"""Outputs to detections in pixels."""
+
+# B images   Q queries   C classes   N detections in one image
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.detector import Outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessConfig:
+    nms_iou: float | None = 0.7  # within a class; none for the one-to-one baseline
+    max_candidates: int = 10_000  # (query, class) pairs that enter the suppression
+    max_detections: int = 100  # COCO counts no more
+
+    def __post_init__(self) -> None:
+        if self.nms_iou is not None and not 0 < self.nms_iou <= 1:
+            raise ValueError(f"nms_iou={self.nms_iou} is not in (0, 1]")
+        if self.max_candidates < 1 or self.max_detections < 1:
+            raise ValueError("max_candidates and max_detections must be at least 1")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    scores: Tensor  # N, in 0..1
+    labels: Tensor  # N, int64, class index
+    boxes_px: Tensor  # N 4, xyxy, in pixels of the original image; may reach beyond its border
+
+    def cpu(self) -> Detections:
+        return Detections(self.scores.cpu(), self.labels.cpu(), self.boxes_px.cpu())
+
+
+@torch.no_grad()
+def detect_objects(
+    outputs: Outputs, sizes_px: Tensor, config: PostprocessConfig
+) -> list[Detections]:
+    """The last decoder layer's predictions, suppressed and scaled to each image.
+
+    Every (query, class) pair is a candidate, so one query may give several detections.
+
+    Args:
+        sizes_px: B 2, (height, width) of the original images.
+
+    Source: DETA, released code; without `nms_iou`, Deformable DETR's.
+    """
+    scores = outputs.logits[-1].sigmoid()  # B Q C
+    sizes_px = sizes_px.to(scores.device)
+    scale = sizes_px.flip(1).repeat(1, 2).to(scores.dtype)  # B 4, width height width height
+    boxes_px = cxcywh_to_xyxy(outputs.boxes[-1]) * scale[:, None]  # B Q 4
+    num_classes = scores.shape[2]
+    limit = config.max_detections if config.nms_iou is None else config.max_candidates
+    scores, pairs = scores.flatten(1).topk(min(limit, scores[0].numel()), 1)
+
+    detections = []
+    for image in range(len(scores)):
+        labels = pairs[image] % num_classes
+        boxes = boxes_px[image, pairs[image] // num_classes]
+        kept = torch.arange(len(labels), device=labels.device)
+        if config.nms_iou is not None:
+            # float64, because classes are kept apart by shifting their boxes
+            kept = batched_nms(boxes.double(), scores[image], labels, config.nms_iou)
+        kept = kept[: config.max_detections]
+        detections.append(Detections(scores[image, kept], labels[kept], boxes[kept]))
+    return detections

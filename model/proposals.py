@@ -1,0 +1,106 @@
+"""First stage: encoder outputs to the boxes that the decoder starts from."""
+
+# B images   S pixels of all levels, flattened   L levels   Q proposals
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.transformer import Levels
+
+ANCHOR_SIZE = 0.05  # of the image, on the finest level; doubles with each level. All published code
+ANCHOR_MARGIN = 0.01  # an anchor this close to the border, or this small, is not used. Likewise
+CANDIDATES_PER_LEVEL = 1000  # DETA, released code
+PROPOSAL_NMS_IOU = 0.9  # DETA, released code
+
+
+def make_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
+    """One box a pixel, the prior of the first stage.
+
+    Returns:
+        Anchors as logits of relative cxcywh, B S 4, and whether they are used, B S. An unused one
+        (padding, too close to the border) is infinite, so its box is (1, 1, 1, 1) and stays so
+        whatever is added to it.
+    """
+    centres = levels.pixel_centres()
+    sizes = ANCHOR_SIZE * 2.0 ** levels.index.float()  # S
+    anchors = torch.cat([centres, sizes[None, :, None].expand(len(centres), -1, 2)], -1)
+    used = ((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN)).all(-1) & ~levels.padding
+    return (anchors / (1 - anchors)).log().masked_fill(~used[..., None], torch.inf), used
+
+
+def select_highest(scores: Tensor, num_proposals: int) -> Tensor:
+    """The pixels with the highest score, B S -> B Q, best first (Deformable DETR)."""
+    return scores.topk(min(num_proposals, scores.shape[1]), 1).indices
+
+
+@torch.no_grad()
+def select_spread(
+    scores: Tensor, boxes: Tensor, shapes: Sequence[tuple[int, int]], num_proposals: int
+) -> Tensor:
+    """High-scoring pixels that do not repeat each other, from every level (DETA).
+
+    The best 1000 of each level pass a non-maximum suppression of their level; each level then
+    gives its best Q / L, and the best of what is left fills up. An image in which fewer than Q
+    survive gives its plain best, as in the released code.
+
+    Args:
+        scores: B S, logits.
+        boxes: B S 4, cxcywh, relative.
+        shapes: (height, width) of each level.
+        num_proposals: Q; clamped to S.
+
+    Returns:
+        B Q pixel indices, best first over all levels.
+
+    Source: DETA, Ouyang-Zhang et al. 2022, released code (`assign_first_stage`).
+    """
+    num_images, num_pixels = scores.shape
+    num_proposals = min(num_proposals, num_pixels)
+    boxes_xyxy = cxcywh_to_xyxy(boxes).clamp(0, 1)
+
+    level_sizes = [height * width for height, width in shapes]
+    level_index = torch.cat(
+        [torch.full((size,), level, device=scores.device) for level, size in enumerate(level_sizes)]
+    )  # S
+    starts = [sum(level_sizes[:level]) for level in range(len(shapes))]
+    candidates = torch.cat(
+        [
+            start + level_scores.topk(min(CANDIDATES_PER_LEVEL, size), 1).indices
+            for start, size, level_scores in zip(
+                starts, level_sizes, scores.split(level_sizes, 1), strict=True
+            )
+        ],
+        1,
+    )  # B C
+    survives = torch.zeros_like(scores, dtype=torch.bool)
+    for image in range(num_images):
+        chosen = candidates[image]
+        # float64: suppression shifts levels apart by adding to the coordinates, which in float32
+        # would cost the last bits of the overlap.
+        kept = batched_nms(
+            boxes_xyxy[image, chosen].double(),
+            scores[image, chosen],
+            level_index[chosen],
+            PROPOSAL_NMS_IOU,
+        )
+        survives[image, chosen[kept]] = True
+
+    too_few = survives.sum(1, keepdim=True) < num_proposals
+    survives |= too_few
+    ranking = scores.masked_fill(~survives, -torch.inf).argsort(1, descending=True, stable=True)
+    alive = survives.gather(1, ranking)  # B S, best first from here on
+    of_level = level_index[ranking, None] == torch.arange(len(shapes), device=scores.device)
+    rank_in_level = ((of_level & alive[..., None]).cumsum(1) * of_level).sum(-1)  # from 1
+    # Where the plain best are taken, levels have no share.
+    share = alive & ((rank_in_level <= num_proposals // len(shapes)) & ~too_few)
+    rest = alive & ~share
+    room = num_proposals - share.sum(1, keepdim=True)
+    selected = share | (rest & (rest.cumsum(1) <= room))
+    first = (~selected).int().argsort(1, stable=True)[:, :num_proposals]
+    return ranking.gather(1, first)

@@ -1,0 +1,223 @@
+"""Which sample comes when: a pure function of the seed and the position.
+
+Training is one endless stream of samples: all images in the order of epoch 0, then all images in
+the order of epoch 1, and so on. The number of samples taken from it, `samples_seen`, is the
+position in training, and nothing else is: no sampler holds a state, so a run resumed at a position
+sees what the uninterrupted run would have seen, on any number of ranks and of loader workers.
+
+The global batch of step s is positions s * T to (s + 1) * T, T = total_batch_size. What follows:
+
+* No image is dropped. T need not divide the number of images n, which may even be smaller than T.
+* One batch per epoch may hold the last images of one epoch and the first of the next. An image may
+  then occur twice in it, with two augmentations.
+* An epoch is n / T steps, which need not be whole; epoch e begins with the first step that holds
+  only its samples or later ones, step ceil(e * n / T). For COCO and T = 16 the 12 epochs end after
+  88,716 steps, exactly those of the released code (7,393 an epoch, its last batch padded).
+
+All random numbers come from splitmix64, written out here, because numpy and torch promise the
+stream of their generators only within a version.
+"""
+
+# E samples of one epoch   T samples of one global batch   n images of the data set
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Choice = TypeVar("Choice")
+
+# Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", and Vigna's
+# public-domain splitmix64.c: the increment is 2**64 over the golden ratio.
+INCREMENT = 0x9E3779B97F4A7C15
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+UINT64 = (1 << 64) - 1
+
+# Numbers drawn for one purpose say nothing about those drawn for another.
+PURPOSE_ORDER = 1
+PURPOSE_SAMPLE = 2
+
+
+def splitmix64(seed: int, position: int) -> int:
+    """The number at `position` (from 0) of the splitmix64 stream of `seed`, in [0, 2**64).
+
+    For one seed it is one-to-one in the position (both modulo 2**64).
+    """
+    z = (seed + (position + 1) * INCREMENT) & UINT64
+    z = ((z ^ (z >> 30)) * MULTIPLIERS[0]) & UINT64
+    z = ((z ^ (z >> 27)) * MULTIPLIERS[1]) & UINT64
+    return z ^ (z >> 31)
+
+
+def splitmix64_table(seed: int, length: int) -> NDArray[np.uint64]:
+    """The first `length` numbers of the stream of `seed`: `splitmix64` for every position."""
+    z = np.arange(1, length + 1, dtype=np.uint64)  # arithmetic on uint64 arrays wraps silently
+    z = z * np.uint64(INCREMENT) + np.uint64(seed & UINT64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
+    return z ^ (z >> np.uint64(31))
+
+
+def _stream_seed(seed: int, purpose: int, epoch: int) -> int:
+    # Each word chooses a number of the stream chosen by the words before it.
+    return splitmix64(splitmix64(splitmix64(0, seed), purpose), epoch)
+
+
+def sample_seed(seed: int, epoch: int, image_index: int) -> int:
+    """The seed of everything random about one sample in one epoch, in [0, 2**63).
+
+    It seeds the augmentation (`Draws`) and travels with the batch, for the random subsampling in
+    the assigners. 63 bits, so that it fits a torch int64; a collision within an epoch of COCO has
+    a chance of 1e-9.
+    """
+    return splitmix64(_stream_seed(seed, PURPOSE_SAMPLE, epoch), image_index) >> 1
+
+
+class Draws:
+    """Random numbers for one sample, drawn one after the other from its seed.
+
+    Two objects made from one seed draw the same, on every machine and for ever.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._num_drawn = 0
+
+    def _next(self) -> int:
+        number = splitmix64(self._seed, self._num_drawn)
+        self._num_drawn += 1
+        return number
+
+    def fraction(self) -> float:
+        """Uniform in [0, 1), in multiples of 2**-53."""
+        return (self._next() >> 11) * 2.0**-53
+
+    def integer(self, low: int, high: int) -> int:
+        """Uniform in [low, high], both included (to within 2**-64 times the number of values).
+
+        Raises:
+            ValueError: low > high.
+        """
+        if low > high:
+            raise ValueError(f"no integer lies in [{low}, {high}]; low must not exceed high")
+        return low + (self._next() * (high - low + 1) >> 64)
+
+    def choice(self, values: Sequence[Choice]) -> Choice:
+        """One of the values, each as likely as the others."""
+        return values[self.integer(0, len(values) - 1)]
+
+
+class SampleKey(NamedTuple):
+    """Names one sample of a run: which image, and in which epoch (so with which augmentation)."""
+
+    epoch: int
+    image_index: int  # into the data set
+
+
+@lru_cache(maxsize=4)  # a batch may straddle two epochs; 1 MB each for COCO
+def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    """The order of the images in one epoch: a permutation of 0 .. num_images - 1, read-only.
+
+    The images sorted by their numbers in the stream of (seed, epoch). Those are all different
+    (`splitmix64` is one-to-one), so there are no ties to break.
+    """
+    numbers = splitmix64_table(_stream_seed(seed, PURPOSE_ORDER, epoch), num_images)
+    order = np.argsort(numbers, kind="stable")  # E
+    order.setflags(write=False)
+    return order
+
+
+def even_parts(length: int, num_parts: int) -> list[range]:
+    """Cut 0 .. length - 1 into consecutive ranges whose lengths differ by at most one."""
+    ends = [part * length // num_parts for part in range(num_parts + 1)]
+    return [range(begin, end) for begin, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """The order of all samples of a training run, and each rank's share of it."""
+
+    seed: int
+    num_images: int  # n
+    total_batch_size: int  # T, images per step over all ranks
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError("the training data set has no images; check its path and annotations")
+        if self.total_batch_size < 1:
+            raise ValueError(f"total_batch_size={self.total_batch_size} must be at least 1")
+
+    def sample_at(self, position: int) -> SampleKey:
+        """The sample at a position of the stream, that is after `position` samples were seen."""
+        epoch, place = divmod(position, self.num_images)
+        return SampleKey(epoch, int(epoch_order(self.seed, epoch, self.num_images)[place]))
+
+    def global_batch(self, step: int) -> list[SampleKey]:
+        """The T samples of a step (from 0), over all ranks, in the order of the ranks."""
+        begin = step * self.total_batch_size
+        return [self.sample_at(begin + place) for place in range(self.total_batch_size)]
+
+    def first_step_of_epoch(self, epoch: int) -> int:
+        """The first step without samples of earlier epochs; also the steps in `epoch` epochs."""
+        return -(-epoch * self.num_images // self.total_batch_size)  # rounded up
+
+    def micro_batches(
+        self, step: int, rank: int, world_size: int, micro_batch_size: int
+    ) -> list[list[SampleKey]]:
+        """What one rank computes in a step: at least one micro-batch, none of them empty.
+
+        The global batch is cut into the fewest micro-batches of at most `micro_batch_size`
+        samples (but one for each rank at least), and each rank takes consecutive ones. Both cuts
+        are as even as they can be. So for any number of ranks
+
+        * the micro-batches of all ranks, one after the other, are the global batch in its order;
+        * as long as there are not more ranks than micro-batches, the micro-batches themselves are
+          the same: the same images are padded together, and a step computes the same numbers up
+          to the order of summation, on 4 ranks, on 3 or on 1.
+
+        Ranks may differ by one micro-batch: communicate once per step, not once per micro-batch.
+
+        Raises:
+            ValueError: `rank` is not below `world_size`, `micro_batch_size` is below 1, or there
+                are more ranks than samples in a global batch.
+        """
+        check_rank(rank, world_size)
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={micro_batch_size} must be at least 1")
+        if world_size > self.total_batch_size:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} leaves some of {world_size} ranks "
+                "without images; use fewer ranks, or a larger total_batch_size"
+            )
+        keys = self.global_batch(step)
+        fewest = -(-self.total_batch_size // micro_batch_size)  # rounded up
+        parts = even_parts(self.total_batch_size, max(fewest, world_size))
+        own = even_parts(len(parts), world_size)[rank]
+        return [[keys[place] for place in parts[part]] for part in own]
+
+
+def evaluation_batches(
+    num_images: int, batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """The images one rank evaluates: indices rank, rank + world_size, ... in batches.
+
+    Over all ranks every image occurs exactly once: nothing is padded or repeated, so the last
+    batch may be smaller, and a rank may have no batch at all.
+    """
+    check_rank(rank, world_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    own = range(rank, num_images, world_size)
+    return [list(own[begin : begin + batch_size]) for begin in range(0, len(own), batch_size)]
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Raises ValueError unless 0 <= rank < world_size."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} is not one of the {world_size} ranks 0 .. {world_size - 1}")

@@ -1,0 +1,315 @@
+"""A small data set that needs no download: five kinds of shape on textured backgrounds, as COCO.
+
+It is for the demo, for tests of the whole flow, and for a first look at a new machine. A small
+detector learns it from scratch within minutes. Colour, size, turn and texture say nothing about
+the kind of a shape, shapes overlap and leave the picture, and the pictures differ in aspect ratio,
+so that a batch of them has padding.
+"""
+
+# H W pixels of a picture   V corners of an outline
+
+from __future__ import annotations
+
+import colorsys
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CATEGORY_NAMES = ("disc", "square", "triangle", "star", "ring")  # ids 1 to 5
+ASPECT_RATIOS = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width, height; of size_px
+MAX_SHAPES = 6
+MIN_SIDE, MAX_SIDE = 14 / 128, 60 / 128  # of the box, as a part of size_px
+MIN_VISIBLE = 0.4  # of a shape's area: the rest may be covered or outside of the picture
+SUPERSAMPLING = 4
+RING_HOLE = 0.55  # of the radius
+JPEG_QUALITY = 92
+FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
+MARKER = "shapes.json"  # says how the set was made; written last
+DRAWING_VERSION = 1  # goes up when the same seed gives other pictures
+
+
+@dataclass(frozen=True)
+class ShapesDataset:
+    """Where the parts of a written data set are."""
+
+    folder: Path
+
+    @property
+    def train_images(self) -> Path:
+        return self.folder / "train"
+
+    @property
+    def val_images(self) -> Path:
+        return self.folder / "val"
+
+    @property
+    def train_annotations(self) -> Path:
+        return self.folder / "annotations" / "instances_train.json"
+
+    @property
+    def val_annotations(self) -> Path:
+        return self.folder / "annotations" / "instances_val.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a picture, with the masks that its box can be checked against."""
+
+    category_id: int
+    box_px: tuple[float, float, float, float]  # xyxy, all of the outline within the picture
+    area_px: float  # of the whole shape, what is covered or outside included
+    coverage: np.ndarray  # H W float32 in 0..1, as if it lay on top
+    visible: np.ndarray  # H W float32 in 0..1, less what lies over it
+
+
+def write_shapes(
+    folder: Path, *, num_train: int = 1000, num_val: int = 200, size_px: int = 128, seed: int = 0
+) -> ShapesDataset:
+    """Write pictures and COCO annotations, unless the very same set is there already.
+
+    The same arguments give the same bytes under the same versions of numpy and Pillow, and the
+    i-th picture of a split does not depend on how many there are. The set appears in one piece or
+    not at all, and several processes may ask for it at once.
+
+    Args:
+        folder: becomes `train/`, `val/` and `annotations/instances_{train,val}.json`. A set that
+            was written here with other arguments is replaced.
+        size_px: the longer side of every picture.
+
+    Raises:
+        ValueError: the folder holds something else than a set of shapes; or an argument is out of
+            range.
+    """
+    if num_train < 1 or num_val < 1 or size_px < 32 or seed < 0:
+        raise ValueError(
+            f"num_train={num_train}, num_val={num_val} must be 1 or more, seed={seed} 0 or more "
+            f"and size_px={size_px} 32 or more, else shapes are too small to tell apart"
+        )
+    recipe = {
+        "drawing_version": DRAWING_VERSION,
+        "num_train": num_train,
+        "num_val": num_val,
+        "size_px": size_px,
+        "seed": seed,
+    }
+    folder = Path(folder)
+    if _is_complete(folder, recipe):
+        return ShapesDataset(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ValueError(
+            f"{folder} holds files, but no {MARKER}, so it is no set of shapes and is left as it "
+            "is; name another folder"
+        )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        (unfinished / "annotations").mkdir(parents=True)
+        _write_split(unfinished, "train", num_train, size_px, seed)
+        _write_split(unfinished, "val", num_val, size_px, seed)
+        (unfinished / MARKER).write_text(json.dumps(recipe, indent=1) + "\n")
+        _move_into_place(unfinished, folder, recipe)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return ShapesDataset(folder)
+
+
+def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
+    marker = folder / MARKER
+    if not marker.exists() or json.loads(marker.read_text()) != recipe:
+        return False
+    counts = {"train": recipe["num_train"], "val": recipe["num_val"]}
+    return all(
+        (folder / "annotations" / f"instances_{split}.json").exists()
+        and sum(1 for _ in (folder / split).glob("*.jpg")) == count
+        for split, count in counts.items()
+    )
+
+
+def _move_into_place(unfinished: Path, folder: Path, recipe: dict[str, int]) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        outdated = folder.with_name(f"{unfinished.name}.outdated")
+        folder.rename(outdated)
+        shutil.rmtree(outdated)
+    try:
+        os.replace(unfinished, folder)
+    except OSError:  # another process was faster; the sets are equal if it had the same recipe
+        if not _is_complete(folder, recipe):
+            raise
+
+
+def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: int) -> None:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (folder / split).mkdir()
+    for index in range(num_images):
+        image_id = FIRST_IMAGE_ID[split] + index
+        rng = np.random.default_rng([seed, FIRST_IMAGE_ID[split], index])
+        picture, shapes = draw_scene(rng, size_px)
+        file_name = f"{image_id:07d}.jpg"
+        picture.save(folder / split / file_name, quality=JPEG_QUALITY)
+        images.append(
+            {
+                "id": image_id,
+                "file_name": file_name,
+                "width": picture.width,
+                "height": picture.height,
+            }
+        )
+        for shape in shapes:
+            x1, y1, x2, y2 = shape.box_px
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": shape.category_id,
+                    "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+                    "area": round(float(shape.coverage.sum()), 2),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [
+        {"id": number, "name": name, "supercategory": "shape"}
+        for number, name in enumerate(CATEGORY_NAMES, start=1)
+    ]
+    path = folder / "annotations" / f"instances_{split}.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+
+
+def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, list[Shape]]:
+    """One picture and its shapes, the lowest first.
+
+    A shape that would hide too much of another, or of itself outside of the picture, is moved
+    elsewhere or left out. So every shape that can be seen has an annotation.
+    """
+    width_part, height_part = ASPECT_RATIOS[rng.integers(len(ASPECT_RATIOS))]
+    width, height = round(width_part * size_px), round(height_part * size_px)
+    pixels, background_rgb = _background(rng, height, width)
+    shapes: list[Shape] = []
+    num_shapes = rng.integers(1, MAX_SHAPES + 1)
+
+    for _ in range(4 * MAX_SHAPES):
+        if len(shapes) == num_shapes:
+            break
+        shape = _place(rng, height, width, size_px)
+        over = 1 - shape.coverage
+        lower = [(below, below.visible * over) for below in shapes]
+        if (
+            min(_sides(shape)) < MIN_SIDE * size_px
+            or shape.visible.sum() < MIN_VISIBLE * shape.area_px
+            or any(visible.sum() < MIN_VISIBLE * below.area_px for below, visible in lower)
+        ):
+            continue
+        shapes = [
+            Shape(below.category_id, below.box_px, below.area_px, below.coverage, visible)
+            for below, visible in lower
+        ]
+        shapes.append(shape)
+        paint = _paint(rng, height, width, background_rgb)
+        pixels += shape.coverage[..., None] * (paint - pixels)
+
+    pixels += rng.normal(0, rng.uniform(2, 9), pixels.shape)  # as from a camera
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), shapes
+
+
+def _sides(shape: Shape) -> tuple[float, float]:
+    x1, y1, x2, y2 = shape.box_px
+    return x2 - x1, y2 - y1
+
+
+def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> Shape:
+    """A shape of random kind, size, turn and place; it may reach out of the picture."""
+    category = int(rng.integers(len(CATEGORY_NAMES)))
+    name = CATEGORY_NAMES[category]
+    turn = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    stretch = np.array([1.0, rng.uniform(0.85, 1.0)])
+    corners = _outline(name) * stretch @ rotation.T  # V 2, xy around the origin
+
+    side = np.exp(rng.uniform(np.log(1.1 * MIN_SIDE), np.log(MAX_SIDE))) * size_px
+    corners *= side / np.ptp(corners, axis=0).max()
+    centre = rng.uniform(0.05, 0.95, 2) * (width, height)
+
+    x, y = corners.T
+    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2  # the shoelace formula
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    draw = ImageDraw.Draw(canvas)
+    draw.polygon(_on_canvas(corners + centre), fill=255)
+    if name == "ring":
+        draw.polygon(_on_canvas(corners * RING_HOLE + centre), fill=0)
+        area *= 1 - RING_HOLE**2
+    coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
+
+    x1, y1 = (corners.min(axis=0) + centre).clip(0, (width, height)).tolist()
+    x2, y2 = (corners.max(axis=0) + centre).clip(0, (width, height)).tolist()
+    return Shape(category + 1, (x1, y1, x2, y2), float(area), coverage, coverage)
+
+
+def _on_canvas(corners: np.ndarray) -> list[tuple[float, float]]:
+    """Corners for ImageDraw, which speaks of pixel centres where we speak of pixel edges."""
+    return [(x, y) for x, y in (corners * SUPERSAMPLING - 0.5).tolist()]
+
+
+def _outline(name: str) -> np.ndarray:
+    """The corners of a shape around the origin: V 2, xy."""
+    if name == "star":
+        radii, num_corners = np.array([1.0, 0.45] * 5), 10
+    else:
+        num_corners = {"disc": 72, "square": 4, "triangle": 3, "ring": 72}[name]
+        radii = np.ones(num_corners)
+    angles = np.arange(num_corners) * 2 * np.pi / num_corners
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
+
+
+def _background(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Clouds and stripes between two dull colours: H W 3 float32 in 0..255, and their mean."""
+    first, second = (
+        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), rng.uniform(0.2, 0.85)))
+        for _ in range(2)
+    )
+    blend = np.zeros((height, width), np.float32)
+    for cells, weight in ((3, 0.5), (8, 0.3), (24, 0.2)):
+        grid = rng.random((cells, cells), dtype=np.float32)
+        clouds = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
+        blend += weight * np.asarray(clouds)
+    if rng.random() < 0.4:
+        blend = 0.7 * blend + 0.3 * _stripes(rng, height, width)
+    pixels = 255 * (first + blend[..., None] * (second - first)).astype(np.float32)
+    red, green, blue = pixels.mean(axis=(0, 1)).tolist()
+    return pixels, (red, green, blue)
+
+
+def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Soft parallel stripes: H W in 0..1."""
+    turn, wavelength_px = rng.uniform(0, np.pi), rng.uniform(5, 20)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    phase = (x * np.cos(turn) + y * np.sin(turn)) * 2 * np.pi / wavelength_px
+    return (0.5 + 0.5 * np.sin(phase)).astype(np.float32)
+
+
+def _paint(
+    rng: np.random.Generator, height: int, width: int, background_rgb: tuple[float, float, float]
+) -> np.ndarray:
+    """What a shape is filled with, unlike its background: H W 3 float32 in 0..255."""
+    while True:
+        hue, saturation, value = rng.random(), rng.uniform(0.3, 1), rng.uniform(0.25, 1)
+        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+        if np.abs(colour - background_rgb).max() > 70:
+            break
+    turn = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    light = 1 + 0.25 * ((x / width - 0.5) * np.cos(turn) + (y / height - 0.5) * np.sin(turn))
+    if rng.random() < 0.25:
+        light = light * (0.8 + 0.4 * _stripes(rng, height, width))
+    return (light[..., None] * colour).astype(np.float32)
