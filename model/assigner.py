@@ -53,10 +53,10 @@ class IouAssignerConfig:
     def __post_init__(self) -> None:
         if not 0 < self.positive_iou <= 1:
             raise ValueError(f"positive_iou={self.positive_iou} is not in (0, 1]")
-        if self.max_positives < 1 or self.max_per_object < 1:
+        if self.max_positives < 0 or self.max_per_object < 1:
             raise ValueError(
-                f"max_positives={self.max_positives} and max_per_object={self.max_per_object} "
-                "must be at least 1"
+                f"max_positives={self.max_positives} must be at least 0 and "
+                f"max_per_object={self.max_per_object} at least 1"
             )
 
 
@@ -110,7 +110,7 @@ def assign_by_iou(
 
     if config.subsample and config.max_positives < num_boxes:
         last = torch.iinfo(torch.int64).max
-        order = priority.to(torch.int64).masked_fill(~positive, last).argsort(1, stable=True)
+        order = priority.to(torch.int64).masked_fill(~positive, last).argsort(dim=1, stable=True)
         kept = torch.zeros_like(positive).scatter(1, order[:, : config.max_positives], True)
         positive = positive & kept
 

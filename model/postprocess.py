@@ -67,7 +67,7 @@ def detect_objects(
         kept = torch.arange(len(labels), device=labels.device)
         if config.nms_iou is not None:
             # float64, because classes are kept apart by shifting their boxes
-            kept = batched_nms(boxes.double(), scores[image], labels, config.nms_iou)
+            kept = batched_nms(boxes.double(), scores[image].double(), labels, config.nms_iou)
         kept = kept[: config.max_detections]
         detections.append(Detections(scores[image, kept], labels[kept], boxes[kept]))
     return detections

@@ -85,7 +85,7 @@ def select_spread(
         # would cost the last bits of the overlap.
         kept = batched_nms(
             boxes_xyxy[image, chosen].double(),
-            scores[image, chosen],
+            scores[image, chosen].double(),
             level_index[chosen],
             PROPOSAL_NMS_IOU,
         )
@@ -93,7 +93,7 @@ def select_spread(
 
     too_few = survives.sum(1, keepdim=True) < num_proposals
     survives |= too_few
-    ranking = scores.masked_fill(~survives, -torch.inf).argsort(1, descending=True, stable=True)
+    ranking = scores.masked_fill(~survives, -torch.inf).argsort(dim=1, descending=True, stable=True)
     alive = survives.gather(1, ranking)  # B S, best first from here on
     of_level = level_index[ranking, None] == torch.arange(len(shapes), device=scores.device)
     rank_in_level = ((of_level & alive[..., None]).cumsum(1) * of_level).sum(-1)  # from 1
@@ -102,5 +102,5 @@ def select_spread(
     rest = alive & ~share
     room = num_proposals - share.sum(1, keepdim=True)
     selected = share | (rest & (rest.cumsum(1) <= room))
-    first = (~selected).int().argsort(1, stable=True)[:, :num_proposals]
+    first = (~selected).int().argsort(dim=1, stable=True)[:, :num_proposals]
     return ranking.gather(1, first)

@@ -89,6 +89,7 @@ class Problems:
         """One line for each kind of skipped record: how many, and the first ids."""
         return [
             counted_note(self.path, f"skipped: {kind}", [record_id for record_id, _ in faults])
+            + f"; first: {faults[0][1]}"
             for kind, faults in self.skippable.items()
         ]
 
@@ -128,13 +129,13 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
     _refuse_shared_ids(images, "image", problems)
     _refuse_shared_ids(annotations, "annotation", problems)
 
-    # References last, so that each names a cause and not the echo of a broken record above.
+    # Known are the ids of broken records too: a reference to one would only repeat its fault.
     listed = []
     for a in annotations:
-        if a["category_id"] not in known_categories:
+        if known_categories and a["category_id"] not in known_categories:
             what = f"{a['category_id']} is not among the ids of `categories`"
             problems.refuse(f"annotation {a['id']}", "category_id", what)
-        if a["image_id"] in known_images:
+        if a["image_id"] in known_images or not known_images:
             listed.append(a)
         else:
             what = f"annotation {a['id']}, image_id: no image has the id {a['image_id']}"

@@ -25,9 +25,10 @@ import os
 import stat
 import struct
 import zlib
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -69,46 +70,12 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the file and the reason."""
 
 
-class OutsideFolderError(ValueError):
-    """A file name that leads out of the image folder by a link."""
-
-
 class Header(NamedTuple):
     """What is known of an image file before its pixels are decoded."""
 
     width: int
     height: int
     num_bytes: int
-
-
-class ImageFolder:
-    """Paths of the files below one folder. The folder itself may be a link; none may lead out."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._root = os.path.realpath(folder)
-        self._contains = cache(self._find_out_whether_contains)  # few subfolders, many files
-
-    def path(self, file_name: str) -> Path:
-        """Path of a file; `file_name` is relative, with / and without .. (see `coco_json.py`).
-
-        Raises:
-            OutsideFolderError: a link on the way leads out of the folder.
-        """
-        name = PurePosixPath(file_name)
-        path = self.folder / name
-        if self._contains(str(name.parent)) and (
-            not os.path.islink(path) or self._find_out_whether_contains(str(name))
-        ):
-            return path
-        raise OutsideFolderError(
-            f"{path} is reached by a link out of the image folder; copy it into the folder, or "
-            "make the folder itself the link"
-        )
-
-    def _find_out_whether_contains(self, name: str) -> bool:
-        real = os.path.realpath(os.path.join(self._root, name))
-        return real == self._root or real.startswith(self._root.rstrip(os.sep) + os.sep)
 
 
 def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
@@ -119,11 +86,7 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
         OSError: the storage failed.
     """
     num_bytes = _file_size(path, max_pixels)
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise _lasting(error, path) from error
-    with file:
+    with _reading(path), open(path, "rb") as file:
         return Header(*_open_header(file, path, max_pixels).size, num_bytes)
 
 
@@ -142,10 +105,8 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "unseen; find the library that sets it and set it back to False"
         )
     _file_size(path, max_pixels)
-    try:
+    with _reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise _lasting(error, path) from error
     if content.startswith(PNG_SIGNATURE):
         _check_png_chunks(content, path)
 
@@ -163,10 +124,8 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _file_size(path: Path, max_pixels: int) -> int:
     """Size in bytes of what is a regular file and not absurdly large."""
-    try:
+    with _reading(path):
         status = os.stat(path)
-    except OSError as error:
-        raise _lasting(error, path) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
         raise ImageError(f"{path}: is {kind}, not an image file")
@@ -201,6 +160,8 @@ def _open_header(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile.Image
     except MemoryError:
         raise
     except Exception as error:  # as for the decoders
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the storage, not the content
         raise ImageError(f"{path}: has a broken header ({error}); fetch the file again") from error
     width, height = image.size
     if width * height > max_pixels:
@@ -260,8 +221,12 @@ def _to_rgb(image: ImageFile.ImageFile, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _lasting(error: OSError, path: Path) -> Exception:
-    """What to raise for an error of the file system."""
-    if error.errno not in LASTING_ERRORS:
-        return error
-    return ImageError(f"{path}: cannot be read: {error.strerror}")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn errors of the file system that would come back into ImageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LASTING_ERRORS:
+            raise
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,8 +1,8 @@
 """Batches in the order of `order.py`, prepared by loader workers that keep no state.
 
-A loader worker is asked for (epoch, image index) and returns the same sample whenever and wherever it is
-asked, so the number of loader workers changes the speed and nothing else. Loaders draw nothing
-from the global random generators.
+A loader worker is asked for (epoch, image index) and returns the same sample whenever and wherever
+it is asked, so the number of loader workers changes the speed and nothing else. Loaders draw
+nothing from the global random generators.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Shape:
     """One shape of a picture, with the masks that its box can be checked against."""
 
     category_id: int
-    box_px: tuple[float, float, float, float]  # xyxy, all of the outline within the picture
+    box_px: tuple[
+        float, float, float, float
+    ]  # xyxy, of all of it within the picture, covered or not
     area_px: float  # of the whole shape, what is covered or outside included
     coverage: np.ndarray  # H W float32 in 0..1, as if it lay on top
     visible: np.ndarray  # H W float32 in 0..1, less what lies over it
@@ -134,15 +136,16 @@ def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
 
 
 def _move_into_place(unfinished: Path, folder: Path, recipe: dict[str, int]) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        outdated = folder.with_name(f"{unfinished.name}.outdated")
-        folder.rename(outdated)
-        shutil.rmtree(outdated)
+    outdated = folder.with_name(f"{unfinished.name}.outdated")
     try:
+        if folder.exists() and any(folder.iterdir()) and not _is_complete(folder, recipe):
+            folder.rename(outdated)
         os.replace(unfinished, folder)
-    except OSError:  # another process was faster; the sets are equal if it had the same recipe
+    except OSError:  # another process was faster, and its set is the same
         if not _is_complete(folder, recipe):
             raise
+    finally:
+        shutil.rmtree(outdated, ignore_errors=True)
 
 
 def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: int) -> None:
@@ -209,15 +212,15 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, lis
             or any(visible.sum() < MIN_VISIBLE * below.area_px for below, visible in lower)
         ):
             continue
-        shapes = [
-            Shape(below.category_id, below.box_px, below.area_px, below.coverage, visible)
-            for below, visible in lower
-        ]
-        shapes.append(shape)
-        paint = _paint(rng, height, width, background_rgb)
-        pixels += shape.coverage[..., None] * (paint - pixels)
+        shapes = [*(replace(below, visible=visible) for below, visible in lower), shape]
+        x1, y1, x2, y2 = shape.box_px
+        window = np.s_[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))]
+        coverage, under = shape.coverage[window][..., None], pixels[window]
+        paint = _paint(rng, under.shape[0], under.shape[1], background_rgb)
+        under += coverage * (paint - under)
 
-    pixels += rng.normal(0, rng.uniform(2, 9), pixels.shape)  # as from a camera
+    noise = rng.standard_normal(pixels.shape, np.float32)
+    pixels += rng.uniform(2, 9) * noise  # as from a camera
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), shapes
 
 
@@ -240,7 +243,9 @@ def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> S
     centre = rng.uniform(0.05, 0.95, 2) * (width, height)
 
     x, y = corners.T
-    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2  # the shoelace formula
+    area = (
+        abs(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]) / 2
+    )  # shoelace formula
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     draw.polygon(_on_canvas(corners + centre), fill=255)
@@ -249,14 +254,31 @@ def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> S
         area *= 1 - RING_HOLE**2
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
 
-    x1, y1 = (corners.min(axis=0) + centre).clip(0, (width, height)).tolist()
-    x2, y2 = (corners.max(axis=0) + centre).clip(0, (width, height)).tolist()
+    within = _cut_to_picture(corners + centre, height, width)
+    (x1, y1), (x2, y2) = within.min(axis=0).tolist(), within.max(axis=0).tolist()
     return Shape(category + 1, (x1, y1, x2, y2), float(area), coverage, coverage)
 
 
 def _on_canvas(corners: np.ndarray) -> list[tuple[float, float]]:
-    """Corners for ImageDraw, which speaks of pixel centres where we speak of pixel edges."""
-    return [(x, y) for x, y in (corners * SUPERSAMPLING - 0.5).tolist()]
+    """Corners as ImageDraw wants them."""
+    return [(x, y) for x, y in (corners * SUPERSAMPLING).tolist()]
+
+
+def _cut_to_picture(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The corners of the part of an outline that is within the picture: V 2, xy.
+
+    Source: Sutherland and Hodgman 1974, one side of the picture after the other.
+    """
+    for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        depth = sign * (corners[:, axis] - limit)  # V, negative outside
+        if depth.min() >= 0:
+            continue
+        following, following_depth = np.roll(corners, -1, axis=0), np.roll(depth, -1)
+        crosses = depth * following_depth < 0
+        share = np.divide(depth, depth - following_depth, out=np.zeros_like(depth), where=crosses)
+        crossing = corners + share[:, None] * (following - corners)
+        corners = np.stack([corners, crossing], axis=1)[np.stack([depth >= 0, crosses], axis=1)]
+    return corners
 
 
 def _outline(name: str) -> np.ndarray:
@@ -275,17 +297,20 @@ def _background(
 ) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Clouds and stripes between two dull colours: H W 3 float32 in 0..255, and their mean."""
     first, second = (
-        np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), rng.uniform(0.2, 0.85)))
+        np.array(
+            colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), rng.uniform(0.2, 0.85)),
+            np.float32,
+        )
         for _ in range(2)
     )
-    blend = np.zeros((height, width), np.float32)
+    blend: np.ndarray = np.zeros((height, width), np.float32)
     for cells, weight in ((3, 0.5), (8, 0.3), (24, 0.2)):
         grid = rng.random((cells, cells), dtype=np.float32)
         clouds = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
         blend += weight * np.asarray(clouds)
     if rng.random() < 0.4:
         blend = 0.7 * blend + 0.3 * _stripes(rng, height, width)
-    pixels = 255 * (first + blend[..., None] * (second - first)).astype(np.float32)
+    pixels = 255 * (first + blend[..., None] * (second - first))  # H W 3
     red, green, blue = pixels.mean(axis=(0, 1)).tolist()
     return pixels, (red, green, blue)
 
@@ -293,9 +318,10 @@ def _background(
 def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Soft parallel stripes: H W in 0..1."""
     turn, wavelength_px = rng.uniform(0, np.pi), rng.uniform(5, 20)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    phase = (x * np.cos(turn) + y * np.sin(turn)) * 2 * np.pi / wavelength_px
-    return (0.5 + 0.5 * np.sin(phase)).astype(np.float32)
+    y, x = np.ogrid[:height, :width]
+    wave = 2 * np.pi / wavelength_px
+    phase = (wave * np.cos(turn) * x + wave * np.sin(turn) * y).astype(np.float32)
+    return 0.5 + 0.5 * np.sin(phase)
 
 
 def _paint(
@@ -304,12 +330,14 @@ def _paint(
     """What a shape is filled with, unlike its background: H W 3 float32 in 0..255."""
     while True:
         hue, saturation, value = rng.random(), rng.uniform(0.3, 1), rng.uniform(0.25, 1)
-        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
         if np.abs(colour - background_rgb).max() > 70:
             break
     turn = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    light = 1 + 0.25 * ((x / width - 0.5) * np.cos(turn) + (y / height - 0.5) * np.sin(turn))
+    y, x = np.ogrid[:height, :width]
+    slope_x, slope_y = 0.25 * float(np.cos(turn)), 0.25 * float(np.sin(turn))
+    light = 1 + slope_x * (x / width - 0.5) + slope_y * (y / height - 0.5)
+    light = light.astype(np.float32)  # H W
     if rng.random() < 0.25:
-        light = light * (0.8 + 0.4 * _stripes(rng, height, width))
-    return (light[..., None] * colour).astype(np.float32)
+        light *= 0.8 + 0.4 * _stripes(rng, height, width)
+    return light[..., None] * colour

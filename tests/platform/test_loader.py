@@ -170,9 +170,18 @@ def test_loader_workers_end_when_the_trainer_stops_early():
     before = set(multiprocessing.active_children())
     steps = iter(loader(num_loader_workers=2, end_step=100))
     next(steps)
-    assert len(set(multiprocessing.active_children()) - before) == 2
+    own = set(multiprocessing.active_children()) - before
+    assert len(own) == 2
     del steps
-    assert set(multiprocessing.active_children()) == before
+    assert not own & set(multiprocessing.active_children())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can pin memory")
+@pytest.mark.parametrize("num_loader_workers", [0, 2])
+def test_pinned_batches_hold_the_same(undisturbed, num_loader_workers):
+    pinned = flat(loader(pin_memory=True, num_loader_workers=num_loader_workers))
+    assert all(tensor.is_pinned() for one in pinned for tensor in tensors(one.batch))
+    assert_equal(pinned, flat(undisturbed))
 
 
 class ThreadCounter(DrawnDataset):

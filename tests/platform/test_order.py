@@ -175,7 +175,7 @@ def test_seeds_of_samples_are_different_and_fit_an_int64():
         for index in range(200)
     }
     assert len(drawn) == 5 * 20 * 200
-    assert 0 <= min(drawn)
+    assert min(drawn) >= 0
     assert max(drawn) < 2**63
 
 

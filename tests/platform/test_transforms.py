@@ -41,11 +41,11 @@ SHARED = Path(
 
 
 def function_cases(kind: str) -> list:
-    """Every case of one kind in every `functions.json` under the shared parity folder."""
+    """Every case of one kind in every JSON file of every `functions` folder of shared cases."""
     cases = []
-    for path in sorted(SHARED.glob("parity/*/functions/functions.json")):
+    for path in sorted((SHARED / "parity").glob("**/functions/*.json")):
         for number, case in enumerate(json.loads(path.read_text()).get(kind, [])):
-            name = f"{path.parents[1].name}-{number}"
+            name = f"{path.parent.relative_to(SHARED / 'parity')}-{number}"
             cases.append(pytest.param(path.parent, number, case, id=name))
     return cases or [
         pytest.param(None, 0, {}, marks=pytest.mark.skip(reason=f"no shared {kind} cases"))

@@ -1,0 +1,240 @@
+"""All the numbers of a run, their dotted names, and the flat form that MLflow records.
+
+The same dotted key, such as `optim.lr`, is the override on the command line, the sample of a
+sweep and the parameter in MLflow. Every part checks itself when it is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from deta.model.criterion import CriterionConfig
+from deta.model.detector import ModelConfig
+from deta.model.postprocess import PostprocessConfig
+from deta.platform.optim import OptimConfig, ScheduleConfig
+from deta.platform.transforms import AugmentationConfig, EvaluationSize
+
+Config = TypeVar("Config")
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A COCO-format data set: a folder of images and a file of annotations for each split."""
+
+    train_images: str = ""
+    train_annotations: str = ""
+    val_images: str = ""
+    val_annotations: str = ""
+    lenient: bool = False  # skip records that cannot be used, with counts, instead of refusing
+    max_pixels: int = 50_000_000  # of one image; a larger one is refused from its header
+    train_first: int | None = None  # train on the first so many images only
+    loader_workers: int = 2  # processes for each training worker; changes the speed alone
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    evaluation_size: EvaluationSize = field(default_factory=EvaluationSize)
+
+    def __post_init__(self) -> None:
+        if self.train_first is not None and self.train_first < 1:
+            raise ValueError(f"data.train_first={self.train_first} must be at least 1, or none")
+        if self.loader_workers < 0:
+            raise ValueError(f"data.loader_workers={self.loader_workers} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What the run asks of the Ray cluster."""
+
+    num_workers: int = 8
+    gpu: bool = True  # one GPU a worker and NCCL; otherwise CPUs and gloo
+    cpus_per_worker: float = 4  # these must exist; loader workers share them
+    # A worker that fails is replaced, and the run goes on from its last checkpoint, this often.
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"cluster.num_workers={self.num_workers} must be at least 1")
+        if self.cpus_per_worker <= 0:
+            raise ValueError(f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run. Defaults are DETA R50 5-scale, 12 epochs, as published."""
+
+    name: str = "deta-r50"
+    storage: str = "~/deta-runs"  # runs are folders in here; shared by all nodes of the cluster
+    experiment: str = "deta"  # in MLflow
+    seed: int = 42  # official
+    model: ModelConfig = field(default_factory=ModelConfig)
+    criterion: CriterionConfig = field(default_factory=CriterionConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # Images an update, over all workers. What a worker cannot take at once it accumulates.
+    total_batch_size: int = 16
+    micro_batch_size: int = 2  # images a worker takes at once
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float | None = None  # of an averaged copy of the weights, evaluated in their place
+    init_checkpoint: str | None = None  # start from these weights: ours, or a published file
+    log_every_steps: int = 50
+    evaluate_every_epochs: int = 1  # and always at the end; a checkpoint is kept each time
+    num_pictures: int = 12  # validation pictures with true and predicted boxes, each evaluation
+
+    def __post_init__(self) -> None:
+        if not RUN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name={self.name!r} is not a run name: letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit, at most 128"
+            )
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={self.precision!r} is neither fp32 nor bf16")
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if self.total_batch_size < self.cluster.num_workers:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} leaves some of the "
+                f"{self.cluster.num_workers} workers without an image; lower cluster.num_workers"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} is not in (0, 1)")
+        if self.log_every_steps < 1 or self.evaluate_every_epochs < 1 or self.num_pictures < 0:
+            raise ValueError(
+                "log_every_steps and evaluate_every_epochs must be at least 1 and num_pictures at "
+                "least 0"
+            )
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Every value by its dotted key. Sequences stay whole."""
+    flat: dict[str, Any] = {}
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            flat |= {f"{part.name}.{key}": inner for key, inner in flatten(value).items()}
+        else:
+            flat[part.name] = value
+    return flat
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(asdict(config), indent=2, default=list)
+
+
+def from_json(kind: type[Config], text: str) -> Config:
+    """Read what `to_json` wrote.
+
+    Raises:
+        ValueError: a key that this version does not know, or a value that a check refuses.
+    """
+    return _from_dict(kind, json.loads(text), "")
+
+
+def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
+    types_by_name = _types(kind)
+    arguments = {}
+    for name, value in values.items():
+        if name not in types_by_name:
+            raise _unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in types_by_name])
+        part = types_by_name[name]
+        if is_dataclass(part):
+            arguments[name] = _from_dict(part, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The same configuration with some values changed.
+
+    Args:
+        changes: dotted key to value. A value that is text is read as its field's type, so what
+            comes from a command line needs no quotes: `optim.lr=1e-4`, `model.backbone.norm=group`,
+            `data.augmentation.short_edges=[480,512]`, `ema_decay=none`.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known ones), a value of another type, or one
+            that a check refuses; names the key.
+    """
+    known = flatten(config)
+    for key in changes:
+        if key not in known:
+            raise _unknown(key, list(known))
+    # All at once, so that two values which only fit together can be changed together.
+    return _override(config, changes, "")
+
+
+def _override(config: Config, changes: Mapping[str, Any], prefix: str) -> Config:
+    types_by_name = _types(type(config))
+    new_values: dict[str, Any] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            continue
+        new_values[head] = _parse(value, types_by_name[head], f"{prefix}{head}")
+    for head in {name.partition(".")[0] for name in changes if "." in name}:
+        inner = {
+            name[len(head) + 1 :]: v for name, v in changes.items() if name.startswith(f"{head}.")
+        }
+        new_values[head] = _override(getattr(config, head), inner, f"{prefix}{head}.")
+    return replace(config, **new_values)  # type: ignore[type-var]
+
+
+def _types(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {part.name: hints[part.name] for part in fields(kind)}  # type: ignore[arg-type]
+
+
+def _unknown(key: str, known: Sequence[str]) -> ValueError:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    suggestions = list(dict.fromkeys(same_leaf + near))[:4]
+    hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
+    return ValueError(f"there is no configuration key {key!r}{hint}")
+
+
+def _parse(value: Any, kind: Any, key: str) -> Any:
+    """A value of the given type from text or from a value of that type already."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        return _parse(value, inner, key)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is not None and issubclass(origin, Sequence):  # tuple[X, ...] or Sequence[X]
+        items = value
+        if isinstance(value, str):
+            items = [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
+        return tuple(_parse(item, arguments[0], key) for item in items)
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float:
+                return number
+            if number.is_integer():
+                return int(value) if not isinstance(value, str) else int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ValueError(f"{key}={value!r} is not of type {getattr(kind, '__name__', kind)}")

@@ -1,0 +1,86 @@
+"""What a person sees of a run: what will happen, how far it is, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from deta.platform.training import Run
+
+if TYPE_CHECKING:
+    from deta.platform.launch import Result
+
+
+class Console:
+    def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
+        self.run, self.echo = run, echo
+
+    def introduce(self) -> None:
+        run, config = self.run, self.run.config
+        for split, dataset in (("training", run.train_set), ("validation", run.val_set)):
+            self.echo(
+                f"{split}: {len(dataset)} images, {len(dataset.categories)} classes, "
+                f"data {dataset.fingerprint[:12]}"
+            )
+            for note in dataset.notes:
+                self.echo(f"  {note}")
+        workers = config.cluster.num_workers
+        share = -(-config.total_batch_size // workers)
+        accumulation = -(-share // config.micro_batch_size)
+        kind = "GPU" if config.cluster.gpu else "CPU"
+        self.echo(
+            f"{config.name}: {run.num_steps} steps of {config.total_batch_size} images "
+            f"({config.schedule.epochs} epochs) on {workers} {kind} "
+            f"worker{'s' * (workers > 1)}, "
+            f"{min(share, config.micro_batch_size)} images at a time"
+            + (f", accumulated {accumulation} times" if accumulation > 1 else "")
+        )
+        self.echo(f"folder: {run.folder}")
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of the journal."""
+        kind = event["kind"]
+        if kind == "begin":
+            if event["step"]:
+                self.echo(f"going on from step {event['step']} of {event['num_steps']}")
+            else:
+                self.echo("training has begun")
+        elif kind == "progress":
+            metrics = event["metrics"]
+            self.echo(
+                f"step {event['step']:>6}/{event['num_steps']}  "
+                f"epoch {metrics['train/epoch']:6.2f}  "
+                f"loss {metrics.get('train/loss', float('nan')):8.3f}  "
+                f"lr {metrics['train/lr']:.1e}  "
+                f"{metrics['train/images_per_s']:7.1f} images/s  "
+                f"{duration(event['remaining_s'])} left"
+            )
+        elif kind == "evaluation":
+            self.echo(f"validation after step {event['step']}, in percent:")
+            self.echo("  " + event["table"].replace("\n", "\n  "))
+
+    def conclude(self, result: Result) -> None:
+        self.echo("")
+        self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
+        if result.best_checkpoint is not None:
+            self.echo(f"best checkpoint: {result.best_checkpoint}")
+        pictures = self.run.folder / "pictures"
+        if pictures.is_dir():
+            self.echo(f"pictures:        {sorted(pictures.iterdir())[-1]}")
+        if result.mlflow_uri.startswith("sqlite:"):
+            self.echo(
+                f"browse in MLflow: mlflow server --host 127.0.0.1 --port 5000 "
+                f"--backend-store-uri {result.mlflow_uri}\n"
+                f"  then open http://127.0.0.1:5000 (run {result.mlflow_run_id})"
+            )
+        else:
+            self.echo(f"in MLflow: {result.mlflow_uri} (run {result.mlflow_run_id})")
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 05 s or 7 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,152 @@
+"""Detections against published numbers, a plain reference and hand-made cases."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.detector import Outputs
+from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
+
+SHARED = Path(
+    os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared")
+).resolve()
+CASES = [
+    (path, case["case"], kind)
+    for path in sorted((SHARED / "parity").glob("*/nms/postprocess*.json"))
+    for case in json.loads(path.read_text())
+    for kind in ("nms", "plain_top100_")
+    if kind == "nms" or case["has_plain_top100"]
+]
+TIE = 1e-5  # scores closer than this may swap between two correct programs
+
+
+def outputs_with(logits: Tensor, boxes: Tensor) -> Outputs:
+    """Only the last layer is read; the rest is not there."""
+    nothing = torch.empty(0)
+    return Outputs(logits[None], boxes[None], nothing, nothing, nothing, nothing)
+
+
+def in_published_order(found: Detections, scores: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+    """The detections that stand for the expected ones, each used once, among those as good."""
+    free = torch.ones(len(found.scores), dtype=torch.bool)
+    order = []
+    for score, label, box in zip(scores, labels, boxes, strict=True):
+        alike = free & ((found.scores - score).abs() <= TIE) & (found.labels == label)
+        assert alike.any(), f"no detection of class {label} with score {score}"
+        distance = (found.boxes_px - box).abs().amax(1).masked_fill(~alike, torch.inf)
+        order.append(int(distance.argmin()))
+        free[order[-1]] = False
+    return torch.tensor(order, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "kind"),
+    CASES,
+    ids=[f"{path.stem}-{name}-{kind}" for path, name, kind in CASES],
+)
+def test_parity_of_detections(path: Path, name: str, kind: str, compare):
+    tensors = {
+        key.removeprefix(f"{name}."): value
+        for key, value in load_file(path.with_suffix(".safetensors")).items()
+        if key.startswith(f"{name}.")
+    }
+    config = PostprocessConfig() if kind == "nms" else PostprocessConfig(nms_iou=None)
+    found = detect_objects(
+        outputs_with(tensors["pred_logits"], tensors["pred_boxes"]),
+        tensors["target_sizes_hw"],
+        config,
+    )
+    for image, detections in enumerate(found):
+        expected = [tensors[f"{kind}{image}.{key}"] for key in ("scores", "labels", "boxes")]
+        assert len(detections.scores) == len(expected[0])
+        order = in_published_order(detections, *expected)
+        compare("nms", "scores", detections.scores[order], expected[0], 1e-6)
+        compare("nms", "boxes", detections.boxes_px[order], expected[2], 1e-6)
+
+
+def suppress_plainly(
+    scores: Tensor, boxes_px: Tensor, config: PostprocessConfig
+) -> list[tuple[float, int]]:
+    """(score, class) of what stays of one image, one pair at a time."""
+    pairs = sorted(
+        ((float(scores[q, c]), q, c) for q in range(len(scores)) for c in range(scores.shape[1])),
+        reverse=True,
+    )
+    kept: list[tuple[float, int, int]] = []
+    for score, query, label in pairs[: config.max_candidates]:
+        rivals = [other for _, other, its_label in kept if its_label == label]
+        if rivals and box_iou(boxes_px[query, None], boxes_px[rivals]).max() > config.nms_iou:
+            continue
+        kept.append((score, query, label))
+    return [(score, label) for score, _, label in kept[: config.max_detections]]
+
+
+@pytest.mark.parametrize("max_candidates", [10, 10_000])
+def test_suppression_is_its_definition(max_candidates: int):
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(2, 5, 4, generator=generator) * 0.4 + 0.2
+    boxes = boxes.repeat(1, 3, 1) + 0.02 * torch.rand(2, 15, 4, generator=generator)
+    logits = torch.randn(2, 15, 3, generator=generator)
+    sizes_px = torch.tensor([[100, 200], [640, 480]])
+    config = PostprocessConfig(max_candidates=max_candidates)
+    found = detect_objects(outputs_with(logits, boxes), sizes_px, config)
+    for image in range(2):
+        height, width = sizes_px[image].tolist()
+        boxes_px = cxcywh_to_xyxy(boxes[image]) * torch.tensor([width, height, width, height])
+        expected = suppress_plainly(logits[image].sigmoid(), boxes_px, config)
+        assert found[image].labels.tolist() == [label for _, label in expected]
+        torch.testing.assert_close(
+            found[image].scores, torch.tensor([score for score, _ in expected])
+        )
+
+
+def test_boxes_are_scaled_to_width_and_height():
+    logits = torch.tensor([[[4.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 1.0]]])
+    (found,) = detect_objects(
+        outputs_with(logits, boxes), torch.tensor([[100, 200]]), PostprocessConfig()
+    )
+    assert torch.equal(found.boxes_px, torch.tensor([[50.0, 0.0, 150.0, 100.0]]))
+
+
+def test_classes_do_not_suppress_each_other():
+    logits = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]])
+    boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, 2, 4)
+    (found,) = detect_objects(
+        outputs_with(logits, boxes), torch.tensor([[10, 10]]), PostprocessConfig()
+    )
+    assert found.labels.tolist() == [0, 1]
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.0]).sigmoid())
+
+
+def test_one_query_and_one_class_give_one_detection():
+    for config in (PostprocessConfig(), PostprocessConfig(nms_iou=None)):
+        (found,) = detect_objects(
+            outputs_with(torch.zeros(1, 1, 1), torch.full((1, 1, 4), 0.5)),
+            torch.tensor([[1, 1]]),
+            config,
+        )
+        assert found.scores.tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nms_iou": 0.0}, "nms_iou=0.0"),
+        ({"nms_iou": 1.5}, "nms_iou=1.5"),
+        ({"max_candidates": 0}, "max_candidates"),
+        ({"max_detections": 0}, "max_detections"),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        PostprocessConfig(**changes)
