@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.utils.model import freeze_batch_norm_2d
@@ -78,7 +79,8 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
         options |= {"dynamic_img_size": True, "always_partition": True}
         if config.window is not None:
             options["window_size"] = config.window
-    probe = timm.create_model(config.name, pretrained=False, features_only=True)
+    with torch.device("meta"):  # only to ask it for its strides
+        probe = timm.create_model(config.name, pretrained=False, features_only=True)
     strides = probe.feature_info.reduction()
     if not set(STRIDES) <= set(strides):
         raise ValueError(

@@ -87,9 +87,9 @@ class Criterion:
 
     def __init__(self, config: CriterionConfig, num_queries: int) -> None:
         self.config = config
-        self.second_stage = config.assigner(
-            config.second_stage_iou, max(1, int(SECOND_STAGE_SHARE * num_queries))
-        )
+        # Released code rounds the share of fewer than four queries to none: nothing is learned.
+        max_positives = max(1, int(SECOND_STAGE_SHARE * num_queries))
+        self.second_stage = config.assigner(config.second_stage_iou, max_positives)
         self.first_stage = config.assigner(config.first_stage_iou, FIRST_STAGE_POSITIVES)
 
     def __call__(

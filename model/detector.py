@@ -91,7 +91,7 @@ class InputProjection(nn.Sequential):
         )
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        super().__init__(convolution, nn.GroupNorm(min(32, dim), dim))
+        super().__init__(convolution, nn.GroupNorm(math.gcd(32, dim), dim))
 
 
 class FeaturePyramid(nn.Module):

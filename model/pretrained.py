@@ -361,8 +361,8 @@ def select_classes(state: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str
     The last head belongs to the first stage, whose column 0 ranks the proposals and stands for
     "any object", whatever class has that number elsewhere. So its row 0 always stays first; its
     other columns, which training only ever pushes down, are filled with other rows of it.
-    Detections of the kept classes do not change, except where a dropped class would have taken
-    their place among the best 100.
+    Detections of the kept classes do not change; they only move up into places among the best
+    100 that dropped classes took.
 
     Args:
         state: under our names.

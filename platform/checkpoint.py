@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deta.platform.coco import Category
 from deta.platform.config import RunConfig, from_json, to_json
+from deta.platform.weights import write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def write_checkpoint(
     unfinished = folder / f".{final.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(_plain(model_state), unfinished / "model.safetensors")
-    save_file(_plain(training_state), unfinished / "training.safetensors")
+    write_weights(unfinished / "model.safetensors", model_state)
+    write_weights(unfinished / "training.safetensors", training_state)
     (unfinished / "config.json").write_text(to_json(config), encoding="utf-8")
     content = asdict(state) | {"categories": [asdict(category) for category in categories]}
     (unfinished / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -214,11 +215,6 @@ def load_optimizer_state(
             # AdamW counts steps on the host; its moments live with the parameter.
             place = "cpu" if kind == "step" else parameter.device
             optimizer.state[parameter][kind] = tensor.to(place)
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached, on the host, contiguous and sharing no memory, as safetensors wants them."""
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from torch import Tensor
 
 from deta.model.detector import DETA, ModelConfig
+from deta.model.pretrained import from_published
 from deta.platform.checkpoint import read_checkpoint
 from deta.platform.coco import Category
+from deta.platform.weights import read_weights
 
 
 def load_initial_weights(model: DETA, path: Path, categories: tuple[Category, ...]) -> None:

@@ -12,6 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# Ray reads these when it is imported. Whether its local clusters ask for a token depends, by
+# default, on what ran in this home before; here they always do. A cluster that was started by
+# others has its own rules.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -210,13 +218,9 @@ def connect(echo: Callable[[str], None] = print) -> None:
     """Join the cluster, or start one on this machine that ends with this process."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Ray's defaults about authentication depend on what ran in this home before; so say it.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        _private_token()
     address = os.environ.get("RAY_ADDRESS")
+    if address is None and os.environ["RAY_AUTH_MODE"] == "token":
+        _private_token()
     # Workers write to the journal; what they print besides is in Ray's logs.
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     resources = ray.cluster_resources()

@@ -156,9 +156,12 @@ def load_published_model(folder: Path, variant: str) -> PublishedModel:
     )
     has_backbone = "images" in inputs
     backbone = SmallResNet(sizes["stem"], sizes["planes"], sizes["blocks"])
+    assert backbone.channels == description["feature_channels"]
     with patch.object(detector, "Backbone", lambda _: backbone):
         model = DETA(config)
-    model.load_state_dict(rename_from_published(weights))
+    missing, unexpected = model.load_state_dict(rename_from_published(weights), strict=False)
+    assert not unexpected
+    assert all(name.startswith("pyramid.backbone.") for name in missing), missing
 
     batch_size = len(inputs["mask"])
     batch = Batch(

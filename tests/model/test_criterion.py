@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,13 @@ MODEL_CASES = [
     (path.parent, path.stem.removeprefix("losses_"))
     for path in sorted((SHARED / "parity").glob("*/model_*/losses_*.json"))
 ]
+# Without the images, what flows into the backbone is not known.
+IMAGE_CASES = [
+    (folder, variant)
+    for folder, variant in MODEL_CASES
+    if "images" in load_file(folder / "inputs.safetensors")
+]
+BEFORE_NORM = re.compile(r"input_proj\.\d+\.0\.bias")
 MODELS = {
     "argnames": ("folder", "variant"),
     "argvalues": MODEL_CASES,
@@ -78,7 +86,7 @@ def compare_losses(compare, group: str, found: dict[str, Tensor], expected: dict
 
 
 def pairs_of(matches: Matches, image: int, order: Tensor | None = None) -> set[tuple[int, int]]:
-    """(prediction, object) pairs, predictions renumbered as `order` (published row -> ours) says."""
+    """(prediction, object) pairs, predictions renumbered by `order`, published row to ours."""
     predictions, objects = matches.pairs(image)
     if order is not None:
         predictions = order[image].argsort()[predictions]
@@ -144,12 +152,17 @@ def test_parity_of_gradients(folder: Path, variant: str, published_model, compar
         },
         "official",
     )
-    expected = case.losses["grad_norm_sum_maxabs"]
+    expected = {
+        name: summary
+        for name, summary in case.losses["grad_norm_sum_maxabs"].items()
+        if case.has_backbone or not name.startswith("backbone.")
+    }
     assert set(expected) <= set(ours)
     assert set(case.losses["parameters_without_gradient"]).isdisjoint(ours)
-    # Some gradients are zero but for rounding, such as that of a bias before a GroupNorm of one
-    # channel a group. So a millionth of the whole gradient passes everywhere. 1e-3 is for the
-    # sampling offsets and all below them: their gradient jumps where a sample crosses a pixel.
+    if case.model.config.dim <= 32:  # a GroupNorm of one channel a group takes the bias out again
+        expected = {name: s for name, s in expected.items() if not BEFORE_NORM.fullmatch(name)}
+    # Other gradients are zero but for rounding, too, so a millionth of the whole passes. 1e-3 is
+    # for the sampling offsets and all below: their gradient jumps where a sample crosses a pixel.
     total_norm = math.sqrt(sum(norm**2 for norm, _, _ in expected.values()))
     worst = 0.0
     for name, (norm, _, largest) in expected.items():
@@ -160,11 +173,15 @@ def test_parity_of_gradients(folder: Path, variant: str, published_model, compar
                 assert difference <= 1e-3 * wanted, f"gradient of {name}: {found}, not {wanted}"
     record_property("difference", (case.group, "norms of gradients", worst))
     for name, gradient in case.gradients.items():
-        if expected[name][0] > 1e-5 * total_norm:
+        if name in expected and expected[name][0] > 1e-5 * total_norm:
             compare(case.group, f"gradient of {name}", ours[name], gradient, 1e-3)
 
 
-@pytest.mark.parametrize(**MODELS)
+@pytest.mark.parametrize(
+    ("folder", "variant"),
+    IMAGE_CASES,
+    ids=[f"{folder.name}-{variant}" for folder, variant in IMAGE_CASES],
+)
 def test_parity_of_training_steps(folder: Path, variant: str, published_model, compare):
     """Official groups: a tenth of the rate for the backbone and for sampling offsets."""
     case = published_model(folder, variant)
@@ -251,14 +268,15 @@ CONFIGS = [CriterionConfig(), CriterionConfig(assignment="one_to_one")]
 def test_losses_are_their_definition(config: CriterionConfig):
     outputs, batch = make_outputs(), make_batch(3, 1)
     criterion = Criterion(config, num_queries=20)
-    losses = criterion(outputs, batch, 4.0)
+    with torch.no_grad():
+        losses = criterion(outputs, batch, 4.0)
     matches = criterion.match_decoder(outputs, batch)[0]
     sums = {"class_0": 0.0, "l1_0": 0.0, "giou_0": 0.0}
     owner = predicted_object(matches, 20)
     for image in range(2):
         for query in range(20):
             for label in range(3):
-                p = float(outputs.logits[0, image, query, label].sigmoid())
+                p = float(outputs.logits[0, image, query, label].detach().sigmoid())
                 of = int(owner[image, query])
                 if of >= 0 and int(batch.targets.labels[image, of]) == label:
                     sums["class_0"] += 0.25 * (1 - p) ** 2 * -math.log(p)
@@ -266,9 +284,9 @@ def test_losses_are_their_definition(config: CriterionConfig):
                     sums["class_0"] += 0.75 * p**2 * -math.log(1 - p)
         for query, of in zip(*matches.pairs(image), strict=True):
             found, wanted = outputs.boxes[0, image, query], batch.targets.boxes[image, of]
-            sums["l1_0"] += float((found - wanted).abs().sum())
+            sums["l1_0"] += float((found - wanted).abs().sum().detach())
             giou = generalized_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
-            sums["giou_0"] += 1 - float(giou)
+            sums["giou_0"] += 1 - float(giou.detach())
     for name, value in sums.items():
         torch.testing.assert_close(float(losses[name]), value / 4, rtol=1e-5, atol=1e-6)
 
@@ -289,7 +307,7 @@ def test_losses_and_gradients_are_finite(config, counts, num_classes):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
     if not any(counts):
-        assert all(float(loss) == 0 for name, loss in losses.items() if "class" not in name)
+        assert all(float(v.detach()) == 0 for name, v in losses.items() if "class" not in name)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.assignment)
