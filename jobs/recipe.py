@@ -7,19 +7,27 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from deta.platform.config import RunConfig, flatten, override
+from deta.platform.shapes import ShapesDataset
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
 
 
-def run_recipe(doc: str, variants: Mapping[str, Callable[[], RunConfig]]) -> NoReturn:
+def run_recipe(
+    doc: str,
+    variants: Mapping[str, Callable[[], RunConfig]],
+    drawn_data: Mapping[str, Callable[[Path], ShapesDataset]] = MappingProxyType({}),
+) -> NoReturn:
     """Read the command line, train, and exit with the run's outcome.
 
     Args:
         doc: the recipe's own description.
         variants: by name; the first is the default. The first line of each docstring is shown.
+        drawn_data: variants that draw a data set of their own into a folder when none is given.
 
     The exit code is 0 for a run that reached its end, 2 for input that was refused before the
     cluster was touched, 1 for a run that failed, 130 and 143 for one that was stopped.
@@ -69,6 +77,19 @@ def run_recipe(doc: str, variants: Mapping[str, Callable[[], RunConfig]]) -> NoR
         for key, value in flatten(config).items():
             print(f"{key}={value}")
         sys.exit(0)
+    if arguments.variant in drawn_data and not config.data.train_images:
+        folder = Path(config.storage).expanduser() / "data" / arguments.variant
+        _echo(f"drawing the data set into {folder} …")
+        drawn = drawn_data[arguments.variant](folder)
+        config = override(
+            config,
+            {
+                "data.train_images": str(drawn.train_images),
+                "data.train_annotations": str(drawn.train_annotations),
+                "data.val_images": str(drawn.val_images),
+                "data.val_annotations": str(drawn.val_annotations),
+            },
+        )
     train_and_exit(config, resume=arguments.resume)
 
 

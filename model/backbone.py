@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's, before the expansion
 STRIDES = (8, 16, 32)  # DETA builds its further levels from the last of these
 
 
@@ -31,12 +32,18 @@ class BackboneConfig:
     output_norm: bool = False  # a LayerNorm after each output, as DETA gives Swin
     drop_path: float = 0.0  # stochastic depth of the last block; less in those before it
     window: int | None = None  # of a Swin, if not the one in its name
+    width: float = 1.0  # of a ResNet from scratch: 0.5 halves the channels of every stage
 
     def __post_init__(self) -> None:
         if self.norm not in ("frozen", "batch", "group", "own"):
             raise ValueError(f"backbone.norm={self.norm!r} is not frozen, batch, group or own")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"backbone.drop_path={self.drop_path} is not in 0..1")
+        if self.width <= 0 or (self.width != 1 and self.pretrained):
+            raise ValueError(
+                f"backbone.width={self.width} must be positive, and 1 where pretrained weights are "
+                "loaded"
+            )
 
 
 class Backbone(nn.Module):
@@ -79,6 +86,11 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
         options |= {"dynamic_img_size": True, "always_partition": True}
         if config.window is not None:
             options["window_size"] = config.window
+    if config.width != 1:
+        if not config.name.startswith("resnet"):
+            raise ValueError(f"backbone.width is for ResNets, not for {config.name}")
+        options["channels"] = tuple(int(c * config.width) for c in RESNET_CHANNELS)
+        options["stem_width"] = int(RESNET_STEM_WIDTH * config.width)
     with torch.device("meta"):  # only to ask it for its strides
         probe = timm.create_model(config.name, pretrained=False, features_only=True)
     strides = probe.feature_info.reduction()
@@ -127,11 +139,14 @@ class _PaddedSwinBlock(SwinTransformerBlock):
 
 
 def _replace_batch_norm(network: nn.Module) -> None:
-    """Put a GroupNorm of at most 32 groups in the place of every BatchNorm."""
+    """Put a GroupNorm of 16 channels a group, as nearly as they divide, for every BatchNorm.
+
+    Few channels a group would make it an instance norm, which forgets how strong a feature is.
+    """
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:
-                groups = math.gcd(32, child.num_features)
+                groups = math.gcd(max(1, child.num_features // 16), child.num_features)
                 setattr(module, name, nn.GroupNorm(groups, child.num_features))
             elif isinstance(child, nn.BatchNorm2d):
                 raise ValueError(

@@ -108,7 +108,7 @@ class Criterion:
         targets = batch.targets
         num_layers = len(outputs.logits)
         decoder_matches = self.match_decoder(outputs, batch)
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for layer, matches in enumerate(decoder_matches):
             suffix = "" if layer == num_layers - 1 else f"_{layer}"
             losses |= _losses(

@@ -173,11 +173,12 @@ class BoxHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        correction = nn.Linear(dim, 4)
+        nn.init.zeros_(correction.weight)
+        nn.init.zeros_(correction.bias)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4)
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), correction
         )
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, queries: Tensor, reference_logits: Tensor) -> Tensor:
         """B Q D and B Q 4 logits -> B Q 4, logits of cxcywh, never below float32."""

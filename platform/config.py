@@ -217,7 +217,8 @@ def _parse(value: Any, kind: Any, key: str) -> Any:
     if origin is not None and issubclass(origin, Sequence):  # tuple[X, ...] or Sequence[X]
         items = value
         if isinstance(value, str):
-            items = [item.strip() for item in value.strip("[]() ").split(",") if item.strip()]
+            words = [word.strip(" '\"") for word in value.strip("[]() ").split(",")]
+            items = [word for word in words if word]
         return tuple(_parse(item, arguments[0], key) for item in items)
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -327,8 +327,8 @@ def full_size_run() -> Iterator[Callable[[Path], SimpleNamespace]]:
             outputs = model(batch.images, batch.padding)
         criterion = Criterion(criterion_config, model.config.num_queries)
         return SimpleNamespace(
-            expected=expected, model=model, batch=batch, outputs=outputs, criterion=criterion,
-            parts=parts,
+            expected=expected, config=model.config, batch=batch, outputs=outputs,
+            criterion=criterion, parts=parts,
         )  # fmt: skip
 
     yield full_size_run

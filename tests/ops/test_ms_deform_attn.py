@@ -64,7 +64,7 @@ def random_inputs(
 
 
 @pytest.mark.parametrize("path", PARITY_CASES, ids=lambda path: path.stem)
-def test_parity_with_published_operator(path: Path):
+def test_parity_with_published_operator(path: Path, record_property):
     case = load_file(path)
     shapes = [tuple(shape) for shape in case["spatial_shapes"].tolist()]
     for dtype, prefix, tolerance in ((torch.float64, "f64", 1e-12), (torch.float32, "f32", 1e-5)):
@@ -83,6 +83,8 @@ def test_parity_with_published_operator(path: Path):
         for name, tensor in found.items():
             expected = case[f"{prefix}.{name}"]
             difference = (tensor - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+            group = "op" if dtype == torch.float32 else "op, float64"
+            record_property("difference", (group, name, float(difference)))
             assert difference <= tolerance, f"{prefix}.{name} differs by {difference:.2e}"
 
 

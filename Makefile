@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up whatever they need in .venv; nothing has to be installed first
+# but Python 3.11 or newer, make, git and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help install demo test check format wheel parity
+
+help:
+	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types, tests"
+	@echo "make parity  differences to the published implementations, as a table"
+	@echo "make install what jobs need to run; make wheel: a wheel in dist/"
+
+# What is installed, by group. A changed version or dependency installs again.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+install: $(VENV)/.installed-train
+
+demo: $(VENV)/.installed-train
+	$(BIN)/python jobs/deta_r50.py --variant demo --name demo-$(RUN_STAMP) storage=runs
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/parity.py
+
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

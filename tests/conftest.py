@@ -1,0 +1,143 @@
+"""What tests of several rooms share: a Ray cluster of their own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+START_WITHIN_S = 90
+# On Linux all of 127.0.0.0/8 is this machine. Ray replaces 127.0.0.1 by an address of the network.
+NODE_IP = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+PORT_OPTIONS = (
+    "--port", "--dashboard-port", "--node-manager-port", "--object-manager-port",
+    "--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--metrics-export-port",
+    "--runtime-env-agent-port", "--ray-client-server-port",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running cluster of one node with two CPUs.
+
+    Pass `env` to a process (`subprocess.run(..., env=cluster.env)`): it is this process's
+    environment, with what names this cluster and opens it, and without other clusters and MLflow
+    servers. `os.environ` is not touched, so that other tests know nothing of the cluster.
+    """
+
+    dashboard: str  # http://127.0.0.1:PORT, for jobs
+    address: str  # HOST:PORT, for `ray.init`
+    env: dict[str, str]
+    folder: Path  # the node's temporary files: logs, copies of working directories
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray cluster for the whole session, with token authentication and the dashboard.
+
+    Starts at its first use (about 7 s), reachable on loopback under free ports, beside whatever
+    other clusters this machine runs; it joins none and stops none. What its jobs and workers
+    print is below `folder`.
+    """
+    pytest.importorskip("ray")
+    # Short: the path of a Unix socket has at most 107 characters, and Ray's are long.
+    folder = Path(tempfile.mkdtemp(prefix="deta-", dir="/tmp"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "MLFLOW_", "DETA_"))
+    }
+    env |= {
+        # `python` of a job is the one that runs the tests.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(folder),  # where Ray notes which cluster this machine runs
+    }
+    ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS)), strict=True))
+    dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
+    command += ["--num-cpus=2", "--object-store-memory=200000000", f"--node-ip-address={NODE_IP}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
+    command += [f"{option}={port}" for option, port in ports.items()]
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        _wait_for(dashboard, token, head, folder / "head.log")
+        address = f"{NODE_IP}:{ports['--port']}"
+        env |= {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard}
+        yield RayCluster(dashboard, address, env, folder)
+    finally:
+        # Never `ray stop`, which ends every cluster of this machine.
+        _end_tree(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(number: int) -> list[int]:
+    """Distinct ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.bind(("", 0))  # Ray listens on all addresses with some
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _wait_for(dashboard: str, token: Path, head: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(
+        f"{dashboard}/api/version",
+        headers={"Authorization": f"Bearer {token.read_text(encoding='ascii')}"},
+    )
+    deadline_s = time.monotonic() + START_WITHIN_S
+    while head.poll() is None and time.monotonic() < deadline_s:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    pytest.fail(
+        f"the test cluster did not start (exit code {head.poll()}):\n"
+        + log.read_text(encoding="utf-8", errors="replace")[-3000:]
+    )
+
+
+def _end_tree(head: subprocess.Popen[bytes]) -> None:
+    """End the cluster's processes, also those in sessions of their own, and nothing else."""
+    import ray  # noqa: F401  its import makes its copy of psutil importable
+    from psutil import NoSuchProcess, Process, wait_procs
+
+    try:
+        family = [Process(head.pid), *Process(head.pid).children(recursive=True)]
+    except NoSuchProcess:  # it did not start
+        return
+    head.send_signal(signal.SIGTERM)
+    _, alive = wait_procs(family, timeout=10)
+    for process in alive:
+        try:
+            process.kill()  # knows a process by its start, too: not one that took over the number
+        except NoSuchProcess:
+            continue
+    wait_procs(alive, timeout=10)
+    head.wait(timeout=10)
