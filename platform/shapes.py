@@ -24,15 +24,16 @@ from PIL import Image, ImageDraw
 
 CATEGORY_NAMES = ("disc", "square", "triangle", "star", "ring")  # ids 1 to 5
 ASPECT_RATIOS = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width, height; of size_px
-MAX_SHAPES = 6
-MIN_SIDE, MAX_SIDE = 14 / 128, 60 / 128  # of the box, as a part of size_px
-MIN_VISIBLE = 0.4  # of a shape's area: the rest may be covered or outside of the picture
+MAX_SHAPES = 5
+MIN_SIDE, MAX_SIDE = 22 / 128, 72 / 128  # of the box, as a part of size_px
+MIN_VISIBLE = 0.5  # of a shape's area: the rest may be covered or outside of the picture
+MAX_TURN = np.radians(20)
 SUPERSAMPLING = 4
 RING_HOLE = 0.55  # of the radius
 JPEG_QUALITY = 92
 FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
 MARKER = "shapes.json"  # says how the set was made; written last
-DRAWING_VERSION = 1  # goes up when the same seed gives other pictures
+DRAWING_VERSION = 3  # goes up when the same seed gives other pictures
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> S
     """A shape of random kind, size, turn and place; it may reach out of the picture."""
     category = int(rng.integers(len(CATEGORY_NAMES)))
     name = CATEGORY_NAMES[category]
-    turn = rng.uniform(0, 2 * np.pi)
+    turn = rng.uniform(-MAX_TURN, MAX_TURN)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     stretch = np.array([1.0, rng.uniform(0.85, 1.0)])
     corners = _outline(name) * stretch @ rotation.T  # V 2, xy around the origin

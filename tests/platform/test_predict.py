@@ -155,8 +155,8 @@ def test_a_model_finds_the_boxes_that_it_has_drawn_itself(tmp_path, trained, pre
 
     own = CocoDataset.open(trained.shapes.val_images, annotations)
 
-    found = predictor.evaluate(own).metrics
-    assert found.AP == pytest.approx(1.0)
+    ap = predictor.evaluate(own).metrics.AP
+    assert ap == pytest.approx(1.0)
 
 
 def test_files_and_pictures_in_memory_give_the_same(predictor, paths):
