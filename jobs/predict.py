@@ -190,7 +190,8 @@ def _find_pictures(paths: Sequence[Path], output: Path) -> list[tuple[str, Path]
             raise ValueError(f"{path}: no file in it ends in {', '.join(sorted(PICTURE_SUFFIXES))}")
         if others := Counter(file.suffix for file in files if file not in set(chosen)):
             kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.items())
-            echo(f"{path}: {others.total()} other files left out ({kinds})")
+            noun = "file" if others.total() == 1 else "files"
+            echo(f"{path}: {others.total()} other {noun} left out ({kinds})")
         for file in chosen:
             found.setdefault(os.path.abspath(file), (file.relative_to(path).as_posix(), file))
 

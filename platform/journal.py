@@ -21,7 +21,11 @@ class Journal:
     """Appends events. One process writes it: rank 0."""
 
     def __init__(self, run_folder: Path) -> None:
-        self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8")
+        path = run_folder / FILE_NAME
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn and path.stat().st_size > 0:  # a process died within its last line
+            self._file.write("\n")
 
     def write(self, kind: str, **values: Any) -> None:
         """Append an event; it is on its way to the disk when this returns.

@@ -118,8 +118,8 @@ class Predictor:
         """A model from a file of the official code, of detrex or of Hugging Face.
 
         The number of classes, levels, layers and channels is read from the tensors. What they do
-        not show, such as the backbone and the number of queries, `config` must say. `logit_eps`
-        follows the layout, see `published_logit_eps`.
+        not show, such as the backbone and the numbers of heads and queries, `config` must say.
+        `logit_eps` follows the layout, see `published_logit_eps`.
 
         Args:
             categories: as many as the file has classes, or some of them, whose ids are then the
@@ -424,9 +424,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _with_sizes_of(state: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
-    """The configuration with every size that the tensors, under our names, show.
+    """The configuration with the sizes that the tensors, under our names, show for certain.
 
-    What is missing in them stays as it is; whoever fills the model with them will tell.
+    Heads and points show only as their product, so they stay as configured: a wrong guess could
+    fit, and give wrong boxes. A tensor that is missing is told of when the model is filled.
     """
     sizes: dict[str, int] = {}
     if (heads := state.get("class_heads.0.bias")) is None:
@@ -434,10 +435,6 @@ def _with_sizes_of(state: Mapping[str, Tensor], config: ModelConfig) -> ModelCon
     sizes["num_classes"] = len(heads)
     if (levels := state.get("level_embedding")) is not None:
         sizes["num_levels"], sizes["dim"] = levels.shape
-        # Heads and points only show as their product.
-        weights = state.get("encoder.layers.0.attention.attention_weights.bias")
-        if weights is not None:
-            sizes["num_points"] = len(weights) // (len(levels) * config.num_heads)
     if (linear := state.get("encoder.layers.0.ffn.linear1.bias")) is not None:
         sizes["ffn_dim"] = len(linear)
     for part in ("encoder", "decoder"):

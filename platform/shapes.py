@@ -24,16 +24,16 @@ from PIL import Image, ImageDraw
 
 CATEGORY_NAMES = ("disc", "square", "triangle", "star", "ring")  # ids 1 to 5
 ASPECT_RATIOS = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width, height; of size_px
-MAX_SHAPES = 5
-MIN_SIDE, MAX_SIDE = 22 / 128, 72 / 128  # of the box, as a part of size_px
+MAX_SHAPES = 4
+MIN_SIDE, MAX_SIDE = 28 / 128, 80 / 128  # of the box, as a part of size_px
 MIN_VISIBLE = 0.5  # of a shape's area: the rest may be covered or outside of the picture
-MAX_TURN = np.radians(20)
+MAX_TURN = np.radians(12)
 SUPERSAMPLING = 4
 RING_HOLE = 0.55  # of the radius
 JPEG_QUALITY = 92
 FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
 MARKER = "shapes.json"  # says how the set was made; written last
-DRAWING_VERSION = 3  # goes up when the same seed gives other pictures
+DRAWING_VERSION = 4  # goes up when the same seed gives other pictures
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, lis
         under += coverage * (paint - under)
 
     noise = rng.standard_normal(pixels.shape, np.float32)
-    pixels += rng.uniform(2, 9) * noise  # as from a camera
+    pixels += rng.uniform(1, 5) * noise  # as from a camera
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), shapes
 
 
@@ -289,7 +289,8 @@ def _outline(name: str) -> np.ndarray:
     else:
         num_corners = {"disc": 72, "square": 4, "triangle": 3, "ring": 72}[name]
         radii = np.ones(num_corners)
-    angles = np.arange(num_corners) * 2 * np.pi / num_corners
+    upright = np.pi / 4 if name == "square" else -np.pi / 2
+    angles = upright + np.arange(num_corners) * 2 * np.pi / num_corners
     return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
 
 

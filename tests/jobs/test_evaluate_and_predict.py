@@ -157,12 +157,11 @@ def test_the_same_weights_as_a_published_file_have_the_same_ap(tmp_path, trained
     done = run_job(
         "evaluate.py", trained.official, *data_of(trained), "--results", tmp_path / "r.json",
         "--device", "cpu", "model.backbone.name=resnet18.tv_in1k", "model.num_queries=20",
-        "data.evaluation_size.short_edge=80", "data.evaluation_size.max_long_edge=96",
-        "micro_batch_size=1",
+        "model.num_points=2", "data.evaluation_size.short_edge=80",
+        "data.evaluation_size.max_long_edge=96", "micro_batch_size=1",
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    # Heads and points show only as their product, and 8 heads are the default of both.
     assert trained.table in done.stdout
     assert json.loads((tmp_path / "r.json").read_text()) == trained.results
 
@@ -220,7 +219,7 @@ def test_a_damaged_picture_is_told_of_and_the_others_are_predicted(tmp_path, tra
     )  # fmt: skip
 
     assert done.returncode == 1, done.stderr
-    assert "1 other files left out (1 .txt)" in done.stdout
+    assert "1 other file left out (1 .txt)" in done.stdout
     assert "1 of 3 pictures could not be read" in done.stdout
     assert f"not readable: {folder / 'b.JPG'}" in done.stdout
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
@@ -265,9 +264,8 @@ def test_refused_evaluations_say_what_is_wrong(tmp_path, trained, refusal):
     assert "leave it out" in refusal(job, trained.run, *data, "--variant", "official_12ep")
     assert "end the name" in refusal(job, trained.run, *data, "--pictures", tmp_path / "a.txt")
     assert "wrong shape" in refusal(
-        job, trained.official, *data, "model.backbone.name=resnet18.tv_in1k", "model.num_heads=4",
-        "model.num_points=2",
-    )  # fmt: skip
+        job, trained.official, *data, "model.backbone.name=resnet18.tv_in1k"
+    )  # 4 points are the default, these weights have 2
     truth = json.loads(trained.own_annotations.read_text())
     truth["categories"][2]["name"] = "wedge"
     (tmp_path / "other.json").write_text(json.dumps(truth))

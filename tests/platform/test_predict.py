@@ -298,13 +298,13 @@ def test_other_categories_are_refused_with_their_difference(predictor):
 
 @pytest.mark.parametrize("format_", ["official", "detrex", "huggingface"])
 def test_published_files_predict_as_our_own_weights_do(tmp_path, paths, format_):
-    """The sizes of the model are found in the tensors; only the network must be named."""
+    """Most sizes are found in the tensors; what cannot be seen in them must be named."""
     config = small_config(logit_eps=published_logit_eps(format_))
     model = small_model(config)
     path = tmp_path / "published.safetensors"
     write_weights(path, to_published(model.state_dict(), config.model, format_))
     backbone = BackboneConfig(name="resnet18.tv_in1k")  # pretrained: must not be fetched
-    unaware = ModelConfig(backbone=backbone, num_heads=4, num_queries=20)
+    unaware = ModelConfig(backbone=backbone, num_heads=4, num_points=2, num_queries=20)
     ours = Predictor(model, config, CATEGORIES)
 
     published = Predictor.from_published(path, replace(config, model=unaware), CATEGORIES)
