@@ -36,14 +36,16 @@ class DataConfig:
     val_annotations: str = ""
     lenient: bool = False  # skip records that cannot be used, with counts, instead of refusing
     max_pixels: int = 50_000_000  # of one image; a larger one is refused from its header
-    train_first: int | None = None  # train on the first so many images only
+    train_first: int | None = None  # use the first so many images only; also to overfit a few
+    val_first: int | None = None
     loader_workers: int = 2  # processes for each training worker; changes the speed alone
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluation_size: EvaluationSize = field(default_factory=EvaluationSize)
 
     def __post_init__(self) -> None:
-        if self.train_first is not None and self.train_first < 1:
-            raise ValueError(f"data.train_first={self.train_first} must be at least 1, or none")
+        for key in ("train_first", "val_first"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1, or none")
         if self.loader_workers < 0:
             raise ValueError(f"data.loader_workers={self.loader_workers} must be at least 0")
 

@@ -100,6 +100,8 @@ def prepare(config: RunConfig) -> Run:
         )
     if data.train_first is not None:
         train_set = train_set.first(min(data.train_first, len(train_set)))
+    if data.val_first is not None:
+        val_set = val_set.first(min(data.val_first, len(val_set)))
     storage = Path(_absolute(config.storage))
     init_checkpoint = config.init_checkpoint and _absolute(config.init_checkpoint)
     if init_checkpoint and not Path(init_checkpoint).exists():

@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER_WITHIN_S = 5.0  # or there is no cluster
+READY_WITHIN_S = 60.0  # the dashboard answers some time before the cluster takes jobs
 RECONNECT_WITHIN_S = 60.0  # after the connection was lost while following
 STOP_WAIT_S = 30  # from SIGTERM to SIGKILL; Ray gives 3, too few to write a run's last state
 MAX_UPLOAD_BYTES = 100 * 2**20  # Ray refuses 512 MiB, but only after it has read all of them
@@ -108,9 +109,6 @@ def submit_job(
     project = Project.holding(script, working_dir)
     variables = {**job_environment(project.root, os.environ), **(env or {})}
     client, address = connect(address)
-    if python is None:
-        python = sys.executable if _is_this_machine(client) else "python"
-    entrypoint = shlex.join([python, str(script.resolve().relative_to(project.root)), *arguments])
     note(
         f"project: {project.root} ({project.num_files} files, {project.size_bytes / 1e6:.1f} MB) "
         f"at {variables.get('DETA_COMMIT', 'no commit')}"
@@ -119,14 +117,14 @@ def submit_job(
     passed_on = sorted(set(variables) - {"DETA_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"})
     if passed_on:
         note(f"passed on: {', '.join(passed_on)}")
-    job_id = client.submit_job(
-        entrypoint=entrypoint,
-        runtime_env={
-            "working_dir": str(project.root),
-            "excludes": list(project.excludes),
-            "env_vars": variables,
-        },
-    )
+    python = python or _wait_for(lambda: _our_python(client), address)
+    entrypoint = [python, str(script.resolve().relative_to(project.root)), *arguments]
+    runtime_env: dict[str, object] = {
+        "working_dir": str(project.root),
+        "excludes": list(project.excludes),
+        "env_vars": variables,
+    }
+    job_id = _wait_for(lambda: _hand_over(client, shlex.join(entrypoint), runtime_env), address)
     if not follow:
         print(job_id, flush=True)
         return 0
@@ -269,17 +267,59 @@ def _measure(root: Path, excludes: Sequence[str]) -> tuple[int, int]:
     return num_files, sum(bytes_by_part.values())
 
 
-def _is_this_machine(client: JobSubmissionClient) -> bool:
-    """Whether the head of the cluster shares our file system; not so behind a forwarded port."""
+def _wait_for(step: Callable[[], str | None], address: str) -> str:
+    """The first result of a step that has none while the cluster is still starting.
+
+    Raises:
+        ClusterError: it does not become ready, or refuses.
+    """
+    deadline_s = time.monotonic() + READY_WITHIN_S
+    while True:
+        try:
+            result = step()
+        except (OSError, RuntimeError) as error:
+            raise ClusterError(f"the cluster at {address} did not take the job: {error}") from error
+        if result is not None:
+            return result
+        if time.monotonic() > deadline_s:
+            raise ClusterError(
+                f"the dashboard at {address} answers, but the cluster takes no job since "
+                f"{READY_WITHIN_S:.0f} s; does `ray status` on its head show a node?"
+            )
+        time.sleep(0.5)
+
+
+def _hand_over(
+    client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, object]
+) -> str | None:
+    """The id of the job; nothing if the cluster cannot take it yet."""
+    try:
+        return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+    except RuntimeError as error:
+        if "No available agent" in str(error):
+            return None
+        raise
+
+
+def _our_python(client: JobSubmissionClient) -> str | None:
+    """This interpreter if the head of the cluster shares our file system, otherwise `python`.
+
+    A job's `python` is the first on the path of the shell that started Ray, which has no Ray if
+    that was `.venv/bin/ray start`. Behind a forwarded port there may be another machine. Nothing
+    if the cluster does not know its head yet.
+    """
     try:
         nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
-        head = next(node for node in nodes if node["raylet"].get("isHeadNode"))
+        head = next((node for node in nodes if node["raylet"].get("isHeadNode")), None)
+        if head is None:
+            return None
         same_name = head["raylet"].get("nodeManagerHostname") == socket.gethostname()
-    except (OSError, ValueError, KeyError, StopIteration):
-        return False
+    except (OSError, ValueError, KeyError, TypeError):  # not how Ray 2.60 answers
+        return "python"
     # Many machines share a name such as "localhost". Ray reports this some seconds after its start.
     booted_at_s, our_own_s = head.get("bootTime"), _booted_at_s()
-    return same_name and (not booted_at_s or not our_own_s or abs(booted_at_s - our_own_s) < 3)
+    same_start = not booted_at_s or not our_own_s or abs(booted_at_s - our_own_s) < 3
+    return sys.executable if same_name and same_start else "python"
 
 
 def _booted_at_s() -> float | None:

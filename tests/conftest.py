@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,25 +71,25 @@ def ray_cluster() -> Iterator[RayCluster]:
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_WITHIN_S),
         "RAY_TMPDIR": str(folder),  # where Ray notes which cluster this machine runs
     }
-    ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS)), strict=True))
-    dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
-    command += ["--num-cpus=2", "--object-store-memory=200000000", f"--node-ip-address={NODE_IP}"]
-    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
-    command += [f"{option}={port}" for option, port in ports.items()]
-    with (folder / "head.log").open("wb") as log:
-        head = subprocess.Popen(
-            command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
+    head: subprocess.Popen[bytes] | None = None
     try:
-        _wait_for(dashboard, token, head, folder / "head.log")
+        for attempt in (1, 2):
+            ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS)), strict=True))
+            head = _start_head(folder, env, ports)
+            if _is_up(head, folder, ports):
+                break
+            _end_tree(head)
+            if attempt == 2:
+                log = (folder / "head.log").read_text(encoding="utf-8", errors="replace")
+                pytest.fail(f"the test cluster did not start:\n{log[-3000:]}")
+        dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
         address = f"{NODE_IP}:{ports['--port']}"
         env |= {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard}
         yield RayCluster(dashboard, address, env, folder)
     finally:
         # Never `ray stop`, which ends every cluster of this machine.
-        _end_tree(head)
+        if head is not None:
+            _end_tree(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -106,22 +105,41 @@ def _free_ports(number: int) -> list[int]:
             each.close()
 
 
-def _wait_for(dashboard: str, token: Path, head: subprocess.Popen[bytes], log: Path) -> None:
+def _start_head(
+    folder: Path, env: dict[str, str], ports: dict[str, int]
+) -> subprocess.Popen[bytes]:
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
+    command += ["--num-cpus=2", "--object-store-memory=200000000", f"--node-ip-address={NODE_IP}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
+    command += [f"{option}={port}" for option, port in ports.items()]
+    with (folder / "head.log").open("wb") as log:
+        return subprocess.Popen(
+            command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _is_up(head: subprocess.Popen[bytes], folder: Path, ports: dict[str, int]) -> bool:
+    """Wait for the node, its dashboard and the agent that takes jobs; false if they do not come."""
+    token = (folder / "token").read_text(encoding="ascii")
     request = urllib.request.Request(
-        f"{dashboard}/api/version",
-        headers={"Authorization": f"Bearer {token.read_text(encoding='ascii')}"},
+        f"http://127.0.0.1:{ports['--dashboard-port']}/api/version",
+        headers={"Authorization": f"Bearer {token}"},
     )
+    agent = (NODE_IP, ports["--dashboard-agent-listen-port"])
     deadline_s = time.monotonic() + START_WITHIN_S
     while head.poll() is None and time.monotonic() < deadline_s:
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.2)
-    pytest.fail(
-        f"the test cluster did not start (exit code {head.poll()}):\n"
-        + log.read_text(encoding="utf-8", errors="replace")[-3000:]
-    )
+        if b"Ray runtime started" in (folder / "head.log").read_bytes():
+            try:
+                with (
+                    urllib.request.urlopen(request, timeout=5),
+                    socket.create_connection(agent, timeout=5),
+                ):
+                    return True
+            except OSError:
+                pass
+        time.sleep(0.2)
+    return False
 
 
 def _end_tree(head: subprocess.Popen[bytes]) -> None:

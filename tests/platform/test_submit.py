@@ -165,18 +165,18 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_lets_it_end(project: Path, ray
     while (line := process.stdout.readline()) != "waiting\n":
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGINT)
-    _, notes = process.communicate(timeout=20)
+    _, notes = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in notes
 
     # What it says to type is what works.
     stop = next(line for line in notes.splitlines() if line.strip().startswith("stop:"))
     command = stop.partition(":")[2].strip() + " --no-wait"
-    subprocess.run(command, shell=True, env=env, check=True, capture_output=True, timeout=30)
+    subprocess.run(command, shell=True, env=env, check=True, capture_output=True, timeout=240)
     follow = next(line for line in notes.splitlines() if line.strip().startswith("follow:"))
     command = follow.partition(":")[2].strip()
     followed = subprocess.run(
-        command, shell=True, env=env, capture_output=True, text=True, timeout=60
+        command, shell=True, env=env, capture_output=True, text=True, timeout=240
     )
     assert "state written" in followed.stdout
 
@@ -197,7 +197,7 @@ def test_a_stopped_job_ends_with_143_and_no_wait_prints_its_id_alone(project: Pa
     while (line := process.stdout.readline()) != "waiting\n":
         assert line, process.communicate()[1]
     process.send_signal(signal.SIGINT)
-    _, notes = process.communicate(timeout=60)
+    _, notes = process.communicate(timeout=240)
     assert process.returncode == 143, notes
 
 
@@ -216,6 +216,14 @@ def test_a_wrong_token_is_said_with_what_to_set(project: Path, ray_cluster, wron
     assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert "0" * 64 not in refused.stderr
+
+
+def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    answers = iter([None, None, "raysubmit_x"])
+    assert submit._wait_for(lambda: next(answers), "http://a:1") == "raysubmit_x"
+    monkeypatch.setattr(submit, "READY_WITHIN_S", 0.0)
+    with pytest.raises(submit.ClusterError, match="takes no job"):
+        submit._wait_for(lambda: None, "http://a:1")
 
 
 def test_rays_own_command_works_with_a_working_dir(ray_cluster):
