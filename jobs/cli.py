@@ -36,8 +36,8 @@ paths      The job runs elsewhere, so relative paths are made absolute, as seen 
            written with a slash. Python files stay as they are: they travel. On other machines the
            paths must exist too, so give shared storage. --keep-paths changes none.
 variables  DETA_COMMIT (the commit of the project), MLFLOW_TRACKING_* and MLFLOW_REGISTRY_URI, and
-           what --env names. Values are not printed, but Ray hands them to the job in its
-           environment: who may run jobs on the cluster can read them.
+           what --env names. Values are not printed here, but Ray writes them into a log on the
+           cluster's nodes (runtime_env_agent.log): a password is better set where Ray is started.
 Ctrl-C     stops watching; the job goes on, and the commands to follow and to stop it are shown. A
            stopped job has 30 s to write its state.
 exit code  the script's own; 143 for a job that was stopped, 130 after Ctrl-C, 2 if the input was

@@ -151,20 +151,25 @@ def demo() -> RunConfig:
             base.model,
             backbone=replace(base.model.backbone, width=0.5),
             num_levels=4,
-            num_points=2,
+            dim=64,
+            num_heads=4,
+            encoder_layers=1,
             num_queries=60,
         ),
+        criterion=replace(base.criterion, class_weight=2.0),
         data=DataConfig(
             loader_workers=0,
             augmentation=AugmentationConfig(
-                short_edges=(96, 112, 128), max_long_edge=171, crop=False
+                short_edges=(112, 120, 128), max_long_edge=171, crop=False
             ),
             evaluation_size=EvaluationSize(short_edge=128, max_long_edge=171),
         ),
-        optim=replace(base.optim, lr=6e-4),
-        schedule=ScheduleConfig(epochs=6, lr_drop_epochs=(), warmup_epochs=0.1, shape="cosine"),
-        evaluate_every_epochs=2,
-        log_every_steps=25,
+        optim=replace(base.optim, lr=1e-3, sampling_lr_factor=0.3),
+        schedule=ScheduleConfig(epochs=10, lr_drop_epochs=(), warmup_epochs=0.1, shape="cosine"),
+        total_batch_size=4,
+        micro_batch_size=2,
+        evaluate_every_epochs=5,
+        log_every_steps=100,
     )
 
 

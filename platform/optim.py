@@ -100,6 +100,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
             for (lr, decay), parameters in groups.items()
         ],
         betas=config.betas,
+        fused=True,  # without it, a fifth of a small model's step on a CPU
     )
 
 

@@ -27,7 +27,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-ANSWER_WITHIN_S = 5.0  # or there is no cluster
+CONNECT_WITHIN_S, ANSWER_WITHIN_S = 5.0, 20.0  # or there is no cluster, or none that works
 READY_WITHIN_S = 60.0  # the dashboard answers some time before the cluster takes jobs
 RECONNECT_WITHIN_S = 60.0  # after the connection was lost while following
 STOP_WAIT_S = 30  # from SIGTERM to SIGKILL; Ray gives 3, too few to write a run's last state
@@ -185,11 +185,16 @@ def connect(address: str | None) -> tuple[JobSubmissionClient, str]:
     address = cluster_address(address, os.environ)
     try:
         # Ray's client waits for an answer as long as it takes.
-        requests.get(f"{address}/api/version", timeout=ANSWER_WITHIN_S)
+        requests.get(f"{address}/api/version", timeout=(CONNECT_WITHIN_S, ANSWER_WITHIN_S))
         with _environment_variable("RAY_API_SERVER_ADDRESS", address):  # beats its argument
             return JobSubmissionClient(address), address
     except AuthenticationError as error:
         raise ClusterError(_no_entry(address, error)) from error
+    except requests.ReadTimeout as error:
+        raise ClusterError(
+            f"something listens at {address}, but gave no answer within {ANSWER_WITHIN_S:.0f} s: "
+            "not the dashboard of a Ray cluster, or one that is overloaded"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # those of requests are OSErrors
         raise ClusterError(
             f"no Ray cluster answers at {address} ({type(error).__name__}). Start one on this "

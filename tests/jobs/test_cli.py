@@ -85,10 +85,20 @@ def test_a_variable_that_is_not_set_is_refused_by_name(
     assert "NOT_SET_HERE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("listening", [False, True], ids=["nobody listens", "nobody answers"])
+@pytest.mark.parametrize(
+    ("listening", "expected"),
+    [(False, "ray start --head"), (True, "no answer within")],
+    ids=["nobody listens", "nobody answers"],
+)
 def test_no_cluster_is_said_within_seconds(
-    listening: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    listening: bool,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    pytest.importorskip("ray")
+    monkeypatch.setattr("deta.platform.submit.ANSWER_WITHIN_S", 0.5)
     script = tmp_path / "job.py"
     script.touch()
     with socket.socket() as server:
@@ -102,5 +112,5 @@ def test_no_cluster_is_said_within_seconds(
 
     assert code == 1
     assert address in message
-    assert "ray start --head" in message
-    assert time.monotonic() - began_s < 20  # 5 s, and the import of Ray on a slow machine
+    assert expected in message
+    assert time.monotonic() - began_s < 10
