@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deta.ops import compiled
+
 _LIBRARY = torch.library.Library("deta", "FRAGMENT")
 _LIBRARY.define(
     "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations,"
@@ -118,7 +120,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.impl(_LIBRARY, "ms_deform_attn", "CompositeExplicitAutograd")
-def _forward(
+def plain_forward(
     value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     num_images, _, num_heads, num_channels = value.shape
@@ -139,7 +141,7 @@ def _forward(
 
 
 @torch.library.impl(_LIBRARY, "ms_deform_attn_backward", "CompositeExplicitAutograd")
-def _backward(
+def plain_backward(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Sequence[int],
@@ -186,6 +188,13 @@ def _backward(
         per_query(grad_grids).to(locations.dtype),
         per_query(grad_weights).to(attention_weights.dtype),
     )
+
+
+# The compiled kernels, where they were built; registered for the CPU alone, they come first there.
+
+if compiled.is_available():
+    torch.library.impl(_LIBRARY, "ms_deform_attn", "CPU")(compiled.forward)
+    torch.library.impl(_LIBRARY, "ms_deform_attn_backward", "CPU")(compiled.backward)
 
 
 # Shape rules, for tracing, and the gradient.

@@ -73,13 +73,13 @@ def ray_cluster() -> Iterator[RayCluster]:
     }
     head: subprocess.Popen[bytes] | None = None
     try:
-        for attempt in (1, 2):
+        for attempt in (1, 2, 3):  # Ray gives its node 30 s to come up, however busy the machine
             ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS)), strict=True))
             head = _start_head(folder, env, ports)
             if _is_up(head, folder, ports):
                 break
             _end_tree(head)
-            if attempt == 2:
+            if attempt == 3:
                 log = (folder / "head.log").read_text(encoding="utf-8", errors="replace")
                 pytest.fail(f"the test cluster did not start:\n{log[-3000:]}")
         dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deta.ops.ms_deform_attn import ms_deform_attn
+from deta.ops import compiled
+from deta.ops.ms_deform_attn import ms_deform_attn, plain_backward, plain_forward
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared")
@@ -63,29 +64,85 @@ def random_inputs(
     return value, list(shapes), locations, weights
 
 
+KERNELS = {"plain": (plain_forward, plain_backward)}
+if compiled.is_available():
+    KERNELS["compiled"] = (compiled.forward, compiled.backward)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("path", PARITY_CASES, ids=lambda path: path.stem)
-def test_parity_with_published_operator(path: Path, record_property):
+def test_parity_with_published_operator(path: Path, kernel: str, record_property):
+    forward, backward = KERNELS[kernel]
     case = load_file(path)
-    shapes = [tuple(shape) for shape in case["spatial_shapes"].tolist()]
+    shapes = case["spatial_shapes"].flatten().tolist()
     for dtype, prefix, tolerance in ((torch.float64, "f64", 1e-12), (torch.float32, "f32", 1e-5)):
-        inputs = [
-            case[name].to(dtype).requires_grad_()
-            for name in ("value", "sampling_locations", "attention_weights")
-        ]
-        output = ms_deform_attn(inputs[0], shapes, inputs[1], inputs[2])
-        output.backward(case["grad_output"].to(dtype))
-        found = {"output": output.detach()} | {
-            f"grad_{name}": tensor.grad
-            for name, tensor in zip(
-                ("value", "sampling_locations", "attention_weights"), inputs, strict=True
-            )
-        }
+        value, locations, weights, grad_output = (
+            case[name].to(dtype)
+            for name in ("value", "sampling_locations", "attention_weights", "grad_output")
+        )
+        names = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
+        found = {"output": forward(value, shapes, locations, weights)} | dict(
+            zip(names, backward(grad_output, value, shapes, locations, weights), strict=True)
+        )
         for name, tensor in found.items():
             expected = case[f"{prefix}.{name}"]
             difference = (tensor - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-            group = "op" if dtype == torch.float32 else "op, float64"
+            group = f"op, {kernel}" + (", float64" if prefix == "f64" else "")
             record_property("difference", (group, name, float(difference)))
             assert difference <= tolerance, f"{prefix}.{name} differs by {difference:.2e}"
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="the kernels were not compiled")
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.integers(0, 2),
+    queries=st.integers(0, 4),
+    heads=st.integers(1, 3),
+    points=st.integers(1, 4),
+    channels=st.integers(1, 40),
+    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    threads=st.integers(1, 3),
+)
+def test_compiled_kernels_equal_the_plain_one(
+    images, queries, heads, points, channels, shapes, seed, threads
+):
+    value, shapes, locations, weights = random_inputs(
+        shapes, images, queries, heads, points, channels, seed
+    )
+    if locations.numel() > 0:
+        locations.view(-1)[seed % locations.numel()] = (math.nan, math.inf, 1e30)[seed % 3]
+    flat = [size for shape in shapes for size in shape]
+    grad_output = torch.randn(images, queries, heads * channels).double()
+    arguments = (value, flat, locations, weights)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = (compiled.forward(*arguments), *compiled.backward(grad_output, *arguments))
+    finally:
+        torch.set_num_threads(before)
+    expected = (plain_forward(*arguments), *plain_backward(grad_output, *arguments))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="the kernels were not compiled")
+def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads():
+    value, _, locations, weights = random_inputs(((16, 16), (8, 8)), queries=80, channels=16)
+    arguments = (
+        value.float(),
+        [16, 16, 8, 8],
+        locations.float(),
+        weights.float(),
+    )
+    grad_output = torch.randn(2, 80, 32)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((compiled.forward(*arguments), *compiled.backward(grad_output, *arguments)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @settings(max_examples=25, deadline=None)

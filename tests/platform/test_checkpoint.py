@@ -66,7 +66,9 @@ def test_one_flipped_bit_is_found(tmp_path: Path, name: str):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "config.json", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.json", "config.json", "MANIFEST.json"]
+)
 def test_a_file_cut_short_or_gone_is_found(tmp_path: Path, name: str):
     path = write(tmp_path, 1)
     (path / name).write_bytes((path / name).read_bytes()[:-5])
