@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from deta.jobs.recipe import run_recipe
 from deta.model.backbone import BackboneConfig
+from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
 from deta.platform.config import ClusterConfig, DataConfig, RunConfig
 from deta.platform.optim import OptimConfig, ScheduleConfig
@@ -101,7 +102,8 @@ def small() -> RunConfig:
     """a small DETA that learns from scratch on a CPU; for data sets of a few hundred images
 
     No published source. ResNet-10 with GroupNorm, so that the result does not depend on how a batch
-    is split, two layers each of encoder and decoder, 100 queries, images of about 256 px.
+    is split, one encoder and two decoder layers, 100 queries, images of about 256 px. Small
+    batches, since from scratch the number of updates counts more than their precision.
     """
     return RunConfig(
         name="deta-small",
@@ -109,32 +111,34 @@ def small() -> RunConfig:
             backbone=BackboneConfig(
                 name="resnet10t", pretrained=False, norm="group", frozen_parts=()
             ),
+            num_levels=4,
             dim=128,
-            encoder_layers=2,
+            encoder_layers=1,
             decoder_layers=2,
             ffn_dim=256,
             num_queries=100,
         ),
+        criterion=CriterionConfig(class_weight=2.0),
         data=DataConfig(
             loader_workers=0,
             augmentation=AugmentationConfig(
                 short_edges=(192, 208, 224, 240, 256),
-                max_long_edge=352,
+                max_long_edge=341,
                 crop_pre_short_edges=(224, 256, 288),
                 crop_min=160,
                 crop_max=256,
             ),
-            evaluation_size=EvaluationSize(short_edge=256, max_long_edge=352),
+            evaluation_size=EvaluationSize(short_edge=240, max_long_edge=320),
         ),
         optim=OptimConfig(
-            lr=4e-4, backbone_lr_factor=1.0, sampling_lr_factor=0.5, max_grad_norm=1.0
+            lr=1e-3, backbone_lr_factor=1.0, sampling_lr_factor=0.3, max_grad_norm=1.0
         ),
-        schedule=ScheduleConfig(epochs=40, lr_drop_epochs=(34.0,), warmup_epochs=1.0),
+        schedule=ScheduleConfig(epochs=40, lr_drop_epochs=(), warmup_epochs=1.0, shape="cosine"),
         cluster=ClusterConfig(num_workers=2, gpu=False, cpus_per_worker=1),
-        total_batch_size=8,
-        micro_batch_size=4,
+        total_batch_size=4,
+        micro_batch_size=2,
         evaluate_every_epochs=5,
-        log_every_steps=20,
+        log_every_steps=50,
     )
 
 
@@ -150,25 +154,19 @@ def demo() -> RunConfig:
         model=replace(
             base.model,
             backbone=replace(base.model.backbone, width=0.5),
-            num_levels=4,
             dim=64,
             num_heads=4,
-            encoder_layers=1,
             num_queries=60,
         ),
-        criterion=replace(base.criterion, class_weight=2.0),
         data=DataConfig(
             loader_workers=0,
             augmentation=AugmentationConfig(
-                short_edges=(112, 120, 128), max_long_edge=171, crop=False
+                short_edges=(104, 112, 120), max_long_edge=138, crop=False
             ),
-            evaluation_size=EvaluationSize(short_edge=128, max_long_edge=171),
+            evaluation_size=EvaluationSize(short_edge=112, max_long_edge=128),
         ),
-        optim=replace(base.optim, lr=1e-3, sampling_lr_factor=0.3),
+        optim=replace(base.optim, lr=1.5e-3),
         schedule=ScheduleConfig(epochs=10, lr_drop_epochs=(), warmup_epochs=0.1, shape="cosine"),
-        total_batch_size=4,
-        micro_batch_size=2,
-        evaluate_every_epochs=5,
         log_every_steps=100,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from deta.ops.compiled import cpu_path
 from deta.platform.training import Run
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Console:
             f"{min(share, config.micro_batch_size)} images at a time"
             + (f", accumulated {accumulation} times" if accumulation > 1 else "")
         )
+        if not config.cluster.gpu:
+            self.echo(f"deformable attention: {cpu_path()} kernel")
         self.echo(f"folder: {run.folder}")
 
     def show(self, event: dict[str, Any]) -> None:

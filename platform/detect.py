@@ -112,5 +112,6 @@ def evaluate_model(
     if not worker.leads:
         return None
     assert shards is not None
-    results = merge_shards(shards, (image["id"] for image in dataset.ground_truth["images"]))
-    return Evaluation(evaluate_detections(dataset.ground_truth, results), results)
+    ground_truth = dataset.ground_truth  # made anew at each look
+    results = merge_shards(shards, (image["id"] for image in ground_truth["images"]))
+    return Evaluation(evaluate_detections(ground_truth, results), results)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CATEGORY_NAMES = ("disc", "square", "triangle", "star", "ring")  # ids 1 to 5
-ASPECT_RATIOS = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.75), (0.75, 1.0))  # width, height; of size_px
+ASPECT_RATIOS = [(1.0, 1.0), (1.0, 0.875), (0.875, 1.0)]  # width, height
 MAX_SHAPES = 4
 MIN_SIDE, MAX_SIDE = 24 / 128, 62 / 128  # of the box, as a part of size_px
 MIN_VISIBLE = 0.7  # of a shape's area: the rest may be covered or outside of the picture
@@ -33,7 +33,7 @@ RING_HOLE = 0.55  # of the radius
 JPEG_QUALITY = 92
 FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
 MARKER = "shapes.json"  # says how the set was made; written last
-DRAWING_VERSION = 5  # goes up when the same seed gives other pictures
+DRAWING_VERSION = 6  # goes up when the same seed gives other pictures
 
 
 @dataclass(frozen=True)
