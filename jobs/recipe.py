@@ -55,7 +55,7 @@ def run_recipe(
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

@@ -11,6 +11,7 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import FeatureInfo
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.body = _timm_network(config)
-        self.channels: list[int] = self.body.feature_info.channels()
+        self.body: nn.Module = _timm_network(config)
+        self.channels: list[int] = _features(self.body).channels()
         self.norms = nn.ModuleList(
             nn.LayerNorm(channels) if config.output_norm else nn.Identity()
             for channels in self.channels
@@ -93,7 +94,7 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
         options["stem_width"] = int(RESNET_STEM_WIDTH * config.width)
     with torch.device("meta"):  # only to ask it for its strides
         probe = timm.create_model(config.name, pretrained=False, features_only=True)
-    strides = probe.feature_info.reduction()
+    strides = _features(probe).reduction()
     if not set(STRIDES) <= set(strides):
         raise ValueError(
             f"backbone {config.name} gives features at strides {strides}; DETA needs {STRIDES}"
@@ -117,11 +118,17 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
             "model.backbone.frozen_parts=[]`."
         ) from error
     if is_swin:
-        network.patch_embed.dynamic_img_pad = True
+        network.get_submodule("patch_embed").dynamic_img_pad = True  # type: ignore[assignment]
         for module in network.modules():
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = _PaddedSwinBlock
     return network
+
+
+def _features(network: nn.Module) -> FeatureInfo:
+    info = network.feature_info
+    assert isinstance(info, FeatureInfo)
+    return info
 
 
 class _PaddedSwinBlock(SwinTransformerBlock):

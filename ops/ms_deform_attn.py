@@ -228,7 +228,7 @@ def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output
     ctx.save_for_backward(value, locations, attention_weights)
 
 
-def _gradient(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _gradient(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.deta.ms_deform_attn_backward(
         grad_output.contiguous(), value, ctx.spatial_shapes, locations, attention_weights

@@ -143,12 +143,12 @@ def from_json(kind: type[Config], text: str) -> Config:
 
 def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
     types_by_name = _types(kind)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types_by_name:
             raise _unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in types_by_name])
         part = types_by_name[name]
-        if is_dataclass(part):
+        if isinstance(part, type) and is_dataclass(part):
             arguments[name] = _from_dict(part, value, f"{prefix}{name}.")
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
@@ -193,7 +193,7 @@ def _override(config: Config, changes: Mapping[str, Any], prefix: str) -> Config
 
 def _types(kind: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {part.name: hints[part.name] for part in fields(kind)}  # type: ignore[arg-type]
+    return {part.name: hints[part.name] for part in fields(kind)}
 
 
 def _unknown(key: str, known: Sequence[str]) -> ValueError:
@@ -219,8 +219,8 @@ def _parse(value: Any, kind: Any, key: str) -> Any:
     if origin is not None and issubclass(origin, Sequence):  # tuple[X, ...] or Sequence[X]
         items = value
         if isinstance(value, str):
-            words = [word.strip(" '\"") for word in value.strip("[]() ").split(",")]
-            items = [word for word in words if word]
+            parts = [part.strip(" '\"") for part in value.strip("[]() ").split(",")]
+            items = [part for part in parts if part]
         return tuple(_parse(item, arguments[0], key) for item in items)
     if kind is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -149,7 +149,7 @@ class Tracker:
             ],
         )
         self._client.log_dict(self.run_id, _environment(), "environment.json")
-        categories = {category.id: category.name for category in self.run.train_set.categories}
+        categories = {str(category.id): category.name for category in self.run.train_set.categories}
         self._client.log_dict(self.run_id, categories, "categories.json")
 
     def upload(self) -> None:

@@ -263,7 +263,7 @@ class _Loop:
         if not bad.any():
             return
         row = int(bad.argmax())
-        own = {
+        own: dict[str, list] = {
             "images": progress.image_ids[row],
             "not_finite": [
                 name

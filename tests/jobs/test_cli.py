@@ -114,3 +114,33 @@ def test_no_cluster_is_said_within_seconds(
     assert address in message
     assert expected in message
     assert time.monotonic() - began_s < 10
+
+
+def test_settings_and_options_of_a_recipe_mix_in_any_order():
+    recipe = Path(__file__).resolve().parents[2] / "jobs" / "deta_r50.py"
+    arguments = ["optim.lr=3e-5", "--name", "mixed", "storage=/s", "--val-images", "v", "seed=7"]
+    shown = subprocess.run(
+        [sys.executable, str(recipe), *arguments, "--show"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    expected = {"optim.lr=3e-05", "name=mixed", "storage=/s", "data.val_images=v", "seed=7"}
+    assert expected <= set(shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lr"], "not of the form key=value"),
+        (["optim.learning=1"], "there is no configuration key"),
+        (["total_batch_size=4"], "without an image"),
+    ],
+)
+def test_a_recipe_refuses_a_wrong_setting_by_name(arguments: list[str], message: str):
+    recipe = Path(__file__).resolve().parents[2] / "jobs" / "deta_r50.py"
+    refused = subprocess.run(
+        [sys.executable, str(recipe), *arguments], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert message in refused.stderr
