@@ -47,6 +47,16 @@ class BackboneConfig:
             )
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, but a group with a single value is its bias, not an error.
+
+    Such groups are the coarsest level of a tiny image that is alone in its batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class Backbone(nn.Module):
     """B 3 H W -> three maps B C h w, finest first."""
 
@@ -154,7 +164,7 @@ def _replace_batch_norm(network: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.BatchNorm2d:
                 groups = math.gcd(max(1, child.num_features // 16), child.num_features)
-                setattr(module, name, nn.GroupNorm(groups, child.num_features))
+                setattr(module, name, GroupNorm(groups, child.num_features))
             elif isinstance(child, nn.BatchNorm2d):
                 raise ValueError(
                     f"backbone.norm=group cannot replace a {type(child).__name__}; "

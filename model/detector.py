@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deta.model.backbone import STRIDES, Backbone, BackboneConfig
+from deta.model.backbone import STRIDES, Backbone, BackboneConfig, GroupNorm
 from deta.model.position import encode_boxes, encode_pixels
 from deta.model.proposals import make_anchors, select_highest, select_spread
 from deta.model.transformer import (
@@ -91,7 +91,7 @@ class InputProjection(nn.Sequential):
         )
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-        super().__init__(convolution, nn.GroupNorm(math.gcd(32, dim), dim))
+        super().__init__(convolution, GroupNorm(math.gcd(32, dim), dim))
 
 
 class FeaturePyramid(nn.Module):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
+import pickle
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
@@ -94,29 +95,41 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return newest.model_state()
 
 
-def train_as(rank: int, world_size: int, port: int, run: Run) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
-    train(run, Worker(rank, world_size))
-    dist.destroy_process_group()
+WORKER = """
+import pickle, sys
+import torch, torch.distributed as dist
+from deta.platform.detect import Worker
+from deta.platform.training import train
+
+rank, world_size, port, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+)
+with open(file, "rb") as pickled:
+    train(pickle.load(pickled), Worker(rank, world_size))
+dist.destroy_process_group()
+"""
 
 
 def train_on(world_size: int, run: Run) -> None:
+    """In processes of their own, without a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    file = run.folder / "run.pickle"
+    file.write_bytes(pickle.dumps(run))
     workers = [
-        context.Process(target=train_as, args=(rank, world_size, port, run))
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(world_size), str(port), str(file)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(world_size)
     ]
     for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-        assert worker.exitcode == 0
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors
 
 
 @pytest.fixture(scope="module")
