@@ -205,16 +205,17 @@ class TrainingOrder:
 def evaluation_batches(
     num_images: int, batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """The images one rank evaluates: indices rank, rank + world_size, ... in batches.
+    """The images one rank evaluates: of all batches in order, numbers rank, rank + world_size, …
 
-    Over all ranks every image occurs exactly once: nothing is padded or repeated, so the last
-    batch may be smaller, and a rank may have no batch at all.
+    Batches are shared, not images, so the same images are padded together whatever the number of
+    ranks, and detections are the same. Every image occurs exactly once: nothing is padded or
+    repeated, so the last batch may be smaller, and a rank may have no batch at all.
     """
     check_rank(rank, world_size)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    own = range(rank, num_images, world_size)
-    return [list(own[begin : begin + batch_size]) for begin in range(0, len(own), batch_size)]
+    begins = range(0, num_images, batch_size)[rank::world_size]
+    return [list(range(begin, min(begin + batch_size, num_images))) for begin in begins]
 
 
 def check_rank(rank: int, world_size: int) -> None:

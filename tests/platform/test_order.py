@@ -162,9 +162,9 @@ def test_evaluation_shows_every_image_once(num_images, batch_size, world_size):
     ]
     assert sorted(chain(*chain(*ranks))) == list(range(num_images))
     assert all(0 < len(batch) <= batch_size for rank in ranks for batch in rank)
-    assert [index for batch in ranks[0] for index in batch] == list(
-        range(0, num_images, world_size)
-    )
+    # The same images are together whatever the number of ranks, so their padding is the same.
+    (alone,) = [evaluation_batches(num_images, batch_size, 0, 1)]
+    assert sorted(chain(*ranks)) == alone
 
 
 def test_seeds_of_samples_are_different_and_fit_an_int64():

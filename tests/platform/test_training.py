@@ -148,7 +148,8 @@ def test_two_workers_learn_what_one_learns(drawn: ShapesDataset, undisturbed: Ru
     assert one.keys() == two.keys()
     worst = max(abs(one[step] - two[step]) / abs(one[step]) for step in one)
     # Sums in another order; it grows from step to step as the weights drift apart.
-    assert worst <= 1e-5, f"losses differ by {worst:.1e}"
+    print(f"losses of one and of two workers differ by {worst:.1e} at most")
+    assert worst <= 1e-5
     metrics = [checkpoint.newest_checkpoint(r.checkpoints) for r in (undisturbed, run)]
     assert metrics[0].state.metrics == pytest.approx(metrics[1].state.metrics, abs=0.1)
 
