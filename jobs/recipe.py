@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -105,9 +106,13 @@ def train_and_exit(config: RunConfig, *, resume: bool = False) -> NoReturn:
     except RuntimeError as error:
         print(f"\nthe run failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("\nstopped; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        # The run is written and marked. Leaving by the front door, Ray's library would wait for
+        # its workers and then abort, which hides the exit code.
+        os._exit(128 + (_signals[0] if _signals else signal.SIGINT))
     sys.exit(0)
 
 
@@ -116,7 +121,11 @@ def _refuse(error: ValueError) -> NoReturn:
     sys.exit(2)
 
 
+_signals: list[int] = []  # kept here, since Ray raises a SystemExit of its own on the way
+
+
 def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+    _signals.append(number)
     sys.exit(128 + number)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -224,7 +225,10 @@ def connect(echo: Callable[[str], None] = print) -> None:
     if address is None and os.environ["RAY_AUTH_MODE"] == "token":
         _private_token()
     # Workers write to the journal; what they print besides is in Ray's logs.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own there, which aborts
     resources = ray.cluster_resources()
     echo(
         f"Ray cluster {'at ' + address if address else 'on this machine'}: "

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# One thread everywhere: two processes on the same numbers then sum in the same order, and tests
+# that compare them can ask for equal bits. Read when torch is imported, so before that.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import secrets
 import shutil
 import signal
