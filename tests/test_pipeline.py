@@ -164,7 +164,7 @@ def test_a_stopped_run_is_marked_and_resumes_as_the_same_run(drawn: ShapesDatase
         env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert changed.returncode == 2
-    assert "optim.lr: 0.0006 -> 1e-05" in changed.stderr
+    assert "optim.lr: 0.0015 -> 1e-05" in changed.stderr
 
     resumed = subprocess.run(
         [sys.executable, *arguments, "--resume"],
