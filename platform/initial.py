@@ -46,7 +46,9 @@ def published_state(
         ValueError: as `from_published`; or the file's classes cannot be those of the data set.
     """
     tensors = read_weights(path)
-    (file_classes,) = {len(t) for name, t in tensors.items() if name.endswith("class_embed.0.bias")}
+    # A file without class heads, or with unequal ones, is refused below, by name.
+    rows = {len(t) for name, t in tensors.items() if name.endswith("class_embed.0.bias")}
+    file_classes = rows.pop() if len(rows) == 1 else len(categories)
     class_rows = None
     if file_classes != len(categories):
         class_rows = [category.id for category in categories]
