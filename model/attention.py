@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deta.ops.ms_deform_attn import ms_deform_attn
+from deta.ops.ms_deform_attn import ms_deform_attn_fused
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -51,8 +51,7 @@ class MultiScaleDeformableAttention(nn.Module):
     def forward(
         self,
         queries: Tensor,
-        centres: Tensor,
-        offset_unit: Tensor,
+        references: Tensor,
         memory: Tensor,
         shapes: Sequence[tuple[int, int]],
         padding: Tensor,
@@ -61,9 +60,10 @@ class MultiScaleDeformableAttention(nn.Module):
 
         Args:
             queries: B Q D.
-            centres: B Q L 2, (x, y) where each query looks from, relative to the padded level.
-            offset_unit: broadcastable to B Q L 2, the length of one unit of offset in the same
-                frame: a pixel for encoder tokens, an eighth of the box for decoder queries.
+            references: B Q L 2, (x, y) where each query looks from, relative to the padded level;
+                offsets are then in pixels. Or B Q L 4, its box (cx, cy, w, h) in the same frame;
+                P units of offset are then half the box. Never below float32: half precision moves
+                a sample by whole pixels.
             memory: B S D, the features that are read.
             shapes: (height, width) of each level.
             padding: B S, true where there is no image; such features read as zero.
@@ -71,16 +71,13 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             B Q D.
         """
-        num_images, num_queries, _ = queries.shape
         points = (self.num_heads, self.num_levels, self.num_points)
         value = self.value_projection(memory).masked_fill(padding[..., None], 0)
-        value = value.unflatten(-1, (self.num_heads, -1))  # B S H D/H
-
-        # Locations stay float32 under autocast: half precision moves a sample by whole pixels.
-        offsets = self.sampling_offsets(queries).float().unflatten(-1, (*points, 2))
-        locations = (
-            centres[:, :, None, :, None] + offsets * offset_unit[:, :, None, :, None]
-        )  # B Q H L P 2
-        logits = self.attention_weights(queries).view(num_images, num_queries, self.num_heads, -1)
-        weights = logits.softmax(-1).unflatten(-1, points[1:])  # over all levels and points
-        return self.output_projection(ms_deform_attn(value, shapes, locations, weights))
+        read = ms_deform_attn_fused(
+            value.unflatten(-1, (self.num_heads, -1)),  # B S H D/H
+            shapes,
+            references,
+            self.sampling_offsets(queries).unflatten(-1, (*points, 2)),
+            self.attention_weights(queries).unflatten(-1, points),
+        )
+        return self.output_projection(read)

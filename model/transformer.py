@@ -25,7 +25,6 @@ class Levels:
     index: Tensor  # S, the level that a pixel belongs to
     valid_size: Tensor  # B L 2, (columns, rows) of each level that hold image
     valid_ratio: Tensor  # B L 2, (x, y): the share of each level that holds image
-    pixel: Tensor  # L 2, (x, y): the size of one pixel relative to its padded level
 
     @staticmethod
     def of(paddings: list[Tensor]) -> Levels:
@@ -51,7 +50,6 @@ class Levels:
             index=index,
             valid_size=valid_size,
             valid_ratio=valid_size / sizes,
-            pixel=1 / sizes,
         )
 
     def pixel_centres(self) -> Tensor:
@@ -98,9 +96,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, memory: Tensor, position: Tensor, centres: Tensor, levels: Levels) -> Tensor:
         attended = self.attention(
-            memory + position, centres, levels.pixel[None, None], memory, levels.shapes,
-            levels.padding,
-        )  # fmt: skip
+            memory + position, centres, memory, levels.shapes, levels.padding
+        )
         return self.ffn(self.attention_norm(memory + self.dropout(attended)))
 
 
@@ -155,11 +152,9 @@ class DecoderLayer(nn.Module):
         queries = self.self_attention_norm(queries + self.dropout(mixed))
 
         boxes = reference_boxes[:, :, None] * levels.valid_ratio.repeat(1, 1, 2)[:, None]  # B Q L 4
-        offset_unit = boxes[..., 2:] * (0.5 / self.cross_attention.num_points)
         read = self.cross_attention(
-            queries + query_position, boxes[..., :2], offset_unit, memory, levels.shapes,
-            levels.padding,
-        )  # fmt: skip
+            queries + query_position, boxes, memory, levels.shapes, levels.padding
+        )
         queries = self.cross_attention_norm(queries + self.dropout(read))
         return self.ffn(queries)
 

@@ -1,11 +1,11 @@
 """Multi-scale deformable attention: the one operation that PyTorch does not have.
 
-Each query looks at a few points on every feature map, wherever it likes, and takes the
-weighted sum of what it finds there (Deformable DETR, Zhu et al. 2021, section 4.1,
-https://arxiv.org/abs/2010.04159). This file is the whole definition of the operator: its
-schema, the plain PyTorch kernel that is the specification, the shape rule and the gradient.
-A compiled kernel registers itself under the same schema for one device and is taken there
-instead; everything else stays.
+Each query looks at a few points on every feature map, wherever it likes, and takes the weighted sum
+of what it finds there (Deformable DETR, Zhu et al. 2021, section 4.1,
+https://arxiv.org/abs/2010.04159). It comes in two forms: from sampling locations and attention
+weights, and from what a network predicts, offsets from a reference and logits. This file is what
+PyTorch knows of the operator: schema, shape rule, gradient, what autocast does, and which kernels
+serve which device. What it computes is defined in `plain.py`.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level
@@ -13,12 +13,18 @@ instead; everything else stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from deta.ops import compiled
+from deta.ops import cpu, plain
+
+logger = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("deta", "FRAGMENT")
 _LIBRARY.define(
@@ -29,8 +35,15 @@ _LIBRARY.define(
     "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes,"
     " Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)"
 )
-
-_BILINEAR, _ZERO_PADDING = 0, 0  # the codes that aten::grid_sampler_2d gives these modes
+_LIBRARY.define(
+    "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor reference_points,"
+    " Tensor sampling_offsets, Tensor attention_logits) -> Tensor"
+)
+_LIBRARY.define(
+    "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes,"
+    " Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
 def ms_deform_attn(
@@ -60,19 +73,64 @@ def ms_deform_attn(
         `grid_sample(align_corners=False)`.
     """
     flat_shapes = [size for shape in spatial_shapes for size in shape]
-    _check_shapes(value, flat_shapes, sampling_locations, attention_weights)
+    _check_shapes(value, flat_shapes, sampling_locations, attention_weights, _NAMES)
     return torch.ops.deta.ms_deform_attn(value, flat_shapes, sampling_locations, attention_weights)
 
 
-def _check_shapes(
-    value: Tensor, flat_shapes: list[int], locations: Tensor, weights: Tensor
-) -> None:
-    num_levels = len(flat_shapes) // 2
-    if value.dim() != 4 or locations.dim() != 6 or weights.dim() != 5:
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """The same from references, offsets and logits, without tensors of locations and weights.
+
+    Args:
+        value: B S H D.
+        spatial_shapes: (height, width) of each level.
+        reference_points: B Q L 2, (x, y) in the frame of `sampling_locations`; the offsets are
+            then in pixels of each level. Or B Q L 4, boxes (cx, cy, w, h) in that frame; P units
+            of offset are then half the box. Stays float32 under autocast: half precision would
+            move samples by whole pixels.
+        sampling_offsets: B Q H L P 2, (x, y).
+        attention_logits: B Q H L P; the softmax is over all levels and points.
+
+    Returns, Raises: as `ms_deform_attn`.
+
+    Source: Zhu et al. 2021, section 4.1 and appendix A.3.
+    """
+    flat_shapes = [size for shape in spatial_shapes for size in shape]
+    _check_shapes(value, flat_shapes, sampling_offsets, attention_logits, _FUSED_NAMES)
+    expected = (*sampling_offsets.shape[:2], sampling_offsets.shape[3])
+    if tuple(reference_points.shape[:-1]) != expected or reference_points.shape[-1] not in (2, 4):
         raise ValueError(
-            "ms_deform_attn takes value B S H D, sampling_locations B Q H L P 2 and "
-            f"attention_weights B Q H L P; got {tuple(value.shape)}, {tuple(locations.shape)} "
-            f"and {tuple(weights.shape)}"
+            f"reference_points must be B Q L 2 or B Q L 4 with B Q L = {tuple(expected)}; "
+            f"got {tuple(reference_points.shape)}"
+        )
+    return torch.ops.deta.ms_deform_attn_fused(
+        value, flat_shapes, reference_points, sampling_offsets, attention_logits
+    )
+
+
+_NAMES = ("ms_deform_attn", "sampling_locations", "attention_weights")
+_FUSED_NAMES = ("ms_deform_attn_fused", "sampling_offsets", "attention_logits")
+
+
+def _check_shapes(
+    value: Tensor,
+    flat_shapes: list[int],
+    places: Tensor,
+    attention: Tensor,
+    names: tuple[str, str, str],
+) -> None:
+    operator, places_name, attention_name = names
+    num_levels = len(flat_shapes) // 2
+    if value.dim() != 4 or places.dim() != 6 or attention.dim() != 5:
+        raise ValueError(
+            f"{operator} takes value B S H D, {places_name} B Q H L P 2 and "
+            f"{attention_name} B Q H L P; got {tuple(value.shape)}, {tuple(places.shape)} "
+            f"and {tuple(attention.shape)}"
         )
     num_images, num_pixels, num_heads, _ = value.shape
     if num_pixels != sum(h * w for h, w in zip(flat_shapes[::2], flat_shapes[1::2], strict=True)):
@@ -80,162 +138,163 @@ def _check_shapes(
             f"value holds {num_pixels} pixels, but the levels {flat_shapes} (height, width, …) "
             "have another number"
         )
-    expected = (num_images, weights.shape[1], num_heads, num_levels, weights.shape[4])
-    if tuple(weights.shape) != expected or tuple(locations.shape) != (*expected, 2):
+    expected = (num_images, attention.shape[1], num_heads, num_levels, attention.shape[4])
+    if tuple(attention.shape) != expected or tuple(places.shape) != (*expected, 2):
         raise ValueError(
             f"value has {num_images} images and {num_heads} heads and there are {num_levels} "
-            f"levels, which does not fit sampling_locations {tuple(locations.shape)} and "
-            f"attention_weights {tuple(weights.shape)}"
+            f"levels, which does not fit {places_name} {tuple(places.shape)} and "
+            f"{attention_name} {tuple(attention.shape)}"
         )
 
 
-# The plain kernel. Arithmetic is never below float32: PyTorch's bfloat16 grid_sample on the CPU
-# computes pixel indices in bfloat16, which gives wrong results and can read out of bounds.
+# Which kernels serve which device. All offer forward, backward, fused_forward, fused_backward.
 
 
-def _levels(
-    value: Tensor, flat_shapes: Sequence[int], locations: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each level's features (B·H D h w) and sampling grid (B·H Q P 2, in -1..1)."""
-    num_images, _, num_heads, num_channels = value.shape
-    # A location at -1 or 2 is further than a pixel outside every level and so contributes nothing;
-    # clamping keeps infinities and NaN out of the index arithmetic without changing any result.
-    locations = locations.to(dtype).nan_to_num(nan=-1.0).clamp(-1.0, 2.0)
-    start = 0
-    for level, (height, width) in enumerate(zip(flat_shapes[::2], flat_shapes[1::2], strict=True)):
-        features = value[:, start : start + height * width].to(dtype)  # B hw H D
-        features = features.permute(0, 2, 3, 1).reshape(-1, num_channels, height, width)
-        grid = 2 * locations[:, :, :, level].transpose(1, 2) - 1  # B H Q P 2
-        yield features, grid.reshape(num_images * num_heads, *grid.shape[2:])
-        start += height * width
+@cache
+def kernels_for(device_type: str) -> ModuleType:
+    """The fastest kernels that are there: compiled, for CUDA then Triton, then plain PyTorch.
+
+    DETA_OPS names others to compare with, or to rule some out: `plain`, or `triton` on CUDA.
+    """
+    wanted = os.environ.get("DETA_OPS", "")
+    if wanted not in ("", "plain", "triton"):
+        raise ValueError(f"DETA_OPS={wanted!r} is neither plain nor triton; unset it")
+    if wanted != "plain":
+        if device_type == "cpu" and cpu.is_available():
+            return cpu
+        if device_type == "cuda":
+            from deta.ops import cuda, triton_kernels
+
+            if wanted != "triton" and cuda.is_available():
+                return cuda
+            if triton_kernels.is_available():
+                return triton_kernels
+        logger.warning(
+            "multi-scale deformable attention on %s runs on plain PyTorch, many times slower than "
+            "compiled; `python -m deta.ops` says what is missing",
+            device_type,
+        )
+    return plain
 
 
-def _per_head(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """B Q H … -> B·H Q …"""
-    return tensor.to(dtype).transpose(1, 2).flatten(0, 1)
+def path(device_type: str) -> str:
+    """Which kernels run on a device, in words."""
+    kernels = kernels_for(device_type)
+    return "plain PyTorch" if kernels is plain else kernels.path()
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _on(device_type: str, function: str) -> Callable:
+    def kernel(*arguments):
+        return getattr(kernels_for(device_type), function)(*arguments)
+
+    return kernel
 
 
-@torch.library.impl(_LIBRARY, "ms_deform_attn", "CompositeExplicitAutograd")
-def plain_forward(
-    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, attention_weights: Tensor
+_KERNELS = {
+    "ms_deform_attn": "forward",
+    "ms_deform_attn_backward": "backward",
+    "ms_deform_attn_fused": "fused_forward",
+    "ms_deform_attn_fused_backward": "fused_backward",
+}
+
+for _operator, _function in _KERNELS.items():
+    _LIBRARY.impl(_operator, getattr(plain, _function), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_operator, _on("cpu", _function), "CPU")
+    _LIBRARY.impl(_operator, _on("cuda", _function), "CUDA")
+
+
+def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """For `run_decompositions`: the operator in standard ones, to export a model without it."""
+    return {
+        torch.ops.deta.ms_deform_attn.default: plain.forward,
+        torch.ops.deta.ms_deform_attn_fused.default: plain.fused_forward,
+    }
+
+
+# Shape rules, for tracing.
+
+
+def _output_like(
+    value: Tensor, spatial_shapes: Sequence[int], first: Tensor, *others: Tensor
 ) -> Tensor:
     num_images, _, num_heads, num_channels = value.shape
-    num_queries = locations.shape[1]
-    dtype = _accumulation_dtype(value.dtype)
-    output = value.new_zeros(
-        (num_images * num_heads, num_channels, num_queries), dtype=dtype
-    )  # B·H D Q
-    if output.numel() > 0:
-        weights = _per_head(attention_weights, dtype)  # B·H Q L P
-        for level, (features, grid) in enumerate(_levels(value, spatial_shapes, locations, dtype)):
-            samples = torch.ops.aten.grid_sampler_2d(
-                features, grid, _BILINEAR, _ZERO_PADDING, False
-            )  # B·H D Q P
-            output += (samples * weights[:, None, :, level]).sum(-1)
-    output = output.view(num_images, num_heads * num_channels, num_queries)
-    return output.transpose(1, 2).to(value.dtype).contiguous()
+    # Sampling locations, and references too, are B Q …
+    return value.new_empty((num_images, first.shape[1], num_heads * num_channels))
 
 
-@torch.library.impl(_LIBRARY, "ms_deform_attn_backward", "CompositeExplicitAutograd")
-def plain_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    locations: Tensor,
-    attention_weights: Tensor,
+def _gradients_like(
+    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_images, _, num_heads, num_channels = value.shape
-    num_queries, num_points = locations.shape[1], locations.shape[4]
-    if grad_output.numel() == 0 or num_points == 0:
-        return (
-            torch.zeros_like(value, memory_format=torch.contiguous_format),
-            torch.zeros_like(locations, memory_format=torch.contiguous_format),
-            torch.zeros_like(attention_weights, memory_format=torch.contiguous_format),
-        )
-    dtype = _accumulation_dtype(value.dtype)
-    weights = _per_head(attention_weights, dtype)  # B·H Q L P
-    grad = grad_output.to(dtype).view(num_images, num_queries, num_heads, num_channels)
-    grad = grad.permute(0, 2, 3, 1).reshape(-1, num_channels, num_queries, 1)  # B·H D Q 1
-
-    grad_features, grad_grids, grad_weights = [], [], []
-    for level, (features, grid) in enumerate(_levels(value, spatial_shapes, locations, dtype)):
-        samples = torch.ops.aten.grid_sampler_2d(features, grid, _BILINEAR, _ZERO_PADDING, False)
-        grad_weights.append((samples * grad).sum(1))  # B·H Q P
-        grad_feature, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-            grad * weights[:, None, :, level],
-            features,
-            grid,
-            _BILINEAR,
-            _ZERO_PADDING,
-            False,
-            [True, True],
-        )
-        grad_features.append(grad_feature.flatten(2))  # B·H D hw
-        grad_grids.append(2 * grad_grid)  # B·H Q P 2; the grid is 2 · location - 1
-
-    def per_query(levels: list[Tensor]) -> Tensor:
-        """L times B·H Q P … -> B Q H L P …"""
-        stacked = torch.stack(levels, 2)
-        return stacked.view(num_images, num_heads, *stacked.shape[1:]).transpose(1, 2).contiguous()
-
-    grad_value = torch.cat(grad_features, 2).view(num_images, num_heads, num_channels, -1)
-    return (
-        grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
-        per_query(grad_grids).to(locations.dtype),
-        per_query(grad_weights).to(attention_weights.dtype),
-    )
-
-
-# The compiled kernels, where they were built; registered for the CPU alone, they come first there.
-
-if compiled.is_available():
-    torch.library.impl(_LIBRARY, "ms_deform_attn", "CPU")(compiled.forward)
-    torch.library.impl(_LIBRARY, "ms_deform_attn_backward", "CPU")(compiled.backward)
-
-
-# Shape rules, for tracing, and the gradient.
-
-
-@torch.library.register_fake("deta::ms_deform_attn", lib=_LIBRARY)
-def _forward_shape(
-    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    num_images, _, num_heads, num_channels = value.shape
-    return value.new_empty((num_images, locations.shape[1], num_heads * num_channels))
-
-
-@torch.library.register_fake("deta::ms_deform_attn_backward", lib=_LIBRARY)
-def _backward_shape(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    places, attention = others[-2:]  # no gradient of the references
     return (
         value.new_empty(value.shape),
-        locations.new_empty(locations.shape),
-        attention_weights.new_empty(attention_weights.shape),
+        places.new_empty(places.shape),
+        attention.new_empty(attention.shape),
     )
 
 
-def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    value, ctx.spatial_shapes, locations, attention_weights = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(value, locations, attention_weights)
+for _operator in _KERNELS:
+    torch.library.register_fake(
+        f"deta::{_operator}",
+        _gradients_like if _operator.endswith("_backward") else _output_like,
+        lib=_LIBRARY,
+    )
+
+
+# The gradient.
+
+
+def _save_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    value, ctx.spatial_shapes, *others = inputs
+    ctx.save_for_backward(value, *others)
 
 
 def _gradient(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, locations, attention_weights = ctx.saved_tensors
     grad_value, grad_locations, grad_weights = torch.ops.deta.ms_deform_attn_backward(
-        grad_output.contiguous(), value, ctx.spatial_shapes, locations, attention_weights
+        grad_output, value, ctx.spatial_shapes, locations, attention_weights
     )
     return grad_value, None, grad_locations, grad_weights
+
+
+def _fused_gradient(
+    ctx, grad_output: Tensor
+) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
+    value, references, offsets, logits = ctx.saved_tensors
+    grad_value, grad_offsets, grad_logits = torch.ops.deta.ms_deform_attn_fused_backward(
+        grad_output, value, ctx.spatial_shapes, references, offsets, logits
+    )
+    grad_references = None
+    if ctx.needs_input_grad[2]:
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        locations, _ = plain.locations_of(ctx.spatial_shapes, references, offsets, dtype)
+        weights = logits.to(dtype).flatten(3).softmax(-1).view_as(logits)
+        _, grad_locations, _ = torch.ops.deta.ms_deform_attn_backward(
+            grad_output, value, ctx.spatial_shapes, locations, weights
+        )
+        grad_references = plain.references_gradient(references, offsets, grad_locations)
+    return grad_value, None, grad_references, grad_offsets, grad_logits
 
 
 torch.library.register_autograd(
     "deta::ms_deform_attn", _gradient, setup_context=_save_inputs, lib=_LIBRARY
 )
+torch.library.register_autograd(
+    "deta::ms_deform_attn_fused", _fused_gradient, setup_context=_save_inputs, lib=_LIBRARY
+)
+
+
+# Autocast: the features go to the lower precision, and with them the output. What says where they
+# are read, and with which weight, stays as it is: kernels do that arithmetic in float32 anyway.
+
+
+def _autocast(operator: str, device_type: str, value: Tensor, *others) -> Tensor:
+    with torch.autocast(device_type, enabled=False):
+        if value.is_floating_point() and value.dtype != torch.float64:
+            value = value.to(torch.get_autocast_dtype(device_type))
+        return getattr(torch.ops.deta, operator)(value, *others)
+
+
+for _operator in ("ms_deform_attn", "ms_deform_attn_fused"):
+    _LIBRARY.impl(_operator, partial(_autocast, _operator, "cpu"), "AutocastCPU")
+    _LIBRARY.impl(_operator, partial(_autocast, _operator, "cuda"), "AutocastCUDA")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from deta.ops.compiled import cpu_path
+from deta.ops.ms_deform_attn import path as operator_path
+from deta.platform.config import RunConfig
 from deta.platform.training import Run
 
 if TYPE_CHECKING:
@@ -25,19 +26,15 @@ class Console:
             )
             for note in dataset.notes:
                 self.echo(f"  {note}")
-        workers = config.cluster.num_workers
-        share = -(-config.total_batch_size // workers)
-        accumulation = -(-share // config.micro_batch_size)
-        kind = "GPU" if config.cluster.gpu else "CPU"
+        for note in run.notes:
+            self.echo(note)
         self.echo(
-            f"{config.name}: {run.num_steps} steps of {config.total_batch_size} images "
-            f"({config.schedule.epochs} epochs) on {workers} {kind} "
-            f"worker{'s' * (workers > 1)}, "
-            f"{min(share, config.micro_batch_size)} images at a time"
-            + (f", accumulated {accumulation} times" if accumulation > 1 else "")
+            f"{config.name}: {run.num_steps} steps, {config.schedule.epochs} epochs, on "
+            f"{'GPUs' if config.cluster.gpu else 'CPUs'}"
         )
+        self.echo(batch_line(config))
         if not config.cluster.gpu:
-            self.echo(f"deformable attention: {cpu_path()} kernel")
+            self.echo(f"deformable attention: {operator_path('cpu')} kernel")
         self.echo(f"folder: {run.folder}")
 
     def show(self, event: dict[str, Any]) -> None:
@@ -61,6 +58,8 @@ class Console:
         elif kind == "evaluation":
             self.echo(f"validation after step {event['step']}, in percent:")
             self.echo("  " + event["table"].replace("\n", "\n  "))
+        elif kind == "end" and event.get("reason"):
+            self.echo(event["reason"])
 
     def conclude(self, result: Result) -> None:
         self.echo("")
@@ -78,6 +77,23 @@ class Console:
             )
         else:
             self.echo(f"in MLflow: {result.mlflow_uri} (run {result.mlflow_run_id})")
+
+
+def batch_line(config: RunConfig) -> str:
+    """How the total batch is shared out, in one line."""
+    total, workers = config.total_batch_size, config.cluster.num_workers
+    share = -(-total // workers)
+    at_once = min(share, config.micro_batch_size)
+    steps = -(-share // at_once)
+    people = f"{workers} worker{'s' * (workers > 1)}"
+    if workers * at_once * steps != total:
+        return (
+            f"total batch {total}: {people}, up to {share} images each, {at_once} at a time, "
+            f"accumulated over up to {steps} steps"
+        )
+    images = f"{at_once} image{'s' * (at_once > 1)}"
+    accumulation = f" x {steps} accumulation steps" if steps > 1 else ""
+    return f"total batch {total} = {people} x {images}{accumulation}"
 
 
 def duration(seconds: float) -> str:

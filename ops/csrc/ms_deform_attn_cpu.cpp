@@ -1,170 +1,439 @@
-// Multi-scale deformable attention on the CPU, forward and backward, in float and double.
+// Multi-scale deformable attention on the CPU, forward and backward.
 //
 // Plain functions over plain pointers: no header of PyTorch or Python, so the library builds in
-// seconds and does not depend on the version of either. ops/compiled.py calls them. setup.py
-// compiles this file once for each kind of processor, with INSTRUCTION_SET as part of the names.
+// seconds and does not depend on the version of either. ops/cpu.py calls them. setup.py compiles
+// this file once for each kind of processor, with INSTRUCTION_SET as part of the names.
 //
 // B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
-//   value      B S H D          shapes   L 2, (height, width)
-//   locations  B Q H L P 2      weights  B Q H L P              output  B Q H D
+//   value      B S H D          shapes      L 2, (height, width)
+//   places     B Q H L P 2      attention   B Q H L P            output  B Q H D
+//   references B Q L 2 or 4, or none. With them `places` are offsets from the references and
+//              `attention` are logits; without them, locations and weights.
 //
-// One thread at a time owns one (image, head), and it alone writes there. So sums are formed in
-// the same order whatever the number of threads, and results can be reproduced.
+// What is written is shared out so that every number is summed by one thread in one order, whatever
+// the number of threads; so results can be reproduced to the last bit.
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <cstdint>
-#include <thread>
+#include <new>
+#include <type_traits>
 #include <vector>
 
-#ifndef INSTRUCTION_SET
-#define INSTRUCTION_SET base
-#endif
+#include "parallel.h"
+#include "samples.h"
+#include "vectors.h"
+
 #define JOIN_NAMES(a, b, c) a##_##b##_##c
 #define JOIN(a, b, c) JOIN_NAMES(a, b, c)
+#define EXPORTED __attribute__((visibility("default")))
 
 namespace {
 
-struct Sizes {
-  int64_t images, pixels, heads, channels, queries, levels, points;
-};
+using namespace deta;
 
-// The four pixels around a sample. One outside of the level has inside = 0 and, so that it can be
-// read all the same, the place of a pixel that is there.
-template <typename T>
-struct Corners {
-  int64_t offset[4];
-  T inside[4], share[4];
-  T right, below;  // how far the sample is on the way to the next column and row
+constexpr int64_t kTile = 8;             // queries that follow one another form tiles of this side
+constexpr int64_t kQueriesOfTask = 512;  // forward
+constexpr int64_t kPixelsOfTask = 256;   // when heads are laid apart
+constexpr int64_t kAhead = 4;            // so many queries ahead, inputs are fetched into the cache
+// Reads of each pixel from which on laying heads apart pays.
+constexpr int64_t kReadsForward = 6, kReadsBackward = 2;
 
-  // False where no corner is a pixel, and so for a location that is not finite.
-  bool place(T x, T y, int64_t height, int64_t width, int64_t stride) {
-    x = x * width - T(0.5);
-    y = y * height - T(0.5);
-    if (!(x > T(-1) && y > T(-1) && x < T(width) && y < T(height))) return false;
-    const T left = std::floor(x), top = std::floor(y);
-    right = x - left;
-    below = y - top;
-    for (int corner = 0; corner < 4; ++corner) {
-      const int64_t row = int64_t(top) + corner / 2, column = int64_t(left) + corner % 2;
-      inside[corner] = row >= 0 && row < height && column >= 0 && column < width;
-      share[corner] = inside[corner] * (corner / 2 ? below : 1 - below) *
-                      (corner % 2 ? right : 1 - right);
-      offset[corner] = (std::clamp<int64_t>(row, 0, height - 1) * width +
-                        std::clamp<int64_t>(column, 0, width - 1)) * stride;
-    }
-    return true;
+// The order in which queries are worked off. Where each pixel is a query, tiles of neighbours
+// follow one another: they read the same places, which then are still in the cache.
+std::vector<int32_t> query_order(const Sizes& n, const int64_t* shapes) {
+  std::vector<int32_t> order;
+  order.reserve(n.queries);
+  if (n.queries != n.pixels) {
+    for (int64_t query = 0; query < n.queries; ++query) order.push_back(int32_t(query));
+    return order;
   }
-};
-
-// Calls task(image, head) for all of them, on up to `threads` threads.
-template <typename Task>
-void for_each_head(const Sizes& n, int64_t threads, const Task& task) {
-  const int64_t tasks = n.images * n.heads;
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i = next++; i < tasks; i = next++) task(i / n.heads, i % n.heads);
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < std::min(threads, tasks); ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  int64_t start = 0;
+  for (int64_t level = 0; level < n.levels; ++level) {
+    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
+    for (int64_t top = 0; top < height; top += kTile)
+      for (int64_t left = 0; left < width; left += kTile)
+        for (int64_t row = top; row < std::min(top + kTile, height); ++row)
+          for (int64_t column = left; column < std::min(left + kTile, width); ++column)
+            order.push_back(int32_t(start + row * width + column));
+    start += height * width;
+  }
+  return order;
 }
 
-template <typename T>
-void forward(const T* value, const int64_t* shapes, const T* locations, const T* weights,
-             T* output, const Sizes& n, int64_t threads) {
-  const int64_t stride = n.heads * n.channels, samples = n.levels * n.points;
-  for_each_head(n, threads, [&](int64_t image, int64_t head) {
-    const T* own_value = value + (image * n.pixels * n.heads + head) * n.channels;
-    for (int64_t query = 0; query < n.queries; ++query) {
-      const int64_t row = (image * n.queries + query) * n.heads + head;
-      const T* weight = weights + row * samples;
-      const T* location = locations + row * samples * 2;
-      T* __restrict__ sum = output + row * n.channels;
-      std::fill(sum, sum + n.channels, T(0));
-      const T* level_value = own_value;
-      for (int64_t level = 0; level < n.levels; ++level) {
-        const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-        for (int64_t point = 0; point < n.points; ++point, ++weight, location += 2) {
-          Corners<T> at;
-          if (!at.place(location[0], location[1], height, width, stride)) continue;
-          const T *p0 = level_value + at.offset[0], *p1 = level_value + at.offset[1],
-                  *p2 = level_value + at.offset[2], *p3 = level_value + at.offset[3];
-          const T w0 = *weight * at.share[0], w1 = *weight * at.share[1],
-                  w2 = *weight * at.share[2], w3 = *weight * at.share[3];
+// Ask for a stretch of memory that will be wanted soon.
+template <int kForWriting = 0>
+void fetch(const void* begin, int64_t bytes) {
+  const char* at = static_cast<const char*>(begin);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, kForWriting, 2);
+}
+
+// Whether heads are laid apart before they are read. Pixels of one head lie a power of two apart,
+// so only a few of the cache's sets can hold them; where each pixel is read often, a copy pays.
+bool lays_apart(const Sizes& n, int64_t from_reads) {
+  return n.heads > 1 && n.queries * n.samples() * 4 > from_reads * n.pixels;
+}
+
+// value S H D -> apart H S D
+template <typename T, typename A>
+void lay_apart(const T* value, A* apart, const Sizes& n, const Threads& threads) {
+  const int64_t tasks = (n.pixels + kPixelsOfTask - 1) / kPixelsOfTask;
+  threads.share(tasks, [&](const auto& next) {
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t end = std::min((task + 1) * kPixelsOfTask, n.pixels);
+      for (int64_t head = 0; head < n.heads; ++head)
+        for (int64_t pixel = task * kPixelsOfTask; pixel < end; ++pixel) {
+          const T* __restrict__ from = value + (pixel * n.heads + head) * n.channels;
+          A* __restrict__ to = apart + (head * n.pixels + pixel) * n.channels;
 #pragma omp simd
-          for (int64_t d = 0; d < n.channels; ++d)
-            sum[d] += w0 * p0[d] + w1 * p1[d] + w2 * p2[d] + w3 * p3[d];
+          for (int64_t d = 0; d < n.channels; ++d) to[d] = to_float(from[d]);
         }
-        level_value += height * width * stride;
+    }
+  });
+}
+
+// The weighted sum of all corners of one query's samples. D is the number of channels, or 0 where
+// it is none of those that vectors were written for.
+template <int D, typename T, typename A, typename Out>
+void gather(const T* value, int64_t stride, const Samples<A>& s, bool all_near, const Sizes& n,
+            A* sum, Out* output) {
+  const int64_t samples = n.samples();
+  if constexpr (D > 0) {
+    constexpr int kVectors = D / kLanes;
+    Vector sums[4][kVectors] = {};  // a corner each, so that additions need not wait
+    for (int64_t i = 0; i < samples; ++i) {
+      if (!all_near && !s.is_near[i]) continue;
+      for (int corner = 0; corner < 4; ++corner) {
+        const T* from = value + s.pixel[corner][i] * stride;
+        const A weight = s.weight[corner][i];
+        for (int v = 0; v < kVectors; ++v) sums[corner][v] += weight * load(from + v * kLanes);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v)
+      store(output + v * kLanes, (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]));
+  } else {
+    std::fill(sum, sum + n.channels, A(0));
+    for (int64_t i = 0; i < samples; ++i) {
+      if (!all_near && !s.is_near[i]) continue;
+      const T *p0 = value + s.pixel[0][i] * stride, *p1 = value + s.pixel[1][i] * stride,
+              *p2 = value + s.pixel[2][i] * stride, *p3 = value + s.pixel[3][i] * stride;
+      const A w0 = s.weight[0][i], w1 = s.weight[1][i], w2 = s.weight[2][i], w3 = s.weight[3][i];
+#pragma omp simd
+      for (int64_t d = 0; d < n.channels; ++d)
+        sum[d] += w0 * to_float(p0[d]) + w1 * to_float(p1[d]) + w2 * to_float(p2[d]) +
+                  w3 * to_float(p3[d]);
+    }
+    for (int64_t d = 0; d < n.channels; ++d) store_rounded(output + d, sum[d]);
+  }
+}
+
+// One image. `stride` leads from a pixel to the next, `head_stride` from a head to the next.
+template <int D, typename T, typename A, typename Out>
+void forward_image(const T* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
+                   const A* references, const A* places, const A* attention, Out* output,
+                   const Sizes& n, const std::vector<int32_t>& order, const Threads& threads) {
+  const int64_t samples = n.samples();
+  const int64_t tasks_of_head = (n.queries + kQueriesOfTask - 1) / kQueriesOfTask;
+  threads.share(n.heads * tasks_of_head, [&](const auto& next) {
+    Samples<A> s(n, shapes, 0, n.levels);
+    Array<A> sum(n.channels);
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t head = task / tasks_of_head, first = task % tasks_of_head * kQueriesOfTask;
+      const int64_t end = std::min(first + kQueriesOfTask, n.queries);
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t query = order[i], row = query * n.heads + head;
+        if (i + kAhead < end) {
+          const int64_t ahead = order[i + kAhead], row_ahead = ahead * n.heads + head;
+          fetch(places + row_ahead * samples * 2, samples * 2 * sizeof(A));
+          fetch(attention + row_ahead * samples, samples * sizeof(A));
+          fetch<1>(output + row_ahead * n.channels, n.channels * sizeof(Out));
+        }
+        if (references != nullptr) {
+          s.set_references(references + query * n.levels * n.reference_size, n);
+          s.set_logits(attention + row * samples);
+        } else {
+          s.set_weights(attention + row * samples);
+        }
+        const bool all_near = s.template place<false>(places + row * samples * 2);
+        gather<D>(value + head * head_stride, stride, s, all_near, n, sum.data(),
+                  output + row * n.channels);
       }
     }
   });
 }
 
-// Gradients must come in as zeros: a sample outside of its level writes none.
-template <typename T>
-void backward(const T* grad_output, const T* value, const int64_t* shapes, const T* locations,
-              const T* weights, T* grad_value, T* grad_locations, T* grad_weights,
-              const Sizes& n, int64_t threads) {
-  const int64_t stride = n.heads * n.channels, samples = n.levels * n.points;
-  for_each_head(n, threads, [&](int64_t image, int64_t head) {
-    const int64_t first = (image * n.pixels * n.heads + head) * n.channels;
-    for (int64_t query = 0; query < n.queries; ++query) {
-      const int64_t row = (image * n.queries + query) * n.heads + head;
-      const T* __restrict__ grad = grad_output + row * n.channels;
-      int64_t sample = row * samples, level_start = first;
-      for (int64_t level = 0; level < n.levels; ++level) {
-        const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-        for (int64_t point = 0; point < n.points; ++point, ++sample) {
-          Corners<T> at;
-          if (!at.place(locations[2 * sample], locations[2 * sample + 1], height, width, stride))
-            continue;
-          T dots[4];  // of each corner's pixel with the gradient; 0 outside of the level
-          for (int corner = 0; corner < 4; ++corner) {
-            const int64_t pixel = level_start + at.offset[corner];
-            const T* __restrict__ from = value + pixel;
-            T* __restrict__ to = grad_value + pixel;
-            const T scale = weights[sample] * at.share[corner];
-            T dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t d = 0; d < n.channels; ++d) {
-              dot += from[d] * grad[d];
-              to[d] += scale * grad[d];
-            }
-            dots[corner] = at.inside[corner] * dot;
+// Of each corner of each sample, the product of its pixel with the output's gradient; and what the
+// pixel itself receives.
+template <int D, typename T, typename A>
+void scatter(const T* value, int64_t stride, const A* grad, const Samples<A>& s, bool all_near,
+             int64_t samples, int64_t channels, A* grad_value, int64_t grad_stride, A* const* dots) {
+  if constexpr (D > 0) {
+    constexpr int kVectors = D / kLanes, kCorners = kLanes / 4;
+    Vector g[kVectors];
+    for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes);
+    for (int64_t i = 0; i < samples; i += 4) {
+      for (int first = 0; first < 4; first += kCorners) {
+        Vector products[kLanes];  // of four samples, corner after corner
+        for (int corner = 0; corner < kCorners; ++corner)
+          for (int j = 0; j < 4; ++j) {
+            const T* from = value + s.pixel[first + corner][i + j] * stride;
+            Vector product = load(from) * g[0];
+            for (int v = 1; v < kVectors; ++v) product += load(from + v * kLanes) * g[v];
+            products[4 * corner + j] = product;
           }
-          const T across = (1 - at.below) * (dots[1] - dots[0]) + at.below * (dots[3] - dots[2]);
-          const T down = (1 - at.right) * (dots[2] - dots[0]) + at.right * (dots[3] - dots[1]);
-          grad_locations[2 * sample] = weights[sample] * across * width;
-          grad_locations[2 * sample + 1] = weights[sample] * down * height;
-          grad_weights[sample] =
-              (1 - at.below) * ((1 - at.right) * dots[0] + at.right * dots[1]) +
-              at.below * ((1 - at.right) * dots[2] + at.right * dots[3]);
+        const Vector found = sums(products);
+        for (int corner = 0; corner < kCorners; ++corner)
+          std::memcpy(dots[first + corner] + i, reinterpret_cast<const A*>(&found) + 4 * corner,
+                      4 * sizeof(A));
+      }
+    }
+    for (int64_t i = 0; i < samples; ++i) {
+      if (!all_near && !s.is_near[i]) continue;
+      for (int corner = 0; corner < 4; ++corner) {
+        A* to = grad_value + s.pixel[corner][i] * grad_stride;
+        const A weight = s.weight[corner][i];
+        for (int v = 0; v < kVectors; ++v)
+          store(to + v * kLanes, load(to + v * kLanes) + weight * g[v]);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < samples; ++i) {
+      if (!all_near && !s.is_near[i]) continue;
+      for (int corner = 0; corner < 4; ++corner) {
+        const T* __restrict__ from = value + s.pixel[corner][i] * stride;
+        A* __restrict__ to = grad_value + s.pixel[corner][i] * grad_stride;
+        const A weight = s.weight[corner][i];
+        A dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t d = 0; d < channels; ++d) {
+          dot += to_float(from[d]) * grad[d];
+          to[d] += weight * grad[d];
         }
-        level_start += height * width * stride;
+        dots[corner][i] = dot;
+      }
+    }
+  }
+}
+
+// One image. Gradients of the value are summed in `grad_value`, whose strides may be others than
+// the value's and which is cleared here.
+template <int D, typename T, typename A>
+void backward_image(const T* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
+                    const A* references, const A* places, const A* weights, const A* grad_output,
+                    A* grad_value, int64_t grad_stride, int64_t grad_head_stride, A* grad_places,
+                    A* grad_weights, const Sizes& n, const std::vector<int32_t>& order,
+                    const Threads& threads) {
+  const int64_t samples = n.samples();
+  // A task is one head on some levels: nobody else writes to these pixels. All levels together are
+  // best, as long as every thread has a few tasks.
+  const int64_t groups = std::clamp<int64_t>(2 * threads.count() / n.heads, 1, n.levels);
+  threads.share(n.heads * groups, [&](const auto& next) {
+    Array<A> dot0(samples + 16), dot1(samples + 16), dot2(samples + 16), dot3(samples + 16);
+    A* const dots[] = {dot0.data(), dot1.data(), dot2.data(), dot3.data()};
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t head = task / groups, group = task % groups;
+      const int64_t first_level = group * n.levels / groups;
+      const int64_t last_level = (group + 1) * n.levels / groups;
+      const int64_t first = first_level * n.points, count = (last_level - first_level) * n.points;
+      Samples<A> s(n, shapes, first_level, last_level);
+      const T* own_value = value + head * head_stride;
+      A* own_grad = grad_value + head * grad_head_stride;
+      int64_t pixel = 0;
+      for (int64_t level = 0; level < last_level; ++level) {
+        const int64_t end = pixel + shapes[2 * level] * shapes[2 * level + 1];
+        if (level >= first_level)
+          for (int64_t i = pixel; i < end; ++i)
+            std::fill(own_grad + i * grad_stride, own_grad + i * grad_stride + n.channels, A(0));
+        pixel = end;
+      }
+      for (int64_t i = 0; i < n.queries; ++i) {
+        const int64_t query = order[i], row = query * n.heads + head;
+        if (i + kAhead < n.queries) {
+          const int64_t row_ahead = int64_t(order[i + kAhead]) * n.heads + head;
+          const int64_t ahead = row_ahead * samples + first;
+          fetch(places + ahead * 2, count * 2 * sizeof(A));
+          fetch(weights + ahead, count * sizeof(A));
+          fetch(grad_output + row_ahead * n.channels, n.channels * sizeof(A));
+          fetch<1>(grad_places + ahead * 2, count * 2 * sizeof(A));
+          fetch<1>(grad_weights + ahead, count * sizeof(A));
+        }
+        if (references != nullptr)
+          s.set_references(references + (query * n.levels + first_level) * n.reference_size, n);
+        s.set_weights(weights + row * samples + first);
+        const bool all_near = s.template place<true>(places + (row * samples + first) * 2);
+        scatter<D>(own_value, stride, grad_output + row * n.channels, s, all_near, count,
+                   n.channels, own_grad, grad_stride, dots);
+
+        const A *right = s.right.data(), *below = s.below.data(), *weight = s.attention.data();
+        const A *x_unit = s.x_unit.data(), *y_unit = s.y_unit.data();
+        const A *in0 = s.inside[0].data(), *in1 = s.inside[1].data(), *in2 = s.inside[2].data(),
+                *in3 = s.inside[3].data();
+        A* __restrict__ to_places = grad_places + (row * samples + first) * 2;
+        A* __restrict__ to_weights = grad_weights + row * samples + first;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          const A d0 = in0[j] > 0 ? dots[0][j] : 0, d1 = in1[j] > 0 ? dots[1][j] : 0;
+          const A d2 = in2[j] > 0 ? dots[2][j] : 0, d3 = in3[j] > 0 ? dots[3][j] : 0;
+          const A r = right[j], b = below[j];
+          to_places[2 * j] = weight[j] * ((1 - b) * (d1 - d0) + b * (d3 - d2)) * x_unit[j];
+          to_places[2 * j + 1] = weight[j] * ((1 - r) * (d2 - d0) + r * (d3 - d1)) * y_unit[j];
+          to_weights[j] = (1 - b) * ((1 - r) * d0 + r * d1) + b * ((1 - r) * d2 + r * d3);
+        }
       }
     }
   });
+}
+
+// Calls work(first, end) for stretches of all rows.
+template <typename Work>
+void for_rows(int64_t rows, const Threads& threads, const Work& work) {
+  constexpr int64_t kRowsOfTask = 4096;
+  threads.share((rows + kRowsOfTask - 1) / kRowsOfTask, [&](const auto& next) {
+    for (int64_t task = next(); task >= 0; task = next())
+      work(task * kRowsOfTask, std::min((task + 1) * kRowsOfTask, rows));
+  });
+}
+
+template <int D, typename T, typename A>
+void forward(const T* value, const int64_t* shapes, const A* references, const A* places,
+             const A* attention, T* output, const Sizes& n, const Threads& threads) {
+  const std::vector<int32_t> order = query_order(n, shapes);
+  const int64_t width = n.heads * n.channels;
+  const bool apart = lays_apart(n, kReadsForward);
+  Array<A> copy(apart ? n.pixels * width : 0, kUninitialised);
+  for (int64_t image = 0; image < n.images; ++image) {
+    if (apart) {
+      lay_apart(value, copy.data(), n, threads);
+      forward_image<D>(copy.data(), n.channels, n.pixels * n.channels, shapes, references, places,
+                       attention, output, n, order, threads);
+    } else {
+      forward_image<D>(value, width, n.channels, shapes, references, places, attention, output, n,
+                       order, threads);
+    }
+    value += n.pixels * width;
+    if (references != nullptr) references += n.queries * n.levels * n.reference_size;
+    places += n.queries * n.heads * n.samples() * 2;
+    attention += n.queries * n.heads * n.samples();
+    output += n.queries * width;
+  }
+}
+
+template <int D, typename T, typename A>
+void backward(const T* grad_output, const T* value, const int64_t* shapes, const A* references,
+              const A* places, const A* attention, T* grad_value, A* grad_places,
+              A* grad_attention, const Sizes& n, const Threads& threads) {
+  const std::vector<int32_t> order = query_order(n, shapes);
+  const int64_t width = n.heads * n.channels, samples = n.samples();
+  const int64_t rows = n.queries * n.heads;
+  constexpr bool is_rounded = !std::is_same_v<T, A>;
+  const bool apart = lays_apart(n, kReadsBackward) || is_rounded;
+  Array<A> value_copy(apart ? n.pixels * width : 0, kUninitialised);
+  Array<A> grad_copy(apart ? n.pixels * width : 0, kUninitialised);
+  Array<A> output_copy(is_rounded ? rows * n.channels : 0, kUninitialised);
+  Array<A> weights_copy(references != nullptr ? rows * samples : 0, kUninitialised);
+  for (int64_t image = 0; image < n.images; ++image) {
+    const A* weights = attention;
+    if (references != nullptr) {
+      for_rows(rows, threads, [&](int64_t first, int64_t end) {
+        Samples<A> s(n, shapes, 0, n.levels);
+        for (int64_t row = first; row < end; ++row) {
+          s.set_logits(attention + row * samples);
+          std::copy(s.attention.data(), s.attention.data() + samples,
+                    weights_copy.data() + row * samples);
+        }
+      });
+      weights = weights_copy.data();
+    }
+    const A* grad;
+    if constexpr (is_rounded) {
+      for_rows(rows, threads, [&](int64_t first, int64_t end) {
+        for (int64_t d = first * n.channels; d < end * n.channels; ++d)
+          output_copy[d] = to_float(grad_output[d]);
+      });
+      grad = output_copy.data();
+    } else {
+      grad = grad_output;
+    }
+    if (apart) {
+      lay_apart(value, value_copy.data(), n, threads);
+      const int64_t head_stride = n.pixels * n.channels;
+      backward_image<D>(value_copy.data(), n.channels, head_stride, shapes, references, places,
+                        weights, grad, grad_copy.data(), n.channels, head_stride, grad_places,
+                        grad_attention, n, order, threads);
+      for_rows(n.pixels, threads, [&](int64_t first, int64_t end) {
+        for (int64_t pixel = first; pixel < end; ++pixel)
+          for (int64_t head = 0; head < n.heads; ++head) {
+            const A* __restrict__ from = grad_copy.data() + (head * n.pixels + pixel) * n.channels;
+            T* __restrict__ to = grad_value + (pixel * n.heads + head) * n.channels;
+            for (int64_t d = 0; d < n.channels; ++d) store_rounded(to + d, from[d]);
+          }
+      });
+    } else if constexpr (!is_rounded) {
+      backward_image<D>(value, width, n.channels, shapes, references, places, weights, grad,
+                        grad_value, width, n.channels, grad_places, grad_attention, n, order,
+                        threads);
+    }
+    if (references != nullptr) {  // through the softmax
+      for_rows(rows, threads, [&](int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; ++row) {
+          const A* __restrict__ weight = weights + row * samples;
+          A* __restrict__ to = grad_attention + row * samples;
+          A mean = 0;
+#pragma omp simd reduction(+ : mean)
+          for (int64_t i = 0; i < samples; ++i) mean += weight[i] * to[i];
+#pragma omp simd
+          for (int64_t i = 0; i < samples; ++i) to[i] = weight[i] * (to[i] - mean);
+        }
+      });
+      references += n.queries * n.levels * n.reference_size;
+    }
+    grad_output += rows * n.channels;
+    value += n.pixels * width;
+    grad_value += n.pixels * width;
+    places += rows * samples * 2;
+    grad_places += rows * samples * 2;
+    attention += rows * samples;
+    grad_attention += rows * samples;
+  }
+}
+
+// Calls run with the number of channels as a constant, where vectors were written for it.
+template <typename A, typename Run>
+int32_t with_channels(int64_t channels, const Run& run) {
+  try {
+    if constexpr (std::is_same_v<A, float>) {
+      if (channels == 16) return run(std::integral_constant<int, 16>()), 0;
+      if (channels == 32) return run(std::integral_constant<int, 32>()), 0;
+      if (channels == 64) return run(std::integral_constant<int, 64>()), 0;
+    }
+    return run(std::integral_constant<int, 0>()), 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 }  // namespace
 
-#define DEFINE(T, name)                                                                           \
-  extern "C" void JOIN(forward, name, INSTRUCTION_SET)(                                           \
-      const T* value, const int64_t* shapes, const T* locations, const T* weights, T* output,     \
-      const Sizes* sizes, int64_t threads) {                                                      \
-    forward(value, shapes, locations, weights, output, *sizes, threads);                          \
+// All return 0, or 1 when there is not enough memory. No dimension may be zero.
+#define DEFINE(T, A, name)                                                                        \
+  extern "C" EXPORTED int32_t JOIN(forward, name, INSTRUCTION_SET)(                                        \
+      const T* value, const int64_t* shapes, const A* references, const A* places,                \
+      const A* attention, T* output, const Sizes* sizes, int64_t threads,                         \
+      ParallelFor parallel_for) {                                                                 \
+    return with_channels<A>(sizes->channels, [&](auto channels) {                                 \
+      forward<channels()>(value, shapes, references, places, attention, output, *sizes,           \
+                          Threads(parallel_for, threads));                                        \
+    });                                                                                           \
   }                                                                                               \
-  extern "C" void JOIN(backward, name, INSTRUCTION_SET)(                                          \
-      const T* grad_output, const T* value, const int64_t* shapes, const T* locations,            \
-      const T* weights, T* grad_value, T* grad_locations, T* grad_weights, const Sizes* sizes,    \
-      int64_t threads) {                                                                          \
-    backward(grad_output, value, shapes, locations, weights, grad_value, grad_locations,          \
-             grad_weights, *sizes, threads);                                                      \
+  extern "C" EXPORTED int32_t JOIN(backward, name, INSTRUCTION_SET)(                                       \
+      const T* grad_output, const T* value, const int64_t* shapes, const A* references,           \
+      const A* places, const A* attention, T* grad_value, A* grad_places, A* grad_attention,      \
+      const Sizes* sizes, int64_t threads, ParallelFor parallel_for) {                            \
+    return with_channels<A>(sizes->channels, [&](auto channels) {                                 \
+      backward<channels()>(grad_output, value, shapes, references, places, attention, grad_value, \
+                           grad_places, grad_attention, *sizes, Threads(parallel_for, threads));  \
+    });                                                                                           \
   }
 
-DEFINE(float, float32)
-DEFINE(double, float64)
+DEFINE(float, float, float32)
+DEFINE(double, double, float64)
+DEFINE(deta::BFloat16, float, bfloat16)

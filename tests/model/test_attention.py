@@ -51,17 +51,11 @@ def test_parity_of_attention(path: Path, name: str, compare):
             weights[f"{OUR_NAMES.get(layer, layer)}.{kind}"] = value
     attention.load_state_dict(weights)
 
-    reference, shapes = case["reference_points"], case["spatial_shapes"]
-    if reference.shape[-1] == 2:  # as in the encoder: one unit is a pixel
-        offset_unit = 1 / shapes.flip(1)[None, None]
-    else:  # as in the decoder: a box is half its size in `points` units
-        offset_unit = reference[..., 2:] * (0.5 / meta["points"])
     found = attention(
         case["query"],
-        reference[..., :2],
-        offset_unit,
+        case["reference_points"],
         case["input"],
-        [tuple(shape) for shape in shapes.tolist()],
+        [tuple(shape) for shape in case["spatial_shapes"].tolist()],
         case["padding_mask"],
     )
     compare("functions", "attention", found, case["output"], 1e-5)
@@ -77,8 +71,7 @@ def make_attention(**changes) -> tuple[MultiScaleDeformableAttention, dict]:
     padding[:, [4, 5, 10, 11, 26]] = True
     arguments = {
         "queries": torch.randn(1, 5, 16),
-        "centres": torch.rand(1, 5, 2, 2),
-        "offset_unit": torch.rand(1, 1, 2, 2),
+        "references": torch.rand(1, 5, 2, 4),
         "memory": torch.randn(1, 30, 16),
         "shapes": shapes,
         "padding": padding,
@@ -98,7 +91,7 @@ def test_queries_do_not_depend_on_each_other():
     together = attention(**arguments)
     alone = attention(
         **arguments
-        | {"queries": arguments["queries"][:, 2:3], "centres": arguments["centres"][:, 2:3]}
+        | {"queries": arguments["queries"][:, 2:3], "references": arguments["references"][:, 2:3]}
     )
     torch.testing.assert_close(together[:, 2:3], alone)
 

@@ -1,0 +1,180 @@
+"""The operator in plain PyTorch: the specification, and what runs where nothing was compiled.
+
+Every function is made of standard operators alone and changes nothing in place, so that a model can
+be exported with these in the place of the operator. Arithmetic is never below float32: PyTorch's
+bfloat16 grid_sample on the CPU computes pixel indices in bfloat16, which gives wrong results and can
+read out of bounds.
+"""
+
+# B images   Q queries   H heads   L feature levels   P points per head and level
+# S pixels of all levels, flattened level after level, row after row   D channels per head
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+_BILINEAR, _ZERO_PADDING = 0, 0  # the codes that aten::grid_sampler_2d gives these modes
+
+
+def forward(
+    value: Tensor, shapes: Sequence[int], locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    num_images, _, num_heads, num_channels = value.shape
+    num_queries = locations.shape[1]
+    dtype = _accumulation_dtype(value)
+    weights = _per_head(attention_weights.to(dtype))  # B·H Q L P
+    output = value.new_zeros((num_images * num_heads, num_channels, num_queries), dtype=dtype)
+    for level, features, grid in _levels(value, shapes, locations, dtype):
+        samples = torch.ops.aten.grid_sampler_2d(features, grid, _BILINEAR, _ZERO_PADDING, False)
+        output = output + (samples * weights[:, None, :, level]).sum(-1)  # B·H D Q
+    output = output.view(num_images, num_heads * num_channels, num_queries)
+    return output.transpose(1, 2).to(value.dtype).contiguous()
+
+
+def backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_images, num_pixels, num_heads, num_channels = value.shape
+    num_queries, num_levels = locations.shape[1], locations.shape[3]
+    dtype = _accumulation_dtype(value)
+    weights = _per_head(attention_weights.to(dtype))  # B·H Q L P
+    grad = grad_output.to(dtype).reshape(num_images, num_queries, num_heads, num_channels)
+    grad = grad.permute(0, 2, 3, 1).flatten(0, 1)[..., None]  # B·H D Q 1
+
+    # A level without pixels has no entry of its own.
+    nothing = weights.new_zeros(weights[:, :, 0].shape)  # B·H Q P
+    grad_features = [value.new_zeros((num_images * num_heads, num_channels, 0), dtype=dtype)]
+    grad_grids = [nothing[..., None].expand(*nothing.shape, 2)] * num_levels
+    grad_weights = [nothing] * num_levels
+    for level, features, grid in _levels(value, shapes, locations, dtype):
+        samples = torch.ops.aten.grid_sampler_2d(features, grid, _BILINEAR, _ZERO_PADDING, False)
+        grad_weights[level] = (samples * grad).sum(1)  # B·H Q P
+        grad_feature, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+            grad * weights[:, None, :, level],
+            features,
+            grid,
+            _BILINEAR,
+            _ZERO_PADDING,
+            False,
+            [True, True],
+        )
+        grad_features.append(grad_feature.flatten(2))  # B·H D hw
+        grad_grids[level] = 2 * grad_grid  # B·H Q P 2; the grid is 2 · location - 1
+
+    def per_query(levels: list[Tensor]) -> Tensor:
+        """L times B·H Q P … -> B Q H L P …"""
+        stacked = torch.stack(levels, 2)
+        return stacked.unflatten(0, (num_images, num_heads)).transpose(1, 2).contiguous()
+
+    grad_value = torch.cat(grad_features, 2)  # B·H D S
+    grad_value = grad_value.view(num_images, num_heads, num_channels, num_pixels)
+    return (
+        grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
+        per_query(grad_grids).to(locations.dtype),
+        per_query(grad_weights).to(attention_weights.dtype),
+    )
+
+
+def fused_forward(
+    value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    locations, _, weights = _unfused(value, shapes, references, offsets, logits)
+    return forward(value, shapes, locations, weights)
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    locations, offset_unit, weights = _unfused(value, shapes, references, offsets, logits)
+    grad_value, grad_locations, grad_weights = backward(
+        grad_output, value, shapes, locations, weights
+    )
+    return (
+        grad_value,
+        (grad_locations * offset_unit).to(offsets.dtype),
+        _softmax_gradient(weights, grad_weights).to(logits.dtype),
+    )
+
+
+def references_gradient(references: Tensor, offsets: Tensor, grad_locations: Tensor) -> Tensor:
+    """From the gradient of the locations, B Q H L P 2, that of the references, B Q L 2 or 4.
+
+    The kernels do not compute it: DETA takes its references as given.
+    """
+    grad = grad_locations.sum((2, 4))  # B Q L 2
+    if references.shape[-1] == 4:
+        share = offsets.to(grad_locations.dtype) * (0.5 / offsets.shape[4])
+        grad = torch.cat([grad, (grad_locations * share).sum((2, 4))], -1)
+    return grad.to(references.dtype)
+
+
+def locations_of(
+    shapes: Sequence[int], references: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Where the samples lie (B Q H L P 2), and the length of one unit of offset there."""
+    references = references.to(dtype)[:, :, None, :, None]  # B Q 1 L 1 2 or 4
+    if references.shape[-1] == 4:
+        unit = references[..., 2:] * (0.5 / offsets.shape[4])
+    else:
+        sizes = [[width, height] for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
+        # Each a tensor of its own: under export a size may be a symbol.
+        unit = torch.stack(
+            [torch.stack([references.new_full((), 1.0) / side for side in size]) for size in sizes]
+        )[:, None]  # L 1 2
+    return references[..., :2] + offsets.to(dtype) * unit, unit
+
+
+def _unfused(
+    value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Locations, the unit of their offsets, and weights, in the precision of the arithmetic."""
+    dtype = _accumulation_dtype(value)
+    weights = logits.to(dtype).flatten(3).softmax(-1).reshape(logits.shape)
+    return *locations_of(shapes, references, offsets, dtype), weights
+
+
+def _softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
+    grad_weights = grad_weights.to(weights.dtype)
+    return weights * (grad_weights - (weights * grad_weights).sum((3, 4), keepdim=True))
+
+
+def _levels(
+    value: Tensor, shapes: Sequence[int], locations: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each level's number, features (B·H D h w) and sampling grid (B·H Q P 2, in -1..1)."""
+    num_images, _, num_heads, num_channels = value.shape
+    # A location at -1 or 2 is further than a pixel outside every level and so contributes nothing;
+    # clamping keeps infinities and NaN out of the index arithmetic without changing any result.
+    locations = locations.to(dtype).nan_to_num(nan=-1.0).clamp(-1.0, 2.0)
+    start = 0
+    for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
+        if isinstance(height, int) and isinstance(width, int) and height * width == 0:
+            continue
+        features = value[:, start : start + height * width].to(dtype)  # B hw H D
+        features = features.permute(0, 2, 3, 1).reshape(
+            num_images * num_heads, num_channels, height, width
+        )
+        grid = 2 * locations[:, :, :, level].transpose(1, 2) - 1  # B H Q P 2
+        yield level, features, grid.flatten(0, 1)
+        start += height * width
+
+
+def _per_head(tensor: Tensor) -> Tensor:
+    """B Q H … -> B·H Q …"""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def _accumulation_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
