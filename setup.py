@@ -1,19 +1,23 @@
 """Compiles the kernels of the operator, and nothing else; pyproject.toml has the rest.
 
-Needs a C++ compiler and no PyTorch. Without a compiler the package installs all the same, with a
-warning, and the operator runs on its plain PyTorch kernel.
+Needs no PyTorch: the kernels are plain C functions, so one wheel serves every version of PyTorch and
+Python. The CPU's need a C++ compiler, CUDA's need nvcc and no GPU. What cannot be compiled is left
+out with a warning that says what the operator will run on instead.
 """
 
 import os
 import platform
+import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fopenmp-simd", "-fno-math-errno"]
-FLAGS += ["-fno-trapping-math", "-ffp-contract=fast", "-fvisibility-inlines-hidden"]
+FLAGS += ["-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 # The base version is linked first: of library functions that all versions contain the linker keeps
 # the first, and that one must run on every processor.
 INSTRUCTION_SETS = {"base": []}
@@ -22,30 +26,69 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     INSTRUCTION_SETS["avx512"] += ["-mprefer-vector-width=512"]
 
+# A100, H100 and H200, and PTX that the driver compiles for whatever comes after.
+CUDA_FLAGS = ["-O3", "-std=c++17", "--threads", "2", "-shared", "-cudart", "static"]
+CUDA_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
+CUDA_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
+CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME's, then that of the usual place, then whatever is on the path."""
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
 
 class BuildKernels(build_ext):
-    """One library, each source compiled once for each instruction set."""
+    """`cpu.so`, its source compiled once for each instruction set, and `cuda.so`."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"  # belongs to no version of Python
 
     def build_extension(self, extension: Extension) -> None:
-        compiler = os.environ.get("CXX", "g++")
         library = Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
+        if extension.name.endswith(".cuda"):
+            nvcc = find_nvcc()
+            if nvcc is None:
+                self.announce("no nvcc (CUDA_HOME names none): no CUDA kernels compiled", level=2)
+                return
+            self._try(
+                lambda: self._run([nvcc, *CUDA_FLAGS, *extension.sources, "-o", str(library)]),
+                "the CUDA kernels",
+                "Triton's kernels",
+            )
+        else:
+            self._try(
+                lambda: self._build_cpu(extension.sources, library),
+                "the CPU kernels",
+                "plain PyTorch, many times slower; install g++ or set CXX",
+            )
+
+    def _build_cpu(self, sources: list[str], library: Path) -> None:
+        compiler = os.environ.get("CXX", "g++")
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        objects = []
+        commands, objects = [], []
+        for source in sources:
+            for name, flags in INSTRUCTION_SETS.items():
+                target = str(folder / f"{Path(source).stem}-{name}.o")
+                commands.append([compiler, *FLAGS, *flags, f"-DINSTRUCTION_SET={name}"])
+                commands[-1] += ["-c", source, "-o", target]
+                objects.append(target)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._run, commands))
+        self._run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
+
+    def _try(self, build, what: str, instead: str) -> None:
         try:
-            for source in extension.sources:
-                for name, flags in INSTRUCTION_SETS.items():
-                    target = folder / f"{Path(source).stem}-{name}.o"
-                    command = [compiler, *FLAGS, *flags, f"-DINSTRUCTION_SET={name}"]
-                    self._run([*command, "-c", source, "-o", str(target)])
-                    objects.append(str(target))
-            self._run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
+            build()
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
-                f"the kernels of deta.ops were not compiled ({error}); the operator will run on "
-                "its plain PyTorch kernel, many times slower. Install g++ (or set CXX) and "
-                "install this package again."
+                f"{what} of deta.ops were not compiled ({error}); the operator will run on "
+                f"{instead}. `python -m deta.ops` shows what is there."
             )
 
     def _run(self, command: list[str]) -> None:
@@ -53,9 +96,24 @@ class BuildKernels(build_ext):
         subprocess.run(command, check=True)
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for this kind of machine and any version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+CPU_SOURCES = ["ops/csrc/ms_deform_attn_cpu.cpp"]
+CUDA_SOURCES = ["ops/csrc/ms_deform_attn_cuda.cu"]
+HEADERS = [str(path) for path in Path("ops/csrc").glob("*.h")]
+CUDA_HEADERS = [str(path) for path in Path("ops/csrc").glob("*.cuh")]
+
 setup(
     packages=[*find_namespace_packages(include=["deta*"]), "_deta_ops"],
     package_dir={"_deta_ops": "ops/csrc/package"},
-    ext_modules=[Extension("_deta_ops.cpu", ["ops/csrc/ms_deform_attn_cpu.cpp"])],
-    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension("_deta_ops.cpu", CPU_SOURCES, depends=HEADERS),
+        Extension("_deta_ops.cuda", CUDA_SOURCES, depends=CUDA_HEADERS),
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -31,7 +31,7 @@ what       The project travels: the nearest folder above the script with pyproje
            job runs in a copy of it, so edited code is what runs, committed or not. Left out is what
            git or .rayignore ignores, .git, environments, runs/, MLflow's files, keys and .env.
 paths      The job runs elsewhere, so relative paths are made absolute, as seen from the current
-           folder, and shown: folders and files of data, init_checkpoint and storage always; of the
+           folder, and shown: folders and files of data, init_… and storage always; of the
            other arguments those that name a file which exists, or a folder which exists and is
            written with a slash. Python files stay as they are: they travel. On other machines the
            paths must exist too, so give shared storage. --keep-paths changes none.
@@ -44,10 +44,13 @@ exit code  the script's own; 143 for a job that was stopped, 130 after Ctrl-C, 2
            refused, 1 if the cluster was not reached or the job did not start."""
 
 # Of the recipes and of `platform/config.py`: their values are paths, whether they exist or not.
-PATH_OPTIONS = ("--train-images", "--train-annotations", "--val-images", "--val-annotations")
 PATH_KEYS = (
     "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations",
-    "init_checkpoint", "storage",
+    "init_checkpoint", "init_backbone", "storage",
+)  # fmt: skip
+PATH_OPTIONS = (
+    "--train-images", "--train-annotations", "--val-images", "--val-annotations", "--init",
+    *(f"--{key}" for key in PATH_KEYS),
 )  # fmt: skip
 
 

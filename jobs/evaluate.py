@@ -4,11 +4,13 @@
   python jobs/evaluate.py ~/deta-runs/deta-r50-12ep \\
       --images val2017 --annotations annotations/instances_val2017.json
 
-WEIGHTS is a run's folder, which means its best checkpoint, or one checkpoint in it; or a file of
-published weights (official, detrex or Hugging Face; .safetensors, .pth, .pt or .bin). A checkpoint
-knows its model, classes and image size; the data set must have the same classes. A published file
-knows the sizes of its tensors; --variant says the rest. Where it has a row for every COCO id, the
-rows of the data set's categories are used.
+WEIGHTS is a run's folder, which means its best checkpoint, or one checkpoint in it; a file that
+jobs/convert.py wrote; a file of published weights (official, detrex or Hugging Face; .safetensors,
+.pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and kept. A
+checkpoint knows its model, classes and image size; the data set must have the same classes. A
+converted file knows the same; the data set may have some of its classes. A published file knows
+the sizes of its tensors; --variant says the rest. With COCO's number of rows its classes are
+COCO's. Classes of a file are found by name, never by id; one that it does not have is refused.
 
 One process on one device. AP does not depend on the device, up to rounding.
 """
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from deta.jobs.deta_r50 import VARIANTS
+from deta.jobs.recipes import VARIANTS, find_variant
 from deta.platform.config import RunConfig, flatten
 
 # Before anything slow is imported: --help does not need it.
@@ -101,6 +103,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
             progress=True,
         )
 
+    arguments.weights = local_weights(arguments.weights)
     if not arguments.weights.is_file():
         predictor = open_predictor(arguments, changes)
         dataset = open_dataset(predictor.config)
@@ -167,16 +170,15 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
 
 def tool_parser(doc: str, epilog: str) -> argparse.ArgumentParser:
     """A parser for a tool that takes weights."""
-    variants = ", ".join(VARIANTS)
+    variants = "\n  ".join(VARIANTS)
     parser = argparse.ArgumentParser(
         description=doc.strip(),
-        epilog=f"{epilog}\n\nvariants: {variants}",
+        epilog=f"{epilog}\n\nvariants:\n  {variants}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="run, checkpoint or file")
+    parser.add_argument("weights", metavar="WEIGHTS", help="run, checkpoint, file or https://…")
     parser.add_argument(
         "--variant",
-        choices=list(VARIANTS),
         metavar="NAME",
         help=f"the model in a published file, default {next(iter(VARIANTS))}",
     )
@@ -222,27 +224,41 @@ def open_predictor(
     """
     import torch
 
+    from deta.platform.converted import is_converted
     from deta.platform.predict import Predictor, find_checkpoint
 
+    weights = local_weights(arguments.weights)
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; leave it out to use the CPU")
-    if arguments.weights.is_file():
-        return Predictor.from_published(
-            arguments.weights, _variant(arguments), categories, device, changes
-        )
-    checkpoint = find_checkpoint(arguments.weights)
+    if weights.is_file() and not is_converted(weights):
+        return Predictor.from_published(weights, _variant(arguments), categories, device, changes)
     if arguments.variant is not None:
         raise ValueError(
-            "--variant says what a published file holds; a checkpoint knows it, so leave it out"
+            "--variant says what a published file holds; a checkpoint or a file of jobs/convert.py "
+            "knows it, so leave it out"
         )
+    if weights.is_file():
+        return Predictor.from_published(weights, RunConfig(), categories, device, changes)
+    checkpoint = find_checkpoint(weights)
     return Predictor.from_checkpoint(checkpoint, device, changes)
 
 
+def local_weights(weights: str | Path) -> Path:
+    """The path that WEIGHTS means; an address is downloaded first.
+
+    Raises:
+        ValueError: the file could not be had, or is not the one that was pinned.
+    """
+    from deta.platform.download import fetch
+
+    return fetch(str(weights), echo=echo)
+
+
 def _variant(arguments: argparse.Namespace) -> RunConfig:
-    return VARIANTS[arguments.variant or next(iter(VARIANTS))]()
+    return find_variant(arguments.variant or next(iter(VARIANTS)))
 
 
 def run_tool(prepare: Callable[[], Inputs], work: Callable[[Inputs], int]) -> NoReturn:

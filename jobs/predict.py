@@ -4,11 +4,16 @@
   python jobs/predict.py ~/deta-runs/deta-r50-12ep holiday.jpg street/ --output found
 
 WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Pictures are
-files, or folders whose pictures are taken with those in folders below. Into --output go
+files, folders, whose pictures are taken with those in folders below, or patterns in quotes, such as
+'street/**/*.jpg'. Into --output go
 
-  pictures/     each picture with its boxes, of a score of --threshold or more
-  results.json  all detections, up to 100 a picture whatever their score, as COCO results
-  images.json   which image_id is which file, as COCO images and categories
+  pictures/           each picture with its boxes, of a score of --threshold or more
+  results.json        all detections, up to 100 a picture whatever their score, as COCO results
+  images.json         which image_id is which file, as COCO images and categories
+  detections.parquet  the same detections as a table; platform/detection_table.py has its columns
+
+Detections do not depend on --batch-size, up to the order of float32 sums: only pictures of one size
+go through the model together, so none is padded to the size of another.
 
 --annotations names a COCO file that lists the pictures and so gives their ids. Of a published file
 with a row for every COCO id it also gives names; without it, classes are shown as row numbers.
@@ -20,7 +25,8 @@ is told of, listed in images.json as unreadable, and makes the exit code 1.
 from __future__ import annotations
 
 import argparse
-import os
+import glob
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -40,10 +46,9 @@ from deta.jobs.evaluate import (
 from deta.platform.config import RunConfig, flatten
 
 if TYPE_CHECKING:
+    from deta.model.postprocess import Detections
     from deta.platform.predict import Predictor
 
-# Of files in a folder; a file that is named itself may be called anything.
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 WRITTEN_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})  # others get .png added
 JPEG_QUALITY = 92
 
@@ -69,7 +74,10 @@ def main() -> NoReturn:
         "data.max_pixels,\nprecision and model.*",
     )
     parser.add_argument(
-        "pictures", nargs="+", metavar="PICTURE", help="file or folder; key=value is a setting"
+        "pictures",
+        nargs="+",
+        metavar="PICTURE",
+        help="file, folder or quoted pattern; key=value is a setting",
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
     parser.add_argument(
@@ -77,8 +85,13 @@ def main() -> NoReturn:
     )
     parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO format")
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=1, help="pictures at a time, default 1"
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=1,
+        help="pictures at a time; of one size, so no answer depends on it; default 1",
     )
+    parser.add_argument("--no-pictures", action="store_true", help="draw none, which is faster")
     arguments = parser.parse_intermixed_args()
     run_tool(lambda: _prepare(arguments), lambda inputs: _predict(inputs, arguments))
 
@@ -93,10 +106,10 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     known = flatten(RunConfig())
     settings = [text for text in arguments.pictures if text.partition("=")[0] in known]
     changes = read_changes(settings, PREDICTION_KEYS)
-    paths = [Path(text) for text in arguments.pictures if text not in settings]
-    if not paths:
+    texts = [text for text in arguments.pictures if text not in settings]
+    if not texts:
         raise ValueError("no pictures are given; name files or folders")
-    named_files = _find_pictures(paths, arguments.output)
+    named_files = _find_pictures(texts, arguments.output)
 
     categories, image_ids = None, None
     if arguments.annotations is not None:
@@ -106,14 +119,18 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     if categories is not None:
         predictor.check_categories(categories, str(arguments.annotations))
     check_headers([picture.path for picture in pictures], predictor.config.data.max_pixels)
-    (arguments.output / "pictures").mkdir(parents=True, exist_ok=True)
+    (arguments.output if arguments.no_pictures else arguments.output / "pictures").mkdir(
+        parents=True, exist_ok=True
+    )
     return _Inputs(predictor, pictures)
 
 
 def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from deta.platform.detection_table import DetectionTable
     from deta.platform.evaluate import to_coco_results
-    from deta.platform.images import ImageError, decode
-    from deta.platform.pictures import draw_detections
+    from deta.platform.images import ImageError
 
     predictor, pictures = inputs.predictor, inputs.pictures
     echo(f"model: {predictor.description}")
@@ -122,10 +139,14 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     images: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     num_width = len(str(len(pictures)))
+    # disable=None: no bar where nobody watches
+    bar = tqdm(total=len(pictures), unit=" pictures", file=sys.stderr, disable=None)
 
     def tell(text: str) -> None:
         number = len(images) + len(unreadable)
-        echo(f"{number:>{num_width}}/{len(pictures)}  {text}")
+        bar.write(f"{number:>{num_width}}/{len(pictures)}  {text}", file=sys.stdout)
+        sys.stdout.flush()
+        bar.update()
 
     def on_unreadable(path: Path, error: ImageError) -> None:
         picture = by_path[path]
@@ -133,22 +154,20 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         tell(f"not readable: {error}")
 
     began_s = time.perf_counter()
-    for path, found in predictor.predict_files(
-        by_path, batch_size=arguments.batch_size, on_unreadable=on_unreadable
-    ):
-        picture = by_path[path]
-        # Decoded once more: pictures are large, and detections only need their size.
-        image = decode(path, predictor.config.data.max_pixels)
-        shown = found.scores >= arguments.threshold
-        labels = found.labels[shown]
-        drawing = draw_detections(
-            image, found.boxes_px[shown], labels, found.scores[shown], predictor.names
-        )
-        picture.target.parent.mkdir(parents=True, exist_ok=True)
-        drawing.save(picture.target, quality=JPEG_QUALITY)
-        results += to_coco_results(found, picture.image_id, predictor.category_ids)
-        images.append(_entry(picture) | {"width": image.width, "height": image.height})
-        tell(f"{picture.name}  {_counts(labels.tolist(), predictor.names)}")
+    table = DetectionTable(
+        arguments.output / "detections.parquet", predictor.categories, predictor.weights_sha256
+    )
+    with bar, table:
+        for path, found in predictor.predict_files(
+            by_path, batch_size=arguments.batch_size, on_unreadable=on_unreadable
+        ):
+            picture = by_path[path]
+            width, height = _draw(picture, found, predictor, arguments)
+            results += to_coco_results(found, picture.image_id, predictor.category_ids)
+            table.add(str(path), picture.image_id, found)
+            images.append(_entry(picture) | {"width": width, "height": height})
+            shown = found.labels[found.scores >= arguments.threshold].tolist()
+            tell(f"{picture.name}  {_counts(shown, predictor.names)}")
     elapsed_s = time.perf_counter() - began_s
 
     categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
@@ -170,38 +189,45 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def _find_pictures(paths: Sequence[Path], output: Path) -> list[tuple[str, Path]]:
-    """Each picture file once, with its name below the folder that was given, sorted by folder."""
-    found: dict[str, tuple[str, Path]] = {}  # by absolute path
-    for path in paths:
-        if not path.is_dir():
-            if not path.exists():
-                hint = ", nor a key of the configuration" if "=" in str(path) else ""
-                raise ValueError(f"{path}: there is no such file or folder{hint}")
-            found.setdefault(os.path.abspath(path), (path.name, path))
-            continue
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not file.name.startswith(".")
-        ]
-        chosen = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-        if not chosen:
-            raise ValueError(f"{path}: no file in it ends in {', '.join(sorted(PICTURE_SUFFIXES))}")
-        if others := Counter(file.suffix for file in files if file not in set(chosen)):
-            kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.items())
-            noun = "file" if others.total() == 1 else "files"
-            echo(f"{path}: {others.total()} other {noun} left out ({kinds})")
-        for file in chosen:
-            found.setdefault(os.path.abspath(file), (file.relative_to(path).as_posix(), file))
+def _draw(
+    picture: _Picture, found: Detections, predictor: Predictor, arguments: argparse.Namespace
+) -> tuple[int, int]:
+    """Draw the picture with its boxes, if wanted. Returns its (width, height)."""
+    from deta.platform.images import decode, read_header
+    from deta.platform.pictures import draw_detections
 
+    max_pixels = predictor.config.data.max_pixels
+    if arguments.no_pictures:
+        header = read_header(picture.path, max_pixels)
+        return header.width, header.height
+    # Decoded once more: pictures are large, and detections only need their size.
+    image = decode(picture.path, max_pixels)
+    shown = found.scores >= arguments.threshold
+    drawing = draw_detections(
+        image, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names
+    )
+    picture.target.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(picture.target, quality=JPEG_QUALITY)
+    return image.width, image.height
+
+
+def _find_pictures(texts: Sequence[str], output: Path) -> list[tuple[str, Path]]:
+    """Each picture file once, with its name; none of those that this tool writes."""
+    from deta.platform.picture_files import find_pictures
+
+    for text in texts:
+        if "=" in text and not glob.has_magic(text) and not Path(text).exists():
+            raise ValueError(
+                f"{text}: there is no such file or folder, nor a key of the configuration"
+            )
+    found = find_pictures(texts, echo)
     own = output.resolve()
-    if inside := [path for _, path in found.values() if path.resolve().is_relative_to(own)]:
+    if inside := [file.path for file in found if file.path.resolve().is_relative_to(own)]:
         raise ValueError(
             f"{inside[0]}: lies in --output {output}, where it could be written over; choose "
             "another folder"
         )
-    return list(found.values())
+    return [(file.name, file.path) for file in found]
 
 
 def _number(

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
+from deta.jobs.finetune import add_look_options, finetune, look_and_exit
+from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.config import RunConfig, flatten, override
 from deta.platform.shapes import ShapesDataset
 
@@ -33,6 +35,8 @@ def run_recipe(
     The exit code is 0 for a run that reached its end, 2 for input that was refused before the
     cluster was touched, 1 for a run that failed, 130 and 143 for one that was stopped.
     """
+    if sys.argv[1:2] == ["finetune"]:
+        finetune(Path(sys.argv[0]).name, variants, sys.argv[2:])
     names = list(variants)
     listing = "\n".join(f"  {name:<22}{_first_line(make)}" for name, make in variants.items())
     parser = argparse.ArgumentParser(
@@ -40,7 +44,9 @@ def run_recipe(
         epilog=(
             "Every number of the configuration is a key: --show prints them all, with the values "
             "that the\narguments give. Example: optim.lr=1e-4 total_batch_size=8 "
-            "cluster.num_workers=2"
+            "cluster.num_workers=2\n\n"
+            "From a checkpoint to a data set of your own: the word finetune in front; see "
+            "finetune --help"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,7 +58,11 @@ def run_recipe(
         )
     parser.add_argument("--name", help="of the run; its folder is storage/name")
     parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    add_look_options(parser)
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument(
+        "--compare", action="store_true", help="print it beside the published one and stop"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
     )
@@ -71,16 +81,23 @@ def run_recipe(
                 changes[f"data.{key}"] = getattr(arguments, key)
         if arguments.name is not None:
             changes["name"] = arguments.name
-        config = override(variants[arguments.variant](), changes)
+        recipe = variants[arguments.variant]()
+        changes = with_base_batch(recipe, changes)
+        config = override(recipe, changes)
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
+    if arguments.compare:
+        print(_comparison(f"{Path(sys.argv[0]).stem}.{arguments.variant}", config))
+        sys.exit(0)
+    for note in batch_notes(recipe, config, changes):
+        print(note, file=sys.stderr)
     if arguments.show:
         for key, value in flatten(config).items():
             print(f"{key}={value}")
         sys.exit(0)
     if arguments.variant in drawn_data and not config.data.train_images:
         folder = Path(config.storage).expanduser() / "data" / arguments.variant
-        _echo(f"drawing the data set into {folder} …")
+        echo(f"drawing the data set into {folder} …")
         drawn = drawn_data[arguments.variant](folder)
         config = override(
             config,
@@ -91,18 +108,34 @@ def run_recipe(
                 "data.val_annotations": str(drawn.val_annotations),
             },
         )
+    if (arguments.look or arguments.probe) and not arguments.resume:
+        look_and_exit(config, only_look=arguments.look, probe=arguments.probe)
     train_and_exit(config, resume=arguments.resume)
+
+
+def _comparison(variant: str, config: RunConfig) -> str:
+    from deta.jobs.differences import as_text, compare
+    from deta.jobs.published import PUBLISHED
+
+    if variant not in PUBLISHED:
+        return f"{variant} follows no published system"
+    return as_text(compare(config, PUBLISHED[variant]), PUBLISHED[variant])
 
 
 def train_and_exit(config: RunConfig, *, resume: bool = False) -> NoReturn:
     """Train; the outcome is the exit code, see `run_recipe`."""
-    signal.signal(signal.SIGTERM, _exit_on_signal)
     from deta.platform.launch import launch
 
+    exit_after(lambda: launch(config, resume=resume, echo=echo))
+
+
+def exit_after(training: Callable[[], object]) -> NoReturn:
+    """Do it and exit; the outcome is the exit code, see `run_recipe`."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        launch(config, resume=resume, echo=_echo)
+        training()
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     except RuntimeError as error:
         print(f"\nthe run failed: {error}", file=sys.stderr)
         sys.exit(1)
@@ -116,7 +149,7 @@ def train_and_exit(config: RunConfig, *, resume: bool = False) -> NoReturn:
     sys.exit(0)
 
 
-def _refuse(error: ValueError) -> NoReturn:
+def refuse(error: ValueError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -129,7 +162,7 @@ def _exit_on_signal(number: int, _frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _echo(line: str) -> None:
+def echo(line: str) -> None:
     print(line, flush=True)
 
 

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import FeatureInfo
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
@@ -33,7 +33,11 @@ class BackboneConfig:
     output_norm: bool = False  # a LayerNorm after each output, as DETA gives Swin
     drop_path: float = 0.0  # stochastic depth of the last block; less in those before it
     window: int | None = None  # of a Swin, if not the one in its name
-    width: float = 1.0  # of a ResNet from scratch: 0.5 halves the channels of every stage
+    width: float = 1.0  # of a ResNet or Swin from scratch: 0.5 halves the channels everywhere
+    dilated: bool = False  # the last stage of a ResNet at stride 16 instead of 32 ("DC5")
+    # Keep only what enters a block and compute its inside again on the way back: less memory, more
+    # time, the same gradients. Official DETA does so in Swin.
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.norm not in ("frozen", "batch", "group", "own"):
@@ -58,11 +62,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Backbone(nn.Module):
-    """B 3 H W -> three maps B C h w, finest first."""
+    """B 3 H W -> one map B C h w for each stride, finest first."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, strides: tuple[int, ...] = STRIDES) -> None:
         super().__init__()
-        self.body: nn.Module = _timm_network(config)
+        self.body: nn.Module = _timm_network(config, strides)
         self.channels: list[int] = _features(self.body).channels()
         self.norms = nn.ModuleList(
             nn.LayerNorm(channels) if config.output_norm else nn.Identity()
@@ -81,7 +85,7 @@ class Backbone(nn.Module):
         for feature, channels, norm in zip(
             self.body(images), self.channels, self.norms, strict=True
         ):
-            if feature.shape[-1] == channels and feature.shape[1] != channels:  # as Swin gives it
+            if feature.shape[1] != channels and feature.shape[-1] == channels:  # as Swin gives it
                 feature = norm(feature).permute(0, 3, 1, 2)
             elif not isinstance(norm, nn.Identity):
                 feature = norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -89,7 +93,7 @@ class Backbone(nn.Module):
         return features
 
 
-def _timm_network(config: BackboneConfig) -> nn.Module:
+def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
     is_swin = config.name.startswith("swin_")
     options: dict = {"drop_path_rate": config.drop_path} if config.drop_path or is_swin else {}
     if is_swin:
@@ -97,24 +101,26 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
         options |= {"dynamic_img_size": True, "always_partition": True}
         if config.window is not None:
             options["window_size"] = config.window
-    if config.width != 1:
+    if config.dilated:
         if not config.name.startswith("resnet"):
-            raise ValueError(f"backbone.width is for ResNets, not for {config.name}")
-        options["channels"] = tuple(int(c * config.width) for c in RESNET_CHANNELS)
-        options["stem_width"] = int(RESNET_STEM_WIDTH * config.width)
+            raise ValueError(f"backbone.dilated is for ResNets, not for {config.name}")
+        options["output_stride"] = 16
     with torch.device("meta"):  # only to ask it for its strides
         probe = timm.create_model(config.name, pretrained=False, features_only=True)
     strides = _features(probe).reduction()
-    if not set(STRIDES) <= set(strides):
+    if not set(wanted) <= set(strides):
         raise ValueError(
-            f"backbone {config.name} gives features at strides {strides}; DETA needs {STRIDES}"
+            f"backbone {config.name} gives features at strides {strides}; the detector needs "
+            f"{wanted}"
         )
+    if config.width != 1:
+        options |= _narrowed(config, channels=_features(probe).channels())
     try:
         network = timm.create_model(
             config.name,
             pretrained=config.pretrained,
             features_only=True,
-            out_indices=tuple(strides.index(stride) for stride in STRIDES),
+            out_indices=tuple(strides.index(stride) for stride in wanted),
             **options,
         )
     except (OSError, RuntimeError) as error:
@@ -132,7 +138,25 @@ def _timm_network(config: BackboneConfig) -> nn.Module:
         for module in network.modules():
             if isinstance(module, SwinTransformerBlock):
                 module.__class__ = _PaddedSwinBlock
+    if config.checkpoint_activations and is_swin:  # block by block, as published
+        for module in network.modules():
+            if isinstance(module, SwinTransformerStage):
+                module.grad_checkpointing = True
+    elif config.checkpoint_activations:  # stage by stage, as timm cuts any network
+        network.set_grad_checkpointing(True)  # type: ignore[operator]
     return network
+
+
+def _narrowed(config: BackboneConfig, channels: list[int]) -> dict:
+    """What timm calls the channels of every stage, times `width`."""
+    if config.name.startswith("resnet"):
+        return {
+            "channels": tuple(int(c * config.width) for c in RESNET_CHANNELS),
+            "stem_width": int(RESNET_STEM_WIDTH * config.width),
+        }
+    if config.name.startswith("swin_"):
+        return {"embed_dim": int(channels[0] * config.width)}
+    raise ValueError(f"backbone.width is for ResNets and Swins, not for {config.name}")
 
 
 def _features(network: nn.Module) -> FeatureInfo:

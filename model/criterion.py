@@ -23,7 +23,7 @@ from deta.model.assigner import (
 )
 from deta.model.batch import Batch, Targets
 from deta.model.boxes import cxcywh_to_xyxy, generalized_iou
-from deta.model.detector import Outputs
+from deta.model.detector import Outputs, Predictions
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2  # Lin et al. 2017, and all published DETA code
 
@@ -106,14 +106,7 @@ class Criterion:
             `_1`, … for the layers before it and `_encoder` for the first stage.
         """
         targets = batch.targets
-        num_layers = len(outputs.logits)
-        decoder_matches = self.match_decoder(outputs, batch)
-        losses: dict[str, Tensor] = {}
-        for layer, matches in enumerate(decoder_matches):
-            suffix = "" if layer == num_layers - 1 else f"_{layer}"
-            losses |= _losses(
-                outputs.logits[layer], outputs.boxes[layer], targets, matches, num_boxes, suffix
-            )
+        losses = _decoder_losses(outputs, targets, self.match_decoder(outputs, batch), num_boxes)
         # The first stage learns "any object": every object has class 0, the other columns nothing.
         anything = replace(targets, labels=torch.zeros_like(targets.labels))
         return losses | _losses(
@@ -150,14 +143,53 @@ class Criterion:
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""
-        weights = {
-            "class": self.config.class_weight,
-            "l1": self.config.l1_weight,
-            "giou": self.config.giou_weight,
-        }
-        return torch.stack(
-            [weights[name.split("_")[0]] * loss for name, loss in losses.items()]
-        ).sum()
+        return _total(losses, self.config)
+
+
+class OneToOneCriterion:
+    """The losses of a detector without a first stage, each layer matched one to one (DETR)."""
+
+    def __init__(self, config: CriterionConfig) -> None:
+        if config.assignment != "one_to_one":
+            raise ValueError(
+                f"criterion.assignment={config.assignment} compares objects with the proposals of "
+                "a first stage, which this model has not; set criterion.assignment=one_to_one"
+            )
+        self.config = config
+
+    def __call__(
+        self, outputs: Predictions, batch: Batch, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """As `Criterion`, without the losses of the first stage."""
+        cost = self.config.matching_cost
+        matches = match_one_to_one(outputs.logits, outputs.boxes, batch.targets, cost)
+        return _decoder_losses(outputs, batch.targets, matches, num_boxes)
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum."""
+        return _total(losses, self.config)
+
+
+def _total(losses: dict[str, Tensor], config: CriterionConfig) -> Tensor:
+    weights = {
+        "class": config.class_weight,
+        "l1": config.l1_weight,
+        "giou": config.giou_weight,
+    }
+    return torch.stack([weights[name.split("_")[0]] * loss for name, loss in losses.items()]).sum()
+
+
+def _decoder_losses(
+    outputs: Predictions, targets: Targets, all_matches: list[Matches], num_boxes: Tensor | float
+) -> dict[str, Tensor]:
+    num_layers = len(outputs.logits)
+    losses: dict[str, Tensor] = {}
+    for layer, matches in enumerate(all_matches):
+        suffix = "" if layer == num_layers - 1 else f"_{layer}"
+        losses |= _losses(
+            outputs.logits[layer], outputs.boxes[layer], targets, matches, num_boxes, suffix
+        )
+    return losses
 
 
 def _losses(

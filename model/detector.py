@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deta.model.backbone import STRIDES, Backbone, BackboneConfig, GroupNorm
 from deta.model.position import encode_boxes, encode_pixels
@@ -36,6 +37,7 @@ PRIOR_PROBABILITY = 0.01  # of every class at the start (focal loss, Lin et al. 
 class ModelConfig:
     """Defaults are DETA R50 5-scale as published."""
 
+    architecture: Literal["deta"] = "deta"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     num_classes: int = 80
     num_levels: int = 5
@@ -51,6 +53,8 @@ class ModelConfig:
     # "highest": the best scores, wherever they are (improved Deformable DETR).
     proposal_selection: Literal["spread", "highest"] = "spread"
     logit_eps: float = 1e-5  # official and Hugging Face; detrex trained its weights with 1e-3
+    # Keep only what enters an encoder layer and compute its inside again on the way back.
+    checkpoint_encoder: bool = False
 
     def __post_init__(self) -> None:
         if self.num_classes < 1 or self.num_queries < 1:
@@ -71,11 +75,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """All that the losses and the detections are made from, in float32."""
+class Predictions:
+    """What every detector gives, whatever its architecture; in float32."""
 
     logits: Tensor  # K B Q C, of each decoder layer
     boxes: Tensor  # K B Q 4, cxcywh, relative to the unpadded image
+
+
+@dataclass(frozen=True)
+class Outputs(Predictions):
+    """And what DETA's losses need besides, in float32."""
+
     proposals: Tensor  # B Q 4, where the decoder started; detached
     encoder_logits: Tensor  # B S C
     encoder_boxes: Tensor  # B S 4
@@ -127,6 +137,15 @@ class FeaturePyramid(nn.Module):
         return levels
 
 
+class RecomputedEncoderLayer(EncoderLayer):
+    """An encoder layer that keeps only its input, and computes the rest again on the way back."""
+
+    def forward(self, memory: Tensor, position: Tensor, centres: Tensor, levels: Levels) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(memory, position, centres, levels)
+        return checkpoint(super().forward, memory, position, centres, levels, use_reentrant=False)
+
+
 class FirstStage(nn.Module):
     """Scores and boxes for every pixel of the memory, and queries from the chosen ones."""
 
@@ -164,7 +183,8 @@ class DETA(nn.Module):
         )
         self.pyramid = FeaturePyramid(config)
         self.level_embedding = nn.Parameter(torch.randn(config.num_levels, config.dim))
-        self.encoder = Encoder([EncoderLayer(*layer) for _ in range(config.encoder_layers)])
+        encoder_layer = RecomputedEncoderLayer if config.checkpoint_encoder else EncoderLayer
+        self.encoder = Encoder([encoder_layer(*layer) for _ in range(config.encoder_layers)])
         self.first_stage = FirstStage(config.dim)
         self.decoder = Decoder(
             [DecoderLayer(*layer) for _ in range(config.decoder_layers)], config.logit_eps

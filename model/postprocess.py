@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from deta.model.boxes import cxcywh_to_xyxy
-from deta.model.detector import Outputs
+from deta.model.detector import Predictions
+from deta.model.suppression import best_surviving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Detections:
 
 @torch.no_grad()
 def detect_objects(
-    outputs: Outputs, sizes_px: Tensor, config: PostprocessConfig
+    outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
 ) -> list[Detections]:
     """The last decoder layer's predictions, suppressed and scaled to each image.
 
@@ -52,22 +53,61 @@ def detect_objects(
 
     Source: DETA, released code; without `nms_iou`, Deformable DETR's.
     """
+    scores, labels, boxes_px = _candidates(outputs, sizes_px, config)
+    detections = []
+    for image in range(len(scores)):
+        kept = torch.arange(scores.shape[1], device=scores.device)
+        if config.nms_iou is not None:
+            # float64, because classes are kept apart by shifting their boxes
+            kept = batched_nms(
+                boxes_px[image].double(), scores[image].double(), labels[image], config.nms_iou
+            )
+        kept = kept[: config.max_detections]
+        detections.append(
+            Detections(scores[image, kept], labels[image, kept], boxes_px[image, kept])
+        )
+    return detections
+
+
+@torch.no_grad()
+def detect_fixed_number(
+    outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The detections of `detect_objects` in tensors of fixed shape, for export.
+
+    Returns:
+        Scores (B N), labels (B N) and boxes (B N 4, xyxy, in pixels), N being `max_detections`, or
+        fewer where the model has not as many candidates. Best first; after the last detection of
+        an image, scores and boxes are 0 and labels -1.
+    """
+    scores, labels, boxes_px = _candidates(outputs, sizes_px, config)
+    if config.nms_iou is None:
+        return scores, labels, boxes_px
+    num_best = min(config.max_detections, scores.shape[1])
+    chosen = best_surviving(boxes_px.double(), labels, config.nms_iou, num_best)  # B N
+    is_empty = chosen < 0
+    chosen = chosen.clamp(min=0)
+    return (
+        scores.gather(1, chosen).masked_fill(is_empty, 0),
+        labels.gather(1, chosen).masked_fill(is_empty, -1),
+        _gather(boxes_px, chosen).masked_fill(is_empty[..., None], 0),
+    )
+
+
+def _candidates(
+    outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B N), labels (B N) and boxes (B N 4) of the pairs that enter, best first."""
     scores = outputs.logits[-1].sigmoid()  # B Q C
     sizes_px = sizes_px.to(scores.device)
     scale = sizes_px.flip(1).repeat(1, 2).to(scores.dtype)  # B 4, width height width height
     boxes_px = cxcywh_to_xyxy(outputs.boxes[-1]) * scale[:, None]  # B Q 4
-    num_classes = scores.shape[2]
+    num_queries, num_classes = scores.shape[1:]
     limit = config.max_detections if config.nms_iou is None else config.max_candidates
-    scores, pairs = scores.flatten(1).topk(min(limit, scores[0].numel()), 1)
+    scores, pairs = scores.flatten(1).topk(min(limit, num_queries * num_classes), 1)
+    return scores, pairs % num_classes, _gather(boxes_px, pairs // num_classes)
 
-    detections = []
-    for image in range(len(scores)):
-        labels = pairs[image] % num_classes
-        boxes = boxes_px[image, pairs[image] // num_classes]
-        kept = torch.arange(len(labels), device=labels.device)
-        if config.nms_iou is not None:
-            # float64, because classes are kept apart by shifting their boxes
-            kept = batched_nms(boxes.double(), scores[image].double(), labels, config.nms_iou)
-        kept = kept[: config.max_detections]
-        detections.append(Detections(scores[image, kept], labels[kept], boxes[kept]))
-    return detections
+
+def _gather(boxes: Tensor, index: Tensor) -> Tensor:
+    """B Q 4 at B N -> B N 4."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.suppression import surviving
 from deta.model.transformer import Levels
 
 ANCHOR_SIZE = 0.05  # of the image, on the finest level; doubles with each level. All published code
@@ -29,14 +30,14 @@ def make_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
     """
     centres = levels.pixel_centres()
     sizes = ANCHOR_SIZE * 2.0 ** levels.index.float()  # S
-    anchors = torch.cat([centres, sizes[None, :, None].expand(len(centres), -1, 2)], -1)
+    anchors = torch.cat([centres, sizes[None, :, None].expand(centres.shape[0], -1, 2)], -1)
     used = ((anchors > ANCHOR_MARGIN) & (anchors < 1 - ANCHOR_MARGIN)).all(-1) & ~levels.padding
     return (anchors / (1 - anchors)).log().masked_fill(~used[..., None], torch.inf), used
 
 
 def select_highest(scores: Tensor, num_proposals: int) -> Tensor:
     """The pixels with the highest score, B S -> B Q, best first (Deformable DETR)."""
-    return scores.topk(min(num_proposals, scores.shape[1]), 1).indices
+    return scores.topk(_at_most(num_proposals, scores.shape[1]), 1).indices
 
 
 @torch.no_grad()
@@ -60,8 +61,7 @@ def select_spread(
 
     Source: DETA, Ouyang-Zhang et al. 2022, released code (`assign_first_stage`).
     """
-    num_images, num_pixels = scores.shape
-    num_proposals = min(num_proposals, num_pixels)
+    num_proposals = _at_most(num_proposals, scores.shape[1])
     boxes_xyxy = cxcywh_to_xyxy(boxes).clamp(0, 1)
 
     level_sizes = [height * width for height, width in shapes]
@@ -69,30 +69,16 @@ def select_spread(
         [torch.full((size,), level, device=scores.device) for level, size in enumerate(level_sizes)]
     )  # S
     starts = [sum(level_sizes[:level]) for level in range(len(shapes))]
-    candidates = torch.cat(
-        [
-            start + level_scores.topk(min(CANDIDATES_PER_LEVEL, size), 1).indices
-            for start, size, level_scores in zip(
-                starts, level_sizes, scores.split(level_sizes, 1), strict=True
-            )
-        ],
-        1,
-    )  # B C
-    survives = torch.zeros_like(scores, dtype=torch.bool)
-    for image in range(num_images):
-        chosen = candidates[image]
-        # float64: suppression shifts levels apart by adding to the coordinates, which in float32
-        # would cost the last bits of the overlap.
-        kept = batched_nms(
-            boxes_xyxy[image, chosen].double(),
-            scores[image, chosen].double(),
-            level_index[chosen],
-            PROPOSAL_NMS_IOU,
+    candidates = [
+        start + level_scores.topk(torch.sym_min(CANDIDATES_PER_LEVEL, size), 1).indices
+        for start, size, level_scores in zip(
+            starts, level_sizes, scores.split(level_sizes, 1), strict=True
         )
-        survives[image, chosen[kept]] = True
+    ]  # of each level B C
+    survives = _survivors(scores, boxes_xyxy, candidates, level_index)  # B S
 
     too_few = survives.sum(1, keepdim=True) < num_proposals
-    survives |= too_few
+    survives = survives | too_few
     ranking = scores.masked_fill(~survives, -torch.inf).argsort(dim=1, descending=True, stable=True)
     alive = survives.gather(1, ranking)  # B S, best first from here on
     of_level = level_index[ranking, None] == torch.arange(len(shapes), device=scores.device)
@@ -104,3 +90,40 @@ def select_spread(
     selected = share | (rest & (rest.cumsum(1) <= room))
     first = (~selected).int().argsort(dim=1, stable=True)[:, :num_proposals]
     return ranking.gather(1, first)
+
+
+def _at_most(num_proposals: int, num_pixels: int) -> int:
+    """As many proposals as there are pixels for.
+
+    An exported program has a fixed number of queries, which keeps it simple, and so a least size.
+    """
+    if torch.compiler.is_exporting():
+        torch._check(num_pixels >= num_proposals)
+        return num_proposals
+    return min(num_proposals, num_pixels)
+
+
+def _survivors(
+    scores: Tensor, boxes_xyxy: Tensor, candidates: list[Tensor], level_index: Tensor
+) -> Tensor:
+    """B S, bool: the candidates that the suppression of their level leaves."""
+    survives = torch.zeros_like(scores, dtype=torch.bool)
+    if torch.compiler.is_exporting():
+        for of_level in candidates:
+            boxes = boxes_xyxy.gather(1, of_level[..., None].expand(-1, -1, 4))
+            stays = surviving(boxes.double(), PROPOSAL_NMS_IOU)
+            survives = survives.scatter(1, of_level, stays)
+        return survives
+    of_image = torch.cat(candidates, 1)
+    for image in range(scores.shape[0]):
+        chosen = of_image[image]
+        # float64: suppression shifts levels apart by adding to the coordinates, which in float32
+        # would cost the last bits of the overlap.
+        kept = batched_nms(
+            boxes_xyxy[image, chosen].double(),
+            scores[image, chosen].double(),
+            level_index[chosen],
+            PROPOSAL_NMS_IOU,
+        )
+        survives[image, chosen[kept]] = True
+    return survives

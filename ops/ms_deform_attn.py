@@ -257,9 +257,7 @@ def _gradient(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     return grad_value, None, grad_locations, grad_weights
 
 
-def _fused_gradient(
-    ctx, grad_output: Tensor
-) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
+def _fused_gradient(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor, Tensor]:
     value, references, offsets, logits = ctx.saved_tensors
     grad_value, grad_offsets, grad_logits = torch.ops.deta.ms_deform_attn_fused_backward(
         grad_output, value, ctx.spatial_shapes, references, offsets, logits

@@ -1,9 +1,9 @@
 """The operator in plain PyTorch: the specification, and what runs where nothing was compiled.
 
-Every function is made of standard operators alone and changes nothing in place, so that a model can
-be exported with these in the place of the operator. Arithmetic is never below float32: PyTorch's
-bfloat16 grid_sample on the CPU computes pixel indices in bfloat16, which gives wrong results and can
-read out of bounds.
+Every function is made of standard operators alone and changes nothing in place, so that a model
+can be exported with these in the place of the operator. Arithmetic is never below float32:
+PyTorch's bfloat16 grid_sample on the CPU computes pixel indices in bfloat16, which gives wrong
+results and can read out of bounds.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level

@@ -52,6 +52,8 @@ class RunState:
         default_factory=dict
     )  # AP and its kin in 0..100, if evaluated
     best_ap: float | None = None  # of this run so far, in 0..100
+    # Of every evaluation of this run so far, in order; early stopping follows from it alone.
+    ap_history: list[float] = field(default_factory=list)
     data_fingerprint: str = ""
     code_commit: str = ""
     format_version: int = FORMAT_VERSION

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from deta.model.anchor_detr import AnchorDETRConfig
 from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
 from deta.model.postprocess import PostprocessConfig
@@ -75,7 +76,7 @@ class RunConfig:
     storage: str = "~/deta-runs"  # runs are folders in here; shared by all nodes of the cluster
     experiment: str = "deta"  # in MLflow
     seed: int = 42  # official
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | AnchorDETRConfig = field(default_factory=ModelConfig)
     criterion: CriterionConfig = field(default_factory=CriterionConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -87,7 +88,16 @@ class RunConfig:
     micro_batch_size: int = 2  # images a worker takes at once
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float | None = None  # of an averaged copy of the weights, evaluated in their place
-    init_checkpoint: str | None = None  # start from these weights: ours, or a published file
+    # Start from these weights: a run, a checkpoint, a published file or one that jobs/convert.py
+    # wrote, or the address of a file, https://…#sha256=…
+    init_checkpoint: str | None = None
+    # Which classes start from which rows of those weights, if theirs are others: those of the same
+    # name ("by_name"), row for row ("in_order"), or none ("drop": all class heads start as new, as
+    # official DETA is fine-tuned from Objects365).
+    init_classes: Literal["by_name", "in_order", "drop"] = "by_name"
+    # Weights of the backbone alone, in place of timm's: a path or address of detectron2's
+    # torchvision R-50.pkl, of a .pth of torchvision or of the Swin repository.
+    init_backbone: str | None = None
     log_every_steps: int = 50
     evaluate_every_epochs: int = 1  # and always at the end; a checkpoint is kept each time
     num_pictures: int = 12  # validation pictures with true and predicted boxes, each evaluation
@@ -100,6 +110,13 @@ class RunConfig:
             )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={self.precision!r} is neither fp32 nor bf16")
+        if self.init_classes not in ("by_name", "in_order", "drop"):
+            raise ValueError(f"init_classes={self.init_classes!r} is not by_name, in_order or drop")
+        if self.init_checkpoint is not None and self.init_backbone is not None:
+            raise ValueError(
+                "init_checkpoint holds a backbone already; leave one of init_backbone and "
+                "init_checkpoint out"
+            )
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
         if self.total_batch_size < self.cluster.num_workers:
@@ -147,12 +164,28 @@ def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Co
     for name, value in values.items():
         if name not in types_by_name:
             raise _unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in types_by_name])
-        part = types_by_name[name]
-        if isinstance(part, type) and is_dataclass(part):
+        part = _part(types_by_name[name], value, f"{prefix}{name}")
+        if part is not None:
             arguments[name] = _from_dict(part, value, f"{prefix}{name}.")
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
+
+
+def _part(kind: Any, values: Any, key: str) -> type | None:
+    """The dataclass that a value is written for, or none if it is not written for one.
+
+    Of several, the one whose `architecture` it names; the first where it names none, as was
+    written while there was only one.
+    """
+    kinds: list[Any] = [one for one in (typing.get_args(kind) or (kind,)) if is_dataclass(one)]
+    if len(kinds) <= 1:
+        return kinds[0] if kinds else None
+    by_name = {one.architecture: one for one in kinds}  # a default, so the class has it
+    name = values.get("architecture", kinds[0].architecture)
+    if name not in by_name:
+        raise ValueError(f"{key}.architecture={name!r} is not one of {', '.join(by_name)}")
+    return by_name[name]
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

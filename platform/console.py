@@ -82,18 +82,24 @@ class Console:
 def batch_line(config: RunConfig) -> str:
     """How the total batch is shared out, in one line."""
     total, workers = config.total_batch_size, config.cluster.num_workers
-    share = -(-total // workers)
-    at_once = min(share, config.micro_batch_size)
-    steps = -(-share // at_once)
+    # Cut as `TrainingOrder.micro_batches` does.
+    num_parts = max(-(-total // config.micro_batch_size), workers)
+    images = _span(total, num_parts)
+    steps = _span(num_parts, workers)
     people = f"{workers} worker{'s' * (workers > 1)}"
-    if workers * at_once * steps != total:
+    if total % num_parts or num_parts % workers:
         return (
-            f"total batch {total}: {people}, up to {share} images each, {at_once} at a time, "
-            f"accumulated over up to {steps} steps"
+            f"total batch {total} = {num_parts} micro-batches of {images} images, {steps} for each "
+            f"of {people}"
         )
-    images = f"{at_once} image{'s' * (at_once > 1)}"
-    accumulation = f" x {steps} accumulation steps" if steps > 1 else ""
-    return f"total batch {total} = {people} x {images}{accumulation}"
+    accumulation = f" x {steps} accumulation steps" if num_parts > workers else ""
+    return f"total batch {total} = {people} x {images} image{'s' * (images != '1')}{accumulation}"
+
+
+def _span(whole: int, parts: int) -> str:
+    """How much each part gets where parts are as even as they can be."""
+    least, most = whole // parts, -(-whole // parts)
+    return str(most) if least == most else f"{least} or {most}"
 
 
 def duration(seconds: float) -> str:

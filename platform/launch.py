@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -23,13 +24,19 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.platform.checkpoint import best_checkpoint, newest_checkpoint
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig, flatten, from_json, to_json
 from deta.platform.console import Console
+from deta.platform.download import fetch, is_url
+from deta.platform.initial import check_initial_weights
 from deta.platform.journal import FILE_NAME, read_events
+from deta.platform.optim import freeze
+from deta.platform.predict import find_checkpoint
 from deta.platform.tracking import Status, Tracker, tracking_uri
 from deta.platform.training import Run
 from deta.platform.worker import train_worker
@@ -42,6 +49,7 @@ FREE_TO_CHANGE = (
     "name", "storage", "experiment", "cluster.", "data.loader_workers", "log_every_steps",
     "num_pictures", "data.train_images", "data.train_annotations", "data.val_images",
     "data.val_annotations", "micro_batch_size",
+    "schedule.patience", "schedule.min_delta",
 )  # fmt: skip
 
 
@@ -66,6 +74,7 @@ def prepare(config: RunConfig) -> Run:
     Raises:
         ValueError: names the file and record, or the configuration key.
     """
+    make_criterion(config.criterion, config.model)  # refuses what does not fit the model
     data = config.data
     for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
         if not getattr(data, key):
@@ -103,18 +112,22 @@ def prepare(config: RunConfig) -> Run:
         train_set = train_set.first(min(data.train_first, len(train_set)))
     if data.val_first is not None:
         val_set = val_set.first(min(data.val_first, len(val_set)))
+    if config.optim.freeze:
+        with torch.device("meta"):
+            freeze(make_detector(without_download(config.model)), config.optim.freeze)
     storage = Path(_absolute(config.storage))
-    init_checkpoint = config.init_checkpoint and _absolute(config.init_checkpoint)
-    if init_checkpoint and not Path(init_checkpoint).exists():
-        raise ValueError(f"init_checkpoint={init_checkpoint}: there is no such file or folder")
     config = replace(
         config,
         data=data,
         storage=str(storage),
-        init_checkpoint=init_checkpoint,
+        init_checkpoint=_local("init_checkpoint", config.init_checkpoint, storage),
+        init_backbone=_local("init_backbone", config.init_backbone, storage),
         model=replace(config.model, num_classes=len(train_set.categories)),
     )
-    return Run(config, storage / config.name, train_set, val_set, _code_commit())
+    notes = check_initial_weights(config, train_set.categories)
+    return Run(
+        config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
+    )
 
 
 def launch(
@@ -130,14 +143,35 @@ def launch(
         ValueError: the input or the name; before the cluster is touched.
         RuntimeError: the run failed on the cluster; says why.
     """
-    run = prepare(config)
+    return launch_prepared(prepare(config), resume=resume, echo=echo)
+
+
+def launch_prepared(
+    run: Run,
+    *,
+    resume: bool = False,
+    echo: Callable[[str], None] = print,
+    first_look: Callable[[Run], None] | None = None,
+) -> Result:
+    """`launch` for a run from `prepare`.
+
+    Args:
+        first_look: called in between, when a new run has its folder and nothing is taken of the
+            cluster; may write pictures and journal. If it fails, the folder is taken back.
+    """
     console = Console(run, echo)
     console.introduce()
     claim_folder(run, resume=resume)
     # From here on the run has a folder; what it was started with stays in it.
-    if resume and _is_finished(run):
+    if first_look is not None and not resume:
+        try:
+            first_look(run)
+        except BaseException:  # also where somebody stops it: the name is free again
+            shutil.rmtree(run.folder)
+            raise
+    if resume and (ended := _how_it_ended(run)):
         raise RunExistsError(
-            f"{run.folder}: is finished ({run.num_steps} steps); choose another name, or more "
+            f"{run.folder}: is finished ({ended}); choose another name, or more "
             "schedule.epochs for a new run with init_checkpoint"
         )
     (run.folder / CONFIG_FILE).write_text(
@@ -159,7 +193,7 @@ def launch(
         connect(echo)
         follower.start()
         _fit(run, echo)
-        status = "FINISHED"
+        status, reason = "FINISHED", _reason_to_stop(run)
     except (KeyboardInterrupt, SystemExit):
         status, reason = "KILLED", "stopped from outside"
         raise
@@ -371,14 +405,36 @@ class _Follower(threading.Thread):
             self._offset = offset
 
 
-def _is_finished(run: Run) -> bool:
+def _how_it_ended(run: Run) -> str:
+    """Nothing where steps are left."""
     newest = newest_checkpoint(run.checkpoints)
-    return newest is not None and newest.state.step >= run.num_steps
+    if newest is not None and newest.state.step >= run.num_steps:
+        return f"{run.num_steps} steps"
+    return _reason_to_stop(run)
+
+
+def _reason_to_stop(run: Run) -> str:
+    newest = newest_checkpoint(run.checkpoints)
+    return run.reason_to_stop(newest.state) if newest is not None else ""
 
 
 def _last_metrics(run: Run) -> dict[str, float]:
     newest = newest_checkpoint(run.checkpoints)
     return dict(newest.state.metrics) if newest else {}
+
+
+def _local(key: str, given: str | None, storage: Path) -> str | None:
+    """The file or checkpoint that init_checkpoint or init_backbone mean, seen from all nodes."""
+    if given is None:
+        return None
+    if is_url(given):  # into the storage, which all nodes share
+        return str(fetch(given, storage / "downloads"))
+    path = Path(_absolute(given))
+    if key == "init_checkpoint" and not path.is_file():
+        path = find_checkpoint(path)
+    if not path.exists():
+        raise ValueError(f"{key}={path}: there is no such file or folder")
+    return str(path)
 
 
 def _absolute(path: str) -> str:

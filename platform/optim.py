@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
+
+LrRule = Literal["none", "sqrt", "linear"]
+# Exponents of the ratio of total batches.
+LR_RULES: Mapping[LrRule, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +20,11 @@ class OptimConfig:
     """AdamW as the official code sets it up."""
 
     lr: float = 2e-4
+    # How `lr` follows the total batch: "linear" with its ratio to `lr_base_batch`, "sqrt" with the
+    # root of that, "none" not at all. The rate is worked out when the optimizer is made; `lr` stays
+    # what it is, so that a run that goes on cannot scale it twice.
+    lr_rule: LrRule = "none"
+    lr_base_batch: int | None = None  # images an update that `lr` is meant for
     backbone_lr_factor: float = 0.1
     # Of the layers that predict where deformable attention looks.
     sampling_lr_factor: float = 0.1
@@ -22,14 +32,32 @@ class OptimConfig:
     decay_norms: bool = True  # official decays norms and biases alike; detrex leaves norms out
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = 0.1  # L2 over all weights; detrex does not clip
+    # Parts that do not train, besides `model.backbone.frozen_parts`: names as in the model's
+    # parameters, such as backbone, encoder, decoder.layers.0; or all-but-heads.
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} must be positive")
+        if self.lr_rule not in LR_RULES:
+            raise ValueError(f"optim.lr_rule={self.lr_rule!r} is not one of {', '.join(LR_RULES)}")
+        if self.lr_base_batch is not None and self.lr_base_batch < 1:
+            raise ValueError(f"optim.lr_base_batch={self.lr_base_batch} must be at least 1")
+        if self.lr_rule != "none" and self.lr_base_batch is None:
+            raise ValueError(
+                f"optim.lr_rule={self.lr_rule} needs optim.lr_base_batch, the total batch that "
+                "optim.lr is meant for"
+            )
         if self.weight_decay < 0 or self.backbone_lr_factor < 0 or self.sampling_lr_factor < 0:
             raise ValueError("optim: weight_decay and the learning-rate factors cannot be negative")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must be positive, or none")
+
+    def lr_for(self, total_batch_size: int) -> float:
+        """The learning rate of an update over so many images, before the schedule."""
+        if self.lr_base_batch is None:
+            return self.lr
+        return self.lr * (total_batch_size / self.lr_base_batch) ** LR_RULES[self.lr_rule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +70,9 @@ class ScheduleConfig:
     warmup_epochs: float = 0.0  # linear from nothing; official has none
     # "step": drops at lr_drop_epochs. "cosine": falls to nothing at the end.
     shape: str = "step"
+    # Early stopping: after so many evaluations in a row without a better AP; none: never.
+    patience: int | None = None
+    min_delta: float = 0.0  # better means by more than this, in points of AP (0..100)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -59,6 +90,15 @@ class ScheduleConfig:
                 f"schedule.warmup_epochs={self.warmup_epochs} is outside the {self.epochs} epochs"
             )
 
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"schedule.patience={self.patience} must be at least 1, or none")
+        if self.min_delta < 0:
+            raise ValueError(f"schedule.min_delta={self.min_delta} cannot be negative")
+
+    def is_exhausted(self, aps: Sequence[float]) -> bool:
+        """Whether early stopping ends a run with these APs, of all its evaluations in order."""
+        return self.patience is not None and num_without_gain(aps, self.min_delta) >= self.patience
+
     def lr_factor(self, epoch: float) -> float:
         """What the rate is multiplied by after `epoch` epochs, a fraction as a rule."""
         factor = 1.0
@@ -71,8 +111,71 @@ class ScheduleConfig:
         return factor * self.lr_drop_factor**drops
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+def num_without_gain(aps: Sequence[float], min_delta: float) -> int:
+    """How many of the last APs were not better, by more than min_delta, than the best before."""
+    best, count = -math.inf, 0
+    for ap in aps:
+        if ap > best + min_delta:
+            best, count = ap, 0
+        else:
+            count += 1
+    return count
+
+
+class StillBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm that keeps its statistics, and uses them, also while the model trains."""
+
+    def train(self, mode: bool = True) -> StillBatchNorm2d:
+        return super().train(False)
+
+
+def freeze(model: nn.Module, parts: Iterable[str]) -> None:
+    """Let some parts of a model keep their weights; before an optimizer or DDP sees them.
+
+    Args:
+        parts: each a name, or several joined by dots, within the names of parameters; or
+            `all-but-heads`, which leaves only the class and box heads to train.
+
+    Raises:
+        ValueError: the model has no such part, or nothing would be left to train.
+    """
+    names = dict(model.named_parameters())
+    for part in parts:
+        if part == "all-but-heads":
+            chosen = [name for name in names if not _is_of_head(name)]
+        else:
+            chosen = [name for name in names if f".{part}." in f".{name}."]
+        if not chosen:
+            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise ValueError(
+                f"optim.freeze: the model has no part {part!r}; its parts are {known}, and what "
+                "they hold; or all-but-heads"
+            )
+        for name in chosen:
+            names[name].requires_grad_(False)
+    if not trainable(names.values()):
+        raise ValueError(f"optim.freeze={','.join(parts)} leaves nothing to train")
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.BatchNorm2d) and own and not trainable(own):
+            if type(module) not in (nn.BatchNorm2d, StillBatchNorm2d):
+                raise ValueError(
+                    f"optim.freeze: {name} is a {type(module).__name__}, whose statistics cannot "
+                    "be kept still; use model.backbone.norm=frozen"
+                )
+            module.__class__ = StillBatchNorm2d
+            module.eval()
+
+
+def _is_of_head(name: str) -> bool:
+    return any(word.endswith(("_head", "_heads")) for word in name.split("."))
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = None) -> AdamW:
     """AdamW with the published groups: backbone, sampling offsets, all else.
+
+    Args:
+        lr: in place of `config.lr`, where a rule has worked it out; see `OptimConfig.lr_for`.
 
     Each group keeps the learning rate it starts from as `base_lr`; `set_lr` multiplies it.
     """
@@ -82,18 +185,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))
         for parameter in module.parameters(recurse=False)
     }
+    base_lr = config.lr if lr is None else lr
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = 1.0
-        if ".backbone." in name:
+        if "backbone" in name.split("."):
             factor = config.backbone_lr_factor
         elif "sampling_offsets" in name:
             factor = config.sampling_lr_factor
         spared = id(parameter) in norms and not config.decay_norms
         decay = 0.0 if spared else config.weight_decay
-        groups.setdefault((config.lr * factor, decay), []).append(parameter)
+        groups.setdefault((base_lr * factor, decay), []).append(parameter)
     return AdamW(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}

@@ -107,10 +107,11 @@ def draw_detections(
         text = names[label] if 0 <= label < len(names) else str(label)
         if score_of is not None:
             text = f"{text} {score_of[n]:.2f}"
-        texts[n] = _shortened(text, picture.width - 4, font)
+        texts[n] = shortened(text, picture.width - 4, font)
         patches[n] = _place_text(texts[n], font, boxes[n], picture.size, list(patches.values()))
     for n in order:
-        _draw_text(draw, patches[n], texts[n], colour_of(int(label_of[n])), font)
+        if texts[n]:
+            _draw_text(draw, patches[n], texts[n], colour_of(int(label_of[n])), font)
     return picture
 
 
@@ -159,7 +160,7 @@ def validation_sheet(
             sheet.paste(left, (x, y))
             sheet.paste(right, (x + left.width + GAP_PX // 2, y))
             for number, line in enumerate(lines):
-                text = _shortened(line, pair_width, font)
+                text = shortened(line, pair_width, font)
                 draw.text((x, y + left.height + 4 + number * LINE_PX), text, INK, font)
         y += row_height + GAP_PX
     return sheet
@@ -207,9 +208,14 @@ def write_validation_sheet(
         )
     names = [category.name for category in dataset.categories]
     sheet = validation_sheet(items, names, score_threshold=score_threshold)
+    save_whole(sheet, path)
+
+
+def save_whole(image: Image.Image, path: Path) -> None:
+    """Write a picture, complete or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    sheet.save(unfinished)
+    image.save(unfinished)
     unfinished.replace(path)
 
 
@@ -249,7 +255,7 @@ def _draw_legend(
         box = np.array([x, y + 2, x + swatch_px, y + 2 + CAPTION_PX])
         _draw_box(draw, (end, y + 100), box, INK, 2, dashed)
         x += swatch_px + 8
-        draw.text((x, y), _shortened(text, end - x, font), INK, font)
+        draw.text((x, y), shortened(text, end - x, font), INK, font)
         x += round(font.getlength(text)) + 3 * GAP_PX
 
 
@@ -320,7 +326,7 @@ def _cut(box_px: np.ndarray, size_px: tuple[int, int]) -> tuple[int, int, int, i
     return left, top, right, bottom
 
 
-def _shortened(text: str, width_px: float, font: Font) -> str:
+def shortened(text: str, width_px: float, font: Font) -> str:
     """The text, or as much of its beginning as fits."""
     if font.getlength(text) <= width_px:
         return text

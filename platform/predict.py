@@ -7,10 +7,12 @@ Needs neither Ray nor MLflow, so it runs wherever a checkpoint can be copied to.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -19,24 +21,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deta.model.architectures import Detector, make_detector, without_download
 from deta.model.batch import Target, pad_batch
-from deta.model.detector import DETA, ModelConfig
 from deta.model.postprocess import Detections
-from deta.model.pretrained import detect_format, published_logit_eps, rename_from_published
 from deta.platform.checkpoint import MANIFEST, all_checkpoints, best_checkpoint, read_checkpoint
 from deta.platform.coco import Category, CocoDataset, Sample
 from deta.platform.coco_json import Problems, read_coco_file
 from deta.platform.config import RunConfig, override
 from deta.platform.detect import Evaluation, Worker, detect_batches, evaluate_model
-from deta.platform.images import EIGHT_BIT_MODES, ImageError, decode, read_header
-from deta.platform.initial import published_state
+from deta.platform.images import EIGHT_BIT_MODES, Header, ImageError, decode, read_header
 from deta.platform.loader import LoadedBatch
+from deta.platform.model_files import open_model_file
 from deta.platform.training import PRECISIONS
-from deta.platform.transforms import resize_for_evaluation, to_model_input
-from deta.platform.weights import read_weights
+from deta.platform.transforms import resize_for_evaluation, resized_size, to_model_input
 
 NUM_READERS = 4  # threads that read and resize pictures while the model works
 NUM_SHOWN = 10  # files or classes written out in one message
+WINDOW_BATCHES = 32  # among so many batches' pictures, those of one size are looked for
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 
@@ -49,11 +50,12 @@ class Predictor:
 
     def __init__(
         self,
-        model: DETA,
+        model: Detector,
         config: RunConfig,
         categories: tuple[Category, ...],
         device: torch.device | str = "cpu",
         description: str = "",
+        weights_sha256: str = "",
     ) -> None:
         """A model that is in memory already.
 
@@ -62,6 +64,7 @@ class Predictor:
                 `precision`.
             categories: one for each class index, in ascending order of their ids.
             description: where the weights are from, for people.
+            weights_sha256: of the file they are from, if from one.
         """
         if model.config.num_classes != len(categories):
             raise ValueError(
@@ -72,6 +75,7 @@ class Predictor:
         self.categories = categories
         self.device = torch.device(device)
         self.description = description
+        self.weights_sha256 = weights_sha256
         self.model = model.to(self.device).eval()
 
     @classmethod
@@ -92,7 +96,7 @@ class Predictor:
         """
         checkpoint = read_checkpoint(find_checkpoint(path))
         config = _without_download(override(checkpoint.config, changes))
-        model = DETA(config.model)
+        model = make_detector(config.model)
         try:
             model.load_state_dict(checkpoint.model_state())
         except RuntimeError as error:
@@ -104,7 +108,14 @@ class Predictor:
         description = f"{checkpoint.path} (step {state.step}, epoch {state.epoch:.2f}"
         if "AP" in state.metrics:
             description += f", AP {state.metrics['AP']:.1f} when it was saved"
-        return cls(model, config, checkpoint.categories, device, description + ")")
+        return cls(
+            model,
+            config,
+            checkpoint.categories,
+            device,
+            description + ")",
+            file_sha256(checkpoint.path / "model.safetensors"),
+        )
 
     @classmethod
     def from_published(
@@ -115,43 +126,35 @@ class Predictor:
         device: torch.device | str = "cpu",
         changes: Mapping[str, Any] = NO_CHANGES,
     ) -> Predictor:
-        """A model from a file of the official code, of detrex or of Hugging Face.
+        """A model from a file of the official code, of detrex or of Hugging Face, or from one that
+        jobs/convert.py wrote.
 
-        The number of classes, levels, layers and channels is read from the tensors. What they do
-        not show, such as the backbone and the numbers of heads and queries, `config` must say.
-        `logit_eps` follows the layout, see `published_logit_eps`.
+        Of a published file the number of classes, levels, layers and channels and the common
+        backbones are read from the tensors. What they do not show, such as the numbers of heads
+        and queries, `config` must say. `logit_eps` follows the layout, see
+        `published_logit_eps`. A file of jobs/convert.py knows all this.
 
         Args:
-            categories: as many as the file has classes, or some of them, whose ids are then the
-                file's rows, as for COCO. None: all rows, with their numbers for names.
+            categories: some or all of the file's classes, found by name. Where the file does not
+                name its classes, as many as it has, in its order. None: all of the file's; where
+                it does not name them, the numbers of its rows.
             changes: dotted key to value, over all of that.
 
         Raises:
-            ValueError: the file cannot be read or does not fit; names what is missing.
+            ValueError: the file cannot be read or does not fit, or has no class of that name.
         """
-        if (path.parent / MANIFEST).is_file():
-            raise ValueError(f"{path}: is one file of a checkpoint; give its folder, {path.parent}")
-        tensors = read_weights(path)
+        file = open_model_file(path, config)
         try:
-            format_ = detect_format(tensors)
-            model = _with_sizes_of(rename_from_published(tensors), config.model)
+            rows, categories = file.rows_of(categories)
+            model = replace(file.config.model, num_classes=len(categories))
+            config = _without_download(override(replace(file.config, model=model), changes))
+            detector = make_detector(config.model)
+            detector.load_state_dict(file.state_of(rows, config.model))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        num_rows = model.num_classes
-        if categories is None:
-            categories = tuple(Category(row, str(row)) for row in range(num_rows))
-        model = replace(model, num_classes=len(categories), logit_eps=published_logit_eps(format_))
-        config = _without_download(override(replace(config, model=model), changes))
-        detector = DETA(config.model)
-        detector.load_state_dict(published_state(config.model, path, categories))
-        rows = [category.id for category in categories]
-        if len(rows) == num_rows:
-            rows = list(range(num_rows))
-        description = (
-            f"{path} ({format_} layout, {num_rows} classes; rows {_some(rows)} are taken for "
-            f"{_names(categories)})"
-        )
-        return cls(detector, config, categories, device, description)
+        classes = f"{len(rows)} of {file.classes.num_rows} classes, {_names(categories)}"
+        description = f"{file.origin}; {classes}"
+        return cls(detector, config, categories, device, description, file_sha256(path))
 
     @property
     def category_ids(self) -> list[int]:
@@ -196,16 +199,20 @@ class Predictor:
 
         Args:
             images: of any 8-bit mode; an orientation noted in EXIF is ignored, as in training.
-            batch_size: pictures at a time. The default gives each picture an answer that does not
-                depend on the others; in a batch, smaller ones are padded, which shifts scores a
-                little, and a GPU is faster.
+            batch_size: pictures at a time, at most. Only pictures of one size go together, so
+                none is padded, and an answer does not depend on the other pictures; up to the
+                order of float32 sums, which changes scores in the sixth digit.
 
         Raises:
             ValueError: a picture has more than 8 bits a channel.
         """
-        samples = (_sample(_rgb(image), place) for place, image in enumerate(images))
-        inputs = map(self._model_input, samples)
-        return [found for _, detections in self._detect(inputs, batch_size) for found in detections]
+        rgb = [_rgb(image) for image in images]
+        found = self._predict_planned(
+            [self._shape(image.height, image.width) for image in rgb],
+            lambda place: self._model_input(_sample(rgb[place], place)),
+            batch_size,
+        )
+        return [detections for _, detections in found]
 
     def predict_files(
         self,
@@ -228,8 +235,20 @@ class Predictor:
                 decode.
         """
         files = [Path(path) for path in paths]
-        check_headers(files, self.config.data.max_pixels)
-        return self._predict_checked(files, batch_size, on_unreadable)
+        headers = check_headers(files, self.config.data.max_pixels)
+
+        def read(place: int) -> _Input:
+            image = decode(files[place], self.config.data.max_pixels)
+            return self._model_input(_sample(image, place))
+
+        def tell(place: int, error: ImageError) -> None:
+            if on_unreadable is None:
+                raise error
+            on_unreadable(files[place], error)
+
+        shapes = [self._shape(header.height, header.width) for header in headers]
+        found = self._predict_planned(shapes, read, batch_size, tell)
+        return ((files[place], detections) for place, detections in found)
 
     def evaluate(
         self,
@@ -265,45 +284,66 @@ class Predictor:
             on_batch=on_batch,
         )
 
-    def _predict_checked(
+    def _predict_planned(
         self,
-        files: list[Path],
+        shapes: Sequence[tuple[int, int]],
+        read: Callable[[int], _Input],
         batch_size: int,
-        on_unreadable: Callable[[Path, ImageError], None] | None,
-    ) -> Iterator[tuple[Path, Detections]]:
-        def read(place: int) -> _Input:
-            image = decode(files[place], self.config.data.max_pixels)
-            return self._model_input(_sample(image, place))
+        on_unreadable: Callable[[int, ImageError], None] | None = None,
+    ) -> Iterator[tuple[int, Detections]]:
+        """The places of the pictures, in their order, with what is in each.
 
-        def readable() -> Iterator[_Input]:
-            for place, answer in _read_ahead(read, range(len(files))):
-                try:
-                    yield answer.result()
-                except ImageError as error:
-                    if on_unreadable is None:
-                        raise
-                    on_unreadable(files[place], error)
+        Args:
+            shapes: the (height, width) at which the model sees each picture.
+            read: makes the input of the picture at a place; called from several threads.
+        """
+        plan = batches_of_one_shape(shapes, batch_size)
+        finished: dict[int, Detections | None] = {}  # none: not readable
 
-        for places, detections in self._detect(readable(), batch_size):
-            for place, found in zip(places, detections, strict=True):
-                yield files[place], found
+        def batches() -> Iterator[LoadedBatch]:
+            reading = _read_ahead(read, [place for batch in plan for place in batch])
+            for batch in plan:
+                inputs = []
+                for place, answer in islice(reading, len(batch)):
+                    try:
+                        inputs.append(answer.result())
+                    except ImageError as error:
+                        if on_unreadable is None:
+                            raise
+                        on_unreadable(place, error)
+                        finished[place] = None
+                if inputs:
+                    yield _collate(inputs)
 
-    def _model_input(self, sample: Sample) -> _Input:
-        resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
-        return to_model_input(resized)[0], sample.image_id, sample.original_size_px
+        next_place = 0
 
-    def _detect(
-        self, inputs: Iterator[_Input], batch_size: int
-    ) -> Iterator[tuple[list[int], list[Detections]]]:
-        """The numbers of the pictures of each batch, and their detections."""
+        def in_order() -> Iterator[tuple[int, Detections]]:
+            nonlocal next_place
+            while next_place in finished:
+                found = finished.pop(next_place)
+                if found is not None:
+                    yield next_place, found
+                next_place += 1
+
         for loaded, detections in detect_batches(
             self.model,
-            _batches(inputs, batch_size),
+            batches(),
             self.config.postprocess,
             precision=PRECISIONS[self.config.precision],
             device=self.device,
         ):
-            yield loaded.image_ids, detections
+            finished.update(zip(loaded.image_ids, detections, strict=True))
+            yield from in_order()
+        yield from in_order()  # what waited for one that then could not be read
+
+    def _shape(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) to which a picture is resized."""
+        size = self.config.data.evaluation_size
+        return resized_size(height, width, size.short_edge, size.max_long_edge)
+
+    def _model_input(self, sample: Sample) -> _Input:
+        resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
+        return to_model_input(resized)[0], sample.image_id, sample.original_size_px
 
 
 # An image 3 h w, normalised; its number; its (height, width) before it was resized.
@@ -357,20 +397,48 @@ def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int
     return tuple(sorted(categories, key=lambda category: category.id)), image_ids
 
 
-def check_headers(paths: Sequence[Path], max_pixels: int) -> None:
+def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Which pictures to look at together: those of one shape, in about their order.
+
+    A picture that is padded beside a larger one gets other features near its right and bottom
+    border: the convolutions' biases fill the padding, where alone there would be zeros, and
+    GroupNorm counts padding in. Scores shift by hundredths. So nothing is padded here.
+
+    Returns:
+        Places, at most `batch_size` in a batch and each once. Pictures wait for others of their
+        shape for `WINDOW_BATCHES` batches at most.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    plan = []
+    window = batch_size * WINDOW_BATCHES
+    for start in range(0, len(shapes), window):
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for place in range(start, min(start + window, len(shapes))):
+            by_shape.setdefault(shapes[place], []).append(place)
+        batches = [
+            places[first : first + batch_size]
+            for places in by_shape.values()
+            for first in range(0, len(places), batch_size)
+        ]
+        plan += sorted(batches)  # by their first pictures, so that answers wait little
+    return plan
+
+
+def check_headers(paths: Sequence[Path], max_pixels: int) -> list[Header]:
     """Look at the beginning of every picture file.
 
     Raises:
         ImageError: names each file that is missing, not a picture, or too large.
     """
-    faults = []
+    headers, faults = [], []
     for _, answer in _read_ahead(lambda path: read_header(path, max_pixels), paths):
         try:
-            answer.result()
+            headers.append(answer.result())
         except ImageError as error:
             faults.append(str(error))
     if not faults:
-        return
+        return headers
     more = [f"... and {len(faults) - NUM_SHOWN} more"] if len(faults) > NUM_SHOWN else []
     raise ImageError(
         f"{len(faults)} of {len(paths)} pictures cannot be used, so none was looked at:\n  "
@@ -389,19 +457,6 @@ def _read_ahead(
             if len(waiting) > 2 * NUM_READERS:
                 yield waiting.popleft()
         yield from waiting
-
-
-def _batches(inputs: Iterator[_Input], batch_size: int) -> Iterator[LoadedBatch]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    gathered: list[_Input] = []
-    for one in inputs:
-        gathered.append(one)
-        if len(gathered) == batch_size:
-            yield _collate(gathered)
-            gathered = []
-    if gathered:
-        yield _collate(gathered)
 
 
 def _collate(inputs: list[_Input]) -> LoadedBatch:
@@ -423,30 +478,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _with_sizes_of(state: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
-    """The configuration with the sizes that the tensors, under our names, show for certain.
-
-    Heads and points show only as their product, so they stay as configured: a wrong guess could
-    fit, and give wrong boxes. A tensor that is missing is told of when the model is filled.
-    """
-    sizes: dict[str, int] = {}
-    if (heads := state.get("class_heads.0.bias")) is None:
-        raise ValueError("holds no class heads, so it is not a whole DETA")
-    sizes["num_classes"] = len(heads)
-    if (levels := state.get("level_embedding")) is not None:
-        sizes["num_levels"], sizes["dim"] = levels.shape
-    if (linear := state.get("encoder.layers.0.ffn.linear1.bias")) is not None:
-        sizes["ffn_dim"] = len(linear)
-    for part in ("encoder", "decoder"):
-        layers = {name.split(".")[2] for name in state if name.startswith(f"{part}.layers.")}
-        sizes[f"{part}_layers"] = len(layers)
-    return replace(config, **sizes)  # type: ignore[arg-type]
-
-
 def _without_download(config: RunConfig) -> RunConfig:
     """Without weights that are about to be replaced anyway."""
-    backbone = replace(config.model.backbone, pretrained=False)
-    return replace(config, model=replace(config.model, backbone=backbone))
+    return replace(config, model=without_download(config.model))
 
 
 def _names(categories: Sequence[Category]) -> str:
@@ -456,3 +490,8 @@ def _names(categories: Sequence[Category]) -> str:
 def _some(values: Sequence[object], limit: int = 4) -> str:
     shown = ", ".join(map(str, values[:limit]))
     return shown + (", …" if len(values) > limit else "")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,14 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from deta.model.architectures import DetectorCriterion
 from deta.model.batch import Batch
-from deta.model.criterion import Criterion
 from deta.platform.optim import trainable
 
 
 def train_step(
     model: nn.Module,
-    criterion: Criterion,
+    criterion: DetectorCriterion,
     micro_batches: Sequence[Batch],
     optimizer: Optimizer,
     *,

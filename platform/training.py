@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deta.model.criterion import Criterion
-from deta.model.detector import DETA, ModelConfig
+from deta.model.architectures import Detector, make_criterion, make_detector, without_download
 from deta.platform.checkpoint import (
     RunState,
     keep_newest_and_best,
@@ -34,10 +33,10 @@ from deta.platform.checkpoint import (
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig
 from deta.platform.detect import Evaluation, Worker, evaluate_model
-from deta.platform.initial import load_initial_weights
+from deta.platform.initial import load_backbone, load_initial_weights
 from deta.platform.journal import Journal
 from deta.platform.loader import LoadedBatch, train_loader
-from deta.platform.optim import make_optimizer, set_lr
+from deta.platform.optim import freeze, make_optimizer, set_lr
 from deta.platform.order import TrainingOrder, splitmix64
 from deta.platform.pictures import write_validation_sheet
 from deta.platform.step import train_step
@@ -58,6 +57,7 @@ class Run:
     train_set: CocoDataset
     val_set: CocoDataset
     code_commit: str = ""
+    notes: tuple[str, ...] = ()  # what to say of the weights that it starts from
 
     @property
     def checkpoints(self) -> Path:
@@ -80,6 +80,17 @@ class Run:
         ends = {self.order.first_step_of_epoch(epoch) for epoch in range(every, epochs + 1, every)}
         return ends | {self.num_steps}
 
+    def reason_to_stop(self, state: RunState) -> str:
+        """Why a run in this state ends before its last step; nothing while it goes on."""
+        schedule = self.config.schedule
+        if state.step >= self.num_steps or not schedule.is_exhausted(state.ap_history):
+            return ""
+        return (
+            f"stopped early after step {state.step} of {self.num_steps}: none of the last "
+            f"{schedule.patience} evaluations had an AP more than {schedule.min_delta:g} above the "
+            f"best before them, {max(state.ap_history):.1f} in all (schedule.patience)"
+        )
+
 
 @dataclass
 class Progress:
@@ -95,7 +106,7 @@ class Progress:
 def train(
     run: Run, worker: Worker, on_evaluation: Callable[[dict[str, float]], None] | None = None
 ) -> dict[str, float]:
-    """Train to the end.
+    """Train to the end, or to where early stopping ends it.
 
     Args:
         on_evaluation: called on every worker with the metrics after each evaluation, so that a
@@ -112,16 +123,22 @@ def train(
     resumed = newest_checkpoint(run.checkpoints) if worker.leads else None
     resumed = _from_leader(resumed, worker)
 
-    model = DETA(_without_download(config) if resumed or config.init_checkpoint else config.model)
+    is_filled = bool(resumed or config.init_checkpoint or config.init_backbone)
+    model = make_detector(without_download(config.model) if is_filled else config.model)
     if resumed is None and config.init_checkpoint is not None:
-        load_initial_weights(model, Path(config.init_checkpoint), run.train_set.categories)
+        load_initial_weights(
+            model, Path(config.init_checkpoint), run.train_set.categories, config.init_classes
+        )
+    elif resumed is None and config.init_backbone is not None:
+        load_backbone(model, Path(config.init_backbone))
+    freeze(model, config.optim.freeze)
     model.to(device)
     average = None
     if config.ema_decay is not None:
         average = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
         )
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, config.optim.lr_for(config.total_batch_size))
     state = RunState(step=0, samples_seen=0, epoch=0.0)
     if resumed is not None:
         state = resumed.state
@@ -148,7 +165,7 @@ class _Loop:
         self,
         run: Run,
         worker: Worker,
-        model: DETA,
+        model: Detector,
         parallel: nn.Module,
         average: AveragedModel | None,
         optimizer: AdamW,
@@ -157,7 +174,7 @@ class _Loop:
         self.run, self.worker = run, worker
         self.model, self.parallel, self.average = model, parallel, average
         self.optimizer, self.state = optimizer, state
-        self.criterion = Criterion(run.config.criterion, run.config.model.num_queries)
+        self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
         self.journal = Journal(run.folder) if worker.leads else None
 
@@ -184,6 +201,8 @@ class _Loop:
         progress = Progress()
         steps = iter(loader) if len(loader) > 0 else iter(())
         for step in range(self.state.step, run.num_steps):
+            if run.reason_to_stop(self.state):  # also where a stopped run is resumed
+                break
             asked_s = time.perf_counter()
             micro_batches = next(steps)
             progress.data_wait_s += time.perf_counter() - asked_s
@@ -198,7 +217,8 @@ class _Loop:
                 if on_evaluation is not None:
                     on_evaluation(metrics | {"step": done, "samples_seen": self.state.samples_seen})
                 progress = Progress()
-        self._tell("end", step=run.num_steps, metrics=metrics)
+        reason = run.reason_to_stop(self.state)
+        self._tell("end", step=self.state.step, metrics=metrics, reason=reason)
         if self.journal is not None:
             self.journal.close()
         return metrics
@@ -310,6 +330,7 @@ class _Loop:
             epoch=self.run.epoch_at(step),
             metrics=metrics,
             best_ap=max(self.state.best_ap or 0.0, metrics.get("AP", 0.0)),
+            ap_history=self.state.ap_history + ([metrics["AP"]] if "AP" in metrics else []),
             data_fingerprint=self.run.train_set.fingerprint,
             code_commit=self.run.code_commit,
         )
@@ -372,8 +393,3 @@ def _from_leader(value: T, worker: Worker) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def _without_download(config: RunConfig) -> ModelConfig:
-    """The model's configuration without weights that are about to be replaced anyway."""
-    return replace(config.model, backbone=replace(config.model.backbone, pretrained=False))

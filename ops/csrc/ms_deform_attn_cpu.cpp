@@ -93,8 +93,8 @@ void lay_apart(const T* value, A* apart, const Sizes& n, const Threads& threads)
 
 // The weighted sum of all corners of one query's samples. D is the number of channels, or 0 where
 // it is none of those that vectors were written for.
-template <int D, typename T, typename A, typename Out>
-void gather(const T* value, int64_t stride, const Samples<A>& s, bool all_near, const Sizes& n,
+template <int D, typename A, typename Out>
+void gather(const A* value, int64_t stride, const Samples<A>& s, bool all_near, const Sizes& n,
             A* sum, Out* output) {
   const int64_t samples = n.samples();
   if constexpr (D > 0) {
@@ -103,7 +103,7 @@ void gather(const T* value, int64_t stride, const Samples<A>& s, bool all_near, 
     for (int64_t i = 0; i < samples; ++i) {
       if (!all_near && !s.is_near[i]) continue;
       for (int corner = 0; corner < 4; ++corner) {
-        const T* from = value + s.pixel[corner][i] * stride;
+        const A* from = value + s.pixel[corner][i] * stride;
         const A weight = s.weight[corner][i];
         for (int v = 0; v < kVectors; ++v) sums[corner][v] += weight * load(from + v * kLanes);
       }
@@ -114,21 +114,20 @@ void gather(const T* value, int64_t stride, const Samples<A>& s, bool all_near, 
     std::fill(sum, sum + n.channels, A(0));
     for (int64_t i = 0; i < samples; ++i) {
       if (!all_near && !s.is_near[i]) continue;
-      const T *p0 = value + s.pixel[0][i] * stride, *p1 = value + s.pixel[1][i] * stride,
+      const A *p0 = value + s.pixel[0][i] * stride, *p1 = value + s.pixel[1][i] * stride,
               *p2 = value + s.pixel[2][i] * stride, *p3 = value + s.pixel[3][i] * stride;
       const A w0 = s.weight[0][i], w1 = s.weight[1][i], w2 = s.weight[2][i], w3 = s.weight[3][i];
 #pragma omp simd
       for (int64_t d = 0; d < n.channels; ++d)
-        sum[d] += w0 * to_float(p0[d]) + w1 * to_float(p1[d]) + w2 * to_float(p2[d]) +
-                  w3 * to_float(p3[d]);
+        sum[d] += w0 * p0[d] + w1 * p1[d] + w2 * p2[d] + w3 * p3[d];
     }
     for (int64_t d = 0; d < n.channels; ++d) store_rounded(output + d, sum[d]);
   }
 }
 
 // One image. `stride` leads from a pixel to the next, `head_stride` from a head to the next.
-template <int D, typename T, typename A, typename Out>
-void forward_image(const T* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
+template <int D, typename A, typename Out>
+void forward_image(const A* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
                    const A* references, const A* places, const A* attention, Out* output,
                    const Sizes& n, const std::vector<int32_t>& order, const Threads& threads) {
   const int64_t samples = n.samples();
@@ -163,8 +162,8 @@ void forward_image(const T* value, int64_t stride, int64_t head_stride, const in
 
 // Of each corner of each sample, the product of its pixel with the output's gradient; and what the
 // pixel itself receives.
-template <int D, typename T, typename A>
-void scatter(const T* value, int64_t stride, const A* grad, const Samples<A>& s, bool all_near,
+template <int D, typename A>
+void scatter(const A* value, int64_t stride, const A* grad, const Samples<A>& s, bool all_near,
              int64_t samples, int64_t channels, A* grad_value, int64_t grad_stride, A* const* dots) {
   if constexpr (D > 0) {
     constexpr int kVectors = D / kLanes, kCorners = kLanes / 4;
@@ -175,7 +174,7 @@ void scatter(const T* value, int64_t stride, const A* grad, const Samples<A>& s,
         Vector products[kLanes];  // of four samples, corner after corner
         for (int corner = 0; corner < kCorners; ++corner)
           for (int j = 0; j < 4; ++j) {
-            const T* from = value + s.pixel[first + corner][i + j] * stride;
+            const A* from = value + s.pixel[first + corner][i + j] * stride;
             Vector product = load(from) * g[0];
             for (int v = 1; v < kVectors; ++v) product += load(from + v * kLanes) * g[v];
             products[4 * corner + j] = product;
@@ -199,13 +198,13 @@ void scatter(const T* value, int64_t stride, const A* grad, const Samples<A>& s,
     for (int64_t i = 0; i < samples; ++i) {
       if (!all_near && !s.is_near[i]) continue;
       for (int corner = 0; corner < 4; ++corner) {
-        const T* __restrict__ from = value + s.pixel[corner][i] * stride;
+        const A* __restrict__ from = value + s.pixel[corner][i] * stride;
         A* __restrict__ to = grad_value + s.pixel[corner][i] * grad_stride;
         const A weight = s.weight[corner][i];
         A dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int64_t d = 0; d < channels; ++d) {
-          dot += to_float(from[d]) * grad[d];
+          dot += from[d] * grad[d];
           to[d] += weight * grad[d];
         }
         dots[corner][i] = dot;
@@ -216,8 +215,8 @@ void scatter(const T* value, int64_t stride, const A* grad, const Samples<A>& s,
 
 // One image. Gradients of the value are summed in `grad_value`, whose strides may be others than
 // the value's and which is cleared here.
-template <int D, typename T, typename A>
-void backward_image(const T* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
+template <int D, typename A>
+void backward_image(const A* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
                     const A* references, const A* places, const A* weights, const A* grad_output,
                     A* grad_value, int64_t grad_stride, int64_t grad_head_stride, A* grad_places,
                     A* grad_weights, const Sizes& n, const std::vector<int32_t>& order,
@@ -235,7 +234,7 @@ void backward_image(const T* value, int64_t stride, int64_t head_stride, const i
       const int64_t last_level = (group + 1) * n.levels / groups;
       const int64_t first = first_level * n.points, count = (last_level - first_level) * n.points;
       Samples<A> s(n, shapes, first_level, last_level);
-      const T* own_value = value + head * head_stride;
+      const A* own_value = value + head * head_stride;
       A* own_grad = grad_value + head * grad_head_stride;
       int64_t pixel = 0;
       for (int64_t level = 0; level < last_level; ++level) {
@@ -298,14 +297,15 @@ void forward(const T* value, const int64_t* shapes, const A* references, const A
              const A* attention, T* output, const Sizes& n, const Threads& threads) {
   const std::vector<int32_t> order = query_order(n, shapes);
   const int64_t width = n.heads * n.channels;
-  const bool apart = lays_apart(n, kReadsForward);
+  constexpr bool is_rounded = !std::is_same_v<T, A>;  // then the copy is the value in full too
+  const bool apart = is_rounded || lays_apart(n, kReadsForward);
   Array<A> copy(apart ? n.pixels * width : 0, kUninitialised);
   for (int64_t image = 0; image < n.images; ++image) {
     if (apart) {
       lay_apart(value, copy.data(), n, threads);
       forward_image<D>(copy.data(), n.channels, n.pixels * n.channels, shapes, references, places,
                        attention, output, n, order, threads);
-    } else {
+    } else if constexpr (!is_rounded) {
       forward_image<D>(value, width, n.channels, shapes, references, places, attention, output, n,
                        order, threads);
     }
@@ -325,7 +325,7 @@ void backward(const T* grad_output, const T* value, const int64_t* shapes, const
   const int64_t width = n.heads * n.channels, samples = n.samples();
   const int64_t rows = n.queries * n.heads;
   constexpr bool is_rounded = !std::is_same_v<T, A>;
-  const bool apart = lays_apart(n, kReadsBackward) || is_rounded;
+  const bool apart = is_rounded || lays_apart(n, kReadsBackward);
   Array<A> value_copy(apart ? n.pixels * width : 0, kUninitialised);
   Array<A> grad_copy(apart ? n.pixels * width : 0, kUninitialised);
   Array<A> output_copy(is_rounded ? rows * n.channels : 0, kUninitialised);

@@ -64,12 +64,14 @@ class Samples {
     for (int64_t level = first_level, i = 0; level < last_level; ++level) {
       const int64_t h = shapes[2 * level], w = shapes[2 * level + 1];
       for (int64_t point = 0; point < n.points; ++point, ++i) {
-        rows_[i] = int32_t(std::max<int64_t>(h, 1));
-        columns_[i] = int32_t(std::max<int64_t>(w, 1));
         // No number is larger than -1 and smaller too, so nothing is near a level without pixels.
-        height_[i] = h * w > 0 ? A(h) : A(-1);
-        width_[i] = h * w > 0 ? A(w) : A(-1);
-        first_pixel_[i] = int32_t(std::min(start, n.pixels - 1));
+        const bool is_empty = h * w == 0;
+        height_[i] = is_empty ? A(-1) : A(h);
+        width_[i] = is_empty ? A(-1) : A(w);
+        // What is not near is read all the same, with weight zero, so it must be a pixel.
+        rows_[i] = is_empty ? 1 : int32_t(h);
+        columns_[i] = is_empty ? 1 : int32_t(w);
+        first_pixel_[i] = is_empty ? 0 : int32_t(start);
         x_origin[i] = y_origin[i] = A(-0.5);  // pixel centres lie at whole numbers
         x_unit[i] = A(w);
         y_unit[i] = A(h);

@@ -57,12 +57,6 @@ inline Vector load(const float* from) {
   return result;
 }
 
-inline Vector load(const BFloat16* from) {
-  HalfWords halves;
-  std::memcpy(&halves, from, sizeof(halves));
-  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
-}
-
 inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof(x)); }
 
 inline void store(BFloat16* to, Vector x) {

@@ -48,6 +48,9 @@ def folder(tmp_path: Path) -> Path:
         (["data.val_annotations=../a.json"], ["data.val_annotations={parent}/a.json"]),
         (["storage=runs"], ["storage={}/runs"]),
         (["init_checkpoint=none"], ["init_checkpoint=none"]),
+        (["finetune", "--init", "run"], ["finetune", "--init", "{}/run"]),
+        (["--init=https://host/a.pth"], ["--init=https://host/a.pth"]),
+        (["--data.val_images", "val"], ["--data.val_images", "{}/val"]),
         # other arguments, if they name something that is there
         (["photo.jpg"], ["{}/photo.jpg"]),
         (["--out=data/"], ["--out={}/data"]),

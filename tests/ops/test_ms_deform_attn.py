@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deta.ops import compiled
-from deta.ops.ms_deform_attn import ms_deform_attn, plain_backward, plain_forward
+from deta.ops import cpu, plain
+from deta.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, plain_decompositions
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared")
@@ -64,15 +64,26 @@ def random_inputs(
     return value, list(shapes), locations, weights
 
 
-KERNELS = {"plain": (plain_forward, plain_backward)}
-if compiled.is_available():
-    KERNELS["compiled"] = (compiled.forward, compiled.backward)
+def random_references(locations: Tensor, shapes, size: int, seed: int = 0):
+    """References and offsets that come to the same locations."""
+    generator = torch.Generator().manual_seed(seed)
+    images, queries, _, levels, points, _ = locations.shape
+    references = torch.rand(images, queries, levels, size, generator=generator).double() + 0.1
+    unit = 1 / torch.tensor([(w, h) for h, w in shapes]).double()[:, None]
+    if size == 4:
+        unit = references[:, :, None, :, None, 2:] * (0.5 / points)
+    return references, (locations - references[:, :, None, :, None, :2]) / unit
+
+
+KERNELS = {"plain": plain}
+if cpu.is_available():
+    KERNELS["compiled"] = cpu
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("path", PARITY_CASES, ids=lambda path: path.stem)
 def test_parity_with_published_operator(path: Path, kernel: str, record_property):
-    forward, backward = KERNELS[kernel]
+    kernels = KERNELS[kernel]
     case = load_file(path)
     shapes = case["spatial_shapes"].flatten().tolist()
     for dtype, prefix, tolerance in ((torch.float64, "f64", 1e-12), (torch.float32, "f32", 1e-5)):
@@ -81,8 +92,12 @@ def test_parity_with_published_operator(path: Path, kernel: str, record_property
             for name in ("value", "sampling_locations", "attention_weights", "grad_output")
         )
         names = ("grad_value", "grad_sampling_locations", "grad_attention_weights")
-        found = {"output": forward(value, shapes, locations, weights)} | dict(
-            zip(names, backward(grad_output, value, shapes, locations, weights), strict=True)
+        found = {"output": kernels.forward(value, shapes, locations, weights)} | dict(
+            zip(
+                names,
+                kernels.backward(grad_output, value, shapes, locations, weights),
+                strict=True,
+            )
         )
         for name, tensor in found.items():
             expected = case[f"{prefix}.{name}"]
@@ -90,59 +105,6 @@ def test_parity_with_published_operator(path: Path, kernel: str, record_property
             group = f"op, {kernel}" + (", float64" if prefix == "f64" else "")
             record_property("difference", (group, name, float(difference)))
             assert difference <= tolerance, f"{prefix}.{name} differs by {difference:.2e}"
-
-
-@pytest.mark.skipif(len(KERNELS) < 2, reason="the kernels were not compiled")
-@settings(max_examples=40, deadline=None)
-@given(
-    images=st.integers(0, 2),
-    queries=st.integers(0, 4),
-    heads=st.integers(1, 3),
-    points=st.integers(1, 4),
-    channels=st.integers(1, 40),
-    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
-    seed=st.integers(0, 1000),
-    threads=st.integers(1, 3),
-)
-def test_compiled_kernels_equal_the_plain_one(
-    images, queries, heads, points, channels, shapes, seed, threads
-):
-    value, shapes, locations, weights = random_inputs(
-        shapes, images, queries, heads, points, channels, seed
-    )
-    if locations.numel() > 0:
-        locations.view(-1)[seed % locations.numel()] = (math.nan, math.inf, 1e30)[seed % 3]
-    flat = [size for shape in shapes for size in shape]
-    grad_output = torch.randn(images, queries, heads * channels).double()
-    arguments = (value, flat, locations, weights)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = (compiled.forward(*arguments), *compiled.backward(grad_output, *arguments))
-    finally:
-        torch.set_num_threads(before)
-    expected = (plain_forward(*arguments), *plain_backward(grad_output, *arguments))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.skipif(len(KERNELS) < 2, reason="the kernels were not compiled")
-def test_compiled_kernels_give_the_same_bits_on_any_number_of_threads():
-    value, _, locations, weights = random_inputs(((16, 16), (8, 8)), queries=80, channels=16)
-    arguments = (
-        value.float(),
-        [16, 16, 8, 8],
-        locations.float(),
-        weights.float(),
-    )
-    grad_output = torch.randn(2, 80, 32)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append((compiled.forward(*arguments), *compiled.backward(grad_output, *arguments)))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -160,6 +122,16 @@ def test_any_shape_equals_the_definition(images, queries, heads, points, channel
     torch.testing.assert_close(
         ms_deform_attn(*inputs), brute_force(*inputs), rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_fused_form_equals_the_definition(size: int):
+    value, shapes, locations, weights = random_inputs()
+    references, offsets = random_references(locations, shapes, size)
+    logits = weights.log() + 3.0  # a softmax does not see a constant
+    expected = brute_force(value, shapes, locations, weights / weights.sum((3, 4), keepdim=True))
+    found = ms_deform_attn_fused(value, shapes, references, offsets, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30])
@@ -188,6 +160,20 @@ def test_gradients_agree_with_finite_differences():
     )
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_fused_gradients_agree_with_finite_differences(size: int):
+    value, shapes, locations, weights = random_inputs()
+    references, offsets = random_references(locations, shapes, size)
+    tensors = [t.requires_grad_() for t in (value, references, offsets, weights.log())]
+    assert torch.autograd.gradcheck(
+        lambda value, *others: ms_deform_attn_fused(value, shapes, *others),
+        tensors,
+        eps=1e-6,
+        atol=1e-5,
+        rtol=1e-3,
+    )
+
+
 def test_operator_keeps_pytorchs_contract():
     value, shapes, locations, weights = random_inputs()
     flat_shapes = [size for shape in shapes for size in shape]
@@ -204,12 +190,35 @@ def test_operator_keeps_pytorchs_contract():
         )
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_fused_operator_keeps_pytorchs_contract(size: int):
+    value, shapes, locations, weights = random_inputs()
+    references, offsets = random_references(locations, shapes, size)
+    flat_shapes = [size for shape in shapes for size in shape]
+    tensors = [t.requires_grad_() for t in (value, references, offsets, weights.log())]
+    torch.library.opcheck(
+        torch.ops.deta.ms_deform_attn_fused.default, (tensors[0], flat_shapes, *tensors[1:])
+    )
+    grad_output = torch.randn(2, 3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        value, *others = (t.detach() for t in tensors)
+        torch.library.opcheck(
+            torch.ops.deta.ms_deform_attn_fused_backward.default,
+            (grad_output, value, flat_shapes, *others),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
 def test_compiles_into_one_graph():
     value, shapes, locations, weights = random_inputs()
-    tensors = [tensor.float().requires_grad_() for tensor in (value, locations, weights)]
+    references, offsets = random_references(locations, shapes, 4)
+    tensors = [
+        t.float().requires_grad_() for t in (value, locations, weights, references, offsets)
+    ]
 
-    def loss(value, locations, weights):
-        return ms_deform_attn(value * 2, shapes, locations, weights).square().sum()
+    def loss(value, locations, weights, references, offsets):
+        read = ms_deform_attn(value * 2, shapes, locations, weights)
+        return (read + ms_deform_attn_fused(value, shapes, references, offsets, weights)).norm()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), loss(*tensors))
@@ -256,3 +265,49 @@ def test_shapes_that_do_not_belong_together_are_named():
         ms_deform_attn(value, [(6, 5), (3, 5)], locations, weights)
     with pytest.raises(ValueError, match="attention_weights"):
         ms_deform_attn(value, shapes, locations, weights[:, :, :1])
+
+
+def test_autocast_lowers_the_features_alone():
+    value, shapes, locations, weights = random_inputs(((40, 60), (20, 30)), channels=16)
+    value, locations, weights = value.float(), locations.float(), weights.float()
+    references, offsets = random_references(locations, shapes, 2)
+    expected = ms_deform_attn(value.bfloat16(), shapes, locations, weights)
+    fused = ms_deform_attn_fused(
+        value.bfloat16(), shapes, references.float(), offsets.float(), weights
+    )
+    value.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ms_deform_attn(value, shapes, locations, weights), expected)
+        found = ms_deform_attn_fused(value, shapes, references.float(), offsets.float(), weights)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, fused)
+    found.float().sum().backward()
+    assert value.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_exported_program_holds_standard_operators_alone(size: int):
+    value, shapes, locations, weights = random_inputs()
+    references, offsets = random_references(locations, shapes, size)
+    inputs = tuple(t.float() for t in (value, references, offsets, weights.log()))
+
+    class Attention(torch.nn.Module):
+        def forward(self, value, references, offsets, logits):
+            return ms_deform_attn_fused(value, shapes, references, offsets, logits)
+
+    images = torch.export.Dim("images", min=1, max=8)
+    program = torch.export.export(
+        Attention(), inputs, dynamic_shapes=[{0: images}] * 4, strict=False
+    ).run_decompositions(plain_decompositions())
+    assert "deta" not in program.graph_module.code
+    alone = tuple(tensor[:1] for tensor in inputs)
+    torch.testing.assert_close(program.module()(*alone), Attention()(*alone))
+
+
+def test_references_that_do_not_fit_are_named():
+    value, shapes, locations, weights = random_inputs()
+    references, offsets = random_references(locations, shapes, 2)
+    with pytest.raises(ValueError, match="reference_points must be B Q L 2 or B Q L 4"):
+        ms_deform_attn_fused(value, shapes, references[..., :1], offsets, weights)
+    with pytest.raises(ValueError, match="sampling_offsets"):
+        ms_deform_attn_fused(value, shapes, references, offsets[:, :1], weights)

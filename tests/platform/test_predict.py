@@ -315,30 +315,45 @@ def test_published_files_predict_as_our_own_weights_do(tmp_path, paths, format_)
         assert_same(found, expected)
 
 
-def test_rows_of_a_published_file_are_category_ids_or_numbers(tmp_path, paths):
-    config = small_config(num_classes=11)
+def test_classes_of_a_published_file_are_found_by_name_and_never_by_id(tmp_path, paths):
+    config = small_config(num_classes=91)
     model = small_model(config)
     path = tmp_path / "published.safetensors"
     write_weights(path, to_published(model.state_dict(), config.model, "official"))
+    wanted = (Category(1, "Dog"), Category(2, "person"))
 
-    all_rows = Predictor.from_published(path, config)
-    some_rows = Predictor.from_published(path, config, CATEGORIES)
+    everything = Predictor.from_published(path, config)
+    some = Predictor.from_published(path, config, wanted)
 
-    assert all_rows.names == [str(row) for row in range(11)]
-    assert some_rows.names == [category.name for category in CATEGORIES]
-    (everything,) = all_rows.predict([decode(paths[0])])
-    (found,) = some_rows.predict([decode(paths[0])])
+    assert everything.names[:2] == ["person", "bicycle"]
+    assert len(everything.names) == 80  # rows that stand for nothing are left out
+    assert some.categories == wanted
+    (all_found,) = everything.predict([decode(paths[0])])
+    (found,) = some.predict([decode(paths[0])])
     all_scores = {
-        (all_rows.category_ids[label], round(score, 6))
-        for label, score in zip(everything.labels.tolist(), everything.scores.tolist(), strict=True)
+        (everything.names[label], round(score, 6))
+        for label, score in zip(all_found.labels.tolist(), all_found.scores.tolist(), strict=True)
     }
-    some_scores = [
-        (some_rows.category_ids[label], round(score, 6))
+    own_name = {"Dog": "dog", "person": "person"}
+    scores = {
+        (own_name[some.names[label]], round(score, 6))
         for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-    ]
-    assert set(some_scores[:10]) <= all_scores
-    with pytest.raises(ValueError, match="not rows of the file"):
-        Predictor.from_published(path, config, (Category(11, "beyond"),))
+    }
+    assert {entry for entry in all_scores if entry[0] in ("dog", "person")} <= scores
+    # The first five of COCO's rows are no shapes, whatever their ids say.
+    with pytest.raises(ValueError, match="among them are no disc, square, triangle"):
+        Predictor.from_published(path, config, CATEGORIES)
+
+
+def test_rows_that_nobody_names_are_numbers_or_taken_in_order(tmp_path):
+    config = small_config(num_classes=11)
+    path = tmp_path / "published.safetensors"
+    model = small_model(config)
+    write_weights(path, to_published(model.state_dict(), config.model, "official"))
+
+    assert Predictor.from_published(path, config).names == [str(row) for row in range(11)]
+    with pytest.raises(ValueError, match=r"11 rows, whose classes the file does not name.*5 are"):
+        Predictor.from_published(path, config, CATEGORIES)
 
 
 def test_a_listing_names_categories_and_images(tmp_path, trained):

@@ -1,0 +1,289 @@
+#!/usr/bin/env python
+"""Published weights to ours and back, with an account of every tensor.
+
+  python jobs/convert.py deta_checkpoint0011.pth                    only the account
+  python jobs/convert.py deta_checkpoint0011.pth --to ours          deta_checkpoint0011.safetensors
+  python jobs/convert.py ~/deta-runs/my-run --to official           my-run.official.pth
+  python jobs/convert.py --list                                     where published files are
+
+SOURCE is a file of the official code, of detrex or of Hugging Face (.pth, .pt, .bin, .safetensors);
+a run or checkpoint of ours, or what this tool wrote; a backbone as published configurations name it
+(detectron2's torchvision R-50.pkl, torchvision's and the Swin repository's .pth); or the address of
+such a file, which is downloaded and kept: https://…, with #sha256=… to pin it. Its layout is found.
+No code in a pickle is run.
+
+`--to ours` writes one safetensors file that knows its model, its classes and the SHA-256 of its
+source; jobs/evaluate.py, jobs/predict.py and init_checkpoint take it as it is. The other layouts
+are for the other codes: `.pth` holds {"model": …} as official and detrex load it. They hold no
+names of classes and no configuration.
+
+What the tensors show is found: the layout, ResNet or Swin, classes, levels, layers, channels. What
+they do not, such as queries, how proposals are chosen, image size and suppression, is --variant's.
+
+A tensor that is missing, left over or of another shape is an error, unless it is allowed by name.
+Ours are meant by --allow-missing, the file's by --allow-unused; * stands for any text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deta.jobs.evaluate import echo, read_changes, run_tool, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deta.platform.classes import FileClasses
+    from deta.platform.config import RunConfig
+    from deta.platform.model_files import ModelFile
+
+LAYOUTS = ("ours", "official", "detrex", "huggingface")
+SUFFIXES = {
+    "ours": (".safetensors",),
+    "official": (".pth", ".safetensors"),
+    "detrex": (".pth", ".safetensors"),
+    "huggingface": (".safetensors", ".bin"),
+}
+CONVERSION_KEYS = ("model.", "postprocess.", "data.evaluation_size.")
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What is to be written."""
+
+    tensors: dict[str, Tensor]  # under our names
+    config: RunConfig
+    classes: FileClasses | None  # of a backbone none
+    source: dict[str, str]
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(),
+        epilog=(
+            "Keys of the configuration that matter here: model.*, postprocess.* and "
+            "data.evaluation_size.*\nThe exit code is 2 for a file that was refused, 0 for one "
+            "that was converted or is complete."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, run or https://…")
+    parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; default: none")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="default: named by SOURCE, here"
+    )
+    parser.add_argument("--variant", metavar="NAME", help="default: by what the tensors are of")
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        type=Path,
+        help="what the rows of SOURCE stand for: annotations in COCO format, a config.json of "
+        "Hugging Face, or text with a name a line",
+    )
+    parser.add_argument(
+        "--for-data",
+        metavar="FILE",
+        type=Path,
+        help="annotations in COCO format: keep their classes, found by name; others start as new",
+    )
+    parser.add_argument(
+        "--init-classes",
+        choices=("by_name", "in_order", "drop"),
+        default="by_name",
+        help="how --for-data finds them, default by_name",
+    )
+    for name, whose in (("missing", "our"), ("unused", "the file's")):
+        parser.add_argument(
+            f"--allow-{name}", metavar="PATTERN", action="append", default=[],
+            help=f"{whose} names that may be {name}; may be given more than once",
+        )  # fmt: skip
+    parser.add_argument("--report", metavar="FILE", type=Path, help="write the account as JSON")
+    parser.add_argument("--list", action="store_true", help="where published files are, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the variant")
+    arguments = parser.parse_intermixed_args()
+    if arguments.list:
+        from deta.platform.published_files import listing
+
+        echo(listing())
+        raise SystemExit(0)
+    if arguments.source is None:
+        parser.error("name a SOURCE, or --list for where published files are")
+    run_tool(lambda: _prepare(arguments), lambda weights: _write(weights, arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> _Weights:
+    from deta.platform.backbone_files import is_backbone
+    from deta.platform.download import fetch
+    from deta.platform.weights import read_weights
+
+    if arguments.to is not None:
+        output = _output(arguments)
+        if output.suffix not in SUFFIXES[arguments.to]:
+            raise ValueError(f"{output}: end the name in {' or '.join(SUFFIXES[arguments.to])}")
+        if output.is_dir():
+            raise ValueError(f"{output}: is a folder; name the file to write")
+    path = fetch(arguments.source, echo=echo)
+    if path.is_dir() or path.name == "best":
+        from deta.platform.predict import find_checkpoint
+
+        path = find_checkpoint(path)
+    tensors = None if path.is_dir() else read_weights(path)
+    source = {"file": path.name, "sha256": _sha256(path)}
+    if tensors is not None and is_backbone(tensors):
+        return _prepare_backbone(path, tensors, arguments, source)
+    return _prepare_detector(_open(path, tensors, arguments), arguments, source)
+
+
+def _open(
+    path: Path, tensors: dict[str, Tensor] | None, arguments: argparse.Namespace
+) -> ModelFile:
+    """With the configuration of a variant, the one that fits where none is named."""
+    from dataclasses import replace
+
+    from deta.jobs.recipes import find_variant
+    from deta.model.pretrained_anchor import is_anchor_detr
+    from deta.platform.classes import listed_classes
+    from deta.platform.config import override
+    from deta.platform.converted import is_converted
+    from deta.platform.model_files import identify, open_model_file
+
+    changes = read_changes(arguments.overrides, CONVERSION_KEYS)
+    if tensors is None or is_converted(path):
+        if arguments.variant is not None:
+            raise ValueError("--variant says what a published file holds; this one knows it")
+        file = open_model_file(path, find_variant("deta_r50"))
+    else:
+        is_swin = any("relative_position_bias_table" in name for name in tensors)
+        likely = "anchor_detr_r50" if is_anchor_detr(tensors) else "deta_r50"
+        variant = arguments.variant or ("deta_swin_l" if is_swin else likely)
+        file = identify(path, tensors, find_variant(variant))
+        echo(f"variant: {variant}, for what the tensors do not show")
+    file = replace(file, config=override(file.config, changes))
+    if arguments.classes is not None:
+        classes = listed_classes(arguments.classes, file.classes.num_rows)
+        file = replace(file, classes=classes)
+    return file
+
+
+def _prepare_detector(
+    file: ModelFile, arguments: argparse.Namespace, source: dict[str, str]
+) -> _Weights:
+    from deta.platform.conversion import account, complete_state, for_data_set
+    from deta.platform.predict import read_listing
+
+    model = file.config.model
+    echo(f"layout: {file.layout}, sha256 {source['sha256']}")
+    echo(
+        f"model: {model.architecture}, backbone {model.backbone.name}, {model.num_classes} "
+        f"classes, {model.encoder_layers}+{model.decoder_layers} layers of {model.dim} channels, "
+        f"{model.num_queries} queries, logit_eps {model.logit_eps:g}"
+    )
+    echo(f"classes: {file.classes.origin}\n")
+    report = account(file, arguments.allow_missing, arguments.allow_unused)
+    echo(report.table() + "\n")
+    if arguments.report is not None:
+        write_json(arguments.report, report.as_json() | {"source": source})
+    state, config, classes = complete_state(file, report), file.config, file.classes
+    if arguments.for_data is not None:
+        categories, _ = read_listing(arguments.for_data)
+        state, config, classes, plan = for_data_set(file, state, categories, arguments.init_classes)
+        for line in plan.lines:
+            echo(line)
+    return _Weights(state, config, classes, source | {"layout": file.layout})
+
+
+def _prepare_backbone(
+    path: Path, tensors: dict[str, Tensor], arguments: argparse.Namespace, source: dict[str, str]
+) -> _Weights:
+    from deta.jobs.recipes import find_variant
+    from deta.platform.backbone_files import rename_backbone
+    from deta.platform.weights import WeightsError
+
+    try:
+        layout, renamed, unused = rename_backbone(tensors)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    echo(f"layout: a backbone of {layout}, sha256 {source['sha256']}")
+    echo(f"{len(renamed)} tensors; not used: {', '.join(unused) or 'none'}")
+    if arguments.to not in (None, "ours"):
+        raise ValueError(f"{path}: is a backbone alone, which is written as ours only")
+    return _Weights(renamed, find_variant("deta_r50"), None, source | {"layout": layout})
+
+
+def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
+    from deta.platform.converted import write_converted
+    from deta.platform.model_files import to_published
+    from deta.platform.weights import write_torch_file, write_weights
+
+    if arguments.to is None:
+        echo("complete; --to writes it")
+        return 0
+    output, model = _output(arguments), weights.config.model
+    if weights.classes is None:
+        write_weights(output, weights.tensors, {"source": str(weights.source)})
+        echo(f"{output}: give it as init_backbone")
+        return 0
+    if arguments.to == "ours":
+        write_converted(output, weights.tensors, weights.config, weights.classes, weights.source)
+        echo(f"{output}: sha256 {_sha256(output)}")
+        return 0
+    published = to_published(weights.tensors, model, arguments.to)
+    if output.suffix == ".safetensors":
+        write_weights(output, published)
+    else:
+        write_torch_file(
+            output, published if arguments.to == "huggingface" else {"model": published}
+        )
+    echo(f"{output}: {len(published)} tensors, sha256 {_sha256(output)}")
+    for note in _notes(weights.config, arguments.to):
+        echo(note)
+    return 0
+
+
+def _notes(config: RunConfig, layout: str) -> list[str]:
+    """What the other code takes for granted."""
+    notes = []
+    rows = config.model.num_classes
+    if layout == "official" and rows != 91:
+        notes.append(f"note: official code takes rows for COCO ids, 91 of them; these are {rows}")
+    if layout == "detrex" and config.model.logit_eps != 1e-3:
+        notes.append(
+            f"note: detrex computes with a logit epsilon of 1e-3, these were trained with "
+            f"{config.model.logit_eps:g}; boxes at the border move by up to 1.2e-3 of the image"
+        )
+    if layout == "huggingface":
+        notes.append(
+            f"note: set num_labels={rows}, num_queries={config.model.num_queries} and "
+            "two_stage_num_proposals to the same number in its configuration"
+        )
+    return notes
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    if arguments.output is not None:
+        return Path(arguments.output)
+    stem = Path(arguments.source.partition("#")[0].partition("?")[0]).name
+    stem = stem.rpartition(".")[0] if Path(stem).suffix else stem
+    kind = "" if arguments.to == "ours" else f".{arguments.to}"
+    output = Path(f"{stem}{kind}{SUFFIXES[arguments.to][0]}")
+    if output.exists():
+        raise ValueError(f"{output}: is there already; name another with --output")
+    return output
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of a checkpoint's weights."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not os.path.isfile(file):
+        return ""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+#!/usr/bin/env python
+"""A trained model as files that need none of this package, checked before they are kept.
+
+  python jobs/export.py ~/deta-runs/deta-r50-12ep --check-images val2017 --output exported
+
+WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Into
+--output go
+
+  model.pt2   a torch.export program; needs torch alone
+  model.onnx  operator set 18, standard operators only; needs any ONNX runtime
+  model.json  classes, how pictures are prepared, configuration, SHA-256 of the weights and of the
+              files, versions, and what the check found
+
+Both take `images` (B 3 H W, uint8 RGB), `sizes_px` (B 2) and `original_sizes_px` (B 2, int64,
+height before width) and give `scores` (B N), `labels` (B N, class index) and `boxes_px` (B N 4,
+xyxy in pixels of the original picture); unused places have the label -1. Batch and size are free.
+Normalisation and suppression are inside. Only the resizing is outside:
+
+  import json, numpy as np, onnxruntime
+  from PIL import Image
+  about = json.load(open("exported/model.json"))
+  short, long = about["input"]["short_edge"], about["input"]["max_long_edge"]
+  picture = Image.open("photo.jpg").convert("RGB")
+  scale = min(short / min(picture.size), long / max(picture.size))
+  size = [round(edge * scale) for edge in picture.size]
+  pixels = np.asarray(picture.resize(size, Image.BILINEAR))
+  inputs = {"images": pixels.transpose(2, 0, 1)[None], "sizes_px": np.array([pixels.shape[:2]]),
+            "original_sizes_px": np.array([picture.size[::-1]])}
+  scores, labels, boxes_px = onnxruntime.InferenceSession("exported/model.onnx").run(None, inputs)
+
+The same arrays, as torch tensors, go into torch.export.load("exported/model.pt2").module().
+
+The pictures of --check-images go through the model here and through each file, alone and in
+batches of different sizes. A file whose detections differ by more than 0.001 in a score or 0.001 of
+the longer side in a box is not kept, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from deta.jobs.evaluate import (
+    PREDICTION_KEYS,
+    echo,
+    open_predictor,
+    read_changes,
+    run_tool,
+    tool_parser,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deta.platform.export_check import Difference, Speed
+    from deta.platform.exported import Runtime
+    from deta.platform.predict import Predictor
+
+FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    predictor: Predictor
+    pictures: list[Path]
+    formats: list[str]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was found about one exported file."""
+
+    sha256: str
+    num_bytes: int
+    difference: Difference | None  # none: it was not checked
+    speed: Speed | None
+
+
+def main() -> NoReturn:
+    parser = tool_parser(
+        __doc__ or "",
+        "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
+        "data.max_pixels\nand model.*",
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
+    parser.add_argument(
+        "--format", choices=list(FILE_NAMES), help="one of the two files; default: both"
+    )
+    parser.add_argument(
+        "--check-images",
+        metavar="PICTURE",
+        nargs="+",
+        help="real pictures: files, folders or quoted patterns",
+    )
+    parser.add_argument(
+        "--check-first", metavar="N", type=int, default=20, help="of them; default 20"
+    )
+    parser.add_argument(
+        "--check-batch", metavar="N", type=int, default=4, help="pictures at a time; default 4"
+    )
+    parser.add_argument(
+        "--unverified", action="store_true", help="keep the files without looking at them"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change the configuration"
+    )
+    arguments = parser.parse_intermixed_args()
+    run_tool(lambda: _prepare(arguments), lambda inputs: _export(inputs, arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> _Inputs:
+    from deta.platform.picture_files import find_pictures
+    from deta.platform.predict import check_headers
+
+    if (arguments.check_images is None) != arguments.unverified:
+        raise ValueError(
+            "give pictures to check the files with: --check-images PICTURE …; or say --unverified"
+        )
+    if arguments.check_first < 1 or arguments.check_batch < 1:
+        raise ValueError("--check-first and --check-batch must be at least 1")
+    if arguments.output.is_file():
+        raise ValueError(f"{arguments.output}: is a file; name a folder")
+    changes = read_changes(arguments.overrides, PREDICTION_KEYS)
+    if changes.setdefault("precision", "fp32") != "fp32":
+        raise ValueError("precision: files are exported in fp32; leave it out")
+    formats = [arguments.format] if arguments.format else list(FILE_NAMES)
+    if "onnx" in formats:
+        _require_onnx()
+    pictures = [file.path for file in find_pictures(arguments.check_images or [], echo)]
+    pictures = _spread(pictures, arguments.check_first)
+    predictor = open_predictor(arguments, changes)
+    check_headers(pictures, predictor.config.data.max_pixels)
+    return _Inputs(predictor, pictures, formats)
+
+
+def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+    import torch
+
+    from deta.platform.console import duration
+    from deta.platform.export import trace, write_onnx
+    from deta.platform.images import decode
+
+    predictor = inputs.predictor
+    echo(f"model: {predictor.description}")
+    echo("tracing; a model of the published size takes minutes …")
+    began_s = time.perf_counter()
+    program = trace(predictor.model, predictor.config.postprocess, predictor.device)
+    echo(f"traced in {duration(time.perf_counter() - began_s)}")
+    max_pixels = predictor.config.data.max_pixels
+    images = [decode(path, max_pixels) for path in inputs.pictures]
+    eager_speed = _eager_speed(predictor, images) if images else None
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checked: dict[str, _Checked] = {}
+    refused = False
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=arguments.output) as folder:
+        for format_ in inputs.formats:
+            path = Path(folder) / FILE_NAMES[format_]
+            began_s = time.perf_counter()
+            if format_ == "pt2":
+                torch.export.save(program, path)
+            else:
+                write_onnx(program, path)
+            megabytes = path.stat().st_size / 1e6
+            echo(f"{path.name}: {megabytes:.1f} MB in {duration(time.perf_counter() - began_s)}")
+            result = _check(path, predictor, images, arguments.check_batch)
+            if result.difference is not None and not result.difference.is_small:
+                echo(f"{path.name}: NOT KEPT, its detections are not the model's")
+                refused = True
+                continue
+            checked[path.name] = result
+        for name in checked:
+            shutil.move(Path(folder) / name, arguments.output / name)
+    if checked:
+        about = _about(predictor, checked, eager_speed)
+        write_json(arguments.output / "model.json", about)
+    if not images:
+        echo("NOT VERIFIED: no picture was looked at")
+    echo(f"{', '.join(checked) or 'nothing'}: {arguments.output}")
+    return 1 if refused else 0
+
+
+def _check(
+    path: Path, predictor: Predictor, images: Sequence[Image.Image], batch_size: int
+) -> _Checked:
+    """Compare a file with the model, if there are pictures; and time it."""
+    from deta.platform.export import least_side_px
+    from deta.platform.export_check import Difference, compare, measure_speed, run_eagerly
+    from deta.platform.exported import open_onnx, open_program, pack, unpack
+    from deta.platform.predict import file_sha256
+
+    digest, num_bytes = file_sha256(path), path.stat().st_size
+    if not images:
+        return _Checked(digest, num_bytes, None, None)
+    run: Runtime
+    run = open_onnx(path) if path.suffix == ".onnx" else open_program(path, predictor.device)
+    size, least = predictor.config.data.evaluation_size, least_side_px(predictor.model.config)
+    difference = Difference()
+    for batch in [*_groups(images, 1), *_groups(images, batch_size)]:
+        packed = pack(batch, size, least)
+        expected = run_eagerly(predictor, packed)
+        for image, one, other in zip(batch, expected, unpack(*run(packed)), strict=True):
+            max_detections = predictor.config.postprocess.max_detections
+            difference += compare(one, other, (image.height, image.width), max_detections)
+    echo(f"{path.name}: largest differences: {difference}")
+    speed = measure_speed(run, pack(images[:1], size, least))
+    echo(f"{path.name}: {speed}")
+    return _Checked(digest, num_bytes, difference, speed)
+
+
+def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> Speed:
+    from deta.platform.export import least_side_px
+    from deta.platform.export_check import measure_speed, run_eagerly
+    from deta.platform.exported import pack
+
+    least = least_side_px(predictor.model.config)
+    picture = pack(images[:1], predictor.config.data.evaluation_size, least)
+    speed = measure_speed(partial(run_eagerly, predictor), picture)
+    echo(f"the model here, on {predictor.device.type}: {speed}")
+    return speed
+
+
+def _about(
+    predictor: Predictor, checked: Mapping[str, _Checked], eager_speed: Speed | None
+) -> dict[str, Any]:
+    from deta.platform.config import flatten
+    from deta.platform.export import ONNX_OPSET, least_side_px
+    from deta.platform.export_check import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE
+
+    size = predictor.config.data.evaluation_size
+    return {
+        "weights": {
+            "description": predictor.description,
+            "sha256": predictor.weights_sha256,
+        },
+        "verified": all(one.difference is not None for one in checked.values()),
+        "files": {
+            name: {
+                "sha256": one.sha256,
+                "bytes": one.num_bytes,
+                "device": "any" if name.endswith(".onnx") else predictor.device.type,
+                "difference": None if one.difference is None else asdict(one.difference),
+                "speed": None if one.speed is None else asdict(one.speed),
+            }
+            for name, one in checked.items()
+        },
+        "allowed_difference": {"scores": MAX_SCORE_DIFFERENCE, "boxes": MAX_BOX_DIFFERENCE},
+        "eager_speed": None if eager_speed is None else asdict(eager_speed),
+        "input": {
+            "images": "B 3 H W, uint8, RGB, each resized picture at the top left",
+            "sizes_px": "B 2, int64, (height, width) of each resized picture",
+            "original_sizes_px": "B 2, int64, (height, width) before it was resized",
+            "resize": "bilinear, antialiased (PIL); keep the ratio; ignore the EXIF orientation",
+            "short_edge": size.short_edge,
+            "max_long_edge": size.max_long_edge,
+            "least_height_and_width": least_side_px(predictor.model.config),
+        },
+        "output": {
+            "scores": "B N, float32, best first",
+            "labels": "B N, int64, index among the classes; -1 where there is no detection",
+            "boxes_px": "B N 4, float32, xyxy in pixels of the original picture",
+        },
+        "classes": [asdict(category) for category in predictor.categories],
+        "config": flatten(predictor.config),
+        "onnx_opset": ONNX_OPSET,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("deta-platform", "torch", "torchvision", "timm", "onnx", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _require_onnx() -> None:
+    from importlib.util import find_spec
+
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise ValueError(
+            f"ONNX needs {', '.join(missing)}: pip install 'deta-platform[export]', or take "
+            "--format pt2"
+        )
+
+
+def _spread(pictures: Sequence[Path], number: int) -> list[Path]:
+    """So many of them, from the whole length of the list."""
+    if len(pictures) <= number:
+        return list(pictures)
+    return [pictures[i * len(pictures) // number] for i in range(number)]
+
+
+def _groups(images: Sequence[Image.Image], length: int) -> Iterator[Sequence[Image.Image]]:
+    for start in range(0, len(images), length):
+        yield images[start : start + length]
+
+
+if __name__ == "__main__":
+    main()

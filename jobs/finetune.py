@@ -1,0 +1,294 @@
+"""`finetune`, the second command of every recipe: from a checkpoint to a data set of one's own.
+
+Also the first look at a data set, which any recipe takes with --look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deta.jobs.total_batch import with_base_batch
+from deta.platform.config import RunConfig, flatten, override
+
+# Before anything slow is imported: --help does not need it.
+if TYPE_CHECKING:
+    from deta.platform.training import Run
+
+Variants = Mapping[str, Callable[[], RunConfig]]
+
+DESCRIPTION = """\
+Fine-tune on a data set of your own, in COCO format. Classes come from its annotations.
+
+  {program} finetune --init ~/deta-runs/deta-r50-12ep \\
+      --train-images mine/train --train-annotations mine/train.json \\
+      --val-images mine/val --val-annotations mine/val.json
+
+CHECKPOINT is a run's folder, which means its best checkpoint, or one checkpoint in it: then the
+model and its image sizes are the checkpoint's. Or a published file: then the model is the
+variant's. All weights are kept but those of classes that the checkpoint does not know.
+
+How long, how fast and when to stop follow from the number of images, and are printed with reasons.
+Before a GPU is taken the data are looked at: classes, sizes, what is amiss, and a sheet of training
+pictures as the model will see them."""
+
+EPILOG = """\
+Every number of the configuration is a key, also as an option: optim.lr=1e-4 or --optim.lr 1e-4.
+Often wanted: optim.freeze=backbone (or encoder, decoder, all-but-heads), schedule.epochs,
+schedule.patience (none: no early stopping), data.augmentation.short_edges, micro_batch_size."""
+
+
+def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoReturn:
+    """Read the command line behind `finetune`, look, train; exits as `run_recipe` does."""
+    from deta.jobs.recipe import echo, refuse
+
+    parsed = _parser(program, variants).parse_intermixed_args(with_plain_keys(arguments))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        changes = _changes(parsed)
+        config, origin = _base(changes, variants, parsed.variant)
+        config = override(config, changes)
+    except ValueError as error:
+        refuse(error)
+    if parsed.show and not config.data.train_annotations:
+        _show(config)
+
+    import torch
+
+    from deta.platform.finetune import machine_plan, schedule_plan
+    from deta.platform.launch import prepare
+
+    given = frozenset(changes)
+    try:
+        machine = machine_plan(
+            config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
+        )
+        run = prepare(override(config, machine.changes))
+        schedule = schedule_plan(
+            run.config, len(run.train_set), given=given, samples=parsed.samples
+        )
+        run = replace(run, config=override(run.config, schedule.changes))
+    except ValueError as error:
+        refuse(error)
+    if parsed.show:
+        _show(run.config)
+    echo(f"starting from {origin}")
+    for reason in (*machine.reasons, *schedule.reasons):
+        echo(reason)
+    train_with_a_look(run, only_look=parsed.look, probe=parsed.probe, resume=parsed.resume)
+
+
+def _parser(program: str, variants: Variants) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{program} finetune",
+        description=DESCRIPTION.format(program=f"python jobs/{program}"),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--init", metavar="CHECKPOINT", help="what to start from (see above)")
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-images", metavar="FOLDER", help=f"{split} images")
+        parser.add_argument(
+            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
+        )
+    parser.add_argument(
+        "--variant",
+        choices=list(variants),
+        metavar="NAME",
+        help="of the recipe, for how to train; without it, the one with the checkpoint's model",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="to see in all")
+    parser.add_argument("--name", help="of the run; its folder is storage/name")
+    parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    add_look_options(parser)
+    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change the configuration"
+    )
+    return parser
+
+
+def add_look_options(parser: argparse.ArgumentParser) -> None:
+    """--look and --probe."""
+    parser.add_argument("--look", action="store_true", help="look at the data, and do not train")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure the memory of the worst batch first, and suggest micro_batch_size",
+    )
+
+
+def with_plain_keys(arguments: Sequence[str]) -> list[str]:
+    """`--data.train_images X` and `--data.train_images=X` as `data.train_images=X`.
+
+    Raises:
+        SystemExit: the last option has no value, as argparse would.
+    """
+    plain: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.partition("=")
+        if not (key.startswith("--") and "." in key):
+            plain.append(argument)
+            continue
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                print(f"error: {key} wants a value: {key} VALUE", file=sys.stderr)
+                sys.exit(2)
+        plain.append(f"{key[2:]}={value}")
+    return plain
+
+
+def _changes(parsed: argparse.Namespace) -> dict[str, str]:
+    """What a person gave, by dotted key."""
+    changes: dict[str, str] = {}
+    for text in parsed.overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is not of the form key=value")
+        changes[key] = value
+    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        if getattr(parsed, key) is not None:
+            changes[f"data.{key}"] = getattr(parsed, key)
+    if parsed.name is not None:
+        changes["name"] = parsed.name
+    if parsed.init is not None:
+        changes["init_checkpoint"] = parsed.init
+    if changes.get("init_checkpoint", "none") == "none":
+        raise ValueError(
+            "what to start from is not set; give --init CHECKPOINT. To learn from scratch, leave "
+            "out the word finetune"
+        )
+    return changes
+
+
+def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tuple[RunConfig, str]:
+    """The configuration before a person's changes; and what it starts from, for people.
+
+    A run's folder in `changes` becomes its best checkpoint.
+    """
+    from deta.platform.checkpoint import read_checkpoint
+    from deta.platform.converted import is_converted, read_converted
+    from deta.platform.finetune import base_config, variant_of
+    from deta.platform.predict import find_checkpoint
+
+    path = Path(changes["init_checkpoint"]).expanduser()
+    theirs: RunConfig | None = None
+    origin = changes["init_checkpoint"]
+    if path.is_file() and is_converted(path):
+        theirs = read_converted(path).config
+    elif path.is_dir() or path.name == "best":
+        checkpoint = read_checkpoint(find_checkpoint(path))
+        theirs = checkpoint.config
+        origin = changes["init_checkpoint"] = str(checkpoint.path)
+        if (ap := checkpoint.state.metrics.get("AP")) is not None:
+            origin += f", AP {ap:.1f} on its own data"
+    alike = None if theirs is None else variant_of(theirs.model, variants)
+    variant = named or alike or next(iter(variants))
+    origin += f"; trains as variant {variant}"
+    if theirs is not None and alike is None and named is None:
+        origin += ", though that has another model: --variant NAME says otherwise"
+    base = base_config(variants[variant](), theirs)
+    changes |= with_base_batch(base, changes)
+    return base, origin
+
+
+def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
+    """For a run that begins as any other: look, then perhaps train."""
+    from deta.jobs.recipe import refuse
+    from deta.platform.launch import prepare
+
+    try:
+        run = prepare(config)
+    except ValueError as error:
+        refuse(error)
+    train_with_a_look(run, only_look=only_look, probe=probe)
+
+
+def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
+    """Look at the data of a run; then, unless it was for that only, train. Exits."""
+    from deta.jobs.recipe import echo, exit_after, refuse
+    from deta.platform.console import Console
+    from deta.platform.launch import launch_prepared
+
+    if not only_look:
+        exit_after(
+            lambda: launch_prepared(
+                run,
+                resume=resume,
+                echo=echo,
+                first_look=lambda run: _look(run, run.folder, probe),
+            )
+        )
+    folder = run.folder.parent / "first-looks" / run.folder.name
+    try:
+        Console(run, echo).introduce()
+        _look(run, folder, probe, refuses=False)
+    except ValueError as error:
+        refuse(error)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
+    """Print the first look; leave its text and the sheet of pictures in the folder.
+
+    Raises:
+        ValueError: a picture cannot be decoded; or the probe found, on the device that will
+            train, that the micro-batch does not fit.
+    """
+    import torch
+
+    from deta.jobs.recipe import echo
+    from deta.platform.first_look import look_at
+    from deta.platform.journal import Journal
+    from deta.platform.memory_probe import suggest_micro_batch, worst_batch
+    from deta.platform.training_sheet import write_training_sheet
+
+    config = run.config
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        echo(line)
+
+    tell("")
+    for line in look_at(run.train_set, run.val_set, config.data).lines():
+        tell(line)
+    share = -(-config.total_batch_size // config.cluster.num_workers)
+    num_images = min(config.micro_batch_size, share)
+    worst = worst_batch(run.train_set, config.data.augmentation, num_images)
+    tell(f"worst micro-batch: {num_images} images padded to {worst}")
+    sheet = folder / "pictures" / "training.png"
+    write_training_sheet(sheet, run)
+    if folder == run.folder:
+        journal = Journal(run.folder)
+        journal.write("picture", step=0, path=str(sheet.relative_to(folder)))
+        journal.close()
+    if probe:
+        device = "cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu"
+        suggestion = suggest_micro_batch(run, device, echo)
+        for line in suggestion.lines():
+            tell(line)
+        if config.cluster.gpu and device == "cpu":
+            tell("this machine has no GPU; what is needed on one is about as much")
+        elif refuses and not suggestion.fits:
+            raise ValueError(suggestion.lines()[-1].lstrip("! "))
+    (folder / "first_look.txt").write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
+    echo(f"training pictures as the model sees them: {sheet}")
+    echo("")
+
+
+def _show(config: RunConfig) -> NoReturn:
+    for key, value in flatten(config).items():
+        print(f"{key}={value}")
+    sys.exit(0)

@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Write docs/recipes/*.md and the README's table: our configurations beside the published ones.
+
+  python jobs/recipe_pages.py           # write what has changed
+  python jobs/recipe_pages.py --check   # only say so, by exit code 1
+
+Everything in them comes from the recipes and from published.py. A difference that is not explained
+there is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from deta.jobs.differences import Row, compare, show, unexplained
+from deta.jobs.published import PUBLISHED, Published
+from deta.jobs.recipes import RECIPES, VARIANTS
+from deta.platform.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("docs") / "recipes"
+BEGIN, END = "<!-- recipes: begin, written by jobs/recipe_pages.py -->", "<!-- recipes: end -->"
+NOTE = "<!-- Written by jobs/recipe_pages.py; change the recipe or jobs/published.py instead. -->"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every file as it should be, by its path.
+
+    Raises:
+        ValueError: a recipe differs from its publication without a reason, or the README has no
+            place for the table.
+    """
+    problems = [
+        f"{name}: {', '.join(keys)}"
+        for name, published in PUBLISHED.items()
+        if (keys := unexplained(compare(VARIANTS[name](), published)))
+    ]
+    if problems:
+        raise ValueError(
+            "these recipes differ from what was published without a reason. Change the recipe, or "
+            "give the fact in jobs/published.py a `why`:\n  " + "\n  ".join(problems)
+        )
+    written = {
+        root / FOLDER / f"{recipe}.md": recipe_page(recipe, module)
+        for recipe, module in RECIPES.items()
+    }
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme}: wants the lines {BEGIN!r} and {END!r}, once each")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    written[readme] = f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+    return written
+
+
+def recipe_page(recipe: str, module: ModuleType) -> str:
+    """One recipe with all its variants."""
+    title, _, text = inspect.cleandoc(module.__doc__ or "").partition("\n")
+    parts = [f"# `jobs/{recipe}.py`", NOTE, title, _code(text.strip("\n"))]
+    for variant, make in module.VARIANTS.items():
+        published = PUBLISHED.get(f"{recipe}.{variant}")
+        parts.append(_section(recipe, variant, make, published))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def readme_table() -> str:
+    """One row for each published system."""
+    rows = []
+    for name, published in PUBLISHED.items():
+        recipe, _, variant = name.partition(".")
+        config = VARIANTS[name]()
+        different = [row.key for row in compare(config, published) if not row.is_same]
+        is_default = variant == next(iter(RECIPES[recipe].VARIANTS))
+        command = f"jobs/{recipe}.py" + ("" if is_default else f" --variant {variant}")
+        rows.append(
+            (
+                f"{published.system} ([{published.origin}]({published.url}))",
+                show(config.schedule.epochs),
+                published.ap,
+                f"`{command}`",
+                f"[{_count(len(different))}]({FOLDER.as_posix()}/{recipe}.md#{variant})",
+                published.measured,
+            )
+        )
+    return _table(("system", "epochs", "published AP", "command", "differences", "ours"), rows)
+
+
+def _section(
+    recipe: str, variant: str, make: Callable[[], RunConfig], published: Published | None
+) -> str:
+    first, _, text = inspect.cleandoc(make.__doc__ or "").partition("\n")
+    parts = [f"## {variant}", f"{first[:1].upper()}{first[1:]}.", text.strip()]
+    if published is None:
+        return "\n\n".join(parts)
+    rows = compare(make(), published)
+    different = [row for row in rows if not row.is_same]
+    parts.append(
+        f"Published: [{published.system}, {published.origin}]({published.url}), AP {published.ap}."
+        + (f" [Weights]({published.weights})." if published.weights else "")
+    )
+    if different:
+        cells = [(_key(r), show(r.ours), show(r.published), r.verdict, r.source) for r in different]
+        parts.append(_table(("key", "ours", "published", "why", "source"), cells))
+    else:
+        parts.append("Every number is the published one.")
+    if published.remarks:
+        remarks = [(one.published, one.ours, one.source) for one in published.remarks]
+        parts.append("Beyond the configuration:")
+        parts.append(_table(("published", "here", "source"), remarks))
+    same = _table(
+        ("key", "both", "source"),
+        [(_key(row), show(row.ours), row.source) for row in rows if row.is_same],
+    )
+    summary = f"<summary>the same: {len(rows) - len(different)} numbers</summary>"
+    parts.append(f"<details>{summary}\n\n{same}\n\n</details>")
+    parts.append(f"`python jobs/{recipe}.py --variant {variant} --compare` prints this table.")
+    return "\n\n".join(parts)
+
+
+def _key(row: Row) -> str:
+    return f"`{row.key}`"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    """A module's description with its indented commands as a block of code."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        if all(line.startswith("  ") for line in paragraph.splitlines()):
+            paragraphs.append(f"```sh\n{inspect.cleandoc(paragraph)}\n```")
+        else:
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
+
+
+def _count(number: int) -> str:
+    return "none" if number == 0 else f"{number}, explained"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is old")
+    arguments = parser.parse_args()
+    try:
+        wanted = pages(ROOT)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    stale = [
+        path
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in stale:
+        print(f"{'old' if arguments.check else 'written'}: {path.relative_to(ROOT)}")
+        if not arguments.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+    sys.exit(1 if arguments.check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Anchor DETR: queries that are points on the image, and attention along rows and columns.
+
+Source: Anchor DETR, Wang et al. 2021, https://arxiv.org/abs/2109.07107, and its released code
+(megvii-research/AnchorDETR). Only what differs from DETA is written here.
+"""
+
+# B images   H W height and width of the feature map   D channels   Q queries   A heads
+# T anchor points   P patterns, each of them on every point: Q = P T   C classes   K decoder layers
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deta.model.backbone import Backbone, BackboneConfig
+from deta.model.boxes import box_logits
+from deta.model.detector import PRIOR_PROBABILITY, InputProjection, Predictions
+from deta.model.position import encode_boxes
+from deta.model.transformer import BoxHead, FeedForward
+
+STRIDE = 32  # C5; the same map is twice as fine where the backbone is dilated (DC5)
+FIRST_SIZE_LOGIT = -2.0  # every box begins at 0.12 of the image. Released code
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorDETRConfig:
+    """Defaults are Anchor DETR R50 C5 as published."""
+
+    architecture: Literal["anchor_detr"] = "anchor_detr"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    num_classes: int = 80
+    dim: int = 256
+    num_heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 1024
+    dropout: float = 0.0
+    num_points: int = 300
+    num_patterns: int = 3  # several objects can lie around one point
+    # "learned": wherever training moves them. "grid": evenly, the nearest square number of them.
+    points: Literal["learned", "grid"] = "learned"
+    # Keys are averages over a column or row of the feature map. Released code counts padding in,
+    # so that a prediction depends on what an image shares its batch with; false leaves it out.
+    average_padding: bool = True
+    logit_eps: float = 1e-5  # official; detrex trained its weights with 1e-3
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1 or self.num_points < 1 or self.num_patterns < 1:
+            raise ValueError(
+                f"num_classes={self.num_classes}, num_points={self.num_points} and "
+                f"num_patterns={self.num_patterns} must be at least 1"
+            )
+        if self.dim % 4 or self.dim % self.num_heads:
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of 4 and of {self.num_heads} heads"
+            )
+        if self.encoder_layers < 0 or self.decoder_layers < 1:
+            raise ValueError(
+                f"encoder_layers={self.encoder_layers} must be at least 0 and "
+                f"decoder_layers={self.decoder_layers} at least 1"
+            )
+        if self.points not in ("learned", "grid"):
+            raise ValueError(f"points={self.points!r} is neither learned nor grid")
+
+    @property
+    def num_queries(self) -> int:
+        side = round(math.sqrt(self.num_points))
+        return self.num_patterns * (self.num_points if self.points == "learned" else side**2)
+
+
+@dataclass(frozen=True)
+class Map:
+    """What the transformer knows about the feature map besides its content."""
+
+    along_x: Tensor  # B W D, where each column is
+    along_y: Tensor  # B H D, where each row is
+    padding: Tensor  # B H W, true where there is no image
+    averaged: Tensor  # B H W, true where a pixel counts in the average of its row and column
+
+    def keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """B H W D -> B W D and B H D: what each column and each row holds, and where it is."""
+        counted = self.averaged[..., None].to(memory.dtype)
+        total = memory * counted
+        columns = total.sum(1) / counted.sum(1).clamp(min=1)
+        rows = total.sum(2) / counted.sum(2).clamp(min=1)
+        return columns + self.along_x, rows + self.along_y
+
+
+class RowColumnAttention(nn.Module):
+    """Attention to a map as the product of attention to its columns and attention to its rows.
+
+    A query weighs the W columns and, by another dot product, the H rows; pixel (h, w) gets the
+    product of the two. So the weights of a query are H + W numbers instead of H·W.
+
+    Source: Anchor DETR, section 3.3 (row-column decoupled attention).
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        # One below the other: queries for x, for y, keys for x, for y, values. A single matrix, as
+        # in the released code, since that is what the rule for its first values looks at.
+        self.in_weight = nn.Parameter(torch.empty(5 * dim, dim))
+        self.in_bias = nn.Parameter(torch.zeros(5 * dim))
+        self.out_projection = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.in_weight)
+        nn.init.zeros_(self.out_projection.bias)
+
+    def forward(
+        self,
+        queries_x: Tensor,
+        queries_y: Tensor,
+        keys_x: Tensor,
+        keys_y: Tensor,
+        values: Tensor,
+        padding: Tensor,
+    ) -> Tensor:
+        """Read the map.
+
+        Args:
+            queries_x: B Q D, compared with the columns.
+            queries_y: B Q D, compared with the rows.
+            keys_x: B W D, one for each column.
+            keys_y: B H D, one for each row.
+            values: B H W D.
+            padding: B H W, true where there is no image: whole rows below and columns to the right.
+
+        Returns:
+            B Q D.
+        """
+        weights, biases = self.in_weight.chunk(5), self.in_bias.chunk(5)
+        query_x, query_y, key_x, key_y, value = (
+            F.linear(part, weight, bias).unflatten(-1, (self.num_heads, -1))
+            for part, weight, bias in zip(
+                (queries_x, queries_y, keys_x, keys_y, values), weights, biases, strict=True
+            )
+        )
+        weights_x = self._weigh(query_x, key_x, padding[:, 0])  # B A Q W
+        weights_y = self._weigh(query_y, key_y, padding[:, :, 0])  # B A Q H
+        height, width = values.shape[1:3]
+        # The longer side is summed first, so that what is kept for each query is short. An
+        # exported program has to be one and the same for every shape.
+        if height < width and not torch.compiler.is_exporting():
+            by_column = value.permute(0, 3, 2, 1, 4).flatten(3)  # B A W (H D/A)
+            read = _sum(weights_y, (weights_x @ by_column).unflatten(3, (height, -1)))
+        else:
+            by_row = value.permute(0, 3, 1, 2, 4).flatten(3)  # B A H (W D/A)
+            read = _sum(weights_x, (weights_y @ by_row).unflatten(3, (width, -1)))
+        return self.out_projection(read.transpose(1, 2).flatten(2))
+
+    def _weigh(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+        """B Q A d, B N A d and B N -> B A Q N, shares that sum to one over N."""
+        scaled = queries.transpose(1, 2) * queries.shape[-1] ** -0.5
+        similarity = scaled @ keys.permute(0, 2, 3, 1)
+        return self.dropout(similarity.masked_fill(padding[:, None, None], -torch.inf).softmax(-1))
+
+
+def _sum(weights: Tensor, values: Tensor) -> Tensor:
+    """B A Q N and B A Q N d -> B A Q d."""
+    return (weights[..., None, :] @ values).squeeze(-2)
+
+
+class AnchorEncoderLayer(nn.Module):
+    """Every pixel reads from the whole map."""
+
+    def __init__(self, config: AnchorDETRConfig) -> None:
+        super().__init__()
+        self.attention = RowColumnAttention(config.dim, config.num_heads, config.dropout)
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, memory: Tensor, map_: Map) -> Tensor:
+        """B H W D -> B H W D."""
+        attended = self.attention(
+            (memory + map_.along_x[:, None]).flatten(1, 2),
+            (memory + map_.along_y[:, :, None]).flatten(1, 2),
+            *map_.keys(memory),
+            memory,
+            map_.padding,
+        ).view_as(memory)
+        return self.ffn(self.attention_norm(memory + self.dropout(attended)))
+
+
+@dataclass(frozen=True)
+class QueryPosition:
+    """Where the queries' points are, as vectors, B Q D each."""
+
+    xy: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class AnchorDecoderLayer(nn.Module):
+    """Every query reads from the other queries, then from the map."""
+
+    def __init__(self, config: AnchorDETRConfig) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(
+            config.dim, config.num_heads, dropout=config.dropout, batch_first=True
+        )
+        self.self_attention_norm = nn.LayerNorm(config.dim)
+        self.cross_attention = RowColumnAttention(config.dim, config.num_heads, config.dropout)
+        self.cross_attention_norm = nn.LayerNorm(config.dim)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: QueryPosition,
+        keys: tuple[Tensor, Tensor],
+        memory: Tensor,
+        padding: Tensor,
+    ) -> Tensor:
+        """B Q D -> B Q D; keys as `Map.keys` makes them from the memory, B H W D."""
+        positioned = queries + position.xy
+        mixed, _ = self.self_attention(positioned, positioned, queries, need_weights=False)
+        queries = self.self_attention_norm(queries + self.dropout(mixed))
+        read = self.cross_attention(
+            queries + position.x, queries + position.y, *keys, memory, padding
+        )
+        return self.ffn(self.cross_attention_norm(queries + self.dropout(read)))
+
+
+class PositionMLP(nn.Sequential):
+    """Sines of a place to what queries and keys are told of it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+
+class AnchorDETR(nn.Module):
+    def __init__(self, config: AnchorDETRConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.backbone = Backbone(config.backbone, strides=(STRIDE,))
+        (channels,) = self.backbone.channels
+        self.input_projection = InputProjection(channels, dim, kernel_size=1, stride=1)
+        self.encoder = _copies([AnchorEncoderLayer(config) for _ in range(config.encoder_layers)])
+        self.decoder = _copies([AnchorDecoderLayer(config) for _ in range(config.decoder_layers)])
+        self.patterns = nn.Parameter(torch.randn(config.num_patterns, dim))
+        if config.points == "learned":
+            self.points = nn.Parameter(torch.rand(config.num_points, 2))  # (x, y), relative
+        else:
+            self.register_buffer("points", _grid(config.num_points), persistent=False)
+        self.position_xy = PositionMLP(dim)
+        self.position_1d = PositionMLP(dim)  # of columns, of rows and of the queries' x and y
+        # One head for all layers, unlike DETA.
+        self.class_head = nn.Linear(dim, config.num_classes)
+        self.box_head = BoxHead(dim)
+        prior_logit = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        nn.init.constant_(self.class_head.bias, prior_logit)
+        *_, correction = self.box_head.mlp
+        nn.init.constant_(correction.bias[2:], FIRST_SIZE_LOGIT)  # type: ignore[index]
+
+    def forward(self, images: Tensor, padding: Tensor) -> Predictions:
+        """Detect.
+
+        Args:
+            images: B 3 H W, normalised, zero where padded.
+            padding: B H W, true where there is no image.
+        """
+        (feature,) = self.backbone(images)
+        return self.detect(self.input_projection(feature), padding)
+
+    def detect(self, feature: Tensor, padding: Tensor) -> Predictions:
+        """From the projected feature map, B D h w, and the images' padding, B H W."""
+        map_ = self._map(
+            F.interpolate(padding[None].float(), size=feature.shape[-2:])[0].bool(), feature.dtype
+        )
+        memory = feature.permute(0, 2, 3, 1)
+        for layer in self.encoder:
+            memory = layer(memory, map_)
+
+        points = self.points.repeat(self.config.num_patterns, 1).expand(len(memory), -1, -1)
+        position = self._query_position(points, feature.dtype)
+        point_logits = F.pad(box_logits(points.float(), self.config.logit_eps), (0, 2))  # B Q 4
+        keys = map_.keys(memory)
+        queries = self.patterns.repeat_interleave(len(self.points), 0).expand(len(memory), -1, -1)
+        logits, boxes = [], []
+        for layer in self.decoder:
+            queries = layer(queries, position, keys, memory, map_.padding)
+            logits.append(self.class_head(queries).float())
+            # Every layer starts from the point anew: nothing is refined from layer to layer.
+            boxes.append(self.box_head(queries, point_logits).sigmoid())
+        return Predictions(logits=torch.stack(logits), boxes=torch.stack(boxes))
+
+    def _map(self, padding: Tensor, dtype: torch.dtype) -> Map:
+        """Positions run from 0 to 1 over the unpadded part of the map."""
+        along = []
+        for inside in (~padding[:, 0], ~padding[:, :, 0]):  # B W, then B H
+            count = inside.float().cumsum(1)
+            centres = (count - 0.5) / count[:, -1:]
+            along.append(self.position_1d(self._encode(centres[..., None], dtype)))
+        averaged = torch.ones_like(padding) if self.config.average_padding else ~padding
+        return Map(along[0], along[1], padding, averaged)
+
+    def _query_position(self, points: Tensor, dtype: torch.dtype) -> QueryPosition:
+        """Of points B Q 2."""
+        return QueryPosition(
+            xy=self.position_xy(self._encode(points.flip(-1), dtype)),  # y before x, as published
+            x=self.position_1d(self._encode(points[..., :1], dtype)),
+            y=self.position_1d(self._encode(points[..., 1:], dtype)),
+        )
+
+    def _encode(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """B N n, relative -> B N D, sines with D / n features for each of the n numbers."""
+        return encode_boxes(places, self.config.dim // places.shape[-1]).to(dtype)
+
+
+def _grid(num_points: int) -> Tensor:
+    """T 2, (x, y): the centres of a square of cells, as many as come nearest to the number."""
+    side = round(math.sqrt(num_points))
+    centres = (torch.arange(side) + 0.5) / side
+    return torch.cartesian_prod(centres, centres)
+
+
+def _copies(layers: list) -> nn.ModuleList:
+    """All layers start as copies of the first, as in the released code."""
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    return nn.ModuleList(layers)

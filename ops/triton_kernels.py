@@ -1,0 +1,196 @@
+"""The operator through Triton, for CUDA devices where no CUDA library was compiled.
+
+Locations and weights of the fused form are prepared in PyTorch. Triton compiles when a kernel is
+first called with a new dtype, number of heads or number of channels, not for new image sizes; it is
+imported then and not before.
+"""
+
+# B images   Q queries   H heads   L feature levels   P points per head and level
+# S pixels of all levels, flattened   D channels per head   R numbers of a reference, 2 or 4
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from deta.ops import plain
+
+_QUERIES = 32  # of a program
+
+
+def is_available() -> bool:
+    """Whether there is Triton, and a CUDA device or Triton's interpreter to run it."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def path() -> str:
+    return "Triton" if is_available() else "no Triton"
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Number, height, width and first pixel of each level that has pixels."""
+    first_pixel = 0
+    for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
+        if height * width > 0:
+            yield level, height, width, first_pixel
+        first_pixel += height * width
+
+
+def _constants(value: Tensor, queries: int) -> tuple[tuple[int, int, int], dict]:
+    """The grid, and what the kernels are compiled for."""
+    import triton
+    import triton.language as tl
+
+    images, _, heads, channels = value.shape
+    constants = {
+        "HEADS": heads,
+        "D": channels,
+        "QUERIES": _QUERIES,
+        "CHANNELS": triton.next_power_of_2(channels),
+        "SUM": tl.float64 if value.dtype == torch.float64 else tl.float32,
+    }
+    return (triton.cdiv(queries, _QUERIES), heads, images), constants
+
+
+def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample at normalised locations. B Q H·D, in the dtype of `value`."""
+    images, pixels, heads, channels = value.shape
+    _, queries, _, levels, points = weights.shape
+    exact = _exact(value.dtype)
+    output = value.new_zeros((images, queries, heads * channels), dtype=exact)
+    if weights.numel() == 0 or value.numel() == 0:
+        return output.to(value.dtype)
+    from deta.ops.triton_source import forward_level
+
+    value, weights = value.contiguous(), weights.contiguous()
+    locations = locations.to(exact).contiguous()
+    grid, constants = _constants(value, queries)
+    with _on(value.device):
+        for level, height, width, first_pixel in _levels(shapes):
+            forward_level[grid](
+                value,
+                locations,
+                weights,
+                output,
+                pixels,
+                queries,
+                levels * points,
+                level * points,
+                points,
+                height,
+                width,
+                first_pixel,
+                **constants,
+            )
+    return output.to(value.dtype)
+
+
+def backward(
+    grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights, each in the dtype of its tensor."""
+    pixels = value.shape[1]
+    _, queries, _, levels, points = weights.shape
+    exact, dtypes = _exact(value.dtype), (value.dtype, locations.dtype, weights.dtype)
+    value, weights, grad_output = value.contiguous(), weights.contiguous(), grad_output.contiguous()
+    locations = locations.to(exact).contiguous()
+    is_fixed_point = torch.are_deterministic_algorithms_enabled()
+    sums = torch.zeros_like(value, dtype=torch.int64 if is_fixed_point else exact)
+    grad_locations = torch.zeros_like(locations)
+    grad_weights = torch.zeros_like(weights, dtype=exact)
+    if weights.numel() == 0 or value.numel() == 0:
+        return sums.to(dtypes[0]), grad_locations.to(dtypes[1]), grad_weights.to(dtypes[2])
+    from deta.ops.triton_source import backward_level
+
+    unit = _fixed_point_unit(grad_output, weights) if is_fixed_point else sums
+    grid, constants = _constants(value, queries)
+    with _on(value.device):
+        for level, height, width, first_pixel in _levels(shapes):
+            backward_level[grid](
+                grad_output,
+                value,
+                locations,
+                weights,
+                sums,
+                grad_locations,
+                grad_weights,
+                unit,
+                pixels,
+                queries,
+                levels * points,
+                level * points,
+                points,
+                height,
+                width,
+                first_pixel,
+                FIXED_POINT=is_fixed_point,
+                **constants,
+            )
+    grad_value = sums.to(torch.float64) / unit.to(torch.float64) if is_fixed_point else sums
+    return grad_value.to(dtypes[0]), grad_locations.to(dtypes[1]), grad_weights.to(dtypes[2])
+
+
+def _fixed_point_unit(grad_output: Tensor, weights: Tensor) -> Tensor:
+    """How many steps make 1, a power of two, such that no sum of addends overflows 61 bits.
+
+    Sums of integers are the same in any order. Each of the Q·P samples of a level adds to a pixel
+    once at most. Not a number where a gradient or weight is not finite, and so is then the result.
+    """
+    largest = [
+        torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float64)
+        for tensor in (grad_output, weights)
+    ]
+    bound = largest[0] * largest[1] * (weights.shape[1] * weights.shape[4])
+    exponent = (60 - bound.clamp(min=1e-30).log2().ceil()).clamp(-100, 100)
+    return torch.exp2(exponent) + 0 * bound
+
+
+def fused_forward(
+    value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Sample at references plus offsets, weighted by the softmax of the logits. B Q H·D."""
+    exact = _exact(value.dtype)
+    locations, _ = plain.locations_of(shapes, references, offsets, exact)
+    return forward(value, shapes, locations, _softmax(logits, exact))
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, offsets and logits; that of the references follows from the offsets'."""
+    exact = _exact(value.dtype)
+    locations, unit = plain.locations_of(shapes, references, offsets, exact)
+    weights = _softmax(logits, exact)
+    grad_value, grad_locations, grad_weights = backward(
+        grad_output, value, shapes, locations, weights
+    )
+    mean = (weights * grad_weights).sum((3, 4), keepdim=True)
+    return (
+        grad_value,
+        (grad_locations * unit).to(offsets.dtype),
+        (weights * (grad_weights - mean)).to(logits.dtype),
+    )
+
+
+def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.to(dtype).flatten(3).softmax(-1).reshape(logits.shape)
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,411 @@
+"""A file from the web: whole and as it was pinned, or an error that says what is wrong.
+
+What has arrived is kept, so a download that was cut goes on where it stopped, in the next attempt
+or the next process. In the cache folder, each URL has a folder of its own:
+
+    weights.pth             the file, once it is whole and has the pinned hash
+    weights.pth.json        its URL, size and SHA-256
+    .weights.pth.part       what has arrived of it
+    .weights.pth.part.json  which version of the file that is (ETag, date, size)
+    .lock                   held by the process that downloads
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+from tqdm import tqdm
+
+MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB
+CHUNK_BYTES = 2**20
+ATTEMPTS = 4  # in a row without a byte; any progress starts the count again
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a new attempt; doubles each time
+TIMEOUT_S = 30.0  # without a byte
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+_PIN = re.compile(r"sha256=([0-9a-fA-F]{64})")
+
+
+class DownloadError(RuntimeError):
+    """The file could not be had. Says which URL, what happened, and what to do next."""
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Which content of a URL a part belongs to."""
+
+    etag: str
+    modified: str
+    total_bytes: int | None
+
+    @property
+    def validator(self) -> str:
+        """What a server can compare the part with; a weak ETag says too little for that."""
+        return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
+
+
+class _Cut(Exception):
+    """The connection ended before the file did."""
+
+
+class _Changed(Exception):
+    """The server has another version of the file than the part is of."""
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def fetch(text: str, folder: Path | None = None, echo: Callable[[str], None] = print) -> Path:
+    """The file that a path or URL means; a URL is downloaded unless it was before.
+
+    Raises:
+        ValueError: as `download`; a DownloadError becomes one, since it is for the same person.
+    """
+    if not is_url(text):
+        return Path(text).expanduser()
+    try:
+        return download(text, folder, echo=echo)
+    except DownloadError as error:
+        raise ValueError(str(error)) from error
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$XDG_CACHE_HOME/deta-platform`, by default below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "deta-platform" / "downloads"
+
+
+def download(
+    url: str,
+    folder: Path | None = None,
+    *,
+    echo: Callable[[str], None] = print,
+    max_bytes: int = MAX_BYTES,
+    attempts: int = ATTEMPTS,
+    first_wait_s: float = FIRST_WAIT_S,
+    timeout_s: float = TIMEOUT_S,
+) -> Path:
+    """The file of a URL, on this machine.
+
+    Args:
+        url: http or https. `#sha256=` and 64 digits at its end pin the content.
+        folder: the cache, see `cache_folder`.
+        echo: is told the hash of a file that is not pinned, and of waiting.
+
+    Raises:
+        ValueError: no such URL is allowed.
+        DownloadError: there is no connection, no such file, it is too large, or it is another one
+            than was pinned; nothing that arrived is deleted.
+    """
+    address, pinned = _split(url)
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name or "download"
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]
+    place = (folder or cache_folder()) / key
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / name
+    with _locked(place, address, echo):
+        if not path.exists():
+            job = _Download(address, path, echo, max_bytes, timeout_s)
+            job.run(attempts, first_wait_s)
+            _finish(job, path, pinned)
+        _verify(address, path, pinned, echo)
+    return path
+
+
+def _split(url: str) -> tuple[str, str | None]:
+    """The URL without its fragment, and the SHA-256 that this pins."""
+    parts = urllib.parse.urlsplit(url)
+    shown = parts._replace(query="", fragment="").geturl()
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{shown}: only http and https are downloaded; give a file's path instead")
+    if parts.username or parts.password:
+        raise ValueError(
+            "a URL with a password in it would be written into logs and configurations; download "
+            f"the file from {parts.hostname} by other means and give its path"
+        )
+    pinned = _PIN.fullmatch(parts.fragment)
+    if parts.fragment and pinned is None:
+        raise ValueError(f"{shown}: #{parts.fragment[:80]} is not #sha256= and 64 digits")
+    return parts._replace(fragment="").geturl(), pinned[1].lower() if pinned else None
+
+
+@contextmanager
+def _locked(place: Path, url: str, echo: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock of a process that died."""
+    with (place / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            echo(f"{_shown(url)}: another process is downloading it, waiting …")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _finish(job: _Download, path: Path, pinned: str | None) -> None:
+    """Give the part its name, if it is what was pinned."""
+    found = _sha256(job.part)
+    if pinned is not None and found != pinned:
+        kept = path.with_name(f"{path.name}.not-{pinned[:8]}")
+        os.replace(job.part, kept)
+        job.notes.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{_shown(job.url)}: its SHA-256 is {found}, pinned is {pinned}; what arrived "
+            f"({kept.stat().st_size:,} bytes) is kept as {kept} and not used. The file was "
+            "replaced, or something between here and there changed it: ask its publisher"
+        )
+    record = {"url": job.url, "bytes": job.part.stat().st_size, "sha256": found}
+    record_path = path.with_name(f"{path.name}.json")
+    record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    with job.part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(job.part, path)
+    job.notes.unlink(missing_ok=True)
+
+
+def _verify(url: str, path: Path, pinned: str | None, echo: Callable[[str], None]) -> None:
+    """Compare what lies in the cache with the pin, or say how to pin it."""
+    found = _sha256(path)
+    if pinned is None:
+        echo(
+            f"{_shown(url)}: {path}, {path.stat().st_size:,} bytes. Its content is not pinned; to "
+            f"get the same or an error, append #sha256={found}"
+        )
+    elif found != pinned:
+        raise DownloadError(
+            f"{path}: its SHA-256 is {found}, pinned is {pinned}; the file was changed or another "
+            "one was downloaded before. Move it away to download it again"
+        )
+
+
+class _Download:
+    """One file on its way into its part."""
+
+    def __init__(
+        self,
+        url: str,
+        path: Path,
+        echo: Callable[[str], None],
+        max_bytes: int,
+        timeout_s: float,
+    ) -> None:
+        self.url, self.echo, self.max_bytes, self.timeout_s = url, echo, max_bytes, timeout_s
+        self.part = path.with_name(f".{path.name}.part")
+        self.notes = path.with_name(f".{path.name}.part.json")
+        self.opener = urllib.request.build_opener(_WebRedirects)
+
+    def run(self, attempts: int, first_wait_s: float) -> None:
+        failures, furthest = 0, self._num_bytes()
+        while True:
+            wait_s = min(first_wait_s * 2**failures, LONGEST_WAIT_S)
+            try:
+                self._receive()
+                return
+            except _Changed:
+                self._start_again()
+                problem = "the server has another version of the file than what had arrived"
+            except urllib.error.HTTPError as error:
+                if error.code not in RETRIED:
+                    self._refuse_answer(error)
+                problem = f"the server answers {error.code} {error.reason}"
+                told_s = _seconds(error.headers.get("Retry-After"))
+                wait_s = max(wait_s, min(told_s, LONGEST_WAIT_S))
+            except (_Cut, OSError, http.client.HTTPException) as error:
+                problem = _reason(error)
+            failures = 0 if self._num_bytes() > furthest else failures + 1
+            furthest = max(furthest, self._num_bytes())
+            if failures >= attempts:
+                raise DownloadError(
+                    f"{_shown(self.url)}: {problem}, {failures} times in a row; "
+                    f"{self._num_bytes():,} bytes have arrived and are kept. Check the connection "
+                    "and the address and try again: it goes on from there. Without a connection, "
+                    "copy the file here by other means and give its path"
+                )
+            self.echo(f"{_shown(self.url)}: {problem}; trying again in {wait_s:.0f} s")
+            time.sleep(wait_s)
+
+    def _receive(self) -> None:
+        """One answer of the server, from where the part ends."""
+        known, start = self._known_version(), self._num_bytes()
+        request = urllib.request.Request(
+            self.url, headers={"User-Agent": "deta-platform", "Accept-Encoding": "identity"}
+        )
+        if start and known is not None:
+            request.add_header("Range", f"bytes={start}-")
+            request.add_header("If-Range", known.validator)
+        try:
+            response = self.opener.open(request, timeout=self.timeout_s)
+        except urllib.error.HTTPError as error:
+            total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
+            if error.code == 416 and start:
+                if total and int(total[1]) == start and _same(known, _version(error, start)):
+                    return  # it had arrived whole
+                raise _Changed from error
+            raise
+        with response:
+            if response.status == 206:
+                first, total_bytes = _range(response.headers.get("Content-Range") or "")
+                version = _version(response, total_bytes)
+                if first != start or not _same(known, version):
+                    raise _Changed
+            else:  # the whole file, whatever was asked for
+                start = 0
+                version = _version(response, _length(response.headers.get("Content-Length")))
+            self._check(response, version, start)
+            self.notes.write_text(json.dumps(asdict(version)), encoding="utf-8")
+            self._copy(response, version.total_bytes, start)
+
+    def _copy(self, response: IO[bytes], total_bytes: int | None, start: int) -> None:
+        with (
+            self.part.open("r+b" if start else "wb") as file,
+            # disable=None: no bar where nobody watches
+            tqdm(
+                total=total_bytes,
+                initial=start,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                desc=self.part.name[1 : -len(".part")],
+                disable=None,
+            ) as bar,
+        ):
+            file.seek(start)
+            arrived = start
+            while chunk := response.read1(CHUNK_BYTES):  # type: ignore[attr-defined]
+                arrived += len(chunk)
+                if arrived > self.max_bytes or arrived > (total_bytes or arrived):
+                    self._refuse_size(arrived)
+                file.write(chunk)
+                bar.update(len(chunk))
+        if total_bytes is not None and arrived < total_bytes:
+            raise _Cut(f"the connection ended after {arrived:,} of {total_bytes:,} bytes")
+
+    def _check(self, response: http.client.HTTPResponse, version: _Version, start: int) -> None:
+        """Refuse before anything is written what cannot become the file."""
+        if (response.headers.get_content_type() or "") == "text/html":
+            raise DownloadError(
+                f"{_shown(self.url)}: gives a web page, not a file, as addresses do that want a "
+                "log-in or a click; download it with a browser and give the file's path"
+            )
+        if version.total_bytes is None:
+            return
+        if version.total_bytes > self.max_bytes:
+            self._refuse_size(version.total_bytes)
+        free = shutil.disk_usage(self.part.parent).free
+        if version.total_bytes - start > free:
+            raise DownloadError(
+                f"{_shown(self.url)}: {version.total_bytes:,} bytes do not fit on the disk of "
+                f"{self.part.parent}, which has {free:,} left; make room, or set XDG_CACHE_HOME"
+            )
+
+    def _refuse_size(self, num_bytes: int) -> NoReturn:
+        raise DownloadError(
+            f"{_shown(self.url)}: {num_bytes:,} bytes or more, the limit is {self.max_bytes:,}; "
+            "if it is right, download it by other means and give its path"
+        )
+
+    def _refuse_answer(self, error: urllib.error.HTTPError) -> NoReturn:
+        advice = {
+            401: "it wants a log-in; download it with a browser and give the file's path",
+            403: "it wants a log-in; download it with a browser and give the file's path",
+            404: "there is no such file; check the address",
+            410: "the file was taken away; look for another address",
+        }.get(error.code, "check the address")
+        raise DownloadError(
+            f"{_shown(self.url)}: the server answers {error.code} {error.reason}: {advice}"
+        ) from error
+
+    def _known_version(self) -> _Version | None:
+        """Of the part, if a server can be asked to go on with it."""
+        try:
+            version = _Version(**json.loads(self.notes.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return version if version.validator else None
+
+    def _num_bytes(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _start_again(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.notes.unlink(missing_ok=True)
+
+
+class _WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows from http to https, never back and nowhere else."""
+
+    def redirect_request(self, request, fp, code, message, headers, new_url):
+        scheme = urllib.parse.urlsplit(new_url).scheme
+        if scheme != "https" and scheme != urllib.parse.urlsplit(request.full_url).scheme:
+            raise DownloadError(
+                f"{_shown(request.full_url)}: the server sends on to {_shown(new_url)}, which is "
+                "less safe; give that address yourself if it is right"
+            )
+        return super().redirect_request(request, fp, code, message, headers, new_url)
+
+
+def _version(
+    response: http.client.HTTPResponse | urllib.error.HTTPError, total: int | None
+) -> _Version:
+    headers = response.headers
+    return _Version(headers.get("ETag") or "", headers.get("Last-Modified") or "", total)
+
+
+def _same(known: _Version | None, answer: _Version) -> bool:
+    """Whether an answer goes on with the part; what the server does not say is not compared."""
+    return known is not None and all(
+        not theirs or not ours or theirs == ours
+        for theirs, ours in zip(asdict(answer).values(), asdict(known).values(), strict=True)
+    )
+
+
+def _range(text: str) -> tuple[int | None, int | None]:
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text)
+    if found is None:
+        return None, None
+    return int(found[1]), None if found[2] == "*" else int(found[2])
+
+
+def _length(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
+
+
+def _seconds(text: str | None) -> float:
+    return float(text) if text and text.isdecimal() else 0.0
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"the server's certificate is not trusted ({cause.verify_message})"
+    if isinstance(cause, socket.gaierror):
+        return "the server's name is not found: this machine seems to be offline"
+    if isinstance(cause, TimeoutError):
+        return "the server does not answer in time"
+    return str(cause) or type(cause).__name__
+
+
+def _shown(url: str) -> str:
+    """Without its query, which may hold a key."""
+    return urllib.parse.urlsplit(url)._replace(query="", fragment="").geturl()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

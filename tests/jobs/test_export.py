@@ -1,0 +1,312 @@
+"""An exported model finds what the model finds, and is refused where it does not.
+
+One tiny model is exported once for the whole file: tracing is what takes the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deta.jobs import export as export_job
+from deta.model.backbone import BackboneConfig
+from deta.model.detector import DETA, ModelConfig
+from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.coco import Category
+from deta.platform.config import DataConfig, RunConfig
+from deta.platform.export_check import Difference, compare, run_eagerly
+from deta.platform.exported import Packed, Runtime, open_onnx, open_program, pack, unpack
+from deta.platform.predict import Predictor
+from deta.platform.transforms import EvaluationSize
+
+SIZE = EvaluationSize(short_edge=64, max_long_edge=90)
+LEAST_SIDE_PX = 33  # with three levels
+
+# What a person has who was given the file alone: torch, and no package of ours.
+ALONE = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+
+inputs = load_file(sys.argv[2])
+module = torch.export.load(sys.argv[1]).module()
+with torch.no_grad():
+    found = module(inputs["images"], inputs["sizes_px"], inputs["original_sizes_px"])
+save_file(dict(zip(["scores", "labels", "boxes_px"], found)), sys.argv[3])
+assert not [name for name in sys.modules if name.split(".")[0] in ("deta", "torchvision", "timm")]
+"""
+
+
+@dataclass
+class Exported:
+    run: Path  # what was exported
+    folder: Path  # what came out
+    pictures: Path
+    said: str
+    predictor: Predictor
+    runtimes: dict[str, Runtime]
+
+
+def tiny_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            backbone=BackboneConfig(
+                name="resnet10t", pretrained=False, norm="group", frozen_parts=(), width=0.25
+            ),
+            num_classes=3,
+            dim=16,
+            num_heads=2,
+            num_levels=3,
+            num_points=1,
+            encoder_layers=1,
+            decoder_layers=1,
+            ffn_dim=16,
+            num_queries=15,
+        ),
+        data=DataConfig(loader_workers=0, evaluation_size=SIZE),
+    )
+
+
+def pictures(*sizes_px: tuple[int, int]) -> list[Image.Image]:
+    """Noise of the given (height, width), coarse enough to survive resizing."""
+    rng = np.random.default_rng(len(sizes_px))
+    return [
+        Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        for height, width in sizes_px
+    ]
+
+
+def packed(images: list[Image.Image]) -> Packed:
+    return pack(images, SIZE, LEAST_SIDE_PX)
+
+
+def run_job(job, *arguments: object) -> int:
+    """In this process, as from a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setattr(sys, "argv", [job.__file__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            job.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    root = tmp_path_factory.mktemp("export")
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = DETA(config.model)
+    with torch.no_grad():  # heads that tell queries and classes apart
+        for head in model.class_heads:
+            head.weight.normal_(std=0.5)
+        for head in model.box_heads:
+            head.mlp[-1].weight.normal_(std=0.5)
+    write_checkpoint(
+        root / "run" / "checkpoints",
+        model_state=model.state_dict(),
+        training_state={},
+        state=RunState(step=12, samples_seen=96, epoch=3.0),
+        config=config,
+        categories=tuple(Category(i + 3, name) for i, name in enumerate(["disc", "star", "ring"])),
+    )
+    (root / "pictures").mkdir()
+    for number, picture in enumerate(pictures((100, 130), (90, 90), (77, 64))):
+        picture.save(root / "pictures" / f"{number}.png")
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_job, "echo", said.append)
+        patch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
+        code = run_job(
+            export_job, root / "run", "--output", root / "out", "--device", "cpu",
+            "--check-images", root / "pictures" / "*.png", "--check-batch", "2",
+        )  # fmt: skip
+    assert code == 0, said
+    return Exported(
+        root / "run",
+        root / "out",
+        root / "pictures",
+        "\n".join(said),
+        Predictor.from_checkpoint(root / "run"),
+        {
+            "pt2": open_program(root / "out" / "model.pt2"),
+            "onnx": open_onnx(root / "out" / "model.onnx"),
+        },
+    )
+
+
+@pytest.mark.parametrize("runtime", ["pt2", "onnx"])
+@pytest.mark.parametrize(
+    "sizes_px",
+    [
+        [(100, 130)],
+        [(130, 100), (60, 60)],
+        [(200, 200), (77, 160), (31, 32), (64, 64), (90, 50)],
+        [(20, 400)],  # thinner than the least side, and padded to it
+    ],
+)
+def test_parity_of_exported_files_with_the_model(exported, runtime, sizes_px):
+    images = pictures(*sizes_px)
+    batch = packed(images)
+
+    found = unpack(*exported.runtimes[runtime](batch))
+
+    expected = run_eagerly(exported.predictor, batch)
+    for image, one, other in zip(images, expected, found, strict=True):
+        difference = compare(one, other, (image.height, image.width), 100)
+        assert difference.num_detections >= 10
+        assert difference.num_unmatched == 0
+        # Rounding of float32, through a network of a few layers.
+        assert difference.scores < 2e-5
+        assert difference.boxes < 2e-5
+
+
+def test_a_packed_picture_is_predicted_as_the_picture_itself(exported):
+    for image in pictures((100, 130), (64, 61)):
+        (expected,) = exported.predictor.predict([image])
+        (found,) = run_eagerly(exported.predictor, packed([image]))
+        assert torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.boxes_px, expected.boxes_px)
+
+
+def test_what_lies_beside_a_picture_does_not_matter(exported):
+    batch = packed(pictures((130, 100), (60, 60)))
+    noisy = batch.images.clone()
+    height, width = batch.sizes_px[1].tolist()
+    noisy[1, :, height:] = 255
+    noisy[1, :, :, width:] = 17
+
+    for run in exported.runtimes.values():
+        for one, other in zip(run(batch), run(batch._replace(images=noisy)), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_program_runs_where_only_torch_is(tmp_path, exported):
+    from safetensors.torch import load_file, save_file
+
+    batch = packed(pictures((130, 100), (60, 60), (80, 90)))
+    save_file(batch._asdict(), tmp_path / "inputs.safetensors")
+
+    # -P and another folder, so that nothing of this repository is imported by accident; an
+    # editable installation would show among the modules that the script looks through.
+    subprocess.run(
+        [
+            sys.executable, "-P", "-c", ALONE, exported.folder / "model.pt2",
+            tmp_path / "inputs.safetensors", tmp_path / "found.safetensors",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )  # fmt: skip
+
+    found = load_file(tmp_path / "found.safetensors")
+    expected = exported.runtimes["pt2"](batch)
+    for name, one in zip(("scores", "labels", "boxes_px"), expected, strict=True):
+        torch.testing.assert_close(found[name], one)
+
+
+def test_onnx_holds_standard_operators_alone_and_names_its_sizes(exported):
+    import onnx
+
+    model = onnx.load(exported.folder / "model.onnx")
+
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 18
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {"GridSample", "Loop", "TopK"} <= {node.op_type for node in model.graph.node}
+    assert [one.name for one in model.graph.input] == ["images", "sizes_px", "original_sizes_px"]
+    images = model.graph.input[0].type.tensor_type
+    assert [dim.dim_param or dim.dim_value for dim in images.shape.dim] == [
+        "batch", 3, "height", "width"
+    ]  # fmt: skip
+    onnx.checker.check_model(model)
+
+
+def test_the_description_beside_the_files_is_true(exported):
+    about = json.loads((exported.folder / "model.json").read_text())
+
+    assert about["verified"] is True
+    weights = next((exported.run / "checkpoints").glob("*/model.safetensors"))
+    assert about["weights"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert sorted(path.name for path in exported.folder.iterdir()) == [
+        "model.json", "model.onnx", "model.pt2"
+    ]  # fmt: skip
+    for name, file in about["files"].items():
+        content = (exported.folder / name).read_bytes()
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
+        assert file["difference"]["num_images"] == 6  # three, alone and in batches
+        assert file["difference"]["scores"] < 1e-4
+        assert file["speed"]["latency_ms"] > 0
+        assert f"{name}: largest differences: scores" in exported.said
+    assert about["classes"][1] == {"id": 4, "name": "star"}
+    assert about["input"]["short_edge"] == 64
+    assert about["input"]["least_height_and_width"] == LEAST_SIDE_PX
+    assert about["config"]["model.num_queries"] == 15
+
+
+def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatch):
+    """With the exports at hand in the place of new ones, and a comparison that finds a fault."""
+    said: list[str] = []
+    monkeypatch.setattr(export_job, "echo", said.append)
+    monkeypatch.setattr("deta.platform.export.trace", lambda *_: None)
+    monkeypatch.setattr(
+        "torch.export.save",
+        lambda _, path: path.write_bytes((exported.folder / "model.pt2").read_bytes()),
+    )
+    monkeypatch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
+    monkeypatch.setattr(
+        "deta.platform.export_check.compare", lambda *_: Difference(1, 10, scores=0.002)
+    )
+
+    code = run_job(
+        export_job, exported.run, "--output", tmp_path / "out", "--device", "cpu",
+        "--format", "pt2", "--check-images", exported.pictures,
+    )  # fmt: skip
+
+    assert code == 1
+    assert "model.pt2: NOT KEPT" in "\n".join(said)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What is said to arguments that must be refused with exit code 2."""
+
+    def refusal(*arguments: object) -> str:
+        assert run_job(export_job, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        return error
+
+    return refusal
+
+
+def test_refused_exports_say_what_is_wrong_and_write_nothing(tmp_path, exported, refusal):
+    to = ["--output", tmp_path / "out"]
+    checked = ["--check-images", exported.pictures]
+
+    assert "say --unverified" in refusal(exported.run, *to)
+    assert "say --unverified" in refusal(exported.run, *to, "--unverified", *checked)
+    assert "no such" in refusal(exported.run, *to, "--check-images", tmp_path / "absent.jpg")
+    assert "of this pattern" in refusal(exported.run, *to, "--check-images", tmp_path / "*.jpg")
+    assert "no such" in refusal(tmp_path / "absent", *to, *checked)
+    assert "exported in fp32" in refusal(exported.run, "precision=bf16", *to, *checked)
+    assert "optim.lr changes nothing" in refusal(exported.run, "optim.lr=1", *to, *checked)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    assert "is not JPEG" in refusal(exported.run, *to, "--check-images", tmp_path / "bad.jpg")
+    assert not (tmp_path / "out").exists()

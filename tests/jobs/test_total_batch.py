@@ -1,0 +1,106 @@
+"""A total batch other than the recipe's: what it says, and what it does to the learning rate."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from deta.jobs.deta_r50 import detrex_bs8, official_12ep
+from deta.jobs.total_batch import batch_notes, with_base_batch
+from deta.platform.config import RunConfig, flatten, from_json, override, to_json
+from deta.platform.console import batch_line
+from deta.platform.optim import OptimConfig, make_optimizer
+
+
+def changed(recipe: RunConfig, **changes: str) -> tuple[RunConfig, dict[str, str]]:
+    """As the command line does it."""
+    completed = with_base_batch(recipe, {k.replace("__", "."): v for k, v in changes.items()})
+    return override(recipe, completed), completed
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch", "rate"),
+    [("none", 64, 2e-4), ("linear", 64, 8e-4), ("sqrt", 64, 4e-4), ("linear", 8, 1e-4)],
+)
+def test_the_rate_follows_the_total_batch_by_the_rule(rule: str, batch: int, rate: float):
+    config, _ = changed(official_12ep(), total_batch_size=str(batch), optim__lr_rule=rule)
+    assert config.optim.lr_for(config.total_batch_size) == pytest.approx(rate)
+    assert config.optim.lr == 2e-4  # so that nothing can be scaled twice
+
+
+def test_rule_and_base_batch_stand_in_the_configuration():
+    config, _ = changed(detrex_bs8(), total_batch_size="32", optim__lr_rule="linear")
+    flat = flatten(config)
+    assert (flat["optim.lr_rule"], flat["optim.lr_base_batch"]) == ("linear", 8)
+    assert from_json(RunConfig, to_json(config)) == config
+
+
+def test_the_same_command_twice_gives_the_same_configuration():
+    first, _ = changed(official_12ep(), total_batch_size="64", optim__lr_rule="sqrt")
+    again, _ = changed(official_12ep(), total_batch_size="64", optim__lr_rule="sqrt")
+    assert first == again
+    over_the_first = override(first, {"optim.lr_rule": "sqrt", "total_batch_size": "64"})
+    assert over_the_first.optim.lr_for(64) == first.optim.lr_for(64) == pytest.approx(4e-4)
+
+
+def test_a_run_without_a_rule_keeps_the_keys_of_older_runs():
+    config, changes = changed(official_12ep(), total_batch_size="8")
+    assert changes == {"total_batch_size": "8"}
+    assert config.optim == official_12ep().optim
+
+
+def test_every_group_starts_from_the_scaled_rate():
+    config = OptimConfig(lr=2e-4, lr_rule="linear", lr_base_batch=16)
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = make_optimizer(model, config, config.lr_for(32))
+    assert sorted(group["base_lr"] for group in optimizer.param_groups) == pytest.approx(
+        [4e-5, 4e-4]
+    )
+
+
+def test_a_rule_without_its_base_is_refused():
+    with pytest.raises(ValueError, match=r"needs optim\.lr_base_batch"):
+        OptimConfig(lr_rule="linear")
+
+
+@pytest.mark.parametrize("key", ["lr_rule", "lr_base_batch"])
+def test_a_rule_or_base_that_is_none_is_refused(key: str):
+    with pytest.raises(ValueError, match=key):
+        OptimConfig(**{key: {"lr_rule": "cubic", "lr_base_batch": 0}[key]})
+
+
+def test_another_batch_without_a_rule_says_what_differs_from_the_recipe():
+    config, changes = changed(official_12ep(), total_batch_size="64")
+    text = "\n".join(batch_notes(official_12ep(), config, changes))
+    assert "total batch 64 instead of 16" in text
+    assert "the learning rate stays 0.0002" in text
+    assert "sqrt 0.0004, linear 0.0008" in text
+
+
+def test_an_explicit_rule_is_told_of_in_one_line():
+    config, changes = changed(official_12ep(), total_batch_size="64", optim__lr_rule="none")
+    (line,) = batch_notes(official_12ep(), config, changes)
+    assert "optim.lr_rule=none" in line
+
+
+def test_the_recipes_own_batch_needs_no_word():
+    config, changes = changed(official_12ep(), total_batch_size="16", cluster__num_workers="2")
+    assert batch_notes(official_12ep(), config, changes) == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "total", "micro", "line"),
+    [
+        (2, 16, 2, "total batch 16 = 2 workers x 2 images x 4 accumulation steps"),
+        (8, 16, 2, "total batch 16 = 8 workers x 2 images"),
+        (1, 1, 4, "total batch 1 = 1 worker x 1 image"),
+        (2, 10, 2, "total batch 10 = 5 micro-batches of 2 images, 2 or 3 for each of 2 workers"),
+        (1, 5, 2, "total batch 5 = 3 micro-batches of 1 or 2 images, 3 for each of 1 worker"),
+        (4, 8, 3, "total batch 8 = 4 workers x 2 images"),
+    ],
+)
+def test_how_a_total_batch_is_shared_out_is_one_line(workers, total, micro, line):
+    changes = {
+        "cluster.num_workers": workers, "total_batch_size": total, "micro_batch_size": micro
+    }  # fmt: skip
+    assert batch_line(override(official_12ep(), changes)) == line
