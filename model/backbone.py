@@ -129,9 +129,9 @@ def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
         raise RuntimeError(
             f"the pretrained weights of backbone {config.name} could not be loaded ({error}). "
             "Without a network, put them into the Hugging Face cache of this machine first, give "
-            "a whole detector with `init_checkpoint=FILE`, or train from scratch with "
-            "`model.backbone.pretrained=false model.backbone.norm=group "
-            "model.backbone.frozen_parts=[]`."
+            "a file of them with `init_backbone=FILE` or a whole detector with "
+            "`init_checkpoint=FILE`, or train from scratch with `model.backbone.pretrained=false "
+            "model.backbone.norm=group model.backbone.frozen_parts=[]`."
         ) from error
     if is_swin:
         network.get_submodule("patch_embed").dynamic_img_pad = True  # type: ignore[assignment]

@@ -128,11 +128,10 @@ def locations_of(
     if references.shape[-1] == 4:
         unit = references[..., 2:] * (0.5 / offsets.shape[4])
     else:
-        sizes = [[width, height] for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
-        # Each a tensor of its own: under export a size may be a symbol.
-        unit = torch.stack(
-            [torch.stack([references.new_full((), 1.0) / side for side in size]) for size in sizes]
-        )[:, None]  # L 1 2
+        one = references.new_ones(())
+        # Tensor by tensor, since under export a side may be a symbol. A side of 0 has no pixels.
+        pixel = [one if isinstance(side, int) and side == 0 else one / side for side in shapes]
+        unit = torch.stack(pixel).view(-1, 2).flip(1)[:, None]  # L 1 2, of (x, y)
     return references[..., :2] + offsets.to(dtype) * unit, unit
 
 

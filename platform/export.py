@@ -11,6 +11,7 @@ fixed.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -181,6 +182,7 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     """The same program as one ONNX file, of 2 GB at most. Needs onnx and onnxscript."""
     from onnxscript import optimizer
 
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torch.onnx.export(

@@ -5,8 +5,8 @@ a person may set instead. What they are for:
 
 - A small set is seen many times, a large one a few: the run is stated in samples seen, so that it
   neither ends before new class heads have learned nor takes days.
-- Weights that are near where they should be want a lower rate than fresh ones, those of the
-  backbone a much lower one, and a warm-up while the new class heads find their place.
+- Weights that are near where they should be want a lower rate than fresh ones, those of a
+  backbone from ImageNet a much lower one, and a warm-up while the new class heads find their place.
 - How long is enough is not known before, so evaluations are frequent and the best checkpoint stays;
   a run whose AP has ceased to grow stops.
 """
@@ -29,7 +29,10 @@ MOST_SAMPLES = 60_000  # or MOST_EPOCHS epochs, where those are more
 MOST_EPOCHS = 6
 LARGEST_BATCH = 8  # images an update: a short run needs many updates more than precise ones
 LR_SHARE = 0.5  # of the recipe's rate
-BACKBONE_LR_FACTOR = 0.1  # at most
+# At most, of a backbone that came from ImageNet. One that learned from scratch, on one data set,
+# has as much to learn as the rest: `small` reached 21 AP on 112 pictures at a tenth, 30 at the full
+# rate.
+BACKBONE_LR_FACTOR = 0.1
 WARMUP_SHARE = 0.05  # of the run
 NUM_EVALUATIONS = 20
 PATIENCE_SHARE = 0.3  # of the evaluations
@@ -113,9 +116,11 @@ def schedule_plan(
             min(config.total_batch_size, LARGEST_BATCH), config.cluster.num_workers
         ),
         "optim.lr": config.optim.lr * LR_SHARE,
-        "optim.backbone_lr_factor": min(config.optim.backbone_lr_factor, BACKBONE_LR_FACTOR),
         "schedule.min_delta": MIN_DELTA,
     }
+    if config.model.backbone.pretrained:
+        factor = min(config.optim.backbone_lr_factor, BACKBONE_LR_FACTOR)
+        plan["optim.backbone_lr_factor"] = factor
     plan = {key: value for key, value in plan.items() if key not in given}
     epochs = plan.get("schedule.epochs", config.schedule.epochs)
     batch = plan.get("total_batch_size", config.total_batch_size)

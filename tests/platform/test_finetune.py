@@ -45,7 +45,8 @@ def test_a_plan_fits_every_size_of_set(num_images: int, recipe):
     assert math.isclose(samples, num_samples(num_images), abs_tol=num_images)
     assert config.total_batch_size <= 8
     assert config.optim.lr == recipe().optim.lr / 2
-    assert config.optim.backbone_lr_factor <= 0.1
+    from_imagenet = config.model.backbone.pretrained
+    assert config.optim.backbone_lr_factor == (0.1 if from_imagenet else 1.0)
     evaluations = schedule.epochs / config.evaluate_every_epochs
     assert evaluations <= 21
     assert schedule.patience is not None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from deta.platform.converted import write_converted
 from deta.platform.initial import check_initial_weights, load_backbone, load_initial_weights
 from deta.platform.weights import write_weights
 
+ROOT = Path(__file__).resolve().parents[2]
 PRIOR = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
 SMALL = ModelConfig(
     # The smallest network that published weights have names for, and narrow.
@@ -251,3 +255,24 @@ def test_other_files_are_no_backbones(tmp_path, trained):
     write_weights(path, {"layer1.0.conv1.weight": torch.ones(2), "layer1.0.gate": torch.ones(2)})
     with pytest.raises(ValueError, match=r"layer1\.0\.gate: no such tensor"):
         load_backbone(trained, path)
+
+
+def test_timms_weights_without_a_network_are_an_error_that_says_what_to_do(tmp_path):
+    code = (
+        "from deta.model.backbone import Backbone, BackboneConfig\n"
+        "Backbone(BackboneConfig(name='resnet18.tv_in1k'))"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    for part in (
+        "RuntimeError: ",
+        "resnet18.tv_in1k",
+        "init_backbone=FILE",
+        "init_checkpoint=FILE",
+    ):
+        assert part in last
