@@ -213,37 +213,64 @@ void scatter(const A* value, int64_t stride, const A* grad, const Samples<A>& s,
   }
 }
 
-// One image. Gradients of the value are summed in `grad_value`, whose strides may be others than
-// the value's and which is cleared here.
-template <int D, typename A>
-void backward_image(const A* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
-                    const A* references, const A* places, const A* weights, const A* grad_output,
-                    A* grad_value, int64_t grad_stride, int64_t grad_head_stride, A* grad_places,
-                    A* grad_weights, const Sizes& n, const std::vector<int32_t>& order,
+// What a thread works on in the backward pass: one head's features and their gradients, laid apart,
+// and what goes with a single query.
+template <typename A>
+struct Workspace {
+  Array<A> value, grad_value;  // S D, or empty where heads are left where they are
+  Array<A> grad_output;        // D
+  Array<A> dots[4];            // a number for each sample, see scatter
+
+  Workspace(const Sizes& n, bool apart)
+      : value(apart ? n.pixels * n.channels : 0, kUninitialised),
+        grad_value(apart ? n.pixels * n.channels : 0, kUninitialised),
+        grad_output(n.channels),
+        dots{Array<A>(n.samples() + 16), Array<A>(n.samples() + 16), Array<A>(n.samples() + 16),
+             Array<A>(n.samples() + 16)} {}
+};
+
+// One image. Clears what it sums up.
+template <int D, typename T, typename A>
+void backward_image(const T* value, const int64_t* shapes, const A* references, const A* places,
+                    const A* weights, const T* grad_output, T* grad_value, A* grad_places,
+                    A* grad_weights, const Sizes& n, bool apart, const std::vector<int32_t>& order,
                     const Threads& threads) {
-  const int64_t samples = n.samples();
+  const int64_t samples = n.samples(), channels = n.channels, width = n.heads * n.channels;
+  std::vector<int64_t> first_pixel(n.levels + 1, 0);  // of each level, and one behind the last
+  for (int64_t level = 0; level < n.levels; ++level)
+    first_pixel[level + 1] = first_pixel[level] + shapes[2 * level] * shapes[2 * level + 1];
   // A task is one head on some levels: nobody else writes to these pixels. All levels together are
   // best, as long as every thread has a few tasks.
   const int64_t groups = std::clamp<int64_t>(2 * threads.count() / n.heads, 1, n.levels);
   threads.share(n.heads * groups, [&](const auto& next) {
-    Array<A> dot0(samples + 16), dot1(samples + 16), dot2(samples + 16), dot3(samples + 16);
-    A* const dots[] = {dot0.data(), dot1.data(), dot2.data(), dot3.data()};
+    const Workspace<A> space(n, apart);
+    A* const dots[] = {space.dots[0].data(), space.dots[1].data(), space.dots[2].data(),
+                       space.dots[3].data()};
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t head = task / groups, group = task % groups;
       const int64_t first_level = group * n.levels / groups;
       const int64_t last_level = (group + 1) * n.levels / groups;
       const int64_t first = first_level * n.points, count = (last_level - first_level) * n.points;
+      const int64_t begin = first_pixel[first_level], end = first_pixel[last_level];
       Samples<A> s(n, shapes, first_level, last_level);
-      const A* own_value = value + head * head_stride;
-      A* own_grad = grad_value + head * grad_head_stride;
-      int64_t pixel = 0;
-      for (int64_t level = 0; level < last_level; ++level) {
-        const int64_t end = pixel + shapes[2 * level] * shapes[2 * level + 1];
-        if (level >= first_level)
-          for (int64_t i = pixel; i < end; ++i)
-            std::fill(own_grad + i * grad_stride, own_grad + i * grad_stride + n.channels, A(0));
-        pixel = end;
+
+      const T* const from = value + head * channels;
+      T* const to = grad_value + head * channels;
+      const A* own_value = space.value.data();
+      A* own_grad = space.grad_value.data();
+      int64_t stride = channels;
+      if (apart) {
+        for (int64_t pixel = begin; pixel < end; ++pixel)
+          for (int64_t d = 0; d < channels; ++d)
+            space.value[pixel * channels + d] = to_float(from[pixel * width + d]);
+      } else if constexpr (std::is_same_v<T, A>) {
+        own_value = from;
+        own_grad = to;
+        stride = width;
       }
+      for (int64_t pixel = begin; pixel < end; ++pixel)
+        std::fill(own_grad + pixel * stride, own_grad + pixel * stride + channels, A(0));
+
       for (int64_t i = 0; i < n.queries; ++i) {
         const int64_t query = order[i], row = query * n.heads + head;
         if (i + kAhead < n.queries) {
@@ -251,16 +278,18 @@ void backward_image(const A* value, int64_t stride, int64_t head_stride, const i
           const int64_t ahead = row_ahead * samples + first;
           fetch(places + ahead * 2, count * 2 * sizeof(A));
           fetch(weights + ahead, count * sizeof(A));
-          fetch(grad_output + row_ahead * n.channels, n.channels * sizeof(A));
+          fetch(grad_output + row_ahead * channels, channels * sizeof(T));
           fetch<1>(grad_places + ahead * 2, count * 2 * sizeof(A));
           fetch<1>(grad_weights + ahead, count * sizeof(A));
         }
         if (references != nullptr)
           s.set_references(references + (query * n.levels + first_level) * n.reference_size, n);
         s.set_weights(weights + row * samples + first);
+        for (int64_t d = 0; d < channels; ++d)
+          space.grad_output[d] = to_float(grad_output[row * channels + d]);
         const bool all_near = s.template place<true>(places + (row * samples + first) * 2);
-        scatter<D>(own_value, stride, grad_output + row * n.channels, s, all_near, count,
-                   n.channels, own_grad, grad_stride, dots);
+        scatter<D>(own_value, stride, space.grad_output.data(), s, all_near, count, channels,
+                   own_grad, stride, dots);
 
         const A *right = s.right.data(), *below = s.below.data(), *weight = s.attention.data();
         const A *x_unit = s.x_unit.data(), *y_unit = s.y_unit.data();
@@ -278,6 +307,10 @@ void backward_image(const A* value, int64_t stride, int64_t head_stride, const i
           to_weights[j] = (1 - b) * ((1 - r) * d0 + r * d1) + b * ((1 - r) * d2 + r * d3);
         }
       }
+      if (apart)
+        for (int64_t pixel = begin; pixel < end; ++pixel)
+          for (int64_t d = 0; d < channels; ++d)
+            store_rounded(to + pixel * width + d, space.grad_value[pixel * channels + d]);
     }
   });
 }
@@ -324,11 +357,7 @@ void backward(const T* grad_output, const T* value, const int64_t* shapes, const
   const std::vector<int32_t> order = query_order(n, shapes);
   const int64_t width = n.heads * n.channels, samples = n.samples();
   const int64_t rows = n.queries * n.heads;
-  constexpr bool is_rounded = !std::is_same_v<T, A>;
-  const bool apart = is_rounded || lays_apart(n, kReadsBackward);
-  Array<A> value_copy(apart ? n.pixels * width : 0, kUninitialised);
-  Array<A> grad_copy(apart ? n.pixels * width : 0, kUninitialised);
-  Array<A> output_copy(is_rounded ? rows * n.channels : 0, kUninitialised);
+  const bool apart = !std::is_same_v<T, A> || lays_apart(n, kReadsBackward);
   Array<A> weights_copy(references != nullptr ? rows * samples : 0, kUninitialised);
   for (int64_t image = 0; image < n.images; ++image) {
     const A* weights = attention;
@@ -343,35 +372,8 @@ void backward(const T* grad_output, const T* value, const int64_t* shapes, const
       });
       weights = weights_copy.data();
     }
-    const A* grad;
-    if constexpr (is_rounded) {
-      for_rows(rows, threads, [&](int64_t first, int64_t end) {
-        for (int64_t d = first * n.channels; d < end * n.channels; ++d)
-          output_copy[d] = to_float(grad_output[d]);
-      });
-      grad = output_copy.data();
-    } else {
-      grad = grad_output;
-    }
-    if (apart) {
-      lay_apart(value, value_copy.data(), n, threads);
-      const int64_t head_stride = n.pixels * n.channels;
-      backward_image<D>(value_copy.data(), n.channels, head_stride, shapes, references, places,
-                        weights, grad, grad_copy.data(), n.channels, head_stride, grad_places,
-                        grad_attention, n, order, threads);
-      for_rows(n.pixels, threads, [&](int64_t first, int64_t end) {
-        for (int64_t pixel = first; pixel < end; ++pixel)
-          for (int64_t head = 0; head < n.heads; ++head) {
-            const A* __restrict__ from = grad_copy.data() + (head * n.pixels + pixel) * n.channels;
-            T* __restrict__ to = grad_value + (pixel * n.heads + head) * n.channels;
-            for (int64_t d = 0; d < n.channels; ++d) store_rounded(to + d, from[d]);
-          }
-      });
-    } else if constexpr (!is_rounded) {
-      backward_image<D>(value, width, n.channels, shapes, references, places, weights, grad,
-                        grad_value, width, n.channels, grad_places, grad_attention, n, order,
-                        threads);
-    }
+    backward_image<D>(value, shapes, references, places, weights, grad_output, grad_value,
+                      grad_places, grad_attention, n, apart, order, threads);
     if (references != nullptr) {  // through the softmax
       for_rows(rows, threads, [&](int64_t first, int64_t end) {
         for (int64_t row = first; row < end; ++row) {

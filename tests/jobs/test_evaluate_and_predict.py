@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -224,7 +225,8 @@ def test_a_damaged_picture_is_told_of_and_the_others_are_predicted(tmp_path, tra
     assert f"not readable: {folder / 'b.JPG'}" in done.stdout
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     assert written == {
-        "pictures/a.jpg", "pictures/below/c.webp.png", "images.json", "results.json"
+        "pictures/a.jpg", "pictures/below/c.webp.png", "images.json", "results.json",
+        "detections.parquet",
     }  # fmt: skip
     listing = json.loads((tmp_path / "out" / "images.json").read_text())
     assert {image["id"]: image["file_name"] for image in listing["images"]} == {
@@ -234,6 +236,41 @@ def test_a_damaged_picture_is_told_of_and_the_others_are_predicted(tmp_path, tra
     assert [entry["file_name"] for entry in listing["unreadable"]] == ["b.JPG"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [result["image_id"] for result in results] == [1] * 7 + [3] * 7
+
+
+def test_a_pattern_gives_the_same_detections_in_batches_and_as_a_table(tmp_path, trained):
+    import pyarrow.parquet
+
+    folder = trained.shapes.val_images
+
+    done = run_job(
+        "predict.py", trained.run, folder.parent / f"{folder.name[:2]}*" / "**" / "*[0-9].jpg",
+        "--output", tmp_path / "out", "--annotations", trained.own_annotations,
+        "--batch-size", "3", "--no-pictures", "--device", "cpu",
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results) == len(trained.results)
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "detections.parquet").to_pylist()
+    assert len(table) == len(results)
+    names = {category.id: category.name for category in trained.val_set.categories}
+    paths = {record.image_id: record.path for record in trained.val_set.records}
+    weights = next((trained.run / "checkpoints").glob("*/model.safetensors"))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for row, result, alone in zip(table, results, trained.results, strict=True):
+        assert row["image_id"] == result["image_id"] == alone["image_id"]
+        assert Path(row["image"]).samefile(paths[row["image_id"]])
+        assert row["category_id"] == result["category_id"]
+        assert row["category"] == names[row["category_id"]]
+        assert trained.val_set.categories[row["label"]].id == row["category_id"]
+        assert row["score"] == pytest.approx(result["score"], abs=1e-6)
+        assert result["score"] == pytest.approx(alone["score"], abs=1e-5)
+        x, y, width, height = result["bbox"]
+        corners = [row[f"{name}_px"] for name in ("x1", "y1", "x2", "y2")]
+        assert corners == pytest.approx([x, y, x + width, y + height], abs=1e-2)
+        assert row["weights_sha256"] == digest
+    assert not (tmp_path / "out" / "pictures").exists()
 
 
 def test_photographs_are_predicted(tmp_path, trained):
@@ -288,6 +325,7 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
     assert "nor a key" in refused(pictures, "postprocess.nms=0.5")
     assert "changes nothing" in refused(pictures, "optim.lr=1")
     assert "no pictures are given" in refused("precision=fp32")
+    assert "no file is of this pattern" in refused(pictures / "*.gif")
     assert "no file in it ends in" in refused(tmp_path / "empty")
     assert "bad.jpg: is not JPEG" in refused(one, tmp_path / "bad.jpg")
     assert "have the same name" in refused(one, tmp_path / one.name)

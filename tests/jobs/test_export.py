@@ -130,8 +130,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     for number, picture in enumerate(pictures((100, 130), (90, 90), (77, 64))):
         picture.save(root / "pictures" / f"{number}.png")
     said: list[str] = []
+    runtimes: dict[str, Runtime] = {}
+
+    def open_once(path: Path, device: object = "cpu") -> Runtime:  # it takes its time
+        runtimes["pt2"] = open_program(path)
+        return runtimes["pt2"]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_job, "echo", said.append)
+        patch.setattr("deta.platform.exported.open_program", open_once)
         patch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
         code = run_job(
             export_job, root / "run", "--output", root / "out", "--device", "cpu",
@@ -144,10 +151,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         root / "pictures",
         "\n".join(said),
         Predictor.from_checkpoint(root / "run"),
-        {
-            "pt2": open_program(root / "out" / "model.pt2"),
-            "onnx": open_onnx(root / "out" / "model.onnx"),
-        },
+        runtimes | {"onnx": open_onnx(root / "out" / "model.onnx")},
     )
 
 
@@ -260,14 +264,12 @@ def test_the_description_beside_the_files_is_true(exported):
 
 
 def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatch):
-    """With the exports at hand in the place of new ones, and a comparison that finds a fault."""
+    """With the program at hand in the place of a new one, and a comparison that finds a fault."""
     said: list[str] = []
     monkeypatch.setattr(export_job, "echo", said.append)
     monkeypatch.setattr("deta.platform.export.trace", lambda *_: None)
-    monkeypatch.setattr(
-        "torch.export.save",
-        lambda _, path: path.write_bytes((exported.folder / "model.pt2").read_bytes()),
-    )
+    monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"a program"))
+    monkeypatch.setattr("deta.platform.exported.open_program", lambda *_: exported.runtimes["pt2"])
     monkeypatch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
     monkeypatch.setattr(
         "deta.platform.export_check.compare", lambda *_: Difference(1, 10, scores=0.002)

@@ -199,7 +199,7 @@ def test_sanitizers_find_nothing(tmp_path: Path):
     native = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     subprocess.run(
         [
-            *("g++", "-std=c++17", "-O1", "-pthread", "-fopenmp-simd", "-Wno-psabi"),
+            *("g++", "-std=c++17", "-O0", "-pthread", "-fopenmp-simd", "-Wno-psabi"),
             *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
             *(native if "avx512" in instruction_sets() else []),
             *(f"-I{kernels}", str(source), "-o", str(program)),

@@ -21,7 +21,12 @@ from deta.platform.coco import Category, CocoDataset
 from deta.platform.config import DataConfig, RunConfig
 from deta.platform.evaluate import to_coco_results
 from deta.platform.images import ImageError, decode
-from deta.platform.predict import Predictor, find_checkpoint, read_listing
+from deta.platform.predict import (
+    Predictor,
+    batches_of_one_shape,
+    find_checkpoint,
+    read_listing,
+)
 from deta.platform.shapes import ShapesDataset, write_shapes
 from deta.platform.transforms import EvaluationSize
 from deta.platform.weights import write_weights
@@ -167,22 +172,57 @@ def test_files_and_pictures_in_memory_give_the_same(predictor, paths):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("batch_size", [3, 8, 100])
-def test_answers_stay_with_their_pictures_in_batches(tmp_path, predictor, paths, batch_size):
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_an_answer_does_not_depend_on_the_batch_size(tmp_path, predictor, paths, batch_size):
+    """Pictures of several sizes, which padding would make a difference to."""
     files = []
-    for path in paths:  # of one size, so that padding, which shifts scores, has no part in it
+    for number, path in enumerate(paths):
         files.append(tmp_path / f"{path.stem}.png")
-        decode(path).resize((64, 64)).save(files[-1])
+        decode(path).resize([(64, 64), (64, 48), (50, 64)][number % 3]).save(files[-1])
     alone = list(predictor.predict_files(files))
 
     together = list(predictor.predict_files(files, batch_size=batch_size))
+    in_memory = predictor.predict([decode(file) for file in files], batch_size=batch_size)
 
     assert [path for path, _ in together] == files
-    for (_, one), (_, other) in zip(alone, together, strict=True):
+    for (_, one), (_, other), third in zip(alone, together, in_memory, strict=True):
+        assert_same(third, other)
         # Convolutions of several pictures add up in another order.
-        torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=0)
-        torch.testing.assert_close(one.boxes_px, other.boxes_px, atol=1e-2, rtol=0)
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.boxes_px, other.boxes_px, atol=1e-3, rtol=0)
     assert not torch.allclose(alone[0][1].boxes_px, alone[1][1].boxes_px, atol=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batches_hold_each_picture_once_and_one_shape_each(batch_size):
+    rng = np.random.default_rng(0)
+    shapes = [(8, int(width)) for width in rng.integers(1, 5, 3 * 32 * batch_size // 2)]
+
+    plan = batches_of_one_shape(shapes, batch_size)
+
+    assert sorted(place for batch in plan for place in batch) == list(range(len(shapes)))
+    assert all(len({shapes[place] for place in batch}) == 1 for batch in plan)
+    assert max(len(batch) for batch in plan) == batch_size
+    # None waits for a picture beyond its window.
+    assert all(batch[-1] - batch[0] < 32 * batch_size for batch in plan)
+
+
+def test_pictures_that_wait_for_an_unreadable_one_are_not_lost(tmp_path, predictor, paths):
+    shown, wide = tmp_path / "a.png", tmp_path / "b.jpg"
+    decode(paths[0]).resize((64, 64)).save(shown)
+    decode(paths[0]).resize((96, 64)).save(wide)
+    (tmp_path / "c.png").write_bytes(shown.read_bytes())
+    wide.write_bytes(wide.read_bytes()[:-200])
+    told: list[Path] = []
+
+    found = predictor.predict_files(
+        [shown, wide, tmp_path / "c.png"],
+        batch_size=2,
+        on_unreadable=lambda path, _: told.append(path),
+    )
+
+    assert [path for path, _ in found] == [shown, tmp_path / "c.png"]
+    assert told == [wide]
 
 
 def test_no_pictures_give_no_predictions(predictor):
