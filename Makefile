@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test check format wheel parity
+.PHONY: help install demo test check format wheel parity docs
 
 help:
 	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
 	@echo "make test    run the tests"
 	@echo "make check   format, lint, types, tests"
 	@echo "make parity  differences to the published implementations, as a table"
+	@echo "make docs    recipes beside the published configurations, into docs/recipes"
 	@echo "make install what jobs need to run; make wheel: a wheel in dist/"
 
 # What is installed, by group. A changed version or dependency installs again.
@@ -38,6 +39,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python jobs/recipe_pages.py
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/parity.py

@@ -16,7 +16,7 @@ from deta.model.detector import ModelConfig
 from deta.model.postprocess import Detections
 from deta.platform.export import foreign_operators, least_side_px
 from deta.platform.export_check import Difference, compare, measure_speed
-from deta.platform.exported import Packed, pack
+from deta.platform.exported import Packed, open_program, pack, unpack
 from deta.platform.transforms import EvaluationSize
 
 
@@ -63,6 +63,26 @@ def test_pictures_are_packed_at_the_top_left():
     assert packed.images.shape == (2, 3, 18, 18)
     assert packed.images[0].sum() == 3 * 8 * 16 * 200
     assert (packed.images[1, :, :16, :8] == 9).all()
+
+
+def test_a_program_is_opened_and_its_empty_places_are_left_out(tmp_path):
+    class Finding(nn.Module):
+        def forward(
+            self, images: Tensor, sizes_px: Tensor, original_sizes_px: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            labels = torch.tensor([[4, 2, -1], [3, -1, -1]])
+            boxes_px = original_sizes_px[:, None].repeat(1, 3, 2).float()
+            return images[:, 0, 0, :3].float() / 255, labels, boxes_px
+
+    packed = pack([Image.new("RGB", (8, 9), (51, 0, 0))] * 2, EvaluationSize(short_edge=8), 1)
+    program = torch.export.export(Finding(), tuple(packed))
+    torch.export.save(program, tmp_path / "model.pt2")
+
+    first, second = unpack(*open_program(tmp_path / "model.pt2")(packed))
+
+    assert first.scores.tolist() == pytest.approx([0.2, 0.2])
+    assert first.labels.tolist() == [4, 2]
+    assert second.boxes_px.tolist() == [[9, 8, 9, 8]]
 
 
 DETECTIONS = Detections(
