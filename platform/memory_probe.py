@@ -303,8 +303,16 @@ def _answer(request: dict) -> dict:
         return {"peak_bytes": None, "seconds": 0.0}
     if device.type == "cuda":
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "seconds": seconds}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-    return {"peak_bytes": peak, "seconds": seconds}
+    return {"peak_bytes": _peak_resident_bytes(), "seconds": seconds}
+
+
+def _peak_resident_bytes() -> int:
+    """Of this process alone: getrusage counts what the process that started it held then, too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def _update_once(
