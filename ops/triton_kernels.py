@@ -31,7 +31,10 @@ def is_available() -> bool:
 
 
 def path() -> str:
-    return "Triton" if is_available() else "no Triton"
+    """What would run through Triton, or why nothing would, in words."""
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    return "Triton" if is_available() else "installed; no CUDA device"
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
