@@ -1,8 +1,8 @@
 """Compiles the kernels of the operator, and nothing else; pyproject.toml has the rest.
 
-Needs no PyTorch: the kernels are plain C functions, so one wheel serves every version of PyTorch and
-Python. The CPU's need a C++ compiler, CUDA's need nvcc and no GPU. What cannot be compiled is left
-out with a warning that says what the operator will run on instead.
+Needs no PyTorch: the kernels are plain C functions, so one wheel serves every version of PyTorch
+and Python. The CPU's need a C++ compiler, CUDA's need nvcc and no GPU. What cannot be compiled is
+left out with a warning that says what the operator will run on instead.
 """
 
 import os

@@ -95,9 +95,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, memory: Tensor, position: Tensor, centres: Tensor, levels: Levels) -> Tensor:
-        attended = self.attention(
-            memory + position, centres, memory, levels.shapes, levels.padding
-        )
+        attended = self.attention(memory + position, centres, memory, levels.shapes, levels.padding)
         return self.ffn(self.attention_norm(memory + self.dropout(attended)))
 
 

@@ -75,9 +75,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-shapes_of_levels = st.lists(
-    st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4
-)
+shapes_of_levels = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)

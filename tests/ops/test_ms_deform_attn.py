@@ -212,9 +212,7 @@ def test_fused_operator_keeps_pytorchs_contract(size: int):
 def test_compiles_into_one_graph():
     value, shapes, locations, weights = random_inputs()
     references, offsets = random_references(locations, shapes, 4)
-    tensors = [
-        t.float().requires_grad_() for t in (value, locations, weights, references, offsets)
-    ]
+    tensors = [t.float().requires_grad_() for t in (value, locations, weights, references, offsets)]
 
     def loss(value, locations, weights, references, offsets):
         read = ms_deform_attn(value * 2, shapes, locations, weights)
