@@ -19,6 +19,8 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
 # Where training code puts the weights among other things; the first that is there counts.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "ema", "blobs")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+# What the field `format` of a safetensors file says, wherever it is there.
+FRAMEWORKS = frozenset({"pt", "np", "tf", "flax", "jax", "mlx", "paddle"})
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the format's own library has it
 NUM_SHOWN = 10  # names written out in one message
 CHECKED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,7 +85,9 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    metadata.pop("format", None)
+    framework = metadata.pop("format", "pt")
+    if framework not in FRAMEWORKS:
+        raise _damaged(path, f"its metadata name {framework!r} as the framework that wrote it")
     return metadata
 
 
