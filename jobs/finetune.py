@@ -19,7 +19,7 @@ from deta.platform.config import RunConfig, flatten, override
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
-    from deta.platform.training import Run
+    from deta.platform.run import Run
 
 Variants = Mapping[str, Callable[[], RunConfig]]
 
@@ -62,7 +62,7 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
     import torch
 
     from deta.platform.finetune import machine_plan, schedule_plan
-    from deta.platform.launch import prepare
+    from deta.platform.prepare import prepare
 
     given = frozenset(changes)
     try:
@@ -203,7 +203,7 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
     """For a run that begins as any other: look, then perhaps train."""
     from deta.jobs.recipe import refuse
-    from deta.platform.launch import prepare
+    from deta.platform.prepare import prepare
 
     try:
         run = prepare(config)

@@ -58,6 +58,9 @@ def run_recipe(
         )
     parser.add_argument("--name", help="of the run; its folder is storage/name")
     parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    parser.add_argument(
+        "--force", action="store_true", help="resume although data or configuration have changed"
+    )
     add_look_options(parser)
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
     parser.add_argument(
@@ -110,7 +113,7 @@ def run_recipe(
         )
     if (arguments.look or arguments.probe) and not arguments.resume:
         look_and_exit(config, only_look=arguments.look, probe=arguments.probe)
-    train_and_exit(config, resume=arguments.resume)
+    train_and_exit(config, resume=arguments.resume, force=arguments.force)
 
 
 def _comparison(variant: str, config: RunConfig) -> str:
@@ -122,16 +125,17 @@ def _comparison(variant: str, config: RunConfig) -> str:
     return as_text(compare(config, PUBLISHED[variant]), PUBLISHED[variant])
 
 
-def train_and_exit(config: RunConfig, *, resume: bool = False) -> NoReturn:
+def train_and_exit(config: RunConfig, *, resume: bool = False, force: bool = False) -> NoReturn:
     """Train; the outcome is the exit code, see `run_recipe`."""
     from deta.platform.launch import launch
 
-    exit_after(lambda: launch(config, resume=resume, echo=echo))
+    exit_after(lambda: launch(config, resume=resume, force=force, echo=echo))
 
 
 def exit_after(training: Callable[[], object]) -> NoReturn:
     """Do it and exit; the outcome is the exit code, see `run_recipe`."""
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_on_signal)
     try:
         training()
     except ValueError as error:
@@ -139,13 +143,9 @@ def exit_after(training: Callable[[], object]) -> NoReturn:
     except RuntimeError as error:
         print(f"\nthe run failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         print("\nstopped; the same command with --resume goes on", file=sys.stderr)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        # The run is written and marked. Leaving by the front door, Ray's library would wait for
-        # its workers and then abort, which hides the exit code.
-        os._exit(128 + (_signals[0] if _signals else signal.SIGINT))
+        raise
     sys.exit(0)
 
 
@@ -154,12 +154,16 @@ def refuse(error: ValueError) -> NoReturn:
     sys.exit(2)
 
 
-_signals: list[int] = []  # kept here, since Ray raises a SystemExit of its own on the way
+_signals: list[int] = []
 
 
-def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+def _exit_on_signal(number: int, _frame: object) -> None:
+    """The first one ends the run in order; a second Ctrl-C ends it as it is."""
     _signals.append(number)
-    sys.exit(128 + number)
+    if len(_signals) == 1:
+        sys.exit(128 + number)
+    if number == signal.SIGINT:
+        os._exit(128 + number)  # the guardian puts away what is left
 
 
 def echo(line: str) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor
 from deta.platform.coco_json import DatasetError, Problems, read_coco_file
 from deta.platform.coco_tables import make_tables
 from deta.platform.image_folder import inspect_images, size_fault
-from deta.platform.images import MAX_PIXELS, ImageError, decode
+from deta.platform.images import MAX_PIXELS, ImageError, decode_bytes, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class CocoDataset:
             ImageError: the file does not decode completely, or changed since it was checked.
         """
         record = self.records[index]
-        image = decode(record.path, self.max_pixels)
+        image = decode_bytes(self.content(index), record.path, self.max_pixels)
         if image.size != (record.width, record.height):
             raise ImageError(size_fault(record.path, image.size, (record.width, record.height)))
         return Sample(
@@ -170,6 +170,24 @@ class CocoDataset:
             record.image_id,
             (record.height, record.width),
         )
+
+    def content(self, index: int) -> bytes:
+        """The file of image `index` as it is stored.
+
+        Raises:
+            ImageError: it is missing, or cannot be read.
+        """
+        return read_file(self.records[index].path, self.max_pixels)
+
+    @property
+    def tables(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """File names, image rows and annotation rows (`coco_tables.py`), not to be written to."""
+        return self._file_names, self._image_rows, self._annotation_rows
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        """Length of each image's file: I int64."""
+        return self._image_rows["num_bytes"].copy()
 
     @property
     def records(self) -> Records:
@@ -271,15 +289,29 @@ class CocoDataset:
         ]
         image_rows["end"] = np.cumsum(counts)
         image_rows["start"] = image_rows["end"] - counts
+        notes = [*self.notes, f"{len(chosen)} of {len(self)} images were chosen"]
+        return self._with_images(chosen, image_rows, np.concatenate(rows), notes)
+
+    def _with_images(
+        self,
+        chosen: list[int],
+        image_rows: np.ndarray,
+        annotation_rows: np.ndarray,
+        notes: list[str],
+    ) -> CocoDataset:
+        """The data set of the images at some indices, whose rows these are."""
         return CocoDataset(
             self.folder,
             [self._file_names[i] for i in chosen],
             image_rows,
-            np.concatenate(rows),
+            annotation_rows,
             self.categories,
-            [*self.notes, f"{len(chosen)} of {len(self)} images were chosen"],
+            notes,
             self.max_pixels,
         )
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self._file_names[index]
 
     def _record(self, index: int) -> Record:
         image_id, height, width, _, start, end = self._image_rows[index].tolist()
@@ -287,7 +319,7 @@ class CocoDataset:
         rows = rows[rows["target"]]
         return Record(
             image_id,
-            self.folder / self._file_names[index],
+            self._path(index),
             width,
             height,
             rows["box_px"].copy(),

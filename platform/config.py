@@ -40,6 +40,9 @@ class DataConfig:
     train_first: int | None = None  # use the first so many images only; also to overfit a few
     val_first: int | None = None
     loader_workers: int = 2  # processes for each training worker; changes the speed alone
+    # Pictures that turn out broken while training are replaced by others, counted and listed. The
+    # run stops where they are more than this share of the training images (one is always borne).
+    max_broken_share: float = 0.01
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluation_size: EvaluationSize = field(default_factory=EvaluationSize)
 
@@ -49,6 +52,8 @@ class DataConfig:
                 raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1, or none")
         if self.loader_workers < 0:
             raise ValueError(f"data.loader_workers={self.loader_workers} must be at least 0")
+        if not 0 <= self.max_broken_share <= 1:
+            raise ValueError(f"data.max_broken_share={self.max_broken_share} is not in 0 .. 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +63,56 @@ class ClusterConfig:
     num_workers: int = 8
     gpu: bool = True  # one GPU a worker and NCCL; otherwise CPUs and gloo
     cpus_per_worker: float = 4  # these must exist; loader workers share them
-    # A worker that fails is replaced, and the run goes on from its last checkpoint, this often.
-    max_failures: int = 3
+    # Go on with as few as these while the cluster has no more; none: wait for num_workers. The
+    # total batch, the order of images and the rate stay the same, fewer workers accumulate.
+    min_workers: int | None = None
+    # A worker whose training stands still for so long is taken for hung: stacks are written and
+    # the group starts again. Longer where steps are: at least ten times the usual step.
+    hang_timeout_s: float = 30.0
+    # What is lost is started again, from the last checkpoint, for as long as the run gets further;
+    # after so many starts in a row that got no further it stops.
+    max_fruitless_starts: int = 3
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ValueError(f"cluster.num_workers={self.num_workers} must be at least 1")
         if self.cpus_per_worker <= 0:
             raise ValueError(f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"cluster.min_workers={self.min_workers} is not in 1 .. cluster.num_workers="
+                f"{self.num_workers}"
+            )
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"cluster.hang_timeout_s={self.hang_timeout_s} must be positive")
+        if self.max_fruitless_starts < 1:
+            raise ValueError(
+                f"cluster.max_fruitless_starts={self.max_fruitless_starts} must be at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is kept, besides at every evaluation, and where."""
+
+    every_minutes: float | None = 5.0  # written beside the training, which goes on
+    every_steps: int | None = None
+    keep: int = 2  # the newest ones; the best is kept besides
+    # A second place for them: a folder, or an address that pyarrow knows, such as s3://bucket/runs.
+    # With it a run can be resumed where the folder itself is gone.
+    store: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise ValueError(
+                f"checkpoint.every_minutes={self.every_minutes} must be positive, or none"
+            )
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(
+                f"checkpoint.every_steps={self.every_steps} must be at least 1, or none"
+            )
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +130,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     # Images an update, over all workers. What a worker cannot take at once it accumulates.
     total_batch_size: int = 16
     micro_batch_size: int = 2  # images a worker takes at once
@@ -98,6 +146,10 @@ class RunConfig:
     # Weights of the backbone alone, in place of timm's: a path or address of detectron2's
     # torchvision R-50.pkl, of a .pth of torchvision or of the Swin repository.
     init_backbone: str | None = None
+    # Updates whose loss or gradient is not finite are skipped, on all workers alike, and counted;
+    # so many in a row end the run.
+    max_skipped_steps: int = 10
+    compare_weights_every_steps: int = 100  # of all workers with one another; they must be equal
     log_every_steps: int = 50
     evaluate_every_epochs: int = 1  # and always at the end; a checkpoint is kept each time
     num_pictures: int = 12  # validation pictures with true and predicted boxes, each evaluation
@@ -126,6 +178,8 @@ class RunConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is not in (0, 1)")
+        if self.max_skipped_steps < 1 or self.compare_weights_every_steps < 1:
+            raise ValueError("max_skipped_steps and compare_weights_every_steps must be at least 1")
         if self.log_every_steps < 1 or self.evaluate_every_epochs < 1 or self.num_pictures < 0:
             raise ValueError(
                 "log_every_steps and evaluate_every_epochs must be at least 1 and num_pictures at "

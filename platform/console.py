@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deta.ops.ms_deform_attn import path as operator_path
+from deta.platform.agreement import names_of
 from deta.platform.config import RunConfig
-from deta.platform.training import Run
+from deta.platform.run import Run
 
 if TYPE_CHECKING:
     from deta.platform.launch import Result
@@ -41,10 +42,15 @@ class Console:
         """One event of the journal."""
         kind = event["kind"]
         if kind == "begin":
+            workers = f"{event['world_size']} worker{'s' * (event['world_size'] > 1)}"
             if event["step"]:
-                self.echo(f"going on from step {event['step']} of {event['num_steps']}")
+                again = event.get("wasted_steps")
+                self.echo(
+                    f"going on from step {event['step']} of {event['num_steps']} with {workers}"
+                    + (f"; {again} steps are done again" if again else "")
+                )
             else:
-                self.echo("training has begun")
+                self.echo(f"training has begun with {workers}")
         elif kind == "progress":
             metrics = event["metrics"]
             self.echo(
@@ -58,6 +64,20 @@ class Console:
         elif kind == "evaluation":
             self.echo(f"validation after step {event['step']}, in percent:")
             self.echo("  " + event["table"].replace("\n", "\n  "))
+        elif kind == "skipped":
+            self.echo(
+                f"step {event['step']}: skipped, {', '.join(event['not_finite'])} not finite "
+                f"({event['in_a_row']} in a row, {event['total']} in all; images "
+                f"{names_of(event['images'], 5)})"
+            )
+        elif kind == "replaced":
+            for image in event["images"][:5]:
+                self.echo(f"broken picture, replaced by image {image['by_image_id']}: "
+                          f"{image['reason']}")  # fmt: skip
+        elif kind in ("checkpoint_failed", "damaged"):
+            self.echo(f"! {event['message']}")
+        elif kind == "drift":
+            self.echo(f"! step {event['step']}: {event['parameter']} differs among the workers")
         elif kind == "end" and event.get("reason"):
             self.echo(event["reason"])
 
@@ -69,6 +89,12 @@ class Console:
         pictures = self.run.folder / "pictures"
         if pictures.is_dir():
             self.echo(f"pictures:        {sorted(pictures.iterdir())[-1]}")
+        self.echo(
+            f"goodput {100 * result.goodput:.0f} %: the share of the time that went into steps and "
+            "evaluations, those done twice counted once"
+        )
+        if not result.mlflow_run_id:
+            return
         if result.mlflow_uri.startswith("sqlite:"):
             self.echo(
                 f"browse in MLflow: mlflow server --host 127.0.0.1 --port 5000 "

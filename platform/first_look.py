@@ -14,7 +14,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -181,23 +180,25 @@ def num_shared_images(train_set: CocoDataset, val_set: CocoDataset) -> int:
 
     Only files of equal length are read, and of very many the first ones only.
     """
-    by_length: dict[int, list[Path]] = defaultdict(list)
-    for record in train_set.records:
-        by_length[record.path.stat().st_size].append(record.path)
-    hashes: dict[Path, bytes] = {}
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(train_set.num_bytes.tolist()):
+        by_length[length].append(index)
 
-    def hash_of(path: Path) -> bytes:
-        if path not in hashes:
-            with path.open("rb") as file:
-                hashes[path] = hashlib.file_digest(file, "sha256").digest()
-        return hashes[path]
+    hashes: dict[int, bytes] = {}
+
+    def hash_of(index: int) -> bytes:
+        if index not in hashes:
+            hashes[index] = hashlib.sha256(train_set.content(index)).digest()
+        return hashes[index]
 
     shared = 0
-    for record in val_set.records:
-        likely = by_length.get(record.path.stat().st_size, [])
+    for index, length in enumerate(val_set.num_bytes.tolist()):
+        likely = by_length.get(length, [])
         if len(hashes) + len(likely) > MAX_HASHED_FILES:
             break
-        shared += any(hash_of(path) == hash_of(record.path) for path in likely)
+        if likely:
+            own = hashlib.sha256(val_set.content(index)).digest()
+            shared += any(hash_of(other) == own for other in likely)
     return shared
 
 

@@ -99,14 +99,28 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: as for `read_header`, or the file does not decode completely.
         OSError: the storage failed.
     """
+    return decode_bytes(read_file(path, max_pixels), path, max_pixels)
+
+
+def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
+    """All bytes of an image file, not yet looked into.
+
+    Raises:
+        ImageError: the file is missing, empty, no file, or larger than `max_pixels` can need.
+        OSError: the storage failed.
+    """
+    _file_size(path, max_pixels)
+    with _reading(path):
+        return path.read_bytes()
+
+
+def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As `decode`, of bytes that were read before; `path` is what an error calls them."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so half-decoded pictures would pass "
             "unseen; find the library that sets it and set it back to False"
         )
-    _file_size(path, max_pixels)
-    with _reading(path):
-        content = path.read_bytes()
     if content.startswith(PNG_SIGNATURE):
         _check_png_chunks(content, path)
 

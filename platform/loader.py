@@ -3,26 +3,34 @@
 A loader worker is asked for (epoch, image index) and returns the same sample whenever and wherever
 it is asked, so the number of loader workers changes the speed and nothing else. Loaders draw
 nothing from the global random generators.
+
+A picture that turns out broken while training is replaced by another one of the data set, drawn
+from (seed, epoch, image index), with the augmentation that the broken one would have had. So the
+batches stay a function of the data and the position. `LoadedBatch.replaced` tells of it. In
+evaluation it is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from deta.model.batch import Batch, Target, pad_batch
-from deta.platform.coco import Sample
+from deta.platform.coco import Record, Sample
+from deta.platform.images import ImageError
+from deta.platform.loader_death import naming_the_dead
 from deta.platform.order import (
     Draws,
     SampleKey,
     TrainingOrder,
     evaluation_batches,
+    replacement_index,
     sample_seed,
 )
 from deta.platform.transforms import (
@@ -33,6 +41,8 @@ from deta.platform.transforms import (
     to_model_input,
 )
 
+MAX_REPLACEMENTS = 8  # tries; where half of all pictures are broken, one of 256 finds none
+
 
 class ImageDataset(Protocol):
     """What a loader reads, such as `CocoDataset`."""
@@ -40,6 +50,18 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
+
+    @property
+    def records(self) -> Sequence[Record]: ...  # read only to tell of a broken picture
+
+
+class Replaced(NamedTuple):
+    """A picture that could not be used, and which one stood in for it."""
+
+    image_id: int
+    path: str
+    reason: str  # names the file
+    by_image_id: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +71,10 @@ class LoadedBatch:
     batch: Batch  # its seeds are `order.sample_seed`; 0 in evaluation, where nothing is random
     image_ids: list[int]
     original_sizes_px: list[tuple[int, int]]  # (height, width) as in the annotation file
+    replaced: list[Replaced] = field(default_factory=list)  # none in evaluation
+    # In training, of the first sample: samples seen before it, whatever the number of ranks. The
+    # others follow without a gap.
+    first_position: int = 0
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -67,21 +93,49 @@ class _ModelInput:
     image_id: int
     original_size_px: tuple[int, int]
     seed: int
+    replaced: Replaced | None = None
 
 
 class _TrainingInputs(Dataset[_ModelInput]):
     """Augmented images by (epoch, image index)."""
 
-    def __init__(self, dataset: ImageDataset, config: AugmentationConfig, seed: int) -> None:
+    def __init__(
+        self, dataset: ImageDataset, config: AugmentationConfig, seed: int, replace_broken: bool
+    ) -> None:
         self.dataset = dataset
         self.config = config
         self.seed = seed
+        self.replace_broken = replace_broken
 
     def __getitem__(self, key: SampleKey) -> _ModelInput:
+        sample, replaced = self._sample(key)
         own_seed = sample_seed(self.seed, key.epoch, key.image_index)
-        sample = augment(self.dataset[key.image_index], self.config, Draws(own_seed))
+        sample = augment(sample, self.config, Draws(own_seed))
         image, target = to_model_input(sample)
-        return _ModelInput(image, target, sample.image_id, sample.original_size_px, own_seed)
+        size_px = sample.original_size_px
+        return _ModelInput(image, target, sample.image_id, size_px, own_seed, replaced)
+
+    def _sample(self, key: SampleKey) -> tuple[Sample, Replaced | None]:
+        try:
+            return self.dataset[key.image_index], None
+        except ImageError as error:
+            num_images = len(self.dataset)
+            if not self.replace_broken or num_images < 2:
+                raise
+            fault = error
+        for attempt in range(MAX_REPLACEMENTS):
+            index = replacement_index(self.seed, *key, attempt, num_images)
+            try:
+                sample = self.dataset[index]
+            except ImageError:
+                continue
+            record = self.dataset.records[key.image_index]
+            stood_in = sample.image_id
+            return sample, Replaced(record.image_id, str(record.path), str(fault), stood_in)
+        raise ImageError(
+            f"{fault}; and the {MAX_REPLACEMENTS} pictures drawn to replace it are broken too: is "
+            "the storage of the images still there?"
+        ) from fault
 
 
 class _EvaluationInputs(Dataset[_ModelInput]):
@@ -98,15 +152,30 @@ class _EvaluationInputs(Dataset[_ModelInput]):
 
 
 def _collate(inputs: list[_ModelInput]) -> LoadedBatch:
+    batch = pad_batch(
+        [one.image for one in inputs],
+        [one.target for one in inputs],
+        [one.seed for one in inputs],
+    )
+    if get_worker_info() is not None:
+        # Left to the queue, this would be done by a thread of it, which on failure (no space in
+        # /dev/shm, no file descriptor) drops the batch, and the trainer would wait for ever.
+        for tensor in batch_tensors(batch):
+            tensor.share_memory_()
     return LoadedBatch(
-        batch=pad_batch(
-            [one.image for one in inputs],
-            [one.target for one in inputs],
-            [one.seed for one in inputs],
-        ),
+        batch,
         image_ids=[one.image_id for one in inputs],
         original_sizes_px=[one.original_size_px for one in inputs],
+        replaced=[one.replaced for one in inputs if one.replaced is not None],
     )
+
+
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch."""
+    targets = batch.targets
+    return [
+        batch.images, batch.padding, targets.boxes, targets.labels, targets.present, batch.seeds
+    ]  # fmt: skip
 
 
 def _batches(
@@ -130,7 +199,7 @@ def _batches(
         # draw it from torch's global one, and so change the numbers of the training.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return naming_the_dead(iter(loader))
 
 
 @dataclass(frozen=True)
@@ -156,7 +225,13 @@ class TrainLoader:
 
     def keys(self, step: int) -> list[list[SampleKey]]:
         """Which samples this rank's micro-batches of a step hold."""
-        return self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch_size)
+        return [[self.order.sample_at(p) for p in part] for part in self.positions(step)]
+
+    def positions(self, step: int) -> list[range]:
+        """The positions of these samples in the stream of all."""
+        return self.order.micro_batch_positions(
+            step, self.rank, self.world_size, self.micro_batch_size
+        )
 
     def __iter__(self) -> Iterator[list[LoadedBatch]]:
         """The micro-batches of every step, of which there is at least one."""
@@ -164,7 +239,12 @@ class TrainLoader:
         keys = (micro_batch for step in steps for micro_batch in self.keys(step))
         batches = _batches(self.inputs, keys, self.num_loader_workers, self.pin_memory)
         for step in steps:
-            yield list(islice(batches, len(self.keys(step))))
+            positions = self.positions(step)
+            loaded = islice(batches, len(positions))
+            yield [
+                replace(one, first_position=part.start)
+                for one, part in zip(loaded, positions, strict=True)
+            ]
 
 
 def train_loader(
@@ -180,16 +260,23 @@ def train_loader(
     end_step: int,
     num_loader_workers: int = 0,
     pin_memory: bool = False,
+    replace_broken: bool = True,
 ) -> TrainLoader:
     """Steps start_step .. end_step - 1 of one rank, each a list of augmented micro-batches.
 
     What a step holds is a pure function of the data set, `config`, `seed`, `total_batch_size`,
-    `micro_batch_size` and the step: see `TrainingOrder.micro_batches` for how ranks share it.
+    `micro_batch_size` and the step: see `TrainingOrder.micro_batch_positions` for how ranks share
+    it.
+
+    Args:
+        replace_broken: let another picture stand in for a broken one, told in
+            `LoadedBatch.replaced`; else a broken one is an error.
 
     Raises:
         ValueError: the numbers do not fit together; on making the loader.
-        ImageError: an image cannot be decoded; names the file; on reaching its batch, also where
-            a loader worker found it.
+        ImageError: an image cannot be decoded, nor (with `replace_broken`) any of those drawn to
+            replace it; names the file; on reaching its batch, also where a loader worker found it.
+        LoaderWorkerError: a loader worker died, or has no memory to hand over its batches.
     """
     if not 0 <= start_step <= end_step:
         raise ValueError(
@@ -198,7 +285,7 @@ def train_loader(
         )
     _check_num_loader_workers(num_loader_workers)
     loader = TrainLoader(
-        inputs=_TrainingInputs(dataset, config, seed),
+        inputs=_TrainingInputs(dataset, config, seed, replace_broken),
         order=TrainingOrder(seed, len(dataset), total_batch_size),
         micro_batch_size=micro_batch_size,
         rank=rank,
@@ -226,7 +313,8 @@ def evaluation_loader(
 
     Raises:
         ValueError: the numbers do not fit together.
-        ImageError: an image cannot be decoded, as in `train_loader`.
+        ImageError: an image cannot be decoded.
+        LoaderWorkerError: as in `train_loader`.
     """
     _check_num_loader_workers(num_loader_workers)
     keys = evaluation_batches(len(dataset), batch_size, rank, world_size)

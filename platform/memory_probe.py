@@ -30,7 +30,8 @@ from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig, from_json, to_json
 from deta.platform.optim import freeze, make_optimizer
 from deta.platform.step import train_step
-from deta.platform.training import PRECISIONS, Run
+from deta.platform.run import Run
+from deta.platform.training import PRECISIONS
 from deta.platform.transforms import MAX_LONG_EDGE_BEFORE_CROP, AugmentationConfig, resized_size
 
 GIB = 2**30
@@ -336,6 +337,8 @@ def _update_once(
             criterion,
             micro_batches,
             optimizer,
+            num_boxes=sum(batch.num_boxes for batch in micro_batches),
+            seeds=[0] * len(micro_batches),
             max_grad_norm=config.optim.max_grad_norm,
             precision=PRECISIONS[config.precision],
             device=device,

@@ -42,6 +42,7 @@ UINT64 = (1 << 64) - 1
 # Numbers drawn for one purpose say nothing about those drawn for another.
 PURPOSE_ORDER = 1
 PURPOSE_SAMPLE = 2
+PURPOSE_REPLACEMENT = 3
 
 
 def splitmix64(seed: int, position: int) -> int:
@@ -77,6 +78,20 @@ def sample_seed(seed: int, epoch: int, image_index: int) -> int:
     a chance of 1e-9.
     """
     return splitmix64(_stream_seed(seed, PURPOSE_SAMPLE, epoch), image_index) >> 1
+
+
+def replacement_index(
+    seed: int, epoch: int, image_index: int, attempt: int, num_images: int
+) -> int:
+    """Which image stands in, in one epoch, for one that turned out broken: any but itself.
+
+    Args:
+        attempt: from 0; the next one where the replacement is broken too.
+        num_images: of the data set, two at least.
+    """
+    own_seed = splitmix64(_stream_seed(seed, PURPOSE_REPLACEMENT, epoch), image_index)
+    further = 1 + (splitmix64(own_seed, attempt) * (num_images - 1) >> 64)
+    return (image_index + further) % num_images
 
 
 class Draws:
@@ -170,7 +185,15 @@ class TrainingOrder:
     def micro_batches(
         self, step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> list[list[SampleKey]]:
-        """What one rank computes in a step: at least one micro-batch, none of them empty.
+        """What one rank computes in a step: the samples at `micro_batch_positions`."""
+        parts = self.micro_batch_positions(step, rank, world_size, micro_batch_size)
+        return [[self.sample_at(position) for position in part] for part in parts]
+
+    def micro_batch_positions(
+        self, step: int, rank: int, world_size: int, micro_batch_size: int
+    ) -> list[range]:
+        """Positions in the stream of what one rank computes in a step: at least one micro-batch,
+        none of them empty.
 
         The global batch is cut into the fewest micro-batches of at most `micro_batch_size`
         samples (but one for each rank at least), and each rank takes consecutive ones. Both cuts
@@ -195,11 +218,11 @@ class TrainingOrder:
                 f"total_batch_size={self.total_batch_size} leaves some of {world_size} ranks "
                 "without images; use fewer ranks, or a larger total_batch_size"
             )
-        keys = self.global_batch(step)
         fewest = -(-self.total_batch_size // micro_batch_size)  # rounded up
         parts = even_parts(self.total_batch_size, max(fewest, world_size))
         own = even_parts(len(parts), world_size)[rank]
-        return [[keys[place] for place in parts[part]] for part in own]
+        begin = step * self.total_batch_size
+        return [range(begin + parts[part].start, begin + parts[part].stop) for part in own]
 
 
 def evaluation_batches(

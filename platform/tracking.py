@@ -1,222 +1,459 @@
 """A run in MLflow: parameters, metrics over steps, data sets, pictures, the best checkpoint.
 
-Reads the run's journal and uploads what is new; training never talks to MLflow. With the run's id
-and the offset of the last uploaded line kept in the run's folder, a resumed run goes on in the
-same MLflow run and no line is uploaded twice.
+    python -m deta.platform.tracking FOLDER [--follow] [--sweep]
+
+sends what a run's folder holds; with --follow until the run has ended, with --sweep for all runs in
+the folder. Training writes a journal and never talks to MLflow, so that no state of MLflow's server
+can slow it, stop it or lose a number.
 """
 
 from __future__ import annotations
 
+import argparse
+import fcntl
+import hashlib
 import json
 import logging
+import math
 import os
-import platform
 import re
 import sys
-from dataclasses import dataclass
-from importlib.metadata import distributions
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-# A server that is away must not hold a run for the 247 s of the defaults; see launch.py, which
-# tries again at every turn.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+# Waiting and trying again is the uploader's, which knows what is to be done meanwhile; MLflow's own
+# would hold a call for minutes, and make a second run where the answer to the first was lost.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 
-from deta.platform.checkpoint import best_checkpoint
-from deta.platform.config import flatten
-from deta.platform.journal import read_events
-from deta.platform.training import Run
+from deta.platform.masking import MASK, mask, mask_text
+from deta.platform.upload_record import ROWS_PER_CALL, Record, Row
+from deta.platform.uploader import Follower, stop_on_signals
+from deta.platform.uploading import tracking_uri, uri_of
+
+__all__ = ["MlflowStore", "main", "reap", "tracking_uri"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # limits of MLflow's REST interface
-MAX_PARAM_CHARACTERS = 6000
+PARAMS_PER_CALL = 100  # limit of MLflow's REST interface
+MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 4000
+TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer where MLflow is slow
+FILE_TIMEOUT_S = 60
+MAX_MASKED_BYTES = 5_000_000
+TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
+HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
+DEAD_AFTER_S = 120.0
+# A number that every event of the kind has.
+SENTINELS = {"progress": "train/epoch", "evaluation": "val/epoch"}
 
 
-class TrackingError(RuntimeError):
-    """MLflow cannot be reached."""
+class MlflowStore:
+    """MLflow as the uploader uses it. A call may fail in any way and can then be made again."""
 
+    def __init__(self, uri: str) -> None:
+        self.uri, self.shown_uri = uri, mask_text(uri)
+        self.call_s = 0.0
+        self._client: MlflowClient | None = None
+        self._timeout_s, self._is_in_a_hurry = TIMEOUT_S, False
 
-@dataclass
-class _Uploaded:
-    """How far the journal has been uploaded. Kept in the run's folder."""
+    def open(
+        self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
+    ) -> str:
+        """The id of the MLflow run of this folder, which is made if there is none.
 
-    run_id: str
-    offset_bytes: int = 0
-
-    def save(self, path: Path) -> None:
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(vars(self)), encoding="utf-8")
-        unfinished.replace(path)
-
-
-def tracking_uri(storage: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or a database file beside the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"
-
-
-class Tracker:
-    """The MLflow run of one training run."""
-
-    def __init__(self, run: Run, uri: str) -> None:
-        """Open the MLflow run of this folder, or create it.
+        Args:
+            run_id: as it was known; empty if it was not.
+            needs_parent: wait for the sweep's run rather than make a run outside it.
 
         Raises:
-            TrackingError: MLflow cannot be reached; before any training.
+            LookupError: the sweep's run is not there yet.
+            RuntimeError: somebody deleted the run in MLflow.
         """
-        self.run, self.uri = run, uri
-        self._record = run.folder / "mlflow.json"
-        try:
-            self._client = MlflowClient(tracking_uri=uri)
-            if self._record.exists():
-                self._uploaded = _Uploaded(**json.loads(self._record.read_text(encoding="utf-8")))
-                self._client.update_run(self._uploaded.run_id, status="RUNNING")
+        if run_id:
+            try:
+                run = self._call(self._connect().get_run, run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
             else:
-                self._uploaded = _Uploaded(self._create())
-                self._describe()
-                self._uploaded.save(self._record)
-        except (MlflowException, OSError) as error:
-            raise TrackingError(
-                f"MLflow at {uri} cannot be used: {error}\nStart its server, or unset "
-                "MLFLOW_TRACKING_URI to keep a database file beside the runs."
-            ) from error
+                _require_active(run)
+                return run_id
+        key = _key(folder, description)
+        experiment = self._experiment(description["config"]["experiment"])
+        mine = self._runs_of(experiment, key)
+        if not mine:
+            self._create(experiment, folder, description, key, needs_parent)
+            mine = self._runs_of(experiment, key)
+        # Where the answer to an earlier call was lost and the search came too early, there are two:
+        # the oldest is the run, for everybody who looks.
+        for twin in mine[1:]:
+            if not twin.data.metrics:
+                self._call(self._connect().delete_run, twin.info.run_id)
+        return mine[0].info.run_id
 
-    @property
-    def run_id(self) -> str:
-        return self._uploaded.run_id
-
-    def _create(self) -> str:
-        name = self.run.config.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            location = None
-            if self.uri.startswith("sqlite:"):
-                location = (self.run.folder.parent / "mlartifacts" / name).resolve().as_uri()
-            experiment_id = self._client.create_experiment(name, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        tags = {
-            "mlflow.source.name": Path(sys.argv[0]).name,
-            "mlflow.source.type": "JOB",
-            "deta.run_folder": str(self.run.folder),
-            "deta.train_fingerprint": self.run.train_set.fingerprint,
-            "deta.val_fingerprint": self.run.val_set.fingerprint,
-        }
-        if self.run.code_commit:
-            tags["mlflow.source.git.commit"] = self.run.code_commit
-        created = self._client.create_run(experiment_id, run_name=self.run.config.name, tags=tags)
-        return created.info.run_id
-
-    def _describe(self) -> None:
-        """What is known before the first step."""
+    def describe(self, run_id: str, description: dict[str, Any]) -> None:
+        """What is known before the first step; what MLflow has already is left as it is."""
+        client = self._connect()
+        run = self._call(client.get_run, run_id)
         params = [
-            Param(key, str(value)[:MAX_PARAM_CHARACTERS])
-            for key, value in flatten(self.run.config).items()
+            Param(key, _param_value(key, value))
+            for key, value in _flatten(description["config"]).items()
+            if key not in run.data.params
         ]
         for begin in range(0, len(params), PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, params=params[begin : begin + PARAMS_PER_CALL])
-        data = self.run.config.data
-        self._client.log_inputs(
-            self.run_id,
-            datasets=[
-                DatasetInput(
-                    Dataset(
-                        name=Path(annotations).stem,
-                        digest=dataset.fingerprint[:36],
-                        source_type="local",
-                        source=json.dumps({"images": images, "annotations": annotations}),
-                        profile=json.dumps(
-                            {
-                                "images": len(dataset),
-                                "classes": len(dataset.categories),
-                                "fingerprint": dataset.fingerprint,
-                                "notes": dataset.notes,
-                            }
-                        ),
-                    ),
-                    [InputTag("mlflow.data.context", context)],
-                )
-                for dataset, images, annotations, context in (
-                    (self.run.train_set, data.train_images, data.train_annotations, "training"),
-                    (self.run.val_set, data.val_images, data.val_annotations, "validation"),
-                )
-            ],
+            part = params[begin : begin + PARAMS_PER_CALL]
+            self._call(client.log_batch, run_id, params=part)
+        data = description.get("data") or {}
+        if data and not run.inputs.dataset_inputs:
+            inputs = [_dataset_input(context, one) for context, one in data.items()]
+            self._call(client.log_inputs, run_id, datasets=inputs)
+        for name in ("environment", "categories"):
+            if name in description:
+                text = mask_text(json.dumps(description[name], indent=2))
+                self._call(client.log_text, run_id, text, f"{name}.json")
+
+    def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
+        """Of each kind of event, the steps that MLflow has, and the time of each in ms."""
+        client = self._connect()
+        known: dict[str, dict[int, int]] = {}
+        for kind, name in SENTINELS.items():
+            history = self._call(client.get_metric_history, run_id, name)
+            known[kind] = {metric.step: metric.timestamp for metric in history}
+        return known
+
+    def send(self, run_id: str, rows: list[Row]) -> int:
+        """Send numbers; how many of them MLflow refused as invalid."""
+        refused = 0
+        for begin in range(0, len(rows), ROWS_PER_CALL):
+            refused += self._send_call(run_id, rows[begin : begin + ROWS_PER_CALL])
+        return refused
+
+    def _send_call(self, run_id: str, rows: list[Row]) -> int:
+        client = self._connect()
+        metrics = [
+            Metric(row.name, row.value, row.time_ms, row.step)
+            for row in rows
+            if math.isfinite(row.value)
+        ]
+        try:
+            # Sent again after a fault, a row is still there once: MLflow drops an equal
+            # (key, value, time, step).
+            self._call(client.log_batch, run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            _require_active(self._call(client.get_run, run_id))
+            if len(rows) == 1:
+                logger.warning("MLflow refuses %s: %s", rows[0], error)
+                return 1
+            half = len(rows) // 2
+            return self._send_call(run_id, rows[:half]) + self._send_call(run_id, rows[half:])
+        return 0
+
+    def set_status(self, run_id: str, record: Record) -> None:
+        client = self._connect()
+        if record.status == "RUNNING":
+            self._call(client.update_run, run_id, status="RUNNING")
+            return
+        if record.reason or record.num_begins > 1:
+            reason = mask_text(record.reason)[:MAX_TAG_CHARACTERS]
+            self._call(client.set_tag, run_id, "deta.reason", reason)
+        if record.status == "FINISHED" and record.best_ap is not None:
+            path = f"checkpoints/step-{record.best_step:08d}"
+            self._call(client.set_tag, run_id, "deta.best_checkpoint", path)
+        self._call(
+            client.set_terminated, run_id, status=record.status, end_time=record.end_time_ms or None
         )
-        self._client.log_dict(self.run_id, _environment(), "environment.json")
-        categories = {str(category.id): category.name for category in self.run.train_set.categories}
-        self._client.log_dict(self.run_id, categories, "categories.json")
 
-    def upload(self) -> None:
-        """Everything new in the journal.
+    def beat(self, run_id: str) -> None:
+        self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
 
-        Raises:
-            MlflowException: MLflow is away; what was not uploaded will be at the next call.
-        """
-        metrics: list[Metric] = []
-        offset = self._uploaded.offset_bytes
-        for event, offset_after in read_events(self.run.folder, offset):
-            time_ms = int(event["time_s"] * 1000)
-            metrics += [
-                Metric(_metric_name(name), value, time_ms, event["step"])
-                for name, value in event.get("metrics", {}).items()
-                if event["kind"] in ("progress", "evaluation")
-            ]
-            if event["kind"] == "picture":
-                picture = self.run.folder / event["path"]
-                if picture.exists():
-                    self._client.log_artifact(self.run_id, str(picture), "pictures")
-            offset = offset_after
-        for begin in range(0, len(metrics), METRICS_PER_CALL):
-            # Sent twice after a fault between here and `save`, a row is still there once: MLflow
-            # drops an equal (key, value, time, step).
-            self._client.log_batch(self.run_id, metrics=metrics[begin : begin + METRICS_PER_CALL])
-        if offset != self._uploaded.offset_bytes:
-            self._uploaded.offset_bytes = offset
-            self._uploaded.save(self._record)
-
-    def finish(self, status: Status, reason: str = "") -> None:
-        """Upload the rest and the best checkpoint, and close the MLflow run."""
-        self.upload()
-        best = best_checkpoint(self.run.checkpoints)
-        if best is not None and status == "FINISHED":
-            for name in ("model.safetensors", "config.json", "state.json"):
-                self._client.log_artifact(self.run_id, str(best / name), "best_checkpoint")
-            state = json.loads((best / "state.json").read_text(encoding="utf-8"))
-            tags = [RunTag("deta.best_checkpoint", str(best))]
-            self._client.log_batch(
-                self.run_id,
-                metrics=[
-                    Metric(
-                        "best/AP",
-                        state["metrics"]["AP"],
-                        int(best.stat().st_mtime * 1000),
-                        state["step"],
-                    )
-                ],
-                tags=tags,
+    def send_file(self, run_id: str, path: Path, folder: str) -> None:
+        """Send a file; without its secrets where it is text."""
+        client = self._connect()
+        with tempfile.TemporaryDirectory(prefix="deta-") as clean:
+            if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_MASKED_BYTES:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                path = Path(clean) / path.name
+                path.write_text(mask_text(text), encoding="utf-8")
+            self._call(
+                client.log_artifact, run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S
             )
-        if reason:
-            self._client.set_tag(self.run_id, "deta.reason", reason[:4000])
-        self._client.set_terminated(self.run_id, status=status)
+
+    def hurry(self) -> None:
+        """There is little time left: short calls from now on."""
+        self._is_in_a_hurry = True
+
+    def running(self, experiment: str) -> list[Run]:
+        """The runs of an experiment that MLflow holds for running."""
+        client = self._connect()
+        found = self._call(client.get_experiment_by_name, experiment)
+        if found is None:
+            return []
+        return self._search([found.experiment_id], "attributes.status = 'RUNNING'")
+
+    def end(self, run_id: str, reason: str) -> None:
+        client = self._connect()
+        self._call(client.set_tag, run_id, "deta.reason", reason)
+        self._call(client.set_terminated, run_id, status="KILLED")
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            with _alone_at(self.uri):  # the first one makes the tables
+                client = MlflowClient(tracking_uri=self.uri)
+                self._call(client.search_experiments, max_results=1)
+            self._client = client
+        return self._client
+
+    def _call(
+        self, function: Callable[..., T], *args: Any, at_least_s: int = 0, **kwargs: Any
+    ) -> T:
+        """Call MLflow, and learn how patient one has to be with it."""
+        timeout_s = max(self._timeout_s, at_least_s)
+        if self._is_in_a_hurry:
+            timeout_s = LAST_TIMEOUT_S
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout_s)  # MLflow reads it at each call
+        began_s = time.monotonic()
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            if re.search("time.?out|timed out", str(error), re.IGNORECASE):
+                self._timeout_s = min(MAX_TIMEOUT_S, 2 * self._timeout_s)
+            raise
+        finally:
+            self.call_s = time.monotonic() - began_s
+        if self.call_s < TIMEOUT_S / 4:
+            self._timeout_s = TIMEOUT_S
+        return result
+
+    def _experiment(self, name: str) -> Experiment:
+        client = self._connect()
+        found = self._call(client.get_experiment_by_name, name)
+        if found is None:
+            location = None
+            if self.uri.startswith("sqlite:///"):
+                beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent
+                location = (beside / "mlartifacts" / name).as_uri()
+            try:
+                self._call(client.create_experiment, name, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another run, just now
+                    raise
+            found = self._call(client.get_experiment_by_name, name)
+        if found.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"experiment {name!r} was deleted in MLflow; restore it there "
+                f"(mlflow experiments restore -x {found.experiment_id}) and the run is sent"
+            )
+        return found
+
+    def _create(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        description: dict[str, Any],
+        key: str,
+        needs_parent: bool,
+    ) -> None:
+        tags = {str(k): mask(str(k), str(v)) for k, v in (description.get("tags") or {}).items()}
+        tags |= {
+            "mlflow.source.name": description.get("source") or "deta",
+            "mlflow.source.type": "JOB",
+            KEY_TAG: key,
+            FOLDER_TAG: mask_text(str(folder.resolve())),
+        }
+        for split in ("train", "val"):
+            if fingerprint := description.get(f"{split}_fingerprint"):
+                tags[f"deta.{split}_fingerprint"] = fingerprint
+        if commit := description.get("code_commit"):
+            tags["mlflow.source.git.commit"] = commit
+        if parent := description.get("parent"):
+            tags["deta.parent"] = parent
+            parent_run = self._parent(experiment, parent)
+            if parent_run:
+                tags["mlflow.parentRunId"] = parent_run
+            elif needs_parent:
+                raise LookupError(f"the run of the sweep {parent} is not in MLflow yet")
+        created_s = description.get("created_s")
+        self._call(
+            self._connect().create_run,
+            experiment.experiment_id,
+            start_time=int(created_s * 1000) if created_s else None,
+            run_name=description["config"].get("name") or folder.name,
+            tags={k[:250]: v[:MAX_TAG_CHARACTERS] for k, v in tags.items()},
+        )
+
+    def _parent(self, experiment: Experiment, parent: str) -> str | None:
+        if found := self._runs_of(experiment, parent):
+            return found[0].info.run_id
+        try:
+            return self._call(self._connect().get_run, parent).info.run_id
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _runs_of(self, experiment: Experiment, key: str) -> list[Run]:
+        """Oldest first."""
+        runs = self._search([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{_safe(key)}'")
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _search(self, experiments: list[str], what: str) -> list[Run]:
+        return list(
+            self._call(
+                self._connect().search_runs,
+                experiments,
+                what,
+                run_view_type=ViewType.ACTIVE_ONLY,
+                max_results=10_000,
+            )
+        )
 
 
-def _metric_name(name: str) -> str:
-    """MLflow allows letters, digits and _-. :/ in names."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
+    """Mark runs KILLED that say to be running, whose heart stopped, and whose folder is not here.
+
+    Returns:
+        Id and name of each.
+    """
+    dead = []
+    for run in store.running(experiment):
+        beat = run.data.tags.get(HEARTBEAT_TAG, "")
+        if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
+            continue
+        folder = run.data.tags.get(FOLDER_TAG, "")
+        if folder and MASK not in folder and Path(folder).is_dir():
+            continue  # jobs/sync.py knows better from there
+        dead.append((run.info.run_id, run.info.run_name))
+        if not dry_run:
+            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
+            store.end(run.info.run_id, f"nothing was heard of it since {when}")
+    return dead
 
 
-def _environment() -> dict[str, Any]:
-    packages = sorted(
-        {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
-    )
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": packages,
+@contextmanager
+def _alone_at(uri: str) -> Iterator[None]:
+    """Two processes that make the tables of one database file at once would both fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _require_active(run: Run) -> None:
+    if run.info.lifecycle_stage != "active":
+        raise RuntimeError(
+            f"the run {run.info.run_id} was deleted in MLflow; restore it there "
+            f"(mlflow runs restore --run-id {run.info.run_id}) and the rest is sent"
+        )
+
+
+def _key(folder: Path, description: dict[str, Any]) -> str:
+    """What tells this run from all others; runs of older versions have none in their file."""
+    if key := description.get("key"):
+        return str(key)
+    text = f"{folder.resolve()} {description.get('train_fingerprint')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _safe(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.:-]", "_", key)
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key, as `config.flatten` has it of a configuration."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _param_value(key: str, value: Any) -> str:
+    text = mask(key, str(value))
+    if len(text) <= MAX_PARAM_CHARACTERS:
+        return text
+    note = f" … (cut; {len(text)} characters)"
+    return text[: MAX_PARAM_CHARACTERS - len(note)] + note
+
+
+def _dataset_input(context: str, data: dict[str, Any]) -> DatasetInput:
+    source = {"images": data["images"], "annotations": data["annotations"]}
+    profile = {
+        "images": data["num_images"],
+        "classes": data["num_classes"],
+        "fingerprint": data["fingerprint"],
+        "notes": data["notes"],
     }
+    dataset = Dataset(
+        name=mask_text(data["name"])[:500],
+        digest=data["fingerprint"][:36],
+        source_type="local",
+        source=mask_text(json.dumps(source)),
+        profile=mask_text(json.dumps(profile))[:60_000],
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of a run, or of runs")
+    parser.add_argument("--follow", action="store_true", help="until the run has ended")
+    parser.add_argument("--sweep", action="store_true", help="all runs in it, also later ones")
+    parser.add_argument("--behind", type=int, default=0, metavar="BYTES", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, metavar="PROCESS", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    store = MlflowStore(uri_of(parsed.folder))
+    follower = Follower(
+        parsed.folder,
+        store,
+        sweep=parsed.sweep,
+        behind_bytes=parsed.behind,
+        parent=parsed.parent,
+    )
+    if not parsed.follow:
+        error = follower.turn()
+        if error:
+            logger.error("%s", mask_text(error))
+        return 1 if error else 0
+    os.nice(5)  # training goes first
+    stop_on_signals(follower.stop, follower.tell_stopped)
+    is_complete = follower.follow()
+    follower.tell_stopped()
+    return 0 if is_complete else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # MLflow's threads have nothing left to do

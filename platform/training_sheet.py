@@ -33,7 +33,7 @@ from deta.platform.pictures import (
     save_whole,
     shortened,
 )
-from deta.platform.training import Run
+from deta.platform.run import Run
 from deta.platform.transforms import PIXEL_MEAN, PIXEL_STD
 
 NUM_PICTURES = 12

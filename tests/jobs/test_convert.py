@@ -23,7 +23,7 @@ from deta.model import pretrained
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
 from deta.platform.classes import published_classes
 from deta.platform.coco import Category
 from deta.platform.config import DataConfig, RunConfig
@@ -296,10 +296,9 @@ def test_what_is_written_evaluates_predicts_and_starts_runs(state, run, tmp_path
             loader_workers=0, evaluation_size=EvaluationSize(short_edge=80, max_long_edge=96)
         ),
     )
-    write_checkpoint(
-        tmp_path / "my-run" / "checkpoints", model_state=state, training_state={}, config=config,
-        state=RunState(step=3, samples_seen=6, epoch=1.0), categories=categories,
-    )  # fmt: skip
+    run_state = RunState(step=3, samples_seen=6, epoch=1.0)
+    snapshot = take_snapshot(run_state, config, categories, state, {})
+    write_checkpoint(tmp_path / "my-run" / "checkpoints", snapshot)
     data = ["--images", shapes.val_images, "--annotations", shapes.val_annotations]
     data += ["--device", "cpu"]
 

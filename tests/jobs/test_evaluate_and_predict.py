@@ -21,7 +21,7 @@ from deta.jobs import predict as predict_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
 from deta.platform.coco import CocoDataset
 from deta.platform.config import DataConfig, RunConfig
 from deta.platform.predict import Predictor
@@ -71,14 +71,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with torch.no_grad():
         for head in model.class_heads:  # tell queries and classes apart
             head.weight.normal_(std=0.5)
-    write_checkpoint(
-        root / "run" / "checkpoints",
-        model_state=model.state_dict(),
-        training_state={},
-        state=RunState(step=12, samples_seen=96, epoch=3.0, metrics={"AP": 1.5}),
-        config=config,
-        categories=val_set.categories,
-    )
+    state = RunState(step=12, samples_seen=96, epoch=3.0, metrics={"AP": 1.5})
+    snapshot = take_snapshot(state, config, val_set.categories, model.state_dict(), {})
+    write_checkpoint(root / "run" / "checkpoints", snapshot)
     official = root / "official.safetensors"
     write_weights(official, to_published(model.state_dict(), config.model, "official"))
 

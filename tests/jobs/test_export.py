@@ -25,7 +25,7 @@ from torch import Tensor
 from deta.jobs import export as export_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
-from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
 from deta.platform.coco import Category
 from deta.platform.config import DataConfig, RunConfig
 from deta.platform.export_check import Difference, compare, run_eagerly
@@ -162,14 +162,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
             head.weight.normal_(std=0.5)
         for head in model.box_heads:
             head.mlp[-1].weight.normal_(std=0.5)
-    write_checkpoint(
-        root / "run" / "checkpoints",
-        model_state=model.state_dict(),
-        training_state={},
-        state=RunState(step=12, samples_seen=96, epoch=3.0),
-        config=config,
-        categories=tuple(Category(i + 3, name) for i, name in enumerate(["disc", "star", "ring"])),
-    )
+    categories = tuple(Category(i + 3, name) for i, name in enumerate(["disc", "star", "ring"]))
+    state = RunState(step=12, samples_seen=96, epoch=3.0)
+    snapshot = take_snapshot(state, config, categories, model.state_dict(), {})
+    write_checkpoint(root / "run" / "checkpoints", snapshot)
     (root / "pictures").mkdir()
     for number, picture in enumerate(pictures((100, 130), (90, 90), (77, 64))):
         picture.save(root / "pictures" / f"{number}.png")

@@ -26,7 +26,8 @@ from deta.platform.detect import Worker
 from deta.platform.initial import load_initial_weights
 from deta.platform.journal import read_events
 from deta.platform.predict import Predictor
-from deta.platform.training import Run, train
+from deta.platform.run import Run
+from deta.platform.training import train
 from deta.platform.weights import write_weights
 
 SHARED = Path(os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared"))
@@ -268,7 +269,7 @@ def test_an_encoder_computed_again_gives_the_same_gradients():
 
 
 def test_an_assignment_that_does_not_fit_the_model_is_refused_before_anything_is_read():
-    from deta.platform.launch import prepare
+    from deta.platform.prepare import prepare
 
     config = override(VARIANTS["anchor_detr_r50.official_r50"](), {"criterion.assignment": "iou"})
     with pytest.raises(ValueError, match=r"criterion\.assignment=one_to_one"):

@@ -39,7 +39,8 @@ from deta.platform.optim import (
     num_without_gain,
 )
 from deta.platform.shapes import write_shapes
-from deta.platform.training import Run, train
+from deta.platform.run import Run
+from deta.platform.training import train
 from deta.platform.transforms import AugmentationConfig, EvaluationSize
 
 

@@ -30,7 +30,7 @@ from deta.platform.memory_probe import (
     worst_batch,
 )
 from deta.platform.order import Draws
-from deta.platform.training import Run
+from deta.platform.run import Run
 from deta.platform.training_sheet import (
     CELL_PX,
     first_pictures,

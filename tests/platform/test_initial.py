@@ -19,7 +19,7 @@ from torch import Tensor
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, PRIOR_PROBABILITY, ModelConfig
 from deta.model.pretrained import rename_to_published, to_published
-from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
 from deta.platform.classes import published_classes
 from deta.platform.coco import Category
 from deta.platform.coco_classes import COCO_NAMES
@@ -82,10 +82,8 @@ def source(request: pytest.FixtureRequest, trained: DETA, tmp_path: Path) -> Pat
     path = tmp_path / "weights.safetensors"
     if request.param == "checkpoint":
         everything = tuple(Category(i, COCO_NAMES.get(i, f"none {i}")) for i in range(91))
-        return write_checkpoint(
-            tmp_path, model_state=state, training_state={}, config=config, categories=everything,
-            state=RunState(step=1, samples_seen=1, epoch=1.0),
-        )  # fmt: skip
+        run_state = RunState(step=1, samples_seen=1, epoch=1.0)
+        return write_checkpoint(tmp_path, take_snapshot(run_state, config, everything, state, {}))
     if request.param == "converted":
         write_converted(path, state, config, published_classes(91), {"file": "x"})
     else:
@@ -139,10 +137,9 @@ def test_dropped_heads_start_as_new_and_the_rest_is_kept(source, trained):
 def test_the_same_classes_are_taken_as_they_are(tmp_path):
     config = replace(SMALL, num_classes=3)
     trained, model = randomised(config), randomised(config, seed=1)
-    checkpoint = write_checkpoint(
-        tmp_path, model_state=trained.state_dict(), training_state={}, categories=DATA,
-        config=RunConfig(model=config), state=RunState(step=1, samples_seen=1, epoch=1.0),
-    )  # fmt: skip
+    state = RunState(step=1, samples_seen=1, epoch=1.0)
+    snapshot = take_snapshot(state, RunConfig(model=config), DATA, trained.state_dict(), {})
+    checkpoint = write_checkpoint(tmp_path, snapshot)
 
     assert load_initial_weights(model, checkpoint, DATA) == []
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Set
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +21,11 @@ import torch
 from PIL import Image
 
 from deta.model.batch import Batch
-from deta.platform.coco import Sample
+from deta.platform.coco import CocoDataset, Record, Sample
 from deta.platform.images import ImageError
 from deta.platform.loader import LoadedBatch, TrainLoader, evaluation_loader, train_loader
-from deta.platform.order import TrainingOrder, sample_seed
+from deta.platform.loader_death import LoaderWorkerError
+from deta.platform.order import TrainingOrder, replacement_index, sample_seed
 from deta.platform.transforms import AugmentationConfig, EvaluationSize
 
 SMALL = AugmentationConfig(
@@ -30,15 +41,21 @@ SMALL_EVALUATION = EvaluationSize(short_edge=32, max_long_edge=48)
 class DrawnDataset:
     """Images drawn from their index, ids from 100 on; every fourth without boxes."""
 
-    def __init__(self, num_images: int, broken: int | None = None) -> None:
+    def __init__(self, num_images: int, broken: Set[int] = frozenset()) -> None:
         self.num_images = num_images
         self.broken = broken
+
+    @property
+    def records(self) -> list[Record]:
+        nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+        paths = [Path(f"images/{index}.jpg") for index in range(self.num_images)]
+        return [Record(100 + index, path, 1, 1, *nothing) for index, path in enumerate(paths)]
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> Sample:
-        if index == self.broken:
+        if index in self.broken:
             raise ImageError(f"images/{index}.jpg: cannot be decoded; replace the file")
         generator = np.random.default_rng(index)
         height, width = generator.integers(20, 60, 2).tolist()
@@ -50,7 +67,7 @@ class DrawnDataset:
         return Sample(Image.fromarray(pixels), boxes_px, labels, 100 + index, (height, width))
 
 
-def loader(num_images: int = 11, broken: int | None = None, **changes) -> TrainLoader:
+def loader(num_images: int = 11, broken: Set[int] = frozenset(), **changes) -> TrainLoader:
     settings = {
         "seed": 5,
         "total_batch_size": 6,
@@ -66,6 +83,8 @@ def assert_equal(first: list[LoadedBatch], second: list[LoadedBatch]) -> None:
     for one, other in zip(first, second, strict=True):
         assert one.image_ids == other.image_ids
         assert one.original_sizes_px == other.original_sizes_px
+        assert one.replaced == other.replaced
+        assert one.first_position == other.first_position
         for a, b in zip(tensors(one.batch), tensors(other.batch), strict=True):
             assert torch.equal(a, b)
 
@@ -163,7 +182,177 @@ def test_loading_draws_nothing_from_the_global_generators(num_loader_workers):
 @pytest.mark.parametrize("num_loader_workers", [0, 2])
 def test_a_broken_image_reaches_the_trainer_with_its_file_name(num_loader_workers):
     with pytest.raises(ImageError, match=r"images/7\.jpg: cannot be decoded"):
-        list(loader(broken=7, num_loader_workers=num_loader_workers))
+        list(loader(broken={7}, num_loader_workers=num_loader_workers, replace_broken=False))
+
+
+# --- Broken pictures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", [{7}, {0, 3, 9}, set(range(11)) - {2, 6}], ids=len)
+def test_broken_pictures_are_replaced_alike_everywhere(undisturbed, broken):
+    alone = list(loader(broken=broken))
+    expected = flat(alone)
+
+    assert_equal(flat(loader(broken=broken, num_loader_workers=2)), expected)
+    assert_equal(flat(loader(broken=broken, start_step=2)), flat(alone[2:]))
+    ranks = [loader(broken=broken, rank=rank, world_size=3) for rank in range(3)]
+    for together, step in zip(zip(*ranks, strict=True), alone, strict=True):
+        assert_equal(flat(together), step)
+
+    for one, whole in zip(expected, flat(undisturbed), strict=True):
+        ids = {fault.image_id: fault.by_image_id for fault in one.replaced}
+        assert one.image_ids == [ids.get(i, i) for i in whole.image_ids]
+        assert torch.equal(one.batch.seeds, whole.batch.seeds)  # augmented as it would have been
+        assert not {i - 100 for i in one.image_ids} & broken
+        for fault in one.replaced:
+            assert fault.image_id - 100 in broken
+            assert fault.path == f"images/{fault.image_id - 100}.jpg"
+            assert fault.path in fault.reason
+    assert {fault.image_id - 100 for one in expected for fault in one.replaced} == broken
+
+
+def test_every_try_draws_another_image_of_the_data_set():
+    for num_images in (2, 3, 50):
+        drawn = [
+            replacement_index(5, epoch, image, attempt, num_images)
+            for epoch in range(3)
+            for image in range(num_images)
+            for attempt in range(8)
+            if replacement_index(5, epoch, image, attempt, num_images) != image
+        ]
+        assert len(drawn) == 3 * num_images * 8
+        assert set(drawn) == set(range(num_images))
+
+
+@pytest.mark.parametrize("num_images", [1, 11])
+def test_a_data_set_of_broken_pictures_alone_is_an_error(num_images):
+    with pytest.raises(ImageError, match=r"images/\d+\.jpg: cannot be decoded"):
+        list(loader(num_images=num_images, broken=set(range(num_images))))
+
+
+def test_evaluation_never_replaces():
+    evaluation = evaluation_loader(DrawnDataset(5, {3}), SMALL_EVALUATION, batch_size=2)
+    with pytest.raises(ImageError, match=r"images/3\.jpg"):
+        list(evaluation)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def swap(path: Path) -> None:
+    Image.new("RGB", (7, 5)).save(path, "PNG")
+
+
+@pytest.mark.parametrize(
+    "harm", [Path.unlink, cut, swap, lambda path: path.write_bytes(b""),
+             lambda path: path.write_text("<html>")],
+    ids=["missing", "truncated", "other size", "empty", "other type"],
+)  # fmt: skip
+def test_a_file_that_breaks_after_the_data_set_was_opened_is_replaced(tmp_path, harm):
+    images = []
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        images.append({"id": index, "file_name": f"{index}.png", "width": 50, "height": 40})
+    annotations = tmp_path / "annotations.json"
+    categories = [{"id": 1, "name": "noise"}]
+    coco = {"images": images, "annotations": [], "categories": categories}
+    annotations.write_text(json.dumps(coco))
+    dataset = CocoDataset.open(tmp_path, annotations)
+    harm(tmp_path / "4.png")
+
+    steps = train_loader(dataset, SMALL, seed=1, total_batch_size=6, micro_batch_size=6, end_step=2)
+    for (one,) in steps:
+        (fault,) = one.replaced
+        assert (fault.image_id, fault.path) == (4, str(tmp_path / "4.png"))
+        assert fault.path in fault.reason
+        assert 4 not in one.image_ids
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_positions_number_the_samples_of_all_ranks_without_a_gap(world_size):
+    ranks = [loader(rank=rank, world_size=world_size, start_step=1) for rank in range(world_size)]
+    seen = [
+        position
+        for together in zip(*ranks, strict=True)
+        for one in flat(together)
+        for position in range(one.first_position, one.first_position + len(one))
+    ]
+    assert seen == list(range(6, 24))
+
+
+# --- Loader workers that die ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["main thread", "other thread, as in Ray"])
+def test_a_killed_loader_worker_is_named_within_seconds(thread):
+    said: list[LoaderWorkerError] = []
+
+    def train() -> None:
+        before = set(multiprocessing.active_children())
+        with pytest.raises(LoaderWorkerError) as caught:
+            for number, _ in enumerate(loader(num_loader_workers=2, end_step=10**6)):
+                if number == 1:
+                    own = set(multiprocessing.active_children()) - before
+                    os.kill(own.pop().pid, signal.SIGKILL)
+        said.append(caught.value)
+
+    began_s = time.monotonic()
+    if thread:
+        trainer = threading.Thread(target=train, daemon=True)
+        trainer.start()
+        trainer.join(60)
+    else:
+        train()
+    assert time.monotonic() - began_s < 60
+    (error,) = said
+    assert "SIGKILL" in str(error)
+    assert "lack of memory" in str(error)
+    assert "data.loader_workers" in str(error)
+
+
+LITTLE_SHARED_MEMORY = """
+import torch
+from PIL import Image
+from deta.platform.coco import Sample
+from deta.platform.loader import train_loader
+from deta.platform.transforms import AugmentationConfig
+
+class Large:
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        return Sample(Image.new("RGB", (1200, 900)), *nothing, index, (900, 1200))
+
+steps = train_loader(Large(), AugmentationConfig(), seed=1, total_batch_size=4, micro_batch_size=4,
+                     end_step=4, num_loader_workers=1)
+list(steps)
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True
+    ).returncode
+    != 0,
+    reason="this user may not mount a small /dev/shm",
+)
+def test_too_little_shared_memory_is_an_error_and_no_hang():
+    command = "mount -t tmpfs -o size=4m tmpfs /dev/shm && exec " + f'{sys.executable} -c "$CODE"'
+    found = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command],
+        env=os.environ | {"CODE": LITTLE_SHARED_MEMORY},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode != 0
+    assert "/dev/shm is too small" in found.stderr or "no space in /dev/shm" in found.stderr
+    assert "of 4 MB in /dev/shm" in found.stderr
 
 
 def test_loader_workers_end_when_the_trainer_stops_early():

@@ -16,7 +16,7 @@ from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.postprocess import Detections
 from deta.model.pretrained import published_logit_eps, to_published
-from deta.platform.checkpoint import RunState, write_checkpoint
+from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
 from deta.platform.coco import Category, CocoDataset
 from deta.platform.config import DataConfig, RunConfig
 from deta.platform.evaluate import to_coco_results
@@ -92,14 +92,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     shapes = write_shapes(root / "shapes", num_train=4, num_val=8, size_px=64)
     config = small_config()
     model = small_model(config)
-    checkpoint = write_checkpoint(
-        root / "run" / "checkpoints",
-        model_state=model.state_dict(),
-        training_state={},
-        state=RunState(step=12, samples_seen=96, epoch=3.0, metrics={"AP": 1.5}),
-        config=config,
-        categories=CATEGORIES,
-    )
+    state = RunState(step=12, samples_seen=96, epoch=3.0, metrics={"AP": 1.5})
+    snapshot = take_snapshot(state, config, CATEGORIES, model.state_dict(), {})
+    checkpoint = write_checkpoint(root / "run" / "checkpoints", snapshot)
     val_set = CocoDataset.open(shapes.val_images, shapes.val_annotations)
     return Trained(root / "run", checkpoint, config, model, shapes, val_set)
 

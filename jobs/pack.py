@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""A data set of loose files to Parquet shards, for slow disks, shared storage and object stores.
+
+  python jobs/pack.py --images train2017 --annotations instances_train2017.json \\
+      --output /data/coco-train
+  python jobs/pack.py … --output s3://bucket/coco-train
+  python jobs/pack.py --verify s3://bucket/coco-train
+
+The shards hold the files as they are and all annotations, and train exactly as the loose files do:
+give their folder or address as --train-images, and no annotations. Beside the images they take
+under 1 % of space.
+
+A call that was ended, however, goes on when it is given again. Pictures are checked as training
+checks them, by their headers; --decode looks at every pixel, at the cost of decoding all once.
+
+Credentials of a store come from the environment, never from its address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from deta.jobs.recipe import refuse
+from deta.platform.coco import CocoDataset
+from deta.platform.images import MAX_PIXELS
+from deta.platform.packing import MEGABYTE, pack
+from deta.platform.shard_manifest import read_manifest, verify_shards
+from deta.platform.shard_store import Store
+
+MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(),
+        epilog="The exit code is 2 for data that were refused or damaged, 1 if the storage failed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of image files")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO format")
+    parser.add_argument("--output", metavar="FOLDER", help="new folder, or address of one")
+    parser.add_argument("--shard-mb", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--lenient", action="store_true", help="leave out what cannot be used")
+    parser.add_argument("--decode", action="store_true", help="decode every picture first")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+                        help="of a picture; default: 50 million")  # fmt: skip
+    parser.add_argument("--verify", metavar="FOLDER", help="compare all checksums of shards")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        if arguments.verify is not None:
+            _verify(arguments.verify)
+        else:
+            _pack(parser, arguments)
+    except ValueError as error:
+        refuse(error)
+    except OSError as error:
+        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _pack(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for option in ("images", "annotations", "output"):
+        if getattr(arguments, option) is None:
+            parser.error(f"--{option} is missing")
+    if not 1 <= arguments.shard_mb <= MAX_SHARD_MB:
+        parser.error(f"--shard-mb {arguments.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
+    store = Store(arguments.output)
+    dataset = CocoDataset.open(
+        arguments.images,
+        arguments.annotations,
+        lenient=arguments.lenient,
+        max_pixels=arguments.max_pixels,
+        progress=True,
+    )
+    # The notes travel with the shards, and paths of this machine say nothing elsewhere.
+    dataset.notes = [
+        note.replace(str(arguments.annotations), arguments.annotations.name)
+        for note in dataset.notes
+    ]
+    packed = pack(
+        dataset,
+        store,
+        shard_bytes=arguments.shard_mb * MEGABYTE,
+        decode=arguments.decode,
+        lenient=arguments.lenient,
+        progress=True,
+    )
+    manifest = packed.manifest
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    print(
+        f"{store.shown}: {manifest.num_images} images in {len(manifest.shards)} shards "
+        f"({packed.num_found} were there before), {num_bytes / MEGABYTE:,.1f} MB, "
+        f"data {manifest.fingerprint[:12]}"
+    )
+
+
+def _verify(location: str) -> None:
+    store = Store(location)
+    manifest = read_manifest(store)
+    verify_shards(store, manifest, progress=True)
+    print(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""One attempt at a run on a Ray cluster: join it or start one, train, and say how it went.
+
+The supervisor (`launch.py`) runs this as a process of its own, because losing a cluster can end
+the process that has joined it, from C++ and without an exception. Workers that are lost meanwhile
+are replaced by Ray, without the supervisor; all else ends the attempt.
+
+    python -m deta.platform.attempt FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# Ray reads these when it is imported. Whether its local clusters ask for a token depends, by
+# default, on what ran in this home before; here they always do. A cluster that was started by
+# others has its own rules.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+for _name, _value in {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from deta.platform.attempt_outcome import DATA_FILE, OUTCOME_FILE, Outcome
+from deta.platform.config import RunConfig
+from deta.platform.processes import ATTEMPT_MARK, end_marked
+from deta.platform.run import Run
+from deta.platform.worker import train_worker
+
+CONTROLLERS = 3  # so often Ray's controller is started anew within an attempt
+
+
+class ClusterTooSmallError(RuntimeError):
+    """The cluster can never give what the run asks for."""
+
+
+def connect() -> str:
+    """Join the cluster, or start one on this machine that ends with this process.
+
+    Returns:
+        A line about it, for people.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and os.environ["RAY_AUTH_MODE"] == "token":
+        _private_token()
+    if not ray.is_initialized():
+        # Workers write to the journal; what they print besides is in Ray's logs.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    resources = ray.cluster_resources()
+    return (
+        f"Ray cluster {'at ' + address if address else 'on this machine'}: "
+        f"{len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, "
+        f"{resources.get('GPU', 0):.0f} GPUs"
+    )
+
+
+def _private_token() -> None:
+    """Ray writes its token readable for everybody; make it first, readable for its owner."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        path.chmod(0o600)
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(os.urandom(32).hex())
+
+
+def check_resources(config: RunConfig) -> None:
+    """Refuse what the cluster can never give, instead of waiting for it for ever.
+
+    Raises:
+        ClusterTooSmallError: says what it lacks.
+    """
+    available = ray.cluster_resources()
+    cluster = config.cluster
+    num_workers = cluster.min_workers or cluster.num_workers
+    wanted = {"CPU": num_workers * cluster.cpus_per_worker}
+    if cluster.gpu:
+        wanted["GPU"] = num_workers
+    lacking = [
+        f"{number:g} {kind}s (it has {available.get(kind, 0):g})"
+        for kind, number in wanted.items()
+        if number > available.get(kind, 0)
+    ]
+    if lacking:
+        raise ClusterTooSmallError(
+            f"the run wants {num_workers} workers and so {' and '.join(lacking)} of the "
+            "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays: "
+            "workers accumulate), or set cluster.gpu=false to train on CPUs."
+        )
+
+
+def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
+    """Train on the cluster that this process has joined, to the end.
+
+    Args:
+        max_failures: so often Ray replaces workers that were lost; -1: as often as it happens.
+        callbacks: of Ray Train; a sweep follows the metrics with one.
+
+    Raises:
+        ray.train.TrainingFailedError, ray.exceptions.RayActorError: workers, or Ray's controller.
+    """
+    cluster = run.config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpu:
+        resources["GPU"] = 1
+    num_workers: Any = cluster.num_workers
+    if cluster.min_workers not in (None, cluster.num_workers):
+        num_workers = (cluster.min_workers, cluster.num_workers)
+        # How long it waits for all of them before it goes on with fewer.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"run": ray.put(run)},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker=resources,
+        ),
+        # A name of its own for each attempt: Ray would take an equal one for a resumption
+        # from its own records. The run's records are its checkpoints.
+        run_config=ray.train.RunConfig(
+            name=f"{run.config.name}-{time.time_ns()}",
+            storage_path=str(run.folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=callbacks,
+        ),
+    )
+    trainer.fit()
+
+
+def attempt(folder: Path) -> Outcome:
+    """Try; what comes of it in the run is in its journal and its checkpoints."""
+    run: Run = pickle.loads((folder / DATA_FILE).read_bytes())  # the supervisor wrote it
+    try:
+        print(connect(), flush=True)
+    except Exception as error:
+        return Outcome("unreachable", f"{type(error).__name__}: {error}")
+    try:
+        check_resources(run.config)
+        for count in range(1, CONTROLLERS + 1):
+            try:
+                fit(run, max_failures=-1)
+                return Outcome("ended")
+            except ray.exceptions.RayActorError as error:  # the controller, not a worker
+                print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
+                if count == CONTROLLERS:
+                    raise
+    except ClusterTooSmallError as error:
+        return Outcome("refused", str(error))
+    except Exception as error:
+        return Outcome("lost", f"{type(error).__name__}: {error}")
+    raise AssertionError
+
+
+def _end_with(parent: int) -> None:
+    """A driver whose supervisor is gone must not train on beside its successor."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    end_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
+    os._exit(1)
+
+
+def main(folder: Path) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    outcome = attempt(folder)
+    unfinished = (folder / OUTCOME_FILE).with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(vars(outcome)), encoding="utf-8")
+    unfinished.replace(folder / OUTCOME_FILE)
+    # Leaving by the front door, Ray's library may wait for what is no longer there.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

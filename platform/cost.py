@@ -1,0 +1,252 @@
+"""What trainings cost: hours, GPU-hours, money, energy; and which are worth it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an hour of one GPU costs you."""
+
+    per_gpu_hour: float | None  # none: not set
+    currency: str = "EUR"
+    note: str = ""  # whose price it is, and from when
+
+    def __post_init__(self) -> None:
+        price = self.per_gpu_hour
+        if price is not None and not (math.isfinite(price) and price >= 0):
+            raise ValueError(f"per_gpu_hour={price} must be a number of at least 0, or none")
+
+
+# Prices differ tenfold between contracts and change by the month, so none is given here. Set your
+# own: estimate(…, prices=PRICES | {"H200": Price(2.5, "EUR", "our contract, 2026-11")}). A name
+# matches a device whose name contains it ("NVIDIA H200" has "H200"); of several, the longest.
+PRICES: Mapping[str, Price] = MappingProxyType(
+    {
+        name: Price(None, note="set your own")
+        for name in ("RTX 6000", "V100", "A100", "L4", "L40S", "H100", "H200", "B200", "CPU")
+    }
+)
+
+
+def price_of(gpu_name: str, prices: Mapping[str, Price] = PRICES) -> Price | None:
+    """The entry of the table that fits a device's name as the driver gives it; none if none does.
+
+    Whole words count, so that "L4" does not fit an L40S.
+    """
+    words = f" {_words(gpu_name)} "
+    fitting = [name for name in prices if f" {_words(name)} " in words]
+    return prices[max(fitting, key=len)] if fitting else None
+
+
+def _words(name: str) -> str:
+    return " ".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will cost."""
+
+    hours: float  # of wall time
+    gpu_hours: float  # hours times workers; without a GPU these are worker-hours
+    price: float | None  # none where no price is set
+    currency: str
+
+    def eta(self, now: datetime | None = None) -> datetime:
+        """When it ends if it begins now; local time with its zone."""
+        return (now or datetime.now().astimezone()) + timedelta(hours=self.hours)
+
+    def times(self, num_trials: int, at_once: int = 1) -> Estimate:
+        """Of several such trainings, so many of them at a time."""
+        if num_trials < 0 or at_once < 1:
+            raise ValueError(f"num_trials={num_trials}, at_once={at_once}: at least 0 and 1")
+        return Estimate(
+            self.hours * math.ceil(num_trials / at_once),
+            self.gpu_hours * num_trials,
+            None if self.price is None else self.price * num_trials,
+            self.currency,
+        )
+
+    def __str__(self) -> str:
+        price = "price not set" if self.price is None else f"{self.price:.2f} {self.currency}"
+        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{1 if self.gpu_hours < 100 else 0}f} GPU-hours, {price}"
+
+
+def estimate(
+    images_per_s: float,
+    samples: int,
+    num_workers: int,
+    gpu_name: str,
+    prices: Mapping[str, Price] = PRICES,
+    *,
+    overhead_s: float = 0.0,
+) -> Estimate:
+    """The cost of a training from its measured speed.
+
+    Args:
+        images_per_s: over all workers, at the real image size and number of workers.
+        samples: images to train on in all, `Design.samples_seen`.
+        num_workers: GPUs that are occupied; without a GPU, workers.
+        gpu_name: as the driver gives it, "NVIDIA H200".
+        overhead_s: wall time besides the training steps: start and evaluations.
+
+    Raises:
+        ValueError: a speed that is not positive, or a negative count.
+    """
+    if not (math.isfinite(images_per_s) and images_per_s > 0):
+        raise ValueError(f"images_per_s={images_per_s} must be positive; measure it with a probe")
+    if samples < 0 or num_workers < 1 or overhead_s < 0:
+        raise ValueError(
+            f"samples={samples}, num_workers={num_workers}, overhead_s={overhead_s}: at least 0, "
+            "1 and 0"
+        )
+    hours = (samples / images_per_s + overhead_s) / 3600
+    found = price_of(gpu_name, prices)
+    price = None if found is None or found.per_gpu_hour is None else found.per_gpu_hour
+    gpu_hours = hours * num_workers
+    return Estimate(
+        hours,
+        gpu_hours,
+        None if price is None else price * gpu_hours,
+        found.currency if found else "",
+    )
+
+
+def hours_text(hours: float) -> str:
+    """Such as "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
+    seconds = round(hours * 3600)
+    if seconds < 90:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    whole = round(minutes / 60)
+    return f"{whole // 24} d {whole % 24} h"
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """One training for the picture of AP over cost."""
+
+    label: str
+    ap: float
+    cost: float  # GPU-hours as a rule; any unit that all points share
+
+
+def pareto(points: Iterable[CostPoint]) -> list[CostPoint]:
+    """Those that no other point beats: as cheap and better, or as good and cheaper.
+
+    The cheapest first. Points that are equal in both stay all; one without a finite AP or cost is
+    left out.
+    """
+    finite = [p for p in points if math.isfinite(p.ap) and math.isfinite(p.cost)]
+    front: list[CostPoint] = []
+    for point in sorted(finite, key=lambda p: (p.cost, -p.ap, p.label)):
+        best = front[-1] if front else None
+        if best is None or point.ap > best.ap or (point.ap, point.cost) == (best.ap, best.cost):
+            front.append(point)
+    return front
+
+
+class EnergyMeter:
+    """Energy that the GPUs of this node take up, as their driver counts it.
+
+        with EnergyMeter() as meter:
+            train()
+        meter.kwh()  # None where no driver counts
+
+    Recent NVIDIA GPUs (Volta and later) count millijoules; of others the power is sampled every
+    few seconds. It is the whole board's energy, whoever uses it; processors and cooling are not in
+    it. Needs the package nvidia-ml-py; without it, or without a GPU, there is nothing to report.
+    """
+
+    def __init__(self, device_indices: Iterable[int] | None = None, sample_s: float = 2.0) -> None:
+        """
+        Args:
+            device_indices: as the driver numbers them (not CUDA_VISIBLE_DEVICES); none: all.
+        """
+        self._wanted = None if device_indices is None else list(device_indices)
+        self._sample_s = sample_s
+        self._nvml: Any = None
+        self._devices: list[Any] = []
+        self._began_mj: list[int] | None = None
+        self._sampled_j = 0.0
+        self._kwh: float | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            import pynvml  # type: ignore[import-untyped,unused-ignore]
+
+            pynvml.nvmlInit()
+        except Exception as error:  # no package, no driver, no GPU: nothing to measure
+            log.debug("no energy is measured: %s", error)
+            return self
+        self._nvml = pynvml
+        try:
+            count = range(pynvml.nvmlDeviceGetCount())
+            wanted = count if self._wanted is None else self._wanted
+            self._devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in wanted]
+            try:
+                self._began_mj = self._counters()
+            except pynvml.NVMLError:
+                self._power_w()  # if the driver does not know this either, there is no meter
+                self._thread = threading.Thread(target=self._sample, daemon=True)
+                self._thread.start()
+        except pynvml.NVMLError as error:
+            log.debug("no energy is measured: %s", error)
+            self._devices = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._nvml is None:
+            return
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._kwh = self.kwh()
+        self._devices = []
+        self._nvml.nvmlShutdown()
+        self._nvml = None
+
+    def kwh(self) -> float | None:
+        """So far, or in all once the meter is closed; none where no driver counts."""
+        if self._nvml is None or not self._devices:
+            return self._kwh
+        if self._began_mj is None:
+            return self._sampled_j / 3.6e6
+        spent_mj = sum(
+            now - then for now, then in zip(self._counters(), self._began_mj, strict=True)
+        )
+        return spent_mj / 3.6e9
+
+    def _counters(self) -> list[int]:
+        """Millijoules of each device since its driver was loaded."""
+        return [self._nvml.nvmlDeviceGetTotalEnergyConsumption(device) for device in self._devices]
+
+    def _power_w(self) -> float:
+        return sum(self._nvml.nvmlDeviceGetPowerUsage(device) for device in self._devices) / 1000
+
+    def _sample(self) -> None:
+        last_s, last_w = time.monotonic(), self._power_w()
+        while True:
+            stopped = self._stop.wait(self._sample_s)
+            now_s, now_w = time.monotonic(), self._power_w()
+            self._sampled_j += (now_s - last_s) * (last_w + now_w) / 2
+            last_s, last_w = now_s, now_w
+            if stopped:
+                return

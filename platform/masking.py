@@ -1,0 +1,97 @@
+"""Text without its secrets, for what leaves a run: parameters, tags, reasons, configurations.
+
+A secret is known by the name it stands under, by how it looks, or because a variable of this
+process that has such a name holds it. Too much masked costs a parameter in a table; too little
+costs an account.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+
+MASK = "***"
+
+# A name is a secret's if one of its words is: hf_token, aws.secretAccessKey, MLFLOW_..._PASSWORD.
+_WORDS = {
+    "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "credential",
+    "credentials", "apikey", "authorization", "bearer", "cookie", "signature",
+}  # fmt: skip
+_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key"),
+          ("shared", "key"), ("encryption", "key"), ("auth", "key"),
+          ("session", "key")}  # fmt: skip
+
+_SHAPES = re.compile(
+    r"""(?x)
+    (?<![A-Za-z0-9])(?:
+        (?:AKIA|ASIA)[0-9A-Z]{16}                       # Amazon
+      | gh[pousr]_[A-Za-z0-9]{20,} | github_pat_\w{20,} | glpat-[\w-]{20,}
+      | hf_[A-Za-z0-9]{20,} | sk-[\w-]{20,} | xox[abprs]-[\w-]{10,}
+      | AIza[\w-]{30,} | ya29\.[\w-]{20,} | dapi[0-9a-f]{32} | npm_[A-Za-z0-9]{30,}
+      | pypi-[\w-]{30,} | dckr_pat_[\w-]{20,} | (?:sk|rk|pk)_(?:live|test)_\w{16,}
+      | eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+              # JSON web token
+    )
+    | -----BEGIN[ A-Z]*PRIVATE[ ]KEY-----.*?(?:-----END[ A-Z]*-----|\Z)
+    """,
+    re.DOTALL,
+)
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s\"'?#]+@")
+# name=value, "name": "value", --name value; a value ends with its quotes or its word
+_ASSIGNED = re.compile(
+    r"""(?P<name>[A-Za-z][\w.-]{1,80})(?P<sign>\\?["']?\s*[=:]\s*|(?<=\S)[ ](?=\S))"""
+    r"""(?P<value>\\?"[^"\n]*"|'[^'\n]*'|[^\s"',;&}\])]+)"""
+)
+_LONG = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{32,}={0,2}(?![A-Za-z0-9+/_=-])")
+_AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+
+
+def is_secret_name(name: str) -> bool:
+    words = [w.lower() for w in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", name)]
+    return bool(_WORDS & set(words)) or any(pair in _PAIRS for pair in itertools.pairwise(words))
+
+
+def mask(name: str, value: str) -> str:
+    """The value of a parameter, tag or key of this name, as it may be shown."""
+    if value and is_secret_name(name) and value not in ("None", "True", "False"):
+        return MASK
+    return mask_text(value)
+
+
+def mask_text(text: str) -> str:
+    """Text with every secret in it replaced by ***; the rest, and its layout, as it was."""
+    for secret in _own_secrets():
+        text = text.replace(secret, MASK)
+    text = _USER_IN_URL.sub(f"{MASK}@", text)
+    text = _SHAPES.sub(MASK, text)
+    text = _AUTHORIZATION.sub(rf"\1 {MASK}", text)
+    text = _ASSIGNED.sub(_without_value, text)
+    return _LONG.sub(lambda found: MASK if _is_random(found[0]) else found[0], text)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    name, sign, value = found["name"], found["sign"], found["value"]
+    if sign == " " and found.string[max(0, found.start() - 2) : found.start()] != "--":
+        return found[0]  # words of a sentence, not an option and its value
+    if not is_secret_name(name) or value in ("None", "null", "none", '""', "''", MASK):
+        return found[0]
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{name}{sign}{quote}{MASK}{quote}"
+
+
+def _own_secrets() -> list[str]:
+    found = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k)}
+    # A path to a file of tokens, or a switch, is no secret itself.
+    return sorted((v for v in found if not v.startswith("/")), key=len, reverse=True)
+
+
+def _is_random(text: str) -> bool:
+    """As keys look: capitals, small letters and digits, changing at every other character.
+
+    Hashes in hex, paths and the names of people's files change less often.
+    """
+    kinds = [0 if c.isupper() else 1 if c.islower() else 2 if c.isdigit() else 3 for c in text]
+    if not {0, 1, 2} <= set(kinds):
+        return False
+    changes = sum(one != other for one, other in itertools.pairwise(kinds))
+    return changes > 0.45 * len(text)  # 0.65 on average where all 64 characters are as likely

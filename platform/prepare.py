@@ -1,0 +1,119 @@
+"""A configuration to a run that can be started: all is checked that needs no cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from deta.model.architectures import make_criterion, make_detector, without_download
+from deta.platform.coco import CocoDataset
+from deta.platform.config import RunConfig
+from deta.platform.download import fetch, is_url
+from deta.platform.initial import check_initial_weights
+from deta.platform.optim import freeze
+from deta.platform.predict import find_checkpoint
+from deta.platform.run import Run
+
+
+def prepare(config: RunConfig) -> Run:
+    """Check everything that can be checked without a cluster: data, classes, sizes.
+
+    Raises:
+        ValueError: names the file and record, or the configuration key.
+    """
+    make_criterion(config.criterion, config.model)  # refuses what does not fit the model
+    data = config.data
+    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        if not getattr(data, key):
+            raise ValueError(
+                f"data.{key} is not set; give --train-images, --train-annotations, --val-images "
+                "and --val-annotations"
+            )
+    data = replace(
+        data,
+        train_images=_absolute(data.train_images),
+        train_annotations=_absolute(data.train_annotations),
+        val_images=_absolute(data.val_images),
+        val_annotations=_absolute(data.val_annotations),
+    )
+    train_set = CocoDataset.open(
+        Path(data.train_images),
+        Path(data.train_annotations),
+        lenient=data.lenient,
+        max_pixels=data.max_pixels,
+        progress=True,
+    )
+    val_set = CocoDataset.open(
+        Path(data.val_images),
+        Path(data.val_annotations),
+        lenient=data.lenient,
+        max_pixels=data.max_pixels,
+        progress=True,
+    )
+    if train_set.categories != val_set.categories:
+        raise ValueError(
+            f"{data.train_annotations} and {data.val_annotations} have different categories: "
+            f"{_difference(train_set, val_set)}; both files must list the same ids and names"
+        )
+    if data.train_first is not None:
+        train_set = train_set.first(min(data.train_first, len(train_set)))
+    if data.val_first is not None:
+        val_set = val_set.first(min(data.val_first, len(val_set)))
+    if config.optim.freeze:
+        with torch.device("meta"):
+            freeze(make_detector(without_download(config.model)), config.optim.freeze)
+    storage = Path(_absolute(config.storage))
+    config = replace(
+        config,
+        data=data,
+        storage=str(storage),
+        init_checkpoint=_local("init_checkpoint", config.init_checkpoint, storage),
+        init_backbone=_local("init_backbone", config.init_backbone, storage),
+        model=replace(config.model, num_classes=len(train_set.categories)),
+    )
+    notes = check_initial_weights(config, train_set.categories)
+    return Run(
+        config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
+    )
+
+
+def _local(key: str, given: str | None, storage: Path) -> str | None:
+    """The file or checkpoint that init_checkpoint or init_backbone mean, seen from all nodes."""
+    if given is None:
+        return None
+    if is_url(given):  # into the storage, which all nodes share
+        return str(fetch(given, storage / "downloads"))
+    path = Path(_absolute(given))
+    if key == "init_checkpoint" and not path.is_file():
+        path = find_checkpoint(path)
+    if not path.exists():
+        raise ValueError(f"{key}={path}: there is no such file or folder")
+    return str(path)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _difference(first: CocoDataset, second: CocoDataset) -> str:
+    one = {(category.id, category.name) for category in first.categories}
+    other = {(category.id, category.name) for category in second.categories}
+    return (
+        f"only in the first {sorted(one - other)[:5]}, only in the second {sorted(other - one)[:5]}"
+    )
+
+
+def _code_commit() -> str:
+    """Of the code that runs; a job that travels without its history is told by `deta submit`."""
+    if commit := os.environ.get("DETA_COMMIT"):
+        return commit
+    folder = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

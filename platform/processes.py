@@ -1,0 +1,62 @@
+"""Ending all processes of a run, also those that Ray started and that belong to no family any more.
+
+Every process that a run starts inherits a mark in its environment, whoever its parent is by then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import deta
+
+RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
+ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
+
+
+def marked(name: str, value: str) -> list[int]:
+    """Ids of the processes that carry a mark and can still run; this one is left out."""
+    wanted = f"{name}={value}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted not in (folder / "environ").read_bytes().split(b"\0"):
+                continue
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it ended meanwhile, or is somebody else's
+            continue
+        if state not in "ZX" and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def end_marked(name: str, value: str, within_s: float = 10.0) -> int:
+    """Kill all that carry a mark, and what they start meanwhile; returns how many are left."""
+    deadline_s = time.monotonic() + within_s
+    while (alive := marked(name, value)) and time.monotonic() < deadline_s:
+        for pid in alive:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    return len(alive)
+
+
+def end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a process that was started with `ATTEMPT_MARK`, and all that came of it."""
+    if process.poll() is None:
+        process.kill()
+    end_marked(ATTEMPT_MARK, mark)
+    process.wait()
+
+
+def environment(marks: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, with marks, for one that imports the same code."""
+    root = str(Path(next(iter(deta.__path__))).parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **marks}

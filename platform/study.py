@@ -1,0 +1,223 @@
+"""Many runs to a verdict: what a study says, and how sure it is.
+
+Pure statistics: no cluster, no tracking, no plots. The model is
+
+    value = cell + seed + noise
+
+with one parameter a cell (so all interactions of the factors are in it), one a seed (a block: the
+same seed means the same order of images and the same random numbers in every cell), and normal
+noise with one standard deviation for all cells. Effects of factors are contrasts of cells: what
+ordinary least squares with sum-to-zero coding gives for the factors, the blocks and all
+interactions. Seeds are fixed effects there: differences between cells are compared within seeds
+and hold for any seed. The interval of a single cell's mean takes seeds as random: it is that of a
+plain mean, and speaks of seeds that were not run.
+"""
+
+# C cells that were observed   S seeds   R observations (a cell with a seed)   K contrasts
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train, of a study: every seed runs it once."""
+
+    key: str  # "batch=8, rate=1×", or the name of a named cell; unique in a study
+    labels: Mapping[str, str]  # factor to level; empty for a named cell
+    changes: Mapping[str, object]  # dotted key to value, over the study's base configuration
+    same_as: str = ""  # key of an earlier cell that trains exactly alike; it is not run twice
+
+    @property
+    def is_named(self) -> bool:
+        return not self.labels
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How one trial ended."""
+
+    cell: str
+    seed: int
+    metrics: Mapping[str, float] = field(default_factory=dict)  # AP in 0..100, and any other
+    failure: str = ""  # why there are no metrics; such a trial is counted, never imputed
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One cell by itself. Seeds are a sample here: the interval is that of a plain mean."""
+
+    cell: Cell
+    values: Mapping[int, float]  # by seed; of the cell it equals, where `cell.same_as` is set
+    failures: Mapping[int, str]  # by seed: why it has no value
+    mean: float | None  # none without any value
+    sd: float | None  # over seeds; none below two values
+    interval: Interval | None
+    note: str = ""  # why something is missing, in words
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell less another."""
+
+    title: str
+    first: str  # key of the cell that is subtracted from
+    second: str
+    # "paired": from the differences of the seeds that both have, and their own sd. "pooled": from
+    # the model of the whole study, whose noise all cells share; more degrees of freedom.
+    method: Literal["paired", "pooled"]
+    seeds: tuple[int, ...]  # that both cells have
+    estimate: float | None  # first - second; none where they cannot be compared
+    standard_error: float | None
+    df: int
+    interval: Interval | None
+    p: float | None  # two-sided, that there is no difference
+    p_holm: float | None  # the same, corrected for all differences in the list it stands in
+    note: str = ""
+
+    def is_distinguishable(self, alpha: float = 0.05) -> bool:
+        """Whether it is told from noise, after the correction."""
+        p = self.p if self.p_holm is None else self.p_holm
+        return p is not None and p < alpha
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What going from the first level of a factor to another does, averaged over the other factors.
+
+    Of two factors: how much the effect of the one changes with the other; and so on. With two
+    levels it is twice the coefficient of sum-to-zero coding, four times for two such factors.
+    """
+
+    factors: tuple[str, ...]
+    levels: tuple[str, ...]  # one of each factor
+    first_levels: tuple[str, ...]
+    estimate: float | None
+    standard_error: float | None
+    df: int
+    interval: Interval | None
+    p: float | None
+    p_holm: float | None  # corrected for all effects of the study
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """For example "batch: 16 − 8", or "batch × rate"."""
+        steps = [
+            f"{factor}: {level} − {first}"
+            for factor, level, first in zip(
+                self.factors, self.levels, self.first_levels, strict=True
+            )
+        ]
+        return " × ".join(steps) if len(steps) == 1 else " × ".join(f"({step})" for step in steps)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Whether a factor, or several together, do anything at all: the F test of all its effects."""
+
+    factors: tuple[str, ...]
+    df: int
+    residual_df: int
+    f: float | None
+    p: float | None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return " × ".join(self.factors)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much a result varies when only chance differs."""
+
+    residual_sd: float | None  # of one observation about cell + seed; what differences suffer from
+    df: int
+    interval: Interval | None  # of residual_sd, chi-square
+    seed_sd: float | None  # over seeds within a cell, pooled: what single runs suffer from
+    seed_df: int
+    correlation: float | None  # between two cells of one seed: what blocking gains
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two cells that someone wants compared."""
+
+    title: str  # "16 vs 8 at equal rate per sample"
+    first: str
+    second: str
+    first_name: str = ""  # how the sentence calls the first cell: "16"; its key if empty
+    second_name: str = ""
+    relevant: float = 0.3  # the smallest difference that would matter, in points of the metric
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the way from one cell to another."""
+
+    title: str  # what changes: "batch", "weight decay, backbone rate and frozen layers"
+    difference: Difference  # pooled; later cell less earlier one
+    share: float | None  # of the whole difference; none where the whole is not told from noise
+    share_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A difference between two cells as the sum of the steps between them."""
+
+    whole: Difference
+    steps: tuple[Step, ...]
+    text: str  # the paragraph for a person
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published number, to set beside ours."""
+
+    label: str
+    ap: float  # box AP on COCO val2017
+    total_batch_size: int
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that a study says about one metric."""
+
+    metric: str
+    confidence: float
+    seeds: tuple[int, ...]
+    cells: tuple[CellSummary, ...]  # in the order of the design
+    noise: Noise
+    effects: tuple[Effect, ...]  # main effects first, then interactions of two, of three, …
+    terms: tuple[Term, ...]
+    differences: tuple[Difference, ...]  # paired, of all pairs of cells
+    answers: tuple[Difference, ...]  # pooled, one for each question, in their order
+    verdicts: tuple[str, ...]  # one sentence for each question
+    notes: tuple[str, ...]  # what a reader has to know: failures, missing cells, assumptions
+
+    def cell(self, key: str) -> CellSummary:
+        for summary in self.cells:
+            if summary.cell.key == key:
+                return summary
+        known = ", ".join(repr(summary.cell.key) for summary in self.cells)
+        raise ValueError(f"the study has no cell {key!r}; its cells are {known}")

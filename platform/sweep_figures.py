@@ -1,0 +1,466 @@
+"""Figures of any sweep: learning curves, cost, parameters; and what more seeds would show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deta.platform.figure_parts import (
+    LABEL_PX,
+    Plot,
+    Trace,
+    axis,
+    band,
+    band_of,
+    color_of,
+    dash_of,
+    label,
+    label_px,
+    line,
+    padded,
+    points,
+    rule,
+    shortened,
+    spread,
+    step_color,
+    symbol_of,
+)
+from deta.platform.page import figure_text
+from deta.platform.power import PilotPlan
+from deta.platform.study_words import short, signed
+from deta.platform.trial import TrialRecord
+
+MANY_CELLS = 8  # above it, marks are coloured by their AP and only the best are named
+NUM_BEST = 3
+LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
+MAX_SEEDS = 24  # on the axis of the power figure
+MAX_AXES = 9  # parameters that are drawn; the table has all of them
+
+
+def learning_curves(
+    trials: Sequence[TrialRecord], cells: Sequence[str], metric: str, *, narrow: bool
+) -> Plot | None:
+    """AP over samples seen: of a cell the mean of its finished trials, and their range as a band.
+
+    A trial that did not finish is a thin line of its own: in a mean, those that were stopped
+    for being bad would make the rest look good.
+    """
+    curves = mean_curves(trials)
+    if not any(trial.curve for trial in trials):
+        return None
+    data: list[Trace] = []
+    final = {key: curves[key].mean[-1] for key in cells if key in curves}
+    best = sorted(final, key=lambda key: -final[key])
+    is_many = len(cells) > MANY_CELLS
+    named = best[:NUM_BEST] if is_many else best
+    ends = padded(list(final.values())) if final else (0.0, 1.0)
+
+    def color(key: str) -> str:
+        if not is_many:
+            return color_of(cells.index(key))
+        return step_color((final.get(key, ends[0]) - ends[0]) / (ends[1] - ends[0]))
+
+    for trial in trials:
+        if trial.status != "finished" and trial.curve and trial.cell in cells:
+            text = figure_text(f"{trial.name}: {trial.status}")
+            data.append(
+                line(
+                    [x for x, _ in trial.curve],
+                    [y for _, y in trial.curve],
+                    color=color(trial.cell),
+                    width=1,
+                    dash="dot",
+                    texts=[text] * len(trial.curve),
+                )
+            )
+            data.append(
+                points(
+                    [trial.curve[-1][0]],
+                    [trial.curve[-1][1]],
+                    color=color(trial.cell),
+                    symbol="x-thin-open",
+                    texts=[text],
+                )
+            )
+    for place, key in enumerate(cells):
+        if key not in curves:
+            continue
+        curve = curves[key]
+        if curve.num_seeds > 1 and not is_many:
+            data.append(band(curve.samples, curve.low, curve.high, color=band_of(place)))
+        texts = [
+            f"{figure_text(key)}<br>{x:,} samples: {signed(y, 2)} {figure_text(metric)}"
+            for x, y in zip(curve.samples, curve.mean, strict=True)
+        ]
+        data.append(
+            line(
+                curve.samples,
+                curve.mean,
+                color=color(key),
+                width=2.5 if key in named else 1.5,
+                dash="solid" if is_many else dash_of(place),
+                texts=texts,
+            )
+        )
+    values = [y for trial in trials for _, y in trial.curve]
+    low, high = padded(values)
+    height = 400 if narrow else 440
+    layout: Plot = {
+        "height": height + (LABEL_PX + 4) * len(named) * narrow,
+        "xaxis": axis("training samples seen", rangemode="tozero", nticks=5 if narrow else 9),
+        "yaxis": axis(f"{figure_text(metric)} (0 to 100)", range=[low, high]),
+        "margin": (
+            {"r": 12, "t": 16 + (LABEL_PX + 4) * len(named)}
+            if narrow
+            else {"r": label_px(named, 30) + 8}
+        ),
+    }
+    if narrow:
+        layout["annotations"] = [
+            label(
+                f"— {shortened(key, 36)}  {signed(final[key], 1)}",
+                0,
+                1,
+                color=color(key),
+                xref="paper",
+                yref="paper",
+                yanchor="bottom",
+                yshift=6 + (LABEL_PX + 4) * (len(named) - 1 - place),
+            )
+            for place, key in enumerate(named)
+        ]
+    else:
+        gap = (high - low) * (LABEL_PX + 2) / (height - 64)
+        heights = spread({key: final[key] for key in named}, gap)
+        layout["annotations"] = [
+            label(
+                shortened(key, 30),
+                curves[key].samples[-1],
+                heights[key],
+                color=color(key),
+                xshift=10,
+            )
+            for key in named
+        ]
+    return {"data": data, "layout": layout}
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """The finished trials of one cell, at the numbers of samples that all of them were seen at."""
+
+    samples: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    num_seeds: int
+
+
+def mean_curves(trials: Sequence[TrialRecord]) -> Mapping[str, MeanCurve]:
+    """By cell; a cell without a finished trial that has a curve is missing."""
+    curves = {}
+    for key in dict.fromkeys(trial.cell for trial in trials):
+        found = [
+            dict(t.curve) for t in trials if t.cell == key and t.status == "finished" and t.curve
+        ]
+        if not found:
+            continue
+        samples = sorted(set(found[0]).intersection(*found[1:]))
+        if samples:
+            values = [[curve[x] for curve in found] for x in samples]
+            curves[key] = MeanCurve(
+                tuple(samples),
+                tuple(sum(v) / len(v) for v in values),
+                tuple(map(min, values)),
+                tuple(map(max, values)),
+                len(found),
+            )
+    return curves
+
+
+@dataclass(frozen=True)
+class CostMark:
+    """A cell, or a single trial, with what it cost on average."""
+
+    name: str
+    cost: float
+    ap: float
+    place: int  # among the cells: its colour
+    trials: tuple[TrialRecord, ...] = ()
+
+
+def cost_against_ap(
+    cells: Sequence[CostMark],
+    front: Sequence[str],
+    cost_title: str,
+    metric: str,
+    costs: Mapping[str, float],
+    *,
+    narrow: bool,
+) -> Plot:
+    """AP over cost: cells large, their trials small, and the front that no cell beats.
+
+    Args:
+        front: names of the cells on the front, cheapest first.
+        costs: what each trial cost, by its name.
+    """
+    data: list[Trace] = []
+    of_name = {cell.name: cell for cell in cells}
+    is_many = len(cells) > MANY_CELLS
+    on_front = [of_name[name] for name in front]
+    all_costs = [cell.cost for cell in cells] + list(costs.values())
+    values = [cell.ap for cell in cells] + [
+        t.ap for cell in cells for t in cell.trials if t.ap is not None
+    ]
+    is_log = min(all_costs) > 0 and max(all_costs) / min(all_costs) > LOG_RATIO
+    ranges = [math.log10(v) for v in all_costs] if is_log else all_costs
+    left, right = padded(ranges, 0.08)
+    low, high = padded(values, 0.1)
+    if on_front:
+        edge = 10**right if is_log else right
+        data.append(
+            line(
+                [on_front[0].cost, *(cell.cost for cell in on_front), edge],
+                [low, *(cell.ap for cell in on_front), on_front[-1].ap],
+                color="@muted", width=1.5, dash="dot", shape="hv",
+            )
+        )  # fmt: skip
+    for cell in cells:
+        color = "@c0" if is_many else color_of(cell.place)
+        symbol = "circle" if is_many else symbol_of(cell.place)
+        if len(cell.trials) > 1:
+            shown = [t for t in cell.trials if t.name in costs and t.ap is not None]
+            data.append(
+                points(
+                    [costs[t.name] for t in shown],
+                    [t.ap for t in shown],
+                    color=color,
+                    symbol=symbol,
+                    size=6,
+                    opacity=0.45,
+                    texts=[f"{figure_text(t.name)}<br>{signed(t.ap or 0, 2)}" for t in shown],
+                )
+            )
+        data.append(
+            points(
+                [cell.cost],
+                [cell.ap],
+                color=color,
+                symbol=symbol,
+                size=12 if not is_many else 9,
+                is_hollow=cell.name not in front,
+                texts=[f"{figure_text(cell.name)}<br>{signed(cell.ap, 2)} at {cell.cost:.3g}"],
+            )
+        )
+    # On the front everything is named; elsewhere too, where cells are few.
+    named = [c for c in cells if c.name in front or not is_many][: MANY_CELLS + NUM_BEST]
+    height = 380
+    gap = (high - low) * (LABEL_PX + 2) / (height - 64)
+    heights = spread({cell.name: cell.ap for cell in named}, gap)
+    letters = 24 if narrow else 34
+    middle = (left + right) / 2
+    notes = []
+    for cell in named:
+        x = math.log10(cell.cost) if is_log else cell.cost
+        is_right = x > middle
+        notes.append(
+            label(
+                shortened(cell.name, letters),
+                x,
+                heights[cell.name],
+                color="@c0" if is_many else color_of(cell.place),
+                anchor="right" if is_right else "left",
+                xshift=-12 if is_right else 12,
+            )
+        )
+    layout = {
+        "height": height,
+        "xaxis": axis(
+            cost_title,
+            range=[left, right],
+            type="log" if is_log else "linear",
+            nticks=5 if narrow else 9,
+        ),
+        "yaxis": axis(f"{figure_text(metric)} (0 to 100)", range=[low, high]),
+        "annotations": notes,
+    }
+    return {"data": data, "layout": layout}
+
+
+@dataclass(frozen=True)
+class ParallelAxis:
+    """One quantity of every trial: places from 0 to 1, and what stands at some of them."""
+
+    name: str
+    places: Mapping[str, float]  # by name of the trial; missing where it has no value
+    ticks: Mapping[str, float]  # text to place
+
+
+def parallel_axes(trials: Sequence[TrialRecord], metric: str) -> list[ParallelAxis]:
+    """The parameters that differ between trials, most telling first as they come, and the AP."""
+    keys = dict.fromkeys(key for trial in trials for key in trial.parameters)
+    axes = []
+    for key in keys:
+        values = {t.name: t.parameters[key] for t in trials if key in t.parameters}
+        if len({repr(value) for value in values.values()}) > 1:
+            axes.append(_axis_of(key, values))
+    results = {t.name: t.ap for t in trials if t.ap is not None}
+    kept = axes[: MAX_AXES - 1]
+    return [*kept, _axis_of(metric, results)] if results else kept
+
+
+def _axis_of(name: str, values: Mapping[str, Any]) -> ParallelAxis:
+    numbers = {
+        trial: float(value)
+        for trial, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    distinct = sorted(set(numbers.values()))
+    if len(numbers) == len(values) and all(map(math.isfinite, distinct)) and len(distinct) > 5:
+        low, high = distinct[0], distinct[-1]
+        is_log = low > 0 and high / low >= LOG_RATIO
+        scale = math.log10 if is_log else float
+
+        def place(value: float) -> float:
+            return (scale(value) - scale(low)) / (scale(high) - scale(low))
+
+        return ParallelAxis(
+            name,
+            {trial: place(value) for trial, value in numbers.items()},
+            {short(float(f"{low:.3g}")): 0.0, short(float(f"{high:.3g}")): 1.0},
+        )
+    # Few values, or words: one place each, numbers in their order, with words behind them.
+    levels = sorted(
+        {repr(value): value for value in values.values()}.values(),
+        key=lambda v: (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)),
+    )
+    count = max(1, len(levels) - 1)
+    texts = [short(v) if _is_number(v) else "none" if v is None else str(v) for v in levels]
+    of_value = {repr(value): place / count for place, value in enumerate(levels)}
+    return ParallelAxis(
+        name,
+        {trial: of_value[repr(value)] for trial, value in values.items()},
+        {text: place / count for place, text in enumerate(texts)},
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def parallel_coordinates(
+    trials: Sequence[TrialRecord], axes: Sequence[ParallelAxis], *, narrow: bool
+) -> Plot:
+    """A line for each trial through its values on parallel axes; darker is a higher AP.
+
+    Drawn from plain lines: plotly's own kind wants WebGL and to compile code, which the page
+    forbids. In a narrow window the axes lie, one below the other.
+    """
+    results = [t.ap for t in trials if t.ap is not None]
+    low, high = padded(results, 0) if results else (0.0, 1.0)
+    data: list[Trace] = []
+    ordered = sorted(trials, key=lambda t: -math.inf if t.ap is None else t.ap)
+    for number, trial in enumerate(ordered):
+        along = [(i, item.places[trial.name]) for i, item in enumerate(axes)
+                 if trial.name in item.places]  # fmt: skip
+        # A little aside, so that trials with the same values can be told apart.
+        aside = ((number * 0.618) % 1 - 0.5) * 0.05
+        across = [place + (aside if i < len(axes) - 1 else 0) for i, place in along]
+        steps: list[float] = [i for i, _ in along]
+        x, y = (across, steps) if narrow else (steps, across)
+        result = "no AP" if trial.ap is None else signed(trial.ap, 2)
+        share = 0.0 if trial.ap is None else (trial.ap - low) / (high - low)
+        data.append(
+            line(
+                x,
+                y,
+                color="@c1" if trial.ap is None else step_color(share),
+                width=1.2 + 1.3 * share,
+                dash="solid" if trial.status == "finished" else "dot",
+                opacity=0.9,
+                texts=[f"{figure_text(trial.name)}<br>{result} ({trial.status})"] * len(x),
+            )
+        )
+    notes, shapes = [], []
+    for i, item in enumerate(axes):
+        ends = {"x0": 0, "x1": 1, "y0": i, "y1": i} if narrow else {
+            "x0": i, "x1": i, "y0": 0, "y1": 1}  # fmt: skip
+        shapes.append(
+            {"type": "line", "layer": "below", "line": {"color": "@muted", "width": 1}, **ends}
+        )
+        title = f"<b>{shortened(item.name, 40 if narrow else 22)}</b>"
+        notes.append(
+            label(title, 0, i, yanchor="bottom", yshift=9)
+            if narrow
+            else label(title, i, 1, anchor="center", yanchor="bottom",
+                       yshift=26 if i % 2 and len(axes) > 5 else 9)
+        )  # fmt: skip
+        for text, place in item.ticks.items():
+            notes.append(
+                label(shortened(text, 14), place, i, color="@muted", yanchor="top", yshift=-4,
+                      anchor="left" if place < 0.1 else "right" if place > 0.9 else "center")
+                if narrow
+                else label(shortened(text, 14), i, place, color="@muted", anchor="right", xshift=-6)
+            )  # fmt: skip
+    count = len(axes) - 1
+    hidden = {"showticklabels": False, "ticks": "", "showline": False, "showgrid": False,
+              "fixedrange": True}  # fmt: skip
+    layout = {
+        "height": 60 + 74 * len(axes) if narrow else 420,
+        "margin": {"l": 8, "r": 8, "t": 24, "b": 24} if narrow
+        else {"l": 64, "r": 48, "t": 64, "b": 16},
+        "xaxis": hidden | {"range": [-0.04, 1.04] if narrow else [-0.05, count + 0.05]},
+        "yaxis": hidden | {"range": [count + 0.3, -0.4] if narrow else [-0.05, 1.05]},
+        "shapes": shapes,
+        "annotations": notes,
+    }  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def power_curve(
+    plan: PilotPlan, seeds_now: int, relevant: float, metric: str, *, narrow: bool
+) -> Plot:
+    """The smallest difference that so many seeds find, by the noise measured and at its worst."""
+    last = min(MAX_SEEDS, max(12, 2 * seeds_now, 2 * (plan.estimate.seeds_for(relevant) or 0)))
+    seeds = list(range(2, last + 1))
+    measured = [plan.estimate.smallest_difference(n) or 0.0 for n in seeds]
+    cautious = [plan.cautious.smallest_difference(n) or 0.0 for n in seeds]
+    top = max(1.15 * measured[0], 1.3 * relevant)
+    texts = [
+        f"{n} seeds of each cell: {low:.2f} {figure_text(metric)}<br>{high:.2f} if the noise is as "
+        "large as the pilot allows"
+        for n, low, high in zip(seeds, measured, cautious, strict=True)
+    ]
+    data = [
+        band(seeds, measured, cautious, color="@b0"),
+        line(seeds, measured, color="@c0", width=2.5),
+        points(seeds, measured, color="@c0", size=6, texts=texts),
+    ]
+    number = figure_text(metric)
+    notes = [
+        label(f"{short(relevant)} {number}, what matters here", 1, relevant, color="@c1",
+              xref="paper", anchor="right", yanchor="bottom", yshift=2),
+        label("band: noise up to<br>its upper limit" if narrow else "band: noise up to its upper "
+              "limit", seeds[len(seeds) // 2], min(top * 0.93, cautious[len(seeds) // 2]),
+              color="@c0", yanchor="bottom", yshift=4),
+    ]  # fmt: skip
+    shapes = [rule(y=relevant, dash="dash")]
+    shapes[0]["line"]["color"] = "@c1"
+    if seeds_now >= 2:
+        shapes.append(rule(x=seeds_now, dash="dot"))
+        notes.append(
+            label("this study", seeds_now, 1, color="@muted", yref="paper", yanchor="top", xshift=5)
+        )
+    layout = {
+        "height": 360,
+        "xaxis": axis("seeds of each cell", range=[1.6, last + 0.4], nticks=8 if narrow else 14),
+        "yaxis": axis(
+            f"difference found, {number}" if narrow else f"smallest difference found, {number}",
+            range=[0, top],
+        ),
+        "shapes": shapes,
+        "annotations": notes,
+    }
+    return {"data": data, "layout": layout}

@@ -1,0 +1,132 @@
+"""Tensors in host memory, laid out as the safetensors file that will hold them.
+
+A copy of the weights that can be written while training goes on. It lies in one block, so that
+the next copy can use the same memory (most of the time of a copy goes into pages touched for the
+first time), and so that writing it takes few large writes, during which other threads run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 4 * 2**20  # hashed and written at once, while it is in the processor's cache
+
+# https://github.com/huggingface/safetensors#format
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Written:
+    """What went into a file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorImage:
+    """The content of a safetensors file."""
+
+    header: bytes  # its length, and what lies where
+    data: Tensor  # uint8, contiguous, on the host; pinned where the tensors came from a GPU
+    block: Tensor  # uint8, the memory that `data` is the beginning of
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + len(self.data)
+
+    def write(self, path: Path) -> Written:
+        """Write the file and force it to disk.
+
+        Raises:
+            OSError: the disk is full, read-only or broken.
+        """
+        return write_file(path, [memoryview(self.header), self.data.numpy().data])
+
+
+def copy_tensors(tensors: Mapping[str, Tensor], into: TensorImage | None = None) -> TensorImage:
+    """A copy that shares no memory with the tensors.
+
+    On a GPU the copies only begin here: wait for its stream before the image is read.
+
+    Args:
+        into: an image that nobody needs any more; its memory is used again where it suffices.
+
+    Raises:
+        ValueError: a tensor has a type that safetensors does not know.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: safetensors has no type for {tensor.dtype}; convert it")
+    # Wide types first, so that every tensor begins at a multiple of its type's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    layout: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ends = {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        ends[name] = end
+        layout[name] = {
+            "dtype": DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(layout, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    pinned = any(tensor.is_cuda for tensor in tensors.values())
+    block = into.block if into is not None else None
+    if block is None or len(block) < end or (pinned and not block.is_pinned()):
+        block = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    data = block[:end]
+    with torch.no_grad():
+        for name in names:
+            tensor = tensors[name]
+            place = data[ends[name] - tensor.nbytes : ends[name]].view(tensor.dtype)
+            place.view(tensor.shape).copy_(tensor, non_blocking=True)
+    return TensorImage(len(text).to_bytes(8, "little") + text, data, block)
+
+
+def write_file(path: Path, parts: Iterable[memoryview]) -> Written:
+    """Write bytes, hash them on the way, and force them to disk.
+
+    The interpreter is free while a chunk is hashed or written.
+
+    Raises:
+        OSError: the disk is full, read-only or broken.
+    """
+    digest = hashlib.sha256()
+    num_bytes = 0
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            for start in range(0, len(part), CHUNK_BYTES):
+                chunk = part[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                num_bytes += len(chunk)
+                while chunk:  # a nearly full disk takes a part, and refuses the next
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return Written(num_bytes, digest.hexdigest())
+
+
+def force_folder_to_disk(path: Path) -> None:
+    """Make the names in a folder last; what is in the files has to be forced by itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""What a supervisor sees of an attempt: its journal, its failures, its signs of life."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from deta.platform.attempt_outcome import FAILURES
+from deta.platform.console import Console
+from deta.platform.journal import FILE_NAME, read_events
+from deta.platform.run import Run
+from deta.platform.watchdog import HEARTBEATS, STACKS
+
+# Watchdogs write every 5 s. Where none has for so long, not even they run any more.
+SILENCE_S = 30.0
+
+
+class Vigil:
+    """Follows a run's folder; `look` brings it up to date and shows what is new."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
+        journal = run.folder / FILE_NAME
+        # A resumed run shows what is new.
+        self._offset = journal.stat().st_size if journal.exists() else 0
+        self.step = 0  # the last one heard of
+        self.start_step = 0  # where the last start began
+        self.num_starts = 0
+        self.fruitless_starts = 0  # in a row, that began where another had
+        self.ended = self.stopped = False
+        self.end_reason = ""
+        self.begin_attempt()
+
+    def begin_attempt(self) -> None:
+        self._attempt_began_s = self._started_s = time.time()
+        self.has_started = self.has_begun = False
+        self._evaluating_step: int | None = None
+        self._saved_step = -1
+
+    def look(self) -> None:
+        for event, offset in read_events(self.run.folder, self._offset):
+            self._offset = offset
+            self._take(event)
+            self.console.show(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "starting":
+            self.has_started, self._started_s = True, event["time_s"]
+            is_further = self.num_starts == 0 or event["step"] > self.start_step
+            self.fruitless_starts = 1 if is_further else self.fruitless_starts + 1
+            self.num_starts += 1
+            self.start_step = event["step"]
+            self._evaluating_step, self._saved_step = None, event["step"]
+        elif kind == "begin":
+            self.has_begun = True
+        elif kind == "evaluating":
+            self._evaluating_step = event["step"]
+        elif kind == "checkpoint":
+            self._saved_step = event["step"]
+        elif kind == "stopping":
+            self.stopped = True
+        elif kind == "end":
+            self.ended, self.end_reason = True, event.get("reason", "")
+        if kind in ("progress", "evaluating", "evaluation"):
+            self.step = event["step"]
+            if kind != "evaluating":
+                self._evaluating_step = None
+
+    @property
+    def is_safe_to_kill(self) -> bool:
+        """An evaluation is under way, and the state before it is saved."""
+        return self._evaluating_step is not None and self._saved_step >= self._evaluating_step
+
+    @property
+    def failed_since_start(self) -> bool:
+        return bool(self._failures(self._started_s))
+
+    def failure_that_comes_again(self) -> str:
+        """What went wrong on a worker, where another try would end alike; nothing otherwise."""
+        for failure in self._failures(self._attempt_began_s):
+            if failure["comes_again"]:
+                return str(failure["message"])
+        return ""
+
+    def last_failure(self) -> str:
+        """What went wrong on a worker in this attempt; its own fault rather than its peers'."""
+        found = [f"{f['type']}: {f['message']}" for f in self._failures(self._attempt_began_s)]
+        # Workers whose peer is gone complain of the connection.
+        own = [text for text in found if "onnection" not in text and "peer" not in text]
+        return (own or found or [""])[0]
+
+    def hang(self) -> str:
+        """That the training stands still, and where the stacks are; nothing while it gets on."""
+        folder = self.run.folder / STACKS
+        for path in sorted(folder.glob("rank-*.txt")) if folder.is_dir() else ():
+            if path.stat().st_mtime > self._attempt_began_s:
+                first_line = path.read_text(errors="replace").partition("\n")[0]
+                return f"the training stood still ({first_line} {path})"
+        if not self.has_begun:
+            return ""
+        beats = list((self.run.folder / HEARTBEATS).glob("rank-*.json"))
+        newest_s = max((path.stat().st_mtime for path in beats), default=self._started_s)
+        silent_s = time.time() - max(newest_s, self._started_s)
+        if silent_s > max(SILENCE_S, self.run.config.cluster.hang_timeout_s):
+            return f"no sign of life from any worker for {silent_s:.0f} s"
+        return ""
+
+    def _failures(self, since_s: float) -> list[dict[str, Any]]:
+        found = []
+        folder = self.run.folder / FAILURES
+        for path in sorted(folder.glob("rank-*.json")) if folder.is_dir() else ():
+            try:
+                if path.stat().st_mtime > since_s:
+                    found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):  # being replaced
+                continue
+        return found

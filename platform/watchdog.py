@@ -1,0 +1,106 @@
+"""Whether a worker still gets on, seen from a thread of its own.
+
+A worker that waits for another one that hangs cannot tell so itself. This thread can: it writes the
+stacks of all threads to the run's folder and ends the process, whereupon the group is started again
+from the last checkpoint. The same file tells the supervisor that the worker is alive.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+Phase = Literal["starting", "data", "step", "evaluating", "saving"]
+# How long a phase may take, in units of the hang time-out. Steps have a rule of their own. What
+# waits for data may wait for a slow disk, where starting again would help nobody.
+PATIENCE: dict[Phase, float] = {
+    "starting": 20, "data": 10, "step": 1, "evaluating": 40, "saving": 40,
+}  # fmt: skip
+STEPS_OF_PATIENCE = 10  # a step may take this many times the usual
+EXIT_CODE = 70  # of a process that its watchdog ended
+STACKS, HEARTBEATS = "stacks", "heartbeats"
+
+
+class Watchdog:
+    """Watches the thread that calls `beat`."""
+
+    def __init__(self, run_folder: Path, rank: int, hang_timeout_s: float) -> None:
+        self._folder, self._rank, self._timeout_s = run_folder, rank, hang_timeout_s
+        self._phase: Phase = "starting"
+        self._since_s = time.monotonic()
+        self._steps_s: deque[float] = deque(maxlen=20)
+        self._num_steps = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, phase: Phase) -> None:
+        """Something was done, and this comes next. Costs less than a microsecond."""
+        now_s = time.monotonic()
+        if self._phase == "step":
+            self._steps_s.append(now_s - self._since_s)
+            self._num_steps += 1
+        self._phase, self._since_s = phase, now_s
+
+    def close(self) -> None:
+        self._ended.set()
+
+    @property
+    def limit_s(self) -> float:
+        """How long the present phase may take."""
+        limit_s = PATIENCE[self._phase] * self._timeout_s
+        if self._phase == "step":
+            if self._num_steps < 3:  # kernels are chosen and memory is laid out
+                return limit_s * 10
+            usual_s = statistics.median(self._steps_s)
+            return max(limit_s, STEPS_OF_PATIENCE * usual_s)
+        return limit_s
+
+    def _watch(self) -> None:
+        (self._folder / HEARTBEATS).mkdir(exist_ok=True)
+        path = self._folder / HEARTBEATS / f"rank-{self._rank}.json"
+        written_s = -float("inf")
+        while not self._ended.wait(min(1.0, self._timeout_s / 5)):
+            now_s = time.monotonic()
+            stood_s, limit_s, phase = now_s - self._since_s, self.limit_s, self._phase
+            if now_s - written_s > 5:
+                written_s = now_s
+                self._write(path, phase)
+            if stood_s > limit_s:
+                self._end(phase, stood_s)
+
+    def _write(self, path: Path, phase: str) -> None:
+        said = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": _host()}
+        try:
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(said), encoding="utf-8")
+            unfinished.replace(path)
+        except OSError:  # a full disk stops no training
+            return
+
+    def _end(self, phase: str, stood_s: float) -> None:
+        try:
+            folder = self._folder / STACKS
+            folder.mkdir(exist_ok=True)
+            name = f"rank-{self._rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+            with (folder / name).open("w", encoding="utf-8") as file:
+                file.write(
+                    f"rank {self._rank}, process {os.getpid()} on {_host()}: nothing done for "
+                    f"{stood_s:.0f} s while in phase {phase!r}. The stacks of its threads:\n\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file)
+        finally:
+            os._exit(EXIT_CODE)
+
+
+def _host() -> str:
+    return socket.gethostname()

@@ -1,0 +1,197 @@
+"""The training loop of the product in processes of its own, without a cluster or supervisor.
+
+`python -m tests.chaos.direct SPEC RANK` is one such process; `SPEC` is a file that `Direct` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deta.platform.shapes import ShapesDataset
+from tests.chaos.mlflow_server import free_port
+from tests.chaos.oracles import losses, weights_sha256
+from tests.chaos.processes import MARK
+from tests.chaos.runs import (
+    ROOT,
+    TINY,
+    Place,
+    ScenarioError,
+    clean_environment,
+    expect,
+    inside_environment,
+    read_journal,
+)
+
+PERSISTENT = {"cluster.hang_timeout_s": "600"}  # nothing hangs here but by the machine's load
+
+
+class Direct:
+    """A run folder, and `train` in it as often as wanted."""
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        *,
+        data: ShapesDataset | None = None,
+        faults: Sequence[dict[str, Any]] = (),
+        record: bool = True,
+        **overrides: object,
+    ) -> None:
+        self.place, self.name = place, name
+        self.folder = place.storage("direct") / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.data = data or place.drawn()
+        self.overrides = (
+            TINY | PERSISTENT | {k.replace("__", "."): str(v) for k, v in overrides.items()}
+        )
+        self.records = place.folder / "records" / name
+        self.records.mkdir(parents=True, exist_ok=True)
+        images = len(list(self.data.train_images.iterdir()))
+        self.environment = clean_environment() | {MARK: name}
+        self.environment |= inside_environment(faults, self.records if record else None, images)
+        self.log = place.folder / f"{name}.log"
+
+    def start(self, world_size: int = 1, **overrides: object) -> list[subprocess.Popen[bytes]]:
+        """Processes of all ranks."""
+        changed = {k.replace("__", "."): str(v) for k, v in overrides.items()}
+        spec = self.folder / "direct.json"
+        spec.write_text(
+            json.dumps(
+                {
+                    "overrides": self.overrides
+                    | {"cluster.num_workers": str(world_size)}
+                    | changed,
+                    "data": str(self.data.folder),
+                    "folder": str(self.folder),
+                    "world_size": world_size,
+                    "port": free_port(),
+                }
+            )
+        )
+        with self.log.open("ab") as log:
+            return [
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.chaos.direct", str(spec), str(rank)],
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+                for rank in range(world_size)
+            ]
+
+    def run(self, world_size: int = 1, timeout_s: float = 300, **overrides: object) -> list[int]:
+        """To the end of all processes: their exit codes."""
+        processes = self.start(world_size, **overrides)
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            return [p.wait(max(1.0, deadline_s - time.monotonic())) for p in processes]
+        except subprocess.TimeoutExpired:
+            raise ScenarioError(f"{self.name}: not ended within {timeout_s:.0f} s") from None
+        finally:
+            kill(processes)
+
+    def finish(self, world_size: int = 1, timeout_s: float = 300, **overrides: object) -> None:
+        codes = self.run(world_size, timeout_s, **overrides)
+        expect(set(codes) == {0}, f"{self.name}: exit codes {codes}: {self.tail()}")
+
+    def losses(self, *, same_again: bool = True) -> dict[int, str]:
+        return losses(read_journal(self.folder), same_again=same_again)
+
+    def weights(self) -> str:
+        return weights_sha256(self.folder)
+
+    def step(self) -> int:
+        events = read_journal(self.folder)
+        return max((e["step"] for e in events if e["kind"] == "progress"), default=0)
+
+    def wait_for_step(
+        self, step: int, processes: list[subprocess.Popen[bytes]], timeout_s: float = 120
+    ) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while self.step() < step:
+            expect(time.monotonic() < deadline_s, f"{self.name}: step {step} did not come")
+            dead = [p.returncode for p in processes if p.poll() is not None]
+            expect(
+                not dead or self.step() >= step, f"{self.name}: ended with {dead}: {self.tail()}"
+            )
+            time.sleep(0.02)
+
+    def tail(self, characters: int = 800) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "… " + " | ".join(text[-characters:].splitlines())
+
+
+def kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def tiny_config(overrides: dict[str, str]) -> Any:
+    from deta.jobs.deta_r50 import demo
+    from deta.platform.config import override
+
+    return override(demo(), overrides)
+
+
+def undisturbed(place: Place, epochs: int = 4, world_size: int = 2) -> Direct:
+    """A run that nothing happened to, made once: what all others must equal."""
+    key = f"undisturbed-{epochs}-{world_size}"
+    if key not in place.shared:
+        run = Direct(place, key, schedule__epochs=epochs, evaluate_every_epochs=epochs)
+        run.finish(world_size)
+        place.shared[key] = run
+    found: Direct = place.shared[key]
+    return found
+
+
+def _main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    rank, world_size = int(sys.argv[2]), spec["world_size"]
+    import torch
+    import torch.distributed as dist
+
+    from deta.platform.coco import CocoDataset
+    from deta.platform.detect import Worker
+    from deta.platform.run import Run
+    from deta.platform.training import train
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{spec['port']}",
+            rank=rank,
+            world_size=world_size,
+        )
+    data = ShapesDataset(Path(spec["data"]))
+    train_set, val_set = (
+        CocoDataset.open(
+            images, annotations, lenient=spec["overrides"].get("data.lenient") == "true"
+        )
+        for images, annotations in (
+            (data.train_images, data.train_annotations),
+            (data.val_images, data.val_annotations),
+        )
+    )
+    config = tiny_config(spec["overrides"] | {"model.num_classes": str(len(train_set.categories))})
+    train(Run(config, Path(spec["folder"]), train_set, val_set), Worker(rank, world_size))
+    sys.stdout.flush()
+    os._exit(0)  # a process group that is taken down in order waits for others
+
+
+if __name__ == "__main__":
+    _main()

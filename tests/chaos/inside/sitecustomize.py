@@ -1,0 +1,176 @@
+"""Faults inside a training process, for the processes that a scenario starts, and nobody else.
+
+Python imports this file at its start where the folder is on PYTHONPATH. It does nothing unless
+DETA_CHAOS_INSIDE is set, to JSON of
+
+    {"seed": 42, "images": 64, "batch": 4, "epochs": 99,   # to tell the step of a batch
+     "record": "folder",                                   # of what was trained on, see below
+     "faults": [{"kind": "nan_loss", "rank": 1, "steps": [20, 20]}, …]}
+
+Steps count from 1 as in the journal, `steps` are the first and the last. Kinds: `nan_loss`,
+`inf_grad`, `raise`, `sleep` (`seconds`), `exit` (SIGKILL of itself), `metric` (the AP of the
+evaluations numbered `calls` is `value`).
+
+The product is not changed: the criterion's call and every optimizer's step are wrapped from
+outside. `record` gets `<rank>-<pid>.jsonl`, a line for each micro-batch {"step", "rank", "world",
+"positions", "pixels"} and one for each update {"step", "weights"}, with hashes of the bytes.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+
+SPEC = json.loads(os.environ.get("DETA_CHAOS_INSIDE") or "null")
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds modules as always, and lets `change` see some of them once they are loaded."""
+
+    def __init__(self, changes):
+        self.changes = changes
+        self.busy = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.changes or self.busy:
+            return None
+        self.busy = True
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+        finally:
+            self.busy = False
+        if spec is None or spec.loader is None:
+            return None
+        change, loader = self.changes[name], spec.loader
+        load = loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            change(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+class _Inside:
+    def __init__(self, spec):
+        self.spec = spec
+        self.steps = {}  # of every sample, by its seed
+        self.file = None
+        self.step = 0
+        self.evaluations = 0
+
+    def positions(self, seeds):
+        from deta.platform.order import TrainingOrder, sample_seed
+
+        spec = self.spec
+        if not self.steps:
+            order = TrainingOrder(spec["seed"], spec["images"], spec["batch"])
+            for position in range(spec["images"] * spec.get("epochs", 60)):
+                key = order.sample_at(position)
+                self.steps[sample_seed(spec["seed"], *key)] = position
+        return [self.steps.get(seed) for seed in seeds]
+
+    def write(self, **row):
+        if not self.spec.get("record"):
+            return
+        if self.file is None:
+            rank = os.environ.get("DETA_CHAOS_RANK", row.get("rank", 0))
+            self.file = open(f"{self.spec['record']}/{rank}-{os.getpid()}.jsonl", "a")
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def rank(self):
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    def on_losses(self, batch, losses):
+        import hashlib
+
+        positions = self.positions(batch.seeds.tolist())
+        known = [position for position in positions if position is not None]
+        rank, world = self.rank()
+        if known:
+            self.step = known[0] // self.spec["batch"] + 1
+        self.write(
+            step=self.step,
+            rank=rank,
+            world=world,
+            positions=positions,
+            pixels=hashlib.sha256(batch.images.cpu().numpy().tobytes()).hexdigest()[:16],
+        )
+        for fault in self.spec.get("faults", []):
+            first, last = fault.get("steps", (0, -1))
+            if first <= self.step <= last and fault.get("rank", rank) == rank:
+                losses = self.inject(fault, losses)
+        return losses
+
+    def inject(self, fault, losses):
+        kind = fault["kind"]
+        name = next(iter(losses))
+        if kind == "nan_loss":
+            return losses | {name: losses[name] * float("nan")}
+        if kind == "inf_grad":
+            bad = losses[name] * 1.0
+            bad.register_hook(lambda gradient: gradient * float("inf"))
+            return losses | {name: bad}
+        if kind == "raise":
+            raise RuntimeError(f"a bug that comes again at step {self.step}")
+        if kind == "sleep":
+            import time
+
+            time.sleep(fault["seconds"])
+        if kind == "exit":
+            os.kill(os.getpid(), 9)
+        return losses
+
+    def on_metrics(self, metrics):
+        self.evaluations += 1
+        for fault in self.spec.get("faults", []):
+            if fault["kind"] == "metric" and self.evaluations in fault["calls"]:
+                value = fault["value"]
+                return metrics | {"AP": None if value is None else float(value)}
+        return metrics
+
+    def on_update(self, optimizer, args, kwargs):
+        import hashlib
+
+        digest = hashlib.sha256()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                digest.update(parameter.detach().cpu().numpy().tobytes())
+        self.write(step=self.step, rank=self.rank()[0], weights=digest.hexdigest()[:16])
+
+    def change_criterion(self, module):
+        for cls in (module.Criterion, module.OneToOneCriterion):
+            original = cls.__call__
+
+            def call(this, outputs, batch, num_boxes, original=original):
+                return self.on_losses(batch, original(this, outputs, batch, num_boxes))
+
+            cls.__call__ = call
+        if self.spec.get("record"):
+            from torch.optim.optimizer import register_optimizer_step_post_hook
+
+            register_optimizer_step_post_hook(self.on_update)
+
+    def change_evaluate(self, module):
+        original = module.CocoMetrics.percent
+        module.CocoMetrics.percent = lambda this: self.on_metrics(original(this))
+
+
+if SPEC is not None:
+    inside = _Inside(SPEC)
+    sys.meta_path.insert(
+        0,
+        _Finder(
+            {
+                "deta.model.criterion": inside.change_criterion,
+                "deta.platform.evaluate": inside.change_evaluate,
+            }
+        ),
+    )

@@ -1,0 +1,303 @@
+"""C: MLflow is away, mute, slow, wrong or killed; nodes lose sight of one another. And A5."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos import oracles
+from tests.chaos.cluster import NetnsCluster
+from tests.chaos.mlflow_server import MlflowServer, Mode, Proxy
+from tests.chaos.runs import (
+    ROOT,
+    STEPS_PER_EPOCH,
+    Event,
+    Place,
+    ScenarioError,
+    TinyRun,
+    clean_environment,
+    expect,
+    say,
+)
+from tests.chaos.scenario import Options, Outcome
+from tests.chaos.scenarios_processes import recovery
+
+PHASE_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some steps of a run, and how MLflow is meanwhile."""
+
+    id: str  # of the scenario; empty: all is well, to compare with
+    mode: Mode | None  # none: the server itself is killed
+    first: int = 0
+    last: int = 0
+
+
+def mlflow_refused(place: Place, options: Options) -> Outcome:
+    """C1: from the start."""
+    return _tracking(place, "C1")
+
+
+def mlflow_mute_or_slow(place: Place, options: Options) -> Outcome:
+    """C2: it takes calls and never answers; then it answers after 5 s."""
+    return _tracking(place, "C2")
+
+
+def mlflow_errors(place: Place, options: Options) -> Outcome:
+    """C3: half of the calls fail, and half of these after they were carried out."""
+    return _tracking(place, "C3")
+
+
+def mlflow_killed(place: Place, options: Options) -> Outcome:
+    """C4: SIGKILL, and started again later."""
+    return _tracking(place, "C4")
+
+
+def mlflow_away_at_the_end(place: Place, options: Options) -> Outcome:
+    """C5: how long the command takes to leave, and whether jobs/sync.py sends the rest."""
+    expect(place.shared.setdefault("asked", {"C5"}) is not None, "")
+    result = _tracking_run(place)
+    return Outcome(
+        round(result.exit_s, 1), "s to exit", result.exit_s <= 10 and _is_whole(result, "C5"),
+        f"rows missing / twice after sync {result.rows['C5']}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrackingResult:
+    """Of one run through all phases."""
+
+    ratio: dict[str, tuple[float, float]]  # step time over the undisturbed one, and its error
+    rows: dict[str, tuple[int, int]]  # missing, and twice or foreign, after sync
+    exit_s: float
+    num_rows: int
+
+
+def _tracking(place: Place, id: str) -> Outcome:
+    result = _tracking_run(place)
+    ratio, error = result.ratio[id]
+    return Outcome(
+        round(ratio, 3), "of the step time", ratio - 2 * error <= 1.02 and _is_whole(result, id),
+        f"± {error:.3f}; rows missing / twice {result.rows[id]} of {result.num_rows} in all",
+    )  # fmt: skip
+
+
+def _is_whole(result: TrackingResult, id: str) -> bool:
+    return result.rows[id] == (0, 0)
+
+
+def _tracking_run(place: Place) -> TrackingResult:
+    """One run for all of C1 to C5 that were asked for: phases with a fault and phases without."""
+    if "tracking" not in place.shared:
+        place.shared["tracking"] = _play(place, place.shared.get("asked", set()))
+    found: TrackingResult | Exception = place.shared["tracking"]
+    return found  # type: ignore[return-value]
+
+
+def _play(place: Place, asked: set[str]) -> TrackingResult:
+    all_phases = [
+        Phase("C1", "refuse"), Phase("", "pass"), Phase("C2", "black_hole"), Phase("", "pass"),
+        Phase("C2", "slow"), Phase("", "pass"), Phase("C3", "errors"), Phase("", "pass"),
+        Phase("C4", None), Phase("", "pass"),
+    ]  # fmt: skip
+    chosen = [
+        phase
+        for index, phase in enumerate(all_phases)
+        if (phase.id or all_phases[index - 1].id) in asked
+    ] or [Phase("", "pass")]
+    if chosen[0].id != "C1":
+        chosen.insert(0, Phase("", "pass"))
+    phases = [
+        Phase(p.id, p.mode, 1 + i * PHASE_STEPS, (i + 1) * PHASE_STEPS)
+        for i, p in enumerate(chosen)
+    ]
+    epochs = math.ceil((phases[-1].last + 24) / STEPS_PER_EPOCH)
+    server = MlflowServer(place.folder / "mlflow")
+    server.start()
+    proxy = Proxy(server.port)
+    try:
+        with TinyRun(
+            place, "c", schedule__epochs=epochs, evaluate_every_epochs=5,
+            checkpoint__every_steps=1000, environment={"MLFLOW_TRACKING_URI": proxy.uri},
+        ) as run:  # fmt: skip
+            for phase in phases:
+                say(f"c: from step {phase.first}: {phase.mode or 'server killed'}")
+                if phase.mode is None:
+                    server.kill()
+                else:
+                    proxy.mode = phase.mode
+                if phase is phases[0]:
+                    run.start()
+                run.wait_for_step(phase.last, timeout_s=400)
+                if phase.mode is None:
+                    server.start()  # while the training goes on
+            proxy.mode = "refuse"  # to the end and beyond
+            run.wait_for("the end", lambda: any(e["kind"] == "end" for e in run.events()), 240)
+            run.finish(60)
+            ended_s = time.time()
+            end_s = next(e["time_s"] for e in run.events() if e["kind"] == "end")
+            events = run.events()
+            proxy.mode = "pass"
+            _sync(run.storage, run.folder, proxy.uri)
+            run_id = oracles.mlflow_run_id(run.folder)
+            status = oracles.mlflow_status(server.database, run_id)
+            stored = oracles.rows_in_mlflow(server.database, run_id)
+    finally:
+        proxy.close()
+        server.kill()
+    expect(status == "FINISHED", f"after sync MLflow says {status}")
+    wanted = oracles.rows_in_journal(events)
+    rows = {}
+    for id in ("C1", "C2", "C3", "C4", "C5"):
+        spans = [p for p in phases if p.id == id] or [Phase(id, None, phases[-1].last + 1, 10**9)]
+        steps = {s for p in spans for s in range(p.first, min(p.last, 10**6) + 1)}
+        rows[id] = oracles.missing_and_wrong(
+            {place: values for place, values in wanted.items() if place[1] in steps},
+            [row for row in stored if row[1] in steps],
+        )
+    return TrackingResult(_ratios(events, phases), rows, ended_s - end_s, len(wanted))
+
+
+def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, float]]:
+    """Median step time in a phase, over that in the phases without a fault beside it."""
+    time_s = {e["step"]: e["time_s"] for e in events if e["kind"] == "progress"}
+    evaluated = {e["step"] + 1 for e in events if e["kind"] == "evaluation"}
+    steps_s = {
+        step: time_s[step] - time_s[step - 1]
+        for step in time_s
+        if step - 1 in time_s and step not in evaluated and step > 5  # allocators warm up
+    }
+
+    def within(phase: Phase) -> list[float]:
+        # Not the first ones, in which the fault may not have come to pass yet.
+        return [steps_s[s] for s in range(phase.first + 3, phase.last + 1) if s in steps_s]
+
+    found: dict[str, tuple[float, float]] = {}
+    for index, phase in enumerate(phases):
+        if not phase.id:
+            continue
+        beside = [
+            second
+            for other in phases[max(0, index - 1) : index + 2]
+            if not other.id
+            for second in within(other)
+        ]
+        (a, a_error), (b, b_error) = _median(within(phase)), _median(beside)
+        ratio = a / b
+        error = ratio * math.hypot(a_error / a, b_error / b)
+        say(f"c: {phase.id} {phase.mode}: step {1000 * a:.0f} ms, beside {1000 * b:.0f} ms")
+        if phase.id not in found or ratio - 2 * error > found[phase.id][0]:
+            found[phase.id] = (ratio, error)
+    return found
+
+
+def _median(values: list[float]) -> tuple[float, float]:
+    """And its standard error, from the median distance to it."""
+    if len(values) < 8:
+        raise ScenarioError(f"only {len(values)} steps were timed")
+    median = statistics.median(values)
+    spread = 1.4826 * statistics.median(abs(value - median) for value in values)
+    return median, 1.2533 * spread / math.sqrt(len(values))
+
+
+def _sync(storage: Path, folder: Path, uri: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/sync.py", str(folder)], cwd=ROOT, capture_output=True, text=True,
+        env=clean_environment() | {"MLFLOW_TRACKING_URI": uri}, timeout=180, check=False,
+    )  # fmt: skip
+    expect(done.returncode == 0, f"jobs/sync.py: {done.stdout[-400:]} {done.stderr[-800:]}")
+
+
+def partition(place: Place, options: Options) -> Outcome:
+    """C6: two nodes, one worker each; the link of the second goes down, and later up again."""
+    with NetnsCluster(place) as cluster:
+        run = _elastic_run(place, cluster, "c6")
+        with run:
+            run.start()
+            run.wait_for_step(12, timeout_s=300)
+            cut_s = time.time()
+            cluster.cut(1)
+            say("c6: cut")
+            took_s, _, step = recovery(run, cut_s, timeout_s=240 * options.slack)
+            say(f"c6: new step after {took_s:.1f} s")
+            run.wait_for_step(step + 5)
+            cluster.heal(1)
+            run.finish(400)
+            events = run.events()
+    groups = [e for e in events if e["kind"] == "begin"]
+    losses = oracles.losses(events, same_again=False)
+    expect(len(losses) == 12 * STEPS_PER_EPOCH, f"{len(losses)} steps in the journal")
+    sizes = [group.get("world_size") for group in groups]
+    expect(1 in sizes, f"groups of {sizes} workers; it did not go on with one")
+    writers = _most_writers(events)
+    expect(writers == 1, f"{writers} groups wrote at once")
+    return Outcome(
+        round(took_s, 1), "s", took_s <= 60 * options.slack,
+        f"groups of {sizes} workers, one writer at any time; node taken for dead after 8-16 s "
+        "(RAY_health_check_*)",
+    )  # fmt: skip
+
+
+def _most_writers(events: list[Event]) -> int:
+    """Groups whose lines lie between one another's: steps that jump back without a `begin`."""
+    last = -1
+    for event in events:
+        if event["kind"] == "begin":
+            last = event["step"]
+        elif event["kind"] == "progress":
+            if event["step"] <= last:
+                return 2
+            last = event["step"]
+    return 1
+
+
+def node_drained(place: Place, options: Options) -> Outcome:
+    """A5: a notice that a node goes in 30 s; then it goes."""
+    grace_s = 30
+    with NetnsCluster(place) as cluster:
+        run = _elastic_run(place, cluster, "a5")
+        with run:
+            run.start()
+            run.wait_for_step(12, timeout_s=300)
+            cluster.drain(1, grace_s)
+            noticed_s = time.monotonic()
+            say(f"a5: told that node 1 goes in {grace_s} s")
+            # It may leave by itself before; otherwise the machine is taken away.
+            first = len([e for e in run.events() if e["kind"] == "begin"])
+
+            def left() -> bool:
+                return len([e for e in run.events() if e["kind"] == "begin"]) > first
+
+            while time.monotonic() - noticed_s < grace_s and not left():
+                time.sleep(0.2)
+            gone_s = time.time()
+            before = run.step()
+            cluster.kill_node(1)
+            run.wait_for("a new group", left, 240 * options.slack)
+            events = run.events()
+            begin = [e for e in events if e["kind"] == "begin"][first]
+            reached = max(
+                e["step"] for e in events if e["kind"] == "progress" and e["time_s"] < begin["time_s"]
+            )
+            wasted = max(reached, before if begin["time_s"] > gone_s else 0) - begin["step"]
+            say(f"a5: at step {reached}, went on from {begin['step']}")
+            run.finish(400)
+    return Outcome(
+        wasted, "steps wasted", wasted <= 2, f"went on with {begin.get('world_size')} worker(s)"
+    )
+
+
+def _elastic_run(place: Place, cluster: NetnsCluster, name: str) -> TinyRun:
+    return TinyRun(
+        place, name, prefix=cluster.within(0), schedule__epochs=12, evaluate_every_epochs=12,
+        cluster__min_workers=1, cluster__num_workers=2,
+        environment=cluster.environment
+        | {"MLFLOW_TRACKING_URI": f"sqlite:///{place.folder}/{name}-mlflow.db"},
+    )  # fmt: skip

@@ -1,0 +1,245 @@
+"""A: processes of a run are killed, stopped, or fail again and again."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+
+from tests.chaos import oracles
+from tests.chaos.direct import undisturbed
+from tests.chaos.runs import (
+    STEPS_PER_EPOCH,
+    TINY,
+    Place,
+    TinyRun,
+    expect,
+    say,
+)
+from tests.chaos.scenario import Options, Outcome
+
+INTERVAL = int(TINY["checkpoint.every_steps"])
+
+
+def worker_killed(place: Place, options: Options) -> Outcome:
+    """A1"""
+    return _hit_and_recover(place, options, "a1", "worker", 3, limit_s=15)
+
+
+def controller_killed(place: Place, options: Options) -> Outcome:
+    """A2"""
+    return _hit_and_recover(place, options, "a2", "controller", 1, limit_s=30)
+
+
+def worker_stopped(place: Place, options: Options) -> Outcome:
+    """A6: also the stacks of the threads must be there."""
+    return _hit_and_recover(
+        place, options, "a6", "worker", 1, limit_s=45, number=signal.SIGSTOP, stacks=True
+    )
+
+
+def raylet_killed(place: Place, options: Options) -> Outcome:
+    """A7"""
+    return _hit_and_recover(place, options, "a7", "raylet", 1, limit_s=60)
+
+
+def gcs_killed(place: Place, options: Options) -> Outcome:
+    """A8"""
+    return _hit_and_recover(place, options, "a8", "gcs", 1, limit_s=120)
+
+
+def _hit_and_recover(
+    place: Place,
+    options: Options,
+    name: str,
+    role: str,
+    few: int,
+    *,
+    limit_s: float,
+    number: signal.Signals = signal.SIGKILL,
+    stacks: bool = False,
+) -> Outcome:
+    """Hit a process of that role, wait for the first new step, as often as wanted; then compare
+    the whole run with the undisturbed one."""
+    times = options.times(few)
+    epochs = max(4, math.ceil((20 * times + 24) / STEPS_PER_EPOCH))
+    chance = random.Random(name)
+    seconds, redone = [], []
+    with TinyRun(
+        place, name, record=True, schedule__epochs=epochs, evaluate_every_epochs=epochs
+    ) as run:
+        run.start()
+        step = 0
+        for _ in range(times):
+            run.wait_for_step(step + chance.randint(7, 16), timeout_s=300)
+            victim = chance.choice(run.family.alive(role) or [run.one(role)])
+            hit_s = time.time()
+            victim.send(number)
+            took_s, again, step = recovery(run, hit_s, timeout_s=4 * limit_s * options.slack)
+            say(f"{name}: {role} hit, new step after {took_s:.1f} s, {again} steps done again")
+            seconds.append(took_s)
+            redone.append(again)
+
+        run.finish()
+        if stacks:
+            found = list((run.folder / "stacks").glob("*"))
+            expect(found, "no stacks were written of the worker that hung")
+        same_as_undisturbed(place, run, epochs)
+        expect(status_in_mlflow(run) == "FINISHED", f"MLflow says {status_in_mlflow(run)}")
+    within = max(seconds) <= limit_s * options.slack
+    return Outcome(
+        round(max(seconds), 1),
+        "s",
+        within and max(redone) <= 2 * INTERVAL,
+        f"{times}/{times} recovered; steps done again {max(redone)} at most, "
+        f"a checkpoint every {INTERVAL}; losses, samples and weights bit-equal to undisturbed",
+    )
+
+
+def recovery(run: TinyRun, hit_s: float, timeout_s: float) -> tuple[float, int, int]:
+    """Seconds from the hit to the first step never done before; steps done again; that step."""
+
+    def new_step() -> tuple[float, int, int] | None:
+        events = [e for e in run.events() if e["kind"] in ("begin", "progress")]
+        before = max(
+            (e["step"] for e in events if e["kind"] == "progress" and e["time_s"] <= hit_s),
+            default=0,
+        )
+        begins = [e for e in events if e["kind"] == "begin" and e["time_s"] > hit_s]
+        if not begins:
+            return None
+        # What a group still did between the hit and its end was done, too.
+        before = max(
+            [before]
+            + [
+                e["step"]
+                for e in events
+                if e["kind"] == "progress" and e["time_s"] < begins[0]["time_s"]
+            ]
+        )
+        for event in events:
+            if (
+                event["kind"] == "progress"
+                and event["time_s"] > begins[0]["time_s"]
+                and event["step"] > before
+            ):
+                return event["time_s"] - hit_s, before - begins[0]["step"], event["step"]
+        return None
+
+    found: tuple[float, int, int] = run.wait_for("a new step after the fault", new_step, timeout_s)
+    return found
+
+
+def same_as_undisturbed(place: Place, run: TinyRun, epochs: int) -> None:
+    """Losses of all steps, samples of all steps and the last weights, bit for bit."""
+    clean = undisturbed(place, epochs)
+    ours, theirs = oracles.losses(run.events()), clean.losses()
+    expect(ours.keys() == theirs.keys(), f"steps {len(ours)}, undisturbed {len(theirs)}")
+    differ = [step for step in ours if ours[step] != theirs[step]]
+    expect(not differ, f"losses differ from step {differ[:1]} on, {len(differ)} of {len(ours)}")
+    if any(run.records.iterdir()):
+        expect(
+            oracles.samples(run.records) == oracles.samples(clean.records),
+            "other samples or pixels than in the undisturbed run",
+        )
+    expect(oracles.weights_sha256(run.folder) == clean.weights(), "the last weights differ")
+
+
+def status_in_mlflow(run: TinyRun) -> str:
+    database = run.storage / "mlflow.db"
+    return oracles.mlflow_status(database, oracles.mlflow_run_id(run.folder))
+
+
+def driver_killed(place: Place, options: Options) -> Outcome:
+    """A3: first what talks to Ray, which is started again; then the command itself."""
+    with TinyRun(place, "a3", record=True) as run:
+        run.start()
+        run.wait_for_step(8)
+        if run.family.alive("attempt"):
+            hit_s = time.time()
+            run.one("attempt").send(signal.SIGKILL)
+            attempt_s, _, step = recovery(run, hit_s, timeout_s=180 * options.slack)
+            say(f"a3: driver killed, new step after {attempt_s:.1f} s")
+            run.wait_for_step(step + 3)
+        at_step = run.step()
+        run.signal(signal.SIGKILL)
+        killed_s = time.monotonic()
+        run.wait()
+        gone_s, left = run.family.wait_until_gone(60 * options.slack)
+        say(f"a3: all processes gone after {gone_s:.1f} s, {len(left)} left")
+        status = ""
+        while time.monotonic() - killed_s < 90 * options.slack and status != "KILLED":
+            status = status_in_mlflow(run)
+            time.sleep(0.5)
+        marked_s = time.monotonic() - killed_s
+        expect(not left, f"still there: {[process.command[:60] for process in left]}")
+        expect(status == "KILLED", f"MLflow says {status} of a run whose process was killed")
+        run.start(resume=True)
+        run.finish()
+        same_as_undisturbed(place, run, 4)
+        resumed = [e["step"] for e in run.events() if e["kind"] == "begin"][-1]
+    return Outcome(
+        round(max(gone_s, 0.0), 1),
+        "s until 0 orphans",
+        gone_s <= 30 * options.slack
+        and marked_s <= 60 * options.slack
+        and at_step - resumed <= 2 * INTERVAL,
+        f"KILLED in MLflow after {marked_s:.0f} s; resumed at step {resumed} of {at_step}; "
+        "bit-equal to undisturbed",
+    )
+
+
+def terminated(place: Place, options: Options) -> Outcome:
+    """A4: SIGTERM to the command; the last step is kept, the exit code is 143."""
+    times = options.times(2)
+    epochs = max(4, math.ceil((12 * times + 16) / STEPS_PER_EPOCH))
+    slowest_s, lost = 0.0, 0
+    with TinyRun(
+        place, "a4", record=True, schedule__epochs=epochs, evaluate_every_epochs=epochs
+    ) as run:
+        step = 0
+        for number in range(times):
+            run.start(resume=number > 0)
+            run.wait_for_step(step + 6)
+            asked_s = time.monotonic()
+            run.signal(signal.SIGTERM)
+            code = run.wait(120)
+            took_s = time.monotonic() - asked_s
+            step = run.step()
+            kept = oracles.step_of(oracles.newest_checkpoint(run.folder))
+            say(f"a4: exit code {code} after {took_s:.1f} s, at step {step}, kept {kept}")
+            expect(code == 143, f"exit code {code}: {run.tail()}")
+            expect(status_in_mlflow(run) == "KILLED", f"MLflow says {status_in_mlflow(run)}")
+            _, left = run.family.wait_until_gone(30)
+            expect(not left, f"still there: {[process.command[:60] for process in left]}")
+            slowest_s, lost = max(slowest_s, took_s), max(lost, step - kept)
+        run.start(resume=True)
+        run.finish()
+        same_as_undisturbed(place, run, epochs)
+    return Outcome(
+        round(slowest_s, 1),
+        "s to exit 143",
+        lost == 0 and slowest_s <= 10 * options.slack,
+        f"{times}/{times}; {lost} steps lost; bit-equal to undisturbed",
+    )
+
+
+def crash_loop(place: Place, options: Options) -> Outcome:
+    """A11: a bug that raises at step 7, always."""
+    faults = [{"kind": "raise", "steps": [7, 7]}]
+    with TinyRun(place, "a11", faults=faults) as run:
+        run.start()
+        run.wait_for_step(6)
+        first_s = time.time()
+        code = run.wait(360 * options.slack)
+        took_s = time.time() - first_s
+        starts = sum(event["kind"] == "begin" for event in run.events())
+        expect(code == 1, f"exit code {code}: {run.tail()}")
+        expect("step 7" in run.tail(4000), f"the cause is not told: {run.tail()}")
+        expect(status_in_mlflow(run) == "FAILED", f"MLflow says {status_in_mlflow(run)}")
+        _, left = run.family.wait_until_gone(30)
+        expect(not left, f"still there: {[process.command[:60] for process in left]}")
+    return Outcome(
+        starts, "attempts", starts == 3 and took_s <= 60 * options.slack, f"{took_s:.0f} s"
+    )
