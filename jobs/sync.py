@@ -26,17 +26,15 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from deta.jobs.evaluate import echo, run_tool
 from deta.platform.journal import Journal, read_events
 from deta.platform.lock import is_alive
 from deta.platform.masking import mask_text
 from deta.platform.run_file import RUN_FILE, read_run_file
 from deta.platform.upload_record import what_is_left
-from deta.platform.uploader import BusyError, RunUploader, Store, find_runs
-from deta.platform.uploading import tracking_uri, uri_of
+from deta.platform.uploader import BusyError, RunUploader, Store
+from deta.platform.uploading import find_runs, tracking_uri, uri_of
 
 DEFAULT_STORAGE = "~/deta-runs"
-PATIENCE_S = 30.0  # without a step forward, for the first run that MLflow does not take
 
 
 def main() -> NoReturn:
@@ -53,11 +51,23 @@ def main() -> NoReturn:
     parser.add_argument("--dry-run", action="store_true", help="change nothing, only say")
     parser.add_argument("--reap", action="store_true", help="mark dead runs of other machines")
     parser.add_argument(
+        "--patience", type=float, default=30.0, metavar="SECONDS",
+        help="give MLflow up that takes nothing for so long (default: 30)",
+    )  # fmt: skip
+    parser.add_argument(
         "--experiment", action="append", metavar="NAME",
         help="for --reap; default: those of the runs found, or deta",
     )  # fmt: skip
     arguments = parser.parse_args()
-    run_tool(lambda: _prepare(arguments.folders), lambda runs: _sync(runs, arguments))
+    # Not evaluate.py's run_tool: that knows models, and this has to be quick.
+    try:
+        sys.exit(_sync(_prepare(arguments.folders), arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what is sent is sent", file=sys.stderr)
+        sys.exit(130)
 
 
 def _prepare(folders: list[Path]) -> list[Path]:
@@ -94,37 +104,42 @@ def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
             continue
         if ending is not None:
             _write_end(run, ending)
-        uri = uri_of(run)
+        try:
+            uri = uri_of(run)
+        except ValueError as error:
+            echo(f"{title}: {error}")
+            is_all_sent = False
+            continue
         if uri not in stores:
             stores[uri] = _store(uri)
-        is_all_sent &= _send(run, stores[uri], title, 0 if uri in away else PATIENCE_S, away, uri)
+        is_sent, is_away = _send(run, stores[uri], title, 0 if uri in away else arguments.patience)
+        is_all_sent &= is_sent
+        away |= {uri} if is_away else set()
     if arguments.reap:
         is_all_sent &= _reap(runs, stores, arguments)
     return 0 if is_all_sent else 1
 
 
-def _send(run: Path, store: Store, title: str, patience_s: float, away: set[str], uri: str) -> bool:
+def _send(run: Path, store: Store, title: str, patience_s: float) -> tuple[bool, bool]:
+    """Whether all of a run is sent; and whether MLflow was given up."""
     uploader = RunUploader(run, store)
-    before = None
-    stuck_s = time.monotonic()
-    pause_s = 0.5
-    error = ""
+    before, stuck_s, pause_s = -1, time.monotonic(), 0.5
+    is_away = False
     while True:
         try:
             uploader.turn()
             error = ""
             break
-        except BusyError as busy:
-            error = str(busy)
+        except (BusyError, ValueError, FileNotFoundError) as failure:  # of this run alone
+            error = str(failure)
             break
         except Exception as failure:
             error = mask_text(str(failure) or type(failure).__name__).partition("\n")[0]
-        before = before or uploader.record.sent_rows
         if uploader.record.sent_rows != before:
             before, stuck_s, pause_s = uploader.record.sent_rows, time.monotonic(), 0.5
         _show(f"{title}: {uploader.record.sent_rows} rows sent; {error}")
         if time.monotonic() - stuck_s > patience_s:
-            away.add(uri)
+            is_away = True
             break
         time.sleep(pause_s)
         pause_s = min(5.0, 2 * pause_s)
@@ -136,7 +151,7 @@ def _send(run: Path, store: Store, title: str, patience_s: float, away: set[str]
     line += f", {record.refused_rows} refused as invalid" * (record.refused_rows > 0)
     line += f", {files} files left" * (files > 0)
     echo(f"{line}; {error}" if error else f"{line}; {record.status}")
-    return not error and not rows and not files
+    return not error and not rows and not files, is_away
 
 
 def _missing_end(run: Path) -> str | None:
@@ -191,6 +206,10 @@ def _store(uri: str) -> Store:
     from deta.platform.tracking import MlflowStore  # slow to import, and often not needed
 
     return MlflowStore(uri)
+
+
+def echo(line: str) -> None:
+    print(f"\r\033[K{line}" if sys.stdout.isatty() else line, flush=True)
 
 
 def _show(line: str) -> None:

@@ -40,6 +40,7 @@ from deta.platform.tensor_image import CHUNK_BYTES, Written, force_folder_to_dis
 
 RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"
 OBJECT_STORES = ("s3", "gcs", "abfs")  # no folders, and a file is there when it is complete
+HARMLESS_OPTIONS = ("scheme", "region", "endpoint_override", "allow_bucket_creation")
 
 
 class StoreError(RuntimeError):
@@ -94,11 +95,9 @@ def open_store(address: str | Path | Store) -> Store:
 
 def without_credentials(address: str) -> str:
     """An address without user, password, options and fragment."""
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return address.split("://", 1)[0] + "://…"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = address.partition("://")
+    place = rest.rpartition("@")[2]  # a password may hold any character, escaped or not
+    return f"{scheme}://{place.partition('?')[0].partition('#')[0]}"
 
 
 def copy_run(
@@ -395,8 +394,9 @@ def _write_small(path: Path, content: bytes) -> None:
 
 
 def _secrets(address: str) -> tuple[str, ...]:
+    """What must not be shown, the longest first."""
     parts = urlsplit(address)
-    found = parts.netloc.rpartition("@")[0].split(":") if "@" in parts.netloc else []
-    found += [value for _, value in parse_qsl(parts.query)] + parts.query.split("&")
+    found = parts.netloc.rpartition("@")[0].split(":")
+    found += [value for key, value in parse_qsl(parts.query) if key not in HARMLESS_OPTIONS]
     both = {*found, *(unquote(one) for one in found)}
-    return tuple(sorted((one for one in both if len(one) > 3), key=len, reverse=True))
+    return tuple(sorted((one for one in both if one), key=len, reverse=True))

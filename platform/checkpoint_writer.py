@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import threading
 import time
@@ -170,7 +171,7 @@ class CheckpointWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < snapshot.num_bytes:
-            raise OSError(errno.ENOSPC, f"no room: {_megabytes(free)} free")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _explain(self, error: Exception, snapshot: Snapshot) -> str:
         free, last = "", "There is none yet"

@@ -80,7 +80,8 @@ class Estimate:
 
     def __str__(self) -> str:
         price = "price not set" if self.price is None else f"{self.price:.2f} {self.currency}"
-        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{1 if self.gpu_hours < 100 else 0}f} GPU-hours, {price}"
+        decimals = 1 if self.gpu_hours < 100 else 0
+        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{decimals}f} GPU-hours, {price}"
 
 
 def estimate(

@@ -38,8 +38,8 @@ def open_dataset(
     if is_address(images) or _holds_shards(Path(images)):
         if str(annotations):
             raise DatasetError(
-                f"{Store(images).shown}: is a data set of shards, which hold their annotations, and "
-                f"the file {annotations} would not be read; leave the annotations empty"
+                f"{Store(images).shown}: is a data set of shards, which hold their annotations, "
+                f"and the file {annotations} would not be read; leave the annotations empty"
             )
         return ShardedDataset.open(
             images, lenient=lenient, max_pixels=max_pixels, verify=verify, progress=progress

@@ -18,7 +18,7 @@ Plot = dict[str, Any]  # {"data": [...], "layout": {...}}
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 LABEL_PX = 16  # height of a label, with its share of the gap
-LETTER_PX = 7.1  # about the width of a letter of a label
+LETTER_PX = 6.6  # about the width of a letter of a label
 MAX_LETTERS = 34
 
 
@@ -146,7 +146,7 @@ def rule(*, x: float | None = None, y: float | None = None, dash: str = "solid")
     along = {"y0": y, "y1": y, "xref": "paper", "x0": 0, "x1": 1}
     return {
         "type": "line",
-        "layer": "below",
+        "layer": "between",
         "line": {"color": "@muted", "width": 1, "dash": dash},
         **(across if x is not None else along),
     }

@@ -8,6 +8,8 @@ when the disk takes it again.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -88,8 +90,7 @@ class Journal:
             )
         if self._descriptor is not None:
             self._force_to_disk()
-            os.close(self._descriptor)
-            self._descriptor = None
+            self._release()
 
     def _keep(self, kind: str, line: bytes) -> None:
         self._kept.append((kind, line))
@@ -123,6 +124,7 @@ class Journal:
                     MAX_KEPT_BYTES // 1_000_000,
                 )
             self._is_failing = True
+            self._release()  # a disk that comes back may want the file opened anew
             return
         if self._is_failing:
             logger.warning("%s is written again, nothing of it is missing", self._path)
@@ -145,7 +147,13 @@ class Journal:
             line = b"\n" + line  # a process died within its line, or the disk was full within it
         written = os.write(self._descriptor, line)
         if written < len(line) - 1:  # without its end alone it is whole; the next line adds that
-            raise OSError(28, f"only {written} of {len(line)} bytes were written")
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
+
+    def _release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _force_to_disk(self) -> None:
         if self._descriptor is not None:

@@ -247,10 +247,9 @@ class _Supervisor:
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C is for the supervisor, who then asks in order
             )
-        try:
-            return self._watch(self.attempt)
-        finally:
-            self._end_attempt()
+        outcome = self._watch(self.attempt)  # stopped from outside, it ends after it has saved
+        self._end_attempt()
+        return outcome
 
     def _watch(self, attempt: subprocess.Popen[bytes]) -> Outcome:
         said_cluster = False
@@ -291,6 +290,7 @@ class _Supervisor:
 
     def _leave_in_order(self) -> None:
         """Somebody wants the run to end: let it save, and leave."""
+        self.vigil.look()
         if self.attempt is None or self.vigil.ended or not self.vigil.has_begun:
             return
         self.echo("stopping: the state is being saved …")

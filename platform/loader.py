@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.coco import Record, Sample
 from deta.platform.images import ImageError
-from deta.platform.loader_death import naming_the_dead
+from deta.platform.loader_death import naming_the_dead, undisturbed_by_the_dead
 from deta.platform.order import (
     Draws,
     SampleKey,
@@ -199,7 +199,9 @@ def _batches(
         # draw it from torch's global one, and so change the numbers of the training.
         generator=torch.Generator(),
     )
-    return naming_the_dead(iter(loader))
+    with undisturbed_by_the_dead():
+        batches = iter(loader)
+    return naming_the_dead(batches)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SEEN_DEAD_WITHIN_S = 3.0
 SHARED_MEMORY = Path("/dev/shm")
 # How PyTorch begins its errors about workers, and how it and the kernel call a lack of memory.
 WORKER_ERRORS = ("DataLoader worker", "Pin memory thread")
@@ -36,37 +40,63 @@ class LoaderWorkerError(RuntimeError):
     """A loader worker died or could not hand over its batch; the message says why."""
 
 
+@contextmanager
+def undisturbed_by_the_dead() -> Iterator[None]:
+    """Making a `DataLoader`'s iterator in here leaves no signal handler behind.
+
+    PyTorch's own handler, which it sets where a loader is made in the main thread, raises in
+    whatever that thread is doing when a loader worker dies: in the middle of a checkpoint, say.
+    Without it the error comes where the next batch is asked for.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if before is not None:  # none: set by something that is not Python
+            signal.signal(signal.SIGCHLD, before)
+
+
 def naming_the_dead(batches: Iterator[Any]) -> Iterator[Any]:
     """The same batches; an error about the loader workers comes with its cause and a remedy.
 
-    PyTorch notices within five seconds. It says "exited unexpectedly" where it runs in a thread,
-    as under Ray Train, and the signal otherwise.
+    PyTorch notices within five seconds of waiting, and says "exited unexpectedly".
 
     Raises:
         LoaderWorkerError: a loader worker died, or has no memory to hand over its batches.
     """
     try:
         yield from batches
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         text = str(error)
-        died = text.startswith(WORKER_ERRORS)
-        if not died and not any(part in text for part in NO_SHARED_MEMORY):
-            raise
+        if text.startswith("Caught "):  # by a loader worker, while it made a batch
+            died = False
+        else:  # what arrives from one that dies on the way ends early
+            broken_off = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+            died = broken_off or text.startswith(WORKER_ERRORS)
         what = _how_they_ended(batches) if died else None
+        if what is None and any(part in text for part in NO_SHARED_MEMORY):
+            what = (
+                f"a loader worker cannot hand over its batch ({text.splitlines()[-1]}): "
+                f"{SHARED_MEMORY} is too small; enlarge it, or {FEWER_WORKERS}"
+            )
         if what is None:
-            what = f"a loader worker cannot hand over its batch ({text.splitlines()[-1]})"
-            if not died:
-                what += f": {SHARED_MEMORY} is too small; enlarge it, or {FEWER_WORKERS}"
+            raise
         raise LoaderWorkerError(f"{what}. {_memory()}") from error
 
 
 def _how_they_ended(batches: Iterator[Any]) -> str | None:
-    for worker in getattr(batches, "_workers", ()):  # PyTorch has no public name for them
+    """Of the first loader worker that did not end well, if any did not."""
+    workers = getattr(batches, "_workers", ())  # PyTorch has no public name for them
+    deadline_s = time.monotonic() + SEEN_DEAD_WITHIN_S
+    while not any(worker.exitcode for worker in workers) and time.monotonic() < deadline_s:
+        time.sleep(0.05)  # its pipe closes before its exit code is known
+    for worker in workers:
         code = worker.exitcode
         if code is not None and code < 0:
             cause = CAUSES.get(-code, f"was ended by signal {-code}")
             return f"loader worker {worker.pid} {cause}"
-        if code is not None:
+        if code:
             return f"loader worker {worker.pid} exited with code {code}; its output says why"
     return None
 

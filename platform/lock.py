@@ -173,7 +173,7 @@ def _take_over(folder: Path, owner: _Owner, stale_after_s: float) -> int:
     Only one process can create the record that it follows that very owner, so of several that
     see a dead owner one goes on.
     """
-    deadline_s = time.monotonic() + 3
+    deadline_s = time.monotonic() + 2
     while True:
         victim, age_s = _holder(folder)
         if age_s is None:  # released meanwhile
@@ -355,9 +355,11 @@ class Fence:
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        number = _newest_number(folder) + 1
-        while not _take_ticket(folder, number):
-            number += 1
+        while True:
+            number = _newest_number(folder) + 1
+            # One who slept before taking a ticket may get one that was given away and removed.
+            if _take_ticket(folder, number) and _newest_number(folder) < number + TICKETS_KEPT:
+                break
         fence = cls(folder, number, owner)
         text = json.dumps({"number": number, "owner": owner, "since_s": time.time()}, indent=2)
         temporary = folder / f".{FENCE_FILE}-{secrets.token_hex(4)}"
@@ -366,7 +368,7 @@ class Fence:
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(folder / FENCE_FILE)  # if a newer claim's was there, its ticket tells
+            temporary.replace(folder / FENCE_FILE)  # perhaps of a newer claim: its ticket tells
         finally:
             temporary.unlink(missing_ok=True)
         for ticket in folder.glob(".fence-*"):
@@ -392,11 +394,11 @@ class Fence:
 
 
 def _newest_number(folder: Path) -> int:
+    """By the tickets; the record alone may be of one who was slow to write it."""
     recorded = _fence_record(folder).get("number", 0)
-    number = recorded if isinstance(recorded, int) else 0
-    while (folder / f".fence-{number + 1}").exists():
-        number += 1
-    return number
+    names = [name.removeprefix(".fence-") for name in os.listdir(folder)]
+    tickets = [int(name) for name in names if name.isdecimal()]
+    return max([*tickets, recorded if isinstance(recorded, int) else 0])
 
 
 def _fence_record(folder: Path) -> dict[str, Any]:

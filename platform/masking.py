@@ -36,12 +36,15 @@ _SHAPES = re.compile(
     """,
     re.DOTALL,
 )
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s\"'?#]+@")
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s\"'?#]+@")
 # name=value, "name": "value", --name value; a value ends with its quotes or its word
 _ASSIGNED = re.compile(
-    r"""(?P<name>[A-Za-z][\w.-]{1,80})(?P<sign>\\?["']?\s*[=:]\s*|(?<=\S)[ ](?=\S))"""
+    r"""(?<![\w.-])(?P<name>[\w.-]{0,60}(?i:token|secret|passw|passphrase|pwd|credential|bearer"""
+    r"""|authorization|cookie|signature|(?:api|access|private|account|shared|encryption|auth"""
+    r"""|session)[_.-]?key)[\w.-]{0,40})(?P<sign>\\?["']?\s*[=:]\s*|(?<=\S)[ ](?=\S))"""
     r"""(?P<value>\\?"[^"\n]*"|'[^'\n]*'|[^\s"',;&}\])]+)"""
 )
+_HINT = re.compile("(?i)token|secret|pass|pwd|credential|bearer|authorization|cookie|signature|key")
 _LONG = re.compile(r"(?<![A-Za-z0-9+/_=-])[A-Za-z0-9+/_-]{32,}={0,2}(?![A-Za-z0-9+/_=-])")
 _AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 
@@ -65,7 +68,10 @@ def mask_text(text: str) -> str:
     text = _USER_IN_URL.sub(f"{MASK}@", text)
     text = _SHAPES.sub(MASK, text)
     text = _AUTHORIZATION.sub(rf"\1 {MASK}", text)
-    text = _ASSIGNED.sub(_without_value, text)
+    lines = text.split("\n")
+    text = "\n".join(  # looking for a word alone is far quicker
+        _ASSIGNED.sub(_without_value, line) if _HINT.search(line) else line for line in lines
+    )
     return _LONG.sub(lambda found: MASK if _is_random(found[0]) else found[0], text)
 
 
@@ -73,8 +79,10 @@ def _without_value(found: re.Match[str]) -> str:
     name, sign, value = found["name"], found["sign"], found["value"]
     if sign == " " and found.string[max(0, found.start() - 2) : found.start()] != "--":
         return found[0]  # words of a sentence, not an option and its value
-    if not is_secret_name(name) or value in ("None", "null", "none", '""', "''", MASK):
+    if value in ("None", "null", "none", '""', "''", MASK):
         return found[0]
+    if not is_secret_name(name):  # "tokenizer: password=…"
+        return f"{name}{sign}{_ASSIGNED.sub(_without_value, value)}"
     quote = value[0] if value[0] in "\"'" else ""
     return f"{name}{sign}{quote}{MASK}{quote}"
 

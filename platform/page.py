@@ -308,7 +308,7 @@ def table_markup(table: Table) -> Markup:
             "tr",
             element("th", _cell(row[0]), scope="row", class_=number[0]),
             *(
-                element("td", _cell(cell), class_=kind)
+                element("td", _cell(cell), class_=_kind(cell, kind))
                 for cell, kind in zip(row[1:], number[1:], strict=True)
             ),
         )
@@ -327,6 +327,11 @@ def table_markup(table: Table) -> Markup:
         role="region",
         aria_label=f"Table: {table.caption}",
     )
+
+
+def _kind(cell: str | Link, kind: str) -> str:
+    """Sentences keep some width where the window is narrow."""
+    return "word long" if kind == "word" and isinstance(cell, str) and len(cell) > 24 else kind
 
 
 def _cell(cell: str | Link) -> str:

@@ -15,6 +15,7 @@ LIGHT = {
     "muted": "#59616b",
     "rule": "#dfe2e6",
     "shade": "#f5f6f8",
+    "shadow": "#d5d9de",
     "accent": "#0a5c9e",
     "c0": "#0067a8",
     "c1": "#c2500a",
@@ -29,6 +30,7 @@ DARK = {
     "muted": "#a3abb5",
     "rule": "#333940",
     "shade": "#1d2125",
+    "shadow": "#000000",
     "accent": "#7cc0f5",
     "c0": "#62b4f2",
     "c1": "#ff9657",
@@ -71,7 +73,7 @@ PALETTES = {
 def _variables(colors: dict[str, str]) -> str:
     return " ".join(
         f"--{name}: {colors[name]};"
-        for name in ("paper", "ink", "muted", "rule", "shade", "accent")
+        for name in ("paper", "ink", "muted", "rule", "shade", "shadow", "accent")
     )
 
 
@@ -85,7 +87,7 @@ html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; scroll-padding-to
 body {
   margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 84rem;
   background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
+  font: 1rem/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   overflow-wrap: break-word;
 }
 a { color: var(--accent); text-underline-offset: .15em; text-decoration-thickness: 1px; }
@@ -97,6 +99,9 @@ h1 { margin: 0 0 1.1rem; font-size: 1rem; font-weight: 600; color: var(--muted);
 h2 { margin: 0 0 .6rem; font-size: 1.4rem; line-height: 1.25; letter-spacing: -.012em; }
 h3 { margin: 0 0 .25rem; font-size: 1rem; line-height: 1.4; }
 p { margin: 0 0 .9rem; max-width: 42rem; }
+ul { margin: 0 0 1rem; padding-left: 1.2rem; max-width: 42rem; }
+li { margin-bottom: .35rem; }
+nav li { margin: 0; }
 .verdict {
   max-width: 30em; margin-bottom: .55rem; font-size: clamp(1.4rem, 1.05rem + 1.5vw, 2.05rem);
   line-height: 1.24; letter-spacing: -.018em; font-weight: 650; text-wrap: pretty;
@@ -114,15 +119,26 @@ section { padding: 2.4rem 0 .6rem; border-top: 1px solid var(--rule); }
 footer { padding-top: 1.5rem; border-top: 1px solid var(--rule); color: var(--muted);
   font-size: .85rem; }
 nav { font-size: .875rem; padding-bottom: 1.6rem; }
-nav ol { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap;
+nav ol { list-style: none; margin: 0; padding: 0; max-width: none; display: flex; flex-wrap: wrap;
   gap: .3rem 1.1rem; }
 nav a { color: var(--muted); text-decoration: none; }
 nav a:hover { color: var(--accent); text-decoration: underline; }
 
-.scroll { overflow-x: auto; margin: 0 0 1.8rem; max-width: 100%; }
+/* A table that is cut shows a shadow on that side (after Lea Verou's four backgrounds). */
+.scroll {
+  overflow-x: auto; margin: 0 0 1.8rem; max-width: 100%; width: fit-content;
+  padding-right: 2px;
+  background:
+    linear-gradient(to right, var(--paper) 40%, transparent) left / 2.4rem 100%,
+    linear-gradient(to left, var(--paper) 40%, transparent) right / 2.4rem 100%,
+    linear-gradient(to right, var(--shadow), transparent) left / .45rem 100%,
+    linear-gradient(to left, var(--shadow), transparent) right / .45rem 100%;
+  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll;
+}
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4;
   font-variant-numeric: tabular-nums lining-nums; }
-caption { text-align: left; padding: 0 0 .5rem; color: var(--muted); max-width: 42rem; }
+caption { text-align: left; padding: 0 0 .5rem; color: var(--muted);
+  max-width: min(42rem, calc(100vw - 2.2rem)); }
 th, td { padding: .42rem 1.4rem .42rem 0; text-align: left; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); }
 th:last-child, td:last-child { padding-right: .2rem; }
@@ -130,11 +146,12 @@ thead th { font-weight: 600; vertical-align: bottom; border-bottom: 1px solid va
 tbody th { font-weight: 500; min-width: 8rem; }
 tbody tr:last-child > * { border-bottom-color: var(--muted); }
 th.number, td.number { text-align: right; white-space: nowrap; }
-td.word { min-width: 6rem; max-width: 28rem; }
+td.word { max-width: 28rem; }
+td.long { min-width: 15rem; }
 .unit { display: block; font-weight: 400; font-size: .82em; color: var(--muted); }
 
 figure { margin: 0 0 2.2rem; }
-.plot { width: 100%; min-height: 1px; }
+.plot { width: 100%; min-height: 1px; overflow: hidden; }
 figcaption { font-size: .9rem; color: var(--muted); }
 figcaption p { margin: .3rem 0 .4rem; }
 figcaption .table { margin-top: .8rem; }
@@ -200,13 +217,14 @@ function painted(value, palette, key) {
 function common(palette, width) {
   const axis = {
     gridcolor: palette.rule, linecolor: palette.muted, tickcolor: palette.muted, ticks: "outside",
-    ticklen: 4, zeroline: false, showline: true, automargin: true, title: { standoff: 10 },
+    ticklen: 4, zeroline: false, showline: true, automargin: true,
+    title: { standoff: 10, font: { size: 13 } },
     fixedrange: touch.matches,
   };
   return {
     width, autosize: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {
-      family: "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif",
+      family: "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
       size: 13, color: palette.muted,
     },
     margin: { l: 56, r: 24, t: 16, b: 48 }, showlegend: false, hovermode: "closest",
@@ -247,7 +265,7 @@ drawAll(false);
 dark.addEventListener("change", () => drawAll(false));
 addEventListener("beforeprint", () => drawAll(true));
 addEventListener("afterprint", () => drawAll(false));
-new ResizeObserver((entries) => {
+const watcher = new ResizeObserver((entries) => {
   for (const { target, contentRect } of entries) {
     const width = Math.round(contentRect.width);
     if (width > 0 && Math.abs(width - widths.get(target.id)) > 1
@@ -256,6 +274,7 @@ new ResizeObserver((entries) => {
       draw(target.id, width, false);
     }
   }
-}).observe(document.querySelector("main"));
+});
+for (const name of Object.keys(figures)) watcher.observe(document.getElementById(name));
 """
 )

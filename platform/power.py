@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.special import chdtr, stdtrit
 from scipy.stats import ncf
 
 from deta.platform.study import Noise
@@ -56,12 +56,12 @@ class Plan:
             return 0.0
         df = (self.num_cells - 1) * (seeds - 1)
         shift = abs(delta) * math.sqrt(seeds) / self.sd_of_difference
-        if shift > 100:  # beyond what the noncentral F is computed for, and certain
-            return 1.0
         if shift == 0:
             return self.alpha
-        critical = float(stdtrit(df, 1 - self.alpha / 2)) ** 2
-        return min(1.0, max(0.0, float(ncf.sf(critical, 1, df, shift**2))))
+        critical = float(stdtrit(df, 1 - self.alpha / 2))
+        if shift > 100:  # only the estimate of the noise is still left to chance
+            return float(chdtr(df, df * (shift / critical) ** 2))
+        return min(1.0, max(0.0, float(ncf.sf(critical**2, 1, df, shift**2))))
 
     def seeds_for(self, delta: float, power: float = POWER) -> int | None:
         """The fewest seeds a cell that give this power; none if even 10,000 do not.

@@ -78,14 +78,19 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file, so that readers find the old or the new content, never a part."""
+def write_json(path: Path, content: dict[str, Any], *, force: bool = True) -> None:
+    """Replace a file, so that readers find the old or the new content, never a part.
+
+    Args:
+        force: to the disk, so that it outlives the machine; without, only the process.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+            if force:
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)

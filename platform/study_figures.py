@@ -28,12 +28,13 @@ from deta.platform.figure_parts import (
 )
 from deta.platform.page import figure_text
 from deta.platform.study import Analysis, CellSummary, Difference, Interval
-from deta.platform.study_words import decimals_for, plus_minus, signed
+from deta.platform.study_tables import common_decimals
+from deta.platform.study_words import signed
 
 ROW_PX = 34  # of a forest plot
 NARROW_ROW_PX = 50
 MAX_PANEL_COLUMNS = 3
-LETTERS_NARROW = 44
+LETTERS_WIDE, LETTERS_NARROW = 56, 46
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -
     """Estimates below one another, each with its interval and the values it comes from."""
     data: list[Trace] = []
     notes = []
+    halves = [row.interval.half_width for row in rows if row.interval]
+    decimals = common_decimals(halves)
+    shown = [0.0] * zero
     for place, row in enumerate(rows):
         low, high = (row.interval.low, row.interval.high) if row.interval else (None, None)
-        number = interval_text(row.estimate, row.interval)
+        number = interval_text(row.estimate, row.interval, decimals)
+        shown += [row.estimate, *(value for _, value in row.values)]
+        shown += [row.interval.low, row.interval.high] if row.interval else []
         if row.values:
             texts = [f"{figure_text(name)}: {signed(value, 2)}" for name, value in row.values]
             data.append(
@@ -89,12 +95,12 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -
     row_px = NARROW_ROW_PX + 12 if narrow else ROW_PX
     layout = {
         "height": 70 + row_px * len(rows),
-        "margin": {"l": 4, "r": 8} if narrow else {"l": label_px(names, 44), "r": 170},
-        "xaxis": axis(title, showgrid=True),
+        "margin": {"l": 4, "r": 8} if narrow else {"l": label_px(names, LETTERS_WIDE), "r": 150},
+        "xaxis": axis(title, showgrid=True, range=list(padded(shown))),
         "yaxis": {
             "range": [len(rows) - 0.5, -0.85 if narrow else -0.5],
             "tickvals": list(range(len(rows))),
-            "ticktext": [shortened(name, 44) for name in names],
+            "ticktext": [shortened(name, LETTERS_WIDE) for name in names],
             "tickfont": {"color": "@ink", "size": 13},
             "showticklabels": not narrow,
             "ticks": "",
@@ -108,9 +114,8 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -
     return {"data": data, "layout": layout}
 
 
-def interval_text(estimate: float, interval: Interval | None) -> str:
+def interval_text(estimate: float, interval: Interval | None, decimals: int) -> str:
     """Such as "−0.10  [−0.40, 0.20]"."""
-    decimals = min(2, decimals_for(interval.half_width if interval else None))
     if interval is None:
         return signed(estimate, decimals)
     low, high = signed(interval.low, decimals), signed(interval.high, decimals)
@@ -134,10 +139,10 @@ def cell_rows(analysis: Analysis) -> list[ForestRow]:
 
 
 def difference_rows(analysis: Analysis, differences: Sequence[Difference]) -> list[ForestRow]:
-    """Differences with an estimate, each with that of every seed."""
+    """Differences with an estimate and an interval, each with that of every seed."""
     rows = []
     for item in differences:
-        if item.estimate is None:
+        if item.estimate is None or item.interval is None:
             continue
         first, second = analysis.cell(item.first).values, analysis.cell(item.second).values
         values = tuple(
@@ -295,12 +300,3 @@ def _seeds_of(
             y.append(value)
             texts.append(f"{figure_text(cell.cell.key)}<br>seed {seed}: {signed(value, 2)}")
     return points(x, y, color=color, size=5, opacity=0.4, texts=texts, axes=axes)
-
-
-def difference_text(item: Difference) -> str:
-    """Such as "−0.1 ± 0.3", or why there is none."""
-    if item.estimate is None:
-        return item.note or "–"
-    if item.interval is None:
-        return signed(item.estimate, 2)
-    return plus_minus(item.estimate, item.interval.half_width)

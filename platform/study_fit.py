@@ -127,7 +127,7 @@ class Fit:
             if key not in self.cells:
                 return None
             row[self.cells.index(key)] = weight
-        return row if np.allclose(row @ self._estimable, row, atol=1e-8) else None
+        return row if np.abs(row @ self._estimable - row).max(initial=0.0) < 1e-8 else None
 
     def contrast(self, weights: Mapping[str, float]) -> Estimate:
         """A weighted sum of cells, the weights summing to zero.
@@ -166,7 +166,7 @@ class Fit:
                 return len(rows), None, None, self._why_not(weights)
         matrix = np.array(rows, dtype=np.float64)  # K P
         covariance = matrix @ self._unscaled @ matrix.T  # K K
-        rank = int(np.linalg.matrix_rank(covariance, tol=1e-8)) if len(rows) else 0
+        rank = int(np.linalg.matrix_rank(covariance, tol=1e-8, hermitian=True)) if rows else 0
         if rank == 0:
             return 0, None, None, "its cells train exactly alike"
         if not self.residual_sd:

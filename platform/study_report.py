@@ -151,10 +151,11 @@ def _differences(analysis: Analysis) -> Section | None:
         analysis.differences,
         "All pairs of cells, each from the differences of its own seeds alone (paired t).",
     )
-    shown = analysis.differences
+    twins = {cell.cell.key for cell in analysis.cells if cell.cell.same_as}
+    shown = tuple(d for d in analysis.differences if not twins & {d.first, d.second})
     which = "All pairs, seed by seed"
     if len(shown) > MANY_PAIRS:
-        shown = tuple(neighbours(analysis))
+        shown = tuple(d for d in shown if d in neighbours(analysis))
         which = "Pairs that differ in one factor, and those with a named cell, seed by seed"
     if rows := difference_rows(analysis, shown):
         note = f"Each from its own seeds alone, so with wider intervals. {drawn}"

@@ -3,6 +3,7 @@ show the same ones."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -56,9 +57,9 @@ class StudyReport:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """The sentences at the top."""
-        if self.summary or (self.analysis and self.analysis.verdicts):
-            return (*self.summary, *(self.analysis.verdicts if self.analysis else ()))
+        """The sentences at the top; those of the analysis where there are any."""
+        if found := (*self.summary, *(self.analysis.verdicts if self.analysis else ())):
+            return tuple(_sentence(text) for text in found)
         finished = [t for t in self.trials if t.status == "finished" and t.ap is not None]
         if not finished:
             return ("No trial has finished.",)
@@ -85,6 +86,12 @@ class StudyReport:
             return from_pilot(self.analysis.noise, max(2, num_cells))
         except ValueError:
             return None
+
+
+def _sentence(text: str) -> str:
+    """With a capital and a full stop, and no line break within "± 0.3" or "p < 0.001"."""
+    whole = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return re.sub(r"(?<=[±<=]) | (?=[±<=])|(?<=\d) (?=AP\b|seeds?\b)", "\u00a0", whole)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def facts(report: StudyReport) -> str:
         ("CPU-hours", [t.cost.cpu_hours for t in report.trials]),
     ):
         if total := sum(value or 0.0 for value in values):
-            parts.append(f"{total:.3g} {unit} in all")
+            parts.append(f"{amount(total)} {unit} in all")
     how = report.provenance
     if how.began and how.ended:
         hours = (how.ended - how.began).total_seconds() / 3600
@@ -178,9 +185,9 @@ def searched_table(report: StudyReport) -> Table | None:
 
 def cells_table(analysis: Analysis) -> Table:
     rows = []
+    digits = _digits([cell.interval for cell in analysis.cells])
     for cell in analysis.cells:
         half = cell.interval.half_width if cell.interval else None
-        digits = _decimals(half)
         by_seed = ", ".join(
             f"{signed(cell.values[seed], 2)}" if seed in cell.values else "failed"
             for seed in analysis.seeds
@@ -220,12 +227,13 @@ def cells_table(analysis: Analysis) -> Table:
 
 def differences_table(analysis: Analysis, differences: Sequence[Difference], caption: str) -> Table:
     rows = []
+    digits = _digits([item.interval for item in differences])
     for item in differences:
         distinct = item.is_distinguishable(1 - analysis.confidence)
         rows.append(
             [
                 item.title,
-                *_estimate(item.estimate, item.interval),
+                *_estimate(item.estimate, item.interval, digits),
                 _p(item.p),
                 _p(item.p_holm),
                 NOTHING if item.estimate is None or item.p is None
@@ -248,8 +256,9 @@ def differences_table(analysis: Analysis, differences: Sequence[Difference], cap
 
 
 def effects_table(analysis: Analysis) -> Table:
+    digits = _digits([effect.interval for effect in analysis.effects])
     rows = [
-        [effect.name, *_estimate(effect.estimate, effect.interval), _p(effect.p),
+        [effect.name, *_estimate(effect.estimate, effect.interval, digits), _p(effect.p),
          _p(effect.p_holm), effect.note]
         for effect in analysis.effects
     ]  # fmt: skip
@@ -318,12 +327,12 @@ def cost_table(report: StudyReport) -> Table:
             [
                 key,
                 str(len(trials)),
-                _number(mean(lambda t: t.ap), ".2f"),
-                _number(mean(lambda t: t.cost.images_per_s), ",.3g"),
+                NOTHING if (ap := mean(lambda t: t.ap)) is None else signed(ap, 2),
+                _number(mean(lambda t: t.cost.images_per_s)),
                 NOTHING if wall_s is None else hours_text(wall_s / 3600),
-                _number(mean(lambda t: t.cost.gpu_hours), ",.3g"),
-                _number(mean(lambda t: t.cost.cpu_hours), ",.3g"),
-                _number(mean(lambda t: t.cost.energy_kwh), ",.3g"),
+                _number(mean(lambda t: t.cost.gpu_hours)),
+                _number(mean(lambda t: t.cost.cpu_hours)),
+                _number(mean(lambda t: t.cost.energy_kwh)),
                 NOTHING if price is None else f"{price:,.2f} {trials[0].cost.currency}",
             ]
         )
@@ -354,7 +363,7 @@ def trials_table(report: StudyReport) -> Table:
                 str(trial.seed),
                 trial.status,
                 NOTHING if trial.ap is None else signed(trial.ap, 2),
-                _number(cost, ",.3g"),
+                _number(cost),
                 *(show(trial.parameters[key]) if key in trial.parameters else NOTHING
                   for key in keys),
             ]
@@ -391,7 +400,7 @@ def power_rows(report: StudyReport, pilot: PilotPlan) -> Table:
         if cost is not None and kind is not None and kind.unit == "s":
             cost_text = hours_text(cost / 3600)
         else:
-            cost_text = _number(cost, ",.3g")
+            cost_text = _number(cost)
         rows.append(
             [short(row.delta), _count(row.seeds), _count(row.num_trials), cost_text,
              _count(bad.seeds), _count(bad.num_trials)]
@@ -449,12 +458,13 @@ def anchors_table(anchors: Sequence[Anchor]) -> Table:
 
 def steps_table(decomposition: Decomposition, metric: str) -> Table:
     rows = []
+    digits = _digits([step.difference.interval for step in decomposition.steps])
     for title, item, share in [
         *((step.title, step.difference, step.share) for step in decomposition.steps),
         ("together", decomposition.whole, None),
     ]:
         text = NOTHING if share is None else f"{signed(100 * share, 0)} %"
-        rows.append([title, *_estimate(item.estimate, item.interval), text, item.note])
+        rows.append([title, *_estimate(item.estimate, item.interval, digits), text, item.note])
     return _without_empty(
         Table(
             caption="The published pair, one change at a time, as measured here.",
@@ -518,10 +528,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _estimate(estimate: float | None, interval: Interval | None) -> list[str]:
+def _estimate(estimate: float | None, interval: Interval | None, digits: int) -> list[str]:
     if estimate is None:
         return [NOTHING, NOTHING]
-    digits = _decimals(interval.half_width if interval else None)
     if interval is None:
         return [signed(estimate, digits), NOTHING]
     return [
@@ -537,16 +546,26 @@ def _estimate_columns(analysis: Analysis) -> list[Column]:
     ]
 
 
-def _decimals(half_width: float | None) -> int:
-    return max(1, min(2, decimals_for(half_width)))
+def common_decimals(half_widths: Sequence[float]) -> int:
+    """Decimals for numbers that stand below one another: those that the surest of them needs."""
+    return max(1, min(2, decimals_for(min(half_widths, default=None))))
+
+
+def amount(value: float) -> str:
+    """Three digits, all of those before the point: "0.0412", "3.14", "2,130"."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _digits(intervals: Sequence[Interval | None]) -> int:
+    return common_decimals([interval.half_width for interval in intervals if interval])
 
 
 def _p(value: float | None) -> str:
     return NOTHING if value is None else p_value(value).removeprefix("p ").removeprefix("= ")
 
 
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None else format(value, form)
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else amount(value)
 
 
 def _count(value: int | None) -> str:

@@ -29,12 +29,14 @@ from deta.platform.figure_parts import (
 )
 from deta.platform.page import figure_text
 from deta.platform.power import PilotPlan
+from deta.platform.study_tables import amount
 from deta.platform.study_words import short, signed
 from deta.platform.trial import TrialRecord
 
 MANY_CELLS = 8  # above it, marks are coloured by their AP and only the best are named
 NUM_BEST = 3
 LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
+MIN_EVALUATIONS = 6  # below it, the end of the curves is not drawn again
 MAX_SEEDS = 24  # on the axis of the power figure
 MAX_AXES = 9  # parameters that are drawn; the table has all of them
 
@@ -44,52 +46,105 @@ def learning_curves(
 ) -> Plot | None:
     """AP over samples seen: of a cell the mean of its finished trials, and their range as a band.
 
-    A trial that did not finish is a thin line of its own: in a mean, those that were stopped
-    for being bad would make the rest look good.
+    Beside the whole, its last third at a scale of its own, where differences can be seen. A trial
+    that did not finish is a thin line of its own: in a mean, those that were stopped for being bad
+    would make the rest look good.
     """
-    curves = mean_curves(trials)
-    if not any(trial.curve for trial in trials):
+    values = [y for trial in trials for _, y in trial.curve]
+    if not values:
         return None
-    data: list[Trace] = []
-    final = {key: curves[key].mean[-1] for key in cells if key in curves}
+    curves = {key: curve for key, curve in mean_curves(trials).items() if key in cells}
+    final = {key: curve.mean[-1] for key, curve in curves.items()}
     best = sorted(final, key=lambda key: -final[key])
+    named = best[:NUM_BEST] if len(cells) > MANY_CELLS else best
+    samples = sorted({x for curve in curves.values() for x in curve.samples})
+    begin = samples[-max(2, len(samples) // 3)] if len(samples) >= MIN_EVALUATIONS else None
+    end = max(x for trial in trials for x, _ in trial.curve)
+
+    data = _curve_traces(trials, cells, curves, final, named, metric, axes=1)
+    low, high = padded(values)
+    ranges = [((0.0, end * 1.02), (low, high))]
+    if begin is not None:
+        late = [y for curve in curves.values() for side in (curve.low, curve.high)
+                for x, y in zip(curve.samples, side, strict=True) if x >= begin]  # fmt: skip
+        data += _curve_traces(trials, cells, curves, final, named, metric, axes=2)
+        low, high = padded(late)
+        ranges.append(((begin - (end - begin) * 0.04, end + (end - begin) * 0.04), (low, high)))
+
+    room_px = 0 if narrow else label_px(named, 30) + 8
+    legend_px = (LABEL_PX + 4) * len(named) if narrow else 0
+    drawn_px = 380 if not narrow else 300 * len(ranges)
+    layout: Plot = {
+        "height": drawn_px + legend_px + 64,
+        "margin": {"r": 12 + room_px, "t": 16 + legend_px},
+    }
+    for place, (across, up) in enumerate(ranges):
+        number = "" if place == 0 else "2"
+        whole, share = (0.0, 1.0), len(ranges) > 1
+        beside = whole if not share else ((0.0, 0.45), (0.55, 1.0))[place]
+        below = whole if not share else ((0.6, 1.0), (0.0, 0.4))[place]
+        layout[f"xaxis{number}"] = axis(
+            "training samples seen" + (", last third" if place else ""),
+            range=list(across), domain=list(whole if narrow else beside), anchor=f"y{number}",
+            nticks=5,
+        )  # fmt: skip
+        layout[f"yaxis{number}"] = axis(
+            f"{figure_text(metric)} (0 to 100)" if place == 0 or narrow else "",
+            range=list(up), domain=list(below if narrow else whole), anchor=f"x{number}",
+        )  # fmt: skip
+    colors = {key: _curve_color(key, cells, final) for key in named}
+    if narrow:
+        layout["annotations"] = [
+            label(f"— {shortened(key, 36)}  {signed(final[key], 1)}", 0, 1, color=colors[key],
+                  xref="paper", yref="paper", yanchor="bottom",
+                  yshift=6 + (LABEL_PX + 4) * (len(named) - 1 - place))
+            for place, key in enumerate(named)
+        ]  # fmt: skip
+    else:
+        places = {key: (final[key] - low) / (high - low) for key in named}
+        layout["annotations"] = [
+            label(shortened(key, 30), 1, place, color=colors[key], xref="paper", yref="paper",
+                  xshift=4)
+            for key, place in spread(places, (LABEL_PX + 2) / drawn_px).items()
+        ]  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def _curve_color(key: str, cells: Sequence[str], final: Mapping[str, float]) -> str:
+    if len(cells) <= MANY_CELLS:
+        return color_of(cells.index(key))
+    low, high = padded(list(final.values()), 0) if final else (0.0, 1.0)
+    return step_color((final.get(key, low) - low) / (high - low))
+
+
+def _curve_traces(
+    trials: Sequence[TrialRecord],
+    cells: Sequence[str],
+    curves: Mapping[str, MeanCurve],
+    final: Mapping[str, float],
+    named: Sequence[str],
+    metric: str,
+    *,
+    axes: int,
+) -> list[Trace]:
+    data: list[Trace] = []
     is_many = len(cells) > MANY_CELLS
-    named = best[:NUM_BEST] if is_many else best
-    ends = padded(list(final.values())) if final else (0.0, 1.0)
-
-    def color(key: str) -> str:
-        if not is_many:
-            return color_of(cells.index(key))
-        return step_color((final.get(key, ends[0]) - ends[0]) / (ends[1] - ends[0]))
-
     for trial in trials:
         if trial.status != "finished" and trial.curve and trial.cell in cells:
-            text = figure_text(f"{trial.name}: {trial.status}")
+            color = "@muted" if is_many else _curve_color(trial.cell, cells, final)
+            texts = [figure_text(f"{trial.name}: {trial.status}")] * len(trial.curve)
+            x, y = [x for x, _ in trial.curve], [y for _, y in trial.curve]
+            data.append(line(x, y, color=color, width=1, dash="dot", texts=texts, axes=axes))
             data.append(
-                line(
-                    [x for x, _ in trial.curve],
-                    [y for _, y in trial.curve],
-                    color=color(trial.cell),
-                    width=1,
-                    dash="dot",
-                    texts=[text] * len(trial.curve),
-                )
-            )
-            data.append(
-                points(
-                    [trial.curve[-1][0]],
-                    [trial.curve[-1][1]],
-                    color=color(trial.cell),
-                    symbol="x-thin-open",
-                    texts=[text],
-                )
-            )
+                points(x[-1:], y[-1:], color=color, symbol="x-thin-open", texts=texts[:1],
+                       axes=axes)
+            )  # fmt: skip
     for place, key in enumerate(cells):
-        if key not in curves:
+        curve = curves.get(key)
+        if curve is None:
             continue
-        curve = curves[key]
         if curve.num_seeds > 1 and not is_many:
-            data.append(band(curve.samples, curve.low, curve.high, color=band_of(place)))
+            data.append(band(curve.samples, curve.low, curve.high, color=band_of(place), axes=axes))
         texts = [
             f"{figure_text(key)}<br>{x:,} samples: {signed(y, 2)} {figure_text(metric)}"
             for x, y in zip(curve.samples, curve.mean, strict=True)
@@ -98,53 +153,14 @@ def learning_curves(
             line(
                 curve.samples,
                 curve.mean,
-                color=color(key),
+                color=_curve_color(key, cells, final),
                 width=2.5 if key in named else 1.5,
                 dash="solid" if is_many else dash_of(place),
                 texts=texts,
+                axes=axes,
             )
         )
-    values = [y for trial in trials for _, y in trial.curve]
-    low, high = padded(values)
-    height = 400 if narrow else 440
-    layout: Plot = {
-        "height": height + (LABEL_PX + 4) * len(named) * narrow,
-        "xaxis": axis("training samples seen", rangemode="tozero", nticks=5 if narrow else 9),
-        "yaxis": axis(f"{figure_text(metric)} (0 to 100)", range=[low, high]),
-        "margin": (
-            {"r": 12, "t": 16 + (LABEL_PX + 4) * len(named)}
-            if narrow
-            else {"r": label_px(named, 30) + 8}
-        ),
-    }
-    if narrow:
-        layout["annotations"] = [
-            label(
-                f"— {shortened(key, 36)}  {signed(final[key], 1)}",
-                0,
-                1,
-                color=color(key),
-                xref="paper",
-                yref="paper",
-                yanchor="bottom",
-                yshift=6 + (LABEL_PX + 4) * (len(named) - 1 - place),
-            )
-            for place, key in enumerate(named)
-        ]
-    else:
-        gap = (high - low) * (LABEL_PX + 2) / (height - 64)
-        heights = spread({key: final[key] for key in named}, gap)
-        layout["annotations"] = [
-            label(
-                shortened(key, 30),
-                curves[key].samples[-1],
-                heights[key],
-                color=color(key),
-                xshift=10,
-            )
-            for key in named
-        ]
-    return {"data": data, "layout": layout}
+    return data
 
 
 @dataclass(frozen=True)
@@ -215,8 +231,8 @@ def cost_against_ap(
         t.ap for cell in cells for t in cell.trials if t.ap is not None
     ]
     is_log = min(all_costs) > 0 and max(all_costs) / min(all_costs) > LOG_RATIO
-    ranges = [math.log10(v) for v in all_costs] if is_log else all_costs
-    left, right = padded(ranges, 0.08)
+    place_of = math.log10 if is_log else float
+    left, right = padded([place_of(cost) for cost in all_costs], 0.08)
     low, high = padded(values, 0.1)
     if on_front:
         edge = 10**right if is_log else right
@@ -251,28 +267,32 @@ def cost_against_ap(
                 symbol=symbol,
                 size=12 if not is_many else 9,
                 is_hollow=cell.name not in front,
-                texts=[f"{figure_text(cell.name)}<br>{signed(cell.ap, 2)} at {cell.cost:.3g}"],
+                texts=[f"{figure_text(cell.name)}<br>{signed(cell.ap, 2)} at {amount(cell.cost)}"],
             )
         )
     # On the front everything is named; elsewhere too, where cells are few.
     named = [c for c in cells if c.name in front or not is_many][: MANY_CELLS + NUM_BEST]
     height = 380
     gap = (high - low) * (LABEL_PX + 2) / (height - 64)
-    heights = spread({cell.name: cell.ap for cell in named}, gap)
     letters = 24 if narrow else 34
+    near = (right - left) * (0.6 if narrow else 0.22)
+    heights: dict[str, float] = {}
+    for group in _neighbours({cell.name: place_of(cell.cost) for cell in named}, near):
+        heights |= spread({name: of_name[name].ap for name in group}, gap)
     middle = (left + right) / 2
     notes = []
     for cell in named:
-        x = math.log10(cell.cost) if is_log else cell.cost
+        x = place_of(cell.cost)
         is_right = x > middle
         notes.append(
             label(
                 shortened(cell.name, letters),
                 x,
-                heights[cell.name],
+                min(max(heights[cell.name], low), high),
                 color="@c0" if is_many else color_of(cell.place),
                 anchor="right" if is_right else "left",
-                xshift=-12 if is_right else 12,
+                xshift=-10 if is_right else 10,
+                yshift=9 if cell.name in front else 0,  # above the line of the front
             )
         )
     layout = {
@@ -289,6 +309,17 @@ def cost_against_ap(
     return {"data": data, "layout": layout}
 
 
+def _neighbours(places: Mapping[str, float], near: float) -> list[list[str]]:
+    """Names in groups; whoever is nearer than `near` to another is in its group."""
+    groups: list[list[str]] = []
+    for name in sorted(places, key=lambda name: places[name]):
+        if groups and places[name] - places[groups[-1][-1]] < near:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
 @dataclass(frozen=True)
 class ParallelAxis:
     """One quantity of every trial: places from 0 to 1, and what stands at some of them."""
@@ -299,14 +330,17 @@ class ParallelAxis:
 
 
 def parallel_axes(trials: Sequence[TrialRecord], metric: str) -> list[ParallelAxis]:
-    """The parameters that differ between trials, most telling first as they come, and the AP."""
-    keys = dict.fromkeys(key for trial in trials for key in trial.parameters)
+    """The parameters that differ between trials, in their order, and the AP of those that finished.
+
+    The seed is none of them: it was not searched, and the AP says how much it does.
+    """
+    keys = dict.fromkeys(key for t in trials for key in t.parameters if key != "seed")
     axes = []
     for key in keys:
         values = {t.name: t.parameters[key] for t in trials if key in t.parameters}
         if len({repr(value) for value in values.values()}) > 1:
             axes.append(_axis_of(key, values))
-    results = {t.name: t.ap for t in trials if t.ap is not None}
+    results = {t.name: t.ap for t in trials if t.ap is not None and t.status == "finished"}
     kept = axes[: MAX_AXES - 1]
     return [*kept, _axis_of(metric, results)] if results else kept
 
@@ -358,7 +392,7 @@ def parallel_coordinates(
     Drawn from plain lines: plotly's own kind wants WebGL and to compile code, which the page
     forbids. In a narrow window the axes lie, one below the other.
     """
-    results = [t.ap for t in trials if t.ap is not None]
+    results = [t.ap for t in trials if t.ap is not None and t.status == "finished"]
     low, high = padded(results, 0) if results else (0.0, 1.0)
     data: list[Trace] = []
     ordered = sorted(trials, key=lambda t: -math.inf if t.ap is None else t.ap)
@@ -371,12 +405,12 @@ def parallel_coordinates(
         steps: list[float] = [i for i, _ in along]
         x, y = (across, steps) if narrow else (steps, across)
         result = "no AP" if trial.ap is None else signed(trial.ap, 2)
-        share = 0.0 if trial.ap is None else (trial.ap - low) / (high - low)
+        share = (trial.ap - low) / (high - low) if trial.ap and trial.status == "finished" else 0.0
         data.append(
             line(
                 x,
                 y,
-                color="@c1" if trial.ap is None else step_color(share),
+                color="@c1" if trial.status == "failed" else step_color(share),
                 width=1.2 + 1.3 * share,
                 dash="solid" if trial.status == "finished" else "dot",
                 opacity=0.9,
@@ -400,23 +434,30 @@ def parallel_coordinates(
         for text, place in item.ticks.items():
             notes.append(
                 label(shortened(text, 14), place, i, color="@muted", yanchor="top", yshift=-4,
-                      anchor="left" if place < 0.1 else "right" if place > 0.9 else "center")
+                      anchor="left" if place < 0.1 else "right" if place > 0.9 else "center",
+                      bgcolor="@paper")
                 if narrow
-                else label(shortened(text, 14), i, place, color="@muted", anchor="right", xshift=-6)
+                else label(shortened(text, 14), i, place, color="@muted", anchor="right", xshift=-6,
+                           bgcolor="@paper")
             )  # fmt: skip
     count = len(axes) - 1
+    left_px = max(label_px(list(axes[0].ticks), 14), 8 + _half_px(axes[0].name))
     hidden = {"showticklabels": False, "ticks": "", "showline": False, "showgrid": False,
               "fixedrange": True}  # fmt: skip
     layout = {
         "height": 60 + 74 * len(axes) if narrow else 420,
         "margin": {"l": 8, "r": 8, "t": 24, "b": 24} if narrow
-        else {"l": 64, "r": 48, "t": 64, "b": 16},
+        else {"l": left_px, "r": 12 + _half_px(axes[-1].name), "t": 64, "b": 16},
         "xaxis": hidden | {"range": [-0.04, 1.04] if narrow else [-0.05, count + 0.05]},
         "yaxis": hidden | {"range": [count + 0.3, -0.4] if narrow else [-0.05, 1.05]},
         "shapes": shapes,
         "annotations": notes,
     }  # fmt: skip
     return {"data": data, "layout": layout}
+
+
+def _half_px(title: str) -> int:
+    return max(36, label_px([title], 22) * 11 // 20)  # in bold letters
 
 
 def power_curve(

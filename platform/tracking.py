@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ PARAMS_PER_CALL = 100  # limit of MLflow's REST interface
 MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 4000
 TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer where MLflow is slow
 FILE_TIMEOUT_S = 60
-MAX_MASKED_BYTES = 5_000_000
+MAX_MASKED_BYTES = 2_000_000
 TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
 HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
 DEAD_AFTER_S = 120.0
@@ -124,7 +125,7 @@ class MlflowStore:
             part = params[begin : begin + PARAMS_PER_CALL]
             self._call(client.log_batch, run_id, params=part)
         data = description.get("data") or {}
-        if data and not run.inputs.dataset_inputs:
+        if data and not (run.inputs and run.inputs.dataset_inputs):
             inputs = [_dataset_input(context, one) for context, one in data.items()]
             self._call(client.log_inputs, run_id, datasets=inputs)
         for name in ("environment", "categories"):
@@ -176,14 +177,18 @@ class MlflowStore:
             self._call(client.update_run, run_id, status="RUNNING")
             return
         if record.reason or record.num_begins > 1:
-            reason = mask_text(record.reason)[:MAX_TAG_CHARACTERS]
-            self._call(client.set_tag, run_id, "deta.reason", reason)
+            self._call(client.set_tag, run_id, "deta.reason", record.reason[:MAX_TAG_CHARACTERS])
         if record.status == "FINISHED" and record.best_ap is not None:
             path = f"checkpoints/step-{record.best_step:08d}"
             self._call(client.set_tag, run_id, "deta.best_checkpoint", path)
         self._call(
             client.set_terminated, run_id, status=record.status, end_time=record.end_time_ms or None
         )
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        for name, value in tags.items():
+            text = mask(name, mask_text(value))[:MAX_TAG_CHARACTERS]
+            self._call(self._connect().set_tag, run_id, name[:250], text)
 
     def beat(self, run_id: str) -> None:
         self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
@@ -220,6 +225,7 @@ class MlflowStore:
     def _connect(self) -> MlflowClient:
         if self._client is None:
             with _alone_at(self.uri):  # the first one makes the tables
+                _make_database(self.uri)
                 client = MlflowClient(tracking_uri=self.uri)
                 self._call(client.search_experiments, max_results=1)
             self._client = client
@@ -248,7 +254,7 @@ class MlflowStore:
 
     def _experiment(self, name: str) -> Experiment:
         client = self._connect()
-        found = self._call(client.get_experiment_by_name, name)
+        found: Any = self._call(client.get_experiment_by_name, name)
         if found is None:
             location = None
             if self.uri.startswith("sqlite:///"):
@@ -299,7 +305,7 @@ class MlflowStore:
             self._connect().create_run,
             experiment.experiment_id,
             start_time=int(created_s * 1000) if created_s else None,
-            run_name=description["config"].get("name") or folder.name,
+            run_name=description.get("title") or description["config"].get("name") or folder.name,
             tags={k[:250]: v[:MAX_TAG_CHARACTERS] for k, v in tags.items()},
         )
 
@@ -362,6 +368,24 @@ def _alone_at(uri: str) -> Iterator[None]:
     with database.with_name(f".{database.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _make_database(uri: str) -> None:
+    """Make a database file whole or not at all: half a one, of a killed process, stays broken.
+
+    In memory first, since MLflow makes its tables in hundreds of writes to the disk.
+    """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or database.exists():
+        return
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="deta-", dir=place) as folder:
+        new = Path(folder) / database.name
+        MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+        unfinished = database.with_name(f".{database.name}.unfinished")
+        shutil.copyfile(new, unfinished)
+        unfinished.replace(database)
 
 
 def _require_active(run: Run) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deta.platform.journal import read_events
+from deta.platform.masking import mask_text
 from deta.platform.run_file import write_json
 
 RECORD_FILE = "mlflow.json"
@@ -52,6 +53,7 @@ class Record:
     end_time_ms: int = 0
     end_bytes: int = 0  # behind the last `ended`, if nothing came behind it
     files: list[list[str]] = field(default_factory=list)  # still to be sent: path, folder there
+    tags: dict[str, str] = field(default_factory=dict)  # still to be set
     replaced_images: list[int] = field(default_factory=list)
     num_begins: int = 0
     num_restarts: int = 0
@@ -112,6 +114,11 @@ class Record:
         self._add_file(event["path"], event.get("to", ""))
         return []
 
+    def _take_tags(self, event: dict[str, Any]) -> list[Row]:
+        """What is known of a run only later, such as a sweep's verdict."""
+        self.tags |= {str(name): str(value) for name, value in event["tags"].items()}
+        return []
+
     def _take_begin(self, event: dict[str, Any]) -> list[Row]:
         step = int(event["step"])
         self.num_begins += 1
@@ -132,7 +139,7 @@ class Record:
 
     def _take_ended(self, event: dict[str, Any]) -> list[Row]:
         self.status = event["status"] if event["status"] in ENDS else "FAILED"
-        self.reason = str(event.get("reason") or "")
+        self.reason = mask_text(str(event.get("reason") or ""))
         self.end_bytes, self.end_time_ms = self.offset_bytes, _time_ms(event)
         rows = _rows(event | {"step": self.highest_step}, {"run/goodput": event.get("goodput")})
         if self.status != "FINISHED" or self.best_ap is None:
@@ -163,7 +170,7 @@ class Record:
         return copy.deepcopy(self)
 
     def save(self, folder: Path) -> None:
-        write_json(folder / RECORD_FILE, asdict(self))
+        write_json(folder / RECORD_FILE, asdict(self), force=False)  # only a cache
 
 
 def read_record(folder: Path) -> Record:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from deta.platform.journal import FILE_NAME, read_events
 from deta.platform.masking import mask_text
-from deta.platform.run_file import RUN_FILE, read_run_file, write_json
+from deta.platform.run_file import read_run_file, write_json
 from deta.platform.upload_record import (
     REPLACED_FILE,
     Record,
@@ -29,7 +29,7 @@ from deta.platform.upload_record import (
     next_rows,
     read_record,
 )
-from deta.platform.uploading import STATE_FILE, UploadState, read_upload_state
+from deta.platform.uploading import STATE_FILE, UploadState, find_runs, read_upload_state
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ MAX_BACKOFF_S = 15.0
 LAST_WAIT_S = 5.0  # for the supervisor's last event, where both were told to stop
 STOP_WITHIN_S = 7.0  # after SIGTERM, whatever MLflow does
 WAIT_FOR_PARENT_S = 60.0
-NUM_LEVELS = 3  # of folders between a sweep and its runs
 
 
 class Store(Protocol):
@@ -58,6 +57,7 @@ class Store(Protocol):
     def set_status(self, run_id: str, record: Record) -> None: ...
     def beat(self, run_id: str) -> None: ...
     def send_file(self, run_id: str, path: Path, folder: str) -> None: ...
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None: ...
     def hurry(self) -> None: ...
 
 
@@ -81,7 +81,9 @@ class RunUploader:
         self._counted: tuple[int, Record, int] | None = None
 
     def has_new(self) -> bool:
-        return self._journal_bytes() != self.record.offset_bytes or bool(self.record.files)
+        record = self.record
+        is_behind = self._journal_bytes() != record.offset_bytes
+        return is_behind or bool(record.files) or bool(record.tags)
 
     def is_complete(self, behind_bytes: int = 0) -> bool:
         """All is sent, and the last event is an `ended` behind this offset."""
@@ -114,6 +116,11 @@ class RunUploader:
             if record.status != self.record.status or record.end_bytes:
                 self.store.set_status(run_id, record)
             self._is_done(record)
+        if self.record.tags:
+            self.store.set_tags(run_id, self.record.tags)
+            record = self.record.copy()
+            record.tags = {}
+            self._is_done(record)
         self._send_files(run_id)
         if beats and not self.record.end_bytes and self._is_due():
             self.store.beat(run_id)
@@ -142,7 +149,7 @@ class RunUploader:
         )
         if told != self._told:
             with contextlib.suppress(OSError):  # a full disk; the next turn tells it
-                write_json(self.folder / STATE_FILE, asdict(told))
+                write_json(self.folder / STATE_FILE, asdict(told), force=False)
                 self._told = told
 
     def close(self) -> None:
@@ -280,6 +287,8 @@ class Follower:
     def follow(self) -> bool:
         """True if all is in MLflow."""
         failures = 0
+        for run in self._find_runs():
+            run.tell("waiting")  # it has started
         while True:
             error = self.turn()
             if error is None:
@@ -362,18 +371,6 @@ class Follower:
                 return b'"kind": "ended"' in file.read().rstrip().rpartition(b"\n")[2]
         except OSError:
             return False
-
-
-def find_runs(folder: Path, levels: int = NUM_LEVELS) -> list[Path]:
-    """Folders with a run in them, this one and those below, sweeps before their trials."""
-    found = [folder] if (folder / RUN_FILE).is_file() else []
-    if levels == 0:
-        return found
-    with contextlib.suppress(OSError):
-        for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
-                found += find_runs(inner, levels - 1)
-    return found
 
 
 def stop_on_signals(stop: Callable[[], None], last_words: Callable[[], None]) -> None:

@@ -13,17 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import deta
 from deta.platform.journal import FILE_NAME
 from deta.platform.masking import MASK
-from deta.platform.upload_record import read_record
+from deta.platform.run_file import RUN_FILE
+from deta.platform.upload_record import read_record, what_is_left
 
 STATE_FILE = "uploader.json"
 LOG_FILE = "uploader.log"
 MAX_LOG_BYTES = 1_000_000
+PARTS_OF_RUNS = ("checkpoints", "pictures", "stacks", "heartbeats", "ray")  # no runs in these
+NUM_LEVELS = 3  # of folders between a sweep and its runs
+START_WITHIN_S = 60.0  # of the uploader; making a new database file takes a slow disk long
 LAST_TRY_S = 3.0  # of the time that the uploader has at the end
 
 
@@ -54,7 +57,7 @@ def tracking_uri(storage: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"
 
 
-def uri_of(folder: Path, storage: Path | None = None) -> str:
+def uri_of(folder: Path) -> str:
     """Where the run of this folder belongs: `MLFLOW_TRACKING_URI`; where it was before; beside it.
 
     Raises:
@@ -62,13 +65,20 @@ def uri_of(folder: Path, storage: Path | None = None) -> str:
     """
     known = read_record(folder).uri
     if os.environ.get("MLFLOW_TRACKING_URI") or not known:
-        return tracking_uri(storage or folder.parent)
+        return tracking_uri(_storage_of(folder))
     if MASK in known:
         raise ValueError(
             f"{folder}: belongs to MLflow at {known}, and its password is kept nowhere; set "
             "MLFLOW_TRACKING_URI"
         )
     return known
+
+
+def _storage_of(folder: Path) -> Path:
+    """Where the runs are; for the trial of a sweep, where the sweep is."""
+    folder = folder.resolve()
+    sweeps = [one for one in folder.parents[:NUM_LEVELS] if (one / RUN_FILE).is_file()]
+    return (sweeps[-1] if sweeps else folder).parent
 
 
 def start_uploader(
@@ -91,7 +101,7 @@ def start_uploader(
     if sweep:
         command.append("--sweep")
     env = dict(os.environ if env is None else env)
-    root = str(Path(next(iter(deta.__path__))).parent)
+    root = str(Path(__file__).absolute().parents[2])  # not resolved: above deta/, which has links
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     log = _open_log(folder / LOG_FILE)
     try:
@@ -127,7 +137,11 @@ def finish_uploader(
     is_told = False
     while process.poll() is None:
         waited_s = time.monotonic() - began_s
-        is_well = _answers_well(read_upload_state(folder)) and waited_s < at_most_s
+        state = read_upload_state(folder)
+        is_well = _answers_well(state) and waited_s < at_most_s
+        # It has not spoken to MLflow yet: a run that was over before its uploader had started.
+        is_starting = state.process != process.pid or not (state.error or state.last_success_s)
+        is_well = is_well or (is_starting and waited_s < START_WITHIN_S)
         if waited_s > within_s - LAST_TRY_S and not is_well and not is_told:
             process.send_signal(signal.SIGTERM)
             is_told = True
@@ -135,7 +149,12 @@ def finish_uploader(
             process.kill()
             process.wait()
         time.sleep(0.05)
-    return read_upload_state(folder)
+    state = read_upload_state(folder)
+    left = [what_is_left(run) for run in find_runs(folder)]
+    rows, files = sum(rows for rows, _ in left), sum(files for _, files in left)
+    if rows or files:  # it may have had no time to say so
+        state = replace(state, left_rows=rows, left_files=files, state="stopped")
+    return state
 
 
 def read_upload_state(folder: Path) -> UploadState:
@@ -146,6 +165,22 @@ def read_upload_state(folder: Path) -> UploadState:
         return UploadState(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, AttributeError, TypeError):
         return UploadState()
+
+
+def find_runs(folder: Path, levels: int = NUM_LEVELS) -> list[Path]:
+    """Folders with a run in them, this one and those below, sweeps before their trials."""
+    found = [folder] if (folder / RUN_FILE).is_file() else []
+    if levels == 0:
+        return found
+    try:
+        with os.scandir(folder) as entries:
+            inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    except OSError:  # deleted meanwhile, or somebody else's
+        return found
+    for name in inner:
+        if not name.startswith(".") and name not in PARTS_OF_RUNS:
+            found += find_runs(folder / name, levels - 1)
+    return found
 
 
 def _answers_well(state: UploadState) -> bool:

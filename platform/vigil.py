@@ -12,8 +12,9 @@ from deta.platform.journal import FILE_NAME, read_events
 from deta.platform.run import Run
 from deta.platform.watchdog import HEARTBEATS, STACKS
 
-# Watchdogs write every 5 s. Where none has for so long, not even they run any more.
-SILENCE_S = 30.0
+# Watchdogs write every 5 s. Where none has for so long, not even they run any more; and Ray, which
+# replaces what it sees die, has not either.
+SILENCE_S = 120.0
 
 
 class Vigil:
@@ -89,7 +90,7 @@ class Vigil:
         found = [f"{f['type']}: {f['message']}" for f in self._failures(self._attempt_began_s)]
         # Workers whose peer is gone complain of the connection.
         own = [text for text in found if "onnection" not in text and "peer" not in text]
-        return (own or found or [""])[0]
+        return (own or (["a worker was lost"] if found else [""]))[0]
 
     def hang(self) -> str:
         """That the training stands still, and where the stacks are; nothing while it gets on."""
@@ -103,7 +104,7 @@ class Vigil:
         beats = list((self.run.folder / HEARTBEATS).glob("rank-*.json"))
         newest_s = max((path.stat().st_mtime for path in beats), default=self._started_s)
         silent_s = time.time() - max(newest_s, self._started_s)
-        if silent_s > max(SILENCE_S, self.run.config.cluster.hang_timeout_s):
+        if silent_s > max(SILENCE_S, 2 * self.run.config.cluster.hang_timeout_s):
             return f"no sign of life from any worker for {silent_s:.0f} s"
         return ""
 

@@ -146,9 +146,14 @@ class NetnsCluster:
         with log_path.open("wb") as log:
             self.nodes.append(
                 subprocess.Popen(
-                    command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    command,
+                    env=env,
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             )
         deadline_s = time.monotonic() + 120
         while b"Ray runtime started" not in log_path.read_bytes():

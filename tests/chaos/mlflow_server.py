@@ -146,7 +146,7 @@ class Proxy:
             return
         if mode == "slow":
             time.sleep(SLOW_S)
-        # Half of the calls fail; of these, half have been carried out, which the client cannot know.
+        # Half of the calls fail; half of these have been carried out, which no client can know.
         if mode == "errors" and number % 4 == 1:
             self._answer(request, 500, {}, b"{}")
             return

@@ -1,4 +1,4 @@
-"""A tiny DETA, run as a person would run it: by its command, with its files as the only interface."""
+"""A tiny DETA, run as a person would: by its command, with its files as the only interface."""
 
 from __future__ import annotations
 

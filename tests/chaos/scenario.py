@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -85,4 +86,6 @@ def _attempt(
         row = {"passed": outcome.passed, "figure": outcome.figure, "unit": outcome.unit}
         if outcome.note:
             row["note"] = outcome.note
-    return row | {"took_s": round(time.monotonic() - began_s, 1)}
+    # How busy the machine was, by all its users: seconds mean little where this is far above 1.
+    load = max(os.getloadavg()[:2]) / (os.cpu_count() or 1)
+    return row | {"took_s": round(time.monotonic() - began_s, 1), "load": round(load, 1)}

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def world_sizes_change(place: Place, options: Options) -> Outcome:
         ("g2-43", 4, 12, [(3, None)]),
     ):
         epochs = 2 if batch == 4 else 6
-        fixed = {
+        fixed: dict[str, Any] = {
             "schedule__epochs": epochs, "evaluate_every_epochs": epochs, "total_batch_size": batch
         }  # fmt: skip
         clean = Direct(place, f"{name}-clean", record=batch == 4, **fixed)
@@ -119,7 +120,7 @@ def state_audit(place: Place, options: Options) -> Outcome:
 
     Noticed is what ends in an error, or in another end of the run than the undisturbed one's.
     """
-    fixed = {
+    fixed: dict[str, Any] = {
         "schedule__epochs": 2, "evaluate_every_epochs": 1, "ema_decay": 0.9,
         "checkpoint__every_steps": 1, "checkpoint__keep": 40, "schedule__patience": 2,
         "record": False,
@@ -296,7 +297,7 @@ def _slope(times: list[float], values: list[float]) -> tuple[float, float]:
     """
     count = min(12, len(times))
     edges = [round(i * len(times) / count) for i in range(count + 1)]
-    spans = list(zip(edges, edges[1:], strict=False))
+    spans = list(pairwise(edges))
     x = [sum(times[a:b]) / (b - a) for a, b in spans]
     y = [sum(values[a:b]) / (b - a) for a, b in spans]
     mean_x, mean_y = sum(x) / count, sum(y) / count

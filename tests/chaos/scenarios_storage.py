@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -170,7 +171,8 @@ def _damage(
     expect(newest == steps[-1] and len(steps) > 1, f"checkpoints: {[p.name for p in steps]}")
     for _ in range(times):
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(clean.folder / "checkpoints", folder)
+        # Linked, not copied: damage replaces a file.
+        shutil.copytree(clean.folder / "checkpoints", folder, copy_function=os.link)
         damage(folder / steps[-1].name, chance)
         told: list[str] = []
         began_s = time.monotonic()
@@ -193,7 +195,7 @@ def _damage(
 def _truncate(checkpoint: Path, chance: random.Random) -> None:
     file = chance.choice(sorted(checkpoint.iterdir()))
     content = file.read_bytes()
-    file.write_bytes(content[: chance.randrange(len(content))])
+    _replace(file, content[: chance.randrange(len(content))])
 
 
 def _flip(checkpoint: Path, chance: random.Random) -> None:
@@ -203,6 +205,11 @@ def _flip(checkpoint: Path, chance: random.Random) -> None:
     (file,) = chance.choices(files, weights)
     content = bytearray(file.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    _replace(file, bytes(content))
+
+
+def _replace(file: Path, content: bytes) -> None:
+    file.unlink()
     file.write_bytes(content)
 
 
@@ -323,5 +330,3 @@ def _unmount(folder: Path) -> None:
             return
         time.sleep(0.25)
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
-
-

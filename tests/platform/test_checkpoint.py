@@ -126,7 +126,7 @@ def test_a_newer_format_is_refused_clearly_and_left_alone(tmp_path: Path, with_h
         text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(OtherVersionError, match="has format 3.*reads up to 2.*needs a newer"):
+    with pytest.raises(OtherVersionError, match=r"has format 3.*reads up to 2.*needs a newer"):
         read_checkpoint(path)
     with pytest.raises(OtherVersionError):  # not a step back to the one before
         newest_checkpoint(tmp_path)
@@ -218,10 +218,9 @@ def test_what_the_disk_does_not_let_be_read_is_left(tmp_path: Path):
 
 def test_a_save_that_was_interrupted_is_not_seen_and_is_cleaned_up(tmp_path: Path):
     write(tmp_path, 1)
-    for name in (".step-00000002.unfinished", ".step-00000002.0a1b2c3d.unfinished",
-                 ".step-00000001.0a1b2c3d.replaced", ".step-00000000.0a1b2c3d.deleted"):  # fmt: skip
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    for name in ("2.unfinished", "2.0a1b.unfinished", "1.0a1b.replaced", "0.0a1b.deleted"):
+        (tmp_path / f".step-0000000{name}").mkdir()
+        (tmp_path / f".step-0000000{name}" / "model.safetensors").write_bytes(b"half")
     assert newest(tmp_path).state.step == 1
     clean_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -291,7 +290,7 @@ def test_a_fenced_off_writer_leaves_nothing(tmp_path: Path):
     )
     write_checkpoint(tmp_path / "checkpoints", snapshot, fence)
     Fence.claim(tmp_path, "new")
-    with pytest.raises(FencedOffError, match="old.*new"):
+    with pytest.raises(FencedOffError, match=r"old.*new"):
         write_checkpoint(tmp_path / "checkpoints", snapshot, fence)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
@@ -349,7 +348,7 @@ def test_tensors_that_share_memory_or_lie_apart_are_written_as_they_are(tmp_path
 
 
 def test_a_type_that_safetensors_does_not_know_is_named():
-    with pytest.raises(ValueError, match="phase.*complex128"):
+    with pytest.raises(ValueError, match=r"phase.*complex128"):
         copy_tensors({"phase": torch.zeros(1, dtype=torch.complex128)})
 
 

@@ -6,7 +6,7 @@ import math
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deta.platform.cost import (
@@ -19,6 +19,8 @@ from deta.platform.cost import (
     pareto,
     price_of,
 )
+
+few = settings(max_examples=40, deadline=None)  # the machine may be busy
 
 
 def test_an_estimate_is_samples_over_speed():
@@ -98,6 +100,7 @@ numbers = st.floats(0, 100, allow_nan=False).map(lambda value: round(value, 1))
 points_of = st.lists(st.builds(CostPoint, st.text(max_size=3), numbers, numbers), max_size=30)
 
 
+@few
 @given(points_of)
 def test_the_front_is_what_no_point_beats(points: list[CostPoint]):
     front = pareto(points)

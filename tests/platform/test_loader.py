@@ -188,7 +188,7 @@ def test_a_broken_image_reaches_the_trainer_with_its_file_name(num_loader_worker
 # --- Broken pictures -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [{7}, {0, 3, 9}, set(range(11)) - {2, 6}], ids=len)
+@pytest.mark.parametrize("broken", [{7}, {0, 3, 9}, {1, 4, 5, 8, 10}], ids=len)
 def test_broken_pictures_are_replaced_alike_everywhere(undisturbed, broken):
     alone = list(loader(broken=broken))
     expected = flat(alone)
@@ -291,11 +291,12 @@ def test_a_killed_loader_worker_is_named_within_seconds(thread):
 
     def train() -> None:
         before = set(multiprocessing.active_children())
+        steps = iter(loader(num_loader_workers=2, end_step=10**6))
+        next(steps)
+        own = set(multiprocessing.active_children()) - before
+        os.kill(own.pop().pid, signal.SIGKILL)
         with pytest.raises(LoaderWorkerError) as caught:
-            for number, _ in enumerate(loader(num_loader_workers=2, end_step=10**6)):
-                if number == 1:
-                    own = set(multiprocessing.active_children()) - before
-                    os.kill(own.pop().pid, signal.SIGKILL)
+            list(steps)
         said.append(caught.value)
 
     began_s = time.monotonic()

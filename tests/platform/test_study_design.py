@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -147,7 +148,7 @@ def test_the_published_pair_stands_beside_the_crossed_cells():
 )
 def test_each_step_of_the_path_changes_something(study: Design, path: tuple[tuple[str, str], ...]):
     keys = [key for key, _ in path]
-    changed = [set(study.changed(one, other)) for one, other in zip(keys, keys[1:], strict=False)]
+    changed = [set(study.changed(one, other)) for one, other in pairwise(keys)]
 
     assert all(changed)
     assert {"total_batch_size"} in changed

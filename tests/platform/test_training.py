@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,14 +18,14 @@ import torch
 
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
-from deta.platform import checkpoint
+from deta.platform import checkpoint, loader, training
 from deta.platform.coco import CocoDataset
 from deta.platform.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.detect import Worker
-from deta.platform.journal import read_events
+from deta.platform.journal import Journal, read_events
 from deta.platform.optim import OptimConfig, ScheduleConfig
-from deta.platform.shapes import ShapesDataset, write_shapes
 from deta.platform.run import Run
+from deta.platform.shapes import ShapesDataset, write_shapes
 from deta.platform.training import train
 from deta.platform.transforms import AugmentationConfig, EvaluationSize
 
@@ -206,26 +209,109 @@ def test_a_run_leaves_what_it_promises(undisturbed: Run):
     assert newest.state.data_fingerprint == undisturbed.train_set.fingerprint
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
-    drawn: ShapesDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    run = make_run(drawn, tmp_path, log_every_steps=4, num_pictures=0)
-    bad_step = 6
-    from deta.platform import loader
+def poison(monkeypatch: pytest.MonkeyPatch, *bad_steps: int) -> dict[int, int]:
+    """One image of each of these steps becomes NaN; returns its id by step, as it happens."""
+    poisoned: dict[int, int] = {}
+    count = itertools.count()
 
-    def poisoned(sample):
-        image, target = to_model_input(sample)
-        key = (sample.image_id, poisoned.calls)
-        poisoned.calls += 1
-        if poisoned.calls == 4 * (bad_step - 1) + 2:
-            poisoned.image_id = key[0]
+    def to_model_input(sample):
+        image, target = real(sample)
+        step, place = divmod(next(count), 4)
+        if step + 1 in bad_steps and place == 1:
+            poisoned[step + 1] = sample.image_id
             image = image * math.nan
         return image, target
 
-    poisoned.calls = 0
-    to_model_input = loader.to_model_input
-    monkeypatch.setattr(loader, "to_model_input", poisoned)
-    with pytest.raises(FloatingPointError, match=f"step {bad_step}: ") as error:
+    real = loader.to_model_input
+    monkeypatch.setattr(loader, "to_model_input", to_model_input)
+    return poisoned
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    drawn: ShapesDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poisoned = poison(monkeypatch, 3, 6)
+    run = make_run(drawn, tmp_path, log_every_steps=4, num_pictures=0, ema_decay=0.5)
+    train(run, Worker())
+    skipped = [e for e, _ in read_events(run.folder) if e["kind"] == "skipped"]
+    assert [(e["step"], e["in_a_row"], e["total"]) for e in skipped] == [(3, 1, 1), (6, 1, 2)]
+    assert all(poisoned[e["step"]] in e["images"] and "loss" in e["not_finite"] for e in skipped)
+    looks = [e for e, _ in read_events(run.folder) if e["kind"] == "progress"]
+    assert [loss is None for e in looks for loss in e["losses"]] == [
+        step in (3, 6) for step in range(1, 21)
+    ]
+    assert all(math.isfinite(e["metrics"]["train/loss"]) for e in looks)
+    newest = checkpoint.newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    assert (newest.state.skipped_steps, newest.state.skipped_in_a_row) == (2, 0)
+    assert all(tensor.isfinite().all() for tensor in newest.model_state().values())
+    # Neither the optimizer nor the average has counted the skipped steps.
+    state = newest.training_state()
+    assert {int(t) for name, t in state.items() if name.startswith("optimizer/step/")} == {18}
+    assert int(state["num_averaged"]) == 18
+
+
+def test_too_many_in_a_row_stop_the_run_and_name_the_images(
+    drawn: ShapesDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    poisoned = poison(monkeypatch, 5, 6, 7)
+    run = make_run(drawn, tmp_path, max_skipped_steps=3, num_pictures=0)
+    with pytest.raises(FloatingPointError, match=r"step 7: .* 3 steps in a row") as error:
         train(run, Worker())
-    assert str(poisoned.image_id) in str(error.value)
+    assert str(poisoned[7]) in str(error.value)
+    dump = json.loads((run.folder / "not-finite-step-00000007.json").read_text())
+    assert poisoned[7] in dump["workers"][0]["images"]
     assert checkpoint.newest_checkpoint(run.checkpoints) is None
+
+
+def test_asked_to_stop_a_run_saves_and_goes_on_with_the_same_bits(
+    drawn: ShapesDataset, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "LOOK_FOR_STOP_EVERY_S", 0.0)
+    run = make_run(drawn, tmp_path, num_pictures=0)
+    stop = run.folder / training.STOP_FILE
+
+    def write(self: Journal, kind: str, **values: object) -> None:
+        real(self, kind, **values)
+        if values.get("step") == 7:
+            stop.touch()
+
+    real = Journal.write
+    monkeypatch.setattr(Journal, "write", write)
+    assert train(run, Worker()) == {}
+    newest = checkpoint.newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    assert newest.state.step == 7
+    assert [e["kind"] for e, _ in read_events(run.folder)][-2:] == ["checkpoint", "stopping"]
+    monkeypatch.undo()
+    stop.unlink()
+    train(run, Worker())
+    assert losses_of(run.folder) == losses_of(undisturbed.folder)
+    assert all(
+        torch.equal(tensor, weights_of(undisturbed.folder)[name])
+        for name, tensor in weights_of(run.folder).items()
+    )
+    begins = [e["step"] for e, _ in read_events(run.folder) if e["kind"] == "begin"]
+    assert begins == [0, 7]
+
+
+def test_broken_pictures_are_replaced_up_to_a_limit(drawn: ShapesDataset, tmp_path: Path):
+    images = tmp_path / "images"
+    shutil.copytree(drawn.train_images, images)
+    run = make_run(drawn, tmp_path / "run", num_pictures=0)
+    run = replace(run, train_set=CocoDataset.open(images, drawn.train_annotations))
+    broken = sorted(images.iterdir())[:2]
+    broken[0].write_bytes(broken[0].read_bytes()[:200])
+    train(run, Worker())  # one is always borne
+    told = [e for e, _ in read_events(run.folder) if e["kind"] == "replaced"]
+    assert len(told) == 1
+    assert broken[0].name in told[0]["images"][0]["reason"]
+    newest = checkpoint.newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    assert len(newest.state.broken_images) == 1
+
+    again = replace(run, folder=tmp_path / "again")
+    again.folder.mkdir()
+    broken[1].write_bytes(b"")
+    with pytest.raises(training.BrokenImagesError, match=broken[1].name):
+        train(again, Worker())

@@ -1,0 +1,118 @@
+"""Injects real faults into a tiny DETA and says how it took them.
+
+  python -m tests.chaos A1 B5            some scenarios of the scorecard
+  python -m tests.chaos --core           all of them; under 40 minutes on two cores
+  python -m tests.chaos --quick          those of ten minutes
+  python -m tests.chaos --core --stock --json chaos.jsonl --table
+
+Each prints one line of JSON, {"id", "passed", "figure", "unit", "goal", "stock"}; what happens
+meanwhile is on stderr. --stock runs plain Ray Train, torch.save and MLflow beside it, where a
+script for it is there; figures of the study that the scorecard is from are marked as such. Some
+scenarios mount file systems and make network namespaces, for which they must be root's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.catalogue import BY_ID, SCENARIOS
+from tests.chaos.runs import Place, say
+from tests.chaos.scenario import Options, Scenario
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ids", nargs="*", metavar="ID")
+    parser.add_argument("--list", action="store_true", help="all scenarios and goals")
+    parser.add_argument("--core", action="store_true", help="all scenarios")
+    parser.add_argument("--quick", action="store_true", help="the subset for every day")
+    parser.add_argument("--stock", action="store_true", help="also plain Ray and MLflow")
+    parser.add_argument("--repeats", type=int, metavar="N", help="faults of a kind; 20: scorecard")
+    parser.add_argument("--slack", type=float, default=1.0, help="multiplies limits in seconds")
+    parser.add_argument("--soak-s", type=float, default=90.0, help="seconds of G5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the lines to a file")
+    parser.add_argument("--table", action="store_true", help="a Markdown table at the end")
+    parser.add_argument("--keep", action="store_true", help="leave runs and logs on the disk")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for scenario in SCENARIOS:
+            mark = "quick" if scenario.quick else "     "
+            print(f"{scenario.id:<4} {mark}  {scenario.fault}  [{scenario.goal}]")
+        return 0
+    unknown = [name for name in arguments.ids if name.upper() not in BY_ID]
+    if unknown:
+        parser.error(f"no scenario {', '.join(unknown)}; --list shows them")
+    chosen = choose(arguments.ids, core=arguments.core, quick=arguments.quick)
+    if not chosen:
+        parser.error("name some scenarios, or give --core or --quick")
+    # Stopped from outside, it still ends the processes it started and unmounts its disks.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    options = Options(arguments.repeats, arguments.slack, arguments.soak_s)
+    rows = play(chosen, options, arguments.stock, arguments.json, keep=arguments.keep)
+    if arguments.table:
+        print(table(rows))
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+def choose(ids: list[str], *, core: bool = False, quick: bool = False) -> list[Scenario]:
+    """In the order of the scorecard."""
+    names = {name.upper() for name in ids}
+    return [s for s in SCENARIOS if s.id in names or core or (quick and s.quick)]
+
+
+def play(
+    chosen: list[Scenario],
+    options: Options,
+    with_stock: bool = False,
+    file: Path | None = None,
+    *,
+    keep: bool = False,
+) -> list[dict[str, Any]]:
+    """One after the other; each prints its line when it is over."""
+    place = Place.make()
+    place.shared["asked"] = {scenario.id for scenario in chosen}
+    began_s = time.monotonic()
+    rows = []
+    try:
+        for scenario in chosen:
+            row = scenario.play(place, options, with_stock=with_stock)
+            rows.append(row)
+            line = json.dumps(row, ensure_ascii=False)
+            print(line, flush=True)
+            if file is not None:
+                with file.open("a", encoding="utf-8") as output:
+                    output.write(line + "\n")
+    finally:
+        if keep:
+            say(f"kept: {place.folder}")
+        else:
+            place.remove()
+    passed = sum(row["passed"] for row in rows)
+    say(f"{passed} of {len(rows)} passed in {(time.monotonic() - began_s) / 60:.1f} min")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For people, as Markdown."""
+    lines = ["| id | fault | ours | goal | plain Ray and MLflow |", "|---|---|---|---|---|"]
+    for row in rows:
+        mark = "" if row["passed"] else "**not reached** "
+        figure = f"{mark}{row['figure']} {row['unit']}".strip()
+        figure += f" ({row['note']})" if row.get("note") else ""
+        cells = [row["id"], BY_ID[row["id"]].fault, figure, row["goal"], row.get("stock", "–")]
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

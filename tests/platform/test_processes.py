@@ -1,0 +1,70 @@
+"""Marked processes are found and ended, whoever their parent is by then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from deta.platform.guardian import ALL_IS_WELL, start_guardian
+from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, end_marked, environment, marked
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+# Its child goes into a session of its own, as Ray's processes do, and outlives it.
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+print("started", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(seconds)],
+        env=environment({name: value}),
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    return process
+
+
+def test_a_family_that_is_scattered_is_ended_and_nobody_else():
+    mark, other = uuid.uuid4().hex, uuid.uuid4().hex
+    ours, theirs = start(ATTEMPT_MARK, mark, 300), start(ATTEMPT_MARK, other, 300)
+    orphan = start(ATTEMPT_MARK, mark, 0)
+    orphan.wait()
+    assert len(marked(ATTEMPT_MARK, mark)) == 3
+    end(ours, mark)
+    assert marked(ATTEMPT_MARK, mark) == []
+    assert len(marked(ATTEMPT_MARK, other)) == 2
+    assert end_marked(ATTEMPT_MARK, other) == 0
+    theirs.wait()
+
+
+def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
+    mark = uuid.uuid4().hex
+    left = start(RUN_MARK, mark, 300)
+    guardian = start_guardian(mark, tmp_path)
+    assert guardian.stdin is not None
+    time.sleep(0.5)
+    assert len(marked(RUN_MARK, mark)) == 2
+    guardian.stdin.close()  # as when the supervisor was killed
+    left.wait(60)
+    guardian.wait(120)
+    assert marked(RUN_MARK, mark) == []
+
+
+def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
+    mark = uuid.uuid4().hex
+    left = start(RUN_MARK, mark, 300)
+    guardian = start_guardian(mark, tmp_path)
+    guardian.communicate(ALL_IS_WELL, timeout=60)
+    assert len(marked(RUN_MARK, mark)) == 2
+    end_marked(RUN_MARK, mark)
+    left.wait(60)
