@@ -65,9 +65,14 @@ def main() -> NoReturn:
         "data.lenient,\ndata.loader_workers, data.max_pixels, precision, micro_batch_size, "
         "num_pictures and model.*",
     )
-    parser.add_argument("--images", metavar="FOLDER", type=Path, required=True)
     parser.add_argument(
-        "--annotations", metavar="FILE", type=Path, required=True, help="COCO format"
+        "--images",
+        metavar="FOLDER",
+        required=True,
+        help="pictures; or shards, a folder or address (jobs/pack.py)",
+    )
+    parser.add_argument(
+        "--annotations", metavar="FILE", default="", help="COCO format; shards hold theirs"
     )
     parser.add_argument("--results", metavar="FILE", type=Path, help="write detections, COCO JSON")
     parser.add_argument(
@@ -83,7 +88,7 @@ def main() -> NoReturn:
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
     from PIL import Image
 
-    from deta.platform.coco import CocoDataset
+    from deta.platform.datasets import open_dataset
 
     changes = read_changes(arguments.overrides, EVALUATION_KEYS)
     for path in (arguments.results, arguments.pictures):
@@ -94,8 +99,8 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         if suffixes.get(arguments.pictures.suffix.lower()) not in Image.SAVE:
             raise ValueError(f"{arguments.pictures}: end the name in .png or .jpg")
 
-    def open_dataset(config: RunConfig) -> CocoDataset:
-        return CocoDataset.open(
+    def open_images(config: RunConfig) -> CocoDataset:
+        return open_dataset(
             arguments.images,
             arguments.annotations,
             lenient=config.data.lenient,
@@ -106,12 +111,12 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     arguments.weights = local_weights(arguments.weights)
     if not arguments.weights.is_file():
         predictor = open_predictor(arguments, changes)
-        dataset = open_dataset(predictor.config)
-        predictor.check_categories(dataset.categories, str(arguments.annotations))
+        dataset = open_images(predictor.config)
+        predictor.check_categories(dataset.categories, arguments.annotations or arguments.images)
     else:
         from deta.platform.config import override
 
-        dataset = open_dataset(override(_variant(arguments), changes))
+        dataset = open_images(override(_variant(arguments), changes))
         predictor = open_predictor(arguments, changes, dataset.categories)
     if arguments.pictures is not None and predictor.config.num_pictures == 0:
         raise ValueError("num_pictures=0 leaves --pictures nothing to show; leave one of them out")

@@ -52,7 +52,11 @@ def run_recipe(
     )
     parser.add_argument("--variant", choices=names, default=names[0], metavar="NAME")
     for split in ("train", "val"):
-        parser.add_argument(f"--{split}-images", metavar="FOLDER", help=f"{split} images")
+        parser.add_argument(
+            f"--{split}-images",
+            metavar="FOLDER",
+            help=f"{split} images; or shards, a folder or address (jobs/pack.py)",
+        )
         parser.add_argument(
             f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
         )

@@ -29,8 +29,8 @@ from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig, from_json, to_json
 from deta.platform.optim import freeze, make_optimizer
-from deta.platform.step import train_step
 from deta.platform.run import Run
+from deta.platform.step import train_step
 from deta.platform.training import PRECISIONS
 from deta.platform.transforms import MAX_LONG_EDGE_BEFORE_CROP, AugmentationConfig, resized_size
 

@@ -12,6 +12,7 @@ import torch
 from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig
+from deta.platform.datasets import open_dataset
 from deta.platform.download import fetch, is_url
 from deta.platform.initial import check_initial_weights
 from deta.platform.optim import freeze
@@ -27,11 +28,11 @@ def prepare(config: RunConfig) -> Run:
     """
     make_criterion(config.criterion, config.model)  # refuses what does not fit the model
     data = config.data
-    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
-        if not getattr(data, key):
+    for split in ("train", "val"):
+        if not getattr(data, f"{split}_images"):
             raise ValueError(
-                f"data.{key} is not set; give --train-images, --train-annotations, --val-images "
-                "and --val-annotations"
+                f"data.{split}_images is not set; give --train-images, --train-annotations, "
+                "--val-images and --val-annotations (shards hold their annotations)"
             )
     data = replace(
         data,
@@ -40,24 +41,24 @@ def prepare(config: RunConfig) -> Run:
         val_images=_absolute(data.val_images),
         val_annotations=_absolute(data.val_annotations),
     )
-    train_set = CocoDataset.open(
-        Path(data.train_images),
-        Path(data.train_annotations),
-        lenient=data.lenient,
-        max_pixels=data.max_pixels,
-        progress=True,
-    )
-    val_set = CocoDataset.open(
-        Path(data.val_images),
-        Path(data.val_annotations),
-        lenient=data.lenient,
-        max_pixels=data.max_pixels,
-        progress=True,
+    train_set, val_set = (
+        open_dataset(
+            images,
+            annotations,
+            lenient=data.lenient,
+            max_pixels=data.max_pixels,
+            progress=True,
+        )
+        for images, annotations in (
+            (data.train_images, data.train_annotations),
+            (data.val_images, data.val_annotations),
+        )
     )
     if train_set.categories != val_set.categories:
         raise ValueError(
-            f"{data.train_annotations} and {data.val_annotations} have different categories: "
-            f"{_difference(train_set, val_set)}; both files must list the same ids and names"
+            f"{data.train_annotations or data.train_images} and "
+            f"{data.val_annotations or data.val_images} have different categories: "
+            f"{_difference(train_set, val_set)}; both must list the same ids and names"
         )
     if data.train_first is not None:
         train_set = train_set.first(min(data.train_first, len(train_set)))
@@ -96,6 +97,8 @@ def _local(key: str, given: str | None, storage: Path) -> str | None:
 
 
 def _absolute(path: str) -> str:
+    if not path or "://" in path:  # of a bucket, say
+        return path
     return str(Path(path).expanduser().resolve())
 
 

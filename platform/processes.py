@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import deta
-
 RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
 ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
 
@@ -57,6 +55,6 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
 
 def environment(marks: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, with marks, for one that imports the same code."""
-    root = str(Path(next(iter(deta.__path__))).parent)
+    root = str(Path(__file__).absolute().parents[2])  # not resolved: above deta/, which has links
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, **marks}

@@ -29,6 +29,7 @@ from deta.platform.attempt import check_resources, connect, fit  # before Ray: i
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # ours are the journals
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is answered here
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose verbose=0 is not silent
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray
@@ -411,6 +412,7 @@ class _Driver(tune.Callback):
                 scheduler=self._scheduler(),
                 num_samples=-1,  # until there are no more
                 max_concurrent_trials=self.at_once,
+                trial_dirname_creator=lambda trial: str(trial.config["trial"]),
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{time.time_ns()}",

@@ -426,7 +426,7 @@ def parallel_coordinates(
         )
         title = f"<b>{shortened(item.name, 40 if narrow else 22)}</b>"
         notes.append(
-            label(title, 0, i, yanchor="bottom", yshift=9)
+            label(title, 0, i, yanchor="bottom", yshift=7, bgcolor="@paper")
             if narrow
             else label(title, i, 1, anchor="center", yanchor="bottom",
                        yshift=26 if i % 2 and len(axes) > 5 else 9)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "jobs": {"ops", "model", "platform"},
     "dashboards": {"platform"},
 }
-RAY_FILES = {f"platform/{name}.py" for name in ("worker", "launch", "submit", "sweep", "serve")}
+RAY_FILES = {f"platform/{name}.py" for name in ("worker", "attempt", "submit", "sweep", "serve")}
 MLFLOW_FILES = {f"platform/{name}.py" for name in ("tracking", "registry")}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,8 +45,15 @@ class Direct:
         data: ShapesDataset | None = None,
         faults: Sequence[dict[str, Any]] = (),
         record: bool = True,
+        break_pictures: int = 0,
         **overrides: object,
     ) -> None:
+        """
+        Args:
+            break_pictures: so many of the last ones, each time after the data set was opened; it
+                must be `place.own_data`.
+        """
+        self.break_pictures = break_pictures
         self.place, self.name = place, name
         self.folder = place.storage("direct") / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,9 +63,11 @@ class Direct:
         )
         self.records = place.folder / "records" / name
         self.records.mkdir(parents=True, exist_ok=True)
-        images = len(list(self.data.train_images.iterdir()))
+        self.num_images = len(json.loads(self.data.train_annotations.read_text())["images"])
         self.environment = clean_environment() | {MARK: name}
-        self.environment |= inside_environment(faults, self.records if record else None, images)
+        self.environment |= inside_environment(
+            faults, self.records if record else None, self.num_images
+        )
         self.log = place.folder / f"{name}.log"
 
     def start(self, world_size: int = 1, **overrides: object) -> list[subprocess.Popen[bytes]]:
@@ -74,6 +84,8 @@ class Direct:
                     "folder": str(self.folder),
                     "world_size": world_size,
                     "port": free_port(),
+                    "break_pictures": self.break_pictures,
+                    "pristine": str(self.place.drawn(self.num_images).folder),
                 }
             )
         )
@@ -158,6 +170,18 @@ def undisturbed(place: Place, epochs: int = 4, world_size: int = 2) -> Direct:
     return found
 
 
+def break_pictures(data: ShapesDataset, number: int) -> set[int]:
+    """Cut short, of another type, missing, empty, … the last of a data set; their ids."""
+    images = json.loads(data.train_annotations.read_text())["images"][-number:]
+    for kind, image in enumerate(images):
+        path = data.train_images / image["file_name"]
+        content = path.read_bytes()
+        path.unlink()
+        if kind % 4 != 2:
+            path.write_bytes((content[: len(content) // 3], b"no picture", b"", b"")[kind % 4])
+    return {int(image["id"]) for image in images}
+
+
 def _main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     rank, world_size = int(sys.argv[2]), spec["world_size"]
@@ -178,6 +202,8 @@ def _main() -> None:
             world_size=world_size,
         )
     data = ShapesDataset(Path(spec["data"]))
+    if spec["break_pictures"]:
+        shutil.copytree(spec["pristine"], data.folder, dirs_exist_ok=True)
     train_set, val_set = (
         CocoDataset.open(
             images, annotations, lenient=spec["overrides"].get("data.lenient") == "true"

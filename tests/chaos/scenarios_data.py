@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from typing import Any
 
-from deta.platform.shapes import ShapesDataset
 from tests.chaos import oracles
-from tests.chaos.direct import Direct, kill
-from tests.chaos.runs import Place, TinyRun, expect, read_journal, say
+from tests.chaos.direct import Direct, break_pictures, kill
+from tests.chaos.runs import BATCH, Place, TinyRun, expect, read_journal, say
 from tests.chaos.scenario import Options, Outcome
 
 NUM_IMAGES = 400  # one per cent of them is four
@@ -18,68 +18,49 @@ NUM_IMAGES = 400  # one per cent of them is four
 def pictures_break(place: Place, options: Options) -> Outcome:
     """E1: 1 % of the pictures break after the run has begun; then more than 1 %."""
     data = place.own_data("e1", NUM_IMAGES)
-    with TinyRun(
-        place, "e1", data=data, schedule__epochs=1, evaluate_every_epochs=1, record=True
-    ) as run:  # fmt: skip
+    with TinyRun(place, "e1", data=data, schedule__epochs=1, evaluate_every_epochs=1) as run:
         run.start()
         run.wait_for("the first step", run.step)
-        broken = _break(data, 4)
+        broken = break_pictures(data, 4)
         say(f"e1: broke {sorted(broken)}")
+        run.wait_for("a replacement", lambda: _replaced(run.events()), 400)
+        run.signal(signal.SIGTERM)
+        expect(run.wait() == 143, f"asked to stop: {run.tail()}")
+        # The broken pictures are still broken when it goes on.
+        run.start(resume=True)
         run.finish(400)
         found = _replaced(run.events())
         steps = len(oracles.losses(run.events()))
-    expect(steps == 100, f"{steps} steps")
-    seen_later = {image for image in broken if image in found}
+    expect(steps == NUM_IMAGES // BATCH, f"{steps} steps")
     say(f"e1: replaced {found}")
-    expect(seen_later and set(found) <= set(broken), f"replaced {found}, broken {sorted(broken)}")
-    # The same broken files from the first step on, twice, the second time killed and resumed.
-    once = Direct(place, "e1-once", data=data, schedule__epochs=1, evaluate_every_epochs=1)
+    expect(set(found) <= broken, f"replaced {found}, broken {sorted(broken)}")
+    # The same broken from the first step on, twice, the second time killed and resumed.
+    fixed: dict[str, Any] = {
+        "data": place.own_data("e1-direct", NUM_IMAGES), "schedule__epochs": 1,
+        "evaluate_every_epochs": 1, "checkpoint__every_steps": 5,
+    }  # fmt: skip
+    once = Direct(place, "e1-once", break_pictures=4, **fixed)
     once.finish(1)
-    again = Direct(
-        place, "e1-again", data=data, schedule__epochs=1, evaluate_every_epochs=1,
-        checkpoint__every_steps=5,
-    )  # fmt: skip
+    again = Direct(place, "e1-again", break_pictures=4, **fixed)
     processes = again.start(1)
     again.wait_for_step(40, processes)
     kill(processes)
     again.finish(1)
+    replaced = _replaced(read_journal(once.folder))
     expect(
-        _replaced(read_journal(once.folder)) == _replaced(read_journal(again.folder)),
-        "other replacements after a resumption",
+        replaced == _replaced(read_journal(again.folder)), "other replacements after a resumption"
     )
     expect(once.weights() == again.weights(), "other weights after a resumption")
-    names = _replaced(read_journal(once.folder))
-    expect(set(names) == set(broken), f"replaced {sorted(names)} of {sorted(broken)}")
-    expect(all(names[image] == found[image] for image in found), "the replacement depends on luck")
-    # One more than the limit allows.
-    _break(data, 5)
-    over = Direct(place, "e1-over", data=data, schedule__epochs=1, evaluate_every_epochs=1)
+    expect(set(replaced) == broken, f"replaced {sorted(replaced)} of {sorted(broken)}")
+    expect(all(replaced[image] == found[image] for image in found), "replaced by luck")
+    over = Direct(place, "e1-over", break_pictures=5, **fixed)  # one more than the limit allows
     codes = over.run(1)
     expect(codes != [0], "the run went on with more broken pictures than allowed")
     expect("max_broken_share" in over.tail(4000), f"the limit is not told: {over.tail()}")
     return Outcome(
         0, "crashes", True,
-        f"{len(seen_later)} of 4 met in the epoch, replaced by the same images at each start; "
-        "5 of 400 stop the run",
+        "4 of 400 replaced, by the same images at each start; 5 of 400 stop the run",
     )  # fmt: skip
-
-
-def _break(data: ShapesDataset, number: int) -> set[int]:
-    """Cut short, of another type, missing, empty, and cut short again: ids of the last images."""
-    order = [
-        json.loads(data.train_annotations.read_text())["images"][-1 - i] for i in range(number)
-    ]
-    for kind, image in enumerate(order):
-        path = data.train_images / image["file_name"]
-        if kind == 2:
-            path.unlink(missing_ok=True)
-        elif kind == 1:
-            path.write_text("no picture\n")
-        elif kind == 3:
-            path.write_bytes(b"")
-        elif path.exists() and path.stat().st_size > 800:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    return {int(image["id"]) for image in order}
 
 
 def _replaced(events: list[dict[str, Any]]) -> dict[int, int]:

@@ -25,8 +25,8 @@ from deta.platform.checkpoint import Checkpoint, newest_checkpoint
 from deta.platform.coco import CocoDataset
 from deta.platform.config import override
 from deta.platform.detect import Worker
-from deta.platform.shapes import ShapesDataset, write_shapes
 from deta.platform.run import Run
+from deta.platform.shapes import ShapesDataset, write_shapes
 from deta.platform.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
