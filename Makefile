@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test check format wheel parity docs
+.PHONY: help install demo test chaos check format wheel parity docs
 
 help:
 	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
 	@echo "make test    run the tests"
+	@echo "make chaos   kill, freeze, fill, cut off and corrupt; a table of what a run survives"
 	@echo "make check   format, lint, types, tests"
 	@echo "make parity  differences to the published implementations, as a table"
 	@echo "make docs    recipes beside the published configurations, into docs/recipes"
@@ -27,14 +28,24 @@ install: $(VENV)/.installed-train
 demo: $(VENV)/.installed-train
 	$(BIN)/python jobs/deta_r50.py --variant demo --name demo-$(RUN_STAMP) storage=runs
 
+# Side by side what can be; then, alone on the machine, what kills processes and takes the time.
+TESTS = $(BIN)/python -m pytest --ignore tests/chaos --numprocesses 2 --dist loadfile
+CHAOS = $(BIN)/python -m pytest tests/chaos
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(TESTS)
+	$(CHAOS)
+
+# Faults for real, all of them: about half an hour. One: python -m tests.chaos A1
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.chaos --core --table
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(TESTS)
+	$(CHAOS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -136,8 +136,14 @@ def train_and_exit(config: RunConfig, *, resume: bool = False, force: bool = Fal
     exit_after(lambda: launch(config, resume=resume, force=force, echo=echo))
 
 
-def exit_after(training: Callable[[], object]) -> NoReturn:
-    """Do it and exit; the outcome is the exit code, see `run_recipe`."""
+def exit_after(
+    training: Callable[[], object], again: str = "the same command with --resume goes on"
+) -> NoReturn:
+    """Do it and exit; the outcome is the exit code, see `run_recipe`.
+
+    Args:
+        again: what to say to somebody who has stopped it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_on_signal)
     try:
@@ -148,7 +154,7 @@ def exit_after(training: Callable[[], object]) -> NoReturn:
         print(f"\nthe run failed: {error}", file=sys.stderr)
         sys.exit(1)
     except SystemExit:
-        print("\nstopped; the same command with --resume goes on", file=sys.stderr)
+        print(f"\nstopped; {again}", file=sys.stderr)
         raise
     sys.exit(0)
 

@@ -5,8 +5,16 @@ detrex publishes 50.0 AP with total batch 8 and 49.4 with 16 for DETA R50, 12 ep
 differ in more than the batch, and each was run once. Here the batch is crossed with the rate, over
 several seeds and equal samples seen, with the published pair beside it as named cells.
 
-  python jobs/study_batch_lr.py --plan                 # cells, seeds and cost; trains nothing
+  python jobs/study_batch_lr.py --plan                 # cells, seeds and power; trains nothing
   python jobs/study_batch_lr.py --plan --sd 0.15 --hours-per-trial 16.3
+  python jobs/study_batch_lr.py --variant demo         # drawn shapes, two CPU cores
+  python jobs/study_batch_lr.py --estimate --train-images train2017 … # measures what it will take
+  python jobs/study_batch_lr.py --train-images train2017 \\
+      --train-annotations annotations/instances_train2017.json --val-images val2017 \\
+      --val-annotations annotations/instances_val2017.json
+
+The same command goes on with a study that was stopped or killed; with more --seeds it adds them.
+The report is in storage/name/report.html.
 """
 
 from __future__ import annotations
@@ -14,17 +22,43 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from deta.jobs.deta_r50 import demo, detrex_bs8, detrex_bs16
-from deta.platform.config import RunConfig
+from deta.jobs.sweep_command import (
+    add_sweep_options,
+    changes_of,
+    run_sweep_and_exit,
+    with_drawn_data,
+)
+from deta.platform.config import RunConfig, override
 from deta.platform.cost import PRICES, Estimate, Price, price_of
 from deta.platform.power import Plan
+from deta.platform.search_space import Sweep
+from deta.platform.shapes import write_shapes
 from deta.platform.study import Anchor, Question
 from deta.platform.study_design import Design, batch_factor, cell_key, numbers_of, rate_factor
 from deta.platform.study_plan import plan_text
 
 SEEDS = (1, 2, 3)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+METHOD = (
+    "Total batch crossed with the learning rate. Every cell is trained with the same seeds on "
+    "equally many samples, so that differences are taken within seeds."
+)
+# Of the demo: one core a trial, and as long as it takes to learn something.
+DEMO_SIZE: Mapping[str, Any] = MappingProxyType(
+    {
+        "cluster.num_workers": 1,
+        "cluster.cpus_per_worker": 1,
+        "data.train_first": 650,
+        "schedule.epochs": 4,
+        "evaluate_every_epochs": 1,
+        "log_every_steps": 10,
+        "num_pictures": 4,
+    }
+)
 
 _DETREX = "detrex README (IDEA-Research/detrex, projects/deta), one run without a fixed seed"
 # Box AP on COCO val2017, DETA R50 5-scale, 12 epochs.
@@ -113,39 +147,94 @@ def changes_to(base: RunConfig, recipe: RunConfig) -> dict[str, Any]:
     }
 
 
+def coco_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTHING) -> Sweep:
+    """the real study, on COCO with GPUs"""
+    design = coco_design(seeds)
+    design = _changed(design, changes)
+    return Sweep(
+        base=design.base,
+        design=design,
+        title="Batch 8 or 16, and at which learning rate?",
+        method=METHOD,
+        questions=(*QUESTIONS, PUBLISHED_QUESTION),
+        path=COCO_PATH,
+        published=PUBLISHED_PAIR,
+        anchors=PUBLISHED,
+    )
+
+
+def demo_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTHING) -> Sweep:
+    """the same on drawn shapes with the demo model: two CPU cores, about 25 minutes"""
+    design = demo_design(seeds)
+    design = _changed(design, {**DEMO_SIZE, **changes})
+    return Sweep(
+        base=design.base,
+        design=design,
+        title="Batch 8 or 16, and at which learning rate? On drawn shapes",
+        method=METHOD,
+        questions=QUESTIONS,
+    )
+
+
+def _changed(design: Design, changes: Mapping[str, Any]) -> Design:
+    varied = {key for factor in design.factors for key in factor.keys} & set(changes)
+    if varied:
+        raise ValueError(f"{', '.join(sorted(varied))} is what this study varies")
+    return replace(design, base=override(design.base, changes))
+
+
+VARIANTS = {"coco": coco_study, "demo": demo_study}
+
+
 def main() -> None:
+    listing = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in VARIANTS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=f"{(__doc__ or '').strip()}\n\nvariants:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--demo", action="store_true", help="the demo model on drawn shapes")
-    parser.add_argument(
-        "--plan", action="store_true", required=True, help="what it needs; trains nothing"
-    )
+    parser.add_argument("--variant", choices=VARIANTS, default="coco", metavar="NAME")
+    parser.add_argument("--plan", action="store_true", help="what it needs; trains nothing")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of each cell")
     parser.add_argument("--sd", type=float, default=0.2, help="seed sd to expect, in points of AP")
     parser.add_argument("--hours-per-trial", type=float, help="wall time of one training")
     parser.add_argument("--gpu", default="", help="name of the GPU, for the price")
-    parser.add_argument("--price", type=float, help="of a GPU-hour, in EUR")
-    arguments = parser.parse_args()
-    try:
-        seeds = tuple(range(1, arguments.seeds + 1))
-        design = demo_design(seeds) if arguments.demo else coco_design(seeds)
-        trial = None
-        if arguments.hours_per_trial is not None:
-            price = price_of(arguments.gpu, PRICES) or Price(None)
-            price = price if arguments.price is None else Price(arguments.price)
-            gpu_hours = arguments.hours_per_trial * design.base.cluster.num_workers
-            trial = Estimate(
-                arguments.hours_per_trial,
-                gpu_hours,
-                None if price.per_gpu_hour is None else price.per_gpu_hour * gpu_hours,
-                price.currency,
-            )
-        num_cells = sum(not cell.same_as for cell in design.cells())
-        plan = Plan(arguments.sd, num_cells=num_cells)
-    except ValueError as error:
-        parser.error(str(error))
-    print(plan_text(design, plan=plan, trial=trial))
+    add_sweep_options(parser)
+    arguments = parser.parse_intermixed_args()
+    seeds = tuple(range(1, arguments.seeds + 1))
+    if arguments.plan:
+        try:
+            print(_plan(VARIANTS[arguments.variant](seeds, changes_of(arguments)), arguments))
+        except ValueError as error:
+            parser.error(str(error))
+        return
+
+    def make() -> Sweep:
+        changes = changes_of(arguments)
+        if arguments.variant == "demo" and not arguments.report_only:
+            changes = with_drawn_data(demo_study(seeds).base, changes, write_shapes)
+        return VARIANTS[arguments.variant](seeds, changes)
+
+    if arguments.estimate:  # the cost is measured below; this is what it would buy
+        print(_plan(VARIANTS[arguments.variant](seeds), arguments))
+    run_sweep_and_exit(arguments, make)
+
+
+def _plan(study: Sweep, arguments: argparse.Namespace) -> str:
+    """Cells, trials and cost, and which differences so many seeds would find."""
+    assert study.design is not None
+    design, trial = study.design, None
+    if arguments.hours_per_trial is not None:
+        price = price_of(arguments.gpu, PRICES) or Price(None)
+        price = price if arguments.price is None else Price(arguments.price)
+        gpu_hours = arguments.hours_per_trial * design.base.cluster.num_workers
+        trial = Estimate(
+            arguments.hours_per_trial,
+            gpu_hours,
+            None if price.per_gpu_hour is None else price.per_gpu_hour * gpu_hours,
+            price.currency,
+        )
+    num_cells = sum(not cell.same_as for cell in design.cells())
+    return plan_text(design, plan=Plan(arguments.sd, num_cells=num_cells), trial=trial)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ class Choice:
         if not self.values:
             raise ValueError("Choice() has no values")
 
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(str, self.values))
+
     def draw(self, rng: random.Random) -> Any:
         return self.values[rng.randrange(len(self.values))]
 
@@ -63,7 +66,10 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"{self}: low must be below high")
+            raise ValueError(f"Uniform({self}): low must be below high")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
 
     def draw(self, rng: random.Random) -> float:
         return float(f"{rng.uniform(self.low, self.high):.{DIGITS}g}")
@@ -81,7 +87,10 @@ class LogUniform:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.high) and 0 < self.low < self.high):
-            raise ValueError(f"{self}: low must be positive and below high")
+            raise ValueError(f"LogUniform({self}): low must be positive and below high")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}, by order of magnitude"
 
     def draw(self, rng: random.Random) -> float:
         logarithm = rng.uniform(math.log(self.low), math.log(self.high))
@@ -100,7 +109,10 @@ class Integer:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise ValueError(f"{self}: low must be below high")
+            raise ValueError(f"Integer({self}): low must be below high")
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}, whole numbers"
 
     def draw(self, rng: random.Random) -> int:
         return rng.randint(self.low, self.high)

@@ -36,6 +36,12 @@ def read_sweep(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         if (folder / RUN_FILE).exists():
             raise RunExistsError(f"{folder}: holds a run and no sweep; choose another name=")
+        # A sweep that was killed before it began leaves a lock and its probe.
+        known = ("run.lock", "probe")
+        if folder.exists() and any(
+            not one.name.startswith(".") and one.name not in known for one in folder.iterdir()
+        ):
+            raise RunExistsError(f"{folder}: holds something else; choose another name=")
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

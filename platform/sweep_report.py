@@ -75,6 +75,7 @@ def write_results(
     base_run: Mapping[str, Any],
     hardware: str = "",
     is_over: bool,
+    with_page: bool = True,
     command: str = "",
 ) -> StudyReport:
     """Write trials.json, report.html and report.md into the sweep's folder.
@@ -82,6 +83,7 @@ def write_results(
     Args:
         base_run: run.json of the sweep.
         is_over: otherwise trials that are not done are left out of the analysis, not failed.
+        with_page: otherwise trials.json alone.
     """
     text = json.dumps([record.to_json() for record in records], indent=1, default=str)
     unfinished = folder / f".{TRIALS_NAME}"
@@ -111,7 +113,8 @@ def write_results(
         ),
     )
     try:
-        write_report(folder, report)
+        if with_page:
+            write_report(folder, report)
     except RuntimeError as error:  # without plotly there is the summary
         logger.warning("%s is not written: %s", HTML_NAME, error)
     return report

@@ -153,6 +153,10 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def _line(trial: TrialFolder) -> str:
     parts = [f"{trial.name}: {trial.status}"]
+    if trial.name == trial.trial.cell.key:  # a number, which says nothing of what is tried
+        changes = trial.trial.changes
+        said = ", ".join(f"{key.rpartition('.')[2]}={show(changes[key])}" for key in changes)
+        parts = [f"{trial.name} ({said}): {trial.status}"]
     if trial.samples:
         parts.append(f"{trial.samples:,} samples")
     if trial.ap is not None:

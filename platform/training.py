@@ -40,6 +40,7 @@ from deta.platform.checkpoint import (
     Checkpoint,
     CheckpointError,
     RunState,
+    clean_leftovers,
     load_optimizer_state,
     newest_checkpoint,
     optimizer_state,
@@ -122,6 +123,7 @@ def train(
         fence = journal = None
         if worker.leads:
             fence = Fence.claim(run.folder, f"{socket.gethostname()}:{os.getpid()}")
+            clean_leftovers(run.checkpoints)
             journal = Journal(run.folder, fence)
         resumed = _open_newest(run, journal) if worker.leads else None
         if journal is not None:
@@ -224,6 +226,8 @@ class _Loop:
         self.progress = Progress()
         self.step_ended_s = self.saved_s = self.looked_for_stop_s = self.asked_s = time.monotonic()
         self.owed = False  # a checkpoint, by `checkpoint.every_steps`
+        # A run that is cut off more often than it saves would never get on; so it saves sooner.
+        self.starts_here = 1
         self.node_goes = False
 
     def run_to_end(
@@ -261,7 +265,7 @@ class _Loop:
             word = agree(self._word(micro_batches), self.worker)
             if self._between_steps(word, micro_batches):
                 self._tell("stopping", step=step, reason="asked to stop")
-                self._close()
+                self._close(timeout_s=5)  # whoever asked will not wait for a store
                 return metrics
             self._update(step, micro_batches, word.num_boxes)
             is_evaluation = step + 1 in evaluation_steps
@@ -271,7 +275,7 @@ class _Loop:
                 metrics = self._evaluate_and_save(on_evaluation)
         self._tell("end", step=self.state.step, metrics=metrics,
                    reason=run.reason_to_stop(self.state))  # fmt: skip
-        self._close()
+        self._close(timeout_s=600)
         return metrics
 
     # Between two steps
@@ -286,6 +290,7 @@ class _Loop:
                 self.looked_for_stop_s = now_s
                 stop = (self.run.folder / STOP_FILE).exists()
             every_s = 60 * (self.run.config.checkpoint.every_minutes or float("inf"))
+            every_s /= 4.0 ** (self.starts_here - 1)
             is_due = self.node_goes or self.owed or now_s - self.saved_s >= every_s
             save = is_due and not self.writer.is_busy
             if self.is_losing_a_node is not None and now_s - self.asked_s > ASK_CLUSTER_EVERY_S:
@@ -590,10 +595,10 @@ class _Loop:
                 raise FencedOffError(outcome.error)
             if outcome.error is not None:
                 self._tell("checkpoint_failed", step=outcome.step, message=outcome.error)
-            if outcome.path is None:
-                error = outcome.error or ""
-            elif outcome.place == "disk":
-                error = ""
+            if outcome.place == "store":  # the disk has it; the copy is made up for later
+                continue
+            error = outcome.error or ""
+            if outcome.path is not None:
                 path = str(outcome.path.relative_to(self.run.folder))
                 self._tell("checkpoint", step=outcome.step, path=path,
                            blocked_s=outcome.blocked_s, seconds=outcome.seconds)  # fmt: skip
@@ -605,9 +610,13 @@ class _Loop:
         step, last = self.state.step, None
         journal = self.run.folder / FILE_NAME
         tail = max(0, journal.stat().st_size - 65536) if journal.exists() else 0
+        starts_here = 0
         for event, _ in read_events(self.run.folder, tail):
             if event["kind"] in ("progress", "evaluation", "checkpoint"):
                 last = event
+            elif event["kind"] == "starting":
+                starts_here += event["step"] == step
+        self.starts_here = max(1, starts_here)
         lost = {}
         if last is not None and step > 0:
             lost = {
@@ -625,9 +634,9 @@ class _Loop:
         self.progress = Progress()
         self.step_ended_s = time.monotonic()
 
-    def _close(self) -> None:
+    def _close(self, timeout_s: float) -> None:
         if self.writer is not None:
-            self.writer.close(timeout_s=600)
+            self.writer.close(timeout_s)
             self._tell_saved()
         if self.journal is not None:
             self.journal.close()

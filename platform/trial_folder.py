@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.attempt_outcome import FAILURES, OUTCOME_FILE, Outcome
 from deta.platform.checkpoint import newest_checkpoint
 from deta.platform.claim import FREE_TO_CHANGE
 from deta.platform.config import RunConfig, flatten
@@ -199,6 +199,19 @@ class TrialFolder:
         except (OSError, ValueError, TypeError):
             return ""
         return outcome.message if outcome.kind == "refused" else ""
+
+    def last_failure(self) -> str:
+        """What went wrong on a worker last; its own fault rather than its peers'."""
+        found = []
+        for path in sorted((self.folder / FAILURES).glob("rank-*.json")):
+            try:
+                said = json.loads(path.read_text(encoding="utf-8"))
+                found.append(f"{said['type']}: {said['message']}")
+            except (OSError, ValueError, KeyError):
+                continue
+        # Workers whose peer is gone complain of the connection.
+        own = [text for text in found if "onnection" not in text and "peer" not in text]
+        return (own or found or [""])[0]
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, time_s = event["kind"], event["time_s"]

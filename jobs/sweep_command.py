@@ -1,0 +1,119 @@
+"""The command line that sweeps and studies share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deta.jobs.recipe import echo, exit_after, refuse
+from deta.platform.config import RunConfig, override
+from deta.platform.cost import Price
+from deta.platform.search_space import Sweep
+from deta.platform.shapes import ShapesDataset
+
+# Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
+
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-images", metavar="FOLDER", help=f"{split} images")
+        parser.add_argument(
+            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
+        )
+    parser.add_argument("--name", help="of the sweep; its folder is storage/name")
+    parser.add_argument("--storage", metavar="FOLDER", help="where; seen by all nodes")
+    parser.add_argument(
+        "--estimate", action="store_true", help="measure the speed, say what it takes, and stop"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report of what there is, and stop"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask whether to go on")
+    parser.add_argument("--no-probe", action="store_true", help="begin without an estimate")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try trials again that have failed"
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="PER_HOUR", help="of a GPU, or a worker without one, in EUR"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change the base of all trials"
+    )
+
+
+def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line changes of the base, by dotted key.
+
+    Raises:
+        ValueError: an argument that is no key=value.
+    """
+    changes: dict[str, Any] = {}
+    for text in arguments.overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is not of the form key=value")
+        changes[key] = value
+    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        if getattr(arguments, key) is not None:
+            changes[f"data.{key}"] = getattr(arguments, key)
+    for key in ("name", "storage"):
+        if getattr(arguments, key) is not None:
+            changes[key] = getattr(arguments, key)
+    return changes
+
+
+def with_drawn_data(
+    config: RunConfig, changes: Mapping[str, Any], draw: Callable[[Path], ShapesDataset]
+) -> dict[str, Any]:
+    """The changes, with a data set of drawn shapes where none is given."""
+    config = override(config, changes)
+    if config.data.train_images:
+        return dict(changes)
+    folder = Path(config.storage).expanduser() / "data" / "demo"
+    echo(f"drawing the data set into {folder} …")
+    drawn = draw(folder)
+    return dict(changes) | {
+        "data.train_images": str(drawn.train_images),
+        "data.train_annotations": str(drawn.train_annotations),
+        "data.val_images": str(drawn.val_images),
+        "data.val_annotations": str(drawn.val_annotations),
+    }
+
+
+def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep]) -> NoReturn:
+    """Make the sweep and do with it what the options say; exit codes as of a recipe."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        sweep = make()
+    except ValueError as error:
+        refuse(error)
+
+    def run() -> None:
+        if arguments.report_only:
+            from deta.platform.sweep_report import report_only
+
+            report = report_only(sweep)
+            for sentence in report.verdicts:
+                echo(sentence)
+            return
+        from deta.platform.sweep import launch_sweep  # slow to import
+
+        asks = sys.stdin.isatty() and not arguments.yes
+        launch_sweep(
+            sweep,
+            probe=not arguments.no_probe,
+            estimate_only=arguments.estimate,
+            confirm=_ask if asks and not arguments.no_probe else None,
+            retry_failed=arguments.retry_failed,
+            price=None if arguments.price is None else Price(arguments.price),
+        )
+
+    exit_after(run, again="the same command goes on")
+
+
+def _ask(_estimate: str) -> bool:
+    return input("go on? [Y/n] ").strip().lower() in ("", "y", "yes")

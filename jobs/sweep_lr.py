@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""Which learning rate, batch and weight decay? A search, with bad trials stopped early.
+
+  python jobs/sweep_lr.py                              # 12 random trials, ASHA; drawn shapes
+  python jobs/sweep_lr.py --search optuna --objectives AP,cpu_hours
+  python jobs/sweep_lr.py --to-the-end                 # without ASHA, to see what it saves
+  python jobs/sweep_lr.py --variant small --train-images images --train-annotations train.json \\
+      --val-images images --val-annotations val.json
+
+An example to copy: a space over the dotted keys of the configuration, and how it is searched. The
+same command goes on with a sweep that was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from deta.jobs.deta_r50 import demo, small
+from deta.jobs.sweep_command import (
+    add_sweep_options,
+    changes_of,
+    run_sweep_and_exit,
+    with_drawn_data,
+)
+from deta.platform.config import RunConfig, override
+from deta.platform.search_space import (
+    Asha,
+    Choice,
+    Domain,
+    Grid,
+    LogUniform,
+    Optuna,
+    Random,
+    Search,
+    Sweep,
+)
+from deta.platform.shapes import write_shapes
+
+SPACE: dict[str, Domain] = {
+    "optim.lr": LogUniform(3e-4, 6e-3),
+    "optim.weight_decay": LogUniform(1e-5, 1e-1),
+    "total_batch_size": Choice((4, 8, 16)),
+}
+GRID: dict[str, Domain] = {
+    "optim.lr": Choice((7.5e-4, 1.5e-3, 3e-3)),
+    "total_batch_size": Choice((4, 8)),
+}
+BASES = {"demo": demo, "small": small}
+# Of the demo: one core a trial, minutes each.
+DEMO_SIZE = {
+    "cluster.num_workers": 1,
+    "data.train_first": 400,
+    "schedule.epochs": 6,
+    "evaluate_every_epochs": 1,
+    "log_every_steps": 10,
+    "num_pictures": 0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=BASES, default="demo", metavar="NAME")
+    parser.add_argument("--search", choices=("random", "grid", "optuna"), default="random")
+    parser.add_argument("--trials", type=int, default=12, help="of a random search or Optuna")
+    parser.add_argument("--search-seed", type=int, default=0, help="another one, other trials")
+    parser.add_argument(
+        "--objectives", default="AP", help="of Optuna: AP, or AP and a cost: AP,gpu_hours"
+    )
+    parser.add_argument("--to-the-end", action="store_true", help="stop no trial early")
+    add_sweep_options(parser)
+    arguments = parser.parse_intermixed_args()
+
+    def make() -> Sweep:
+        base = replace(BASES[arguments.variant](), name=f"sweep-{arguments.search}")
+        changes = changes_of(arguments)
+        if arguments.variant == "demo":
+            changes = {**DEMO_SIZE, **changes}
+            if not arguments.report_only:
+                changes = with_drawn_data(base, changes, write_shapes)
+        return sweep(override(base, changes), arguments)
+
+    run_sweep_and_exit(arguments, make)
+
+
+def sweep(base: RunConfig, arguments: argparse.Namespace) -> Sweep:
+    search: Search = Random(arguments.trials, arguments.search_seed)
+    if arguments.search == "grid":
+        search = Grid()
+    elif arguments.search == "optuna":
+        objectives = tuple(arguments.objectives.split(","))
+        search = Optuna(arguments.trials, objectives, arguments.search_seed)
+    # The first look is at the second evaluation of the demo; then at three times as many samples.
+    images = base.data.train_first or 1000
+    several = isinstance(search, Optuna) and len(search.objectives) > 1
+    stops = not arguments.to_the_end and not several
+    return Sweep(
+        base=base,
+        space=GRID if isinstance(search, Grid) else SPACE,
+        search=search,
+        stopping=Asha(grace_samples=images, reduction=3) if stops else None,
+        title="Learning rate, batch and weight decay",
+    )
+
+
+if __name__ == "__main__":
+    main()
