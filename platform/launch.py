@@ -28,12 +28,12 @@ from deta.platform.config import RunConfig
 from deta.platform.console import Console
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.journal import Journal
+from deta.platform.keeper import STOP_FILE
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
 from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, environment
 from deta.platform.run import Run
 from deta.platform.run_file import describe_run, read_run_file, write_run_file
-from deta.platform.training import STOP_FILE
 from deta.platform.uploading import UploadState, finish_uploader, start_uploader
 from deta.platform.vigil import Vigil
 
@@ -195,9 +195,7 @@ class _Supervisor:
             if outcome.kind == "ended":
                 if self.vigil.ended:
                     return
-                outcome = Outcome(
-                    "lost", "Ray took the training for done; its journal has no end"
-                )
+                outcome = Outcome("lost", "Ray took the training for done; its journal has no end")
             if outcome.kind == "refused":
                 raise RunFailedError(outcome.message)
             if outcome.kind == "unreachable":

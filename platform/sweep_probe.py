@@ -14,6 +14,7 @@ from deta.platform.config import RunConfig, override
 from deta.platform.cost import Estimate, Price
 from deta.platform.journal import read_events
 from deta.platform.run import Run
+from deta.platform.trial_folder import last_failure
 
 STEPS, LOOK_EVERY_STEPS = 20, 4
 VAL_IMAGES = 32
@@ -73,7 +74,8 @@ def measure(base: Run, config: RunConfig, folder: Path, say: Callable[[str], Non
         try:
             fit(run, max_failures=0)
         except Exception as error:
-            raise RuntimeError(f"the probe failed, as the trials would: {error}") from error
+            why = last_failure(folder) or str(error)
+            raise RuntimeError(f"the probe failed, as the trials would: {why}") from error
         return _read(run, began_s)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

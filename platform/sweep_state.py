@@ -14,6 +14,7 @@ from deta.model.architectures import make_criterion
 from deta.platform.config import to_json
 from deta.platform.cost import Price
 from deta.platform.journal import Journal
+from deta.platform.keeper import STOP_FILE
 from deta.platform.lock import RunLock
 from deta.platform.optuna_search import Proposer
 from deta.platform.run import Run
@@ -32,8 +33,7 @@ from deta.platform.sweep_report import (
     write_results,
 )
 from deta.platform.sweep_table import Footing, LiveTable, aligned, rows, summary_line
-from deta.platform.training import STOP_FILE
-from deta.platform.trial_folder import MismatchError, TrialFolder
+from deta.platform.trial_folder import MismatchError, TrialFolder, last_failure
 from deta.platform.upload_record import read_record
 
 GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
@@ -215,7 +215,7 @@ class SweepState:
         """
         trial = self.by_id[trial_id]
         tries = self.sweep.max_failures + 1
-        trial.settle(failed=f"{trial.last_failure() or message} (lost {tries} times)")
+        trial.settle(failed=f"{last_failure(trial.folder) or message} (lost {tries} times)")
         self._take_leave(trial)
 
     def verify(self, trial_id: str) -> bool:

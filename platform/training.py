@@ -12,21 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
-from deta.model.architectures import Detector, make_criterion, make_detector, without_download
+from deta.model.architectures import make_criterion
 from deta.platform.agreement import (
     DriftError,
     Word,
@@ -36,22 +30,12 @@ from deta.platform.agreement import (
     from_leader,
     names_of,
 )
-from deta.platform.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    RunState,
-    clean_leftovers,
-    load_optimizer_state,
-    newest_checkpoint,
-    optimizer_state,
-)
-from deta.platform.checkpoint_writer import CheckpointWriter, Snapshot, take_snapshot
+from deta.platform.checkpoint import RunState
 from deta.platform.detect import Evaluation, Worker, evaluate_model
-from deta.platform.initial import load_backbone, load_initial_weights
-from deta.platform.journal import FILE_NAME, Journal, read_events
+from deta.platform.keeper import Keeper
+from deta.platform.learner import Learner, make_learner
 from deta.platform.loader import LoadedBatch, train_loader
-from deta.platform.lock import Fence, FencedOffError
-from deta.platform.optim import freeze, make_optimizer, set_lr
+from deta.platform.optim import set_lr
 from deta.platform.order import splitmix64
 from deta.platform.pictures import write_validation_sheet
 from deta.platform.run import Run
@@ -62,10 +46,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-STOP_FILE = "stop"  # in the run's folder: save and leave at the next step
-LOOK_FOR_STOP_EVERY_S = 0.5
 ASK_CLUSTER_EVERY_S = 5.0
-TRIES_AT_THE_END, SECONDS_BETWEEN_TRIES = 5, 10.0  # for the last checkpoint on a full disk
 
 
 class BrokenImagesError(ValueError):
@@ -77,7 +58,6 @@ class Progress:
     """What has gathered since the last look at the losses."""
 
     data_wait_s: float = 0.0
-    blocked_s: float = 0.0  # by saving
     began_s: float = field(default_factory=time.perf_counter)
     scalars: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -116,87 +96,16 @@ def train(
         DriftError: the workers' weights are no longer equal.
         CheckpointError: the run is at its end and its last state cannot be written.
     """
-    config, device = run.config, worker.device
-    watchdog = Watchdog(run.folder, worker.rank, config.cluster.hang_timeout_s)
+    watchdog = Watchdog(run.folder, worker.rank, run.config.cluster.hang_timeout_s)
     try:
-        torch.manual_seed(config.seed)  # all workers start from the same weights
-        fence = journal = None
-        if worker.leads:
-            fence = Fence.claim(run.folder, f"{socket.gethostname()}:{os.getpid()}")
-            clean_leftovers(run.checkpoints)
-            journal = Journal(run.folder, fence)
-        resumed = _open_newest(run, journal) if worker.leads else None
-        if journal is not None:
-            journal.write("starting", step=resumed.state.step if resumed else 0)
-        resumed = from_leader(resumed, worker)
-
-        is_filled = bool(resumed or config.init_checkpoint or config.init_backbone)
-        model = make_detector(without_download(config.model) if is_filled else config.model)
-        if resumed is None and config.init_checkpoint is not None:
-            load_initial_weights(
-                model, Path(config.init_checkpoint), run.train_set.categories, config.init_classes
-            )
-        elif resumed is None and config.init_backbone is not None:
-            load_backbone(model, Path(config.init_backbone))
-        freeze(model, config.optim.freeze)
-        model.to(device)
-        average = None
-        if config.ema_decay is not None:
-            average = AveragedModel(
-                model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-            )
-        lr = config.optim.lr_for(config.total_batch_size)
-        optimizer = make_optimizer(model, config.optim, lr)
-        state = RunState(step=0, samples_seen=0, epoch=0.0)
-        if resumed is not None:
-            state = resumed.state
-            _load(resumed, model, average, optimizer)
-
-        parallel: nn.Module = model
-        if worker.world_size > 1:
-            parallel = DistributedDataParallel(
-                model, device_ids=[device.index] if device.type == "cuda" else None
-            )
-        learner = _Learner(model, parallel, average, optimizer)
-        loop = _Loop(run, worker, learner, state, watchdog, journal, fence, is_losing_a_node)
+        keeper = Keeper(run, leads=worker.leads)
+        resumed = from_leader(keeper.open_newest() if worker.leads else None, worker)
+        learner = make_learner(run, worker, resumed)
+        state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
+        loop = _Loop(run, worker, learner, keeper, state, watchdog, is_losing_a_node)
         return loop.run_to_end(on_evaluation)
     finally:
         watchdog.close()
-
-
-def _open_newest(run: Run, journal: Journal | None) -> Checkpoint | None:
-    def tell(message: str) -> None:
-        if journal is not None:
-            journal.write("damaged", message=message)
-
-    return newest_checkpoint(run.checkpoints, tell)
-
-
-def _load(
-    resumed: Checkpoint, model: nn.Module, average: AveragedModel | None, optimizer: AdamW
-) -> None:
-    tensors = resumed.training_state()
-    evaluated = resumed.model_state()
-    own = {n[len("weights/") :]: t for n, t in tensors.items() if n.startswith("weights/")}
-    model.load_state_dict(own or evaluated)
-    if average is not None:
-        average.module.load_state_dict(evaluated)
-        average.n_averaged.copy_(tensors["num_averaged"])
-    load_optimizer_state(optimizer, model, tensors)
-
-
-@dataclass
-class _Learner:
-    """What learns."""
-
-    model: Detector
-    parallel: nn.Module  # the model, or DDP around it
-    average: AveragedModel | None
-    optimizer: AdamW
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return self.model if self.average is None else self.average.module
 
 
 class _Loop:
@@ -204,37 +113,26 @@ class _Loop:
         self,
         run: Run,
         worker: Worker,
-        learner: _Learner,
+        learner: Learner,
+        keeper: Keeper,
         state: RunState,
         watchdog: Watchdog,
-        journal: Journal | None,
-        fence: Fence | None,
         is_losing_a_node: Callable[[], bool] | None,
     ) -> None:
-        self.run, self.worker, self.learner, self.state = run, worker, learner, state
-        self.watchdog, self.journal = watchdog, journal
-        self.is_losing_a_node = is_losing_a_node
+        self.run, self.worker, self.learner, self.keeper = run, worker, learner, keeper
+        self.state, self.watchdog, self.is_losing_a_node = state, watchdog, is_losing_a_node
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
-        keep, store = run.config.checkpoint.keep, run.config.checkpoint.store
-        self.writer = (
-            CheckpointWriter(run.checkpoints, keep=keep, store=store, fence=fence)
-            if worker.leads
-            else None
-        )
         self.broken_images = dict(state.broken_images)
         self.progress = Progress()
-        self.step_ended_s = self.saved_s = self.looked_for_stop_s = self.asked_s = time.monotonic()
-        self.owed = False  # a checkpoint, by `checkpoint.every_steps`
-        # A run that is cut off more often than it saves would never get on; so it saves sooner.
-        self.starts_here = 1
+        self.step_ended_s = self.asked_s = time.monotonic()
         self.node_goes = False
 
     def run_to_end(
         self, on_evaluation: Callable[[dict[str, float]], None] | None
     ) -> dict[str, float]:
         run, config = self.run, self.run.config
-        self._tell_begin()
+        self.keeper.tell_begin(self.state.step, self.worker.world_size)
         evaluation_steps = run.evaluation_steps()
         if self.state.step in evaluation_steps and not self.state.metrics:
             self._evaluate_and_save(on_evaluation)  # it was interrupted here
@@ -264,8 +162,8 @@ class _Loop:
             self.watchdog.beat("step")
             word = agree(self._word(micro_batches), self.worker)
             if self._between_steps(word, micro_batches):
-                self._tell("stopping", step=step, reason="asked to stop")
-                self._close(timeout_s=5)  # whoever asked will not wait for a store
+                self.keeper.tell("stopping", step=step, reason="asked to stop")
+                self.keeper.close(timeout_s=5)  # whoever asked will not wait for a store
                 return metrics
             self._update(step, micro_batches, word.num_boxes)
             is_evaluation = step + 1 in evaluation_steps
@@ -273,32 +171,22 @@ class _Loop:
                 self._look()
             if is_evaluation:
                 metrics = self._evaluate_and_save(on_evaluation)
-        self._tell("end", step=self.state.step, metrics=metrics,
+        self.keeper.tell("end", step=self.state.step, metrics=metrics,
                    reason=run.reason_to_stop(self.state))  # fmt: skip
-        self._close(timeout_s=600)
+        self.keeper.close(timeout_s=600)
         return metrics
 
     # Between two steps
 
     def _word(self, micro_batches: list[LoadedBatch]) -> Word:
         """What this worker has to say before a step."""
-        now_s = time.monotonic()
-        stop = save = ask = False
-        if self.worker.leads:
-            assert self.writer is not None
-            if now_s - self.looked_for_stop_s > LOOK_FOR_STOP_EVERY_S:
-                self.looked_for_stop_s = now_s
-                stop = (self.run.folder / STOP_FILE).exists()
-            every_s = 60 * (self.run.config.checkpoint.every_minutes or float("inf"))
-            every_s /= 4.0 ** (self.starts_here - 1)
-            is_due = self.node_goes or self.owed or now_s - self.saved_s >= every_s
-            save = is_due and not self.writer.is_busy
-            if self.is_losing_a_node is not None and now_s - self.asked_s > ASK_CLUSTER_EVERY_S:
-                self.asked_s, ask = now_s, True
+        ask = False
+        if self.worker.leads and self.is_losing_a_node is not None:
+            ask = time.monotonic() - self.asked_s > ASK_CLUSTER_EVERY_S
         return Word(
             num_boxes=sum(loaded.batch.num_boxes for loaded in micro_batches),
-            stop=stop,
-            save=save,
+            stop=self.keeper.is_asked_to_stop(),
+            save=self.keeper.is_save_due(at_once=self.node_goes),
             ask_cluster=ask,
             num_replaced=sum(len(loaded.replaced) for loaded in micro_batches),
         )
@@ -308,21 +196,22 @@ class _Loop:
         step, config = self.state.step, self.run.config
         if word.num_replaced:
             self._note_broken_images(micro_batches)
-        if word.ask_cluster and self.is_losing_a_node is not None and self.is_losing_a_node():
-            self.node_goes = True
+        if word.ask_cluster and self.is_losing_a_node is not None:
+            self.asked_s = time.monotonic()
+            self.node_goes = self.is_losing_a_node()
         if word.save or word.stop or step % config.compare_weights_every_steps == 0:
             self._require_equal_weights()
         if word.save or word.stop:
             self.watchdog.beat("saving")
-            self._save(wait=word.stop)
+            self.keeper.save(self.learner, self.state, wait=word.stop)
             self.watchdog.beat("step")
-        self._tell_saved()
+        self.keeper.tell_saved()
         return word.stop
 
     def _require_equal_weights(self) -> None:
         different = first_difference(self.learner.model, self.worker)
         if different is not None:
-            self._tell("drift", step=self.state.step, parameter=different)
+            self.keeper.tell("drift", step=self.state.step, parameter=different)
             raise DriftError(
                 f"step {self.state.step}: {different} is not the same on all "
                 f"{self.worker.world_size} workers, as it must be; going on from a checkpoint "
@@ -339,7 +228,7 @@ class _Loop:
         }
         self.broken_images |= new
         if new:
-            self._tell(
+            self.keeper.tell(
                 "replaced",
                 step=self.state.step,
                 images=[one._asdict() for one in everyone],
@@ -389,8 +278,7 @@ class _Loop:
             code_commit=self.run.code_commit,
         )
         self.step_ended_s = now_s
-        every_steps = config.checkpoint.every_steps
-        self.owed = self.owed or bool(every_steps and done % every_steps == 0)
+        self.keeper.note_step(done)
         if not result.updated:
             self._note_skipped(result, micro_batches)
 
@@ -407,7 +295,7 @@ class _Loop:
         images = [image for one in guilty for image in one.images]
         names = sorted({name for one in guilty for name in one.not_finite})
         state = self.state
-        self._tell("skipped", step=state.step, images=images, not_finite=names,
+        self.keeper.tell("skipped", step=state.step, images=images, not_finite=names,
                    in_a_row=state.skipped_in_a_row, total=state.skipped_steps)  # fmt: skip
         if state.skipped_in_a_row < self.run.config.max_skipped_steps:
             return
@@ -446,13 +334,13 @@ class _Loop:
             "train/samples_seen": self.state.samples_seen,
             "train/images_per_s": images_per_s,
             "train/data_wait_share": progress.data_wait_s / elapsed_s,
-            "train/checkpoint_blocked_share": progress.blocked_s / elapsed_s,
+            "train/checkpoint_blocked_share": self.keeper.blocked_s / elapsed_s,
             "train/skipped_steps": self.state.skipped_steps,
             "train/broken_images": len(self.broken_images),
         }
         if self.worker.device.type == "cuda":
             metrics["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._tell(
+        self.keeper.tell(
             "progress",
             step=step,
             num_steps=self.run.num_steps,
@@ -470,8 +358,8 @@ class _Loop:
         """The state is saved before and after: an evaluation can take longer than a notice."""
         config, state = self.run.config, self.state
         self._require_equal_weights()
-        self._save(wait=False)
-        self._tell("evaluating", step=state.step)
+        self.keeper.save(self.learner, self.state, wait=False)
+        self.keeper.tell("evaluating", step=state.step)
         self.watchdog.beat("evaluating")
         began_s = time.perf_counter()
         evaluation = evaluate_model(
@@ -499,7 +387,7 @@ class _Loop:
         if evaluation is not None:
             self._tell_evaluation(evaluation, metrics, time.perf_counter() - began_s)
         self.watchdog.beat("saving")
-        self._save_evaluated()
+        self.keeper.save_evaluated(self.learner, self.state)
         if self.worker.world_size > 1:
             dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is whole
         if on_evaluation is not None:
@@ -510,7 +398,7 @@ class _Loop:
 
     def _on_evaluated_batch(self, _num_images: int) -> None:
         self.watchdog.beat("evaluating")
-        self._tell_saved()
+        self.keeper.tell_saved()
 
     def _tell_evaluation(
         self, evaluation: Evaluation, metrics: dict[str, float], seconds: float
@@ -521,7 +409,7 @@ class _Loop:
             f"AP_of_class/{names[category_id]}": 100 * ap
             for category_id, ap in evaluation.metrics.ap_per_category.items()
         }
-        self._tell(
+        self.keeper.tell(
             "evaluation",
             step=step,
             metrics={f"val/{name}": value for name, value in metrics.items()}
@@ -542,101 +430,9 @@ class _Loop:
             except OSError as error:  # a full disk; the numbers are safe
                 logger.warning("%s: the picture was not written: %s", picture, error)
                 return
-            self._tell("picture", step=step, path=str(picture.relative_to(self.run.folder)))
-
-    def _save(self, *, wait: bool) -> None:
-        if self.writer is None:
-            return
-        began_s = time.perf_counter()
-        if self.writer.save(self._snapshot, wait=wait):
-            self.saved_s, self.owed = time.monotonic(), False
-        self.progress.blocked_s += time.perf_counter() - began_s
-
-    def _snapshot(self, into: Snapshot | None) -> Snapshot:
-        learner = self.learner
-        tensors = optimizer_state(learner.optimizer, learner.model)
-        if learner.average is not None:
-            tensors |= {f"weights/{n}": t for n, t in learner.model.state_dict().items()}
-            tensors["num_averaged"] = learner.average.n_averaged
-        return take_snapshot(
-            self.state,
-            self.run.config,
-            self.run.train_set.categories,
-            learner.evaluated.state_dict(),
-            tensors,
-            into,
-        )
-
-    def _save_evaluated(self) -> None:
-        """The last state must not be lost: try for a while, then say so."""
-        self._save(wait=True)
-        error = self._tell_saved()
-        for _ in range(TRIES_AT_THE_END if self.run.is_done(self.state) else 0):
-            if not error:
-                return
-            time.sleep(SECONDS_BETWEEN_TRIES)
-            self._save(wait=True)
-            error = self._tell_saved()
-        if error and self.run.is_done(self.state):
-            raise CheckpointError(
-                f"the training is done, but its last checkpoint cannot be written: {error}. Make "
-                "room, and --resume goes on from the one before."
-            )
-
-    def _tell_saved(self) -> str:
-        """What the writer has done since, into the journal; returns why the last save failed.
-
-        Raises:
-            FencedOffError: another group of workers has taken the run over.
-        """
-        error = ""
-        for outcome in self.writer.poll() if self.writer is not None else ():
-            if outcome.fenced_off:
-                raise FencedOffError(outcome.error)
-            if outcome.error is not None:
-                self._tell("checkpoint_failed", step=outcome.step, message=outcome.error)
-            if outcome.place == "store":  # the disk has it; the copy is made up for later
-                continue
-            error = outcome.error or ""
-            if outcome.path is not None:
-                path = str(outcome.path.relative_to(self.run.folder))
-                self._tell("checkpoint", step=outcome.step, path=path,
-                           blocked_s=outcome.blocked_s, seconds=outcome.seconds)  # fmt: skip
-        return error
-
-    def _tell_begin(self) -> None:
-        if self.journal is None:
-            return
-        step, last = self.state.step, None
-        journal = self.run.folder / FILE_NAME
-        tail = max(0, journal.stat().st_size - 65536) if journal.exists() else 0
-        starts_here = 0
-        for event, _ in read_events(self.run.folder, tail):
-            if event["kind"] in ("progress", "evaluation", "checkpoint"):
-                last = event
-            elif event["kind"] == "starting":
-                starts_here += event["step"] == step
-        self.starts_here = max(1, starts_here)
-        lost = {}
-        if last is not None and step > 0:
-            lost = {
-                "wasted_steps": max(0, last["step"] - step),
-                "restart_s": time.time() - last["time_s"],
-            }
-        self._tell("begin", step=step, num_steps=self.run.num_steps,
-                   world_size=self.worker.world_size, **lost)  # fmt: skip
-
-    def _tell(self, kind: str, **values: object) -> None:
-        if self.journal is not None:
-            self.journal.write(kind, **values)
+            self.keeper.tell("picture", step=step, path=str(picture.relative_to(self.run.folder)))
 
     def _forget(self) -> None:
         self.progress = Progress()
+        self.keeper.blocked_s = 0.0
         self.step_ended_s = time.monotonic()
-
-    def _close(self, timeout_s: float) -> None:
-        if self.writer is not None:
-            self.writer.close(timeout_s)
-            self._tell_saved()
-        if self.journal is not None:
-            self.journal.close()

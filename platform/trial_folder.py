@@ -30,6 +30,20 @@ class MismatchError(RuntimeError):
     """A trial trained with other parameters than it was given."""
 
 
+def last_failure(folder: Path) -> str:
+    """What went wrong on a worker of a run last; its own fault rather than its peers'."""
+    found = []
+    for path in sorted((folder / FAILURES).glob("rank-*.json")):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            found.append(f"{said['type']}: {said['message']}")
+        except (OSError, ValueError, KeyError):
+            continue
+    # Workers whose peer is gone complain of the connection.
+    own = [text for text in found if "onnection" not in text and "peer" not in text]
+    return (own or found or [""])[0]
+
+
 @dataclass
 class TrialFolder:
     """Follows one trial; `look` brings it up to date."""
@@ -45,7 +59,6 @@ class TrialFolder:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     speeds: list[float] = field(default_factory=list)  # images/s
     remaining_s: float | None = None
-    evaluation_s: float = 0.0  # how long the last one took
     ended: Literal["", "FINISHED", "FAILED", "KILLED"] = ""
     reason: str = ""
     tags: dict[str, str] = field(default_factory=dict)
@@ -200,19 +213,6 @@ class TrialFolder:
             return ""
         return outcome.message if outcome.kind == "refused" else ""
 
-    def last_failure(self) -> str:
-        """What went wrong on a worker last; its own fault rather than its peers'."""
-        found = []
-        for path in sorted((self.folder / FAILURES).glob("rank-*.json")):
-            try:
-                said = json.loads(path.read_text(encoding="utf-8"))
-                found.append(f"{said['type']}: {said['message']}")
-            except (OSError, ValueError, KeyError):
-                continue
-        # Workers whose peer is gone complain of the connection.
-        own = [text for text in found if "onnection" not in text and "peer" not in text]
-        return (own or found or [""])[0]
-
     def _take(self, event: dict[str, Any]) -> None:
         kind, time_s = event["kind"], event["time_s"]
         if kind == "starting":
@@ -232,7 +232,8 @@ class TrialFolder:
             self.remaining_s = event["remaining_s"]
         elif kind == "evaluation":
             values = event["metrics"]
-            self.evaluation_s = values.get("val/seconds", 0.0)
+            # Where it is stopped just here, it was at its end all the same.
+            self.has_end = bool(self.num_steps) and event["step"] >= self.num_steps
             names = ("epoch", "samples_seen", "seconds")
             self.metrics = {
                 name.removeprefix("val/"): value

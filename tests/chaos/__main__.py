@@ -80,6 +80,7 @@ def play(
 ) -> list[dict[str, Any]]:
     """One after the other; each prints its line when it is over."""
     place = Place.make()
+    place.patience = max(1.0, options.slack)
     place.shared["asked"] = {scenario.id for scenario in chosen}
     began_s = time.monotonic()
     rows = []

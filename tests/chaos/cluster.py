@@ -24,7 +24,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 HEALTH = {
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "5",
 }
 
 
@@ -90,7 +90,7 @@ class NetnsCluster:
             [*self.within(0), RAY, "drain-node", "--address", f"{self.ip(0)}:{GCS_PORT}",
              "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
              "--reason-message", "spot", "--deadline-remaining-seconds", str(grace_s)],
-            env=self._env(), capture_output=True, text=True, timeout=60, check=False,
+            env=self._env(), capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         expect(done.returncode == 0, f"ray drain-node: {done.stderr[-500:]}")
 
@@ -131,6 +131,12 @@ class NetnsCluster:
         return clean_environment() | self.environment | {MARK: self.mark}
 
     def _start_node(self, node: int) -> None:
+        for tries_left in (2, 1, 0):  # Ray gives a node 30 s to come up, however busy the machine
+            if self._try_to_start(node, tries_left == 0):
+                say(f"node {node} is up")
+                return
+
+    def _try_to_start(self, node: int, must: bool) -> bool:
         command = [*self.within(node), RAY, "start", "--block", "--num-cpus=1"]
         command += [f"--node-ip-address={self.ip(node)}", "--object-store-memory=100000000"]
         command += ["--disable-usage-stats"]
@@ -158,9 +164,11 @@ class NetnsCluster:
         deadline_s = time.monotonic() + 120
         while b"Ray runtime started" not in log_path.read_bytes():
             if self.nodes[-1].poll() is not None or time.monotonic() > deadline_s:
-                raise ScenarioError(f"node {node}: {log_path.read_text()[-800:]}")
+                self.kill_node(node)
+                expect(not must, f"node {node}: {log_path.read_text()[-800:]}")
+                return False
             time.sleep(0.2)
-        say(f"node {node} is up")
+        return True
 
     def _wait_for_nodes(self) -> None:
         for _ in range(20):
@@ -174,7 +182,7 @@ class NetnsCluster:
     def _ask(self, program: str) -> list[dict[str, Any]]:
         done = subprocess.run(
             [*self.within(0), sys.executable, "-c", program], env=self._env(), cwd="/",
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         expect(done.returncode == 0, f"the cluster does not answer: {done.stderr[-800:]}")
         answer: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -104,6 +104,7 @@ class Direct:
 
     def run(self, world_size: int = 1, timeout_s: float = 300, **overrides: object) -> list[int]:
         """To the end of all processes: their exit codes."""
+        timeout_s *= self.place.patience
         processes = self.start(world_size, **overrides)
         deadline_s = time.monotonic() + timeout_s
         try:
@@ -130,7 +131,7 @@ class Direct:
     def wait_for_step(
         self, step: int, processes: list[subprocess.Popen[bytes]], timeout_s: float = 120
     ) -> None:
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s * self.place.patience
         while self.step() < step:
             expect(time.monotonic() < deadline_s, f"{self.name}: step {step} did not come")
             dead = [p.returncode for p in processes if p.poll() is not None]

@@ -104,13 +104,14 @@ class Family:
                     known = self._known.get(pid)
                     if known is not None and known.start == start:
                         continue
-                    if self._is_ours(pid, parent, start):
+                    mother, above = self._known.get(parent), table.get(parent)
+                    # Numbers are given anew: it must be the same process, not one of that number.
+                    inherits = mother is not None and above is not None and above[2] == mother.start
+                    if inherits or self._has_mark(pid, start):
                         self._known[pid] = Process(pid, start)
                         fresh = True
 
-    def _is_ours(self, pid: int, parent: int, start: int) -> bool:
-        if parent in self._known and self._known[parent].start <= start:
-            return True
+    def _has_mark(self, pid: int, start: int) -> bool:
         if self._foreign.get(pid) == start:
             return False
         try:

@@ -58,6 +58,7 @@ class Place:
     """A folder of one invocation of the harness, with what its scenarios share."""
 
     folder: Path
+    patience: float = 1.0  # multiplies how long is waited for what should come
     _drawn: dict[int, ShapesDataset] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)  # results that several scenarios read
 
@@ -170,7 +171,7 @@ class TinyRun:
         done = subprocess.run(
             self.command(*(["--resume"] if resume else [])),
             cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=timeout_s, start_new_session=True,
+            text=True, timeout=timeout_s * self.place.patience, start_new_session=True,
         )  # fmt: skip
         return done.returncode, time.monotonic() - began_s, done.stdout + done.stderr
 
@@ -189,6 +190,7 @@ class TinyRun:
         Raises:
             ScenarioError: the time is over, or the command ended before.
         """
+        timeout_s *= self.place.patience
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             value = reached()
@@ -210,6 +212,7 @@ class TinyRun:
     def wait(self, timeout_s: float = 240) -> int:
         """Its exit code."""
         assert self.process is not None
+        timeout_s *= self.place.patience
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -64,9 +64,11 @@ def mlflow_away_at_the_end(place: Place, options: Options) -> Outcome:
     """C5: how long the command takes to leave, and whether jobs/sync.py sends the rest."""
     result = _tracking_run(place)
     return Outcome(
-        round(result.exit_s, 1), "s to exit", result.exit_s <= 10 and _is_whole(result, "C5"),
+        round(result.exit_s, 1),
+        "s to exit",
+        result.exit_s <= 10 * options.slack and _is_whole(result, "C5"),
         f"rows missing / twice after sync {result.rows['C5']}",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
         ratio = a / b
         error = ratio * math.hypot(a_error / a, b_error / b)
         say(f"c: {phase.id} {phase.mode}: step {1000 * a:.0f} ms, beside {1000 * b:.0f} ms")
-        if phase.id not in found or ratio - 2 * error > found[phase.id][0]:
+        if phase.id not in found or ratio > found[phase.id][0]:
             found[phase.id] = (ratio, error)
     return found
 
@@ -224,7 +226,7 @@ def partition(place: Place, options: Options) -> Outcome:
             cut_s = time.time()
             cluster.cut(1)
             say("c6: cut")
-            took_s, _, step = recovery(run, cut_s, timeout_s=240 * options.slack)
+            took_s, _, step = recovery(run, cut_s, timeout_s=240)
             say(f"c6: new step after {took_s:.1f} s")
             run.wait_for_step(step + 5)
             cluster.heal(1)
@@ -239,7 +241,7 @@ def partition(place: Place, options: Options) -> Outcome:
     expect(writers == 1, f"{writers} groups wrote at once")
     return Outcome(
         round(took_s, 1), "s", took_s <= 60 * options.slack,
-        f"groups of {sizes} workers, one writer at any time; node taken for dead after 8-16 s "
+        f"groups of {sizes} workers, one writer at any time; node taken for dead after 10-30 s "
         "(RAY_health_check_*)",
     )  # fmt: skip
 
@@ -279,7 +281,7 @@ def node_drained(place: Place, options: Options) -> Outcome:
             gone_s = time.time()
             before = run.step()
             cluster.kill_node(1)
-            run.wait_for("a new group", left, 240 * options.slack)
+            run.wait_for("a new group", left, 240)
             events = run.events()
             begin = [e for e in events if e["kind"] == "begin"][first]
             reached = max(

@@ -27,6 +27,7 @@ LENIENT = Options(repeats=3, slack=8.0, soak_s=20)
 def place() -> Iterator[Place]:
     pytest.importorskip("ray")
     made = Place.make()
+    made.patience = LENIENT.slack
     made.shared["asked"] = {scenario.id for scenario in QUICK}
     yield made
     made.remove()

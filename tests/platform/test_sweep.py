@@ -57,7 +57,7 @@ def tiny_sweep(drawn: ShapesDataset, storage: Path) -> tuple[Sweep, Run]:
 
     changes: dict[str, object] = dict(text.split("=", 1) for text in TINY)
     changes |= {"storage": str(storage), "name": "tiny", "schedule.epochs": 1}
-    changes |= {"cluster.num_workers": 1, "schedule.warmup_epochs": 0}
+    changes |= {"cluster.num_workers": 1, "schedule.warmup_epochs": 0, "model.num_classes": 5}
     base = override(demo(), changes)
     run = Run(
         base,

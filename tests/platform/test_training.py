@@ -18,7 +18,7 @@ import torch
 
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
-from deta.platform import checkpoint, loader, training
+from deta.platform import checkpoint, keeper, loader, training
 from deta.platform.coco import CocoDataset
 from deta.platform.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.detect import Worker
@@ -267,9 +267,9 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_images(
 def test_asked_to_stop_a_run_saves_and_goes_on_with_the_same_bits(
     drawn: ShapesDataset, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(training, "LOOK_FOR_STOP_EVERY_S", 0.0)
+    monkeypatch.setattr(keeper, "LOOK_FOR_STOP_EVERY_S", 0.0)
     run = make_run(drawn, tmp_path, num_pictures=0)
-    stop = run.folder / training.STOP_FILE
+    stop = run.folder / keeper.STOP_FILE
 
     def write(self: Journal, kind: str, **values: object) -> None:
         real(self, kind, **values)
