@@ -39,6 +39,7 @@ from deta.platform.vigil import Vigil
 
 LOG_FILE = "attempt.log"  # what the Ray drivers print
 LOOK_EVERY_S = 0.25
+UPLOAD_S = 6.0  # from the end of a run to the exit, for an MLflow that does not answer well
 GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
 RECONNECT_MINUTES = 30.0  # a cluster that was there once is waited for so long
 LONGEST_BACKOFF_S = 60.0
@@ -137,8 +138,8 @@ class _Supervisor:
     ) -> None:
         self.run, self.lock, self.console, self.echo = run, lock, console, echo
         self.began_s = time.monotonic()
-        newest = newest_checkpoint(run.checkpoints)
-        self.useful_s_before = newest.state.useful_s if newest is not None else 0.0
+        self.last = newest_checkpoint(run.checkpoints)
+        self.useful_s_before = self.last.state.useful_s if self.last is not None else 0.0
         self.mark = f"{run.folder.name}-{uuid.uuid4().hex}"
         os.environ[RUN_MARK] = self.mark  # inherited by all that is started from here
         self.vigil = Vigil(run, console)
@@ -169,8 +170,9 @@ class _Supervisor:
             (run.folder / DATA_FILE).unlink(missing_ok=True)
             (run.folder / STOP_FILE).unlink(missing_ok=True)
             self.vigil.look()
+            self.last = newest_checkpoint(run.checkpoints)
             self._write_end(status, reason)
-            uploaded = finish_uploader(uploader, run.folder)
+            uploaded = finish_uploader(uploader, run.folder, within_s=UPLOAD_S)
             self._tell_upload(uploaded)
             assert guardian.stdin is not None
             try:
@@ -264,7 +266,7 @@ class _Supervisor:
             if self.vigil.ended:
                 ended_s = ended_s or time.monotonic()
                 # The rest is Ray's putting away; what counts is written.
-                if attempt.poll() is not None or time.monotonic() - ended_s > 2:
+                if attempt.poll() is not None or time.monotonic() - ended_s > 1:
                     return Outcome("ended")
             failure = self.vigil.failure_that_comes_again()
             if failure:
@@ -348,15 +350,13 @@ class _Supervisor:
             )
 
     def _goodput(self) -> float:
-        newest = newest_checkpoint(self.run.checkpoints)
-        useful_s = newest.state.useful_s if newest is not None else 0.0
+        useful_s = self.last.state.useful_s if self.last is not None else 0.0
         return max(0.0, useful_s - self.useful_s_before) / (time.monotonic() - self.began_s)
 
     def _conclude(self, uploaded: UploadState) -> Result:
-        newest = newest_checkpoint(self.run.checkpoints)
         result = Result(
             self.run.folder,
-            dict(newest.state.metrics) if newest is not None else {},
+            dict(self.last.state.metrics) if self.last is not None else {},
             best_checkpoint(self.run.checkpoints),
             uploaded.uri,
             uploaded.run_id,

@@ -17,19 +17,31 @@ ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that i
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Ids of the processes that carry a mark and can still run; this one is left out."""
+    """Ids of the processes that carry a mark, and of all that descend from them.
+
+    A process that changes its title, as Ray's agents do, overwrites its environment; then only its
+    parent tells whose it is. Those that have ended are left out, and this process.
+    """
     wanted = f"{name}={value}".encode()
+    children: dict[int, list[int]] = {}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted not in (folder / "environ").read_bytes().split(b"\0"):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state in "ZX":
                 continue
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            children.setdefault(int(parent), []).append(int(folder.name))
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
         except OSError:  # it ended meanwhile, or is somebody else's
             continue
-        if state not in "ZX" and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+    family = set(found) - {os.getpid()}
+    unvisited = list(family)
+    while unvisited:
+        new = set(children.get(unvisited.pop(), ())) - family - {os.getpid()}
+        family |= new
+        unvisited += new
+    return sorted(family)
 
 
 def end_marked(name: str, value: str, within_s: float = 10.0) -> int:
