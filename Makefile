@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-train
 
 # Side by side what can be; then, alone on the machine, what kills processes and takes the time.
 TESTS = $(BIN)/python -m pytest --ignore tests/chaos --numprocesses 2 --dist loadfile
-CHAOS = $(BIN)/python -m pytest tests/chaos
+CHAOS = DETA_CHAOS=1 $(BIN)/python -m pytest tests/chaos
 
 test: $(VENV)/.installed-dev
 	$(TESTS)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -106,6 +107,11 @@ def train(
         return loop.run_to_end(on_evaluation)
     finally:
         watchdog.close()
+
+
+def _only_numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """What can be compared: a NaN or an infinite AP would be best, or break what ranks by it."""
+    return {n: float(v) for n, v in metrics.items() if v is not None and math.isfinite(v)}
 
 
 class _Loop:
@@ -373,7 +379,7 @@ class _Loop:
             loader_workers=config.data.loader_workers,
             on_batch=self._on_evaluated_batch,
         )
-        metrics = evaluation.metrics.percent() if evaluation is not None else {}
+        metrics = _only_numbers(evaluation.metrics.percent()) if evaluation is not None else {}
         metrics = from_leader(metrics, self.worker)
         now_s = time.monotonic()
         self.state = replace(

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tests.chaos.catalogue import BY_ID, SCENARIOS
@@ -56,12 +57,17 @@ def main() -> int:
     if not chosen:
         parser.error("name some scenarios, or give --core or --quick")
     # Stopped from outside, it still ends the processes it started and unmounts its disks.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _leave)
     options = Options(arguments.repeats, arguments.slack, arguments.soak_s)
     rows = play(chosen, options, arguments.stock, arguments.json, keep=arguments.keep)
     if arguments.table:
         print(table(rows))
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    say(f"stopped by signal {number}")
+    sys.exit(128 + number)
 
 
 def choose(ids: list[str], *, core: bool = False, quick: bool = False) -> list[Scenario]:
