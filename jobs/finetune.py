@@ -69,7 +69,7 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         machine = machine_plan(
             config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
         )
-        run = prepare(override(config, machine.changes))
+        run = prepare(override(config, machine.changes), resume=parsed.resume)
         schedule = schedule_plan(
             run.config, len(run.train_set), given=given, samples=parsed.samples
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import sys
 import threading
 import time
@@ -36,8 +35,9 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from deta.platform.attempt_outcome import DATA_FILE, OUTCOME_FILE, Outcome
+from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.config import RunConfig
+from deta.platform.kept_data import kept_run
 from deta.platform.processes import ATTEMPT_MARK, end_marked
 from deta.platform.run import Run
 from deta.platform.worker import train_worker
@@ -151,7 +151,7 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
 
 def attempt(folder: Path) -> Outcome:
     """Try; what comes of it in the run is in its journal and its checkpoints."""
-    run: Run = pickle.loads((folder / DATA_FILE).read_bytes())  # the supervisor wrote it
+    run = kept_run(folder)
     try:
         print(connect(), flush=True)
     except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DATA_FILE = "data.pickle"  # the supervisor's, with the run that the driver is to train
 OUTCOME_FILE = "attempt.json"
 FAILURES = "failures"  # one file a rank, of its last failure
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deta.platform.checkpoint import newest_checkpoint
 from deta.platform.checkpoint_store import restore_from_store
-from deta.platform.config import RunConfig, flatten, from_json
+from deta.platform.config import RunConfig, flatten, from_json, to_json
 from deta.platform.run import Run
 from deta.platform.run_file import RUN_FILE, read_run_file
 
@@ -42,7 +42,7 @@ def claim_folder(run: Run, *, resume: bool) -> None:
         return
     if store is not None:
         restore_from_store(store, run.config.name, folder)
-    if not (folder / RUN_FILE).exists():
+    if not (folder / RUN_FILE).exists() and newest_checkpoint(run.checkpoints) is None:
         elsewhere = f" nor in {store}" if store is not None else ""
         raise RunExistsError(f"{folder}: there is no run to resume{elsewhere}; leave --resume out")
 
@@ -55,7 +55,7 @@ def changes_since(run: Run) -> list[str]:
     Raises:
         RunExistsError: run.json is damaged.
     """
-    before = _read(run)
+    before = what_was(run)
     try:
         began = from_json(RunConfig, json.dumps(before["config"]))
     except ValueError as error:
@@ -100,8 +100,21 @@ def refuse_if_done(run: Run) -> None:
     )
 
 
-def _read(run: Run) -> dict[str, Any]:
+def what_was(run: Run) -> dict[str, Any]:
+    """run.json; where it is damaged or gone, what the newest checkpoint knows of it.
+
+    Raises:
+        RunExistsError: there is neither.
+    """
     try:
         return read_run_file(run.folder)
-    except ValueError as error:
-        raise RunExistsError(str(error)) from error
+    except (ValueError, OSError) as error:
+        newest = newest_checkpoint(run.checkpoints)
+        if newest is None:
+            raise RunExistsError(f"{error}; and no checkpoint is there to make it from") from error
+    return {
+        "config": json.loads(to_json(newest.config)),
+        "train_fingerprint": newest.state.data_fingerprint,
+        "val_fingerprint": run.val_set.fingerprint,  # not in a checkpoint
+        "code_commit": newest.state.code_commit,
+    }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -21,19 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deta.platform.attempt_outcome import DATA_FILE, OUTCOME_FILE, Outcome
+from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.checkpoint import best_checkpoint, newest_checkpoint
-from deta.platform.claim import changes_since, claim_folder, refuse_changes, refuse_if_done
+from deta.platform.claim import (
+    changes_since,
+    claim_folder,
+    refuse_changes,
+    refuse_if_done,
+    what_was,
+)
 from deta.platform.config import RunConfig
 from deta.platform.console import Console
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.journal import Journal
 from deta.platform.keeper import STOP_FILE
+from deta.platform.kept_data import keep_data
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
 from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, environment
 from deta.platform.run import Run
-from deta.platform.run_file import describe_run, read_run_file, write_run_file
+from deta.platform.run_file import describe_run, write_run_file
 from deta.platform.uploading import UploadState, finish_uploader, start_uploader
 from deta.platform.vigil import Vigil
 
@@ -76,7 +82,7 @@ def launch(
         ValueError: the input, the name, or a lock; before the cluster is touched.
         RuntimeError: the run failed on the cluster; says why.
     """
-    return launch_prepared(prepare(config), resume=resume, force=force, echo=echo)
+    return launch_prepared(prepare(config, resume=resume), resume=resume, force=force, echo=echo)
 
 
 def launch_prepared(
@@ -103,7 +109,7 @@ def launch_prepared(
             if not force:
                 refuse_changes(run, changes)
             refuse_if_done(run)
-            before = read_run_file(run.folder)
+            before = what_was(run)
             _note_changes(run, changes, str(before.get("code_commit", "")), echo)
         elif first_look is not None:
             try:
@@ -150,7 +156,7 @@ class _Supervisor:
     def supervise(self) -> Result:
         run = self.run
         (run.folder / STOP_FILE).unlink(missing_ok=True)
-        (run.folder / DATA_FILE).write_bytes(pickle.dumps(run))
+        keep_data(run)
         guardian = start_guardian(self.mark, run.folder)
         uploader = start_uploader(run.folder)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -167,7 +173,6 @@ class _Supervisor:
             raise
         finally:
             self._end_attempt()
-            (run.folder / DATA_FILE).unlink(missing_ok=True)
             (run.folder / STOP_FILE).unlink(missing_ok=True)
             self.vigil.look()
             self.last = newest_checkpoint(run.checkpoints)

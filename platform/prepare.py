@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from dataclasses import replace
@@ -11,17 +12,25 @@ import torch
 
 from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.platform.coco import CocoDataset
-from deta.platform.config import RunConfig
+from deta.platform.coco_json import DatasetError
+from deta.platform.config import DataConfig, RunConfig
 from deta.platform.datasets import open_dataset
 from deta.platform.download import fetch, is_url
 from deta.platform.initial import check_initial_weights
+from deta.platform.kept_data import Split, kept_dataset
 from deta.platform.optim import freeze
 from deta.platform.predict import find_checkpoint
 from deta.platform.run import Run
 
+logger = logging.getLogger(__name__)
 
-def prepare(config: RunConfig) -> Run:
+
+def prepare(config: RunConfig, *, resume: bool = False) -> Run:
     """Check everything that can be checked without a cluster: data, classes, sizes.
+
+    Args:
+        resume: the run has begun. Training pictures that have broken since are no refusal then;
+            they are replaced while it trains, up to `data.max_broken_share`.
 
     Raises:
         ValueError: names the file and record, or the configuration key.
@@ -41,29 +50,15 @@ def prepare(config: RunConfig) -> Run:
         val_images=_absolute(data.val_images),
         val_annotations=_absolute(data.val_annotations),
     )
-    train_set, val_set = (
-        open_dataset(
-            images,
-            annotations,
-            lenient=data.lenient,
-            max_pixels=data.max_pixels,
-            progress=True,
-        )
-        for images, annotations in (
-            (data.train_images, data.train_annotations),
-            (data.val_images, data.val_annotations),
-        )
-    )
+    kept = Path(_absolute(config.storage)) / config.name if resume else None
+    train_set = _open("train", data, kept)
+    val_set = _open("val", data, kept)
     if train_set.categories != val_set.categories:
         raise ValueError(
             f"{data.train_annotations or data.train_images} and "
             f"{data.val_annotations or data.val_images} have different categories: "
             f"{_difference(train_set, val_set)}; both must list the same ids and names"
         )
-    if data.train_first is not None:
-        train_set = train_set.first(min(data.train_first, len(train_set)))
-    if data.val_first is not None:
-        val_set = val_set.first(min(data.val_first, len(val_set)))
     if config.optim.freeze:
         with torch.device("meta"):
             freeze(make_detector(without_download(config.model)), config.optim.freeze)
@@ -80,6 +75,27 @@ def prepare(config: RunConfig) -> Run:
     return Run(
         config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
     )
+
+
+def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
+    images, annotations = (
+        (data.train_images, data.train_annotations)
+        if split == "train"
+        else (data.val_images, data.val_annotations)
+    )
+    try:
+        dataset = open_dataset(
+            images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
+        )
+    except DatasetError as error:
+        before = kept_dataset(kept, split, annotations) if kept and split == "train" else None
+        if before is None:
+            raise
+        logger.warning("%s\nThe run began with them whole, so it goes on: broken pictures are "
+                       "replaced while it trains.", error)  # fmt: skip
+        return before
+    first = data.train_first if split == "train" else data.val_first
+    return dataset if first is None else dataset.first(min(first, len(dataset)))
 
 
 def _local(key: str, given: str | None, storage: Path) -> str | None:

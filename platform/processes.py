@@ -17,31 +17,33 @@ ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that i
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Ids of the processes that carry a mark, and of all that descend from them.
+    """Ids of the processes that carry a mark, and of all in sessions that such a process began.
 
     A process that changes its title, as Ray's agents do, overwrites its environment; then only its
-    parent tells whose it is. Those that have ended are left out, and this process.
+    session tells whose it is. Those that have ended are left out, and this process.
     """
     wanted = f"{name}={value}".encode()
-    children: dict[int, list[int]] = {}
-    found = []
+    sessions: dict[int, int] = {}
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state in "ZX":
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] in "ZX":
                 continue
-            children.setdefault(int(parent), []).append(int(folder.name))
+            sessions[int(folder.name)] = int(fields[3])
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+                found.add(int(folder.name))
         except OSError:  # it ended meanwhile, or is somebody else's
             continue
-    family = set(found) - {os.getpid()}
-    unvisited = list(family)
-    while unvisited:
-        new = set(children.get(unvisited.pop(), ())) - family - {os.getpid()}
-        family |= new
-        unvisited += new
-    return sorted(family)
+    # Began by a marked process: its leader is one, or is gone. Never the session we run in.
+    began = {
+        sessions[pid] for pid in found if sessions[pid] in found or sessions[pid] not in sessions
+    } - {os.getsid(0)}
+    return sorted(
+        pid
+        for pid, session in sessions.items()
+        if (pid in found or session in began) and pid != os.getpid()
+    )
 
 
 def end_marked(name: str, value: str, within_s: float = 10.0) -> int:

@@ -14,9 +14,11 @@ scenarios mount file systems and make network namespaces, for which they must be
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -56,6 +58,11 @@ def main() -> int:
     chosen = choose(arguments.ids, core=arguments.core, quick=arguments.quick)
     if not chosen:
         parser.error("name some scenarios, or give --core or --quick")
+    alone = (Path(tempfile.gettempdir()) / "deta-chaos.lock").open("a")
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error("another chaos run is going on here; two at once would falsify their figures")
     # Stopped from outside, it still ends the processes it started and unmounts its disks.
     signal.signal(signal.SIGTERM, _leave)
     options = Options(arguments.repeats, arguments.slack, arguments.soak_s)
