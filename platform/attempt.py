@@ -23,6 +23,8 @@ from typing import Any
 # others has its own rules.
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Nobody restarts the head of a local cluster; the supervisor starts another one.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
 for _name, _value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",

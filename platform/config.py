@@ -68,7 +68,7 @@ class ClusterConfig:
     min_workers: int | None = None
     # A worker whose training stands still for so long is taken for hung: stacks are written and
     # the group starts again. Longer where steps are: at least ten times the usual step.
-    hang_timeout_s: float = 30.0
+    hang_timeout_s: float = 20.0
     # What is lost is started again, from the last checkpoint, for as long as the run gets further;
     # after so many starts in a row that got no further it stops.
     max_fruitless_starts: int = 3

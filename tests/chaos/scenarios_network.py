@@ -299,7 +299,7 @@ def node_drained(place: Place, options: Options) -> Outcome:
 
 def _elastic_run(place: Place, cluster: NetnsCluster, name: str) -> TinyRun:
     return TinyRun(
-        place, name, prefix=cluster.within(0), schedule__epochs=12, evaluate_every_epochs=12,
+        place, name, prefix=cluster.within(0), schedule__epochs=40, evaluate_every_epochs=40,
         cluster__min_workers=1, cluster__num_workers=2,
         environment=cluster.environment
         | {"MLFLOW_TRACKING_URI": f"sqlite:///{place.folder}/{name}-mlflow.db"},

@@ -108,7 +108,11 @@ def recovery(run: TinyRun, hit_s: float, timeout_s: float) -> tuple[float, int, 
         )
         begins = [e for e in events if e["kind"] == "begin" and e["time_s"] > hit_s]
         if not begins:
-            return None
+            if not any(e["kind"] == "end" for e in run.events()):
+                return None
+            # Workers can outlive what was hit; these reached their last step and needed no start.
+            on = [e for e in events if e["kind"] == "progress" and e["time_s"] > hit_s]
+            return on[0]["time_s"] - hit_s, 0, on[-1]["step"]
         # What a group still did between the hit and its end was done, too.
         before = max(
             [before]
