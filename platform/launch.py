@@ -8,6 +8,7 @@ killed. What they know of one another is in the run's folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ UPLOAD_S = 6.0  # from the end of a run to the exit, for an MLflow that does not
 GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
 RECONNECT_MINUTES = 30.0  # a cluster that was there once is waited for so long
 LONGEST_BACKOFF_S = 60.0
+READ_ONLY_S = 10.0  # so long a disk may be so
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class _Supervisor:
         self.attempt: subprocess.Popen[bytes] | None = None
         self.attempt_mark = ""
         self.log_offset = 0  # of the present attempt, in bytes
+        self.writable_s = self.began_s  # when the folder was so last
 
     def supervise(self) -> Result:
         run = self.run
@@ -173,7 +176,8 @@ class _Supervisor:
             raise
         finally:
             self._end_attempt()
-            (run.folder / STOP_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read-only by now
+                (run.folder / STOP_FILE).unlink(missing_ok=True)
             self.vigil.look()
             self.last = newest_checkpoint(run.checkpoints)
             self._write_end(status, reason)
@@ -268,6 +272,7 @@ class _Supervisor:
                     f"{self.run.folder}: another process has taken this run over, since nothing "
                     "was heard of this one for too long"
                 )
+            self._require_a_disk()
             if self.vigil.ended:
                 ended_s = ended_s or time.monotonic()
                 # The rest is Ray's putting away; what counts is written.
@@ -283,8 +288,28 @@ class _Supervisor:
             if self.vigil.failed_since_start:
                 self._stop_if_fruitless(Outcome("lost", ""), 0)
 
+    def _require_a_disk(self) -> None:
+        """A disk that is full gets room again; one that turned read-only needs a person.
+
+        Raises:
+            RunFailedError: it has been so for a while.
+        """
+        if os.access(self.run.folder, os.W_OK):
+            self.writable_s = time.monotonic()
+        elif time.monotonic() - self.writable_s > READ_ONLY_S:
+            newest = newest_checkpoint(self.run.checkpoints)
+            origin = newest.path.name if newest is not None else "the beginning"
+            raise RunFailedError(
+                f"{self.run.folder}: cannot be written to any more (the file system is read-only), "
+                f"so nothing that is learnt could be kept. Make it writable; --resume goes on from "
+                f"{origin}"
+            )
+
     def _outcome(self, attempt: subprocess.Popen[bytes]) -> Outcome:
         self.vigil.look()
+        if not os.access(self.run.folder, os.W_OK):
+            self.writable_s = -READ_ONLY_S
+            self._require_a_disk()
         if self.vigil.ended:  # the cluster may be gone by then; the run is done
             return Outcome("ended")
         try:

@@ -134,7 +134,8 @@ class RunLock:
             return
         self._ended.set()
         if not self.lost:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read-only by now; it goes stale
+                self.path.unlink(missing_ok=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._released = True
