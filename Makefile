@@ -28,13 +28,13 @@ install: $(VENV)/.installed-train
 demo: $(VENV)/.installed-train
 	$(BIN)/python jobs/deta_r50.py --variant demo --name demo-$(RUN_STAMP) storage=runs
 
-# Side by side what can be; then, alone on the machine, what kills processes and takes the time.
-TESTS = $(BIN)/python -m pytest --ignore tests/chaos --numprocesses 2 --dist loadfile
-CHAOS = DETA_CHAOS=1 $(BIN)/python -m pytest tests/chaos
+# Side by side what can be; then, one after the other, what starts clusters.
+ALONGSIDE = $(BIN)/python -m pytest -m "not cluster" --numprocesses 2 --dist loadfile
+ALONE = $(BIN)/python -m pytest -m cluster
 
 test: $(VENV)/.installed-dev
-	$(TESTS)
-	$(CHAOS)
+	$(ALONGSIDE)
+	$(ALONE)
 
 # Faults for real, all of them: about half an hour. One: python -m tests.chaos A1
 chaos: $(VENV)/.installed-dev
@@ -44,8 +44,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(TESTS)
-	$(CHAOS)
+	$(ALONGSIDE)
+	$(ALONE)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

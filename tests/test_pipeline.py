@@ -21,6 +21,8 @@ from deta.platform.checkpoint import read_checkpoint
 from deta.platform.journal import read_events
 from deta.platform.shapes import ShapesDataset, write_shapes
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     *("model.backbone.width=0.25", "model.dim=32", "model.num_heads=4", "model.ffn_dim=32"),

@@ -16,6 +16,8 @@ pytest.importorskip("ray")
 from deta.platform import submit
 from deta.platform.submit import Project, cluster_address, job_environment, project_root
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).resolve().parents[2]
 DETA = [sys.executable, "-m", "deta.jobs.cli"]
 SECRET = "never-to-be-shown"

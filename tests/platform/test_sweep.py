@@ -26,6 +26,8 @@ from deta.platform.sweep_report import open_trials
 from deta.platform.training import train
 from deta.platform.trial_folder import MismatchError
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).resolve().parents[2]
 # Over the demo's; AP stays near nothing, which is all that is needed here.
 TINY = [
