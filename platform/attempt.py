@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Ray reads these when it is imported. Whether its local clusters ask for a token depends, by
 # default, on what ran in this home before; here they always do. A cluster that was started by
@@ -157,7 +157,11 @@ def attempt(folder: Path) -> Outcome:
     try:
         print(connect(), flush=True)
     except Exception as error:
-        return Outcome("unreachable", f"{type(error).__name__}: {error}")
+        # A cluster of our own that did not come up, on a busy machine say, is worth another try.
+        kind: Literal["unreachable", "lost"] = (
+            "unreachable" if os.environ.get("RAY_ADDRESS") else "lost"
+        )
+        return Outcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)
         for count in range(1, CONTROLLERS + 1):
