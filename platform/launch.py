@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from deta.platform.keeper import STOP_FILE
 from deta.platform.kept_data import keep_data
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
-from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, environment
+from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, environment, new_mark
 from deta.platform.run import Run
 from deta.platform.run_file import describe_run, write_run_file
 from deta.platform.uploading import UploadState, finish_uploader, start_uploader
@@ -148,7 +147,7 @@ class _Supervisor:
         self.began_s = time.monotonic()
         self.last = newest_checkpoint(run.checkpoints)
         self.useful_s_before = self.last.state.useful_s if self.last is not None else 0.0
-        self.mark = f"{run.folder.name}-{uuid.uuid4().hex}"
+        self.mark = new_mark()
         os.environ[RUN_MARK] = self.mark  # inherited by all that is started from here
         self.vigil = Vigil(run, console)
         self.attempt: subprocess.Popen[bytes] | None = None
@@ -244,7 +243,7 @@ class _Supervisor:
         folder = self.run.folder
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
         self.vigil.begin_attempt()
-        self.attempt_mark = uuid.uuid4().hex
+        self.attempt_mark = new_mark()
         marks = {ATTEMPT_MARK: self.attempt_mark}
         with (folder / LOG_FILE).open("ab") as log:
             self.log_offset = log.tell()

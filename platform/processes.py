@@ -1,6 +1,7 @@
 """Ending all processes of a run, also those that Ray started and that belong to no family any more.
 
 Every process that a run starts inherits a mark in its environment, whoever its parent is by then.
+A mark names the session it was made in: that one, a person's shell perhaps, is never the run's own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
 ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
+
+
+def new_mark() -> str:
+    """A value for `RUN_MARK` or `ATTEMPT_MARK`, different each time."""
+    return f"{uuid.uuid4().hex}@{os.getsid(0)}"
 
 
 def marked(name: str, value: str) -> list[int]:
@@ -22,6 +29,7 @@ def marked(name: str, value: str) -> list[int]:
     A process that changes its title, as Ray's agents do, overwrites its environment; then only its
     session tells whose it is. Those that have ended are left out, and this process.
     """
+    home = int(value.rpartition("@")[2])
     wanted = f"{name}={value}".encode()
     sessions: dict[int, int] = {}
     found = set()
@@ -35,10 +43,10 @@ def marked(name: str, value: str) -> list[int]:
                 found.add(int(folder.name))
         except OSError:  # it ended meanwhile, or is somebody else's
             continue
-    # Began by a marked process: its leader is one, or is gone. Never the session we run in.
+    # Began by a marked process: its leader is one, or is gone and left the session to its children.
     began = {
         sessions[pid] for pid in found if sessions[pid] in found or sessions[pid] not in sessions
-    } - {os.getsid(0)}
+    } - {home, os.getsid(0)}
     return sorted(
         pid
         for pid, session in sessions.items()

@@ -16,7 +16,6 @@ import shutil
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +43,7 @@ from deta.platform.cost import PRICES, Price, price_of
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
-from deta.platform.processes import RUN_MARK, end_marked
+from deta.platform.processes import RUN_MARK, end_marked, new_mark
 from deta.platform.run import Run
 from deta.platform.run_file import write_json
 from deta.platform.search_space import Sweep
@@ -114,7 +113,7 @@ def launch_sweep(
     now = describe_sweep(sweep, run, trials, before)
     if before is not None:
         refuse_another(folder, before, now)
-    mark = f"{folder.name}-{uuid.uuid4().hex}"
+    mark = new_mark()
     os.environ[RUN_MARK] = mark  # inherited by all that is started from here
     with RunLock.acquire(folder) as lock, _guarded(mark, folder):
         try:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
 
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
-from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, end_marked, environment, marked
+from deta.platform.processes import (
+    ATTEMPT_MARK,
+    RUN_MARK,
+    end,
+    end_marked,
+    environment,
+    marked,
+    new_mark,
+)
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 # Its child goes into a session of its own, as Ray's processes do, and outlives it.
@@ -35,7 +42,7 @@ def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
 
 
 def test_a_family_that_is_scattered_is_ended_and_nobody_else():
-    mark, other = uuid.uuid4().hex, uuid.uuid4().hex
+    mark, other = new_mark(), new_mark()
     ours, theirs = start(ATTEMPT_MARK, mark, 300), start(ATTEMPT_MARK, other, 300)
     orphan = start(ATTEMPT_MARK, mark, 0)
     orphan.wait()
@@ -48,7 +55,7 @@ def test_a_family_that_is_scattered_is_ended_and_nobody_else():
 
 
 def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     left = start(RUN_MARK, mark, 300)
     guardian = start_guardian(mark, tmp_path)
     assert guardian.stdin is not None
@@ -60,8 +67,39 @@ def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
     assert marked(RUN_MARK, mark) == []
 
 
+LEADER = """
+import os, subprocess, sys
+if os.fork():
+    os._exit(0)  # the session's leader: from here on nobody leads it
+mark = subprocess.run([sys.executable, "-c", MAKE], stdout=subprocess.PIPE, text=True).stdout
+run = subprocess.Popen(["sleep", "300"], env={**os.environ, "DETA_RUN_MARK": mark})
+print(mark, os.getpid(), run.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it():
+    # So it is for what a shell left running when it was closed, and under some job schedulers.
+    make = "from deta.platform.processes import new_mark; print(new_mark(), end='')"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", f"MAKE = {make!r}\n{LEADER}"],
+        env=environment({}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert leader.stdin is not None and leader.stdout is not None
+    mark, bystander, run = leader.stdout.readline().split()
+    leader.wait(60)
+    assert marked(RUN_MARK, mark) == [int(run)]
+    assert end_marked(RUN_MARK, mark) == 0
+    assert Path("/proc", bystander).exists()
+    leader.stdin.close()
+
+
 def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     left = start(RUN_MARK, mark, 300)
     guardian = start_guardian(mark, tmp_path)
     guardian.communicate(ALL_IS_WELL, timeout=60)
