@@ -20,10 +20,12 @@ A picture without detections has no row. Text columns are stored as dictionaries
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,6 +33,7 @@ from deta.model.postprocess import Detections
 from deta.platform.coco import Category
 
 ROWS_PER_GROUP = 100_000  # gathered in memory before they are written
+CORNERS = ("x1_px", "y1_px", "x2_px", "y2_px")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     [
@@ -105,3 +108,65 @@ class DetectionTable:
         if self._tables:
             self._writer.write_table(pa.concat_tables(self._tables).unify_dictionaries())
         self._tables, self._num_rows = [], 0
+
+
+def table_of_results(
+    results: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any], weights_sha256: str
+) -> pa.Table:
+    """A COCO results list as such a table, in its order, with the ground truth's file names.
+
+    Results of categories that are not listed are left out. A label is the position of the
+    category's id among all of them.
+
+    Raises:
+        ValueError: a result of an image that is not listed.
+    """
+    images = {image["id"]: row for row, image in enumerate(ground_truth["images"])}
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    counted = [result for result in results if result["category_id"] in label_of]
+    if unknown := {result["image_id"] for result in counted} - images.keys():
+        raise ValueError(
+            f"{len(unknown)} images of the results are not in the ground truth, such as "
+            f"{min(unknown, key=str)!r}"
+        )
+    labels = np.array([label_of[result["category_id"]] for result in counted], np.int32)
+    rows = np.array([images[result["image_id"]] for result in counted], np.int32)
+    boxes = np.array([result["bbox"] for result in counted], np.float64).reshape(-1, 4)  # N 4, xywh
+    boxes[:, 2:] += boxes[:, :2]  # N 4, xyxy
+    names = [str(category["name"]) for category in categories]
+    paths = [str(image.get("file_name", "")) for image in ground_truth["images"]]
+    columns = [
+        pa.DictionaryArray.from_arrays(rows, pa.array(paths, pa.string())),
+        pa.array(np.array([image["id"] for image in ground_truth["images"]], np.int64)[rows]),
+        pa.array(np.array([result["score"] for result in counted], np.float32)),
+        pa.array(labels),
+        pa.array(np.array([category["id"] for category in categories], np.int64)[labels]),
+        pa.DictionaryArray.from_arrays(labels, pa.array(names, pa.string())),
+        *(pa.array(corner) for corner in boxes.T.astype(np.float32)),
+        pa.DictionaryArray.from_arrays(
+            np.zeros(len(labels), np.int32), pa.array([weights_sha256], pa.string())
+        ),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def results_of_table(table: pa.Table) -> list[dict[str, Any]]:
+    """The COCO results list of such a table, in its order.
+
+    Raises:
+        KeyError: it lacks a column.
+    """
+    corners = [table[name].to_numpy().astype(np.float64) for name in CORNERS]
+    boxes = np.stack(corners, axis=1)  # N 4, xyxy
+    boxes[:, 2:] -= boxes[:, :2]  # N 4, xywh
+    return [
+        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+        for image_id, category_id, box, score in zip(
+            table["image_id"].to_pylist(),
+            table["category_id"].to_pylist(),
+            boxes.tolist(),
+            table["score"].to_pylist(),
+            strict=True,
+        )
+    ]
