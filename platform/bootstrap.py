@@ -1,0 +1,392 @@
+"""Is B better than A, and by how much: the paired bootstrap over images.
+
+The images of an evaluation are a sample. Drawn again and again with replacement, the same draw for
+both models, they show how far the difference in AP would scatter with other images of the same
+kind. AP of a draw is the COCO AP of the data set in which each image stands as often as it was
+drawn, copies side by side: exactly, from one match table, without matching again. It says nothing
+about other seeds of the training; that is what a study with several seeds is for (`study.py`).
+"""
+
+# N detections   S true detections of all segments   K categories   T IoU thresholds
+# P segments, K times T   R recall thresholds   I images   B resamples
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from deta.platform.matching import AREA_RANGES, IOU_THRESHOLDS, MatchTable, match_detections
+
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)  # COCO
+CHUNK = 20  # resamples in one call of the map
+NUM_RECALLS, NUM_IOUS = len(RECALL_THRESHOLDS), len(IOU_THRESHOLDS)
+AP50_INDEX, AP75_INDEX = 0, 5
+
+Chunk = tuple[int, ...]  # numbers of resamples
+MapLike = Callable[[Callable[[Chunk], np.ndarray], Iterable[Chunk]], Iterable[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class CategoryDifference:
+    """B minus A in the AP of one category, 0..1. NaN where no image shows the category."""
+
+    ap_a: float
+    ap_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float  # of this category alone
+    p_adjusted: float  # Benjamini-Hochberg over all categories
+    num_images: int  # that show it; an interval from a handful is worth little
+    num_boxes: int
+
+
+@dataclass(frozen=True)
+class MetricDifference:
+    """B minus A in one number of the whole evaluation, 0..1."""
+
+    value_a: float
+    value_b: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """B minus A in AP, 0..1, with a percentile interval."""
+
+    ap_a: float
+    ap_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float  # two-sided
+    per_category: dict[Any, CategoryDifference]  # by category id
+    resamples: int
+    seconds: float
+    confidence: float = 0.95
+    seed: int = 0
+    num_images: int = 0
+    others: tuple[tuple[str, MetricDifference], ...] = ()  # AP50 and AP75
+
+
+@dataclass(frozen=True)
+class ApTable:
+    """A match table in the form from which the AP of weighted images is a few sums.
+
+    Precision has its peaks where a true detection is, so only these are looked at. A segment is
+    one category at one IoU threshold. Where detections of one image and category have the same
+    score, copies of the image interleave them; such detections stand here once for each copy, and
+    `copy` says for which (0: not such a one, it counts as often as its image does).
+    """
+
+    num_images: int
+    num_categories: int
+    image: np.ndarray  # N
+    copied: np.ndarray  # places of detections with a copy of their own
+    copy: np.ndarray  # of these, from 1
+    starts: np.ndarray  # K+1
+    true: np.ndarray  # S, places among the detections, by segment
+    segment: np.ndarray  # S
+    segment_starts: np.ndarray  # P+1
+    ignored: np.ndarray  # places among the detections, by segment
+    ignored_before: np.ndarray  # S, how many of these stand before the true detection
+    ignored_starts: np.ndarray  # P
+    truth_image: np.ndarray  # boxes that count
+    truth_category: np.ndarray
+
+    @staticmethod
+    def build(table: MatchTable, max_copies: int, area: int = 0) -> ApTable:
+        """Good for weights of up to `max_copies`."""
+        source, copy = _expand_ties(table, max_copies, area)
+        category = table.category[source]
+        num_categories = len(table.category_ids)
+        true, segment = _by_segment(table.true[area][:, source], category)
+        ignored, ignored_segment = _by_segment(table.ignored[area][:, source], category)
+        numbers = np.arange(num_categories * NUM_IOUS + 1)
+        ignored_starts = np.searchsorted(ignored_segment, numbers)
+        span = len(source) + 1
+        counts = table.truth_counts[area]
+        return ApTable(
+            num_images=len(table.image_ids),
+            num_categories=num_categories,
+            image=table.image[source],
+            copied=np.flatnonzero(copy),
+            copy=copy[copy > 0],
+            starts=np.searchsorted(category, np.arange(num_categories + 1)),
+            true=true,
+            segment=segment,
+            segment_starts=np.searchsorted(segment, numbers),
+            ignored=ignored,
+            ignored_before=np.searchsorted(ignored_segment * span + ignored, segment * span + true),
+            ignored_starts=ignored_starts[:-1],
+            truth_image=table.truth_image[counts],
+            truth_category=table.truth_category[counts],
+        )
+
+
+def weighted_ap(table: ApTable, weights: np.ndarray) -> np.ndarray:
+    """AP of each category at each IoU threshold, were each image there so many times.
+
+    Args:
+        weights: I, whole numbers of at least 0, and of at most the table's `max_copies`.
+
+    Returns:
+        K T, 0..1; NaN for a category that no image of positive weight shows.
+    """
+    num_segments = table.num_categories * NUM_IOUS
+    weight = weights[table.image]
+    weight[table.copied] = weight[table.copied] >= table.copy
+    seen = _sums(weight)  # N+1
+    ignored = _sums(weight[table.ignored])
+    right = _sums(weight[table.true])  # S+1
+
+    lengths = np.diff(table.segment_starts)
+    before = np.repeat(seen[table.starts[:-1]], NUM_IOUS) - ignored[table.ignored_starts]  # P
+    num_seen = seen[table.true + 1] - ignored[table.ignored_before] - np.repeat(before, lengths)
+    num_right = right[1:] - np.repeat(right[table.segment_starts[:-1]], lengths)
+    num_boxes = np.bincount(
+        table.truth_category, weights=weights[table.truth_image], minlength=table.num_categories
+    )
+    to_find = np.repeat(np.maximum(num_boxes, 1), NUM_IOUS)
+
+    precision = num_right / (num_seen + np.spacing(1))  # the term is pycocotools'
+    recall = num_right / np.repeat(to_find, lengths)
+    # The first detection of a segment at which each recall is reached; its end if it never is.
+    reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")  # 0..R
+    counts = np.bincount(
+        table.segment * (NUM_RECALLS + 1) + reached, minlength=num_segments * (NUM_RECALLS + 1)
+    ).reshape(num_segments, NUM_RECALLS + 1)
+    at = table.segment_starts[:-1, None] + counts.cumsum(axis=1)[:, :-1]  # P R
+    # The best precision from one recall to the next, then from there to the end.
+    best = np.maximum.reduceat(np.append(precision, 0.0), at.ravel()).reshape(at.shape)
+    best[at >= table.segment_starts[1:, None]] = 0.0
+    envelope = np.maximum.accumulate(best[:, ::-1], axis=1)
+    ap = envelope.mean(axis=1).reshape(table.num_categories, NUM_IOUS)
+    ap[num_boxes == 0] = np.nan
+    return ap
+
+
+def multiplicities(num_images: int, seed: int, index: int) -> np.ndarray:
+    """How often each image stands in a resample: I whole numbers with the sum I.
+
+    A function of the seed and the resample's number, so it does not matter who draws it.
+    """
+    draw = np.random.default_rng([seed, index]).integers(num_images, size=num_images)
+    return np.bincount(draw, minlength=num_images)
+
+
+def paired_difference(
+    ground_truth: Mapping[str, Any],
+    results_a: Sequence[Mapping[str, Any]],
+    results_b: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    map: MapLike = map,
+) -> PairedDifference:
+    """The difference in AP of two models on the same images, with its interval.
+
+    A category that no image of a resample shows is left out of that resample's mean, for both
+    models alike. The interval goes from one quantile of the differences to the other; the p-value
+    is the smallest error with which such an interval would leave out 0.
+
+    Args:
+        ground_truth: a COCO dict of the evaluated images.
+        results_a, results_b: COCO results lists of the two models.
+        map: like the built-in one; it may call the function elsewhere (`bootstrap_tasks.py`).
+            The numbers do not depend on it.
+
+    Raises:
+        ValueError: as `match_detections`; there are no images; numbers out of range.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"resamples={resamples}, confidence={confidence}: at least 1, and 0..1")
+    began_s = time.perf_counter()
+    table_a = match_detections(ground_truth, results_a, AREA_RANGES[:1])
+    table_b = match_detections(ground_truth, results_b, AREA_RANGES[:1])
+    num_images = len(table_a.image_ids)
+    if num_images == 0:
+        raise ValueError("the ground truth lists no images, so there is nothing to compare")
+    draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
+    max_copies = int(max(draws))
+    pair = tuple(ApTable.build(table, max_copies) for table in (table_a, table_b))
+
+    whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])  # 2 K T
+    chunks = [
+        tuple(range(first, min(first + CHUNK, resamples))) for first in range(0, resamples, CHUNK)
+    ]
+    parts = map(partial(_resample, pair, seed), chunks)
+    drawn = np.concatenate(list(parts))  # B 2 K+3
+
+    num_categories = len(table_a.category_ids)
+    ap = _means(whole)  # 2 3
+    per_category = _categories(table_a, whole.mean(axis=2), drawn[..., :num_categories], confidence)
+    names = ("AP", "AP50", "AP75")
+    metrics = {
+        name: MetricDifference(
+            float(ap[0, i]),
+            float(ap[1, i]),
+            float(ap[1, i] - ap[0, i]),
+            *_interval(_differences(drawn[..., num_categories + i]), confidence),
+        )
+        for i, name in enumerate(names)
+    }
+    main = metrics["AP"]
+    return PairedDifference(
+        ap_a=main.value_a,
+        ap_b=main.value_b,
+        difference=main.difference,
+        low=main.low,
+        high=main.high,
+        p_value=_p_value(_differences(drawn[..., num_categories]), main.difference, num_images),
+        per_category=per_category,
+        resamples=resamples,
+        seconds=time.perf_counter() - began_s,
+        confidence=confidence,
+        seed=seed,
+        num_images=num_images,
+        others=tuple((name, metrics[name]) for name in names[1:]),
+    )
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: of those below q, a share of q at most is by chance.
+
+    For "which of 80 classes changed?", where a few false names among many are borne. That not one
+    be false, as Holm's correction has it, would hide most of what there is. NaN stays, uncounted.
+
+    Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
+    """
+    given = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    adjusted = [math.nan] * len(p_values)
+    least = 1.0
+    for rank, i in reversed(list(enumerate(sorted(given, key=lambda i: p_values[i]), start=1))):
+        least = min(least, p_values[i] * len(given) / rank)
+        adjusted[i] = least
+    return adjusted
+
+
+def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.ndarray:
+    """B 2 K+3: the AP of each category, then AP, AP50 and AP75, of each model."""
+    rows = []
+    for index in indices:
+        weights = multiplicities(pair[0].num_images, seed, index)
+        ap = np.stack([weighted_ap(table, weights) for table in pair])  # 2 K T
+        rows.append(np.concatenate([ap.mean(axis=2), _means(ap)], axis=1))
+    return np.stack(rows)
+
+
+def _means(ap: np.ndarray) -> np.ndarray:
+    """2 K T to 2 3: AP, AP50, AP75 over the categories that are there, NaN if none is."""
+    there = ap[:, ~np.isnan(ap[0, :, 0])]
+    if not there.shape[1]:
+        return np.full((2, 3), np.nan)
+    by_threshold = there.mean(axis=1)  # 2 T
+    return np.stack(
+        [by_threshold.mean(axis=1), by_threshold[:, AP50_INDEX], by_threshold[:, AP75_INDEX]],
+        axis=1,
+    )
+
+
+def _differences(drawn: np.ndarray) -> np.ndarray:
+    """B 2 to B: B minus A, without the resamples in which there was nothing to find."""
+    difference = drawn[:, 1] - drawn[:, 0]
+    return difference[~np.isnan(difference)]
+
+
+def _interval(differences: np.ndarray, confidence: float) -> tuple[float, float]:
+    if not len(differences):
+        return math.nan, math.nan
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(differences, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _categories(
+    table: MatchTable, whole: np.ndarray, drawn: np.ndarray, confidence: float
+) -> dict[Any, CategoryDifference]:
+    """Each category's difference; `whole` is 2 K, `drawn` B 2 K."""
+    counts = table.truth_counts[0]
+    category, image = table.truth_category[counts], table.truth_image[counts]
+    num_boxes = np.bincount(category, minlength=len(table.category_ids))
+    shown = np.unique(category * len(table.image_ids) + image) // max(1, len(table.image_ids))
+    num_images = np.bincount(shown, minlength=len(table.category_ids))
+    differences = [_differences(drawn[..., k]) for k in range(len(table.category_ids))]
+    p_values = [
+        _p_value(values, float(whole[1, k] - whole[0, k]), int(num_images[k]))
+        for k, values in enumerate(differences)
+    ]
+    adjusted = benjamini_hochberg(p_values)
+    return {
+        category_id: CategoryDifference(
+            float(whole[0, k]),
+            float(whole[1, k]),
+            float(whole[1, k] - whole[0, k]),
+            *_interval(differences[k], confidence),
+            p_values[k],
+            adjusted[k],
+            int(num_images[k]),
+            int(num_boxes[k]),
+        )
+        for k, category_id in enumerate(table.category_ids)
+    }
+
+
+def _p_value(differences: np.ndarray, difference: float, num_images: int) -> float:
+    """Two-sided. NaN without a box to find.
+
+    Counted among the resamples, as long as some ten lie on either side of 0. Beyond that, from
+    the normal distribution with their standard deviation, since many categories need finer steps
+    than 1,000 resamples have. Never less than what swapping the models on each image by a coin
+    could give: two images prove nothing, however much the models differ on them.
+    """
+    if not len(differences) or math.isnan(difference):
+        return math.nan
+    beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = 2 * (int(beyond) + 1) / (len(differences) + 1)
+    if beyond < 10:
+        spread = float(differences.std())
+        p = min(p, math.erfc(abs(difference) / spread / math.sqrt(2)) if spread > 0 else 0.0)
+    return min(1.0, max(p, 2.0 ** (1 - num_images)))
+
+
+def _expand_ties(table: MatchTable, max_copies: int, area: int) -> tuple[np.ndarray, np.ndarray]:
+    """Detections with copies of tied ones: places in the table, and which copy (0: all)."""
+    num = len(table.image)
+    if num == 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    category = table.category
+    new = np.ones(num, bool)
+    new[1:] = (np.diff(category) != 0) | (np.diff(table.image) != 0) | (np.diff(table.score) != 0)
+    starts = np.flatnonzero(new)
+    lengths = np.diff(starts, append=num)
+    # Among detections that are all wrong, the order does not matter.
+    true = np.add.reduceat(table.true[area].any(axis=0).astype(np.int64), starts)
+    tied = (lengths > 1) & (true > 0)
+    sizes = np.where(tied, lengths * max_copies, lengths)
+    within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+    length = np.repeat(lengths, sizes)
+    source = np.repeat(starts, sizes) + within % length
+    return source, np.where(np.repeat(tied, sizes), within // length + 1, 0)
+
+
+def _by_segment(flags: np.ndarray, category: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """T N flags to the places that are set, by segment, and the segment of each."""
+    threshold, place = np.nonzero(flags)
+    segment = category[place] * NUM_IOUS + threshold
+    order = np.lexsort((place, segment))
+    return place[order], segment[order]
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """0, then the sum up to each."""
+    return np.concatenate([[0], np.cumsum(values)])
