@@ -60,10 +60,15 @@ class Keeper:
         if self._journal is not None:
             self._journal.write(kind, **values)
 
-    def tell_begin(self, step: int, world_size: int) -> None:
-        """That the first step follows, and what the start has cost if something was lost."""
+    def tell_begin(self, state: RunState, world_size: int, num_parameters: int) -> None:
+        """That the first step follows, and what the start has cost if something was lost.
+
+        Args:
+            num_parameters: of the model, trained or not.
+        """
         if self._journal is None:
             return
+        step = state.step
         path = self.run.folder / FILE_NAME
         tail = max(0, path.stat().st_size - TAIL_BYTES) if path.exists() else 0
         last, starts_here = None, 0
@@ -79,7 +84,15 @@ class Keeper:
                 "wasted_steps": max(0, last["step"] - step),
                 "restart_s": time.time() - last["time_s"],
             }
-        self.tell("begin", step=step, num_steps=self.run.num_steps, world_size=world_size, **lost)
+        self.tell(
+            "begin",
+            step=step,
+            num_steps=self.run.num_steps,
+            world_size=world_size,
+            num_parameters=num_parameters,
+            useful_s=state.useful_s,
+            **lost,
+        )
 
     def is_asked_to_stop(self) -> bool:
         now_s = time.monotonic()

@@ -36,6 +36,7 @@ from deta.platform.detect import Evaluation, Worker, evaluate_model
 from deta.platform.keeper import Keeper
 from deta.platform.learner import Learner, make_learner
 from deta.platform.loader import LoadedBatch, train_loader
+from deta.platform.metrics import StepTimes
 from deta.platform.optim import set_lr
 from deta.platform.order import splitmix64
 from deta.platform.pictures import write_validation_sheet
@@ -77,6 +78,7 @@ def train(
     worker: Worker,
     on_evaluation: Callable[[dict[str, float]], None] | None = None,
     is_losing_a_node: Callable[[], bool] | None = None,
+    on_step: Callable[[StepTimes], None] | None = None,
 ) -> dict[str, float]:
     """Train to the end, or to where early stopping or a request to stop ends it.
 
@@ -85,6 +87,7 @@ def train(
             cluster's own bookkeeping (a sweep that stops bad trials) can follow.
         is_losing_a_node: called on every worker at the same step, every few seconds; true from when
             the cluster has said that it will take a node away. The run is then saved at every step.
+        on_step: called after every step with what this worker measured of it.
 
     Returns:
         The last metrics, AP and its kin in 0..100; the same on every worker. Empty if the run was
@@ -103,7 +106,7 @@ def train(
         resumed = from_leader(keeper.open_newest() if worker.leads else None, worker)
         learner = make_learner(run, worker, resumed)
         state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
-        loop = _Loop(run, worker, learner, keeper, state, watchdog, is_losing_a_node)
+        loop = _Loop(run, worker, learner, keeper, state, watchdog, is_losing_a_node, on_step)
         return loop.run_to_end(on_evaluation)
     finally:
         watchdog.close()
@@ -124,9 +127,11 @@ class _Loop:
         state: RunState,
         watchdog: Watchdog,
         is_losing_a_node: Callable[[], bool] | None,
+        on_step: Callable[[StepTimes], None] | None,
     ) -> None:
         self.run, self.worker, self.learner, self.keeper = run, worker, learner, keeper
         self.state, self.watchdog, self.is_losing_a_node = state, watchdog, is_losing_a_node
+        self.on_step = on_step
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
         self.broken_images = dict(state.broken_images)
@@ -138,7 +143,8 @@ class _Loop:
         self, on_evaluation: Callable[[dict[str, float]], None] | None
     ) -> dict[str, float]:
         run, config = self.run, self.run.config
-        self.keeper.tell_begin(self.state.step, self.worker.world_size)
+        num_parameters = sum(one.numel() for one in self.learner.model.parameters())
+        self.keeper.tell_begin(self.state, self.worker.world_size, num_parameters)
         evaluation_steps = run.evaluation_steps()
         if self.state.step in evaluation_steps and not self.state.metrics:
             self._evaluate_and_save(on_evaluation)  # it was interrupted here
@@ -164,14 +170,19 @@ class _Loop:
             self.watchdog.beat("data")
             asked_s = time.perf_counter()
             micro_batches = next(steps)
-            self.progress.data_wait_s += time.perf_counter() - asked_s
+            data_wait_s = time.perf_counter() - asked_s
+            self.progress.data_wait_s += data_wait_s
             self.watchdog.beat("step")
             word = agree(self._word(micro_batches), self.worker)
             if self._between_steps(word, micro_batches):
                 self.keeper.tell("stopping", step=step, reason="asked to stop")
                 self.keeper.close(timeout_s=5)  # whoever asked will not wait for a store
                 return metrics
+            began_s = time.perf_counter()
             self._update(step, micro_batches, word.num_boxes)
+            if self.on_step is not None:
+                num_images = sum(len(loaded) for loaded in micro_batches)
+                self.on_step(StepTimes(num_images, data_wait_s, time.perf_counter() - began_s))
             is_evaluation = step + 1 in evaluation_steps
             if (step + 1) % config.log_every_steps == 0 or is_evaluation:
                 self._look()
@@ -353,6 +364,7 @@ class _Loop:
             losses=[loss if ok else None for loss, ok in zip(losses, finite.tolist(), strict=True)],
             metrics=metrics,
             remaining_s=remaining / images_per_s,
+            useful_s=self.state.useful_s,
         )
         self._forget()
 
@@ -426,6 +438,7 @@ class _Loop:
                 "val/seconds": seconds,
             },
             table=evaluation.metrics.table(val_set.categories),
+            useful_s=self.state.useful_s,
         )
         if self.run.config.num_pictures > 0:
             picture = self.run.folder / "pictures" / f"validation-step-{step:08d}.png"

@@ -18,6 +18,8 @@ import torch
 from deta.platform.attempt_outcome import FAILURES
 from deta.platform.detect import Worker
 from deta.platform.lock import FencedOffError
+from deta.platform.metrics import WorkerMeter
+from deta.platform.ray_metrics import RayExport
 from deta.platform.run import Run
 from deta.platform.training import train
 
@@ -34,7 +36,14 @@ def train_worker(settings: dict[str, Any]) -> None:
             # fp32 means fp32; bf16 is asked for by name.
             torch.backends.cuda.matmul.allow_tf32 = False
         worker = Worker(rank, context.get_world_size(), device)
-        train(run, worker, on_evaluation=_report, is_losing_a_node=_is_losing_a_node)
+        meter = WorkerMeter(RayExport(run.config.name), rank, on_gpu=device.type == "cuda")
+        train(
+            run,
+            worker,
+            on_evaluation=_report,
+            is_losing_a_node=_is_losing_a_node,
+            on_step=meter,
+        )
     except FencedOffError:  # another group has taken over; the run is its business
         raise
     except Exception as error:

@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "jobs": {"ops", "model", "platform"},
     "dashboards": {"platform"},
 }
-RAY_FILES = {f"platform/{name}.py" for name in ("worker", "attempt", "submit", "sweep", "serve")}
+RAY_FILES = {
+    f"platform/{name}.py"
+    for name in ("worker", "attempt", "submit", "sweep", "serve", "ray_metrics")
+}
 MLFLOW_FILES = {f"platform/{name}.py" for name in ("tracking", "registry")}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
