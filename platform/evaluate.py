@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -86,6 +86,27 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or value < 0 else f"{100 * value:.1f}"
 
 
+class Columns(NamedTuple):
+    """Boxes of all images as columns. Images and categories by rank of their ids, from 1."""
+
+    images: np.ndarray  # M int64
+    categories: np.ndarray  # M int64
+    boxes: np.ndarray  # M 4 float64, xywh in pixels
+
+
+@dataclass(frozen=True)
+class Matched:
+    """True boxes and detections, matched by the rules of COCO."""
+
+    evaluation: hotcoco.COCOeval  # accumulated; knows detection m as id m + 1
+    image_ids: list[Any]  # by rank - 1
+    category_ids: list[Any]  # by rank - 1
+    true: Columns  # annotations of listed images and categories, in the order of the file
+    crowd: np.ndarray  # which of them are `iscrowd`
+    found: Columns  # detections of listed categories, in the order of the results
+    scores: np.ndarray  # of the detections
+
+
 def evaluate_detections(
     ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> CocoMetrics:
@@ -108,6 +129,17 @@ def evaluate_detections(
             the wrong annotation file (pycocotools refuses it too); a key is missing; a score or
             a coordinate is not finite.
     """
+    return metrics_of(match_detections(ground_truth, results))
+
+
+def match_detections(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> Matched:
+    """Match detections with true boxes, as `evaluate_detections`, and keep who met whom.
+
+    Raises:
+        ValueError: as for `evaluate_detections`.
+    """
     if missing := {"images", "annotations", "categories"} - ground_truth.keys():
         raise ValueError(
             f"the ground truth lacks {sorted(missing)}; is it a COCO annotation file? "
@@ -123,30 +155,40 @@ def evaluate_detections(
             f"{_some(sorted(unknown, key=str))}; is this the right annotation file?"
         )
 
-    images = [{"id": rank} for rank in image_ranks.values()]
-    categories = [{"id": rank, "name": str(rank)} for rank in category_ranks.values()]
-    expected = hotcoco.COCO.from_arrays(
-        images,
-        categories,
+    true = Columns(
         np.array([image_ranks[entry["image_id"]] for entry in annotations], np.int64),
         np.array([category_ranks[entry["category_id"]] for entry in annotations], np.int64),
         _numbers(annotations, "bbox", 4),
+    )
+    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], bool)
+    found = Columns(
+        np.array([image_ranks[result["image_id"]] for result in counted], np.int64),
+        np.array([category_ranks[result["category_id"]] for result in counted], np.int64),
+        _numbers(counted, "bbox", 4),
+    )
+    scores = _numbers(counted, "score", 1)[:, 0]
+    expected = hotcoco.COCO.from_arrays(
+        [{"id": rank} for rank in image_ranks.values()],
+        [{"id": rank, "name": str(rank)} for rank in category_ranks.values()],
+        true.images,
+        true.categories,
+        true.boxes,
         area=_areas(annotations),
-        iscrowd=np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], bool),
+        iscrowd=crowd,
     )
-    rows = np.column_stack(  # M 7, the order of columns that load_res asks for
-        [
-            np.array([image_ranks[result["image_id"]] for result in counted], np.float64),
-            _numbers(counted, "bbox", 4),
-            _numbers(counted, "score", 1),
-            np.array([category_ranks[result["category_id"]] for result in counted], np.float64),
-        ]
-    )
-    detected = expected.load_res(rows)
+    # M 7, the order of columns that load_res asks for
+    rows = np.column_stack([found.images, found.boxes, scores, found.categories])
+    detected = expected.load_res(rows.astype(np.float64))
 
     evaluation = hotcoco.COCOeval(expected, detected, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
+    return Matched(evaluation, list(image_ranks), list(category_ranks), true, crowd, found, scores)
+
+
+def metrics_of(matched: Matched) -> CocoMetrics:
+    """The twelve numbers, and the AP of each category."""
+    evaluation = matched.evaluation
     assert evaluation.eval is not None
     precision = evaluation.eval["precision"]  # T R K A D, -1 where a category has no box
     recall = evaluation.eval["recall"]  # T K A D, the same
@@ -166,8 +208,8 @@ def evaluate_detections(
         ARl=_mean(recall[..., LARGE, TOP100]),
         ap_per_category={
             category_id: ap
-            for category_id, rank in category_ranks.items()
-            if (ap := _mean(precision[:, :, rank - 1, ALL, TOP100])) >= 0
+            for k, category_id in enumerate(matched.category_ids)
+            if (ap := _mean(precision[:, :, k, ALL, TOP100])) >= 0
         },
     )
 
