@@ -28,7 +28,7 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
 )
 LINK = re.compile(r"(https?://[^\s]+|#[A-Za-z][\w-]*)", re.ASCII)
-VOID = {"meta", "br", "col", "link"}
+VOID = {"meta", "br", "col", "link", "input"}
 
 
 class Markup(str):
@@ -128,6 +128,21 @@ def link(address: str, text: str) -> Markup:
     if not LINK.fullmatch(address):
         return element("span", text)
     return element("a", text, href=address, rel="noopener noreferrer")
+
+
+def picture(jpeg: bytes, size_px: tuple[int, int], shows: str) -> Markup:
+    """A JPEG that is part of the page, no wider than the page.
+
+    Args:
+        size_px: (width, height), so that nothing moves while the page is read.
+        shows: for those who do not see it.
+    """
+    data = base64.b64encode(jpeg).decode()
+    width, height = size_px
+    return Markup(
+        f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{_escaped(shows)}" loading="lazy">'
+    )
 
 
 def visible(text: str) -> str:

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""A model behind HTTP: a picture in, what is in it out, as JSON.
+
+  python jobs/serve.py models:/deta@champion
+  curl --data-binary @street.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/v1/detect
+
+MODEL is models:/NAME@ALIAS or models:/NAME/NUMBER in MLflow's registry, a run's folder, or one
+checkpoint. Who names an alias gets each new version within seconds of its promotion, and no request
+is dropped for it. The page at / shows the boxes of a picture that is dropped on it; /openapi.json
+describes the interface; /health and /ready are for whoever watches over the service, and /metrics
+for Prometheus (under Ray, at the address that is printed).
+
+Runs on Ray Serve: on the cluster that RAY_ADDRESS names, or on one started here. --without-ray runs
+one process alone, with the same interface.
+
+Only this machine can reach the service, unless --host says otherwise; then each request must bring
+a token, which is read from --token-file or from the variable DETA_SERVE_TOKEN. There is no TLS
+here: between machines, put a proxy with TLS before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deta.jobs.evaluate import echo, run_tool
+
+# Before anything slow is imported: --help does not need it.
+if TYPE_CHECKING:
+    from deta.platform.serving_config import ServingConfig
+    from deta.platform.serving_source import ModelSource
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    source: ModelSource
+    config: ServingConfig
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="models:/deta@champion, run or checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at, %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="%(default)s; alone also 0: any")
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=Path, help="with the token that requests must bring"
+    )
+    parser.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="answer to requests for this Host only; may be given more than once",
+    )
+    parser.add_argument("--tracking-uri", help="of MLflow; default MLFLOW_TRACKING_URI")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--without-ray", action="store_true", help="one process, no cluster")
+    parser.add_argument("--replicas", type=int, default=1, help="processes on the cluster, 1")
+    parser.add_argument("--cpus", type=float, default=1.0, help="of each replica, 1")
+    limits = parser.add_argument_group("limits")
+    for option, kind, text in (
+        ("max-batch", int, "pictures that the model sees at once"),
+        ("batch-wait", float, "seconds that the first of a batch waits for others"),
+        ("max-requests", int, "at a time in one process; others get 503 and Retry-After"),
+        ("max-bytes", int, "of a picture"),
+        ("max-pixels", int, "of a picture"),
+        ("read-timeout", float, "seconds for a picture to arrive"),
+        ("answer-timeout", float, "seconds for an answer"),
+        ("poll", float, "seconds between two looks at an alias"),
+    ):
+        limits.add_argument(f"--{option}", type=kind, metavar="N", help=text)
+    arguments = parser.parse_args()
+    run_tool(lambda: _prepare(arguments), lambda inputs: _serve(inputs, arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> _Inputs:
+    from deta.platform.serving_config import (
+        TOKEN_VARIABLE,
+        ServingConfig,
+        is_loopback,
+        read_token,
+        token_hash,
+    )
+    from deta.platform.serving_source import model_source
+
+    if not 0 <= arguments.port <= 65535 or (arguments.port == 0 and not arguments.without_ray):
+        raise ValueError(f"--port {arguments.port}: give one from 1 to 65535")
+    if arguments.replicas < 1 or arguments.cpus <= 0:
+        raise ValueError("--replicas must be at least 1, and --cpus above 0")
+    token = read_token(arguments.token_file)
+    if not token and not is_loopback(arguments.host):
+        raise ValueError(
+            f"--host {arguments.host}: others can reach the service there, so it needs a token; "
+            f"give --token-file, or set {TOKEN_VARIABLE} (openssl rand -hex 32)"
+        )
+    hosts = tuple(name.lower() for name in arguments.allow_host)
+    if not hosts and is_loopback(arguments.host):
+        hosts = ("127.0.0.1", "localhost", "[::1]")
+    named = {
+        "max_batch": arguments.max_batch,
+        "batch_wait_s": arguments.batch_wait,
+        "max_requests": arguments.max_requests,
+        "max_bytes": arguments.max_bytes,
+        "max_pixels": arguments.max_pixels,
+        "read_timeout_s": arguments.read_timeout,
+        "answer_timeout_s": arguments.answer_timeout,
+        "poll_s": arguments.poll,
+    }
+    given = {key: value for key, value in named.items() if value is not None}
+    config = ServingConfig(token_sha256=token_hash(token) if token else "", hosts=hosts, **given)
+    os.environ.pop(TOKEN_VARIABLE, None)  # not for the processes that are started from here
+    source = model_source(arguments.model, arguments.tracking_uri, arguments.device)
+    return _Inputs(source, config)
+
+
+def _serve(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+    if arguments.without_ray:
+        from deta.platform.serving_process import serve_alone
+
+        serve_alone(inputs.source, inputs.config, arguments.host, arguments.port, _tell)
+        return 0
+    try:
+        from deta.platform.serve import (
+            Placement,
+            metrics_addresses,
+            service_on_ray,
+            wait_for_a_signal,
+        )
+    except ImportError as error:
+        raise RuntimeError(
+            f"{error}; pip install 'deta-platform[serve]', or add --without-ray"
+        ) from error
+    placement = Placement(
+        host=arguments.host,
+        port=arguments.port,
+        replicas=arguments.replicas,
+        cpus=arguments.cpus,
+        device=arguments.device,
+    )
+    with service_on_ray(inputs.source, inputs.config, placement, echo) as address:
+        _tell(address)
+        for metrics in metrics_addresses():
+            echo(f"metrics: {metrics}")
+        number = wait_for_a_signal()
+        echo("ending, when the requests at hand are answered")
+    return 0 if number == 2 else 128 + number
+
+
+def _tell(address: str) -> None:
+    echo(f"page: {address}")
+    echo(f"pictures: POST {address}v1/detect")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
