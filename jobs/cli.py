@@ -111,7 +111,7 @@ def _submit(parsed: argparse.Namespace) -> int:
     # Ray is slow to import, and --help needs none of it.
     from deta.platform.submit import ClusterError, submit_job
 
-    logging.disable(logging.WARNING)  # what Ray's client tells of its own packing
+    logging.getLogger("ray").setLevel(logging.ERROR)  # what its client tells of its own packing
     arguments = list(parsed.arguments)
     if arguments[:1] == ["--"]:  # as `ray job submit` wants it
         del arguments[0]
