@@ -62,6 +62,7 @@ class Estimate:
     gpu_hours: float  # hours times workers; without a GPU these are worker-hours
     price: float | None  # none where no price is set
     currency: str
+    unit: str = "GPU-hours"  # of gpu_hours, for people
 
     def eta(self, now: datetime | None = None) -> datetime:
         """When it ends if it begins now; local time with its zone."""
@@ -76,12 +77,13 @@ class Estimate:
             self.gpu_hours * num_trials,
             None if self.price is None else self.price * num_trials,
             self.currency,
+            self.unit,
         )
 
     def __str__(self) -> str:
         price = "price not set" if self.price is None else f"{self.price:.2f} {self.currency}"
         decimals = 1 if self.gpu_hours < 100 else 0
-        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{decimals}f} GPU-hours, {price}"
+        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{decimals}f} {self.unit}, {price}"
 
 
 def estimate(

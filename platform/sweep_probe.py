@@ -97,9 +97,10 @@ def whole_estimate(
     currency = price.currency if price is not None else ""
     rounds = -(-len(hours) // at_once)  # the last one may leave places empty
     mean = sum(hours) / len(hours)
-    each = Estimate(mean, gpu_hours / len(hours), None if cost is None else cost / len(hours),
-                    currency)  # fmt: skip
-    return each, Estimate(mean * rounds, gpu_hours, cost, currency)
+    unit = "GPU-hours" if run.config.cluster.gpu else "worker-hours"
+    whole = Estimate(mean * rounds, gpu_hours, cost, currency, unit)
+    share = None if cost is None else cost / len(hours)
+    return Estimate(mean, gpu_hours / len(hours), share, currency, unit), whole
 
 
 def _read(run: Run, began_s: float) -> Speed:
