@@ -6,8 +6,9 @@
 
 WEIGHTS is a run's folder, which means its best checkpoint, or one checkpoint in it; a file that
 jobs/convert.py wrote; a file of published weights (official, detrex or Hugging Face; .safetensors,
-.pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and kept. A
-checkpoint knows its model, classes and image size; the data set must have the same classes. A
+.pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and kept; or a
+version of the registry, models:/deta@champion or models:/deta/3 (jobs/register.py). A checkpoint
+knows its model, classes and image size; the data set must have the same classes. A
 converted file knows the same; the data set may have some of its classes. A published file knows
 the sizes of its tensors; --variant says the rest. With COCO's number of rows its classes are
 COCO's. Classes of a file are found by name, never by id; one that it does not have is refused.
@@ -181,7 +182,9 @@ def tool_parser(doc: str, epilog: str) -> argparse.ArgumentParser:
         epilog=f"{epilog}\n\nvariants:\n  {variants}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("weights", metavar="WEIGHTS", help="run, checkpoint, file or https://…")
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="run, checkpoint, file, https://… or models:/…"
+    )
     parser.add_argument(
         "--variant",
         metavar="NAME",
@@ -252,13 +255,19 @@ def open_predictor(
 
 
 def local_weights(weights: str | Path) -> Path:
-    """The path that WEIGHTS means; an address is downloaded first.
+    """The path that WEIGHTS means; an address, or a version of the registry, is downloaded first.
 
     Raises:
-        ValueError: the file could not be had, or is not the one that was pinned.
+        ValueError: the file could not be had, or is not the one that was pinned or registered.
     """
     from deta.platform.download import fetch
 
+    if str(weights).startswith("models:/"):
+        from deta.platform.model_uri import resolve_model
+
+        model = resolve_model(weights)
+        echo(f"registered: {model}")
+        return model.path
     return fetch(str(weights), echo=echo)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 ACCEPT, REFUSE, FORCE, ROLLBACK = "accept", "refuse", "force", "rollback"
 ACTIONS = (ACCEPT, REFUSE, FORCE, ROLLBACK)
 FORMAT = 1
+MAX_TEXT_CHARACTERS = 5000  # of MLflow's descriptions
 
 
 @dataclass(frozen=True, kw_only=True)

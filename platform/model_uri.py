@@ -107,16 +107,16 @@ def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFo
     folder = place / f"{quote(version.name, safe='')}-{version.number}-{version.manifest[:16]}"
     if folder.is_dir():
         try:
-            return _opened(folder, version)
+            return open_version(folder, version)
         except (CheckpointError, OSError):
             shutil.rmtree(folder, ignore_errors=True)  # damaged in the cache: once more
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as unfinished:
         arrived = registry.download(version, Path(unfinished))
-        _opened(arrived, version)
+        open_version(arrived, version)
         if not folder.exists():  # else by another process, meanwhile
             arrived.rename(folder)
-    return _opened(folder, version)
+    return open_version(folder, version)
 
 
 def _local(path: Path) -> ModelFolder:
@@ -129,7 +129,7 @@ def _local(path: Path) -> ModelFolder:
     return ModelFolder(checkpoint, None, run.name, read_files(checkpoint)[WEIGHTS_FILE].sha256)
 
 
-def _opened(folder: Path, version: Version) -> ModelFolder:
+def open_version(folder: Path, version: Version) -> ModelFolder:
     """Having compared every byte with the folder's manifest, and that one with the registry."""
     read_checkpoint(folder)
     found = read_files(folder)[WEIGHTS_FILE].sha256

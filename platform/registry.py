@@ -26,7 +26,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from deta.platform.decision_log import Log, Row, read_log
+from deta.platform.decision_log import MAX_TEXT_CHARACTERS, Log, Row, read_log
 from deta.platform.masking import mask_text
 from deta.platform.model_uri import CHAMPION, ModelAddress
 
@@ -38,7 +38,6 @@ HISTORY_SUFFIX = "-history"
 SHA256_TAG, MANIFEST_TAG, ENTRY_TAG = "deta.sha256", "deta.manifest_sha256", "deta.entry"
 HEAD_TAG = "deta.history_head"
 MODEL_PART, EVALUATION_PART = "artifacts/model", "evaluation"
-MAX_DESCRIPTION_CHARACTERS = 5000  # of MLflow's column
 TIMEOUT_S, FILE_TIMEOUT_S = 20, 300
 PATIENCE_S = 60.0  # with a database that is busy, or a server that restarts
 # What MLflow means by these does not change by asking again.
@@ -67,6 +66,15 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name} version {self.number}"
+
+
+@dataclass(frozen=True)
+class StoredFiles:
+    """Files in MLflow that may become a version."""
+
+    model_id: str
+    run_id: str
+    location: str
 
 
 class Registry:
@@ -158,30 +166,19 @@ class Registry:
         if run.info.lifecycle_stage != "active":
             raise ValueError(f"the run {run_id} was deleted in MLflow; restore it there")
 
-    def add_version(
-        self,
-        name: str,
-        run_id: str,
-        parts: dict[str, Path],
-        tags: dict[str, str],
-        description: str,
-        key: str,
-    ) -> Version:
-        """Upload the files of a model and make it the next version.
+    def upload(self, name: str, run_id: str, parts: dict[str, Path]) -> StoredFiles:
+        """Put the files of a model into MLflow, before it is a version.
 
         Args:
             run_id: of the run that trained it.
             parts: folders, by where their content goes; the empty text is MLflow's own model.
-            key: of this one registration: repeated after a lost answer, it makes no second one.
         """
-        self._require_model(name, f"Object detectors, registered by jobs/register.py ({name}).")
         run = self._call(self._client.get_run, run_id)
         logged = self._call(
             self._client.create_logged_model,
             run.info.experiment_id,
             name=name,
             source_run_id=run_id,
-            tags=tags,
             model_type="detector",
         )
         for place, folder in parts.items():
@@ -193,6 +190,17 @@ class Registry:
                 timeout_s=FILE_TIMEOUT_S,
             )
         self._call(self._client.finalize_logged_model, logged.model_id, "READY")
+        return StoredFiles(logged.model_id, run_id, logged.artifact_location)
+
+    def add_version(
+        self, name: str, files: StoredFiles, tags: dict[str, str], description: str, key: str
+    ) -> Version:
+        """Make files that were uploaded the next version of a model.
+
+        Args:
+            key: of this one registration: repeated after a lost answer, it makes no second one.
+        """
+        self._require_model(name, "Object detectors, registered by jobs/register.py.")
         tags = tags | {"deta.registration": key}
 
         def add() -> ModelVersion:
@@ -201,11 +209,11 @@ class Registry:
                     return one
             return self._client.create_model_version(
                 name,
-                logged.artifact_location,
-                run_id=run_id,
+                files.location,
+                run_id=files.run_id,
                 tags=tags,
-                description=description[:MAX_DESCRIPTION_CHARACTERS],
-                model_id=logged.model_id,
+                description=description[:MAX_TEXT_CHARACTERS],
+                model_id=files.model_id,
             )
 
         return _version(self._call(add))
@@ -251,7 +259,7 @@ class Registry:
                 history,
                 f"models:/{name}/{version}",
                 tags={ENTRY_TAG: entry},
-                description=text[:MAX_DESCRIPTION_CHARACTERS],
+                description=text,
             )
         except Exception as error:
             if isinstance(error, MlflowException) and error.error_code in DEFINITE:
