@@ -17,14 +17,15 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from deta.platform.service import Service, ServiceError, start_service
 
 DASHBOARDS = Path(__file__).absolute().parents[1] / "dashboards"
 TARGETS_FILE = "prom_metrics_service_discovery.json"  # in the folder of a Ray session
@@ -55,19 +56,13 @@ class NotInstalledError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """A program that answers on loopback until it is closed."""
+    """A program that answers on loopback until it is closed, or this process ends."""
 
-    process: subprocess.Popen[bytes]
+    service: Service
     url: str
-    log: Path
 
     def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.service.stop()
 
 
 def find_prometheus() -> Path:
@@ -137,7 +132,7 @@ class SessionFollower:
                 unfinished = path.with_suffix(".unfinished")
                 unfinished.write_text(content, encoding="utf-8")
                 unfinished.replace(path)
-        for path in self.targets.glob("*.json"):
+        for path in self.targets.glob("session_*.json"):  # others may be somebody's own
             if path.stem not in alive:
                 path.unlink()
         return sorted(alive)
@@ -151,8 +146,10 @@ class SessionFollower:
                     status = path.stat()
                     # Anybody may write to /tmp; what is scraped is this user's own.
                     if status.st_uid == os.getuid() and time.time() - status.st_mtime < STALE_S:
-                        found[session] = _labelled(path.read_text(encoding="utf-8"), session)
-                except (OSError, ValueError, KeyError, TypeError):  # gone, or being replaced
+                        content = path.read_text(encoding="utf-8")
+                        json.loads(content)
+                        found[session] = content
+                except (OSError, ValueError):  # gone, or being written
                     continue
         return found
 
@@ -173,11 +170,11 @@ def start_prometheus(folder: Path, *, port: int = 9090) -> Server:
 
     Raises:
         NotInstalledError: says where to get it.
-        RuntimeError: it did not start, with what it said; the port may be taken.
+        ServiceError: it did not start, with what it said; the port may be taken.
     """
     url = f"http://127.0.0.1:{port}"
     command = [str(find_prometheus()), f"--config.file={folder / 'prometheus.yml'}"]
-    command += [f"--web.listen-address=127.0.0.1:{port}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", f"--web.external-url={url}"]
     command += [f"--web.cors.origin={re.escape(url)}"]  # its default is every origin
     command += [f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn"]
     command += [f"--storage.tsdb.retention.time={KEEP_DAYS}d"]
@@ -224,13 +221,13 @@ def start_grafana(folder: Path, prometheus_url: str, *, port: int = 3000) -> Ser
 
     Raises:
         NotInstalledError: says where to get it.
-        RuntimeError: it did not start, with what it said.
+        ServiceError: it did not start, with what it said.
     """
     program = find_grafana()
     config = write_grafana_config(folder.absolute(), port=port)
     command = [str(program), *(["server"] if program.name == "grafana" else [])]
     command += [f"--config={config}", f"--homepath={_grafana_home(program)}"]
-    env = os.environ | {
+    env = {
         "DETA_PROMETHEUS_URL": prometheus_url,
         "DETA_GRAFANA_DASHBOARDS": str(DASHBOARDS / "grafana"),
     }
@@ -249,15 +246,6 @@ def _find(variable: str, names: Sequence[str], missing: str) -> Path:
         if found:
             return Path(found)
     raise NotInstalledError(missing)
-
-
-def _labelled(content: str, session: str) -> str:
-    """Ray's list of targets, each of them marked with its session."""
-    groups = [
-        {"targets": group["targets"], "labels": {**group.get("labels", {}), "session": session}}
-        for group in json.loads(content)
-    ]
-    return json.dumps(groups)
 
 
 def _grafana_home(program: Path) -> Path:
@@ -283,23 +271,17 @@ def _start(
     log: Path,
     url: str,
     ready: str,
-    env: dict[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Server:
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env
-        )
-    server = Server(process, url, log)
-    deadline_s = time.monotonic() + START_WITHIN_S
-    while process.poll() is None and time.monotonic() < deadline_s:
+    def is_ready() -> bool:
         try:
             with urllib.request.urlopen(url + ready, timeout=2):
-                # Another one on this port would answer too, and ours end.
-                time.sleep(0.2)
-                if process.poll() is None:
-                    return server
+                return True
         except OSError:
-            time.sleep(0.1)
-    server.close()
-    said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    raise RuntimeError(f"{name} did not start at {url} (is the port taken?); it said:\n{said}")
+            return False
+
+    if is_ready():
+        raise ServiceError(f"{name}: something answers at {url} already; choose another port")
+    return Server(
+        start_service(name, command, log, is_ready, env=env, within_s=START_WITHIN_S), url
+    )

@@ -1,0 +1,31 @@
+"""Write `grafana/*.json`, anew after every change of a table:
+
+python -m deta.dashboards.write
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deta.dashboards.machine_panels import MACHINES
+from deta.dashboards.panel import Dashboard, rendered
+from deta.dashboards.serving_panels import SERVING
+from deta.dashboards.training_panels import TRAINING
+
+FOLDER = Path(__file__).absolute().parent / "grafana"
+DASHBOARDS = {"training": TRAINING, "machines": MACHINES, "serving": SERVING}
+
+
+def text(dashboard: Dashboard) -> str:
+    """What a file holds."""
+    return json.dumps(rendered(dashboard), indent=2) + "\n"
+
+
+def main() -> None:
+    for name, dashboard in DASHBOARDS.items():
+        (FOLDER / f"{name}.json").write_text(text(dashboard), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
