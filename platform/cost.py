@@ -165,23 +165,23 @@ def pareto(points: Iterable[CostPoint]) -> list[CostPoint]:
 
 
 class EnergyMeter:
-    """Energy that the GPUs of this node take up, as their driver counts it.
+    """Energy that GPUs of this node take up, as their driver counts it.
 
-        with EnergyMeter() as meter:
+        with EnergyMeter([uuid]) as meter:
             train()
         meter.kwh()  # None where no driver counts
 
     Recent NVIDIA GPUs (Volta and later) count millijoules; of others the power is sampled every
     few seconds. It is the whole board's energy, whoever uses it; processors and cooling are not in
-    it. Needs the package nvidia-ml-py; without it, or without a GPU, there is nothing to report.
+    it. Without a GPU, or the package nvidia-ml-py, there is nothing to report.
     """
 
-    def __init__(self, device_indices: Iterable[int] | None = None, sample_s: float = 2.0) -> None:
+    def __init__(self, device_uuids: Iterable[str], sample_s: float = 2.0) -> None:
         """
         Args:
-            device_indices: as the driver numbers them (not CUDA_VISIBLE_DEVICES); none: all.
+            device_uuids: as the driver names them, "GPU-…", wherever CUDA numbers them.
         """
-        self._wanted = None if device_indices is None else list(device_indices)
+        self._wanted = list(device_uuids)
         self._sample_s = sample_s
         self._nvml: Any = None
         self._devices: list[Any] = []
@@ -192,18 +192,18 @@ class EnergyMeter:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        if not self._wanted:
+            return self
         try:
             import pynvml  # type: ignore[import-untyped,unused-ignore]
 
             pynvml.nvmlInit()
-        except Exception as error:  # no package, no driver, no GPU: nothing to measure
+        except Exception as error:  # no package, no driver: nothing to measure
             log.debug("no energy is measured: %s", error)
             return self
         self._nvml = pynvml
         try:
-            count = range(pynvml.nvmlDeviceGetCount())
-            wanted = count if self._wanted is None else self._wanted
-            self._devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in wanted]
+            self._devices = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in self._wanted]
             try:
                 self._began_mj = self._counters()
             except pynvml.NVMLError:

@@ -32,6 +32,7 @@ from deta.platform.agreement import (
     names_of,
 )
 from deta.platform.checkpoint import RunState
+from deta.platform.cost import EnergyMeter
 from deta.platform.detect import Evaluation, Worker, evaluate_model
 from deta.platform.keeper import Keeper
 from deta.platform.learner import Learner, make_learner
@@ -106,10 +107,20 @@ def train(
         resumed = from_leader(keeper.open_newest() if worker.leads else None, worker)
         learner = make_learner(run, worker, resumed)
         state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
-        loop = _Loop(run, worker, learner, keeper, state, watchdog, is_losing_a_node, on_step)
-        return loop.run_to_end(on_evaluation)
+        with EnergyMeter(_gpus(worker)) as meter:
+            loop = _Loop(
+                run, worker, learner, keeper, state, watchdog, meter, is_losing_a_node, on_step
+            )
+            return loop.run_to_end(on_evaluation)
     finally:
         watchdog.close()
+
+
+def _gpus(worker: Worker) -> list[str]:
+    """What the driver calls the GPU that this worker computes on; none without one."""
+    if worker.device.type != "cuda":
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(worker.device).uuid}"]
 
 
 def _only_numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
@@ -126,11 +137,13 @@ class _Loop:
         keeper: Keeper,
         state: RunState,
         watchdog: Watchdog,
+        meter: EnergyMeter,
         is_losing_a_node: Callable[[], bool] | None,
         on_step: Callable[[StepTimes], None] | None,
     ) -> None:
         self.run, self.worker, self.learner, self.keeper = run, worker, learner, keeper
         self.state, self.watchdog, self.is_losing_a_node = state, watchdog, is_losing_a_node
+        self.meter = meter
         self.on_step = on_step
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
@@ -402,6 +415,7 @@ class _Loop:
             useful_s=state.useful_s + now_s - self.step_ended_s,
         )
         self.step_ended_s = now_s
+        self._tell_energy()
         if evaluation is not None:
             self._tell_evaluation(evaluation, metrics, time.perf_counter() - began_s)
         self.watchdog.beat("saving")
@@ -413,6 +427,13 @@ class _Loop:
             on_evaluation(metrics | {"step": step, "samples_seen": seen})
         self._forget()
         return metrics
+
+    def _tell_energy(self) -> None:
+        """What the workers' GPUs have taken up since this start, if any driver counts it."""
+        if self.worker.device.type == "cuda":
+            known = [kwh for kwh in from_everyone(self.meter.kwh(), self.worker) if kwh is not None]
+            if known:
+                self.keeper.tell("energy", step=self.state.step, kwh=sum(known))
 
     def _on_evaluated_batch(self, _num_images: int) -> None:
         self.watchdog.beat("evaluating")

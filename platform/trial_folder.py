@@ -66,6 +66,8 @@ class TrialFolder:
     was_asked: bool = False  # to stop, by the file of that name
     is_active: bool = False  # begun and not ended
     wall_s: float = 0.0  # of earlier starts
+    earlier_kwh: float = 0.0  # the same
+    _start_kwh: float | None = None  # of this one, where a driver counts
     _began_s: float | None = None
     _last_s: float = 0.0
     _offset_bytes: int = 0
@@ -129,6 +131,7 @@ class TrialFolder:
                 gpu_hours=gpu_hours if known else None,
                 cpu_hours=held * cluster.cpus_per_worker if known else None,
                 images_per_s=self.images_per_s,
+                energy_kwh=(self.earlier_kwh + (self._start_kwh or 0.0)) or None,
                 price=None if per_hour is None or not known else per_hour * held,
                 currency=price.currency if price is not None else "EUR",
             ),
@@ -242,6 +245,8 @@ class TrialFolder:
             }
             if "val/AP" in values:
                 self.curve[values["val/samples_seen"]] = values["val/AP"]
+        elif kind == "energy":
+            self._start_kwh = event["kwh"]
         elif kind == "tags":
             self.tags |= event["tags"]
         elif kind == "stopping":
@@ -259,6 +264,9 @@ class TrialFolder:
         if self._began_s is not None:
             self.wall_s += max(0.0, self._last_s - self._began_s)
         self._began_s = None
+        if self._start_kwh is not None:
+            self.earlier_kwh += self._start_kwh
+        self._start_kwh = None
 
     def _run_id(self) -> str:
         try:

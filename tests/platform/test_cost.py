@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from datetime import UTC, datetime
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,9 +122,21 @@ def test_a_point_without_a_number_is_left_out():
     assert pareto([CostPoint("b", math.nan, 1.0), good, CostPoint("c", 60.0, math.inf)]) == [good]
 
 
-def test_energy_is_none_or_counted():
-    with EnergyMeter() as meter:
-        pass
+def test_energy_is_none_where_no_driver_counts():
+    for uuids in ([], ["GPU-00000000-0000-0000-0000-000000000000"]):
+        with EnergyMeter(uuids) as meter:
+            assert meter.kwh() is None
+        assert meter.kwh() is None
 
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_at_work_takes_up_energy():
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    with EnergyMeter([uuid]) as meter:
+        end_s = time.monotonic() + 2
+        while time.monotonic() < end_s:
+            x = torch.randn(4096, 4096, device="cuda")
+            (x @ x).sum().item()
     kwh = meter.kwh()
-    assert kwh is None or 0 <= kwh < 1
+    assert kwh is not None
+    assert 1e-5 < kwh < 1e-2  # 2 s at 18 W to 18 kW

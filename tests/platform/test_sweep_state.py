@@ -13,6 +13,7 @@ from deta.jobs.deta_r50 import demo
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig, from_json, override
 from deta.platform.detect import Worker
+from deta.platform.journal import Journal
 from deta.platform.lock import RunLock
 from deta.platform.run import Run
 from deta.platform.search_space import Asha, Choice, LogUniform, Optuna, Random, Sweep
@@ -23,6 +24,7 @@ from deta.platform.sweep_report import report_only
 from deta.platform.sweep_state import SweepState
 from deta.platform.sweep_table import LiveTable
 from deta.platform.training import train
+from deta.platform.trial_folder import TrialFolder
 
 TINY = {
     "model.backbone.width": 0.25, "model.dim": 32, "model.num_heads": 4, "model.ffn_dim": 32,
@@ -148,3 +150,19 @@ def test_the_estimate_counts_evaluations_and_rounds(base: Run, tmp_path: Path):
     assert whole.hours * 3600 == pytest.approx(28)  # two rounds
     assert whole.gpu_hours == pytest.approx(3 * each.hours)
     assert whole.price is None
+
+
+def test_the_energy_of_a_trial_is_that_of_all_its_starts(base: Run, tmp_path: Path):
+    sweep = Sweep(base=base.config, space={"optim.lr": LogUniform(1e-4, 1e-2)}, search=Random(1))
+    trial = TrialFolder(sweep.trials()[0], "one", base.config, tmp_path)
+    journal = Journal(tmp_path)
+    for kwh in (0.25, 0.5):  # a counter that began anew with the start
+        journal.write("starting", step=0)
+        journal.write("energy", step=1, kwh=kwh / 2)
+        journal.write("energy", step=2, kwh=kwh)
+    trial.look()
+    assert trial.record().cost.energy_kwh == 0.75
+    journal.write("ended", status="FINISHED", reason="")
+    journal.close()
+    trial.look()
+    assert trial.record().cost.energy_kwh == 0.75
