@@ -18,11 +18,18 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-# Ray reads these when it is imported. Whether its local clusters ask for a token depends, by
-# default, on what ran in this home before; here they always do. A cluster that was started by
-# others has its own rules.
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+from deta.platform.ray_token import (
+    OPEN_CLUSTER,
+    OpenClusterError,
+    is_open,
+    make_private_token,
+    set_rules_of_own_cluster,
+    starts_a_cluster,
+)
+
+# Ray reads these when it is imported. A cluster that was started by others has its own rules.
+if starts_a_cluster():
+    set_rules_of_own_cluster()
     # Nobody restarts the head of a local cluster; the supervisor starts another one.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
 for _name, _value in {
@@ -39,8 +46,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.config import RunConfig
-from deta.platform.kept_data import kept_run
+from deta.platform.kept_data import KeptDataError, kept_run
 from deta.platform.processes import ATTEMPT_MARK, end_marked
+from deta.platform.ray_metrics import RunExport
 from deta.platform.run import Run
 from deta.platform.worker import train_worker
 
@@ -56,34 +64,28 @@ def connect() -> str:
 
     Returns:
         A line about it, for people.
+
+    Raises:
+        OpenClusterError: the one to be started would not ask for a token.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None and os.environ["RAY_AUTH_MODE"] == "token":
-        _private_token()
+    is_own = starts_a_cluster()
+    address = "local" if is_own else os.environ["RAY_ADDRESS"]
     if not ray.is_initialized():
+        if is_own:
+            make_private_token()
         # Workers write to the journal; what they print besides is in Ray's logs.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    dashboard = ray._private.worker.get_dashboard_url()
+    takes_anybody = bool(dashboard) and is_open(dashboard)
+    if is_own and takes_anybody:
+        ray.shutdown()
+        raise OpenClusterError(f"the cluster that was started here is open: {OPEN_CLUSTER}")
     resources = ray.cluster_resources()
     return (
-        f"Ray cluster {'at ' + address if address else 'on this machine'}: "
+        f"Ray cluster {'on this machine' if is_own else 'at ' + address}: "
         f"{len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, "
-        f"{resources.get('GPU', 0):.0f} GPUs"
+        f"{resources.get('GPU', 0):.0f} GPUs" + (f"; {OPEN_CLUSTER}" if takes_anybody else "")
     )
-
-
-def _private_token() -> None:
-    """Ray writes its token readable for everybody; make it first, readable for its owner."""
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        path.chmod(0o600)
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(os.urandom(32).hex())
 
 
 def check_resources(config: RunConfig) -> None:
@@ -148,19 +150,20 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
             callbacks=callbacks,
         ),
     )
-    trainer.fit()
+    with RunExport(run.folder, run.config.name):
+        trainer.fit()
 
 
 def attempt(folder: Path) -> Outcome:
     """Try; what comes of it in the run is in its journal and its checkpoints."""
-    run = kept_run(folder)
     try:
+        run = kept_run(folder)
         print(connect(), flush=True)
+    except (KeptDataError, OpenClusterError) as error:
+        return Outcome("refused", str(error))
     except Exception as error:
         # A cluster of our own that did not come up, on a busy machine say, is worth another try.
-        kind: Literal["unreachable", "lost"] = (
-            "unreachable" if os.environ.get("RAY_ADDRESS") else "lost"
-        )
+        kind: Literal["unreachable", "lost"] = "lost" if starts_a_cluster() else "unreachable"
         return Outcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)

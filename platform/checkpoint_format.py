@@ -24,6 +24,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deta.platform.bounded import MAX_JSON_BYTES, read_bounded, read_json
 from deta.platform.coco import Category
 from deta.platform.config import RunConfig, from_json
 from deta.platform.tensor_image import Written
@@ -138,7 +139,7 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, Written]:
             raise ValueError(f"does not name {', '.join(sorted(missing))}")
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{place}: is no whole manifest of a checkpoint ({error}); use an older checkpoint"
         ) from error
@@ -154,11 +155,13 @@ def read_manifest(path: Path) -> dict[str, Written]:
         CheckpointError: says what is missing, damaged or too new.
     """
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_bounded(path / MANIFEST, MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path}: is no whole checkpoint, it has no {MANIFEST}; use an older checkpoint"
         ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use an older checkpoint") from error
     files = parse_manifest(text, path / MANIFEST)
     for name, expected in files.items():
         file = path / name
@@ -182,7 +185,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                     f"{path / name}: has changed since it was written; use an older checkpoint"
                 )
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = read_json(path / "state.json")
         version = int(content["format_version"])
         if version > FORMAT_VERSION:
             raise OtherVersionError(
@@ -212,7 +215,7 @@ def read_metrics(path: Path) -> dict[str, float]:
 
 def _read_config(path: Path, version: int) -> RunConfig:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if version == 1:
             for part, key in _GONE_KEYS:
                 values.get(part, {}).pop(key, None)

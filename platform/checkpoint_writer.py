@@ -35,6 +35,8 @@ __all__ = ["CheckpointWriter", "Outcome", "Snapshot", "take_snapshot", "write_ch
 
 logger = logging.getLogger(__name__)
 
+MAX_RESERVE_BYTES = 10**9  # that a checkpoint leaves on the disk; of a small one, a twentieth
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -169,8 +171,8 @@ class CheckpointWriter:
 
     def _require_room(self, snapshot: Snapshot) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if free < snapshot.num_bytes:
+        disk = shutil.disk_usage(self.folder)
+        if disk.free - snapshot.num_bytes < min(disk.total // 20, MAX_RESERVE_BYTES):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _explain(self, error: Exception, snapshot: Snapshot) -> str:
@@ -184,7 +186,7 @@ class CheckpointWriter:
         code = getattr(error, "errno", None)
         advice = "If it goes on like this, look at that disk. "
         if code in (errno.ENOSPC, errno.EDQUOT):
-            advice = "Make room there. "
+            advice = "Make room there; a twentieth of the disk, or 1 GB, is left for the journal. "
         elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = "Make the folder writable again. "
         return (

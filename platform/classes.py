@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from deta.platform.bounded import read_bounded
 from deta.platform.coco import Category
 from deta.platform.coco_classes import COCO_CATEGORIES, NUM_ID_ROWS
+from deta.platform.coco_json import MAX_ANNOTATION_BYTES
 
 # "by_name": a class of the data set starts from the file's class of that name, or as new.
 # "in_order": the file's rows are the data set's classes, in the order of their ids.
@@ -83,8 +85,10 @@ def listed_classes(path: Path, num_rows: int) -> FileClasses:
         ValueError: the file cannot be read, or does not fit the number of rows.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MAX_ANNOTATION_BYTES).decode()
         content = json.loads(text) if path.suffix == ".json" else None
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     if content is None:

@@ -26,9 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deta.platform.bounded import read_bounded
+
 NUM_SHOWN = 10  # problems written out in one error
 NUM_IDS_SHOWN = 5  # ids written out in one note
 INT64 = range(-(2**63), 2**63)
+MAX_ANNOTATION_BYTES = 4 << 30  # COCO has 0.5 GB, and Objects365, the largest known here, 2.5
 LARGEST_FLOAT = 1.7976931348623157e308
 
 REPEATED_IMAGE = "image record given twice"
@@ -145,7 +148,9 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
 
 def _parse(path: Path, problems: Problems) -> dict[str, Any]:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_ANNOTATION_BYTES)
+    except ValueError as error:  # a folder, a device, a giant
+        raise DatasetError(str(error)) from error
     except (FileNotFoundError, IsADirectoryError, PermissionError, NotADirectoryError) as error:
         raise DatasetError(
             f"{path}: cannot be read as annotation file: {error.strerror}"

@@ -24,6 +24,7 @@ from deta.platform.transforms import AugmentationConfig, EvaluationSize
 
 Config = TypeVar("Config")
 
+MAX_JSON_CHARACTERS = 1_000_000  # of a configuration: the largest here has 4,000
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -209,7 +210,15 @@ def from_json(kind: type[Config], text: str) -> Config:
     Raises:
         ValueError: a key that this version does not know, or a value that a check refuses.
     """
-    return _from_dict(kind, json.loads(text), "")
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError(f"a configuration has at most {MAX_JSON_CHARACTERS:,} characters")
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("the configuration is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"a configuration is an object of keys, not a {type(values).__name__}")
+    return _from_dict(kind, values, "")
 
 
 def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:

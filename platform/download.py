@@ -115,7 +115,8 @@ def download(
             than was pinned; nothing that arrived is deleted.
     """
     address, pinned = _split(url)
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name or "download"
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name
+    name = "download" if name in ("", "..") else name
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
     place = (folder or cache_folder()) / key
     place.mkdir(parents=True, exist_ok=True)

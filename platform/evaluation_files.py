@@ -27,10 +27,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from deta.platform.bounded import gunzip, read_json
 from deta.platform.detection_table import results_of_table, table_of_results
 from deta.platform.evaluate import CocoMetrics
 
 FORMAT = 1
+MAX_UNPACKED = 2 << 30  # bytes of ground truth: COCO val2017 has 9 MB of boxes
 FACTS, DETECTIONS, GROUND_TRUTH = "evaluation.json", "detections.parquet", "ground_truth.json.gz"
 
 
@@ -117,7 +119,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         if _sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not the one of {FACTS}; evaluate again")
     try:
-        ground_truth = json.loads(gzip.decompress((folder / GROUND_TRUTH).read_bytes()))
+        ground_truth = json.loads(gunzip((folder / GROUND_TRUTH).read_bytes(), MAX_UNPACKED))
         results = results_of_table(pq.read_table(folder / DETECTIONS))
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{folder}: cannot be read, {error}; evaluate again") from error
@@ -142,7 +144,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     path = folder / FACTS
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: is no complete evaluation, for it has no {FACTS}; jobs/evaluate.py "

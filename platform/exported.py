@@ -53,7 +53,11 @@ def pack(images: Sequence[Image.Image], size: EvaluationSize, least_side_px: int
 
 
 def open_program(path: Path, device: torch.device | str = "cpu") -> Runtime:
-    """A `torch.export` program. It must have been exported for this device."""
+    """A `torch.export` program. It must have been exported for this device.
+
+    Opening one can run code that somebody put into it. So this is for a file that was just written
+    here, to compare it with its model; nothing opens one that was given.
+    """
     module = torch.export.load(path).module()
 
     def run(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,6 +75,19 @@ def mask_text(text: str) -> str:
     return _LONG.sub(lambda found: MASK if _is_random(found[0]) else found[0], text)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether text surely holds a secret: an address a password, or what has the form of a key.
+
+    For refusing what a person gave; so it does not guess, as `mask_text` does.
+    """
+    parts = _USER_IN_URL.search(text)
+    return (
+        (parts is not None and ":" in parts[0])
+        or _SHAPES.search(text) is not None
+        or ("://" in text and _ASSIGNED.sub(_without_value, text) != text)
+    )
+
+
 def _without_value(found: re.Match[str]) -> str:
     name, sign, value = found["name"], found["sign"], found["value"]
     if sign == " " and found.string[max(0, found.start() - 2) : found.start()] != "--":

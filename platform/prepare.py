@@ -13,11 +13,12 @@ import torch
 from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.platform.coco import CocoDataset
 from deta.platform.coco_json import DatasetError
-from deta.platform.config import DataConfig, RunConfig
+from deta.platform.config import DataConfig, RunConfig, flatten
 from deta.platform.datasets import open_dataset
 from deta.platform.download import fetch, is_url
 from deta.platform.initial import check_initial_weights
 from deta.platform.kept_data import Split, kept_dataset
+from deta.platform.masking import holds_secret
 from deta.platform.optim import freeze
 from deta.platform.predict import find_checkpoint
 from deta.platform.run import Run
@@ -71,6 +72,7 @@ def prepare(config: RunConfig, *, resume: bool = False) -> Run:
         init_backbone=_local("init_backbone", config.init_backbone, storage),
         model=replace(config.model, num_classes=len(train_set.categories)),
     )
+    _refuse_secrets(config)
     notes = check_initial_weights(config, train_set.categories)
     return Run(
         config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
@@ -110,6 +112,21 @@ def _local(key: str, given: str | None, storage: Path) -> str | None:
     if not path.exists():
         raise ValueError(f"{key}={path}: there is no such file or folder")
     return str(path)
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """What a configuration says ends in the run's folder, in its checkpoints and in MLflow.
+
+    Raises:
+        ValueError: names the key, and not the value.
+    """
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and holds_secret(value):
+            raise ValueError(
+                f"{key} holds a password or a key, which would end in the run's folder, in its "
+                "checkpoints and logs; set it in the environment instead (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY for S3, or the credentials file of the store's own tools)"
+            )
 
 
 def _absolute(path: str) -> str:

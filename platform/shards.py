@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deta.platform.coco import CocoDataset
+from deta.platform.coco import Category, CocoDataset
 from deta.platform.coco_json import DatasetError
 from deta.platform.images import MAX_PIXELS
 from deta.platform.shard_manifest import (
@@ -115,8 +115,13 @@ class ShardedDataset(CocoDataset):
     @classmethod
     def _from_table(cls, store: Store, manifest: Manifest, table: pa.Table) -> ShardedDataset:
         image_rows, annotation_rows = tables_of(table, manifest.categories)
-        dataset = cls(
-            Path(store.shown),
+        places = np.zeros(len(image_rows), PLACE_ROW)
+        for name in PLACE_ROW.names or ():
+            places[name] = table[name].to_numpy()
+        return cls.of_tables(
+            store,
+            manifest.shards,
+            places,
             table["file_name"].to_pylist(),
             image_rows,
             annotation_rows,
@@ -124,12 +129,37 @@ class ShardedDataset(CocoDataset):
             list(manifest.notes),
             MAX_PIXELS,
         )
-        dataset.store = store
-        dataset.shards = manifest.shards
-        dataset._places = np.zeros(len(image_rows), PLACE_ROW)
-        for name in PLACE_ROW.names or ():
-            dataset._places[name] = table[name].to_numpy()
+
+    @classmethod
+    def of_tables(
+        cls,
+        store: Store,
+        shards: tuple[Shard, ...],
+        places: np.ndarray,
+        file_names: list[str],
+        image_rows: np.ndarray,
+        annotation_rows: np.ndarray,
+        categories: tuple[Category, ...],
+        notes: list[str],
+        max_pixels: int,
+    ) -> ShardedDataset:
+        """The data set of tables that were checked before; `places` has I rows of PLACE_ROW."""
+        dataset = cls(
+            Path(store.shown),
+            file_names,
+            image_rows,
+            annotation_rows,
+            categories,
+            notes,
+            max_pixels,
+        )
+        dataset.store, dataset.shards, dataset._places = store, shards, places
         return dataset
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each image lies, not to be written to: I rows of PLACE_ROW."""
+        return self._places
 
     def content(self, index: int) -> bytes:
         """The file of image `index` as it was packed.
@@ -165,13 +195,17 @@ class ShardedDataset(CocoDataset):
         annotation_rows: np.ndarray,
         notes: list[str],
     ) -> ShardedDataset:
-        names = [self._file_names[i] for i in chosen]
-        dataset = ShardedDataset(
-            self.folder, names, image_rows, annotation_rows, self.categories, notes, self.max_pixels
+        return ShardedDataset.of_tables(
+            self.store,
+            self.shards,
+            self._places[chosen],
+            [self._file_names[i] for i in chosen],
+            image_rows,
+            annotation_rows,
+            self.categories,
+            notes,
+            self.max_pixels,
         )
-        dataset.store, dataset.shards = self.store, self.shards
-        dataset._places = self._places[chosen]
-        return dataset
 
     def _path(self, index: int) -> Path:
         shard = self.shards[self._places["shard"][index]].name

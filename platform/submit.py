@@ -19,12 +19,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from deta.platform.masking import mask
+from deta.platform.ray_token import OPEN_CLUSTER, is_open
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_WITHIN_S, ANSWER_WITHIN_S = 5.0, 20.0  # or there is no cluster, or none that works
@@ -109,6 +113,9 @@ def submit_job(
     project = Project.holding(script, working_dir)
     variables = {**job_environment(project.root, os.environ), **(env or {})}
     client, address = connect(address)
+    if is_open(address):
+        _refuse_secrets(address, variables)
+        note(f"WARNING, {address}: {OPEN_CLUSTER}")
     note(
         f"project: {project.root} ({project.num_files} files, {project.size_bytes / 1e6:.1f} MB) "
         f"at {variables.get('DETA_COMMIT', 'no commit')}"
@@ -142,6 +149,21 @@ def submit_job(
     except KeyboardInterrupt:
         note(f"no longer waiting for its end\n{_what_next(job_id, address)}")
         return INTERRUPTED
+
+
+def _refuse_secrets(address: str, variables: Mapping[str, str]) -> None:
+    """What a job is told can be read by all who reach its cluster.
+
+    Raises:
+        ClusterError: a password would go to an open cluster that is not this machine alone.
+    """
+    named = sorted(name for name, value in variables.items() if mask(name, value) != value)
+    host = urlsplit(address).hostname or ""
+    if named and host not in ("127.0.0.1", "localhost", "::1"):
+        raise ClusterError(
+            f"the Ray cluster at {address} is not told {', '.join(named)}, for {OPEN_CLUSTER}; or "
+            "unset these variables"
+        )
 
 
 def project_root(script: Path) -> Path:

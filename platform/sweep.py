@@ -436,6 +436,6 @@ class _Supply(Searcher):
 
 
 def _last_line(trial: Any) -> str:
-    error = trial.get_pickled_error() or trial.get_error()
+    error = trial.get_error()  # Ray keeps the exception, too, but as a pickle in the folder
     lines = str(error).strip().splitlines() if error is not None else []
-    return f"{type(error).__name__}: {lines[-1]}" if lines else "its workers were lost"
+    return lines[-1] if lines else "its workers were lost"

@@ -1,0 +1,43 @@
+#!/usr/bin/env python
+"""What is installed here, as a bill of materials (CycloneDX JSON); or whether it was altered.
+
+  python jobs/materials.py --output sbom.json
+  python jobs/materials.py --verify
+
+--verify compares every installed file with the hash that its package came with, and names those
+that differ; the exit code is 1 then. It sees a file that was changed, by accident or not, but not
+a package that came altered: install from an index you trust, with `constraints.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from deta.jobs.evaluate import write_json
+from deta.platform.materials import altered_files, bill_of_materials
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="instead of printing it")
+    parser.add_argument("--verify", action="store_true", help="look for altered files")
+    arguments = parser.parse_args()
+    if arguments.verify:
+        altered = list(altered_files())
+        print("\n".join(altered) or "all installed files are as their packages came")
+        sys.exit(1 if altered else 0)
+    bill = bill_of_materials()
+    if arguments.output is None:
+        print(json.dumps(bill, indent=1))
+    else:
+        write_json(arguments.output, bill)
+        print(f"{arguments.output}: {len(bill['components'])} packages")
+
+
+if __name__ == "__main__":
+    main()

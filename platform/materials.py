@@ -1,0 +1,98 @@
+"""What a run is made of: every installed package, as a bill of materials in CycloneDX's JSON.
+
+For whoever has to say which versions a model was trained with, look them up in a list of known
+faults, or see that what is installed is what was: each package carries the SHA-256 of its own list
+of files (its RECORD), and `altered_files` compares the files with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import Distribution, distributions
+from typing import Any
+
+SPEC_VERSION = "1.6"  # https://cyclonedx.org/docs/1.6/json/
+OURS = "deta-platform"
+MAX_LICENCE_CHARACTERS = 100  # some packages put the whole text there
+
+
+def bill_of_materials(packages: Iterable[Distribution] | None = None) -> dict[str, Any]:
+    """CycloneDX: this project as the subject, everything that is installed as its components.
+
+    Args:
+        packages: by default those of this Python.
+    """
+    found = {canonical(p.name): p for p in packages or distributions() if p.metadata["Name"]}
+    parts = [_component(found[name]) for name in sorted(found) if name != OURS]
+    subject = {"type": "application", "name": OURS, "bom-ref": OURS}
+    if OURS in found:
+        subject["version"] = found[OURS].version
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": SPEC_VERSION,
+        "serialNumber": f"urn:uuid:{uuid.uuid4()}",
+        "version": 1,
+        "metadata": {
+            "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+            "component": subject,
+        },
+        "components": parts,
+    }
+
+
+def altered_files(packages: Iterable[Distribution] | None = None) -> Iterator[str]:
+    """Paths of installed files that are not as their package came, or are gone."""
+    for package in packages or distributions():
+        for file in package.files or ():
+            if file.hash is None or file.suffix == ".pyc":
+                continue
+            path = file.locate()
+            try:
+                with open(path, "rb") as opened:
+                    digest = hashlib.file_digest(opened, file.hash.mode).digest()
+            except OSError:
+                yield f"{package.name}: {path} is missing"
+                continue
+            if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
+                yield f"{package.name}: {path} has changed"
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a package's name. Source: PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _component(package: Distribution) -> dict[str, Any]:
+    name = canonical(package.name)
+    address = f"pkg:pypi/{name}@{package.version}"
+    component: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": address,
+        "name": name,
+        "version": package.version,
+        "purl": address,
+    }
+    if licence := _licence(package):
+        component["licenses"] = [licence]
+    if record := package.read_text("RECORD"):
+        component["properties"] = [
+            {"name": "deta:record_sha256", "value": hashlib.sha256(record.encode()).hexdigest()}
+        ]
+    return component
+
+
+def _licence(package: Distribution) -> dict[str, Any] | None:
+    if expression := package.metadata.get("License-Expression"):
+        return {"expression": expression}
+    text = (package.metadata.get("License") or "").strip()
+    if text and len(text) <= MAX_LICENCE_CHARACTERS and "\n" not in text:
+        return {"license": {"name": text}}
+    for classifier in package.metadata.get_all("Classifier") or ():
+        if classifier.startswith("License ::") and not classifier.endswith("OSI Approved"):
+            return {"license": {"name": classifier.rpartition(" :: ")[2]}}
+    return None

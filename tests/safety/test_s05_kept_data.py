@@ -1,0 +1,180 @@
+"""S5: what a run keeps of its data in its folder carries no code and leads nowhere else."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from deta.platform.coco import CocoDataset
+from deta.platform.config import DataConfig, RunConfig
+from deta.platform.datasets import open_dataset
+from deta.platform.kept_data import DATA_FILE, KeptDataError, keep_data, kept_dataset, kept_run
+from deta.platform.packing import pack
+from deta.platform.run import Run
+from deta.platform.shapes import ShapesDataset, write_shapes
+from deta.platform.shard_store import Store
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+        return Path.mkdir, (self.trace,)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), num_train=5, num_val=2, size_px=64)
+
+
+@pytest.fixture
+def run(drawn: ShapesDataset, tmp_path: Path) -> Run:
+    """Of loose files for training, and of shards for validation."""
+    shards = tmp_path / "shards"
+    val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
+    pack(val_set, Store(shards), shard_bytes=10**6)
+    data = DataConfig(
+        train_images=str(drawn.train_images),
+        train_annotations=str(drawn.train_annotations),
+        val_images=str(shards),
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return Run(
+        RunConfig(name="kept", data=data),
+        folder,
+        open_dataset(data.train_images, data.train_annotations),
+        open_dataset(data.val_images),
+        code_commit="abc",
+        notes=("a note",),
+    )
+
+
+def test_what_is_kept_comes_back(run: Run):
+    keep_data(run)
+    again = kept_run(run.folder)
+
+    assert (again.config, again.folder, again.code_commit, again.notes) == (
+        run.config, run.folder, "abc", ("a note",)
+    )  # fmt: skip
+    for one, other in ((run.train_set, again.train_set), (run.val_set, again.val_set)):
+        assert type(one) is type(other)
+        assert one.fingerprint == other.fingerprint
+        assert one.ground_truth == other.ground_truth
+        assert (one.categories, one.notes) == (other.categories, other.notes)
+        for index in range(len(one)):
+            assert one.content(index) == other.content(index)
+            assert one[index].image.tobytes() == other[index].image.tobytes()
+            assert one[index].boxes_px.equal(other[index].boxes_px)
+    first = kept_run(run.folder).train_set.first(2)
+    assert first.fingerprint == run.train_set.first(2).fingerprint
+
+
+def test_a_pickle_in_a_run_folder_is_not_opened(run: Run, tmp_path: Path):
+    keep_data(run)
+    trace = tmp_path / "trace"
+    bomb = pickle.dumps(Bomb(trace))
+    annotations = run.config.data.train_annotations
+    (run.folder / "data.pickle").write_bytes(bomb)  # where versions before kept the data
+    assert kept_run(run.folder).code_commit == "abc"
+    for content in (bomb, pickle.dumps((Bomb(trace), {})), b"", b"\0" * 100):
+        (run.folder / DATA_FILE).write_bytes(content)
+        with pytest.raises(KeptDataError, match="is damaged"):
+            kept_run(run.folder)
+        assert kept_dataset(run.folder, "train", annotations) is None
+    assert not trace.exists()
+    pickle.loads(bomb)  # the plant is alive
+    assert trace.exists()
+
+
+def _change(part: str, **values: Any) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    def change(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+        about[part] |= values
+
+    return change
+
+
+def _cut(name: str) -> Callable[[dict[str, Any], dict[str, np.ndarray]], None]:
+    def change(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+        rows[name] = rows[name][:-1]
+
+    return change
+
+
+def _scramble(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
+    rows["train.images"] = rows["train.images"] ^ 0x55
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_change("train", file_names=["../../../etc/passwd"] * 5), "could leave the image folder"),
+        (_change("train", file_names=["/etc/passwd"] * 5), "absolute path"),
+        (_change("train", file_names=["a.png"]), "file names for"),
+        (_change("train", file_names=[1] * 5), "not a text"),
+        (_change("train", categories=[]), "point at categories"),
+        (_change("train", fingerprint="0" * 64), "fingerprint"),
+        (_change("val", shards=[]), "point at shards"),
+        (_change("val", shards=[{"name": "../x", "num_images": 1, "num_bytes": 1, "sha256": ""}]),
+         "no name of a shard"),
+        (_change("config", nme="x"), "nme"),
+        (_cut("train.images"), "multiple"),
+        (_cut("val.places"), "multiple"),
+        (_scramble, "point at annotations"),
+    ],
+)  # fmt: skip
+def test_what_was_altered_is_refused(run: Run, change: Any, says: str):
+    keep_data(run)
+    path = run.folder / DATA_FILE
+    rows = load(path.read_bytes())
+    about = json.loads(rows.pop("about").tobytes())
+    change(about, rows)
+    rows["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    path.write_bytes(save(rows))
+
+    with pytest.raises(KeptDataError, match=says):
+        kept_run(run.folder)
+
+
+def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
+    """Of the rows; JSON has its own checks."""
+    keep_data(run)
+    path = run.folder / DATA_FILE
+    content = path.read_bytes()
+    rows = load(content)
+    rng = np.random.default_rng(5)
+    for name in ("train.images", "val.places"):
+        table = rows[name].copy()
+        for position in rng.integers(0, len(table), 20):
+            table[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(save(rows | {name: table}))
+            try:
+                again = kept_run(run.folder)
+                for index in range(len(again.val_set)):
+                    again.val_set.content(index)
+            except ValueError:
+                continue
+            pytest.fail(f"{name}: a flipped bit at {position} went unseen")
+
+
+def test_other_annotations_are_not_those_of_the_beginning(run: Run, tmp_path: Path):
+    keep_data(run)
+    annotations = Path(run.config.data.train_annotations)
+    kept = kept_dataset(run.folder, "train", str(annotations))
+    assert kept is not None
+    assert kept.fingerprint == run.train_set.fingerprint
+    other = tmp_path / "other.json"
+    other.write_text(annotations.read_text() + "\n")
+    assert kept_dataset(run.folder, "train", str(other)) is None
+    assert kept_dataset(replace(run, folder=tmp_path).folder, "train", str(annotations)) is None

@@ -1,0 +1,116 @@
+"""S8: whatever an annotation file calls its images, nothing outside their folder is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from deta.platform.bounded import gunzip, read_bounded, read_json
+from deta.platform.classes import listed_classes
+from deta.platform.coco import CocoDataset
+from deta.platform.coco_json import DatasetError
+
+NUM_NAMES = 1000
+PARTS = [
+    "..", ".", "", "etc", "passwd", "secret.png", "a.png", "sub", "~", "~root", "%2e%2e", "..%2f",
+    "link", "\0", "\\", "..\\", "C:", "file:", "//", "\u2024\u2024", "\u202e", "proc", "self",
+    "environ", "…", "con", " ", "\n", "*", "$HOME", "`id`", "-rf",
+]  # fmt: skip
+
+_opened: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    if _opened is not None and event in ("open", "os.listdir", "os.scandir"):
+        _opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else "")
+
+
+def names() -> list[str]:
+    rng = random.Random(8)
+    plain = ["../secret.png", "/etc/passwd", "link/secret.png", "sub/../../secret.png", "a\0.png"]
+    while len(plain) < NUM_NAMES:
+        name = "/".join(rng.choices(PARTS, k=rng.randint(1, 5)))
+        plain.append(rng.choice(["", "", "/", "../", "./"]) + name)
+    return plain
+
+
+def test_1000_names_open_nothing_outside_the_folder(tmp_path: Path):
+    global _opened
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    for place in (images / "a.png", images / "sub" / "a.png", tmp_path / "secret.png",
+                  tmp_path / "outside" / "secret.png"):  # fmt: skip
+        Image.new("RGB", (4, 4)).save(place)
+    (images / "link").symlink_to(tmp_path / "outside")
+    annotations = tmp_path / "annotations.json"
+    categories = [{"id": 1, "name": "x"}]
+    sys.addaudithook(_note)  # cannot be taken away again; without a list it does nothing
+
+    num_opened, outside = 0, []
+    for name in names():
+        content = {
+            "images": [{"id": 1, "file_name": name, "width": 4, "height": 4}],
+            "annotations": [],
+            "categories": categories,
+        }
+        annotations.write_text(json.dumps(content))
+        _opened = []
+        try:
+            sample = CocoDataset.open(images, annotations)[0]
+            assert sample.image.size == (4, 4)
+        except DatasetError:
+            pass
+        seen, _opened = _opened, None
+        for path in seen:
+            if Path(path) == annotations:
+                continue
+            num_opened += 1
+            if not Path(os.path.realpath(path)).is_relative_to(images):
+                outside.append((name, path))
+
+    assert num_opened > 10  # the watch is awake: some names are good
+    imports = (sys.prefix, sys.base_prefix)
+    assert [each for each in outside if not each[1].startswith(imports)] == []
+
+
+def test_what_is_no_plain_file_is_not_read_as_one(tmp_path: Path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(DatasetError, match="not a file"):
+            CocoDataset.open(tmp_path, path)
+        with pytest.raises(ValueError, match="not a file"):
+            read_json(path)
+        with pytest.raises(ValueError, match="not a file"):
+            listed_classes(path, 3)
+
+
+def test_a_file_over_its_limit_is_not_read_whole(tmp_path: Path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte of nothing
+    with pytest.raises(ValueError, match="has over 1,000 bytes"):
+        read_bounded(path, 1000)
+    path.write_bytes(bytes(1000))
+    assert len(read_bounded(path, 1000)) == 1000
+
+
+def test_a_gzip_bomb_is_given_up_at_the_limit():
+    import gzip
+
+    bomb = gzip.compress(bytes(100_000_000))
+    assert len(bomb) < 200_000
+    with pytest.raises(ValueError, match="over 1,000,000 bytes when unpacked"):
+        gunzip(bomb, 1_000_000)
+    with pytest.raises(ValueError, match="intact"):
+        gunzip(gzip.compress(b"x" * 1000)[:-9], 10_000)
+    with pytest.raises(ValueError, match="intact"):
+        gunzip(b"no gzip", 10)
+    assert gunzip(gzip.compress(b"x" * 1000), 1000) == b"x" * 1000

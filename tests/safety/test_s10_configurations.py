@@ -1,0 +1,49 @@
+"""S10: a configuration is JSON of known keys, of a sane size; YAML is not read at all.
+
+That nothing imports a YAML reader is seen to by test_s05_no_code_from_files.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deta.platform.bounded import read_json
+from deta.platform.config import MAX_JSON_CHARACTERS, RunConfig, from_json, to_json
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"nme": "x"}', "nme.*did you mean name"),
+        ('{"optim": {"lr": 1e-4, "__class__": 1}}', "optim.__class__"),
+        ('{"__init__": {}}', "__init__"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"name": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"name": "' + "x" * MAX_JSON_CHARACTERS + '"}', "at most 1,000,000 characters"),
+        ("[]", "not a list"),
+        ("null", "not a NoneType"),
+        ('"!!python/object/apply:os.system [id]"', "not a str"),
+        ('{"name": "../../etc"}', "is not a run name"),
+        ('{"name": "a/b"}', "is not a run name"),
+        ("{", "Expecting"),
+    ],
+)
+def test_a_bad_configuration_is_an_error_that_says_why(text: str, says: str):
+    with pytest.raises(ValueError, match=says):
+        from_json(RunConfig, text)
+
+
+def test_the_limit_leaves_room():
+    assert len(to_json(RunConfig())) < MAX_JSON_CHARACTERS / 50
+
+
+def test_json_from_anywhere_is_bounded(tmp_path: Path):
+    path = tmp_path / "x.json"
+    path.write_text("[" * 1_000_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="decode"):
+        read_json(path)

@@ -1,0 +1,94 @@
+"""S13: every dependency has one exact version, they fit together, and all of them are known."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+import pytest
+
+from deta.platform.materials import altered_files, bill_of_materials, canonical
+
+ROOT = Path(__file__).resolve().parents[2]
+PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)(?:\s*;.*)?")
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            pin = PIN.fullmatch(line.strip())
+            assert pin, f"constraints.txt: {line!r} is not NAME==VERSION"
+            found[canonical(pin[1])] = pin[2]
+    return found
+
+
+def test_every_dependency_of_every_group_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = {
+        canonical(re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0])
+        for group in groups
+        for requirement in group
+    } - {"deta-platform"}
+    assert len(named) > 15
+    assert named - set(pins()) == set()
+
+
+def test_what_is_installed_fits_together():
+    checked = subprocess.run(
+        [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_neither_versions_nor_settings_name_a_place_to_install_from():
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", "setup.py"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for word in ("index-url", "find-links", "--trusted-host", "git+", "extra-index"):
+            assert word not in text, f"{name}: {word}"
+
+
+@pytest.mark.parametrize("room", ["platform", "jobs", "model", "ops"])
+def test_nothing_is_installed_while_a_run_goes_on(room: str):
+    for path in (ROOT / room).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for word in ('"pip":', '"conda":', '"uv":', '"pip", "install"', "ensurepip"):
+            assert word not in text, f"{path}: {word}"
+
+
+def test_the_bill_names_every_package_once_with_its_version():
+    bill = bill_of_materials()
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    parts = {part["name"]: part for part in bill["components"]}
+    assert len(parts) == len(bill["components"]) > 30
+    installed = {canonical(d.name): d.version for d in distributions() if d.metadata["Name"]}
+    assert {name: part["version"] for name, part in parts.items()} == {
+        name: version for name, version in installed.items() if name != "deta-platform"
+    }
+    assert parts["torch"]["purl"] == f"pkg:pypi/torch@{installed['torch']}"
+    assert sum("licenses" in part for part in parts.values()) > 0.9 * len(parts)
+
+
+def test_one_changed_byte_of_a_package_is_found(tmp_path: Path):
+    wheel = tmp_path / "thing-1.0.dist-info"
+    wheel.mkdir()
+    (tmp_path / "thing.py").write_text("x = 1\n")
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")
+    digest = hashlib.sha256(b"x = 1\n").digest()
+    right = "sha256=" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    (wheel / "RECORD").write_text(f"thing.py,{right},6\nthing-1.0.dist-info/RECORD,,\n")
+    package = Distribution.at(wheel)
+
+    assert list(altered_files([package])) == []
+    (tmp_path / "thing.py").write_text("x = 2\n")
+    assert list(altered_files([package])) == [f"thing: {tmp_path / 'thing.py'} has changed"]
+    (tmp_path / "thing.py").unlink()
+    assert "is missing" in next(altered_files([package]))
