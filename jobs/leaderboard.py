@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""The leaderboard of the runs in MLflow: best AP, interval, cost, recipe, data, champions.
+
+  python jobs/leaderboard.py ~/deta-runs                       a page on http://127.0.0.1:5050
+  python jobs/leaderboard.py ~/deta-runs --out leaderboard.html   one file, to keep or send
+
+The page is live: it shows the best runs at once, the others as MLflow gives them, and follows what
+is new. `make dashboards` starts it together with MLflow, Prometheus and Grafana.
+
+MLflow is the one of MLFLOW_TRACKING_URI, else the database file in the folder of the runs. Links
+lead to MLflow's pages, if it is a server or --mlflow says where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from deta.platform.mlflow_server import check_hosts
+from deta.platform.service import free_port, is_loopback
+from deta.platform.uploading import tracking_uri
+
+if TYPE_CHECKING:
+    from deta.platform.leaderboard_board import Board
+
+DEFAULT_STORAGE = "~/deta-runs"
+PORT = 5050
+CACHE_FILE = "leaderboard.json.gz"
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "storage", nargs="?", type=Path, metavar="STORAGE", default=Path(DEFAULT_STORAGE),
+        help=f"the folder of the runs, default {DEFAULT_STORAGE}",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write one file and leave")
+    parser.add_argument("--mlflow", metavar="ADDRESS", default="", help="where links lead")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME:PORT",
+        help="off loopback: what people write into their browsers, exactly",
+    )  # fmt: skip
+    parser.add_argument(
+        "--password-file", type=Path, metavar="FILE", help="off loopback: of the user admin"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_on_signal)
+    try:
+        sys.exit(_write(arguments) if arguments.out is not None else _serve(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, OSError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _uri(storage: Path) -> str:
+    """
+    Raises:
+        ValueError: there is no database.
+    """
+    storage = storage.expanduser()
+    uri = tracking_uri(storage)
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise ValueError(
+            f"{database}: there is no MLflow database; give the folder of the runs, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return uri
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    uri = _uri(arguments.storage)
+    if arguments.out.is_dir():
+        raise ValueError(f"{arguments.out}: is a folder; name the file to write")
+    from deta.platform.leaderboard_board import Board
+    from deta.platform.leaderboard_data import Source
+    from deta.platform.leaderboard_page import whole_page
+
+    board = Board(uri)
+    board.read_all(Source(uri))
+    text = whole_page(board.changes(0), arguments.mlflow or _server_of(uri))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    draft = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.unfinished")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(arguments.out)
+    print(f"{len(board.rows())} runs: {arguments.out}", flush=True)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    uri = _uri(arguments.storage)
+    port = free_port(arguments.host, arguments.port)
+    hosts, password = [], ""
+    if not is_loopback(arguments.host):
+        if port != arguments.port:
+            raise ValueError(f"--port {arguments.port} of {arguments.host} is taken")
+        hosts = check_hosts(arguments.host, port, arguments.allow_host)
+        if arguments.password_file is None:
+            raise ValueError(
+                f"--host {arguments.host}: others reach this address, so --password-file is "
+                "needed; `make dashboards` makes one, together with MLflow's"
+            )
+        password = arguments.password_file.read_text(encoding="ascii").strip()
+        if len(password) < 16:
+            raise ValueError(f"{arguments.password_file}: a password has at least 16 characters")
+    from deta.platform.leaderboard_board import Board
+    from deta.platform.leaderboard_server import LeaderboardServer
+
+    cache = arguments.storage.expanduser() / "dashboards" / CACHE_FILE
+    board = Board(uri, cache)
+    server = LeaderboardServer(
+        board,
+        arguments.mlflow or _server_of(uri),
+        host=arguments.host,
+        port=port,
+        allowed_hosts=hosts,
+        password=password,
+    )
+    stop = threading.Event()
+    # Importing MLflow takes seconds; what the cache has is shown meanwhile.
+    follower = threading.Thread(target=_follow, args=(board, uri, stop), daemon=True)
+    follower.start()
+    moved = "" if port == arguments.port else f" (port {arguments.port} is taken)"
+    print(f"leaderboard: http://{min(server.allowed_hosts)}{moved}", flush=True)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    finally:
+        stop.set()
+        server.server_close()
+    return 0
+
+
+def _follow(board: Board, uri: str, stop: threading.Event) -> None:
+    from deta.platform.leaderboard_data import Source
+
+    board.follow(Source(uri), stop)
+
+
+def _server_of(uri: str) -> str:
+    return uri if uri.startswith(("http://", "https://")) else ""
+
+
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+    sys.exit(0 if number == signal.SIGINT else 128 + number)
+
+
+if __name__ == "__main__":
+    main()
