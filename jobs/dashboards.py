@@ -11,7 +11,8 @@ besides this project.
 
 With --host, MLflow and the leaderboard can be reached from elsewhere: under the names of
 --allow-host and no others, and with a password, which is made once and kept in
-STORAGE/dashboards/mlflow-auth. It travels as it is, so put a proxy with TLS in front. Runs then
+STORAGE/dashboards/mlflow-auth. It travels as it is, so put a proxy with TLS in front, which passes
+one of the names on as Host. Runs then
 need MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Prometheus, which knows no passwords,
 and Grafana stay on this machine.
 
@@ -201,7 +202,7 @@ def _wait(services: Sequence[Service]) -> int:
 
 
 def _names(names: Sequence[str], port: int) -> list[str]:
-    """Of the names that were allowed, those for this port, and those of a proxy, without any."""
+    """Of the names that were allowed, those for this port; bad ones too, which are refused."""
     return [name for name in names if name.endswith(f":{port}") or ":" not in name]
 
 

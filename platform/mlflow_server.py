@@ -25,10 +25,8 @@ from deta.platform.service import Service, free_port, is_loopback, start_service
 PORT = 5000
 USER = "admin"
 WITHIN_S = 180.0  # a fresh database takes a slow disk long
-# A name or an address, and a port where there is one: no patterns, which MLflow would understand.
-EXACT_HOST = re.compile(
-    r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?", re.ASCII
-)
+# A name or an address, and a port: no patterns, which MLflow would understand.
+EXACT_HOST = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ def start_mlflow_server(
         uri: of the database with the runs, such as sqlite:////runs/mlflow.db.
         folder: where logs, new artifacts and, off loopback, the password are kept.
         port: another one is taken where this one is not free.
-        allowed_hosts: off loopback, what people write into their browsers, exactly: "gpu1:5000",
-            or "mlflow.example" behind a proxy. Needed where `host` is no such name (0.0.0.0).
+        allowed_hosts: off loopback, what people write into their browsers, exactly: "gpu1:5000".
+            Needed where `host` is not itself such a name (0.0.0.0). A proxy passes one of them on.
 
     Raises:
         ValueError: an address that cannot be used, a pattern for a host, or a password file that
@@ -121,9 +119,7 @@ def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
         )
     for name in allowed:
         if not EXACT_HOST.fullmatch(name):
-            raise ValueError(
-                f"--allow-host {name!r}: give one exact NAME:PORT, or NAME, without patterns"
-            )
+            raise ValueError(f"--allow-host {name!r}: give one exact NAME:PORT, without patterns")
     return list(allowed)
 
 
