@@ -12,9 +12,8 @@ besides this project.
 With --host, MLflow and the leaderboard can be reached from elsewhere: under the names of
 --allow-host and no others, and with a password, which is made once and kept in
 STORAGE/dashboards/mlflow-auth. It travels as it is, so put a proxy with TLS in front, which passes
-one of the names on as Host. Runs then
-need MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Prometheus, which knows no passwords,
-and Grafana stay on this machine.
+one of the names on as Host. Who sends runs to this MLflow then needs MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD. Prometheus, which knows no passwords, and Grafana stay on this machine.
 
 Where MLFLOW_TRACKING_URI is a server, that one shows the runs and none is started here.
 """

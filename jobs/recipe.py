@@ -15,6 +15,7 @@ from typing import NoReturn
 from deta.jobs.finetune import add_look_options, finetune, look_and_exit
 from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.config import RunConfig, flatten, override
+from deta.platform.run_file import RECIPE_TAG
 from deta.platform.shapes import ShapesDataset
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
@@ -117,7 +118,8 @@ def run_recipe(
         )
     if (arguments.look or arguments.probe) and not arguments.resume:
         look_and_exit(config, only_look=arguments.look, probe=arguments.probe)
-    train_and_exit(config, resume=arguments.resume, force=arguments.force)
+    name = f"{Path(sys.argv[0]).stem}.{arguments.variant}"
+    train_and_exit(config, name, resume=arguments.resume, force=arguments.force)
 
 
 def _comparison(variant: str, config: RunConfig) -> str:
@@ -129,11 +131,18 @@ def _comparison(variant: str, config: RunConfig) -> str:
     return as_text(compare(config, PUBLISHED[variant]), PUBLISHED[variant])
 
 
-def train_and_exit(config: RunConfig, *, resume: bool = False, force: bool = False) -> NoReturn:
-    """Train; the outcome is the exit code, see `run_recipe`."""
+def train_and_exit(
+    config: RunConfig, recipe: str, *, resume: bool = False, force: bool = False
+) -> NoReturn:
+    """Train; the outcome is the exit code, see `run_recipe`.
+
+    Args:
+        recipe: name under which the leaderboard has it.
+    """
     from deta.platform.launch import launch
 
-    exit_after(lambda: launch(config, resume=resume, force=force, echo=echo))
+    tags = {RECIPE_TAG: recipe}
+    exit_after(lambda: launch(config, resume=resume, force=force, echo=echo, tags=tags))
 
 
 def exit_after(

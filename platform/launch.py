@@ -71,6 +71,7 @@ def launch(
     resume: bool = False,
     force: bool = False,
     echo: Callable[[str], None] = print,
+    tags: dict[str, str] | None = None,
 ) -> Result:
     """Train on the Ray cluster named by RAY_ADDRESS, or on one started here.
 
@@ -78,12 +79,14 @@ def launch(
         resume: go on with the run of this name; otherwise the name must be new.
         force: resume although data or configuration have changed.
         echo: where lines for people go.
+        tags: further tags of the MLflow run, such as the recipe's name.
 
     Raises:
         ValueError: the input, the name, or a lock; before the cluster is touched.
         RuntimeError: the run failed on the cluster; says why.
     """
-    return launch_prepared(prepare(config, resume=resume), resume=resume, force=force, echo=echo)
+    run = prepare(config, resume=resume)
+    return launch_prepared(run, resume=resume, force=force, echo=echo, tags=tags)
 
 
 def launch_prepared(
@@ -93,6 +96,7 @@ def launch_prepared(
     force: bool = False,
     echo: Callable[[str], None] = print,
     first_look: Callable[[Run], None] | None = None,
+    tags: dict[str, str] | None = None,
 ) -> Result:
     """`launch` for a run from `prepare`.
 
@@ -119,7 +123,7 @@ def launch_prepared(
                 lock.release()
                 shutil.rmtree(run.folder)
                 raise
-        write_run_file(run.folder, describe_run(run, before))
+        write_run_file(run.folder, describe_run(run, before, tags=tags))
         return _Supervisor(run, lock, console, echo).supervise()
 
 

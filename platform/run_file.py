@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deta.platform.run import Run
 
 RUN_FILE = "run.json"
+RECIPE_TAG = "deta.recipe"  # of a run in MLflow: "deta_r50.demo"
 
 
 def describe_run(

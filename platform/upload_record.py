@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import re
 import zlib
@@ -17,15 +18,23 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from deta.platform.artifact_names import artifact_fault
 from deta.platform.journal import read_events
 from deta.platform.masking import mask_text
 from deta.platform.run_file import write_json
 
+logger = logging.getLogger(__name__)
+
 RECORD_FILE = "mlflow.json"
 REPLACED_FILE = "replaced_images.jsonl"
+REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: where it is in MLflow
 ROWS_PER_CALL = 1000  # limit of MLflow's REST interface
 ENDS = ("FINISHED", "FAILED", "KILLED")
 MAX_NAME_CHARACTERS = 250
+EVALUATION_FILES = (
+    "evaluation.json", "detections.parquet", "ground_truth.json.gz", "explanation.json",
+    "report.html",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Record:
     end_time_ms: int = 0
     end_bytes: int = 0  # behind the last `ended`, if nothing came behind it
     files: list[list[str]] = field(default_factory=list)  # still to be sent: path, folder there
+    files_bytes: int = 0  # that were sent
     tags: dict[str, str] = field(default_factory=dict)  # still to be set
     replaced_images: list[int] = field(default_factory=list)
     num_begins: int = 0
@@ -62,6 +72,13 @@ class Record:
     best_ap: float | None = None
     best_step: int = 0
     best_time_ms: int = 0
+    is_gpu: bool | None = None  # whether its workers hold GPUs; none: not a training
+    cpus_per_worker: float = 0.0
+    began_s: float = 0.0  # the present start, since 1970
+    last_s: float = 0.0
+    num_workers: int = 0  # of the present start
+    wall_s: float = 0.0  # of the starts before it
+    worker_s: float = 0.0
     sent_rows: int = 0
     skipped_rows: int = 0  # of steps that were done again after a restart
     refused_rows: int = 0  # MLflow took them for invalid
@@ -69,6 +86,7 @@ class Record:
     def take(self, event: dict[str, Any], offset_bytes: int) -> list[Row]:
         """The rows that an event adds; the record is behind it then."""
         self.offset_bytes, self.end_bytes = offset_bytes, 0
+        self._take_time(event)
         take = getattr(self, f"_take_{event['kind']}", None)
         if take is None:
             return []
@@ -124,7 +142,7 @@ class Record:
         self.num_begins += 1
         self.status = "RUNNING"
         if self.num_begins == 1:
-            return []
+            return _rows(event, {"model/parameters": event.get("num_parameters")})
         self.redone_steps += event.get("wasted_steps", max(0, self.highest_step - step))
         self.num_restarts += 1
         self.highest_step = step
@@ -141,16 +159,52 @@ class Record:
         self.status = event["status"] if event["status"] in ENDS else "FAILED"
         self.reason = mask_text(str(event.get("reason") or ""))
         self.end_bytes, self.end_time_ms = self.offset_bytes, _time_ms(event)
-        rows = _rows(event | {"step": self.highest_step}, {"run/goodput": event.get("goodput")})
-        if self.status != "FINISHED" or self.best_ap is None:
+        values = {"run/goodput": event.get("goodput")} | self._cost()
+        rows = _rows(event | {"step": self.highest_step}, values)
+        if self.best_ap is None:
             return rows
+        best = Row("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended")
+        if self.status != "FINISHED":
+            return [*rows, best]
         folder = f"checkpoints/step-{self.best_step:08d}"
         for name in ("model.safetensors", "config.json", "state.json"):
             self._add_file(f"{folder}/{name}", "best_checkpoint")
-        return [
-            *rows,
-            Row("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended"),
-        ]
+        folder = f"evaluations/step-{self.best_step:08d}"
+        for name in EVALUATION_FILES:
+            self._add_file(f"{folder}/{name}", "evaluation")
+        return [*rows, best]
+
+    def _take_time(self, event: dict[str, Any]) -> None:
+        """Count the time from a start to its last event; what lay between two starts costs none."""
+        kind, time_s = event["kind"], event.get("time_s")
+        if not is_number(time_s):
+            return
+        if kind == "starting":
+            self._close_start()
+            self.began_s = self.last_s = time_s
+        elif kind in ("begin", "progress", "evaluation", "checkpoint", "end"):
+            self.began_s = self.began_s or time_s
+            self.last_s = max(self.last_s, time_s)
+            if kind == "begin" and is_number(event.get("world_size")):
+                self.num_workers = int(event["world_size"])
+
+    def _close_start(self) -> None:
+        seconds = max(0.0, self.last_s - self.began_s)
+        self.wall_s += seconds
+        self.worker_s += seconds * self.num_workers
+        self.began_s, self.last_s, self.num_workers = 0.0, 0.0, 0
+
+    def _cost(self) -> dict[str, float]:
+        """What the run has cost, over all its starts; nothing of what is no training."""
+        self._close_start()
+        if self.is_gpu is None or not self.worker_s:
+            return {}
+        hours = self.worker_s / 3600
+        return {
+            "cost/wall_s": self.wall_s,
+            "cost/gpu_hours": hours if self.is_gpu else 0.0,
+            "cost/cpu_hours": hours * self.cpus_per_worker,
+        }
 
     def _once(self, event: dict[str, Any], values: dict[str, Any]) -> list[Row]:
         """Rows of a step that has none of this kind yet; after a restart steps are done again."""
@@ -163,6 +217,10 @@ class Record:
         return rows
 
     def _add_file(self, path: str, folder: str) -> None:
+        fault = artifact_fault(path) or (artifact_fault(folder) if folder else None)
+        if fault:
+            logger.warning("a file of the run is not sent to MLflow: %s", fault)
+            return
         if [path, folder] not in self.files:
             self.files.append([path, folder])
 

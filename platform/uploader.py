@@ -24,6 +24,8 @@ from deta.platform.masking import mask_text
 from deta.platform.run_file import read_run_file, write_json
 from deta.platform.upload_record import (
     REPLACED_FILE,
+    REPORT_FILE,
+    REPORT_TAG,
     Record,
     Row,
     next_rows,
@@ -34,6 +36,7 @@ from deta.platform.uploading import STATE_FILE, UploadState, find_runs, read_upl
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "mlflow.lock"
+MAX_FILES_BYTES = 20 * 10**9  # that one run may send: its best checkpoint, pictures, reports
 TURN_S = 1.0
 HEARTBEAT_S = 30.0
 MAX_BACKOFF_S = 15.0
@@ -189,6 +192,10 @@ class RunUploader:
                 self.record = Record(uri=uri)
             self.record.run_id = run_id
             self._save()
+        cluster = description["config"].get("cluster")
+        if cluster and "deta.kind" not in (description.get("tags") or {}):  # no sweep
+            self.record.is_gpu = bool(cluster.get("gpu"))
+            self.record.cpus_per_worker = float(cluster.get("cpus_per_worker", 0.0))
         if not self.record.is_described:
             self.store.describe(run_id, description)
             self.record.is_described = True
@@ -217,13 +224,28 @@ class RunUploader:
                 if file.is_relative_to(self.folder.resolve()):
                     if path == REPLACED_FILE:
                         _write_replaced(self.folder)
-                    if file.is_file():
+                    if file.is_file() and self._fits(file, record):
                         self.store.send_file(run_id, file, folder)
+                        if file.name == REPORT_FILE:
+                            place = f"{folder}/{file.name}".lstrip("/")
+                            self.store.set_tags(run_id, {REPORT_TAG: place})
             except Exception:
                 record.files.append([path, folder])  # the others are not held by this one
                 self.record = record
                 raise
             self._is_done(record)
+
+    def _fits(self, file: Path, record: Record) -> bool:
+        """Whether a run may send this file, too; counts it if so."""
+        num_bytes = file.stat().st_size
+        if record.files_bytes + num_bytes > MAX_FILES_BYTES:
+            logger.warning(
+                "%s is not sent to MLflow: with its %s bytes, the run would have sent over %s",
+                file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
+            )  # fmt: skip
+            return False
+        record.files_bytes += num_bytes
+        return True
 
     def _is_done(self, record: Record) -> None:
         self.record = record
