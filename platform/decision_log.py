@@ -138,8 +138,8 @@ def read_log(rows: Sequence[Row], head_line: str = "") -> Log:
             if entry.previous in hashes or entry.previous == "":
                 void.append(row.number)
                 continue
-            before = f" after entry {counted[-1][0]}" if counted else ""
-            problems.append(f"an entry{before} and before entry {row.number} is missing")
+            place = f"after entry {counted[-1][0]} and " if counted else ""
+            problems.append(f"an entry {place}before entry {row.number} is missing")
         if entry.hash != stated:
             problems.append(f"entry {row.number} has been changed")
         elif row.text != entry.text:
