@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from deta.platform.matching import AREA_RANGES, IOU_THRESHOLDS, MatchTable, match_detections
+from deta.platform.matching import AREA_RANGES, IOU_THRESHOLDS, MatchTable, match_table
 
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)  # COCO
 CHUNK = 20  # resamples in one call of the map
@@ -206,13 +206,13 @@ def paired_difference(
             The numbers do not depend on it.
 
     Raises:
-        ValueError: as `match_detections`; there are no images; numbers out of range.
+        ValueError: as `match_table`; there are no images; numbers out of range.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise ValueError(f"resamples={resamples}, confidence={confidence}: at least 1, and 0..1")
     began_s = time.perf_counter()
-    table_a = match_detections(ground_truth, results_a, AREA_RANGES[:1])
-    table_b = match_detections(ground_truth, results_b, AREA_RANGES[:1])
+    table_a = match_table(ground_truth, results_a, AREA_RANGES[:1])
+    table_b = match_table(ground_truth, results_b, AREA_RANGES[:1])
     num_images = len(table_a.image_ids)
     if num_images == 0:
         raise ValueError("the ground truth lists no images, so there is nothing to compare")

@@ -55,7 +55,7 @@ class MatchTable:
         return np.repeat(np.arange(len(self.category_ids)), np.diff(self.starts))
 
 
-def match_detections(
+def match_table(
     ground_truth: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     area_ranges: Sequence[tuple[float, float]] = AREA_RANGES,

@@ -1,82 +1,12 @@
 """Matching is that of pycocotools, detection by detection."""
 
-import contextlib
-import io
 from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from deta.platform.matching import match_detections
-
-
-def random_case(
-    seed: int, num_images: int = 12, num_categories: int = 4, *, rounded: bool = False
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Boxes of all sizes, some of them crowds, and detections near them, far and twice.
-
-    Ids have gaps and come unordered. The last category has no box, the last image nothing.
-    """
-    rng = np.random.default_rng(seed)
-    image_ids = (rng.permutation(num_images) * 7 + 3).tolist()
-    annotations: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-
-    def detect(image_id: int, category_id: int, box: list[float]) -> None:
-        score = float(rng.random())
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "bbox": box,
-                "score": round(score, 1) if rounded else score,
-            }
-        )
-
-    for image_id in image_ids[:-1]:
-        for _ in range(rng.integers(0, 9)):
-            category_id = int(rng.integers(1, num_categories))
-            w, h = (float(v) for v in np.exp(rng.uniform(2, 5.5, 2)))
-            box = [float(rng.uniform(0, 300)), float(rng.uniform(0, 300)), w, h]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    "bbox": box,
-                    "area": w * h * float(rng.uniform(0.5, 1.0)),
-                    "iscrowd": int(rng.random() < 0.15),
-                }
-            )
-            for _ in range(rng.integers(0, 4)):
-                scale = np.array([w, h, w, h]) * rng.choice([0.01, 0.05, 0.2])
-                detect(image_id, category_id, (np.array(box) + rng.normal(size=4) * scale).tolist())
-            if rng.random() < 0.3:
-                detect(image_id, category_id, box)  # the same box twice: equal IoU
-                detect(image_id, category_id, box)
-        for _ in range(rng.integers(0, 3)):
-            box = [*rng.uniform(0, 300, 2).tolist(), *rng.uniform(5, 120, 2).tolist()]
-            detect(image_id, int(rng.integers(1, num_categories + 1)), box)
-    truth = {
-        "images": [{"id": i, "width": 640, "height": 640} for i in image_ids],
-        "annotations": annotations,
-        "categories": [{"id": i, "name": str(i)} for i in range(num_categories, 0, -1)],
-    }
-    return truth, results
-
-
-def reference(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
-    """pycocotools, evaluated and accumulated."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {"info": {}} | truth
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
+from deta.platform.matching import match_table
+from tests.platform.detection_cases import random_case, reference
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["scores differ", "scores tie"])
@@ -84,7 +14,7 @@ def reference(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
 def test_every_match_is_that_of_pycocotools(seed: int, rounded: bool) -> None:
     truth, results = random_case(seed, rounded=rounded)
     entries = [entry for entry in reference(truth, results).evalImgs if entry is not None]
-    table = match_detections(truth, results)
+    table = match_table(truth, results)
     areas = [[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]]
 
     rows = {int(row): place for place, row in enumerate(table.row)}
@@ -113,14 +43,14 @@ def test_a_hundred_detections_of_an_image_and_category_count() -> None:
         {"image_id": image_id, "category_id": 1, "bbox": box, "score": i / 200} for i in range(150)
     ]
 
-    table = match_detections(truth, results)
+    table = match_table(truth, results)
 
     assert table.row.tolist() == list(range(149, 49, -1))
 
 
 def test_detections_stand_by_category_then_score_then_image() -> None:
     truth, results = random_case(3, rounded=True)
-    table = match_detections(truth, results)
+    table = match_table(truth, results)
 
     keys = list(zip(table.category, -table.score, table.image, strict=True))
     assert keys == sorted(keys)
@@ -130,9 +60,9 @@ def test_detections_stand_by_category_then_score_then_image() -> None:
 
 def test_nothing_detected_and_nothing_to_find_are_no_errors() -> None:
     truth, results = random_case(1)
-    assert match_detections(truth, []).true.shape == (4, 10, 0)
+    assert match_table(truth, []).true.shape == (4, 10, 0)
     empty = truth | {"annotations": []}
-    table = match_detections(empty, results)
+    table = match_table(empty, results)
     assert not table.true.any()
     assert len(table.row) == len(results)
 
@@ -141,7 +71,7 @@ def test_a_result_for_an_unknown_image_is_refused() -> None:
     truth, results = random_case(1)
     wrong = {**results[0], "image_id": 12345}
     with pytest.raises(ValueError, match="12345; is this the right annotation file"):
-        match_detections(truth, [*results, wrong])
+        match_table(truth, [*results, wrong])
 
 
 @pytest.mark.parametrize(
@@ -155,4 +85,4 @@ def test_a_result_for_an_unknown_image_is_refused() -> None:
 def test_a_broken_result_is_named(change: dict[str, Any], words: str) -> None:
     truth, results = random_case(1)
     with pytest.raises(ValueError, match=words):
-        match_detections(truth, [*results, results[0] | change])
+        match_table(truth, [*results, results[0] | change])
