@@ -164,22 +164,39 @@ def json_text(value: Any) -> Markup:
 
 
 def write_page(
-    path: Path, *, title: str, lead: Sequence[Markup], sections: Sequence[Section], foot: str = ""
+    path: Path,
+    *,
+    title: str,
+    lead: Sequence[Markup],
+    sections: Sequence[Section],
+    foot: str = "",
+    styles: Sequence[str] = (),
+    scripts: Sequence[str] = (),
 ) -> None:
-    """Write the page, whole or not at all."""
-    text = page(title=title, lead=lead, sections=sections, foot=foot)
+    """Write the page, whole or not at all; see `page`."""
+    text = page(
+        title=title, lead=lead, sections=sections, foot=foot, styles=styles, scripts=scripts
+    )
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
 def page(
-    *, title: str, lead: Sequence[Markup], sections: Sequence[Section], foot: str = ""
+    *,
+    title: str,
+    lead: Sequence[Markup],
+    sections: Sequence[Section],
+    foot: str = "",
+    styles: Sequence[str] = (),
+    scripts: Sequence[str] = (),
 ) -> Markup:
     """The whole page.
 
     Args:
         lead: what a reader must see who reads nothing else; stands below the title.
+        styles, scripts: further ones of this page, of our own text; a script runs in a function
+            of its own, since all share one page.
 
     Raises:
         ValueError: two sections or figures have one name.
@@ -189,7 +206,7 @@ def page(
     names = [section.name for section in sections] + [figure.name for figure in figures]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"names are used twice on one page: {', '.join(sorted(twice))}")
-    scripts = [plotly_source(), SCRIPT] if figures else []
+    scripts = [*([plotly_source(), SCRIPT] if figures else []), *scripts]
     data = {figure.name: {"wide": figure.wide, "narrow": figure.narrow} for figure in figures}
     return join(
         [
@@ -206,7 +223,7 @@ def page(
                     element("meta", name_="color-scheme", content="light dark"),
                     element("meta", name_="referrer", content="no-referrer"),
                     element("title", title),
-                    element("style", Markup(STYLE)),
+                    element("style", Markup("".join((STYLE, *styles)))),
                 ),
                 element(
                     "body",

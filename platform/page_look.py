@@ -163,6 +163,14 @@ button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
   text-decoration: underline; text-underline-offset: .15em; text-decoration-thickness: 1px; }
 button:hover { color: var(--accent); }
 
+img { max-width: 100%; height: auto; background: var(--shade); }
+.pictures { display: grid; gap: 1.6rem 1.4rem; margin: 0 0 2.2rem; padding: 0; list-style: none;
+  max-width: none; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.pictures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); }
+.pictures > li { margin: 0; min-width: 0; font-size: .9rem; line-height: 1.4; }
+.pictures img { display: block; margin-bottom: .35rem; }
+.pictures span { display: block; color: var(--muted); }
+
 @media (min-width: 72rem) {
   body { display: grid; grid-template-columns: 11.5rem minmax(0, 1fr); column-gap: 3.5rem;
     grid-template-rows: auto 1fr; padding-top: 3.5rem; }

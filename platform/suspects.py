@@ -5,14 +5,14 @@
 | wrong class | another class is detected on the box (IoU 0.5) | score, less the own class's there |
 | missing box | a detection where no box and no crowd is (IoU 0.1) | score |
 | shifted box | its class is detected beside it (IoU 0.1 to 0.5), and not on it | score |
-| needless box | no detection of any class touches it (IoU 0.1) | recall of its class |
+| needless box | all that touches it (IoU 0.1), of any class, is faint | see below |
 
 The first three are the errors that ObjectLab looks for (Tkachenko et al. 2023,
 https://arxiv.org/abs/2309.00832: swapped, overlooked, badly located), with scores of our own: one
 number each, that says how sure the model contradicts the annotation. A box that it does not see
-at all says little of a class that it seldom finds; so that kind weighs as much as the class's
-recall among the surest detections. A suspicion is a reason to look, and no more: a model repeats
-what it has learned, wrong labels too.
+says little of a class that it seldom finds; so the last kind weighs as much as the recall of the
+class, times 1 - s / o, where s is the highest score on the box and o the operating score. A
+suspicion is a reason to look, and no more: a model repeats what it has learned, wrong labels too.
 """
 
 # M detections   A true boxes
@@ -86,8 +86,8 @@ def find_suspects(
     ):
         rows = np.flatnonzero(which)
         found += [(kind, float(values[m]), int(boxes[m]), int(m)) for m in rows]
-    needless, recall = _needless(matched, errors, operating_score)
-    found += [(NEEDLESS, float(recall[a]), int(a), -1) for a in needless]
+    needless = _needless(matched, errors, operating_score)
+    found += [(NEEDLESS, float(needless[a]), int(a), -1) for a in np.flatnonzero(needless)]
 
     found.sort(key=lambda one: -one[1])
     suspects, seen = [], set()
@@ -124,20 +124,18 @@ def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
     return np.isin(rows, order[is_first])
 
 
-def _needless(
-    matched: Matched, errors: DetectionErrors, operating_score: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """True boxes that no detection touches, and the recall of the class of every box: A."""
-    touched = np.zeros(len(matched.crowd), bool)
+def _needless(matched: Matched, errors: DetectionErrors, operating_score: float) -> np.ndarray:
+    """How suspicious each true box is that only faint detections touch; 0 for others: A."""
+    surest = np.zeros(len(matched.crowd))
     for rows, boxes, _ in image_pairs(matched.found, matched.true):
         iou, _ = box_overlap(matched.found.boxes[rows], matched.true.boxes[boxes])
-        touched[boxes[iou > BACKGROUND_UP_TO]] = True
+        touches = iou > BACKGROUND_UP_TO
+        np.maximum.at(surest, boxes[touches], matched.scores[rows[touches]])
     by = errors.found_by
     is_found = (by >= 0) & (np.append(matched.scores, 0.0)[by] >= operating_score)
-    classes = matched.true.categories - 1
-    real = ~matched.crowd
+    classes, real = matched.true.categories - 1, ~matched.crowd
     num_classes = len(matched.category_ids)
     found = np.bincount(classes[real & is_found], minlength=num_classes)
     total = np.bincount(classes[real], minlength=num_classes)
-    recall = found / np.maximum(1, total)
-    return np.flatnonzero(real & ~touched), recall[classes]
+    recall = (found / np.maximum(1, total))[classes]
+    return real * recall * np.maximum(0.0, 1 - surest / max(operating_score, 1e-9))

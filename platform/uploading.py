@@ -24,7 +24,8 @@ from deta.platform.upload_record import read_record, what_is_left
 STATE_FILE = "uploader.json"
 LOG_FILE = "uploader.log"
 MAX_LOG_BYTES = 1_000_000
-PARTS_OF_RUNS = ("checkpoints", "pictures", "stacks", "heartbeats", "ray")  # no runs in these
+# No runs in these.
+PARTS_OF_RUNS = ("checkpoints", "evaluations", "pictures", "stacks", "heartbeats", "ray")
 NUM_LEVELS = 3  # of folders between a sweep and its runs
 START_WITHIN_S = 60.0  # of the uploader; making a new database file takes a slow disk long
 LAST_TRY_S = 3.0  # of the time that the uploader has at the end

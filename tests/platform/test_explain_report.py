@@ -1,0 +1,89 @@
+"""The page of an evaluation: whole, safe and bounded, whatever classes and files are called."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deta.platform.detection_errors import KINDS
+from deta.platform.evaluate import evaluate_detections
+from deta.platform.evaluation_files import Origin
+from deta.platform.explain import explain, write_explanation
+from deta.platform.explain_report import write_report
+
+EVIL = '<script>alert("1")</script>'
+MAX_BYTES = 8_000_000  # plotly itself has 4.8 million
+
+
+def case(num_classes: int, num_images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Boxes and a poor model: half of the names wrong, all boxes off."""
+    rng = np.random.default_rng(0)
+    annotations, results = [], []
+    for image in range(num_images):
+        for _ in range(5):
+            box = [*rng.uniform(0, 200, 2), *rng.uniform(10, 80, 2)]
+            category = int(rng.integers(num_classes))
+            annotations.append({"id": len(annotations) + 1, "image_id": image, "bbox": box,
+                                "category_id": category, "area": box[2] * box[3]})  # fmt: skip
+            named = category if rng.random() < 0.5 else int(rng.integers(num_classes))
+            results.append({"image_id": image, "category_id": named, "score": float(rng.random()),
+                            "bbox": (np.array(box) + rng.uniform(-9, 9, 4)).tolist()})  # fmt: skip
+    categories = [{"id": k, "name": f"{EVIL} & {k}"} for k in range(num_classes)]
+    images = [{"id": image, "file_name": f"{EVIL}{image}.jpg"} for image in range(num_images)]
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+def noise_image(image_id: Any) -> Image.Image | None:
+    """Noise, which no JPEG makes small; every fifth picture cannot be read."""
+    if image_id % 5 == 0:
+        return None
+    pixels = np.random.default_rng(image_id).integers(0, 255, (300, 300, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 365])
+def test_the_page_is_safe_and_bounded(num_classes: int, tmp_path: Path) -> None:
+    ground_truth, results = case(num_classes, 40)
+    explanation = explain(ground_truth, results)
+    metrics = evaluate_detections(ground_truth, results)
+    origin = Origin(description=EVIL, annotations=EVIL, step=3, config={"a": 1})
+
+    write_report(tmp_path / "r.html", explanation, metrics, origin, ground_truth, noise_image)
+
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < MAX_BYTES
+    assert "alert(" in text
+    assert "<script>alert" not in text
+    assert text.count("<script") == 3  # plotly, ours, and the numbers
+    assert "default-src &#x27;none&#x27;" in text
+    assert not re.search(r'(src|href)="https?:', text.replace("http-equiv", ""))
+    assert text.count("<img ") >= 12
+    assert all(kind in text for kind in (*KINDS, "missed"))
+    numbers = json.loads(re.search(r'id="figures">(.*?)</script>', text)[1])  # type: ignore[index]
+    assert set(numbers) == {
+        "error-costs", "mean-curves", "class-curves", "confusion-matrix", "reliability",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["results", "annotations"])
+def test_a_page_of_nothing(what: str, tmp_path: Path) -> None:
+    ground_truth, results = case(2, 3)
+    if what == "results":
+        results = []
+    else:
+        ground_truth["annotations"] = []
+    explanation = explain(ground_truth, results)
+    metrics = evaluate_detections(ground_truth, results)
+
+    write_report(tmp_path / "r.html", explanation, metrics, Origin(), ground_truth, None)
+    write_explanation(tmp_path / "e.json", explanation)
+
+    assert "<img" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+    numbers = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
+    assert len(numbers["classes"]) == 2
