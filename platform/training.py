@@ -35,6 +35,7 @@ from deta.platform.checkpoint import RunState
 from deta.platform.cost import EnergyMeter
 from deta.platform.detect import Evaluation, Worker, evaluate_model
 from deta.platform.keeper import Keeper
+from deta.platform.kept_evaluations import EvaluationBook
 from deta.platform.learner import Learner, make_learner
 from deta.platform.loader import LoadedBatch, train_loader
 from deta.platform.metrics import StepTimes
@@ -145,6 +146,7 @@ class _Loop:
         self.state, self.watchdog, self.is_losing_a_node = state, watchdog, is_losing_a_node
         self.meter = meter
         self.on_step = on_step
+        self.book = EvaluationBook(run, keeper.tell)
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
         self.broken_images = dict(state.broken_images)
@@ -416,10 +418,14 @@ class _Loop:
         )
         self.step_ended_s = now_s
         self._tell_energy()
+        evaluated_s = time.perf_counter() - began_s
         if evaluation is not None:
-            self._tell_evaluation(evaluation, metrics, time.perf_counter() - began_s)
+            self._tell_evaluation(evaluation, metrics, evaluated_s)
         self.watchdog.beat("saving")
         self.keeper.save_evaluated(self.learner, self.state)
+        if evaluation is not None:
+            self.watchdog.beat("saving")
+            self.book.keep(evaluation, self.state, evaluated_s)
         if self.worker.world_size > 1:
             dist.barrier()  # nobody goes on, and perhaps fails, before the checkpoint is whole
         if on_evaluation is not None:
@@ -453,6 +459,7 @@ class _Loop:
             step=step,
             metrics={f"val/{name}": value for name, value in metrics.items()}
             | by_class
+            | self.book.explain(evaluation, step, seconds)
             | {
                 "val/epoch": self.run.epoch_at(step),
                 "val/samples_seen": self.state.samples_seen,
