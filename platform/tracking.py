@@ -206,6 +206,24 @@ class MlflowStore:
                 client.log_artifact, run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S
             )
 
+    def fetch_folder(self, run_id: str, name: str, to: Path) -> tuple[str, Path]:
+        """Copy a folder of a run's artifacts; the run's name, and where the folder is then.
+
+        Raises:
+            ValueError: there is no such run, or it has no such folder.
+        """
+        client = self._connect()
+        try:
+            run = self._call(client.get_run, run_id)
+        except MlflowException as error:
+            raise ValueError(f"{self.shown_uri} has no run {run_id}: {error.message}") from error
+        if not self._call(client.list_artifacts, run_id, name):
+            raise ValueError(f"run {run_id} of {self.shown_uri} has no artifacts {name!r}")
+        path = self._call(
+            client.download_artifacts, run_id, name, str(to), at_least_s=FILE_TIMEOUT_S
+        )
+        return run.info.run_name or run_id, Path(path)
+
     def hurry(self) -> None:
         """There is little time left: short calls from now on."""
         self._is_in_a_hurry = True
