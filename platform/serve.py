@@ -58,21 +58,21 @@ class RayMeasurements:
     """The numbers of serving_metrics.py, collected by Ray."""
 
     def __init__(self) -> None:
-        def of(name: str) -> dict[str, str]:
-            return {"name": name, "description": DESCRIPTIONS[name]}
+        def of(name: str) -> tuple[str, str]:
+            return name, DESCRIPTIONS[name]
 
         # Ray's exporter puts "_total" behind a counter's name, where it is missing.
-        self._requests = Counter(**of("deta_serving_requests_total"), tag_keys=("outcome",))
-        self._seconds = Histogram(**of("deta_serving_request_seconds"), boundaries=[*SECONDS])
+        self._requests = Counter(*of("deta_serving_requests_total"), tag_keys=("outcome",))
+        self._seconds = Histogram(*of("deta_serving_request_seconds"), boundaries=[*SECONDS])
         self._phases = Histogram(
             **of("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
         )
-        self._batches = Histogram(**of("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
-        self._detections = Histogram(**of("deta_serving_detections"), boundaries=[*DETECTIONS])
-        self._in_flight = Gauge(**of("deta_serving_in_flight"))
+        self._batches = Histogram(*of("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
+        self._detections = Histogram(*of("deta_serving_detections"), boundaries=[*DETECTIONS])
+        self._in_flight = Gauge(*of("deta_serving_in_flight"))
         labels = ("name", "version", "sha256")
-        self._model = Gauge(**of("deta_serving_model_info"), tag_keys=labels)
-        self._changes = Counter(**of("deta_serving_model_changes_total"), tag_keys=("outcome",))
+        self._model = Gauge(*of("deta_serving_model_info"), tag_keys=labels)
+        self._changes = Counter(*of("deta_serving_model_changes_total"), tag_keys=("outcome",))
         self._name: ModelName | None = None
 
     def request(self, outcome: str, seconds: float) -> None:

@@ -233,7 +233,6 @@ def create_app(
         return JSONResponse(
             {
                 "model": served.name.as_json(),
-                "description": served.predictor.description,
                 "categories": [{"id": c.id, "name": c.name} for c in served.categories],
                 "max_bytes": config.max_bytes,
                 "max_pixels": config.max_pixels,

@@ -79,7 +79,6 @@ class Category(_Strict):
 
 class Served(_Strict):
     model: Model
-    description: str
     categories: list[Category]
     max_bytes: int
     max_pixels: int

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from deta.platform.masking import mask_text
 from deta.platform.model_uri import is_model_address, parse_address, registry_uri, resolve_model
 from deta.platform.predict import Predictor
 from deta.platform.serving_config import ServingConfig
@@ -146,7 +147,7 @@ class ModelSlot:
                 failures, self.problem = 0, ""
             except Exception as error:  # of MLflow, a disk, a file: none may end the service
                 failures += 1
-                self.problem = f"{type(error).__name__}: {error}"
+                self.problem = mask_text(f"{type(error).__name__}: {error}")
                 self.measurements.change_failed()
                 old = f"; {self.model.name} goes on" if self.model else ""
                 log.error("no other model: %s%s", self.problem, old)
