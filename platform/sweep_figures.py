@@ -36,7 +36,7 @@ from deta.platform.trial import TrialRecord
 MANY_CELLS = 8  # above it, marks are coloured by their AP and only the best are named
 NUM_BEST = 3
 LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
-MIN_EVALUATIONS = 6  # below it, the end of the curves is not drawn again
+MIN_LATE_EVALUATIONS = 3  # of each curve; below it, the last third is not drawn again
 MAX_SEEDS = 24  # on the axis of the power figure
 MAX_AXES = 9  # parameters that are drawn; the table has all of them
 
@@ -57,14 +57,15 @@ def learning_curves(
     final = {key: curve.mean[-1] for key, curve in curves.items()}
     best = sorted(final, key=lambda key: -final[key])
     named = best[:NUM_BEST] if len(cells) > MANY_CELLS else best
-    samples = sorted({x for curve in curves.values() for x in curve.samples})
-    begin = samples[-max(2, len(samples) // 3)] if len(samples) >= MIN_EVALUATIONS else None
     end = max(x for trial in trials for x, _ in trial.curve)
+    begin = end * 2 / 3
+    late_counts = [sum(x >= begin for x in curve.samples) for curve in curves.values()]
+    has_late = bool(curves) and min(late_counts) >= MIN_LATE_EVALUATIONS
 
     data = _curve_traces(trials, cells, curves, final, named, metric, axes=1)
     low, high = padded(values)
     ranges = [((0.0, end * 1.02), (low, high))]
-    if begin is not None:
+    if has_late:
         late = [y for curve in curves.values() for side in (curve.low, curve.high)
                 for x, y in zip(curve.samples, side, strict=True) if x >= begin]  # fmt: skip
         data += _curve_traces(trials, cells, curves, final, named, metric, axes=2)

@@ -23,7 +23,7 @@ from deta.platform.study_decomposition import decompose
 from deta.platform.study_report import sections, write_report
 from deta.platform.study_summary import plain, summary
 from deta.platform.study_tables import Provenance, StudyReport, amount
-from deta.platform.sweep_figures import mean_curves, parallel_axes
+from deta.platform.sweep_figures import learning_curves, mean_curves, parallel_axes
 from deta.platform.trial import TrialCost, TrialRecord
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -217,6 +217,29 @@ def test_means_of_curves_leave_out_trials_that_did_not_finish():
     finals = [t.ap for t in report.trials if t.cell == failed.cell and t.status == "finished"]
     assert curve.mean[-1] == pytest.approx(np.mean(finals))
     assert curve.low[-1] == min(finals)
+
+
+@pytest.mark.parametrize(("evaluations", "has_late"), [(4, False), (12, True)])
+def test_the_end_of_curves_is_drawn_again_where_each_has_an_end(evaluations: int, has_late: bool):
+    # Batches of 8 and 16: 4 epochs of 650 images end after 2,600 samples, or after 2,608.
+    trials = [
+        TrialRecord(
+            name=cell,
+            cell=cell,
+            seed=1,
+            status="finished",
+            metrics={"AP": 1.0},
+            curve=tuple((each * epoch, float(epoch)) for epoch in range(1, evaluations + 1)),
+        )
+        for cell, each in (("8", 650), ("16", 652))
+    ]
+    plot = learning_curves(trials, ["8", "16"], "AP", narrow=False)
+    assert plot is not None
+    assert ("xaxis2" in plot["layout"]) == has_late
+    if has_late:
+        begin, end = plot["layout"]["xaxis2"]["range"]
+        for trial in trials:
+            assert sum(begin <= x <= end for x, _ in trial.curve) >= 3
 
 
 def test_parallel_axes_leave_out_what_is_the_same_and_put_wide_ranges_on_a_log_scale():
