@@ -193,15 +193,11 @@ def write_grafana_config(folder: Path, *, port: int = 3000) -> Path:
         _keep_secret(folder / name)
     # Its values hold $ and %, which mean something to Grafana and nothing here.
     config = configparser.ConfigParser(interpolation=None)
-    config.optionxform = str  # type: ignore[assignment,method-assign]
     config.read(DASHBOARDS / "grafana" / "grafana.ini", encoding="utf-8")
     config["server"]["http_port"] = str(port)
-    config["paths"] |= {
-        "provisioning": str(DASHBOARDS / "grafana" / "provisioning"),
-        "data": str(folder / "data"),
-        "logs": str(folder / "logs"),
-        "plugins": str(folder / "plugins"),
-    }
+    config["paths"]["provisioning"] = str(DASHBOARDS / "grafana" / "provisioning")
+    for part in ("data", "logs", "plugins"):
+        config["paths"][part] = str(folder / part)
     config["security"]["admin_password"] = f"$__file{{{folder / 'admin-password'}}}"
     config["security"]["secret_key"] = f"$__file{{{folder / 'secret-key'}}}"
     path = folder / "grafana.ini"

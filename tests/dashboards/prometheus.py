@@ -1,0 +1,80 @@
+"""Ask a real Prometheus what the panels ask."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deta.dashboards.panel import Dashboard, Panel
+from deta.platform.monitoring import (
+    NotInstalledError,
+    Server,
+    find_prometheus,
+    start_prometheus,
+    write_prometheus_config,
+)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One line of a panel."""
+
+    panel: Panel
+    text: str  # PromQL, nothing left to be chosen
+    legend: str
+
+
+def queries_of(dashboard: Dashboard, run: str = ".+") -> list[Query]:
+    return [
+        Query(panel, chosen(text, run), legend)
+        for row in dashboard.rows
+        for panel in row.panels
+        for text, legend in panel.queries
+    ]
+
+
+def chosen(text: str, run: str) -> str:
+    """As Grafana asks: all nodes, one run, and a range that holds several readings."""
+    text = text.replace("$__rate_interval", "1m").replace("$node", ".+").replace("$run", run)
+    assert "$" not in text
+    return text
+
+
+@contextmanager
+def running_prometheus(folder: Path) -> Iterator[Server]:
+    """Reads every 2 s, so that a test need not wait; skips where there is none to start."""
+    try:
+        find_prometheus()
+    except NotInstalledError as error:
+        pytest.skip(str(error))
+    config = write_prometheus_config(folder)
+    text = config.read_text()
+    text = text.replace("scrape_interval: 10s", "scrape_interval: 2s")
+    text = text.replace("scrape_timeout: 9s", "scrape_timeout: 2s")
+    config.write_text(text.replace("refresh_interval: 10s", "refresh_interval: 2s"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = start_prometheus(folder, port=port)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def answer(server: Server, query: str) -> list[tuple[dict[str, str], float]]:
+    """Labels and values; an error of Prometheus, such as one of grammar, is one of the test."""
+    url = f"{server.url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        content = json.load(reply)
+    assert content["status"] == "success"
+    assert content["data"]["resultType"] == "vector"
+    return [(row["metric"], float(row["value"][1])) for row in content["data"]["result"]]

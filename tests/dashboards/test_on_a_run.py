@@ -1,0 +1,96 @@
+"""Every query of every dashboard, asked of a real Prometheus that reads a real run on Ray."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from deta.dashboards.write import DASHBOARDS
+from deta.platform.monitoring import TARGETS, SessionFollower
+from deta.platform.shapes import write_shapes
+from tests.dashboards.prometheus import Query, answer, queries_of, running_prometheus
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    *("model.backbone.width=0.25", "model.dim=32", "model.num_heads=4", "model.ffn_dim=32"),
+    *("model.encoder_layers=1", "model.decoder_layers=1", "model.num_queries=20"),
+    *("data.augmentation.short_edges=48,64", "data.augmentation.max_long_edge=96"),
+    *("data.evaluation_size.short_edge=64", "data.evaluation_size.max_long_edge=96"),
+    *("total_batch_size=4", "micro_batch_size=2", "data.loader_workers=0"),
+    *("log_every_steps=2", "evaluate_every_epochs=10", "num_pictures=0"),
+]
+WITHIN_S = 400  # it takes about 60, and minutes on a machine whose cores are all taken
+# Numbers that this machine, or this run, may not have, and why; the grammar is tested all the same.
+MAY_BE_EMPTY = {
+    "gpu": "numbers of GPUs: there may be none",
+    "serving": "nothing is served here: see test_serving_panels.py",
+}
+
+
+def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Path):
+    drawn = write_shapes(tmp_path / "shapes", num_train=16, num_val=6, size_px=64)
+    command = [
+        str(ROOT / "jobs" / "deta_r50.py"), "--variant", "demo", "--name", "shown",
+        "--train-images", str(drawn.train_images),
+        "--train-annotations", str(drawn.train_annotations),
+        "--val-images", str(drawn.val_images), "--val-annotations", str(drawn.val_annotations),
+        f"storage={tmp_path}", *TINY, "schedule.epochs=100000", "schedule.warmup_epochs=0",
+    ]  # fmt: skip
+    queries = [q for board in DASHBOARDS.values() for q in queries_of(board, run="shown")]
+    with (
+        running_prometheus(tmp_path / "prometheus") as prometheus,
+        SessionFollower(tmp_path / "prometheus" / TARGETS, [ray_cluster.folder]),
+        (tmp_path / "run.log").open("wb") as log,
+        subprocess.Popen(command, env=ray_cluster.env, stdout=log, stderr=log) as run,
+    ):
+        try:
+            deadline_s = time.monotonic() + WITHIN_S
+            found: dict[Query, list[tuple[dict[str, str], float]]] = {}
+            while time.monotonic() < deadline_s and run.poll() is None:
+                found |= {q: answer(prometheus, q.text) for q in queries if not is_good(found, q)}
+                if all(is_good(found, q) for q in queries if q.panel.needs not in MAY_BE_EMPTY):
+                    break
+                time.sleep(2)
+        finally:
+            run.send_signal(signal.SIGTERM)
+            run.wait(120)
+    said = (tmp_path / "run.log").read_text(errors="replace")[-3000:]
+    table = "\n".join(line(q, found.get(q, [])) for q in queries)
+    if "DETA_SHOW_QUERIES" in os.environ:
+        Path(os.environ["DETA_SHOW_QUERIES"]).write_text(table + "\n")
+    missing = [q for q in queries if q.panel.needs not in MAY_BE_EMPTY and not is_good(found, q)]
+    assert not missing, f"{[q.text for q in missing]}\n{table}\n{said}"
+
+    values = {(q.panel.title, q.legend): found[q] for q in queries}
+    ranks = {labels["rank"] for labels, _ in values["Images per second of each worker",
+                                                    "{{run}} rank {{rank}}"]}  # fmt: skip
+    assert ranks == {"0", "1"}
+    assert value(values["Workers", "{{run}}"]) == 2
+    assert value(values["Starts", "{{run}}"]) == 1
+    assert value(values["Restarts", "{{run}} attempts begun again"]) == 0
+    assert 0 < value(values["Goodput", "{{run}}"]) < 1
+    assert 0 < value(values["Step time", "{{run}} median"]) < 80
+
+
+def is_good(found: dict[Query, list[tuple[dict[str, str], float]]], query: Query) -> bool:
+    """There is an answer, and it is a number: a rate is NaN before its second reading."""
+    return bool(found.get(query)) and all(math.isfinite(v) for _, v in found[query])
+
+
+def value(rows: list[tuple[dict[str, str], float]]) -> float:
+    assert len(rows) == 1
+    return rows[0][1]
+
+
+def line(query: Query, rows: list[tuple[dict[str, str], float]]) -> str:
+    shown = ", ".join(f"{v:.4g}" for _, v in rows[:4]) or MAY_BE_EMPTY.get(query.panel.needs, "-")
+    more = f" … ({len(rows)} lines)" if len(rows) > 4 else ""
+    return f"{query.panel.title} | {query.legend} | {shown}{more}"

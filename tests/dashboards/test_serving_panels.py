@@ -1,0 +1,89 @@
+"""The serving dashboard's queries, asked of a real Prometheus that reads what a service counts.
+
+The numbers leave a process that serves without Ray. With Ray the names begin with `ray_`, which
+the queries take too. `Replicas` is Ray Serve's own, and stays empty here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from deta.dashboards.serving_panels import SERVING
+from deta.platform.monitoring import TARGETS
+from deta.platform.serving_metrics import ProcessMeasurements
+from deta.platform.serving_model import ModelName
+from tests.dashboards.prometheus import answer, queries_of, running_prometheus
+
+WITHIN_S = 120
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A service that has one more request of each kind whenever somebody reads its numbers."""
+
+    measured = ProcessMeasurements()
+
+    def do_GET(self) -> None:
+        to = self.measured
+        for outcome, seconds in (("ok", 0.03), ("ok", 0.2), ("too_large", 0.001)):
+            to.request(outcome, seconds)
+        for phase in ("read", "decode", "wait", "model"):
+            to.phase(phase, 0.01)
+        to.batch(2, 0.02)
+        to.detections(7)
+        to.in_flight(3)
+        body = to.text() or b""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Answers.measured.model(ModelName("deta", "3", "ab" * 32))
+    Answers.measured.model(ModelName("deta", "4", "cd" * 32))
+    Answers.measured.change_failed()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_path: Path):
+    with running_prometheus(tmp_path) as prometheus:
+        targets = [{"labels": {"job": "deta"}, "targets": [service]}]
+        (tmp_path / TARGETS / "service.json").write_text(json.dumps(targets))
+        queries = [q for q in queries_of(SERVING) if "ray_serve_" not in q.text]
+        values: dict[tuple[str, str], list[float]] = {}
+        deadline_s = time.monotonic() + WITHIN_S
+        while time.monotonic() < deadline_s:
+            values = {
+                (q.panel.title, q.legend): [v for _, v in answer(prometheus, q.text)]
+                for q in queries
+            }
+            # Rates want two readings.
+            if all(found and all(map(math.isfinite, found)) for found in values.values()):
+                break
+            time.sleep(1)
+        for key, found in values.items():
+            print(key, found)
+            assert found, key
+            assert all(map(math.isfinite, found)), key
+    assert values["Batch size", "pictures"] == [pytest.approx(2)]
+    assert values["Detections", "detections"] == [pytest.approx(7)]
+    assert values["At work", "requests"] == [3]
+    assert values["Model", "{{name}} {{version}}"] == [1]
+    assert sorted(values["Changes of the model", "{{outcome}}"]) == [1, 1]
+    assert 0.02 <= values["Latency", "median"][0] <= 0.035  # the bounds around 0.03
