@@ -18,7 +18,7 @@ from deta.platform.images import ImageError
 from deta.platform.pictures import draw_detections
 from deta.platform.suspects import Suspect
 
-LONGER_PX = 420  # of each half
+LONGER_PX = 420  # of an image with many errors
 CROP_PX = 260
 JPEG_QUALITY = 72
 MAX_DRAWN = 30  # predicted boxes of one picture, the surest; more would hide it
@@ -33,8 +33,10 @@ class Jpeg:
     size_px: tuple[int, int]  # (width, height)
 
 
-def worst_picture(explanation: Explanation, image_id: Any, image: Image.Image) -> Jpeg:
-    """True boxes on the left, dashed, and detections from the operating score on on the right."""
+def worst_pictures(
+    explanation: Explanation, image_id: Any, image: Image.Image
+) -> tuple[Jpeg, Jpeg]:
+    """An image with its true boxes, dashed, and with detections from the operating score on."""
     matched = explanation.matched
     names = [one.name for one in explanation.classes]
     rank = matched.image_ids.index(image_id) + 1
@@ -45,7 +47,7 @@ def worst_picture(explanation: Explanation, image_id: Any, image: Image.Image) -
     found = found[np.argsort(-matched.scores[found], kind="stable")][:MAX_DRAWN]
     scale = min(1.0, LONGER_PX / max(image.size))
     small = _resized(image, scale)
-    left = draw_detections(
+    with_true = draw_detections(
         small,
         _corners(matched.true.boxes[true]) * scale,
         matched.true.categories[true] - 1,
@@ -53,14 +55,14 @@ def worst_picture(explanation: Explanation, image_id: Any, image: Image.Image) -
         names,
         dashed=True,
     )
-    right = draw_detections(
+    with_found = draw_detections(
         small,
         _corners(matched.found.boxes[found]) * scale,
         matched.found.categories[found] - 1,
         matched.scores[found],
         names,
     )
-    return _jpeg(_side_by_side(left, right))
+    return _jpeg(with_true), _jpeg(with_found)
 
 
 def suspect_picture(explanation: Explanation, suspect: Suspect, image: Image.Image) -> Jpeg:
@@ -121,14 +123,6 @@ def _corners(boxes: np.ndarray) -> np.ndarray:
 def _resized(image: Image.Image, scale: float) -> Image.Image:
     size = [max(1, round(side * scale)) for side in image.size]
     return image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BILINEAR)
-
-
-def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    gap = 6
-    both = Image.new("RGB", (left.width + gap + right.width, left.height), (128, 128, 128))
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + gap, 0))
-    return both
 
 
 def _jpeg(image: Image.Image) -> Jpeg:

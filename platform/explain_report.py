@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from deta.platform.explain_pictures import (
     OpenImage,
     chosen_suspects,
     suspect_picture,
-    worst_picture,
+    worst_pictures,
 )
 from deta.platform.page import (
     Column,
@@ -42,6 +42,16 @@ from deta.platform.page import (
 NUM_WORST, NUM_SUSPECTS, MAX_ROWS = 12, 24, 100
 MAX_PICTURE_BYTES = 2_500_000  # of all pictures of a page; those beyond are left out
 
+MIN_SUSPICION = 0.1  # of what is shown as a picture
+
+NOUNS = {
+    "classification": "wrong classes",
+    "localisation": "bad frames",
+    "both": "wrong classes in bad frames",
+    "duplicate": "duplicates",
+    "background": "detections of nothing",
+    "missed": "boxes that are missed",
+}
 MEANING = {
     "classification": "another class is there (IoU 0.5 or more)",
     "localisation": "the class is there, but badly framed (IoU 0.1 to 0.5)",
@@ -96,10 +106,7 @@ def _lead(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> li
     dearest = max(cost, key=lambda kind: cost[kind])
     what = "No error could be repaired."
     if cost[dearest] > 0:
-        what = (
-            f"Most is lost to {dearest} errors: {100 * cost[dearest]:.1f} points of AP50 "
-            f"({MEANING[dearest]})."
-        )
+        what = f"Most is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
     numbers = ", ".join(f"{n} {v:.1f}" for n, v in metrics.percent().items() if n[:2] == "AP")
     return [
         paragraph(f"AP {100 * metrics.AP:.1f}. {what}", class_="verdict"),
@@ -324,14 +331,14 @@ def _worst(
         image = open_image(worst.image_id) if open_image is not None else None
         if image is None or used > MAX_PICTURE_BYTES * 2 // 3:
             continue
-        drawn = worst_picture(explanation, worst.image_id, image)
-        used += len(drawn.content)
+        drawn = worst_pictures(explanation, worst.image_id, image)
+        used += sum(len(one.content) for one in drawn)
         name = names.get(worst.image_id) or f"image {worst.image_id}"
         items.append(_item(drawn, name, f"{worst.num_false} false, {worst.num_missed} not found"))
     text = (
         f"{len(explanation.worst)} of {len(names)} images have errors at a score of "
-        f"{explanation.operating_score:.2f} or more. These have most: true boxes on the left, "
-        "dashed, and detections on the right."
+        f"{explanation.operating_score:.2f} or more. These have most: true boxes first, "
+        "dashed, then detections."
     )
     table = Table(
         caption="Images with most errors",
@@ -359,8 +366,8 @@ def _suspects(
     explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
 ) -> Section:
     items, used = [], 0
-    chosen = chosen_suspects(explanation.suspects, NUM_SUSPECTS) if open_image is not None else []
-    for suspect in chosen:
+    shown = [one for one in explanation.suspects if one.suspicion >= MIN_SUSPICION]
+    for suspect in chosen_suspects(shown, NUM_SUSPECTS):
         image = open_image(suspect.image_id) if open_image is not None else None
         if image is None or used > MAX_PICTURE_BYTES // 3:
             continue
@@ -369,7 +376,7 @@ def _suspects(
         row = suspect_row(explanation, suspect)
         items.append(
             _item(
-                drawn,
+                (drawn,),
                 f"{suspect.kind}, {suspect.suspicion:.2f}",
                 ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
                 names.get(suspect.image_id) or f"image {suspect.image_id}",
@@ -435,10 +442,12 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
     return Section(name="how", title="How it was measured", parts=[table, text])
 
 
-def _item(drawn: Jpeg, title: str, *lines: str) -> Markup:
+def _item(drawn: Sequence[Jpeg], title: str, *lines: str) -> Markup:
+    shows = f"{title}: {', '.join(lines)}"
+    pictures = [picture(one.content, one.size_px, shows) for one in drawn]
     return element(
         "li",
-        picture(drawn.content, drawn.size_px, f"{title}: {', '.join(lines)}"),
+        element("div", *pictures, class_="pair") if len(pictures) > 1 else pictures[0],
         title,
         *(element("span", text) for text in lines),
     )

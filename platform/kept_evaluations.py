@@ -83,7 +83,7 @@ class EvaluationBook:
 
     def keep(self, evaluation: Evaluation, state: RunState, seconds: float) -> None:
         """Write the evaluation of a checkpoint that is saved; keep it and the best, no others."""
-        step = state.step
+        step, began_s = state.step, time.monotonic()
         folder = self.run.folder / EVALUATIONS / f"step-{step:08d}"
         try:
             origin = self._origin(state, seconds)
@@ -96,6 +96,7 @@ class EvaluationBook:
             best = _keep_best_and(folder)
             if (folder / REPORT).exists() and self.run.is_done(state):
                 self._make_up_for_report(best)
+            self.tell("evaluation_kept", step=step, seconds=time.monotonic() - began_s)
         except Exception as error:  # a full disk, an unreadable picture, an error of ours
             self._tell_failure(step, "kept", error)
         finally:

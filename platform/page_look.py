@@ -165,10 +165,12 @@ button:hover { color: var(--accent); }
 
 img { max-width: 100%; height: auto; background: var(--shade); }
 .pictures { display: grid; gap: 1.6rem 1.4rem; margin: 0 0 2.2rem; padding: 0; list-style: none;
-  max-width: none; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+  max-width: none; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 .pictures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); }
 .pictures > li { margin: 0; min-width: 0; font-size: .9rem; line-height: 1.4; }
 .pictures img { display: block; margin-bottom: .35rem; }
+.pair { display: grid; gap: .35rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 12.5rem), 1fr)); }
 .pictures span { display: block; color: var(--muted); }
 
 @media (min-width: 72rem) {
@@ -183,6 +185,7 @@ img { max-width: 100%; height: auto; background: var(--shade); }
   section { padding-top: 1.8rem; }
   table { font-size: .86rem; }
   th, td { padding-right: 1rem; }
+  .pictures.small { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.2rem .8rem; }
 }
 @media print {
   @page { margin: 16mm; }

@@ -107,6 +107,9 @@ class Record:
             self.best_time_ms = _time_ms(event)
         return rows
 
+    def _take_evaluation_kept(self, event: dict[str, Any]) -> list[Row]:
+        return self._once(event, {"val/keep_seconds": event["seconds"]})
+
     def _take_skipped(self, event: dict[str, Any]) -> list[Row]:
         return self._once(event, {"train/skipped_steps": event["total"]})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deta.platform.explain import explain, write_explanation
 from deta.platform.explain_report import write_report
 
 EVIL = '<script>alert("1")</script>'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MAX_BYTES = 8_000_000  # plotly itself has 4.8 million
 
 
@@ -87,3 +89,36 @@ def test_a_page_of_nothing(what: str, tmp_path: Path) -> None:
     assert "<img" not in (tmp_path / "r.html").read_text(encoding="utf-8")
     numbers = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
     assert len(numbers["classes"]) == 2
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
+def test_a_browser_draws_everything_and_is_asked_for_nothing(
+    width: int, scheme: Any, tmp_path: Path
+) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    ground_truth, results = case(9, 40)
+    explanation = explain(ground_truth, results)
+    metrics = evaluate_detections(ground_truth, results)
+    path = tmp_path / "r.html"
+    write_report(path, explanation, metrics, Origin(), ground_truth, noise_image)
+    trouble: list[str] = []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        view.on("console", lambda message: trouble.append(message.text))
+        view.on("pageerror", lambda error: trouble.append(str(error)))
+        view.on("dialog", lambda dialog: (trouble.append("dialog"), dialog.dismiss()))
+        view.on("request", lambda sent: trouble.append(sent.url) if sent.url[:4] == "http" else 0)
+        view.goto(path.as_uri(), timeout=120_000)
+
+        drawn = view.evaluate(
+            "[...document.querySelectorAll('.plot')].map((p) => p.children.length)"
+        )
+        assert drawn == [1] * 5
+        assert view.evaluate("document.documentElement.scrollWidth") == width
+        hidden = "[...document.images].filter((i) => i.clientWidth < 60 || !i.alt).length"
+        assert view.evaluate(hidden) == 0
+        browser.close()
+    assert trouble == []

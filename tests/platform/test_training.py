@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,8 @@ from deta.platform import checkpoint, keeper, loader, training
 from deta.platform.coco import CocoDataset
 from deta.platform.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.detect import Worker
+from deta.platform.evaluate import evaluate_detections
+from deta.platform.evaluation_files import read_evaluation
 from deta.platform.journal import Journal, read_events
 from deta.platform.optim import OptimConfig, ScheduleConfig
 from deta.platform.run import Run
@@ -207,6 +210,19 @@ def test_a_run_leaves_what_it_promises(undisturbed: Run):
         category.name for category in undisturbed.train_set.categories
     ]
     assert newest.state.data_fingerprint == undisturbed.train_set.fingerprint
+
+
+def test_the_evaluation_that_a_run_keeps_is_that_of_its_checkpoint(undisturbed: Run):
+    newest = checkpoint.newest_checkpoint(undisturbed.checkpoints)
+    kept = read_evaluation(undisturbed.folder / "evaluations" / newest.path.name)
+    weights = (newest.path / "model.safetensors").read_bytes()
+    assert kept.origin.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    assert kept.origin.data_fingerprint == undisturbed.val_set.fingerprint
+    assert kept.metrics.percent() == newest.state.metrics
+    assert kept.metrics == evaluate_detections(kept.ground_truth, kept.results)
+    assert (kept.folder / "report.html").is_file()
+    (told,) = [e for e, _ in read_events(undisturbed.folder) if e["kind"] == "evaluation"]
+    assert {"val/error_missed", "val/explain_seconds"} <= told["metrics"].keys()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *bad_steps: int) -> dict[int, int]:
