@@ -71,7 +71,7 @@ def start_service(
     is_ready: Callable[[], bool],
     *,
     env: Mapping[str, str] | None = None,
-    within_s: float = 60.0,
+    within_s: float = 300.0,
 ) -> Service:
     """Start a server and wait until it answers.
 
