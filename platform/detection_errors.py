@@ -20,7 +20,8 @@ hotcoco can count these too, but repairs a wrong class within the wrong class an
 detections become true for one box, so its costs are others than the paper's. Detections and boxes
 are matched as for AP, by hotcoco, so the AP that is improved upon is AP50 itself, and a detection
 within a crowd region is none. Where tidecv differs: it takes the best 100 detections of an image,
-not of an image and class, and counts a class without a true box as an AP of 0.
+not of an image and class, and counts a class without a true box as an AP of 0. Here a class whose
+boxes are all missed is left out of the mean once they need not be found.
 """
 
 # M detections   A true boxes   P pairs of both   K categories
@@ -36,7 +37,7 @@ from hotcoco import metrics as hotcoco_metrics
 from deta.platform.evaluate import Columns, Matched
 
 TRUE_FROM, BACKGROUND_UP_TO = 0.5, 0.1  # IoU (TIDE)
-PAIRS_AT_ONCE = 2_000_000  # bounds the memory: a pair takes about 100 bytes
+PAIRS_AT_ONCE = 500_000  # bounds the memory: a pair takes about 300 bytes
 KINDS = ("classification", "localisation", "both", "duplicate", "background")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = range(5)
 CORRECT, NOT_COUNTED = -1, -2  # in place of a kind

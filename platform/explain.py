@@ -144,10 +144,10 @@ def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]
 
 
 def scalars(explanation: Explanation) -> dict[str, float]:
-    """What is followed over a training, by MLflow's names, in percent; undefined ones left out.
+    """What is followed over a training, by MLflow's names; in percent, but for the score.
 
     AP, by size too, and the AP of each class are the evaluation's own; here are the recall of each
-    class, what each kind of error costs, and calibration.
+    class, what each kind of error costs, and calibration. What is not defined is left out.
     """
     found: dict[str, float] = {}
     if explanation.errors.ap50 >= 0:
