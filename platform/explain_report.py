@@ -40,7 +40,7 @@ from deta.platform.page import (
 )
 
 NUM_WORST, NUM_SUSPECTS, MAX_ROWS = 12, 24, 100
-MAX_PICTURE_BYTES = 2_500_000  # of all pictures of a page; those beyond are left out
+MAX_PICTURE_BYTES = 1_500_000  # of all pictures of a page; those beyond are left out
 
 MIN_SUSPICION = 0.1  # of what is shown as a picture
 
@@ -70,7 +70,7 @@ def write_report(
     ground_truth: Mapping[str, Any],
     open_image: OpenImage | None,
 ) -> None:
-    """Write the page, whole or not at all. About 5.5 MB with plotly and pictures.
+    """Write the page, whole or not at all. Up to 7 MB, of which plotly takes 4.8.
 
     Args:
         open_image: gives an image by its id; None makes a page without pictures.
