@@ -26,6 +26,7 @@ command line that cannot be, 1 if something fails, or if the history was tampere
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -118,6 +119,7 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
         return 0
     from deta.platform.registry import Registry
 
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
     registry = Registry(registry_uri())
     if arguments.what == HISTORY:
         return _history(registry, arguments)

@@ -21,6 +21,7 @@ MLflow fails.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -61,7 +62,10 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
 def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     import torch
 
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
     from deta.platform.lineage import run_folder
+    from deta.platform.masking import mask_text
+    from deta.platform.model_uri import registry_uri
     from deta.platform.registration import register
     from deta.platform.registry import Registry
     from deta.platform.uploading import uri_of
@@ -80,7 +84,10 @@ def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     registry = Registry(uri_of(run_folder(checkpoint.path)))
     version = register(registry, arguments.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
-    echo(f"next: jobs/promote.py {version.number} --name {version.name} --dry-run")
+    where = (
+        "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={mask_text(registry.uri)} "
+    )
+    echo(f"next: {where}jobs/promote.py {version.number} --name {version.name} --dry-run")
     return 0
 
 

@@ -79,6 +79,12 @@ class Log:
         return self.entries[-1][1].champion_after if self.entries else None
 
     @property
+    def champion_sha256(self) -> str:
+        """Of the weights of the version that became champion; empty where the log has it not."""
+        made = [one for _, one in self.entries if one.action != REFUSE]
+        return next((one.sha256 for one in reversed(made) if one.version == self.champion), "")
+
+    @property
     def head_line(self) -> str:
         """Number and hash of the last entry, and the champion; empty for an empty log."""
         if not self.entries:

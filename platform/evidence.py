@@ -41,10 +41,7 @@ class Judge:
             return decide(one, None, self.policy, None, {})
         other, theirs = self._look_at(champion)
         if other.fault:
-            raise ValueError(
-                f"the champion cannot be compared with, for {other.fault}; roll back to another "
-                f"version, or --force"
-            )
+            raise ValueError(other.fault)
         difference, names = None, {}
         if its is not None and theirs is not None:
             names = {entry["id"]: entry["name"] for entry in its.ground_truth["categories"]}

@@ -10,6 +10,7 @@ of better and worse decides, not who came last.
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import random
 import socket
@@ -33,6 +34,8 @@ from deta.platform.gate import Decision
 from deta.platform.masking import mask_text
 from deta.platform.model_uri import CHAMPION
 from deta.platform.registry import Registry, UnknownOutcomeError, Version
+
+logger = logging.getLogger(__name__)
 
 DECISION_TAG = "deta.decision"
 MAX_TRIES = 1000  # far more than promoters at once
@@ -96,7 +99,7 @@ def promote(
         if before == number:
             raise ValueError(f"{version} is the champion already")
         if before not in judged:
-            judged[before] = _judge(registry, judge, version, before, force)
+            judged[before] = _judge(registry, judge, version, before, log.champion_sha256, force)
         decision = judged[before]
         accepted = decision is not None and decision.accepted
         action = ACCEPT if accepted else FORCE if force else REFUSE
@@ -109,7 +112,7 @@ def promote(
         draft = decide_on(log)
         return Outcome(draft.action, draft.decision, draft.before, None, 1)
     entry, tries = _put_into_force(registry, name, decide_on, by=by, reason=reason)
-    registry.tag_version(version, {DECISION_TAG: f"{entry.action}, {entry.time}, by {entry.by}"})
+    _show_on(registry, version, entry)
     return Outcome(
         entry.action, judged.get(entry.champion_before), entry.champion_after, entry, tries
     )
@@ -145,7 +148,7 @@ def rollback(registry: Registry, name: str, to: int | None, *, by: str, reason: 
         return _Draft(ROLLBACK, version, before, target, None)
 
     entry, _ = _put_into_force(registry, name, decide_on, by=by, reason=reason)
-    registry.tag_version(version, {DECISION_TAG: f"{entry.action}, {entry.time}, by {entry.by}"})
+    _show_on(registry, version, entry)
     return entry
 
 
@@ -236,21 +239,46 @@ def _text(draft: _Draft, when: str, by: str, reason: str) -> str:
 
 
 def _judge(
-    registry: Registry, judge: JudgeLike, version: Version, before: int | None, force: bool
+    registry: Registry,
+    judge: JudgeLike,
+    version: Version,
+    before: int | None,
+    sha256: str,
+    force: bool,
 ) -> Decision | None:
-    champion = None
+    """
+    Args:
+        before: number of the champion.
+        sha256: of its weights, as the log has it.
+    """
     try:
         champion = registry.version(version.name, before) if before is not None else None
+        if champion is not None and sha256 not in ("", champion.sha256):
+            raise ValueError(f"{champion} has other weights by now than when it became champion")
         decision = judge(version, champion)
-    except ValueError:
-        if not force:
+    except ValueError as error:
+        if force:
+            return None  # nothing to compare with, which is why it is forced
+        if before is None:
             raise
-        return None  # nothing to compare with, which is why it is forced
+        raise ValueError(
+            f"there is no comparing with the champion, version {before}: {error}. Make another "
+            "version champion (rollback --to NUMBER), or --force this one"
+        ) from error
     if force and decision.challenger.fault:
         raise ValueError(
             f"{version} cannot be forced, for nobody could load it: {decision.challenger.fault}"
         )
     return decision
+
+
+def _show_on(registry: Registry, version: Version, entry: Entry) -> None:
+    """On the version's page; the decision is in force with or without."""
+    try:
+        tag = f"{entry.action}, {entry.time}, by {entry.by}"
+        registry.tag_version(version, {DECISION_TAG: tag})
+    except RuntimeError as error:
+        logger.warning("%s: the decision could not be noted on its page (%s)", version, error)
 
 
 def _champion(registry: Registry, name: str, log: Log) -> int | None:

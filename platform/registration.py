@@ -22,6 +22,8 @@ from deta.platform.evaluation_files import (
     read_evaluation,
     read_facts,
 )
+from deta.platform.explain import EXPLANATION
+from deta.platform.kept_evaluations import EVALUATIONS, REPORT
 from deta.platform.lineage import Lineage, read_lineage, run_folder
 from deta.platform.masking import mask_text
 from deta.platform.model_uri import WEIGHTS_FILE
@@ -42,8 +44,6 @@ from deta.platform.version_files import (
     read_export_report,
     write_version_files,
 )
-
-EVALUATIONS = "evaluations"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def register(
         ValueError: the run is not in this MLflow, or the name cannot be used.
         RuntimeError: MLflow does not answer.
     """
-    if name.endswith(HISTORY_SUFFIX) or not name or set(name) & set("/:@%"):
+    if name.endswith(HISTORY_SUFFIX) or not name or set(name) & set("/:@%'\""):
         raise ValueError(
-            f"{name!r} cannot be the name of a model: leave out / : @ % and {HISTORY_SUFFIX!r} at "
-            "its end"
+            f"{name!r} cannot be the name of a model: leave out / : @ %, quotes, and "
+            f"{HISTORY_SUFFIX!r} at its end"
         )
     registry.require_run(prepared.lineage.run_id)
     checkpoint = prepared.checkpoint
@@ -124,7 +124,7 @@ def register(
         manifest = write_version_files(files, checkpoint, prepared.lineage, figures)
         write_mlflow_model(Path(folder) / "mlflow", files, prepared.lineage.packages)
         evaluation.mkdir()
-        for part in (FACTS, DETECTIONS, GROUND_TRUTH, "report.html"):
+        for part in (FACTS, DETECTIONS, GROUND_TRUTH, EXPLANATION, REPORT):
             if (prepared.evaluation.folder / part).is_file():
                 shutil.copyfile(prepared.evaluation.folder / part, evaluation / part)
         echo("uploading …")

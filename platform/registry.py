@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ HEAD_TAG = "deta.history_head"
 MODEL_PART, EVALUATION_PART = "artifacts/model", "evaluation"
 TIMEOUT_S, FILE_TIMEOUT_S = 20, 300
 PATIENCE_S = 60.0  # with a database that is busy, or a server that restarts
+FILE_PATIENCE_S = 10.0  # with files, which may be gone for good
+MISSING, TAKEN = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 # What MLflow means by these does not change by asking again.
-DEFINITE = {
-    "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_PARAMETER_VALUE",
-    "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND", "INVALID_STATE",
-    "NOT_IMPLEMENTED", "FEATURE_DISABLED",
+REFUSALS = {
+    "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND",
+    "INVALID_STATE", "NOT_IMPLEMENTED", "FEATURE_DISABLED",
 }  # fmt: skip
 
 
@@ -119,7 +121,7 @@ class Registry:
         try:
             found = self._call(self._client.get_model_version, name, str(number))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != MISSING:
                 raise
             address = ModelAddress(name, number)
             raise ValueError(f"{address}: is not there; {self._what_there_is(address)}") from error
@@ -139,13 +141,19 @@ class Registry:
         Raises:
             ValueError: MLflow has no such files.
         """
-        uri = self._call(self._client.get_model_version_download_uri, version.name, version.number)
+        uri = self._call(
+            self._client.get_model_version_download_uri, version.name, str(version.number)
+        )
         files = get_artifact_repository(uri, tracking_uri=self.uri, registry_uri=self.uri)
         try:
             arrived = self._call(
-                files.download_artifacts, part, str(folder), timeout_s=FILE_TIMEOUT_S
+                files.download_artifacts,
+                part,
+                str(folder),
+                timeout_s=FILE_TIMEOUT_S,
+                patience_s=FILE_PATIENCE_S,
             )
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, RuntimeError) as error:
             raise ValueError(f"{version}: its files {part} cannot be had ({error})") from error
         if not Path(arrived).is_dir() or not any(Path(arrived).iterdir()):
             raise ValueError(f"{version}: has no {part} in MLflow")
@@ -159,7 +167,7 @@ class Registry:
         try:
             run = self._call(self._client.get_run, run_id)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != MISSING:
                 raise
             raise ValueError(
                 f"the run {run_id} is not in MLflow at {mask_text(self.uri)}; jobs/sync.py sends it"
@@ -255,16 +263,14 @@ class Registry:
             "nothing here.",
         )
         try:
-            added = self._once(
-                self._client.create_model_version,
+            added = self._client.create_model_version(
                 history,
                 f"models:/{name}/{version}",
                 tags={ENTRY_TAG: entry},
                 description=text,
             )
         except Exception as error:
-            if isinstance(error, MlflowException) and error.error_code in DEFINITE:
-                raise
+            self._raise_if_refused(error)
             raise UnknownOutcomeError(mask_text(str(error)).partition("\n")[0]) from error
         return int(added.version)
 
@@ -273,7 +279,7 @@ class Registry:
         try:
             self._call(self._client.delete_model_version, name + HISTORY_SUFFIX, str(number))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != MISSING:
                 raise
 
     def settle(self, name: str) -> Log:
@@ -287,15 +293,26 @@ class Registry:
             model = self._model(name)
             is_settled = True
             if log.champion is not None and _aliases(model).get(CHAMPION) != log.champion:
-                self._call(
-                    self._client.set_registered_model_alias, name, CHAMPION, str(log.champion)
-                )
-                is_settled = False
+                is_settled = not self._set_champion(name, log.champion)
             if log.head_line and model.tags.get(HEAD_TAG) != log.head_line:
                 self._call(self._client.set_registered_model_tag, name, HEAD_TAG, log.head_line)
                 is_settled = False
             if is_settled:
                 return log
+
+    def _set_champion(self, name: str, number: int) -> bool:
+        """False if that version is gone."""
+        try:
+            self._call(self._client.set_registered_model_alias, name, CHAMPION, str(number))
+        except MlflowException as error:
+            if error.error_code != MISSING:
+                raise
+            logger.warning(
+                "%s version %s is champion, but somebody deleted it in MLflow; "
+                "`jobs/promote.py rollback --to NUMBER` makes another one champion", name, number
+            )  # fmt: skip
+            return False
+        return True
 
     def _champion(self, address: ModelAddress) -> int | None:
         """By the alias, where it agrees with the end of the log; else by the log."""
@@ -327,7 +344,7 @@ class Registry:
         try:
             return self._call(self._client.get_registered_model, name)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != MISSING:
                 raise
             raise ValueError(
                 f"there is no registered model {name!r} in MLflow at {mask_text(self.uri)}; "
@@ -339,12 +356,12 @@ class Registry:
             self._call(self._client.get_registered_model, name)
             return
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != MISSING:
                 raise
         try:
             self._call(self._client.create_registered_model, name, description=description)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another process, just now
+            if error.error_code != TAKEN:  # by another process, just now
                 raise
 
     def _search(self, name: str) -> list[ModelVersion]:
@@ -364,18 +381,19 @@ class Registry:
             if not token:
                 return sorted(found, key=lambda one: int(one.version))
 
-    def _once(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(TIMEOUT_S)  # MLflow reads it at each call
-        return function(*args, **kwargs)
-
     def _call(
-        self, function: Callable[..., T], *args: Any, timeout_s: int = TIMEOUT_S, **kwargs: Any
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        timeout_s: int = TIMEOUT_S,
+        patience_s: float = PATIENCE_S,
+        **kwargs: Any,
     ) -> T:
         """Call MLflow, again where that may help; for what may be done twice.
 
         Raises:
-            MlflowException: it refuses, in one of the ways in `DEFINITE`.
-            RuntimeError: it does not answer, or fails again and again.
+            MlflowException: something is `MISSING` or `TAKEN`.
+            RuntimeError: it refuses, does not answer, or fails again and again.
         """
         began_s, pause_s = time.monotonic(), 0.05
         while True:
@@ -383,17 +401,28 @@ class Registry:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                if isinstance(error, MlflowException) and error.error_code in DEFINITE:
-                    raise
-                if isinstance(error, (TypeError, AttributeError, FileNotFoundError)):
-                    raise
-                if time.monotonic() - began_s > PATIENCE_S:
+                self._raise_if_refused(error)
+                if time.monotonic() - began_s > patience_s:
                     raise RuntimeError(
                         f"MLflow at {mask_text(self.uri)} does not do it: "
                         + mask_text(str(error)).partition("\n")[0]
                     ) from error
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2.0, 2 * pause_s)
+
+    def _raise_if_refused(self, error: Exception) -> None:
+        """Raise what does not change by asking again."""
+        if isinstance(error, (TypeError, AttributeError, FileNotFoundError)):
+            raise error
+        if not isinstance(error, MlflowException):
+            return
+        if error.error_code in (MISSING, TAKEN):
+            raise error
+        if error.error_code in REFUSALS or re.search("failed with error code 4", str(error)):
+            raise RuntimeError(
+                f"MLflow at {mask_text(self.uri)} refuses: "
+                + mask_text(str(error)).partition("\n")[0]
+            ) from error
 
 
 def _version(found: ModelVersion) -> Version:

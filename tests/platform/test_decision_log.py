@@ -34,6 +34,7 @@ def test_the_last_entry_says_who_is_champion():
     assert log.champion == 3
     assert log.problems == ()
     assert log.head == three()[-1].hash
+    assert log.champion_sha256 == "ab" * 32
     assert log.champions() == [1, 3]
     assert read_log([]).champion is None
 
