@@ -74,6 +74,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_WITHIN_S),
+        "RAY_gcs_server_port_wait_time_s": str(START_WITHIN_S),
         "RAY_TMPDIR": str(folder),  # where Ray notes which cluster this machine runs
     }
     head: subprocess.Popen[bytes] | None = None

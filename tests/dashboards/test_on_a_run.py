@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +79,31 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
     assert value(values["Restarts", "{{run}} attempts begun again"]) == 0
     assert 0 < value(values["Goodput", "{{run}}"]) < 1
     assert 0 < value(values["Step time", "{{run}} median"]) < 80
+
+
+def test_showing_a_step_costs_it_microseconds(ray_cluster, tmp_path: Path):
+    code = """
+import time, ray
+from deta.platform.metrics import StepTimes, WorkerMeter
+from deta.platform.ray_metrics import RayExport
+ray.init(log_to_driver=False)
+meter, step = WorkerMeter(RayExport("cost"), 0, on_gpu=False), StepTimes(16, 0.01, 0.2)
+meter(step)
+took_s = []
+for _ in range(2000):
+    began_s = time.perf_counter()
+    meter(step)
+    took_s.append(time.perf_counter() - began_s)
+print(sorted(took_s)[1000])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=ray_cluster.env, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    median_s = float(ran.stdout.split()[-1])
+    print(f"{1e6 * median_s:.1f} microseconds a step")
+    assert median_s < 0.001  # it is about 10 microseconds; a step is 100 ms and more
 
 
 def is_good(found: dict[Query, list[tuple[dict[str, str], float]]], query: Query) -> bool:
