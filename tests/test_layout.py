@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 RAY_FILES = {
     f"platform/{name}.py"
-    for name in ("worker", "attempt", "submit", "sweep", "serve", "ray_metrics")
+    for name in ("worker", "attempt", "submit", "sweep", "serve", "ray_metrics", "bootstrap_tasks")
 }
 MLFLOW_FILES = {
     f"platform/{name}.py"

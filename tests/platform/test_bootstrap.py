@@ -6,13 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deta.platform.bootstrap import (
-    ApTable,
-    benjamini_hochberg,
-    multiplicities,
-    paired_difference,
-    weighted_ap,
-)
+from deta.platform.ap_table import ApTable, weighted_ap
+from deta.platform.bootstrap import benjamini_hochberg, multiplicities, paired_difference
 from deta.platform.evaluate import evaluate_detections
 from deta.platform.matching import match_table
 from tests.platform.detection_cases import random_case, reference, repeated
