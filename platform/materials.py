@@ -87,9 +87,9 @@ def _component(package: Distribution) -> dict[str, Any]:
 
 
 def _licence(package: Distribution) -> dict[str, Any] | None:
-    if expression := package.metadata.get("License-Expression"):
+    for expression in package.metadata.get_all("License-Expression") or ():
         return {"expression": expression}
-    text = (package.metadata.get("License") or "").strip()
+    text = "".join(package.metadata.get_all("License") or ()).strip()
     if text and len(text) <= MAX_LICENCE_CHARACTERS and "\n" not in text:
         return {"license": {"name": text}}
     for classifier in package.metadata.get_all("Classifier") or ():

@@ -224,8 +224,9 @@ class RunUploader:
                 if file.is_relative_to(self.folder.resolve()):
                     if path == REPLACED_FILE:
                         _write_replaced(self.folder)
-                    if file.is_file() and self._fits(file, record):
+                    if file.is_file() and self._fits(file):
                         self.store.send_file(run_id, file, folder)
+                        record.files_bytes += file.stat().st_size
                         if file.name == REPORT_FILE:
                             place = f"{folder}/{file.name}".lstrip("/")
                             self.store.set_tags(run_id, {REPORT_TAG: place})
@@ -235,17 +236,16 @@ class RunUploader:
                 raise
             self._is_done(record)
 
-    def _fits(self, file: Path, record: Record) -> bool:
-        """Whether a run may send this file, too; counts it if so."""
+    def _fits(self, file: Path) -> bool:
+        """Whether the run may send this file, too."""
         num_bytes = file.stat().st_size
-        if record.files_bytes + num_bytes > MAX_FILES_BYTES:
-            logger.warning(
-                "%s is not sent to MLflow: with its %s bytes, the run would have sent over %s",
-                file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
-            )  # fmt: skip
-            return False
-        record.files_bytes += num_bytes
-        return True
+        if self.record.files_bytes + num_bytes <= MAX_FILES_BYTES:
+            return True
+        logger.warning(
+            "%s is not sent to MLflow: with its %s bytes, the run would have sent over %s",
+            file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
+        )  # fmt: skip
+        return False
 
     def _is_done(self, record: Record) -> None:
         self.record = record

@@ -34,7 +34,6 @@ print(json.dumps({
     "dashboard": ray._private.worker.get_dashboard_url(),
     "gcs": ray.get_runtime_context().gcs_address,
     "session": ray._private.worker._global_node.get_session_dir_path(),
-    "worker": ray.get(ray.remote(os.getpid).remote()),
     "in_worker": ray.get(ray.remote(lambda: os.environ.get("RAY_AUTH_MODE")).remote()),
 }), flush=True)
 sys.stdin.read()

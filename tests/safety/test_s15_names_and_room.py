@@ -46,12 +46,15 @@ class Store:
     """What the uploader sends goes into a list."""
 
     shown_uri = "nowhere"
+    call_s = 0.0
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
 
     def send_file(self, run_id: str, path: Path, folder: str) -> None:
         self.sent.append((path.name, folder))
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None: ...
 
 
 def sent(folder: Path, events: list[dict[str, Any]]) -> list[tuple[str, str]]:
