@@ -138,7 +138,7 @@ def free_port(host: str, wanted: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
-            except (socket.gaierror, OSError) as error:
+            except OSError as error:
                 if port == 0:
                     raise ValueError(
                         f"--host {host}: nothing can listen there ({error}); give an address of "

@@ -73,7 +73,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield Running(process, port, lines)
         process.send_signal(signal.SIGTERM)
         assert process.wait(WITHIN_S) == 128 + signal.SIGTERM, "".join(lines)
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 5).close()
     finally:
         if process.poll() is None:
@@ -99,7 +99,7 @@ def test_only_this_machine_can_reach_it(service: Running):
             outward = probe.getsockname()[0]
         except OSError:
             pytest.skip("this machine has no other address")
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         socket.create_connection((outward, service.port), 5).close()
 
 
