@@ -1,0 +1,58 @@
+"""The command line of the service: what it refuses before it opens a port."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from deta.jobs import serve
+from deta.platform.serving_config import TOKEN_VARIABLE
+from tests.platform.serving_case import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("job") / "run")
+
+
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The message with which it exits 2."""
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        serve.main()
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
+def test_others_are_let_in_with_a_token_only(monkeypatch, capsys, checkpoint: Path, host: str):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    told = refused(monkeypatch, capsys, str(checkpoint), "--host", host, "--without-ray")
+    assert "--token-file" in told
+
+
+def test_a_token_that_others_can_read_is_refused(monkeypatch, capsys, checkpoint, tmp_path: Path):
+    file = tmp_path / "token"
+    file.write_text("0123456789abcdef0123")
+    file.chmod(0o644)
+    told = refused(monkeypatch, capsys, str(checkpoint), "--token-file", str(file))
+    assert "chmod 600" in told
+    assert "0123456789abcdef0123" not in told
+
+
+def test_what_is_no_model_is_refused(monkeypatch, capsys, tmp_path: Path):
+    assert "no such file" in refused(monkeypatch, capsys, str(tmp_path / "missing"))
+    assert "names no version" in refused(monkeypatch, capsys, "models:/deta@a/b")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--max-batch", "0"), ("--port", "0"), ("--port", "70000"), ("--replicas", "0")],
+    ids=" ".join,
+)
+def test_numbers_that_make_no_sense_are_refused(monkeypatch, capsys, checkpoint, arguments):
+    assert "error:" in refused(monkeypatch, capsys, str(checkpoint), *arguments)
