@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from hotcoco import metrics as hotcoco_metrics
@@ -43,12 +44,22 @@ CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = range(5)
 CORRECT, NOT_COUNTED = -1, -2  # in place of a kind
 
 
+class Near(NamedTuple):
+    """Pairs with an IoU of 0.1 or more, crowd regions left out: P each."""
+
+    found: np.ndarray  # int64, ascending
+    true: np.ndarray  # int64
+    iou: np.ndarray
+    is_own: np.ndarray  # bool: of one class
+
+
 @dataclass(frozen=True)
 class Overlaps:
-    """Of each detection, the best true box of its own class and of the others; M each.
+    """Which detections and true boxes are near each other, in the same image: IoU 0.1 or more.
 
-    Crowd regions are no boxes. Where there is no box, or none that touches, the IoU is 0 and the
-    box -1. Of equally good boxes it is the first.
+    Of each detection, the best true box of its own class and of the others; M each. Crowd regions
+    are no boxes. Where no box is near, the IoU is 0 and the box -1. Of equally good boxes it is
+    the first.
     """
 
     own_iou: np.ndarray  # float64
@@ -56,6 +67,7 @@ class Overlaps:
     other_iou: np.ndarray
     other: np.ndarray
     crowd_share: np.ndarray  # of the detection's area that lies in one crowd region, of any class
+    near: Near
 
 
 @dataclass(frozen=True)
@@ -77,13 +89,13 @@ def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
     """The kind of every error, and the cost of each kind."""
     found_by, correct, counted = _pairs_of(matched)
     num_found = len(matched.scores)
-    is_found = found_by >= 0
-    # An image whose class has a box that is taken, at 0.5 or more: the best one may be free.
-    taken_iou = _own_taken_iou(matched, is_found)
+    is_found, near = found_by >= 0, overlaps.near
+    # A box of the class, at 0.5 or more, that is taken; the best one need not be.
+    is_taken = near.is_own & is_found[near.true] & (near.iou >= TRUE_FROM)
     own_iou, other_iou = overlaps.own_iou, overlaps.other_iou
     kind = np.full(num_found, BOTH, np.int8)
     kind[np.maximum(own_iou, other_iou) <= BACKGROUND_UP_TO] = BACKGROUND
-    kind[taken_iou >= TRUE_FROM] = DUPLICATE
+    kind[near.found[is_taken]] = DUPLICATE
     kind[other_iou >= TRUE_FROM] = CLASSIFICATION
     kind[(own_iou >= BACKGROUND_UP_TO) & (own_iou <= TRUE_FROM)] = LOCALISATION
     kind[correct >= 0] = CORRECT
@@ -109,30 +121,39 @@ def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
 
 
 def best_overlaps(matched: Matched) -> Overlaps:
-    """The best true boxes of every detection, and how far it lies in a crowd region."""
-    num_found = len(matched.scores)
-    own_iou, other_iou, crowd_share = np.zeros((3, num_found))
-    own, other = np.full((2, num_found), -1, np.int64)
-    for rows, boxes, starts in image_pairs(matched.found, matched.true):
-        iou, share = box_overlap(matched.found.boxes[rows], matched.true.boxes[boxes])
-        detections = rows[starts]
-        is_own = matched.found.categories[rows] == matched.true.categories[boxes]
-        is_crowd = matched.crowd[boxes]
-        for which, best_iou, best in (
-            (is_own & ~is_crowd, own_iou, own),
-            (~is_own & ~is_crowd, other_iou, other),
-        ):
-            values = np.where(which, iou, 0.0)
-            highest = np.maximum.reduceat(values, starts)
-            best_iou[detections] = highest
-            sizes = np.diff(np.append(starts, len(rows)))
-            is_best = (values == np.repeat(highest, sizes)) & (values > 0)
-            place = np.where(is_best, np.arange(len(rows)), len(rows))
-            first = np.minimum.reduceat(place, starts)
-            has = first < len(rows)
-            best[detections[has]] = boxes[first[has]]
-        crowd_share[detections] = np.maximum.reduceat(np.where(is_crowd, share, 0.0), starts)
-    return Overlaps(own_iou, own, other_iou, other, crowd_share)
+    """What is near each detection, and how far it lies in a crowd region."""
+    found, true, num_found = matched.found, matched.true, len(matched.scores)
+    boxes = np.flatnonzero(~matched.crowd)
+    columns = Columns(*(column[boxes] for column in true))
+    parts = []
+    for rows, others, _ in image_pairs(found, columns):
+        iou, _ = box_overlap(found.boxes[rows], columns.boxes[others])
+        is_near = iou >= BACKGROUND_UP_TO
+        parts.append((rows[is_near], boxes[others[is_near]], iou[is_near]))
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    rows, others, iou = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
+    near = Near(rows, others, iou, found.categories[rows] == true.categories[others])
+
+    crowds = Columns(*(column[matched.crowd] for column in true))
+    crowd_share = np.zeros(num_found)
+    for rows, others, starts in image_pairs(found, crowds):
+        _, share = box_overlap(found.boxes[rows], crowds.boxes[others])
+        crowd_share[rows[starts]] = np.maximum.reduceat(share, starts)
+    return Overlaps(
+        *_best(near, near.is_own, num_found), *_best(near, ~near.is_own, num_found),
+        crowd_share, near,
+    )  # fmt: skip
+
+
+def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np.ndarray]:
+    """The highest IoU of each detection among some pairs, and its box."""
+    found, true, iou = near.found[which], near.true[which], near.iou[which]
+    order = np.lexsort((true, -iou, found))
+    detections, first = np.unique(found[order], return_index=True)
+    best_iou, best = np.zeros(num_found), np.full(num_found, -1, np.int64)
+    best_iou[detections] = iou[order[first]]
+    best[detections] = true[order[first]]
+    return best_iou, best
 
 
 def image_pairs(
@@ -189,18 +210,6 @@ def _pairs_of(matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counted = np.zeros(len(matched.scores), bool)
     counted[np.fromiter(told["dt_status"], np.int64, len(told["dt_status"])) - 1] = True
     return found_by, correct, counted
-
-
-def _own_taken_iou(matched: Matched, is_found: np.ndarray) -> np.ndarray:
-    """Of each detection, the highest IoU with a box of its class that a detection has: M."""
-    taken = np.flatnonzero(is_found)
-    columns = Columns(*(column[taken] for column in matched.true))
-    highest = np.zeros(len(matched.scores))
-    for rows, boxes, starts in image_pairs(matched.found, columns):
-        iou, _ = box_overlap(matched.found.boxes[rows], columns.boxes[boxes])
-        is_own = matched.found.categories[rows] == columns.categories[boxes]
-        highest[rows[starts]] = np.maximum.reduceat(np.where(is_own, iou, 0.0), starts)
-    return highest
 
 
 def _repairs(

@@ -29,6 +29,7 @@ from deta.platform.detection_errors import (
     NOT_COUNTED,
     TRUE_FROM,
     DetectionErrors,
+    Near,
     Overlaps,
     box_overlap,
     image_pairs,
@@ -68,7 +69,7 @@ def find_suspects(
     is_free = np.append(errors.found_by < 0, False)  # -1 is no box
     sure = counted & (scores >= operating_score)
 
-    own_score = _best_own_score(matched)
+    own_score = _best_own_score(matched, overlaps.near)
     suspicion = scores - np.append(own_score, 0.0)[overlaps.other]
     wrong_class = sure & (overlaps.other_iou >= TRUE_FROM) & (suspicion > 0)
     wrong_class &= overlaps.own_iou < TRUE_FROM  # else it may be right about another box
@@ -86,7 +87,7 @@ def find_suspects(
     ):
         rows = np.flatnonzero(which)
         found += [(kind, float(values[m]), int(boxes[m]), int(m)) for m in rows]
-    needless = _needless(matched, errors, operating_score)
+    needless = _needless(matched, overlaps.near, errors, operating_score)
     found += [(NEEDLESS, float(needless[a]), int(a), -1) for a in np.flatnonzero(needless)]
 
     found.sort(key=lambda one: -one[1])
@@ -103,13 +104,11 @@ def find_suspects(
     return suspects
 
 
-def _best_own_score(matched: Matched) -> np.ndarray:
+def _best_own_score(matched: Matched, near: Near) -> np.ndarray:
     """The highest score of its class on each true box, IoU 0.5 or more; 0 without one: A."""
     best = np.zeros(len(matched.crowd))
-    for rows, boxes, _ in image_pairs(matched.found, matched.true):
-        iou, _ = box_overlap(matched.found.boxes[rows], matched.true.boxes[boxes])
-        on = (iou >= TRUE_FROM) & (matched.found.categories[rows] == matched.true.categories[boxes])
-        np.maximum.at(best, boxes[on], matched.scores[rows[on]])
+    on = near.is_own & (near.iou >= TRUE_FROM)
+    np.maximum.at(best, near.true[on], matched.scores[near.found[on]])
     return best
 
 
@@ -124,13 +123,12 @@ def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
     return np.isin(rows, order[is_first])
 
 
-def _needless(matched: Matched, errors: DetectionErrors, operating_score: float) -> np.ndarray:
+def _needless(
+    matched: Matched, near: Near, errors: DetectionErrors, operating_score: float
+) -> np.ndarray:
     """How suspicious each true box is that only faint detections touch; 0 for others: A."""
     surest = np.zeros(len(matched.crowd))
-    for rows, boxes, _ in image_pairs(matched.found, matched.true):
-        iou, _ = box_overlap(matched.found.boxes[rows], matched.true.boxes[boxes])
-        touches = iou > BACKGROUND_UP_TO
-        np.maximum.at(surest, boxes[touches], matched.scores[rows[touches]])
+    np.maximum.at(surest, near.true, matched.scores[near.found])
     by = errors.found_by
     is_found = (by >= 0) & (np.append(matched.scores, 0.0)[by] >= operating_score)
     classes, real = matched.true.categories - 1, ~matched.crowd
