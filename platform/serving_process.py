@@ -45,7 +45,7 @@ def serve_alone(
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(source, config, ProcessMeasurements()),
-                log_level="warning",
+                log_level="error",  # below: a line for whatever is no HTTP
                 access_log=False,
                 server_header=False,
                 ws="none",

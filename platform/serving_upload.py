@@ -9,6 +9,7 @@ training reads are not accepted here: every decoder is a door.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from io import BytesIO
@@ -24,12 +25,15 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from deta.platform.images import PNG_SIGNATURE, ImageError, decode_bytes
 from deta.platform.serving_config import Refusal, ServingConfig
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each broken form
+
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 RAW_TYPES = ("", "image/jpeg", "image/jpg", "image/png", "application/octet-stream")
 FORM_TYPE = "multipart/form-data"
 FIELD = "image"  # of a form
 FORM_BYTES = 64 << 10  # what a form may hold beside the picture
 MAX_FIELDS = 4
+PATIENCE = 4  # times the limit
 MAX_SCANS = 64  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
 ORIENTATION = 0x0112  # the tag of EXIF
 
@@ -76,9 +80,12 @@ async def read_picture(
         )
     is_form = media_type == FORM_TYPE
     limit = config.max_bytes + (FORM_BYTES if is_form else 0)
-    declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(config)
+    declared = _length(headers)
+    # What remains of a body is read and forgotten, so that its sender gets to see the answer; one
+    # without an end in sight is cut off.
+    closes = declared is None or declared > PATIENCE * limit
+    if declared is not None and declared > limit:
+        raise _too_large(config, closes)
     try:
         async with asyncio.timeout(config.read_timeout_s):
             if is_form:
@@ -94,7 +101,7 @@ async def read_picture(
             {"Connection": "close"},
         ) from None
     if len(picture) > config.max_bytes:
-        raise _too_large(config)
+        raise _too_large(config, closes=False)
     if not picture:
         raise Refusal(400, "empty", "the body is empty; send the bytes of a JPEG or PNG file")
     return picture
@@ -164,7 +171,7 @@ async def _counted(
     async for part in body:
         num_bytes += len(part)
         if num_bytes > limit:
-            raise _too_large(config)
+            raise _too_large(config, closes=True)
         yield part
 
 
@@ -202,13 +209,15 @@ async def _from_form(
         await form.close()
 
 
-def _too_large(config: ServingConfig) -> Refusal:
-    return Refusal(
-        413,
-        "too_large",
-        f"more than {config.max_bytes:,} bytes; shrink the picture",
-        {"Connection": "close"},  # the rest of the body is not read
-    )
+def _too_large(config: ServingConfig, closes: bool) -> Refusal:
+    what = f"more than {config.max_bytes:,} bytes; shrink the picture"
+    return Refusal(413, "too_large", what, {"Connection": "close"} if closes else None)
+
+
+def _length(headers: Mapping[str, str]) -> int | None:
+    """Content-Length; none where there is none, or none that makes sense."""
+    declared = headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() and len(declared) < 20 else None
 
 
 def _size(content: bytes) -> tuple[int, int] | None:
@@ -220,8 +229,8 @@ def _size(content: bytes) -> tuple[int, int] | None:
 def _orientation(content: bytes) -> int:
     """1 to 8 by EXIF; 1 where it says nothing, or nonsense."""
     opened = _opened(content)
-    if opened is None:
-        return 1
+    if opened is None or (isinstance(opened, PngImageFile) and "exif" not in opened.info):
+        return 1  # PIL would decode all of a PNG to look for EXIF behind its pixels
     try:
         return int(opened.getexif().get(ORIENTATION, 1))
     except MemoryError:
