@@ -28,7 +28,7 @@ class RayExport:
 
     def __call__(self, metric: Metric, value: float, part: str = "", /) -> None:
         made = self._made.get(metric.name) or self._make(metric)
-        tags = {metric.label: part} if metric.label else None
+        tags = {metric.label: part} if metric.label else {}
         if isinstance(made, Counter):
             made.inc(value, tags)
         elif isinstance(made, Gauge):
