@@ -42,6 +42,7 @@ HEAD_TAG = "deta.history_head"
 MODEL_PART, EVALUATION_PART = "artifacts/model", "evaluation"
 TIMEOUT_S, FILE_TIMEOUT_S = 20, 300
 PATIENCE_S = 60.0  # with a database that is busy, or a server that restarts
+NUM_LOOKS, LOOK_AGAIN_S = 10, 0.2  # at a log that does not fit together
 FILE_PATIENCE_S = 10.0  # with files, which may be gone for good
 MISSING, TAKEN = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 # What MLflow means by these does not change by asking again.
@@ -236,15 +237,19 @@ class Registry:
     def log(self, name: str) -> Log:
         """The decisions on a model, and whether somebody tampered with them.
 
+        MLflow reads an entry and its tags one after the other. An entry that came too late and is
+        taken out in between has none, so what seems tampered with is looked at again.
+
         Raises:
             ValueError: there is no such model.
         """
-        model = self._model(name)  # first: what it says of the log is then not newer than the log
-        rows = [
-            Row(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
-            for one in self._search(name + HISTORY_SUFFIX)
-        ]
-        return read_log(rows, model.tags.get(HEAD_TAG, ""))
+        log = self._read_log(name)
+        for _ in range(NUM_LOOKS - 1):
+            if not log.problems:
+                break
+            time.sleep(LOOK_AGAIN_S)
+            log = self._read_log(name)
+        return log
 
     def append(self, name: str, version: int, entry: str, text: str) -> int:
         """Add an entry to the log; its number. Only the log then says whether it came in time.
@@ -299,6 +304,14 @@ class Registry:
                 is_settled = False
             if is_settled:
                 return log
+
+    def _read_log(self, name: str) -> Log:
+        model = self._model(name)  # first: what it says of the log is then not newer than the log
+        rows = [
+            Row(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
+            for one in self._search(name + HISTORY_SUFFIX)
+        ]
+        return read_log(rows, model.tags.get(HEAD_TAG, ""))
 
     def _set_champion(self, name: str, number: int) -> bool:
         """False if that version is gone."""
@@ -373,7 +386,7 @@ class Registry:
             page = self._call(
                 self._client.search_model_versions,
                 f"name='{quoted}'",
-                max_results=1000,
+                max_results=10_000,
                 page_token=token,
             )
             found += page
