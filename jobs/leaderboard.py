@@ -105,7 +105,8 @@ def _write(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     uri = _uri(arguments.storage)
     port = free_port(arguments.host, arguments.port)
-    hosts, password = [], ""
+    hosts: list[str] = []
+    password = ""
     if not is_loopback(arguments.host):
         if port != arguments.port:
             raise ValueError(f"--port {arguments.port} of {arguments.host} is taken")

@@ -41,7 +41,9 @@ body.board { display: block; max-width: 112rem; padding-top: 2rem; }
 .board th[aria-sort=ascending] button::after { content: "▴"; color: var(--accent); }
 .board th, .board td { padding-right: 1.1rem; }
 .board tbody th { overflow-wrap: anywhere; min-width: 9rem; max-width: 22rem; }
-.board td.word { overflow-wrap: anywhere; max-width: 18rem; }
+.board td.word { overflow-wrap: break-word; max-width: 18rem; }
+.board td[data-key=recipe] { min-width: 10.5rem; overflow-wrap: anywhere; }
+.board td[data-key=data] { min-width: 8.5rem; overflow-wrap: anywhere; }
 .board td.tight { white-space: nowrap; overflow-wrap: normal; }
 .board tr.champion > * { background: var(--shade); }
 .board tr.champion th::before { content: "★ "; color: var(--accent); }
@@ -49,6 +51,7 @@ body.board { display: block; max-width: 112rem; padding-top: 2rem; }
 .board .by { color: var(--muted); font-size: .85em; }
 #more { margin: 0 0 1.6rem; padding: .35rem 0; }
 #pareto { min-height: 26rem; }
+@media (max-width: 100rem) { .board .least { display: none; } }
 @media (max-width: 46rem) {
   .board .minor { display: none; }
   .filters label { flex: 1 1 100%; }
@@ -64,7 +67,7 @@ const part = (id) => document.getElementById(id);
 const setup = JSON.parse(part("setup").textContent);
 const STEP = 100, MAX_POINTS = 1500, POLL_MS = 1000, IDLE_MS = 15000, NUM_COLORS = 6;
 const rows = new Map();
-let revision = 0, promotions = [], shown = STEP, visible = [], timer = 0, recency = {};
+let revision = 0, promotions = [], shown = STEP, visible = [], timer = 0, recency = {}, empty = new Set();
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fixed = (digits) => (value) => value.toFixed(digits);
@@ -76,12 +79,13 @@ const COLUMNS = [
   { key: "recipe", title: "Recipe" },
   { key: "data", title: "Data set" },
   { key: "gpu_hours", title: "GPU-hours", number: true, text: hours },
-  { key: "cpu_hours", title: "CPU-hours", number: true, text: hours, minor: true },
+  { key: "cpu_hours", title: "CPU-hours", number: true, text: hours, minor: true, least: true },
   { key: "parameters", title: "Parameters", number: true, text: (v) => (v / 1e6).toFixed(1) + " M",
     minor: true },
   { key: "latency_ms", title: "Latency, ms", number: true, text: fixed(1), minor: true },
-  { key: "images_per_s", title: "Images/s", number: true, text: fixed(1), minor: true },
-  { key: "status", title: "Status", minor: true },
+  { key: "images_per_s", title: "Images/s", number: true, text: fixed(1), minor: true,
+    least: true },
+  { key: "status", title: "Status", text: (value) => value.toLowerCase(), minor: true },
   { key: "started_s", title: "Began", best: "descending", minor: true },
   { key: "models", title: "Registered" },
   { key: "report", title: "Opens", minor: true },
@@ -157,10 +161,16 @@ function compare(key, order) {
   };
 }
 
+function kinds(column) {
+  const least = column.least && !(column.key === "cpu_hours" && empty.has("gpu_hours"));
+  return (column.number ? "number" : "word") + (column.minor ? " minor" : "")
+    + (least ? " least" : "");
+}
+
 function cell(row, column) {
   const value = row[column.key];
-  const made = element(column.key === "name" ? "th" : "td", undefined,
-    (column.number ? "number" : "word") + (column.minor ? " minor" : ""));
+  const made = element(column.key === "name" ? "th" : "td", undefined, kinds(column));
+  made.dataset.key = column.key;
   if (column.key === "name") {
     made.scope = "row";
     made.append(link(value, address(row)));
@@ -180,6 +190,7 @@ function cell(row, column) {
   } else if (value !== null && value !== "") {
     made.textContent = column.text ? column.text(value) : value;
     if (column.key === "ap") made.classList.add("ap");
+    if (column.key === "status") made.classList.add("tight");
   }
   return made;
 }
@@ -187,15 +198,22 @@ function cell(row, column) {
 function renderTable() {
   visible = [...rows.values()].filter((row) => matches(row));
   visible.sort(compare(state.sort, state.order));
+  const known = (key) => [...rows.values()].some((row) => row[key] !== null && row[key] !== "");
+  empty = new Set(rows.size ? COLUMNS.map((c) => c.key).filter((key) => !known(key)) : []);
+  empty.delete("report");  /* it leads to a run's files, too */
+  const used = COLUMNS.filter((column) => !empty.has(column.key));
   const body = document.createDocumentFragment();
   for (const row of visible.slice(0, shown)) {
     const line = element("tr", undefined, row.is_champion ? "champion" : "");
-    line.append(...COLUMNS.map((column) => cell(row, column)));
+    line.append(...used.map((column) => cell(row, column)));
     body.append(line);
   }
   part("rows").replaceChildren(body);
   for (const head of part("heads").children) {
-    head.setAttribute("aria-sort", head.dataset.key === state.sort ? state.order : "none");
+    const column = COLUMNS.find((one) => one.key === head.dataset.key);
+    head.hidden = empty.has(column.key);
+    head.className = kinds(column);
+    head.setAttribute("aria-sort", column.key === state.sort ? state.order : "none");
   }
   const left = visible.length - Math.min(shown, visible.length);
   part("more").hidden = left <= 0;
@@ -362,8 +380,7 @@ function change(what) {
 }
 
 for (const column of COLUMNS) {
-  const head = element("th", undefined,
-    (column.number ? "number" : "word") + (column.minor ? " minor" : ""));
+  const head = element("th", undefined, kinds(column));
   const button = element("button", column.title);
   head.scope = "col";
   head.dataset.key = column.key;

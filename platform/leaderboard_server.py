@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from deta.platform.leaderboard_board import Board
@@ -75,13 +76,13 @@ class LeaderboardServer(ThreadingHTTPServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "leaderboard", self.server_address[1]
 
-    def process_request(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
+    def process_request(self, request: Any, client_address: Any) -> None:
         if not self._connections.acquire(blocking=False):
             self.shutdown_request(request)
             return
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request, client_address) -> None:  # type: ignore[no-untyped-def]
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LeaderboardServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "leaderboard", ""
-    timeout = IDLE_S  # type: ignore[assignment]
+    timeout = IDLE_S
 
     def do_GET(self) -> None:
         server = self.server

@@ -361,7 +361,7 @@ def test_it_is_filtered_and_sorted_in_a_browser(tmp_path: Path):
         page.keyboard.press("Enter")
         page.keyboard.press("Enter")
         assert page.locator("th[aria-sort=descending]").inner_text().startswith("GPU-hours")
-        assert lines.first.locator("td").nth(4).inner_text() == "7.00"
+        assert lines.first.locator("[data-key=gpu_hours]").inner_text() == "7.00"
         assert "recipe=deta_r50.v1" in page.url
 
         page.reload()  # the address holds all of it
