@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 
 from deta.platform.bootstrap import PairedDifference, paired_difference
 from deta.platform.decision_log import ACCEPT
@@ -280,3 +281,26 @@ def test_an_answer_that_was_lost_makes_no_second_decision(tmp_path: Path):
     assert outcome.champion == number
     assert len(registry.log(name).entries) == 1
     assert registry.aliases(name) == {"champion": number}
+
+
+def test_an_entry_that_is_taken_out_while_it_is_read_is_no_tampering(tmp_path: Path):
+    """MLflow reads versions first and their tags later; what was deleted in between has none."""
+
+    class Torn(Registry):
+        num_torn = 0
+
+        def _search(self, name: str) -> list[ModelVersion]:
+            found = super()._search(name)
+            if found and name.endswith("-history") and self.num_torn < 1:
+                self.num_torn += 1
+                found[-1].tags.clear()
+            return found
+
+    uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", "torn"
+    files = some_files(uri, tmp_path)
+    registry = Torn(uri)
+    promote(registry, name, add(registry, name, files, 3).number, Judge(), by="ann")
+
+    assert registry.num_torn == 1
+    assert registry.log(name).problems == ()
+    assert len(registry.log(name).entries) == 1
