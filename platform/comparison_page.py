@@ -100,9 +100,11 @@ def verdict(comparison: Comparison) -> list[str]:
     worse = [name for name, one in told if one.difference < 0]
     if not told:
         return [first, "No single class is told from chance after correction for their number."]
-    parts = [f"better at {_list(better)}"] * bool(better) + [f"worse at {_list(worse)}"] * bool(
-        worse
-    )
+    parts = [
+        f"{word} at {_list(which)}"
+        for word, which in (("better", better), ("worse", worse))
+        if which
+    ]
     return [first, f"After correction for the number of classes, {b} is {' and '.join(parts)}."]
 
 

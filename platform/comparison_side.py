@@ -77,8 +77,8 @@ def open_side(
     elif (path / FACTS).is_file():
         side = _of_evaluation(path)
         owner = path.resolve().parent.parent
-        if run is None and path.resolve().parent.name == EVALUATIONS:
-            run = owner if (owner / RUN_FILE).is_file() else None
+        if path.resolve().parent.name == EVALUATIONS and (owner / RUN_FILE).is_file():
+            side, run = replace(side, name=f"{owner.name}, {side.name}"), run or owner
     elif (path / RUN_FILE).is_file():
         side, run = replace(_of_evaluation(_best_evaluation(path)), name=path.resolve().name), path
     elif path.is_dir():

@@ -86,7 +86,7 @@ def _slide(slide: Slide, place: int, num: int) -> Markup:
         class_="slide",
         data_group=slide.group,
         aria_label=f"Picture {place} of {num}",
-        style=f"--picture: url(data:image/jpeg;base64,{data}); --width: {width}px",
+        style=f"--picture: url(data:image/jpeg;base64,{data})",
     )
 
 
