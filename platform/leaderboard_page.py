@@ -12,7 +12,8 @@ import re
 from functools import cache
 from typing import Any
 
-from deta.platform.leaderboard_look import BOARD_SCRIPT, BOARD_STYLE
+from deta.platform.leaderboard_look import BOARD_STYLE
+from deta.platform.leaderboard_script import BOARD_SCRIPT
 from deta.platform.page import Markup, element, join, json_text, paragraph, plotly_source
 from deta.platform.page_look import STYLE
 
