@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -41,6 +42,9 @@ def set_rules_of_own_cluster() -> None:
     # of its services listen there. Otherwise 11 of 13 sockets are open to the network, and the
     # ports of its metrics ask for no token.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # How torch's workers talk. By default it is where the name of this machine leads to.
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def make_private_token() -> None:

@@ -57,33 +57,37 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Started]:
-    home = Path(tempfile.mkdtemp(prefix="deta-home-", dir="/tmp"))
-    (home / ".ray").mkdir(mode=0o755)  # as Ray leaves it
-    mark = new_mark()
-    env = {
-        name: value
-        for name, value in environment({ATTEMPT_MARK: mark, "HOME": str(home)}).items()
-        if not name.startswith("RAY_")
-    }
-    log = (home / "log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-c", START],
-        env=env,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said, (home / "log").read_text(errors="replace")[-3000:]
-        token = (home / ".ray" / "auth_token").read_text()
-        yield Started(home, token, json.loads(said), mark, env)
-    finally:
-        end(process, mark)
-        log.close()
-        shutil.rmtree(home, ignore_errors=True)
+    for attempt in (1, 2, 3):  # Ray gives its node 30 s to come up, however busy the machine
+        home = Path(tempfile.mkdtemp(prefix="deta-home-", dir="/tmp"))
+        (home / ".ray").mkdir(mode=0o755)  # as Ray leaves it
+        mark = new_mark()
+        env = {
+            name: value
+            for name, value in environment({ATTEMPT_MARK: mark, "HOME": str(home)}).items()
+            if not name.startswith("RAY_")
+        }
+        log = home / "log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", START],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+            )
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if said:
+                token = (home / ".ray" / "auth_token").read_text()
+                yield Started(home, token, json.loads(said), mark, env)
+                return
+            if attempt == 3:
+                pytest.fail(log.read_text(errors="replace")[-3000:])
+        finally:
+            end(process, mark)
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def ask(started: Started, token: str | None, job: dict[str, str] | None = None) -> int:
