@@ -46,7 +46,8 @@ body.board { display: block; max-width: 112rem; padding-top: 2rem; }
 @media (max-width: 100rem) { .board .least { display: none; } }
 @media (max-width: 46rem) {
   .board .minor { display: none; }
-  .filters label { flex: 1 1 100%; }
+  .filters label { flex: 1 1 40%; }
+  .filters label:first-child { flex-basis: 100%; }
   .filters input[type=search], .filters select { width: 100%; max-width: none; }
 }
 """

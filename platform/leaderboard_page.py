@@ -140,13 +140,6 @@ def _runs() -> Markup:
             "div",
             element(
                 "table",
-                element(
-                    "caption",
-                    "AP is COCO's, 0 to 100, of a run's best checkpoint; while it runs, the last "
-                    "one. Intervals are over the evaluated images, or of the mean over runs that "
-                    "differ in the seed alone. Latency is shown where it was measured; images/s "
-                    "are of the whole evaluation, on the run's own machine.",
-                ),
                 element("thead", element("tr", id="heads")),
                 element("tbody", id="rows"),
             ),
@@ -157,6 +150,13 @@ def _runs() -> Markup:
         ),
         element("p", id="empty", hidden=""),
         element("button", "Show more", type="button", id="more", hidden=""),
+        paragraph(
+            "AP is COCO's, 0 to 100, of a run's best checkpoint; while it runs, the last one. "
+            "Intervals are over the evaluated images, or of the mean over runs that differ in the "
+            "seed alone. Latency is shown where it was measured; images/s are of the whole "
+            "evaluation, on the run's own machine.",
+            class_="aside",
+        ),
         id="runs",
         aria_label="Runs",
     )  # fmt: skip

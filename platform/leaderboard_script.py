@@ -289,11 +289,13 @@ function renderFigure() {
   const box = part("pareto"), width = box.clientWidth;
   const axis = { gridcolor: palette.rule, linecolor: palette.muted, showline: true, zeroline: false,
     ticks: "outside", automargin: true };
+  const legend_px = sets.length > 1 ? 22 * (width < 640 ? Math.min(sets.length, 6) : 1) : 0;
   Plotly.react(box, traces, {
-    width, height: 420, autosize: false, margin: { l: 48, r: 16, t: 12, b: 48 },
+    width, height: 420 + legend_px, autosize: false,
+    margin: { l: 48, r: 16, t: 12 + legend_px, b: 48 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: palette.muted, size: 13 }, hovermode: "closest",
-    showlegend: sets.length > 1, legend: { orientation: "h", y: 1.12, x: 0 },
+    showlegend: sets.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     hoverlabel: { bgcolor: palette.shade, font: { color: palette.ink } },
     xaxis: { ...axis, type: "log", title: { text: X_AXES[key] }, showgrid: false },
     yaxis: { ...axis, title: { text: "AP" } },
