@@ -77,7 +77,8 @@ class RayMeasurements:
 
     def request(self, outcome: str, seconds: float) -> None:
         self._requests.inc(tags={"outcome": outcome})
-        self._seconds.observe(seconds)
+        if outcome == "ok":
+            self._seconds.observe(seconds)
 
     def phase(self, name: str, seconds: float) -> None:
         self._phases.observe(seconds, tags={"phase": name})
@@ -114,14 +115,14 @@ class DetectionReplica:
     """One process with one model."""
 
     def __init__(self, source: ModelSource, config: ServingConfig) -> None:
-        self.app = create_app(source, config, RayMeasurements(), load_first=True)
+        self.application = create_app(source, config, RayMeasurements(), load_first=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.app
+        return self.application
 
     def check_health(self) -> None:
         """Ray asks this every few seconds, and starts the replica anew where it raises."""
-        if problem := self.app.state.service.health_problem():
+        if problem := self.application.state.service.health_problem():
             raise RuntimeError(problem)
 
 

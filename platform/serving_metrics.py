@@ -1,7 +1,7 @@
 """What a detection service counts, for Prometheus.
 
     deta_serving_requests_total{outcome}          "ok", or the kind of the refusal
-    deta_serving_request_seconds                  from a request's first byte to its answer
+    deta_serving_request_seconds                  of those that were ok, from first byte to answer
     deta_serving_phase_seconds{phase}             read, decode, wait, model
     deta_serving_batch_size                       pictures that the model saw at once
     deta_serving_detections                       in one picture, after the request's own limits
@@ -28,7 +28,7 @@ DETECTIONS = (0.5, 1, 2, 5, 10, 20, 50, 100, 300)  # the first holds pictures wi
 
 DESCRIPTIONS = {
     "deta_serving_requests_total": "Detection requests, by what became of them",
-    "deta_serving_request_seconds": "Seconds from a request's first byte to its answer",
+    "deta_serving_request_seconds": "Seconds from a request's first byte to its detections",
     "deta_serving_phase_seconds": "Seconds of a request in one phase",
     "deta_serving_batch_size": "Pictures that the model saw at once",
     "deta_serving_detections": "Detections given for one picture",
@@ -90,7 +90,8 @@ class ProcessMeasurements:
 
     def request(self, outcome: str, seconds: float) -> None:
         self._requests.labels(outcome).inc()
-        self._seconds.observe(seconds)
+        if outcome == "ok":  # refusals are quick, and would make a busy service look so
+            self._seconds.observe(seconds)
 
     def phase(self, name: str, seconds: float) -> None:
         self._phases.labels(name).observe(seconds)

@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -185,7 +186,7 @@ def _pixel_bomb(rng: np.random.Generator) -> Upload:
 
 def _chunk_bomb(rng: np.random.Generator) -> Upload:
     """Text or a colour profile that unpacks to 100 MB."""
-    packed = zlib.compress(bytes(100_000_000), 9)
+    packed = _packed_zeros()
     name = [b"zTXt", b"iTXt", b"iCCP"][int(rng.integers(3))]
     content = {
         b"zTXt": b"Comment\0\0" + packed,
@@ -195,6 +196,11 @@ def _chunk_bomb(rng: np.random.Generator) -> Upload:
     # The pixels are fewer than the header says, so that it is no good picture either way.
     rows = zlib.compress(bytes(40))
     return _post(f"PNG {name!r} bomb", _png(64, 64, rows, before=_chunk(name, content)))
+
+
+@cache
+def _packed_zeros() -> bytes:
+    return zlib.compress(bytes(100_000_000), 9)
 
 
 def _scan_bomb(rng: np.random.Generator) -> Upload:
