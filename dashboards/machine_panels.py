@@ -18,10 +18,10 @@ MACHINES = Dashboard(
                     ((f"count(ray_node_cpu_count{{{NODE}}})", "nodes"),), "stat", width=4,
                 ),
                 Panel(
-                    "Ports that do not answer", "Of Ray, in the list that its head keeps. One "
-                    "is usual: that of the autoscaler, which a local cluster has not.",
+                    "Ports that do not answer", "Of Ray, in the list that its head keeps. A "
+                    "local cluster has one or two: it runs no autoscaler.",
                     "none", (('count(up{job="ray"} == 0) or vector(0)', "ports"),), "stat",
-                    width=4, warn_above=2,
+                    width=4, warn_above=3,
                 ),
                 Panel(
                     "Processors asked for", "Share of the CPUs that tasks and workers reserve.",
