@@ -24,16 +24,18 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
+from deta.platform import decision_log
 from deta.platform.leaderboard_rows import Promotion, Row, row_of
 from deta.platform.masking import mask_text
-from deta.platform.model_uri import CHAMPION
-from deta.platform.registry import HISTORY_SUFFIX, Registry
 
 logger = logging.getLogger(__name__)
 
-# The first page is small, so that something is there at once; MLflow takes most of a second for
-# each hundred runs with all their numbers.
-FIRST_PAGE, NEXT_PAGES = 100, 500
+# As in platform/registry.py, which needs torch: 400 MB and seconds that a leaderboard has no use
+# for. Only the registry itself checks the history for what was changed in it.
+CHAMPION, HISTORY_SUFFIX, ENTRY_TAG = "champion", "-history", "deta.entry"
+# The first page is small, so that something is there at once; pages hold whole runs in memory,
+# with all their parameters and numbers.
+FIRST_PAGE, NEXT_PAGES = 50, 200
 TIMEOUT_S = "60"  # of one page
 ORDER = ["metrics.`best/AP` DESC", "attributes.start_time DESC"]
 KIND_TAG = "deta.kind"  # of a sweep's or study's own run, which is no training
@@ -101,13 +103,7 @@ class Source:
         for name in sorted(aliases):
             if name.endswith(HISTORY_SUFFIX) and name.removesuffix(HISTORY_SUFFIX) in aliases:
                 continue
-            quoted = name.replace("'", "''")
-            found = _all(
-                lambda token, quoted=quoted: self._client.search_model_versions(
-                    f"name='{quoted}'", max_results=1000, page_token=token
-                )
-            )
-            for version in sorted(found, key=lambda one: int(one.version)):
+            for version in self._versions(name):
                 number, run_id = int(version.version), version.run_id or ""
                 runs[name, number] = run_id
                 own = sorted(alias for alias, of in aliases[name].items() if of == number)
@@ -137,9 +133,10 @@ class Source:
         return Models(dict(versions), frozenset(champions - {""}), tuple(newest))
 
     def _history(self, name: str, runs: dict[tuple[str, int], str]) -> list[Promotion]:
-        log = Registry(self.uri).log(name)
-        for problem in log.problems:
-            logger.warning("the history of %s: %s", name, problem)
+        rows = [
+            decision_log.Row(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
+            for one in self._versions(name + HISTORY_SUFFIX)
+        ]
         return [
             Promotion(
                 model=name,
@@ -151,8 +148,18 @@ class Source:
                 champion_after=entry.champion_after,
                 run_id=runs.get((name, entry.version), ""),
             )
-            for _, entry in log.entries
+            for _, entry in decision_log.read_log(rows).entries
         ]
+
+    def _versions(self, name: str) -> list[Any]:
+        """Of a registered model, oldest first."""
+        quoted = name.replace("'", "''")
+        found = _all(
+            lambda token: self._client.search_model_versions(
+                f"name='{quoted}'", max_results=1000, page_token=token
+            )
+        )
+        return sorted(found, key=lambda one: int(one.version))
 
     def _look_up_experiments(self) -> None:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S  # MLflow reads it at each call

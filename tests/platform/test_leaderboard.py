@@ -7,6 +7,8 @@ import gzip
 import http.client
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +20,14 @@ from typing import Any
 
 import pytest
 
+from deta.platform.decision_log import Entry
 from deta.platform.leaderboard_board import Board
 from deta.platform.leaderboard_data import Models, Source
 from deta.platform.leaderboard_page import live_page, whole_page
 from deta.platform.leaderboard_rows import Promotion, Row, row_of, with_seed_intervals
 from deta.platform.leaderboard_server import LeaderboardServer
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -301,6 +305,22 @@ def test_off_loopback_it_wants_the_password():
             assert ask(place, "/", Authorization=f"Basic {token}")[0].status == status
 
 
+def test_it_knows_the_registry_by_the_names_that_the_registry_has():
+    from deta.platform import leaderboard_data, registry
+    from deta.platform.model_uri import CHAMPION
+
+    assert leaderboard_data.CHAMPION == CHAMPION
+    assert leaderboard_data.HISTORY_SUFFIX == registry.HISTORY_SUFFIX
+    assert leaderboard_data.ENTRY_TAG == registry.ENTRY_TAG
+
+
+def test_it_needs_no_torch():
+    code = (
+        "import sys, deta.platform.leaderboard_data; assert not {'torch', 'ray'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
     from deta.platform.tracking import MlflowStore
 
@@ -330,6 +350,21 @@ def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
     client.delete_run(ids[1])
     board.read_recent(Source(uri))
     assert [row.id for row in board.rows()] == [ids[0], ids[2]]
+
+    entry = Entry(
+        id="a", previous="", action="accept", version=1, sha256="0" * 64, champion_before=None,
+        champion_after=1, by="anna@gpu1", time="2026-11-21T03:00:00+00:00", reason=HOSTILE[0],
+        text="accepted",
+    )  # fmt: skip
+    client.create_registered_model("deta-history")
+    client.create_model_version(
+        "deta-history", "models:/deta/1", tags={"deta.entry": entry.to_line()},
+        description=entry.text,
+    )  # fmt: skip
+    board.read_recent(Source(uri))
+    (told,) = board.promotions
+    assert (told.by, told.action, told.run_id) == ("anna@gpu1", "accept", ids[2])
+    assert told.reason == HOSTILE[0]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
