@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deta.platform.bootstrap import PairedDifference
+if TYPE_CHECKING:
+    from deta.platform.bootstrap import PairedDifference
 
 NUM_CLASSES_SHOWN = 3
 

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from deta.platform.checkpoint_format import MANIFEST, CheckpointError, read_checkpoint
-from deta.platform.checkpoint_format import read_manifest as read_files
 from deta.platform.download import cache_folder
-from deta.platform.predict import file_sha256, find_checkpoint
 from deta.platform.uploading import tracking_uri
 
+# What needs torch is imported where it is used: an address alone needs none.
 if TYPE_CHECKING:
     from deta.platform.registry import Version
 
@@ -98,6 +96,7 @@ def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFo
     """
     if not is_model_address(model):
         return _local(Path(model).expanduser())
+    from deta.platform.checkpoint_format import CheckpointError
     from deta.platform.registry import Registry  # here: slow to import, and paths need no MLflow
 
     registry = Registry(tracking_uri or registry_uri())
@@ -120,19 +119,30 @@ def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFo
 
 
 def _local(path: Path) -> ModelFolder:
+    from deta.platform.checkpoint_format import read_manifest
+    from deta.platform.predict import find_checkpoint
+
     if path.is_file():
         raise ValueError(f"{path}: is a file; give a run, a checkpoint, or models:/NAME@ALIAS")
     checkpoint = find_checkpoint(path).resolve()
     folder = checkpoint.parent
     run = folder.parent if folder.name == "checkpoints" else folder
     # Whoever opens it compares every byte.
-    return ModelFolder(checkpoint, None, run.name, read_files(checkpoint)[WEIGHTS_FILE].sha256)
+    return ModelFolder(checkpoint, None, run.name, read_manifest(checkpoint)[WEIGHTS_FILE].sha256)
 
 
 def open_version(folder: Path, version: Version) -> ModelFolder:
     """Having compared every byte with the folder's manifest, and that one with the registry."""
+    from deta.platform.checkpoint_format import (
+        MANIFEST,
+        CheckpointError,
+        read_checkpoint,
+        read_manifest,
+    )
+    from deta.platform.predict import file_sha256
+
     read_checkpoint(folder)
-    found = read_files(folder)[WEIGHTS_FILE].sha256
+    found = read_manifest(folder)[WEIGHTS_FILE].sha256
     if found != version.sha256 or file_sha256(folder / MANIFEST) != version.manifest:
         raise CheckpointError(
             f"{version}: its files in MLflow are not those that were registered; the SHA-256 of "
