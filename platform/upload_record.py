@@ -179,9 +179,10 @@ class Record:
 
     def _take_time(self, event: dict[str, Any]) -> None:
         """Count the time from a start to its last event; what lay between two starts costs none."""
-        kind, time_s = event["kind"], event.get("time_s")
-        if not is_number(time_s):
+        kind = event["kind"]
+        if not is_number(event.get("time_s")):
             return
+        time_s = float(event["time_s"])
         if kind == "starting":
             self._close_start()
             self.began_s = self.last_s = time_s
