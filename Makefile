@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test chaos check format wheel parity docs
+.PHONY: help install demo dashboards test chaos check format wheel parity docs
 
 help:
 	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
+	@echo "make dashboards   MLflow's pages, leaderboard, Prometheus and Grafana, on this machine only"
 	@echo "make test    run the tests"
 	@echo "make chaos   kill, freeze, fill, cut off and corrupt; a table of what a run survives"
 	@echo "make check   format, lint, types, tests"
@@ -28,9 +29,12 @@ install: $(VENV)/.installed-train
 demo: $(VENV)/.installed-train
 	$(BIN)/python jobs/deta_r50.py --variant demo --name demo-$(RUN_STAMP) storage=runs
 
+dashboards: $(VENV)/.installed-dashboards
+	$(BIN)/python jobs/dashboards.py
+
 # Side by side what can be; then, one after the other, what starts clusters.
-ALONGSIDE = $(BIN)/python -m pytest -m "not cluster" --numprocesses 2 --dist loadfile
-ALONE = $(BIN)/python -m pytest -m cluster
+ALONGSIDE = $(BIN)/python -m pytest -m "not cluster" --numprocesses 2 --dist loadfile --durations 15
+ALONE = $(BIN)/python -m pytest -m cluster --durations 15
 
 test: $(VENV)/.installed-dev
 	$(ALONGSIDE)
