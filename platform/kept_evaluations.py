@@ -62,7 +62,7 @@ class EvaluationBook:
         self.run = run
         self.tell = tell
         self.explanation: Explanation | None = None  # of the evaluation that is being kept
-        self._budget = ReportBudget()
+        self.budget = ReportBudget()
 
     def explain(self, evaluation: Evaluation, step: int, seconds: float) -> dict[str, float]:
         """Numbers for MLflow beside AP, with the share of the evaluation's time that they took.
@@ -126,7 +126,7 @@ class EvaluationBook:
         is_last = self.run.is_done(state)
         is_best = state.metrics.get("AP") == state.best_ap
         wanted = self.run.config.num_pictures > 0 and (is_best or is_last)
-        return wanted and self._budget.allows(time.monotonic(), is_last=is_last)
+        return wanted and self.budget.allows(time.monotonic(), is_last=is_last)
 
     def _make_up_for_report(self, best: Path) -> None:
         """At the end the best evaluation has a report, too, which had no time for one before."""
@@ -141,8 +141,8 @@ class EvaluationBook:
         began_s = time.monotonic()
         ground_truth, images = self.run.val_set.ground_truth, images_of(self.run.val_set)
         write_report(folder / REPORT, explanation, metrics, origin, ground_truth, images)
-        self._budget = ReportBudget(time.monotonic(), time.monotonic() - began_s)
-        self.tell("report", step=origin.step, seconds=self._budget.took_s,
+        self.budget = ReportBudget(time.monotonic(), time.monotonic() - began_s)
+        self.tell("report", step=origin.step, seconds=self.budget.took_s,
                   path=str((folder / REPORT).relative_to(self.run.folder)))  # fmt: skip
 
     def _tell_failure(self, step: int, what: str, error: Exception) -> None:
