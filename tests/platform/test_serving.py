@@ -34,7 +34,8 @@ from tests.platform.serving_case import (
 CONFIG = ServingConfig(
     max_bytes=200_000,
     max_pixels=1_000_000,
-    read_timeout_s=2,
+    read_timeout_s=300,  # no test is about a machine whose processors are taken
+    answer_timeout_s=300,
     poll_s=0.05,
     hosts=("127.0.0.1", "localhost"),
     max_requests=64,
@@ -150,8 +151,12 @@ def test_a_body_beyond_the_limit_is_refused_whether_declared_or_not(server: Serv
         assert connection.recv(200).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_never_ends_is_408(server: Server):
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+def test_a_body_that_never_ends_is_408(folders: dict[str, Path]):
+    config = replace(CONFIG, read_timeout_s=0.5)
+    with (
+        running(FolderSource(folders["1"], "cpu"), config) as here,
+        socket.create_connection(("127.0.0.1", here.port), 300) as connection,
+    ):
         connection.sendall(
             b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
         )
@@ -253,7 +258,7 @@ def test_answers_under_load_are_those_of_each_picture_alone(folders: dict[str, P
 def test_more_requests_than_allowed_are_sent_away_with_a_time_to_come_back(
     folders: dict[str, Path],
 ):
-    config = replace(CONFIG, max_requests=2, read_timeout_s=20)
+    config = replace(CONFIG, max_requests=2)
     with running(FolderSource(folders["1"], "cpu"), config) as here:
         waiting = [socket.create_connection(("127.0.0.1", here.port), 60) for _ in range(2)]
         head = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"

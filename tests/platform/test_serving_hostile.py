@@ -22,7 +22,7 @@ NUMBER = 110  # five of each kind; python -m tests.platform.hostile_uploads send
 def test_hostile_uploads_are_refused_with_a_reason_and_cost_little_memory(tmp_path: Path):
     checkpoint = tiny_checkpoint(tmp_path / "run")
     made = list(uploads(NUMBER, seed=1))
-    config = ServingConfig(read_timeout_s=2, max_requests=4)
+    config = ServingConfig(read_timeout_s=60, answer_timeout_s=300, max_requests=4)
     with running(FolderSource(checkpoint, "cpu"), config) as here:
         for upload in made[:22]:
             send(upload, "127.0.0.1", here.port)
