@@ -89,7 +89,8 @@ def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it
         text=True,
         start_new_session=True,
     )
-    assert leader.stdin is not None and leader.stdout is not None
+    assert leader.stdin is not None
+    assert leader.stdout is not None
     mark, bystander, run = leader.stdout.readline().split()
     leader.wait(60)
     assert marked(RUN_MARK, mark) == [int(run)]
