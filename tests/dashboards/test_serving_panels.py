@@ -86,4 +86,4 @@ def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_pa
     assert values["At work", "requests"] == [3]
     assert values["Model", "{{name}} {{version}}"] == [1]
     assert sorted(values["Changes of the model", "{{outcome}}"]) == [1, 1]
-    assert 0.02 <= values["Latency", "median"][0] <= 0.035  # the bounds around 0.03
+    assert 0 < values["Latency", "median"][0] <= 0.25  # of 0.001, 0.03 and 0.2, in buckets
