@@ -156,7 +156,9 @@ def _other_format(rng: np.random.Generator) -> Upload:
         return _post("ZIP", stream.getvalue(), "image/jpeg")
     if kind == "GZIP":
         return _post("GZIP", gzip.compress(_jpeg(rng)), "image/jpeg")
-    options = {"save_all": True, "append_images": [image.rotate(180)]} if kind in ("GIF", "WEBP") else {}
+    options = (
+        {"save_all": True, "append_images": [image.rotate(180)]} if kind in ("GIF", "WEBP") else {}
+    )
     return _post(f"{kind} called a JPEG", _save(image, kind, **options), "image/jpeg")
 
 
