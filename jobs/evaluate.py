@@ -13,6 +13,10 @@ converted file knows the same; the data set may have some of its classes. A publ
 the sizes of its tensors; --variant says the rest. With COCO's number of rows its classes are
 COCO's. Classes of a file are found by name, never by id; one that it does not have is refused.
 
+--out keeps the evaluation as a folder: numbers, all detections (Parquet), ground truth, and
+report.html, which says what goes wrong: kinds of errors, confusions, worst images, annotations that
+are likely wrong. jobs/compare.py compares two such folders.
+
 One process on one device. AP does not depend on the device, up to rounding.
 """
 
@@ -36,6 +40,7 @@ from deta.platform.config import RunConfig, flatten
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
     from deta.platform.coco import Category, CocoDataset
+    from deta.platform.detect import Evaluation
     from deta.platform.predict import Predictor
 
 Inputs = TypeVar("Inputs")
@@ -80,6 +85,9 @@ def main() -> NoReturn:
         "--pictures", metavar="FILE", type=Path, help="write a sheet of true and found boxes (.png)"
     )
     parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="keep the evaluation, with report.html"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
     )
     arguments = parser.parse_intermixed_args()
@@ -92,6 +100,8 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     from deta.platform.datasets import open_dataset
 
     changes = read_changes(arguments.overrides, EVALUATION_KEYS)
+    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"{arguments.out}: is a file; name a folder to write")
     for path in (arguments.results, arguments.pictures):
         if path is not None and path.is_dir():
             raise ValueError(f"{path}: is a folder; name the file to write")
@@ -168,7 +178,46 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         num_pictures = predictor.config.num_pictures
         write_validation_sheet(arguments.pictures, dataset, evaluation.results, num_pictures)
         echo(f"pictures: {arguments.pictures}")
+    if arguments.out is not None:
+        _keep(inputs, evaluation, arguments, elapsed_s)
     return 0
+
+
+def _keep(
+    inputs: _Inputs, evaluation: Evaluation, arguments: argparse.Namespace, elapsed_s: float
+) -> None:
+    """Write the evaluation folder with its explanation, and say what that took."""
+    from deta.platform.evaluation_files import Origin, write_evaluation
+    from deta.platform.explain import EXPLANATION, explain, write_explanation
+    from deta.platform.explain_pictures import images_of
+    from deta.platform.explain_report import write_report
+
+    predictor, dataset = inputs.predictor, inputs.dataset
+    began_s = time.perf_counter()
+    ground_truth, out = dataset.ground_truth, arguments.out
+    explanation = explain(ground_truth, evaluation.results)
+    origin = Origin(
+        description=predictor.description,
+        data_fingerprint=dataset.fingerprint,
+        annotations=arguments.annotations,
+        image_folder=str(arguments.images),
+        weights_sha256=predictor.weights_sha256,
+        config=flatten(predictor.config),
+        seconds={"evaluation": elapsed_s, "explanation": explanation.seconds},
+    )
+    write_evaluation(out, ground_truth, evaluation.results, evaluation.metrics, origin)
+    write_explanation(out / EXPLANATION, explanation)
+    costs = sorted(explanation.errors.cost.items(), key=lambda item: -item[1])
+    echo("points of AP50 lost to errors: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in costs))
+    report = out / "report.html"
+    write_report(report, explanation, evaluation.metrics, origin, ground_truth, images_of(dataset))
+    all_s = time.perf_counter() - began_s
+    share, num_suspects = all_s / (all_s + elapsed_s), len(explanation.suspects)
+    echo(f"{num_suspects} annotations to look at, and what went wrong: {report}")
+    echo(
+        f"explained in {explanation.seconds:.1f} s, {all_s:.1f} s with report and files: "
+        f"{100 * share:.0f} % of the whole"
+    )
 
 
 # What this tool shares with predict.py.

@@ -64,6 +64,7 @@ class Console:
         elif kind == "evaluation":
             self.echo(f"validation after step {event['step']}, in percent:")
             self.echo("  " + event["table"].replace("\n", "\n  "))
+            self._echo_explanation(event["metrics"])
         elif kind == "skipped":
             self.echo(
                 f"step {event['step']}: skipped, {', '.join(event['not_finite'])} not finite "
@@ -74,18 +75,33 @@ class Console:
             for image in event["images"][:5]:
                 self.echo(f"broken picture, replaced by image {image['by_image_id']}: "
                           f"{image['reason']}")  # fmt: skip
-        elif kind in ("checkpoint_failed", "damaged"):
+        elif kind in ("checkpoint_failed", "damaged", "explanation_failed"):
             self.echo(f"! {event['message']}")
         elif kind == "drift":
             self.echo(f"! step {event['step']}: {event['parameter']} differs among the workers")
         elif kind == "end" and event.get("reason"):
             self.echo(event["reason"])
 
+    def _echo_explanation(self, metrics: dict[str, float]) -> None:
+        begins = "val/error_"
+        costs = {n[len(begins) :]: v for n, v in metrics.items() if n.startswith(begins)}
+        if "val/explain_seconds" not in metrics or not costs:
+            return
+        dearest = sorted(costs, key=lambda kind: -costs[kind])
+        listed = ", ".join(f"{kind} {costs[kind]:.1f}" for kind in dearest)
+        self.echo(f"  points of AP50 lost to errors: {listed}")
+        self.echo(
+            f"  explained in {metrics['val/explain_seconds']:.1f} s, "
+            f"{100 * metrics['val/explain_share']:.1f} % of the evaluation"
+        )
+
     def conclude(self, result: Result) -> None:
         self.echo("")
         self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
         if result.best_checkpoint is not None:
             self.echo(f"best checkpoint: {result.best_checkpoint}")
+        if reports := sorted(self.run.folder.glob("evaluations/*/report.html")):
+            self.echo(f"what went wrong: {reports[-1]}")
         pictures = self.run.folder / "pictures"
         if pictures.is_dir():
             self.echo(f"pictures:        {sorted(pictures.iterdir())[-1]}")

@@ -116,7 +116,7 @@ def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
     np.add.at(counts, (matched.true.categories[missed] - 1, len(KINDS)), 1)
     return DetectionErrors(
         kind, box, found_by, missed, counts,
-        **_costs(matched, kind, box, repairs, missed, is_found),
+        *_costs(matched, kind, box, repairs, missed, is_found),
     )  # fmt: skip
 
 
@@ -230,8 +230,8 @@ def _costs(
     repairs: np.ndarray,
     missed: np.ndarray,
     is_found: np.ndarray,
-) -> dict[str, object]:
-    """What repairing each kind would bring."""
+) -> tuple[dict[str, float], float, float, float]:
+    """What repairing each kind would bring, every false detection, every lost box; and AP50."""
     num_classes = len(matched.category_ids)
     own = matched.found.categories - 1
     real = matched.true.categories[~matched.crowd] - 1
@@ -256,12 +256,12 @@ def _costs(
     cost["missed"] = max(0.0, ap50(own, correct, everything, for_all) - base)
     lost = ~is_found & ~matched.crowd
     found = num_true - np.bincount(matched.true.categories[lost] - 1, minlength=num_classes)
-    return {
-        "cost": cost,
-        "false_positives_cost": max(0.0, ap50(own, correct, correct, num_true) - base),
-        "false_negatives_cost": max(0.0, ap50(own, correct, everything, found) - base),
-        "ap50": base,
-    }
+    return (
+        cost,
+        max(0.0, ap50(own, correct, correct, num_true) - base),
+        max(0.0, ap50(own, correct, everything, found) - base),
+        base,
+    )
 
 
 def _mean_ap(

@@ -107,7 +107,9 @@ def suspect_picture(explanation: Explanation, suspect: Suspect, image: Image.Ima
 
 def chosen_suspects(suspects: Sequence[Suspect], most: int) -> list[Suspect]:
     """The first ones, of each image one at most while others are left."""
-    first, later, seen = [], [], set()
+    first: list[Suspect] = []
+    later: list[Suspect] = []
+    seen = set()
     for suspect in suspects[: 20 * most]:
         (later if suspect.image_id in seen else first).append(suspect)
         seen.add(suspect.image_id)

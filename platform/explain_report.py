@@ -414,7 +414,7 @@ def _suspects(
         "wrong labels too."
     )
     grid = [element("ul", *items, class_="pictures small")] if items else []
-    parts = [text, *grid, table] if rows else [paragraph("None.")]
+    parts: list[Markup | Table] = [text, *grid, table] if rows else [paragraph("None.")]
     return Section(name="suspects", title="Annotations to look at", parts=parts)
 
 
