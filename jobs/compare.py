@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, NoReturn
 from deta.jobs.evaluate import echo, run_tool
 
 if TYPE_CHECKING:
+    from deta.platform.bootstrap import MapLike
     from deta.platform.comparison_side import Side
 
 
@@ -114,7 +115,7 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     from deta.platform.comparison_page import verdict, write_comparison
 
     with ExitStack() as stack:
-        mapped = map
+        mapped: MapLike = map
         if arguments.ray:
             from deta.platform.bootstrap_tasks import ray_tasks
 

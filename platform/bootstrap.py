@@ -119,7 +119,7 @@ def paired_difference(
         raise ValueError("the ground truth lists no images, so there is nothing to compare")
     draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
     max_copies = int(max(draws))
-    pair = tuple(ApTable.build(table, max_copies) for table in (table_a, table_b))
+    pair = ApTable.build(table_a, max_copies), ApTable.build(table_b, max_copies)
 
     whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])  # 2 K T
     chunks = [

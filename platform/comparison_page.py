@@ -122,13 +122,13 @@ def _facts(comparison: Comparison) -> str:
 
 def _result(comparison: Comparison) -> Section:
     found = comparison.difference
-    rows = [["AP", found.ap_a, found.ap_b, found.difference, found.low, found.high]]
-    rows += [[n, m.value_a, m.value_b, m.difference, m.low, m.high] for n, m in found.others]
+    rows = [("AP", (found.ap_a, found.ap_b, found.difference, found.low, found.high))]
+    rows += [(n, (m.value_a, m.value_b, m.difference, m.low, m.high)) for n, m in found.others]
     table = Table(
         caption=f"B minus A, with {100 * found.confidence:g} % intervals"
         + ("" if math.isnan(found.p_value) else f"; {p_value(found.p_value)} for AP"),
         columns=[Column(title="Metric"), *_difference_columns(found.confidence)],
-        rows=[[str(row[0]), *(_cells(*map(float, row[1:])))] for row in rows],
+        rows=[[name, *_cells(*numbers)] for name, numbers in rows],
     )
     parts: list[Markup | Table | Figure] = []
     if shown := metric_rows(comparison):

@@ -65,7 +65,7 @@ class RayMeasurements:
         self._requests = Counter(*of("deta_serving_requests_total"), tag_keys=("outcome",))
         self._seconds = Histogram(*of("deta_serving_request_seconds"), boundaries=[*SECONDS])
         self._phases = Histogram(
-            **of("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
+            *of("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
         )
         self._batches = Histogram(*of("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
         self._detections = Histogram(*of("deta_serving_detections"), boundaries=[*DETECTIONS])

@@ -85,7 +85,7 @@ def mean_ap(points: dict[int, list[tuple[float, bool]]], num_true: dict[int, int
 def reference(
     ground_truth: dict[str, Any], results: list[dict[str, Any]]
 ) -> tuple[list[str], dict[str, float], int, float, float, float]:
-    """Kind of each detection, cost of each kind, number missed, AP50, cost of all false and lost."""
+    """Kind of each detection, cost of each kind, number missed, AP50, cost of all that is wrong."""
     kinds = [""] * len(results)
     target: dict[int, int] = {}  # detection to the annotation that it is or would be
     found: set[int] = set()
