@@ -37,7 +37,14 @@ from deta.platform.keeper import STOP_FILE
 from deta.platform.kept_data import keep_data
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
-from deta.platform.processes import ATTEMPT_MARK, RUN_MARK, end, environment, new_mark
+from deta.platform.processes import (
+    ATTEMPT_MARK,
+    RUN_MARK,
+    end,
+    environment,
+    new_mark,
+    working_in,
+)
 from deta.platform.run import Run
 from deta.platform.run_file import describe_run, write_run_file
 from deta.platform.uploading import UploadState, finish_uploader, start_uploader
@@ -124,7 +131,8 @@ def launch_prepared(
                 shutil.rmtree(run.folder)
                 raise
         write_run_file(run.folder, describe_run(run, before, tags=tags))
-        return _Supervisor(run, lock, console, echo).supervise()
+        with working_in(run.folder):
+            return _Supervisor(run, lock, console, echo).supervise()
 
 
 def _note_changes(

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
@@ -73,6 +74,26 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
         process.kill()
     end_marked(ATTEMPT_MARK, mark)
     process.wait()
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Work from a folder that stays, and so do the processes that are started from here.
+
+    A job's own may go: two Ray nodes on one machine unpack it to one place, the second over the
+    first.
+    """
+    try:
+        before = os.getcwd()
+    except FileNotFoundError:
+        before = None
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError):
+                os.chdir(before)
 
 
 def environment(marks: Mapping[str, str]) -> dict[str, str]:

@@ -43,7 +43,7 @@ from deta.platform.cost import PRICES, Price, price_of
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
-from deta.platform.processes import RUN_MARK, end_marked, new_mark
+from deta.platform.processes import RUN_MARK, end_marked, new_mark, working_in
 from deta.platform.run import Run
 from deta.platform.run_file import write_json
 from deta.platform.search_space import Sweep
@@ -115,7 +115,7 @@ def launch_sweep(
         refuse_another(folder, before, now)
     mark = new_mark()
     os.environ[RUN_MARK] = mark  # inherited by all that is started from here
-    with RunLock.acquire(folder) as lock, _guarded(mark, folder):
+    with RunLock.acquire(folder) as lock, _guarded(mark, folder), working_in(folder):
         try:
             table.say(_join())
             at_once = _room(sweep, trials, table.say)

@@ -18,6 +18,7 @@ from deta.platform.processes import (
     environment,
     marked,
     new_mark,
+    working_in,
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
@@ -107,3 +108,24 @@ def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
     assert len(marked(RUN_MARK, mark)) == 2
     end_marked(RUN_MARK, mark)
     left.wait(60)
+
+
+def test_work_goes_on_where_the_folder_it_began_in_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    began, stays = tmp_path / "began", tmp_path / "stays"
+    began.mkdir()
+    stays.mkdir()
+    monkeypatch.chdir(began)
+    with working_in(stays):
+        began.rmdir()
+        began.mkdir()  # another of the same name: who worked in the first has none
+        done = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getcwd())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == str(stays)
+    assert Path.cwd() == began
+    monkeypatch.chdir(tmp_path)
