@@ -63,6 +63,7 @@ def tiny_model(seed: int) -> DETA:
     with torch.no_grad():
         for head in model.class_heads:
             head.weight.normal_(std=0.5)
+            head.bias.zero_()  # scores around a half, not a hundredth as before a training
         for head in model.box_heads:
             head.mlp[-1].weight.normal_(std=0.5)
     return model

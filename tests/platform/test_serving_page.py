@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, server: Server, **options: Any) -> tuple[Any, list[str]]:
     """The page, and everything that a careful page would not cause."""
     view = browser.new_page(**options)
-    view.set_default_timeout(300_000)
+    view.set_default_timeout(60_000)
     trouble: list[str] = []
     view.on("pageerror", lambda error: trouble.append(str(error)))
     view.on("dialog", lambda dialog: (trouble.append("dialog"), dialog.dismiss()))
@@ -71,7 +71,7 @@ def opened(browser: Any, server: Server, **options: Any) -> tuple[Any, list[str]
 
 def until(view: Any, expression: str) -> None:
     """Wait for a condition; playwright's own way compiles code, which the page forbids."""
-    for _ in range(1500):
+    for _ in range(600):
         if view.evaluate(expression):
             return
         view.wait_for_timeout(100)
