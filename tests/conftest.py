@@ -23,6 +23,11 @@ from pathlib import Path
 
 import pytest
 
+# In the background of a shell SIGINT is ignored, and so by all that is started from there; the
+# tests of Ctrl-C send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 START_WITHIN_S = 240  # it takes 7, and minutes on a machine whose cores are all taken
 # On Linux all of 127.0.0.0/8 is this machine. Ray replaces 127.0.0.1 by an address of the network.
 NODE_IP = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
