@@ -80,10 +80,10 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
+    from deta.platform.service import is_loopback
     from deta.platform.serving_config import (
         TOKEN_VARIABLE,
         ServingConfig,
-        is_loopback,
         read_token,
         token_hash,
     )

@@ -32,8 +32,9 @@ from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from deta.platform.attempt import connect
+from deta.platform.service import is_loopback
 from deta.platform.serving_app import create_app
-from deta.platform.serving_config import ServingConfig, is_loopback
+from deta.platform.serving_config import ServingConfig
 from deta.platform.serving_metrics import BATCH_SIZES, DESCRIPTIONS, DETECTIONS, SECONDS
 from deta.platform.serving_model import ModelName
 from deta.platform.serving_source import ModelSource

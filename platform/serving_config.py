@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import stat
 from collections.abc import Mapping
@@ -117,13 +116,3 @@ def _token_from(file: Path) -> str:
     if len(content) > MAX_TOKEN_FILE:
         raise ValueError(f"{file}: is too long for a token")
     return content.decode("utf-8", "replace").strip()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that is bound to this name or number."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

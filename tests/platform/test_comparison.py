@@ -5,10 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from deta.platform.evaluation_files import Origin, images_fingerprint, write_eva
 from tests.platform.detection_cases import random_case
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = '<script>alert("1")</script>'
 
 
@@ -204,17 +201,6 @@ def test_without_pictures_the_page_says_so(compared: Comparison, tmp_path: Path)
     assert "No pictures were found to show" in (tmp_path / "page.html").read_text("utf-8")
     long = replace(compared, names=("a" * 300, "b" * 300))
     write_comparison(tmp_path / "long.html", long, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("framed", [False, True], ids=["alone", "in a sandbox"])

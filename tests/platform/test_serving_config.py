@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from deta.platform.service import is_loopback
 from deta.platform.serving_config import (
     TOKEN_VARIABLE,
     Refusal,
     ServingConfig,
-    is_loopback,
     read_token,
     token_hash,
 )

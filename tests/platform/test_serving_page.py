@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from deta.platform.serving_config import ServingConfig, token_hash
 from deta.platform.serving_source import FolderSource
 from tests.platform.serving_case import Server, encoded, picture, running, tiny_checkpoint
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = os.environ.get("DETA_SCREENSHOTS", "")  # a folder, for who wants to look
 CONFIG = ServingConfig(
     hosts=("127.0.0.1", "localhost"), max_bytes=300_000, answer_timeout_s=120, read_timeout_s=60
@@ -33,19 +31,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path) -> Iterator[Server]:
     with running(FolderSource(checkpoint, "cpu"), CONFIG) as here:
         yield here
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    with api.sync_playwright() as playwright:
-        running_browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=600_000
-        )
-        yield running_browser
-        running_browser.close()
 
 
 def opened(browser: Any, server: Server, **options: Any) -> tuple[Any, list[str]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -26,7 +24,6 @@ from deta.platform.study_tables import Provenance, StudyReport, amount
 from deta.platform.sweep_figures import learning_curves, mean_curves, parallel_axes
 from deta.platform.trial import TrialCost, TrialRecord
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -286,17 +283,6 @@ def test_a_study_of_one_seed_has_a_report_that_says_what_is_missing(tmp_path: Pa
     page_path, summary_path = write_report(tmp_path, report)
     assert "could not be estimated" in page_path.read_text(encoding="utf-8")
     assert "nan" not in summary_path.read_text(encoding="utf-8").lower()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def opened(browser: Any, path: Path, **options: Any) -> tuple[Any, list[str]]:
