@@ -450,13 +450,16 @@ def _read_ahead(
     work: Callable[[Item], Answer], items: Sequence[Item]
 ) -> Iterator[tuple[Item, Future[Answer]]]:
     """Each item with its answer, in order; a few are worked on while the caller is busy."""
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        waiting: deque[tuple[Item, Future[Answer]]] = deque()
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > 2 * NUM_READERS:
-                yield waiting.popleft()
-        yield from waiting
+    # Not shut down by a `with`: a caller that gives up leaves this generator to the garbage
+    # collector, which may run anywhere, in the start of a thread too, and to wait for threads there
+    # waits for ever. The readers of a pool that is gone end by themselves.
+    pool = ThreadPoolExecutor(NUM_READERS)
+    waiting: deque[tuple[Item, Future[Answer]]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > 2 * NUM_READERS:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _collate(inputs: list[_Input]) -> LoadedBatch:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -308,6 +310,30 @@ def test_what_is_no_checkpoint_is_refused_with_its_name(tmp_path, trained):
         Predictor.from_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="give its folder"):
         Predictor.from_published(trained.checkpoint / "model.safetensors", trained.config)
+
+
+def test_an_iterator_that_is_given_up_waits_for_no_thread(predictor, paths):
+    before = threading.active_count()
+    found = predictor.predict_files([*paths] * 8)
+    next(found)
+    go, done = threading.Event(), threading.Event()
+
+    def give_up():
+        go.wait()
+        found.close()
+        done.set()
+
+    closer = threading.Thread(target=give_up)
+    closer.start()
+    # The collector may end it where a thread is just being started, with this lock held.
+    with threading._shutdown_locks_lock:
+        go.set()
+        assert done.wait(30)
+    closer.join()
+    deadline_s = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert threading.active_count() == before
 
 
 def test_changes_take_effect_and_wrong_ones_are_told(trained, predictor, paths):
