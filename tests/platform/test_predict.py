@@ -333,7 +333,7 @@ def test_an_iterator_that_is_given_up_waits_for_no_thread(predictor, paths):
     deadline_s = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # readers of tests before may have ended, too
 
 
 def test_changes_take_effect_and_wrong_ones_are_told(trained, predictor, paths):
