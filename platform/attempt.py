@@ -49,6 +49,7 @@ from deta.platform.config import RunConfig
 from deta.platform.kept_data import KeptDataError, kept_run
 from deta.platform.processes import ATTEMPT_MARK, end_marked
 from deta.platform.ray_metrics import RunExport
+from deta.platform.ray_reservations import give_back_reservations, note_reservation
 from deta.platform.run import Run
 from deta.platform.worker import train_worker
 
@@ -150,6 +151,8 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
             callbacks=callbacks,
         ),
     )
+    give_back_reservations(run.folder)
+    note_reservation(run.folder, trainer)
     with RunExport(run.folder, run.config.name):
         trainer.fit()
 

@@ -9,6 +9,7 @@ killed. What they know of one another is in the run's folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ from deta.platform.processes import (
     working_in,
 )
 from deta.platform.run import Run
-from deta.platform.run_file import describe_run, write_run_file
+from deta.platform.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.uploading import UploadState, finish_uploader, start_uploader
 from deta.platform.vigil import Vigil
 
@@ -253,6 +254,9 @@ class _Supervisor:
     def _attempt_once(self) -> Outcome:
         """Start the Ray driver and watch until it, or the run, has come to an end."""
         folder = self.run.folder
+        while not is_writable(folder / RUN_FILE):
+            self._require_a_disk()
+            time.sleep(LOOK_EVERY_S)
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
         self.vigil.begin_attempt()
         self.attempt_mark = new_mark()
@@ -305,7 +309,7 @@ class _Supervisor:
         Raises:
             RunFailedError: it has been so for a while.
         """
-        if os.access(self.run.folder, os.W_OK):
+        if is_writable(self.run.folder / RUN_FILE):
             self.writable_s = time.monotonic()
         elif time.monotonic() - self.writable_s > READ_ONLY_S:
             newest = newest_checkpoint(self.run.checkpoints)
@@ -318,7 +322,7 @@ class _Supervisor:
 
     def _outcome(self, attempt: subprocess.Popen[bytes]) -> Outcome:
         self.vigil.look()
-        if not os.access(self.run.folder, os.W_OK):
+        if not is_writable(self.run.folder / RUN_FILE):
             self.writable_s = -READ_ONLY_S
             self._require_a_disk()
         if self.vigil.ended:  # the cluster may be gone by then; the run is done
@@ -406,3 +410,16 @@ class _Supervisor:
         )
         self.console.conclude(result)
         return result
+
+
+def is_writable(file: Path) -> bool:
+    """Whether a file that is there may be changed. Nothing is written; a full disk counts as yes.
+
+    Asked by opening it: where ext4 has met an error and refuses to write (Linux 6.15 and later),
+    neither the mode nor the flags of the file system say so.
+    """
+    try:
+        os.close(os.open(file, os.O_WRONLY))
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return True

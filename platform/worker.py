@@ -14,6 +14,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 
 from deta.platform.attempt_outcome import FAILURES
 from deta.platform.detect import Worker
@@ -47,7 +48,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     except FencedOffError:  # another group has taken over; the run is its business
         raise
     except Exception as error:
-        _note_failure(run.folder, rank, error)
+        _note_failure(run.folder, rank, context.get_world_size(), error)
         raise
 
 
@@ -60,10 +61,12 @@ def _is_losing_a_node() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def _note_failure(folder: Path, rank: int, error: Exception) -> None:
+def _note_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:
     """For the supervisor, who may be on another machine and would not see Ray's exception."""
-    # What is wrong with the input, the configuration or the code comes again each time.
+    # What is wrong with the input, the configuration or the code comes again each time. What a
+    # worker raises when Ray has taken its group apart (a node goes, say) does not, of any type.
     kinds = (ValueError, FloatingPointError, TypeError, KeyError, torch.OutOfMemoryError)
+    is_alone = world_size > 1 and not dist.is_initialized()
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         message += "\nLower micro_batch_size; the total batch stays the same. --probe finds a size."
@@ -71,7 +74,7 @@ def _note_failure(folder: Path, rank: int, error: Exception) -> None:
         "rank": rank,
         "type": type(error).__name__,
         "message": message,
-        "comes_again": isinstance(error, kinds),
+        "comes_again": isinstance(error, kinds) and not is_alone,
         "traceback": traceback.format_exc(),
     }
     try:

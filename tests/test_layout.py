@@ -21,7 +21,10 @@ MAY_IMPORT = {
 }
 RAY_FILES = {
     f"platform/{name}.py"
-    for name in ("worker", "attempt", "submit", "sweep", "serve", "ray_metrics", "bootstrap_tasks")
+    for name in (
+        *("worker", "attempt", "submit", "sweep", "serve"),
+        *("ray_metrics", "ray_reservations", "bootstrap_tasks"),
+    )
 }
 MLFLOW_FILES = {
     f"platform/{name}.py"

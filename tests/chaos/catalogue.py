@@ -34,6 +34,8 @@ SCENARIOS = (
              stock.gcs_killed),
     Scenario("A11", "a bug that raises at step 7, always", "stops at 3, ≤ 60 s",
              processes.crash_loop, "counts all failures, no back-off, default 0", stock.crash_loop),
+    Scenario("GP", "SIGKILL of a worker every two minutes: goodput", "≥ 87.5 % since the first step",
+             processes.killed_every_two_minutes, "", stock.killed_every_two_minutes),
     Scenario("B1", "SIGKILL at a random moment of a save", "0 unloadable; 0 acknowledged lost",
              storage.killed_while_saving, "16/20 unloadable (torch.save in place)",
              stock.killed_while_saving, quick=True),

@@ -28,6 +28,7 @@ from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import recovery
 
 PHASE_STEPS = 40
+ELASTIC_EPOCHS = 40  # of a run on several nodes
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def partition(place: Place, options: Options) -> Outcome:
             events = run.events()
     groups = [e for e in events if e["kind"] == "begin"]
     losses = oracles.losses(events, same_again=False)
-    expect(len(losses) == 12 * STEPS_PER_EPOCH, f"{len(losses)} steps in the journal")
+    expect(len(losses) == ELASTIC_EPOCHS * STEPS_PER_EPOCH, f"{len(losses)} steps in the journal")
     sizes = [group.get("world_size") for group in groups]
     expect(1 in sizes, f"groups of {sizes} workers; it did not go on with one")
     writers = _most_writers(events)
@@ -299,8 +300,8 @@ def node_drained(place: Place, options: Options) -> Outcome:
 
 def _elastic_run(place: Place, cluster: NetnsCluster, name: str) -> TinyRun:
     return TinyRun(
-        place, name, prefix=cluster.within(0), schedule__epochs=40, evaluate_every_epochs=40,
-        cluster__min_workers=1, cluster__num_workers=2,
+        place, name, prefix=cluster.within(0), schedule__epochs=ELASTIC_EPOCHS,
+        evaluate_every_epochs=ELASTIC_EPOCHS, cluster__min_workers=1, cluster__num_workers=2,
         environment=cluster.environment
         | {"MLFLOW_TRACKING_URI": f"sqlite:///{place.folder}/{name}-mlflow.db"},
     )  # fmt: skip

@@ -157,6 +157,26 @@ def terminated(place: Place, options: Options) -> Outcome:
         return Outcome(f"exit code {code} after {took_s:.1f} s; {lost} steps lost", "")
 
 
+def killed_every_two_minutes(place: Place, options: Options) -> Outcome:
+    """As ours: with as many retries as it wants, no MLflow, a checkpoint every ten steps."""
+    from tests.chaos.scenarios_processes import EVERY_S, useful_seconds
+
+    times = options.times(3)
+    with StockRun(place, "gp", steps=10**6) as run:
+        run.start()
+        expect(run.wait_for_step(8), "the plain job did not start")
+        begun_s = time.time()
+        for number in range(times):
+            time.sleep(max(0.0, begun_s + 60 + EVERY_S * number - time.time()))
+            victims = run.family.alive("worker")
+            expect(victims, "no worker to kill: the one before was not replaced")
+            victims[0].send(signal.SIGKILL)
+        time.sleep(max(0.0, begun_s + EVERY_S * times - time.time()))
+        lines = sorted(run.rows("begin") + run.rows("step"), key=lambda row: row["time_s"])
+    share = useful_seconds(lines) / (EVERY_S * times)
+    return Outcome(f"{100 * share:.1f} % since the first step", "", True)
+
+
 def nan_loss(place: Place, options: Options) -> Outcome:
     with StockRun(place, "d1", steps=30, nan_rank=1, nan_step=20) as run:
         run.start()

@@ -1,0 +1,170 @@
+"""What checkpoints cost a training: DETA R50 as published, with averaged weights.
+
+  python benchmarks/checkpoint.py [--size 320 320] [--saves 4] [--folder DIR] [--every-minutes 5]
+
+One process trains, and saves as a run does: a copy of the state in memory, for which the training
+waits, and a thread that writes, hashes and forces it to disk. Steps are timed with no save in
+flight and with one, in turns. The cost at an interval is what the steps waited, and what they took
+longer beside a write, over that interval. torch.save in place, which the training waits for, stands
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from measuring import processor
+
+from deta.jobs.deta_r50 import official_12ep
+from deta.model.architectures import make_criterion, without_download
+from deta.model.batch import Batch, Target, pad_batch
+from deta.platform.checkpoint import RunState, Snapshot, take_snapshot
+from deta.platform.checkpoint_writer import CheckpointWriter
+from deta.platform.coco import CocoDataset
+from deta.platform.config import RunConfig
+from deta.platform.detect import Worker
+from deta.platform.learner import Learner, make_learner
+from deta.platform.run import Run
+from deta.platform.shapes import write_shapes
+from deta.platform.step import train_step
+
+NUM_OBJECTS = 8
+QUIET_STEPS = 4  # between two saves
+GOAL_PERCENT = 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 320), metavar=("H", "W"))
+    parser.add_argument("--saves", type=int, default=4)
+    parser.add_argument("--every-minutes", type=float, default=5.0)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
+        measure(Path(temporary), tuple(arguments.size), arguments.saves, arguments.every_minutes)
+
+
+def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: float) -> None:
+    run = drawn_run(folder)
+    learner = make_learner(run, Worker(), None)
+    step = Step(run.config, learner, one_batch(size))
+    writer = CheckpointWriter(run.checkpoints)
+    print(f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    step.seconds()  # moments are made, allocators warm up
+    quiet, beside, blocked, written, num_bytes = [], [], [], [], 0
+    for save in range(saves + 1):
+        quiet += [step.seconds() for _ in range(QUIET_STEPS)]
+        began_s = time.perf_counter()
+        writer.save(lambda into: snapshot_of(run, learner, step.count, into))
+        waited_s = time.perf_counter() - began_s
+        during = []
+        while writer.is_busy:
+            during.append(step.seconds())
+        (outcome,) = writer.poll()
+        assert outcome.path is not None, outcome.error
+        num_bytes = sum(file.stat().st_size for file in outcome.path.iterdir())
+        print(
+            f"save {save}: {num_bytes / 1e6:.0f} MB, steps waited {waited_s:.2f} s, on disk after "
+            f"{outcome.seconds:.1f} s, {len(during)} steps of {statistics.median(during):.2f} s "
+            "beside it" + (" (first: its memory is taken now)" if save == 0 else ""),
+            flush=True,
+        )
+        if save > 0:  # the last of `during` may have gone on after the write
+            blocked.append(waited_s)
+            written.append(outcome.seconds)
+            beside += during[:-1] or during
+    in_place = [torch_save(folder / "torch.pt", learner) for _ in range(2)][-1]
+
+    step_s, beside_s = statistics.median(quiet), statistics.median(beside)
+    ratio = beside_s / step_s
+    waited_s, write_s = statistics.median(blocked), statistics.median(written)
+    interval_s = 60 * every_minutes
+    slowed_s = write_s * (1 - 1 / ratio) if ratio > 1 else 0.0
+    print(f"\nload {os.getloadavg()[0]:.1f}; medians of {saves} saves of {num_bytes / 1e6:.0f} MB")
+    print("| | seconds | of the time, at one save in "
+          f"{every_minutes:g} min |\n|---|---|---|")  # fmt: skip
+    for what, seconds in (
+        ("steps wait for the copy in memory", waited_s),
+        (f"a step beside a write takes {ratio:.2f}× (n={len(beside)}): lost", slowed_s),
+        ("torch.save in place, steps wait for all of it", in_place),
+    ):
+        print(f"| {what} | {seconds:.2f} | {100 * seconds / interval_s:.2f} % |")
+    share = 100 * waited_s / interval_s
+    word = "reached" if share <= GOAL_PERCENT else "NOT reached"
+    print(f"\nwaiting {share:.2f} % of the time; goal ≤ {GOAL_PERCENT} %: {word}")
+
+
+def drawn_run(folder: Path) -> Run:
+    """The published recipe; the data set is only there for its classes."""
+    drawn = write_shapes(folder / "drawn", num_train=4, num_val=2, size_px=64)
+    config = official_12ep()
+    config = replace(
+        config,
+        model=replace(without_download(config.model), num_classes=91),
+        ema_decay=0.9997,
+    )
+    train_set = CocoDataset.open(drawn.train_images, drawn.train_annotations)
+    val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
+    return Run(config, folder / "run", train_set, val_set)
+
+
+def one_batch(size: tuple[int, int]) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(3, *size, generator=generator)
+    boxes = torch.rand(NUM_OBJECTS, 4, generator=generator) * 0.3 + torch.tensor([0.3, 0.3, 0, 0])
+    labels = torch.randint(1, 91, (NUM_OBJECTS,), generator=generator)
+    return pad_batch([image], [Target(boxes, labels)], [0])
+
+
+class Step:
+    """The training's own step, with the average that is saved too."""
+
+    def __init__(self, config: RunConfig, learner: Learner, batch: Batch) -> None:
+        self.config, self.learner, self.batch = config, learner, batch
+        self.criterion = make_criterion(config.criterion, config.model)
+        self.count = 0
+        learner.model.train()
+
+    def seconds(self) -> float:
+        began_s = time.perf_counter()
+        train_step(
+            self.learner.parallel, self.criterion, [self.batch], self.learner.optimizer,
+            num_boxes=NUM_OBJECTS, seeds=[self.count],
+            max_grad_norm=self.config.optim.max_grad_norm, precision=torch.float32,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        assert self.learner.average is not None
+        self.learner.average.update_parameters(self.learner.model)
+        self.count += 1
+        return time.perf_counter() - began_s
+
+
+def snapshot_of(run: Run, learner: Learner, step: int, into: Snapshot | None) -> Snapshot:
+    return take_snapshot(
+        RunState(step=step, samples_seen=step, epoch=0.0), run.config, run.train_set.categories,
+        learner.evaluated.state_dict(), learner.training_state(), into,
+    )  # fmt: skip
+
+
+def torch_save(path: Path, learner: Learner) -> float:
+    """The same tensors, forced to disk as well."""
+    state = {"model": learner.evaluated.state_dict(), "training": learner.training_state()}
+    began_s = time.perf_counter()
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began_s
+
+
+if __name__ == "__main__":
+    main()

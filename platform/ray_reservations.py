@@ -1,0 +1,56 @@
+"""What earlier attempts at a run still have reserved on a cluster, given back.
+
+A group of workers that may grow and shrink asks Ray's autoscaling coordinator for its resources. An
+attempt that was killed cannot take its request back, and for three minutes Ray would count them as
+taken and tell the next attempt that there is no room (ray 2.60, `train/v2/_internal/execution/
+scaling_policy`). Neither the name of the request nor its length can be set, so the names are kept
+in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ray
+from ray.train.torch import TorchTrainer
+
+from deta.platform.run_file import write_json
+
+FILE_NAME = "reservations.json"
+COORDINATOR = "AutoscalingCoordinator"  # the name of the actor, and of its namespace
+ANSWER_WITHIN_S = 5.0
+
+
+def note_reservation(folder: Path, trainer: TorchTrainer) -> None:
+    """Remember under which name this trainer will ask for resources."""
+    names = _noted(folder) + [f"train-{trainer.train_run_context.run_id}"]
+    try:
+        write_json(folder / FILE_NAME, {"requesters": names}, force=False)
+    except OSError:  # a full disk: at worst the next attempt waits three minutes
+        print("the name of the reservation could not be kept", flush=True)
+
+
+def give_back_reservations(folder: Path) -> None:
+    """Take back what attempts of this run that have ended asked for."""
+    names = _noted(folder)
+    if not names:
+        return
+    try:
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+    except ValueError:  # another cluster by now, where nobody has asked for anything
+        return
+    try:
+        ray.get([coordinator.cancel_request.remote(name) for name in names],
+                timeout=ANSWER_WITHIN_S)  # fmt: skip
+        write_json(folder / FILE_NAME, {"requesters": []}, force=False)
+    except Exception as error:  # they lapse by themselves
+        print(f"reservations of earlier attempts could not be given back: {error}", flush=True)
+
+
+def _noted(folder: Path) -> list[str]:
+    try:
+        names = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["requesters"]
+        return [str(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
