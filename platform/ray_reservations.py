@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
 
 from deta.platform.run_file import write_json
 
@@ -22,8 +22,8 @@ COORDINATOR = "AutoscalingCoordinator"  # the name of the actor, and of its name
 ANSWER_WITHIN_S = 5.0
 
 
-def note_reservation(folder: Path, trainer: TorchTrainer) -> None:
-    """Remember under which name this trainer will ask for resources."""
+def note_reservation(folder: Path, trainer: Any) -> None:
+    """Remember under which name this TorchTrainer will ask for resources."""
     names = _noted(folder) + [f"train-{trainer.train_run_context.run_id}"]
     try:
         write_json(folder / FILE_NAME, {"requesters": names}, force=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
@@ -37,6 +38,22 @@ def worst_difference(ours: dict[int, str], theirs: dict[int, str]) -> float:
         raise ScenarioError(f"other steps: {sorted(ours.keys() ^ theirs.keys())[:10]}")
     pairs = [(float.fromhex(ours[s]), float.fromhex(theirs[s])) for s in ours]
     return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def useful_seconds(events: Iterable[Event]) -> float:
+    """Of each step the time since the step, or the begin, before it; of one done twice, the last.
+
+    Of plain Ray's job, the steps are called "step".
+    """
+    before_s = math.nan
+    seconds: dict[int, float] = {}
+    for event in events:
+        if event["kind"] == "begin":
+            before_s = event["time_s"]
+        elif event["kind"] in ("progress", "step"):
+            seconds[event["step"]] = event["time_s"] - before_s
+            before_s = event["time_s"]
+    return sum(seconds.values())
 
 
 def samples(records: Path) -> dict[int, list[tuple[int, str]]]:

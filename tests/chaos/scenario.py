@@ -12,6 +12,8 @@ from typing import Any
 
 from tests.chaos.runs import Place, ScenarioError, say
 
+BETWEEN_KILLS_S = 120.0  # where goodput is measured
+
 
 @dataclass(frozen=True)
 class Options:

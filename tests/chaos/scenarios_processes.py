@@ -12,16 +12,14 @@ from tests.chaos.direct import undisturbed
 from tests.chaos.runs import (
     STEPS_PER_EPOCH,
     TINY,
-    Event,
     Place,
     TinyRun,
     expect,
     say,
 )
-from tests.chaos.scenario import Options, Outcome
+from tests.chaos.scenario import BETWEEN_KILLS_S, Options, Outcome
 
 INTERVAL = int(TINY["checkpoint.every_steps"])
-EVERY_S = 120.0  # between two kills, where goodput is measured
 
 
 def worker_killed(place: Place, options: Options) -> Outcome:
@@ -265,38 +263,24 @@ def killed_every_two_minutes(place: Place, options: Options) -> Outcome:
         run.wait_for_step(8)
         begun_s = time.time()
         for number in range(times):
-            time.sleep(max(0.0, begun_s + 60 + EVERY_S * number - time.time()))
+            time.sleep(max(0.0, begun_s + 60 + BETWEEN_KILLS_S * number - time.time()))
             hit_s = time.time()
             chance.choice(run.family.alive("worker") or [run.one("worker")]).send(signal.SIGKILL)
             took_s, again, _ = recovery(run, hit_s, timeout_s=120)
             say(f"gp: worker killed, new step after {took_s:.1f} s, {again} steps done again")
-        time.sleep(max(0.0, begun_s + EVERY_S * times - time.time()))
+        time.sleep(max(0.0, begun_s + BETWEEN_KILLS_S * times - time.time()))
         run.signal(signal.SIGTERM)
         expect(run.wait(60) == 143, f"exit code of a stopped run: {run.tail()}")
         events = run.events()
     ended = next(e for e in reversed(events) if e["kind"] == "ended")
-    useful_s = useful_seconds(events)
+    useful_s = oracles.useful_seconds(events)
     since_typed = useful_s / (ended["time_s"] - began_s)
     since_begun = useful_s / (ended["time_s"] - begun_s)
     told = ended["goodput"]
     expect(abs(told - since_typed) < 0.05, f"the run tells {told:.3f}, counted {since_typed:.3f}")
     return Outcome(
-        round(100 * since_begun, 1), "% since the first step", since_begun >= 1 - 15 / EVERY_S,
+        round(100 * since_begun, 1), "% since the first step",
+        since_begun >= 1 - 15 / BETWEEN_KILLS_S,
         f"{100 * since_typed:.1f} % since the command was typed, {100 * told:.1f} % by its own "
         f"count; {times} kills in {ended['time_s'] - began_s:.0f} s",
     )  # fmt: skip
-
-
-def useful_seconds(events: list[Event]) -> float:
-    """Of each step the time since the step, or the begin, before it; of one done twice, the last.
-
-    Of plain Ray's job, the steps are called "step".
-    """
-    before_s, seconds = math.nan, {}
-    for event in events:
-        if event["kind"] == "begin":
-            before_s = event["time_s"]
-        elif event["kind"] in ("progress", "step"):
-            seconds[event["step"]] = event["time_s"] - before_s
-            before_s = event["time_s"]
-    return sum(seconds.values())

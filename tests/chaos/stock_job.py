@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 EVERY_STEPS = 10
+MAX_FAILURES = 3
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ def main(folder: Path, steps: int) -> None:
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(
             name="stock", storage_path=str(folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=3),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )  # fmt: skip
     trainer.fit()
