@@ -131,8 +131,9 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
     num_workers: Any = cluster.num_workers
     if cluster.min_workers not in (None, cluster.num_workers):
         num_workers = (cluster.min_workers, cluster.num_workers)
-        # How long it waits for all of them before it goes on with fewer.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+        # Only what Ray sees as free is asked for, so there is room at once, or Ray does not know
+        # yet that a node is gone, looks again after this long, and goes on with fewer.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"run": ray.put(run)},

@@ -138,7 +138,7 @@ def disk_read_only(place: Place, options: Options) -> Outcome:
     expect("--resume" in said, f"no hint how to go on: {said[-500:]}")
     return Outcome(
         round(took_s, 1), "s until it stopped", True,
-        "in memory until its end, then stopped with a hint; resumed after mending, bit-equal",
+        "told the cause and how to go on; resumed after mending, bit-equal",
     )  # fmt: skip
 
 
