@@ -1,0 +1,138 @@
+"""What knowing more than AP takes, at the size of COCO val2017, with drawn detections.
+
+  python benchmarks/evaluation.py                        5,000 images, 1,000 resamples
+  python benchmarks/evaluation.py --images 500 --resamples 100 --no-ray
+
+In one run: COCO's numbers, the explanation of them (jobs/evaluate.py and each evaluation of a
+training make both), what is kept on disk, and the paired bootstrap of jobs/compare.py, in this
+process and as Ray tasks. What share of an evaluation the explanation takes depends on how many
+images a second the model looks at, so it is printed for several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from measuring import processor
+
+from deta.platform.bootstrap import paired_difference
+from deta.platform.bootstrap_tasks import ray_tasks
+from deta.platform.evaluate import evaluate_detections
+from deta.platform.evaluation_files import Origin, write_evaluation
+from deta.platform.explain import EXPLANATION, explain, write_explanation
+
+BOXES_PER_IMAGE, NUM_CLASSES, DETECTIONS_PER_IMAGE = 7.4, 80, 100  # of COCO and of its metrics
+IMAGES_PER_S = (10, 50, 200)
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--resamples", type=int, default=1000)
+    parser.add_argument("--no-ray", action="store_true")
+    arguments = parser.parse_args()
+    truth = drawn_truth(arguments.images)
+    a, b = (drawn_results(truth, seed, noise) for seed, noise in ((1, 0.08), (2, 0.06)))
+    print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{len(truth['images'])} images, {len(truth['annotations'])} boxes, "
+          f"{NUM_CLASSES} classes, {len(a)} detections\n")  # fmt: skip
+    print("| | seconds |\n|---|---|")
+    metrics = timed("COCO's numbers", lambda: evaluate_detections(truth, a))
+    explanation = timed("explanation", lambda: explain(truth, a))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "evaluation"
+        origin = Origin(description="drawn", data_fingerprint="0" * 64)
+        timed("kept on disk", lambda: write_evaluation(folder, truth, a, metrics, origin))
+        timed("explanation, kept", lambda: write_explanation(folder / EXPLANATION, explanation))
+    print("\nexplanation, of all the time that an evaluation takes:")
+    for rate in IMAGES_PER_S:
+        looking_s = arguments.images / rate
+        share = explanation.seconds / (explanation.seconds + looking_s)
+        print(f"  {100 * share:.0f} % at {rate} images/s")
+    print()
+
+    print("| | seconds |\n|---|---|")
+    what = f"{arguments.resamples} paired resamples"
+    here = timed(f"{what}, in this process",
+                 lambda: paired_difference(truth, a, b, resamples=arguments.resamples))  # fmt: skip
+    print(f"\nAP {100 * here.ap_a:.1f} and {100 * here.ap_b:.1f}; difference "
+          f"{100 * here.difference:+.2f}, interval {100 * here.low:+.2f} to "
+          f"{100 * here.high:+.2f}\n")  # fmt: skip
+    if arguments.no_ray:
+        return
+    with ray_tasks(print) as ray_map:
+        there = timed(
+            f"{what}, Ray tasks",
+            lambda: paired_difference(truth, a, b, resamples=arguments.resamples, map=ray_map),
+        )
+    same = (there.low, there.high) == (here.low, here.high)
+    assert same, "tasks must give the same interval"
+
+
+def timed(what: str, call: Callable[[], T]) -> T:
+    began_s = time.perf_counter()
+    result = call()
+    print(f"| {what} | {time.perf_counter() - began_s:.1f} |", flush=True)
+    return result
+
+
+def drawn_truth(num_images: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    annotations = []
+    for image_id in range(1, num_images + 1):
+        for _ in range(rng.poisson(BOXES_PER_IMAGE)):
+            w, h = np.exp(rng.uniform(2.5, 5.5, 2))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id,
+                "category_id": int(1 + NUM_CLASSES * rng.random() ** 2),  # some are frequent
+                "bbox": [*rng.uniform(0, (400, 300)).tolist(), float(w), float(h)],
+                "area": float(w * h), "iscrowd": int(rng.random() < 0.01),
+            })  # fmt: skip
+    return {
+        "images": [{"id": i, "width": 640, "height": 480} for i in range(1, num_images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, NUM_CLASSES + 1)],
+    }
+
+
+def drawn_results(truth: dict[str, Any], seed: int, noise: float) -> list[dict[str, Any]]:
+    """Most boxes found, with errors of that share of their size; the rest of 100 is noise."""
+    rng = np.random.default_rng(seed)
+    results = []
+    true: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        true[annotation["image_id"]].append(annotation)
+    for image_id, boxes in true.items():
+        for box in boxes:
+            if rng.random() < 0.85:
+                _, _, w, h = box["bbox"]
+                moved = np.array(box["bbox"]) + rng.normal(size=4) * noise * np.array([w, h, w, h])
+                wrong = rng.random() < 0.1
+                results.append({
+                    "image_id": image_id,
+                    "category_id": int(rng.integers(1, NUM_CLASSES + 1)) if wrong
+                    else box["category_id"],
+                    "bbox": moved.tolist(), "score": float(rng.beta(4, 2)),
+                })  # fmt: skip
+        for _ in range(max(0, DETECTIONS_PER_IMAGE - len(boxes))):
+            results.append({
+                "image_id": image_id, "category_id": int(rng.integers(1, NUM_CLASSES + 1)),
+                "bbox": [*rng.uniform(0, 400, 2).tolist(), *rng.uniform(5, 200, 2).tolist()],
+                "score": float(rng.beta(1, 8)),
+            })  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    main()
