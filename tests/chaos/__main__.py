@@ -4,6 +4,7 @@
   python -m tests.chaos --core           all of them; under 40 minutes on two cores
   python -m tests.chaos --quick          those of ten minutes
   python -m tests.chaos --core --stock --json chaos.jsonl --table
+  python -m tests.chaos --tabulate chaos.jsonl
 
 Each prints one line of JSON, {"id", "passed", "figure", "unit", "goal", "stock"}; what happens
 meanwhile is on stderr. --stock runs plain Ray Train, torch.save and MLflow beside it, where a
@@ -45,12 +46,20 @@ def main() -> int:
     parser.add_argument("--soak-s", type=float, default=90.0, help="seconds of G5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the lines to a file")
     parser.add_argument("--table", action="store_true", help="a Markdown table at the end")
+    parser.add_argument(
+        "--tabulate", type=Path, metavar="FILE", help="only the table, of what --json wrote"
+    )
     parser.add_argument("--keep", action="store_true", help="leave runs and logs on the disk")
     arguments = parser.parse_args()
     if arguments.list:
         for scenario in SCENARIOS:
             mark = "quick" if scenario.quick else "     "
             print(f"{scenario.id:<4} {mark}  {scenario.fault}  [{scenario.goal}]")
+        return 0
+    if arguments.tabulate:
+        lines = arguments.tabulate.read_text(encoding="utf-8").splitlines()
+        latest = {row["id"]: row for row in map(json.loads, lines)}
+        print(table([latest[scenario.id] for scenario in SCENARIOS if scenario.id in latest]))
         return 0
     unknown = [name for name in arguments.ids if name.upper() not in BY_ID]
     if unknown:

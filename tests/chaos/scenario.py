@@ -68,7 +68,7 @@ class Scenario:
             if "reason" in measured:
                 row["stock"] = f"not measured: {measured['reason']}"
         elif self.stock_known:
-            row["stock"] = f"{self.stock_known} (RELIABILITY.md)"
+            row["stock"] = f"{self.stock_known} (earlier study)"
         say(json.dumps(row, ensure_ascii=False))
         return row
 
