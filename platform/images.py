@@ -82,12 +82,13 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Size in pixels and bytes of an image file; no pixel is decoded.
 
     Raises:
-        ImageError: the file is missing, not of an accepted format, or has over `max_pixels`.
+        ImageError: the file is missing, not of an accepted format, has over `max_pixels`, or many
+            more bytes than its pixels need.
         OSError: the storage failed.
     """
     num_bytes = _file_size(path, max_pixels)
     with _reading(path), open(path, "rb") as file:
-        return Header(*_open_header(file, path, max_pixels).size, num_bytes)
+        return Header(*_open_header(file, path, max_pixels, num_bytes).size, num_bytes)
 
 
 def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -124,7 +125,7 @@ def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Im
     if content.startswith(PNG_SIGNATURE):
         _check_png_chunks(content, path)
 
-    image = _open_header(BytesIO(content), path, max_pixels)
+    image = _open_header(BytesIO(content), path, max_pixels, len(content))
     try:
         image.load()
     except MemoryError:
@@ -153,7 +154,9 @@ def _file_size(path: Path, max_pixels: int) -> int:
     return status.st_size
 
 
-def _open_header(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile.ImageFile:
+def _open_header(
+    file: BinaryIO, path: Path, max_pixels: int, num_bytes: int
+) -> ImageFile.ImageFile:
     """The picture with its header read and no pixel yet.
 
     Calls the format's class and not `PIL.Image.open`, whose pixel limit is one number for the
@@ -182,6 +185,11 @@ def _open_header(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile.Image
         raise ImageError(
             f"{path}: has {width} x {height} pixels, more than max_pixels={max_pixels:,}; "
             "shrink it, or raise the limit"
+        )
+    if num_bytes > BYTES_PER_PIXEL * width * height + OTHER_BYTES:
+        raise ImageError(
+            f"{path}: has {num_bytes:,} bytes, more than {width} x {height} pixels need and "
+            f"{OTHER_BYTES >> 20} MiB beside them; export it again without what else it holds"
         )
     return image
 

@@ -215,6 +215,20 @@ def test_the_pixel_limit_is_the_callers_and_not_that_of_pil(tmp_path: Path) -> N
         decode(tmp_path / "x.png", max_pixels=64 * 48 - 1)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_small_picture_with_much_behind_it_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"stuffed.{suffix}"
+    photo().save(path)
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(20 << 20))
+
+    for read in (read_header, decode):
+        with pytest.raises(ImageError, match=r"stuffed.*64 x 48 pixels need"):
+            read(path)
+    path.write_bytes(content + bytes(10 << 20))  # previews, profiles, text: some is borne
+    assert decode(path).size == (64, 48)
+
+
 def test_decoding_refuses_to_run_where_pil_hides_truncation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
