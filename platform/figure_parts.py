@@ -18,7 +18,7 @@ Plot = dict[str, Any]  # {"data": [...], "layout": {...}}
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 LABEL_PX = 16  # height of a label, with its share of the gap
-LETTER_PX = 6.6  # about the width of a letter of a label
+LETTER_PX = 7.6  # about the width of a letter of a label, in DejaVu Sans, the widest usual font
 MAX_LETTERS = 34
 
 

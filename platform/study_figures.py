@@ -52,13 +52,14 @@ class ForestRow:
 def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -> Plot:
     """Estimates below one another, each with its interval and the values it comes from."""
     data: list[Trace] = []
-    notes = []
+    notes, numbers = [], []
     halves = [row.interval.half_width for row in rows if row.interval]
     decimals = common_decimals(halves)
     shown = [0.0] * zero
     for place, row in enumerate(rows):
         low, high = (row.interval.low, row.interval.high) if row.interval else (None, None)
         number = interval_text(row.estimate, row.interval, decimals)
+        numbers.append(number)
         shown += [row.estimate, *(value for _, value in row.values)]
         shown += [row.interval.low, row.interval.high] if row.interval else []
         if row.values:
@@ -93,9 +94,10 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -
             notes.append(label(number, 1, place, xref="paper", xshift=14))
     names = [row.name for row in rows]
     row_px = NARROW_ROW_PX + 12 if narrow else ROW_PX
+    sides_px = {"l": label_px(names, LETTERS_WIDE), "r": 14 + label_px(numbers)}
     layout = {
         "height": 70 + row_px * len(rows),
-        "margin": {"l": 4, "r": 8} if narrow else {"l": label_px(names, LETTERS_WIDE), "r": 150},
+        "margin": {"l": 4, "r": 8} if narrow else sides_px,
         "xaxis": axis(title, showgrid=True, range=list(padded(shown))),
         "yaxis": {
             "range": [len(rows) - 0.5, -0.85 if narrow else -0.5],
