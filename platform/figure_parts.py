@@ -20,6 +20,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 LABEL_PX = 16  # height of a label, with its share of the gap
 LETTER_PX = 7.6  # about the width of a letter of a label, in DejaVu Sans, the widest usual font
 MAX_LETTERS = 34
+LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
 
 
 def color_of(index: int) -> str:

@@ -18,7 +18,9 @@ from deta.platform.page import (
     paragraph,
     write_page,
 )
+from deta.platform.parallel_figure import parallel_axes, parallel_coordinates
 from deta.platform.study import Analysis
+from deta.platform.study_content import StudyReport
 from deta.platform.study_figures import (
     ForestRow,
     cell_rows,
@@ -30,7 +32,6 @@ from deta.platform.study_figures import (
 )
 from deta.platform.study_summary import summary
 from deta.platform.study_tables import (
-    StudyReport,
     anchors_table,
     cells_table,
     changed_table,
@@ -54,8 +55,6 @@ from deta.platform.sweep_figures import (
     cost_against_ap,
     learning_curves,
     mean_curves,
-    parallel_axes,
-    parallel_coordinates,
     power_curve,
 )
 

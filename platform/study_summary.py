@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from deta.platform.page import LINK, Link, Table, visible
+from deta.platform.study_content import StudyReport
 from deta.platform.study_tables import (
-    StudyReport,
     anchors_table,
     cells_table,
     changed_table,

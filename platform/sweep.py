@@ -47,8 +47,8 @@ from deta.platform.processes import RUN_MARK, end_marked, new_mark, working_in
 from deta.platform.run import Run
 from deta.platform.run_file import write_json
 from deta.platform.search_space import Sweep
+from deta.platform.study_content import StudyReport
 from deta.platform.study_design import Trial
-from deta.platform.study_tables import StudyReport
 from deta.platform.sweep_folder import describe_sweep, read_sweep, refuse_another, write_sweep
 from deta.platform.sweep_probe import Speed, measure, whole_estimate
 from deta.platform.sweep_state import LOOK_EVERY_S, SweepState, check_trials

@@ -18,10 +18,10 @@ from deta.platform.run_file import read_run_file
 from deta.platform.search_space import Sweep
 from deta.platform.study import Analysis, Decomposition
 from deta.platform.study_analysis import analyse
+from deta.platform.study_content import Provenance, StudyReport
 from deta.platform.study_decomposition import decompose
 from deta.platform.study_design import Trial
 from deta.platform.study_report import HTML_NAME, MARKDOWN_NAME, write_report
-from deta.platform.study_tables import Provenance, StudyReport
 from deta.platform.sweep_folder import TRIAL_FILE, TRIALS_FOLDER, base_of, read_sweep
 from deta.platform.trial import TrialRecord
 from deta.platform.trial_folder import TrialFolder

@@ -20,8 +20,8 @@ from deta.platform.optuna_search import Proposer
 from deta.platform.run import Run
 from deta.platform.run_file import read_run_file
 from deta.platform.search_space import Optuna, Sweep
+from deta.platform.study_content import StudyReport
 from deta.platform.study_design import Trial
-from deta.platform.study_tables import StudyReport
 from deta.platform.sweep_folder import write_parent_file, write_trial_files
 from deta.platform.sweep_probe import Speed
 from deta.platform.sweep_report import (

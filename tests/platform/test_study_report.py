@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 
 from deta.platform.figure_parts import spread
+from deta.platform.parallel_figure import parallel_axes
 from deta.platform.study import Anchor, Cell, Question
 from deta.platform.study_analysis import analyse
+from deta.platform.study_content import Provenance, StudyReport
 from deta.platform.study_decomposition import decompose
 from deta.platform.study_report import sections, write_report
 from deta.platform.study_summary import plain, summary
-from deta.platform.study_tables import Provenance, StudyReport, amount
-from deta.platform.sweep_figures import learning_curves, mean_curves, parallel_axes
+from deta.platform.study_tables import amount
+from deta.platform.sweep_figures import learning_curves, mean_curves
 from deta.platform.trial import TrialCost, TrialRecord
 
 HOSTILE = (
