@@ -6,15 +6,20 @@ in one answer behind it, and drawing code last. The file carries everything and 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-from functools import cache
 from typing import Any
 
 from deta.platform.leaderboard_look import BOARD_STYLE
 from deta.platform.leaderboard_script import BOARD_SCRIPT
-from deta.platform.page import Markup, element, join, json_text, paragraph, plotly_source
+from deta.platform.page import (
+    Markup,
+    document,
+    element,
+    json_text,
+    paragraph,
+    plotly_source,
+    policy_hash,
+)
 from deta.platform.page_look import STYLE
 
 TITLE = "Leaderboard"
@@ -43,7 +48,7 @@ def whole_page(content: dict[str, Any], mlflow: str) -> str:
     plotly = plotly_source()
     setup = {"content": content, "mlflow": _address(mlflow), "of": "", "is_live": False}
     policy = (
-        f"default-src 'none'; script-src {_hash(BOARD_SCRIPT)} {_hash(plotly)}; "
+        f"default-src 'none'; script-src {policy_hash(BOARD_SCRIPT)} {policy_hash(plotly)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     return _page(setup, [element("script", Markup(plotly))], policy)
@@ -56,56 +61,27 @@ def live_policy() -> str:
     server has is plotly's.
     """
     return (
-        f"default-src 'none'; script-src {_hash(BOARD_SCRIPT)} 'self'; "
+        f"default-src 'none'; script-src {policy_hash(BOARD_SCRIPT)} 'self'; "
         "style-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
         "form-action 'none'; frame-ancestors 'none'"
     )
 
 
 def _page(setup: dict[str, Any], scripts: list[Markup], policy: str | None) -> str:
-    meta = (
-        []
-        if policy is None
-        else [element("meta", http_equiv="Content-Security-Policy", content=policy)]
-    )
-    return join(
-        [
-            Markup("<!DOCTYPE html>\n"),
-            element(
-                "html",
-                element(
-                    "head",
-                    element("meta", charset="utf-8"),
-                    *meta,
-                    element(
-                        "meta", name_="viewport", content="width=device-width, initial-scale=1"
-                    ),
-                    element("meta", name_="color-scheme", content="light dark"),
-                    element("meta", name_="referrer", content="no-referrer"),
-                    element("title", TITLE),
-                    element("style", Markup(STYLE)),
-                    element("style", Markup(BOARD_STYLE)),
-                ),
-                element(
-                    "body",
-                    element("a", "Skip to the runs", href="#runs", class_="skip"),
-                    element(
-                        "header",
-                        element("h1", TITLE),
-                        element("p", id="note", role="status"),
-                        element("p", id="error", role="alert", hidden=""),
-                    ),
-                    element("main", _runs(), _figure(), _champions()),
-                    element("script", json_text(setup), type="application/json", id="setup"),
-                    element("script", Markup(BOARD_SCRIPT)),
-                    *scripts,
-                    class_="board",
-                ),
-                lang="en",
-            ),
-            Markup("\n"),
-        ]
-    )
+    body = [
+        element("a", "Skip to the runs", href="#runs", class_="skip"),
+        element(
+            "header",
+            element("h1", TITLE),
+            element("p", id="note", role="status"),
+            element("p", id="error", role="alert", hidden=""),
+        ),
+        element("main", _runs(), _figure(), _champions()),
+        element("script", json_text(setup), type="application/json", id="setup"),
+        element("script", Markup(BOARD_SCRIPT)),
+        *scripts,
+    ]
+    return document(TITLE, [STYLE, BOARD_STYLE], body, policy=policy, class_="board")
 
 
 def _runs() -> Markup:
@@ -224,8 +200,3 @@ def _address(mlflow: str) -> str:
     """Where links lead; none where the address is not one of http(s), or holds a password."""
     mlflow = mlflow.rstrip("/")
     return mlflow if ADDRESS.fullmatch(mlflow) else ""
-
-
-@cache
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -208,46 +208,50 @@ def page(
         raise ValueError(f"names are used twice on one page: {', '.join(sorted(twice))}")
     scripts = [*([plotly_source(), SCRIPT] if figures else []), *scripts]
     data = {figure.name: {"wide": figure.wide, "narrow": figure.narrow} for figure in figures}
-    return join(
-        [
-            Markup("<!DOCTYPE html>\n"),
-            element(
-                "html",
-                element(
-                    "head",
-                    element("meta", charset="utf-8"),
-                    element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
-                    element(
-                        "meta", name_="viewport", content="width=device-width, initial-scale=1"
-                    ),
-                    element("meta", name_="color-scheme", content="light dark"),
-                    element("meta", name_="referrer", content="no-referrer"),
-                    element("title", title),
-                    element("style", Markup("".join((STYLE, *styles)))),
-                ),
-                element(
-                    "body",
-                    element("a", "Skip to the text", href="#text", class_="skip"),
-                    element("header", element("h1", title), *lead),
-                    _contents(sections),
-                    element(
-                        "main",
-                        *(_section(section) for section in sections),
-                        *([element("footer", foot)] if foot else []),
-                        id="text",
-                    ),
-                    *(
-                        [element("script", json_text(data), type="application/json", id="figures")]
-                        if figures
-                        else []
-                    ),
-                    *(element("script", Markup(script)) for script in scripts),
-                ),
-                lang="en",
-            ),
-            Markup("\n"),
-        ]
-    )
+    body = [
+        element("a", "Skip to the text", href="#text", class_="skip"),
+        element("header", element("h1", title), *lead),
+        _contents(sections),
+        element(
+            "main",
+            *(_section(section) for section in sections),
+            *([element("footer", foot)] if foot else []),
+            id="text",
+        ),
+    ]
+    if figures:
+        body.append(element("script", json_text(data), type="application/json", id="figures"))
+    body += [element("script", Markup(script)) for script in scripts]
+    return document(title, [STYLE, *styles], body, policy=_policy(scripts))
+
+
+def document(
+    title: str,
+    styles: Sequence[str],
+    body: Sequence[Markup],
+    *,
+    policy: str | None = None,
+    **attributes: str,
+) -> Markup:
+    """What every page of ours is around its content.
+
+    Args:
+        styles: of our own text; they become one element.
+        policy: the Content-Security-Policy; none where the server sends it.
+        attributes: of the body.
+    """
+    by_policy = element("meta", http_equiv="Content-Security-Policy", content=policy or "")
+    head = [
+        element("meta", charset="utf-8"),
+        *([by_policy] if policy else []),
+        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name_="color-scheme", content="light dark"),
+        element("meta", name_="referrer", content="no-referrer"),
+        element("title", title),
+        element("style", Markup("".join(styles))),
+    ]
+    html = element("html", element("head", *head), element("body", *body, **attributes), lang="en")
+    return join([Markup("<!DOCTYPE html>\n"), html, Markup("\n")])
 
 
 @cache
@@ -286,7 +290,7 @@ def _finite(value: Any) -> Any:
 
 def _policy(scripts: Sequence[str]) -> str:
     """Nothing is fetched; only these scripts run. plotly sets its styles while it draws."""
-    hashes = " ".join(f"'{_hash(script)}'" for script in scripts) or "'none'"
+    hashes = " ".join(policy_hash(script) for script in scripts) or "'none'"
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -294,8 +298,9 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 @cache
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def policy_hash(text: str) -> str:
+    """How a Content-Security-Policy names a script or a style, with its quotation marks."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _contents(sections: Sequence[Section]) -> Markup:

@@ -6,56 +6,33 @@ nothing else. What comes from a model or a file is set as text, never as HTML.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from functools import cache
 
-from deta.platform.page import Markup, element, join, paragraph
+from deta.platform.page import Markup, document, element, paragraph, policy_hash
 from deta.platform.page_look import STYLE
 from deta.platform.serving_page_look import PAGE_SCRIPT, PAGE_STYLE
 
 TITLE = "Objects in a picture"
+STYLES = (STYLE, PAGE_STYLE)
 
 
 @cache
 def serving_page() -> str:
     """The whole page, the same for every service and everybody."""
-    return join(
-        [
-            Markup("<!DOCTYPE html>\n"),
-            element(
-                "html",
-                element(
-                    "head",
-                    element("meta", charset="utf-8"),
-                    element(
-                        "meta", name_="viewport", content="width=device-width, initial-scale=1"
-                    ),
-                    element("meta", name_="color-scheme", content="light dark"),
-                    element("title", TITLE),
-                    element("style", Markup(STYLE)),
-                    element("style", Markup(PAGE_STYLE)),
-                ),
-                element(
-                    "body",
-                    element("header", element("h1", TITLE), element("p", "…", id="model")),
-                    element("main", *_main()),
-                    element("script", Markup(PAGE_SCRIPT)),
-                    class_="serving",
-                ),
-                lang="en",
-            ),
-            Markup("\n"),
-        ]
-    )
+    body = [
+        element("header", element("h1", TITLE), element("p", "…", id="model")),
+        element("main", *_main()),
+        element("script", Markup(PAGE_SCRIPT)),
+    ]
+    return document(TITLE, STYLES, body, class_="serving")
 
 
 @cache
 def page_policy() -> str:
     """The page's Content-Security-Policy, for the answer's header."""
-    styles = " ".join(_hash(style) for style in (STYLE, PAGE_STYLE))
     return (
-        f"default-src 'none'; script-src {_hash(PAGE_SCRIPT)}; style-src {styles}; "
+        f"default-src 'none'; script-src {policy_hash(PAGE_SCRIPT)}; "
+        f"style-src {policy_hash(''.join(STYLES))}; "
         "connect-src 'self'; img-src blob: data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
@@ -108,7 +85,3 @@ def _main() -> list[Markup]:
             hidden="",
         ),
     ]  # fmt: skip
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
