@@ -36,7 +36,7 @@ SCENARIOS = (
              processes.crash_loop, "counts all failures, no back-off, default 0", stock.crash_loop),
     Scenario("GP", "SIGKILL of a worker every two minutes: goodput",
              "≥ 87.5 % since the first step", processes.killed_every_two_minutes, "",
-             stock.killed_every_two_minutes),
+             stock.killed_every_two_minutes, core=False),
     Scenario("B1", "SIGKILL at a random moment of a save", "0 unloadable; 0 acknowledged lost",
              storage.killed_while_saving, "16/20 unloadable (torch.save in place)",
              stock.killed_while_saving, quick=True),

@@ -53,7 +53,8 @@ class Scenario:
     # is such a function, otherwise the figure of the reliability study that the scorecard is from.
     stock_known: str = ""
     stock: Callable[[Place, Options], Outcome] | None = None
-    quick: bool = False
+    quick: bool = False  # among those of ten minutes
+    core: bool = True  # of the scorecard
 
     def play(self, place: Place, options: Options, *, with_stock: bool) -> dict[str, Any]:
         """Run it; the line to print."""
