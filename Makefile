@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo dashboards test chaos check format wheel parity docs
+.PHONY: help install demo dashboards test chaos check format wheel parity docs verified hashes
 
 help:
 	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
@@ -17,6 +17,7 @@ help:
 	@echo "make parity  differences to the published implementations, as a table"
 	@echo "make docs    recipes beside the published configurations, into docs/recipes"
 	@echo "make install what jobs need to run; make wheel: a wheel in dist/"
+	@echo "make verified   all that jobs need, each package by its hash; make hashes: list them anew"
 
 # What is installed, by group. A changed version or dependency installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -50,6 +51,19 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(ALONGSIDE)
 	$(ALONE)
+
+# The packages by their content: pip refuses one that differs in a byte. hashes.txt says for which
+# system; `make hashes` writes it anew, for this one, after a change of versions.
+verified:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(VENV)/.installed-train $(VENV)/.installed-dashboards
+
+hashes: $(VENV)/.installed-train
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report $(VENV)/report.json \
+	    --constraint constraints.txt "setuptools>=77" --editable ".[train,sweep,dashboards,serve,export]"
+	$(BIN)/python jobs/materials.py --hashes $(VENV)/report.json --output hashes.txt
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

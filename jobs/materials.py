@@ -3,21 +3,23 @@
 
   python jobs/materials.py --output sbom.json
   python jobs/materials.py --verify
+  python jobs/materials.py --hashes report.json --output hashes.txt     see `make hashes`
 
 --verify compares every installed file with the hash that its package came with, and names those
 that differ; the exit code is 1 then. It sees a file that was changed, by accident or not, but not
-a package that came altered: install from an index you trust, with `constraints.txt`.
+a package that came altered: `make verified` does, by `hashes.txt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 from pathlib import Path
 
 from deta.jobs.evaluate import write_json
-from deta.platform.materials import altered_files, bill_of_materials
+from deta.platform.materials import altered_files, bill_of_materials, hash_lines
 
 
 def main() -> None:
@@ -26,7 +28,13 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of printing it")
     parser.add_argument("--verify", action="store_true", help="look for altered files")
+    parser.add_argument(
+        "--hashes", type=Path, metavar="REPORT", help="of pip: write its packages with their hashes"
+    )
     arguments = parser.parse_args()
+    if arguments.hashes:
+        write_hashes(arguments.hashes, arguments.output or Path("hashes.txt"))
+        return
     if arguments.verify:
         altered = list(altered_files())
         print("\n".join(altered) or "all installed files are as their packages came")
@@ -37,6 +45,16 @@ def main() -> None:
     else:
         write_json(arguments.output, bill)
         print(f"{arguments.output}: {len(bill['components'])} packages")
+
+
+def write_hashes(report: Path, output: Path) -> None:
+    lines = hash_lines(json.loads(report.read_text(encoding="utf-8")))
+    where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()[:4]}"
+    head = (
+        f"# {where}: the packages that were tested together, by content. Used by `make verified`.\n"
+    )
+    output.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{output}: {len(lines)} packages")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import Distribution, distributions
 from typing import Any
@@ -60,6 +60,28 @@ def altered_files(packages: Iterable[Distribution] | None = None) -> Iterator[st
                 continue
             if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
                 yield f"{package.name}: {path} has changed"
+
+
+def hash_lines(report: Mapping[str, Any]) -> list[str]:
+    """Requirements with the SHA-256 of each file, for `pip install --require-hashes`.
+
+    Args:
+        report: of `pip install --dry-run --ignore-installed --report`. Where the files came from is
+            not taken over.
+
+    Raises:
+        ValueError: a package was not taken from a file with a known hash.
+    """
+    lines = []
+    for item in report["install"]:
+        name, version = canonical(item["metadata"]["name"]), item["metadata"]["version"]
+        if name == OURS:
+            continue
+        sha256 = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        if not sha256:
+            raise ValueError(f"{name} {version}: pip names no SHA-256; install it from an index")
+        lines.append(f"{name}=={version} --hash=sha256:{sha256}")
+    return sorted(lines)
 
 
 def canonical(name: str) -> str:

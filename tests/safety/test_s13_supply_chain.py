@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
+from functools import partial
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import pytest
 
-from deta.platform.materials import altered_files, bill_of_materials, canonical
+from deta.platform.materials import altered_files, bill_of_materials, canonical, hash_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)(?:\s*;.*)?")
@@ -42,6 +44,59 @@ def test_every_dependency_of_every_group_is_pinned():
     assert named - set(pins()) == set()
 
 
+def test_every_package_that_jobs_need_is_known_by_its_content():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"]]
+    groups += [group for name, group in project["optional-dependencies"].items() if name != "dev"]
+    named = {
+        canonical(re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0])
+        for group in groups
+        for requirement in group
+    } - {"deta-platform"}
+    hashed = {}
+    for line in (ROOT / "hashes.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            found = re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line)
+            assert found, f"hashes.txt: {line!r}"
+            hashed[found[1]] = found[2]
+    assert named - set(hashed) == set()
+    assert hashed.items() <= pins().items()  # `make hashes` after a change of versions
+
+
+def test_a_package_that_differs_in_one_byte_is_not_installed(tmp_path: Path):
+    wheel = tmp_path / "thing-1.0-py3-none-any.whl"
+    files = {
+        "thing.py": "x = 1\n",
+        "thing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n",
+        "thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "thing-1.0.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    report = {"install": [{
+        "metadata": {"name": "Thing", "version": "1.0"},
+        "download_info": {"archive_info": {"hashes": {"sha256": digest}}},
+    }]}  # fmt: skip
+    listed = tmp_path / "hashes.txt"
+    listed.write_text("\n".join(hash_lines(report)) + "\n")
+    assert listed.read_text() == f"thing==1.0 --hash=sha256:{digest}\n"
+
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(tmp_path)]
+    command += ["--require-hashes", "--no-deps", "--requirement", str(listed), "--target"]
+    run = partial(subprocess.run, capture_output=True, text=True, check=False)
+    whole = run([*command, str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr
+    content = bytearray(wheel.read_bytes())
+    content[content.index(b"x = 1") + 4] ^= 1
+    wheel.write_bytes(content)
+    altered = run([*command, str(tmp_path / "altered")])
+    assert altered.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in altered.stderr
+    assert not (tmp_path / "altered" / "thing.py").exists()
+
+
 def test_what_is_installed_fits_together():
     checked = subprocess.run(
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
@@ -50,7 +105,7 @@ def test_what_is_installed_fits_together():
 
 
 def test_neither_versions_nor_settings_name_a_place_to_install_from():
-    for name in ("constraints.txt", "pyproject.toml", "Makefile", "setup.py"):
+    for name in ("constraints.txt", "hashes.txt", "pyproject.toml", "Makefile", "setup.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for word in ("index-url", "find-links", "--trusted-host", "git+", "extra-index"):
             assert word not in text, f"{name}: {word}"
