@@ -50,10 +50,8 @@ def main() -> None:
 def write_hashes(report: Path, output: Path) -> None:
     lines = hash_lines(json.loads(report.read_text(encoding="utf-8")))
     where = f"{platform.system()} {platform.machine()}, Python {platform.python_version()[:4]}"
-    head = (
-        f"# {where}: the packages that were tested together, by content. Used by `make verified`.\n"
-    )
-    output.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    head = f"# {where}: what was tested together, by content, for `make verified`."
+    output.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
     print(f"{output}: {len(lines)} packages")
 
 

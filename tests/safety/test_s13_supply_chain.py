@@ -68,7 +68,7 @@ def test_a_package_that_differs_in_one_byte_is_not_installed(tmp_path: Path):
     files = {
         "thing.py": "x = 1\n",
         "thing-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n",
-        "thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "thing-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
         "thing-1.0.dist-info/RECORD": "",
     }
     with zipfile.ZipFile(wheel, "w") as archive:
