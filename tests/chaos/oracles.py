@@ -14,6 +14,10 @@ from typing import Any
 from tests.chaos.runs import Event, ScenarioError
 
 
+# What the names of the rows begin with that belong to a step; others are of the whole run.
+ROWS_OF_STEPS = ("train/", "val/", "AP_of_class/", "AR_of_class/")
+
+
 def losses(events: Iterable[Event], *, same_again: bool = True) -> dict[int, str]:
     """The loss of each step as a hex float; of a step done twice, the last.
 
@@ -144,14 +148,18 @@ def rows_in_journal(events: Iterable[Event]) -> dict[tuple[str, int], set[float]
     """
     rows: dict[tuple[str, int], set[float]] = {}
     for event in events:
+        metrics = {}
         if event["kind"] in ("progress", "evaluation"):
-            for name, value in event["metrics"].items():
-                rows.setdefault((name, event["step"]), set()).add(float(value))
+            metrics = event["metrics"]
+        elif event["kind"] == "evaluation_kept":
+            metrics = {"val/keep_seconds": event["seconds"]}
+        for name, value in metrics.items():
+            rows.setdefault((name, event["step"]), set()).add(float(value))
     return rows
 
 
 def rows_in_mlflow(
-    database: Path, run_id: str, prefixes: tuple[str, ...] = ("train/", "val/", "AP_of_class/")
+    database: Path, run_id: str, prefixes: tuple[str, ...] = ROWS_OF_STEPS
 ) -> list[tuple[str, int, float, int]]:
     """As they lie in the server's database, duplicates and all."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30) as connection:
