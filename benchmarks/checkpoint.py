@@ -140,7 +140,7 @@ class Step:
             self.learner.parallel, self.criterion, [self.batch], self.learner.optimizer,
             num_boxes=NUM_OBJECTS, seeds=[self.count],
             max_grad_norm=self.config.optim.max_grad_norm, precision=torch.float32,
-            device=torch.device("cpu"),
+            device=torch.device("cpu"), gradients=self.learner.gradients,
         )  # fmt: skip
         assert self.learner.average is not None
         self.learner.average.update_parameters(self.learner.model)

@@ -14,8 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.platform.checkpoint import Checkpoint, load_optimizer_state, optimizer_state
 from deta.platform.detect import Worker
+from deta.platform.gradients import GradientSum
 from deta.platform.initial import load_backbone, load_initial_weights
-from deta.platform.optim import freeze, make_optimizer
+from deta.platform.optim import freeze, make_optimizer, trainable
 from deta.platform.run import Run
 
 
@@ -25,6 +26,7 @@ class Learner:
 
     model: Detector
     parallel: nn.Module  # the model, or DistributedDataParallel around it
+    gradients: GradientSum | None  # none: as PyTorch sums them
     average: AveragedModel | None
     optimizer: AdamW
 
@@ -64,11 +66,14 @@ def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learne
     if resumed is not None:
         _load(resumed, model, average, optimizer)
     parallel: nn.Module = model
-    if worker.world_size > 1:
+    gradients = None
+    if config.optim.exact_sum:
+        gradients = GradientSum(trainable(model.parameters()), worker.world_size)
+    elif worker.world_size > 1:
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None
         )
-    return Learner(model, parallel, average, optimizer)
+    return Learner(model, parallel, gradients, average, optimizer)
 
 
 def _load(

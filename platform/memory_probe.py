@@ -28,7 +28,8 @@ from deta.model.architectures import make_criterion, make_detector, without_down
 from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.coco import CocoDataset
 from deta.platform.config import RunConfig, from_json, to_json
-from deta.platform.optim import freeze, make_optimizer
+from deta.platform.gradients import GradientSum
+from deta.platform.optim import freeze, make_optimizer, trainable
 from deta.platform.run import Run
 from deta.platform.step import train_step
 from deta.platform.training import PRECISIONS
@@ -326,6 +327,7 @@ def _update_once(
     model.to(device)
     averaged = AveragedModel(model) if config.ema_decay is not None else None
     optimizer = make_optimizer(model, config.optim)
+    gradients = GradientSum(trainable(model.parameters()), 1) if config.optim.exact_sum else None
     criterion = make_criterion(config.criterion, config.model)
     num_classes = config.model.num_classes
     small = _noise(1, WARM_UP_PX, WARM_UP_PX, 1, num_classes)
@@ -342,6 +344,7 @@ def _update_once(
             max_grad_norm=config.optim.max_grad_norm,
             precision=PRECISIONS[config.precision],
             device=device,
+            gradients=gradients,
         )
         if averaged is not None:
             averaged.update_parameters(model)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from deta.model.architectures import DetectorCriterion
 from deta.model.batch import Batch
+from deta.platform.gradients import GradientSum
 from deta.platform.optim import trainable
 
 
@@ -40,6 +41,7 @@ def train_step(
     max_grad_norm: float | None,
     precision: torch.dtype,
     device: torch.device,
+    gradients: GradientSum | None = None,
 ) -> StepResult:
     """Update the weights once, from all micro-batches of all workers.
 
@@ -47,7 +49,7 @@ def train_step(
     but for rounding: every loss is a sum over images, divided by the number of boxes in the whole
     global batch.
 
-    A loss that is not finite turns this worker's gradients into NaN. Gradients are averaged over
+    A loss that is not finite turns this worker's gradients into NaN. Gradients are shared among
     the workers, so all of them see it, without another exchange, and none updates its weights.
 
     Args:
@@ -56,11 +58,13 @@ def train_step(
         num_boxes: in the global batch, over all workers.
         seeds: one for each micro-batch, of all that the model draws in it; below 2**64.
         precision: torch.float32, or torch.bfloat16 for autocast.
+        gradients: sums them, over the workers too; none: PyTorch does, in DistributedDataParallel.
     """
-    num_workers = dist.get_world_size() if isinstance(model, DistributedDataParallel) else 1
+    is_parallel = isinstance(model, DistributedDataParallel)
+    num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel's mean
     # At least one box in the whole batch, not on each worker as in released code: otherwise a
     # batch with hardly any boxes would weigh less on more workers.
-    divisor = torch.tensor(max(num_boxes, 1) / num_workers, dtype=torch.float32).to(device)
+    divisor = torch.tensor(max(num_boxes, 1) / num_averaged, dtype=torch.float32).to(device)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
@@ -73,9 +77,14 @@ def train_step(
             losses = criterion(outputs, batch, divisor)
             total = criterion.total(losses)
             total.mul(torch.where(total.isfinite(), 1.0, torch.nan)).backward()
+        if gradients is not None:
+            gradients.add()
         for name, loss in (losses | {"loss": total}).items():
             sums[name] = sums.get(name, 0) + loss.detach()
 
+    if gradients is not None:
+        gradients.share()
+        sums = {name: part * gradients.num_workers for name, part in sums.items()}
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     sums["grad_norm"] = clip_grad_norm_(trainable(model.parameters()), limit)
     updated = bool(sums["grad_norm"].isfinite())  # waits for the device, as the matching does

@@ -290,6 +290,7 @@ class _Loop:
             max_grad_norm=config.optim.max_grad_norm,
             precision=self.precision,
             device=self.worker.device,
+            gradients=learner.gradients,
         )
         if result.updated and learner.average is not None:
             learner.average.update_parameters(learner.model)

@@ -214,6 +214,8 @@ def _main() -> None:
             (data.val_images, data.val_annotations),
         )
     )
+    if spec["break_pictures"]:
+        break_pictures(data, spec["break_pictures"])
     config = tiny_config(spec["overrides"] | {"model.num_classes": str(len(train_set.categories))})
     train(Run(config, Path(spec["folder"]), train_set, val_set), Worker(rank, world_size))
     sys.stdout.flush()

@@ -13,7 +13,6 @@ from typing import Any
 
 from tests.chaos.runs import Event, ScenarioError
 
-
 # What the names of the rows begin with that belong to a step; others are of the whole run.
 ROWS_OF_STEPS = ("train/", "val/", "AP_of_class/", "AR_of_class/")
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.chaos import oracles
@@ -171,7 +172,7 @@ def _mutations(checkpoint: Path) -> dict[str, Callable[[Path], None]]:
             if drop:
                 del content[key]
             else:
-                content[key] = content[key] + content[key].dtype.type(1)
+                content[key] = np.asarray(content[key] + content[key].dtype.type(1))
             save_file(content, path / file)
 
         return change
