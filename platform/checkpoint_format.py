@@ -70,6 +70,25 @@ class Checkpoint:
     state: RunState
     categories: tuple[Category, ...]
 
+    def require_consistent(self) -> None:
+        """
+        Raises:
+            CheckpointError: the state contradicts itself, though its hashes are right: somebody
+                wrote it otherwise than a run does.
+        """
+        state, batch = self.state, self.config.total_batch_size
+        if state.samples_seen != state.step * batch:
+            raise CheckpointError(
+                f"{self.path}: says {state.samples_seen} samples after {state.step} steps with a "
+                f"total batch of {batch}; remove it, and the run goes on from the one before"
+            )
+        if not 0 <= state.skipped_in_a_row <= state.skipped_steps <= state.step:
+            raise CheckpointError(
+                f"{self.path}: says {state.skipped_in_a_row} skipped steps in a row of "
+                f"{state.skipped_steps} in all, after {state.step} steps; remove it, and the run "
+                "goes on from the one before"
+            )
+
     def model_state(self) -> dict[str, Tensor]:
         return load_file(self.path / "model.safetensors")
 

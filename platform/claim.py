@@ -63,16 +63,31 @@ def changes_since(run: Run) -> list[str]:
             f"{run.folder / RUN_FILE}: was written by another version of deta-platform ({error}); "
             "go on with that version, or start a new run with init_checkpoint"
         ) from error
-    old, new = flatten(began), flatten(run.config)
-    changes = [
+    changes = _differences(began, run.config)
+    for split, dataset in (("train", run.train_set), ("val", run.val_set)):
+        if before[f"{split}_fingerprint"] != dataset.fingerprint:
+            changes.append(f"the {split} data set has other images, boxes or classes")
+    return changes or _foreign_checkpoint(run)
+
+
+def _foreign_checkpoint(run: Run) -> list[str]:
+    """What in the newest checkpoint is not of this run: one that somebody put there, say."""
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        return []
+    changes = _differences(newest.config, run.config)
+    if newest.state.data_fingerprint not in ("", run.train_set.fingerprint):
+        changes.append("the training data set has other images, boxes or classes")
+    return [f"{newest.path.name}: {change}" for change in changes]
+
+
+def _differences(began: RunConfig, config: RunConfig) -> list[str]:
+    old, new = flatten(began), flatten(config)
+    return [
         f"{key}: {old.get(key)} -> {new[key]}"
         for key in new
         if new[key] != old.get(key) and not key.startswith(FREE_TO_CHANGE)
     ]
-    for split, dataset in (("train", run.train_set), ("val", run.val_set)):
-        if before[f"{split}_fingerprint"] != dataset.fingerprint:
-            changes.append(f"the {split} data set has other images, boxes or classes")
-    return changes
 
 
 def refuse_changes(run: Run, changes: list[str]) -> None:

@@ -100,12 +100,15 @@ def train(
             the images.
         BrokenImagesError: too many training pictures turned out broken; names them.
         DriftError: the workers' weights are no longer equal.
-        CheckpointError: the run is at its end and its last state cannot be written.
+        CheckpointError: the checkpoint to go on from contradicts itself, or the run is at its end
+            and its last state cannot be written.
     """
     watchdog = Watchdog(run.folder, worker.rank, run.config.cluster.hang_timeout_s)
     try:
         keeper = Keeper(run, leads=worker.leads)
         resumed = from_leader(keeper.open_newest() if worker.leads else None, worker)
+        if resumed is not None:
+            resumed.require_consistent()
         learner = make_learner(run, worker, resumed)
         state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
         with EnergyMeter(_gpus(worker)) as meter:

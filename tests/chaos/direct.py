@@ -46,13 +46,16 @@ class Direct:
         faults: Sequence[dict[str, Any]] = (),
         record: bool = True,
         break_pictures: int = 0,
+        as_launched: bool = False,
         **overrides: object,
     ) -> None:
         """
         Args:
             break_pictures: so many of the last ones, each time after the data set was opened; it
                 must be `place.own_data`.
+            as_launched: resume only what the supervisor would resume.
         """
+        self.as_launched = as_launched
         self.break_pictures = break_pictures
         self.place, self.name = place, name
         self.folder = place.storage("direct") / name
@@ -85,6 +88,7 @@ class Direct:
                     "world_size": world_size,
                     "port": free_port(),
                     "break_pictures": self.break_pictures,
+                    "as_launched": self.as_launched,
                     "pristine": str(self.place.drawn(self.num_images).folder),
                 }
             )
@@ -189,6 +193,7 @@ def _main() -> None:
     import torch
     import torch.distributed as dist
 
+    from deta.platform.claim import changes_since, refuse_changes
     from deta.platform.coco import CocoDataset
     from deta.platform.detect import Worker
     from deta.platform.run import Run
@@ -217,7 +222,10 @@ def _main() -> None:
     if spec["break_pictures"]:
         break_pictures(data, spec["break_pictures"])
     config = tiny_config(spec["overrides"] | {"model.num_classes": str(len(train_set.categories))})
-    train(Run(config, Path(spec["folder"]), train_set, val_set), Worker(rank, world_size))
+    run = Run(config, Path(spec["folder"]), train_set, val_set)
+    if spec["as_launched"] and run.checkpoints.exists():
+        refuse_changes(run, changes_since(run))
+    train(run, Worker(rank, world_size))
     sys.stdout.flush()
     os._exit(0)  # a process group that is taken down in order waits for others
 
