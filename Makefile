@@ -33,13 +33,12 @@ demo: $(VENV)/.installed-train
 dashboards: $(VENV)/.installed-dashboards
 	$(BIN)/python jobs/dashboards.py
 
-# Side by side what can be; then, one after the other, what starts clusters.
-ALONGSIDE = $(BIN)/python -m pytest -m "not cluster" --numprocesses 2 --dist loadfile --durations 15
-ALONE = $(BIN)/python -m pytest -m cluster --durations 15
+# Files are kept whole. What starts clusters comes after the rest, two at a time: it mostly waits.
+SIDE_BY_SIDE = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test: $(VENV)/.installed-dev
-	$(ALONGSIDE)
-	$(ALONE)
+	$(SIDE_BY_SIDE) -m "not cluster"
+	$(SIDE_BY_SIDE) -m cluster
 
 # Faults for real, all of them: about half an hour. One: python -m tests.chaos A1
 chaos: $(VENV)/.installed-dev
@@ -49,8 +48,8 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(ALONGSIDE)
-	$(ALONE)
+	$(SIDE_BY_SIDE) -m "not cluster"
+	$(SIDE_BY_SIDE) -m cluster
 
 # The packages by their content: pip refuses one that differs in a byte. hashes.txt says for which
 # system; `make hashes` writes it anew, for this one, after a change of versions.

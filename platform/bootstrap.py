@@ -159,6 +159,31 @@ def paired_difference(
     )
 
 
+def ap_interval(
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """The interval of one model's AP, 0..1, over images: what others of their kind would say.
+
+    NaN where there is nothing to find. Resamples are drawn as by `paired_difference`.
+
+    Raises:
+        ValueError: as `match_table`, or there are no images.
+    """
+    table = match_table(ground_truth, results, AREA_RANGES[:1])
+    num_images = len(table.image_ids)
+    if num_images == 0:
+        raise ValueError("the ground truth lists no images")
+    draws = [multiplicities(num_images, seed, index) for index in range(resamples)]
+    one = ApTable.build(table, int(max(draw.max() for draw in draws)))
+    drawn = np.array([_means(weighted_ap(one, draw)[None])[0, 0] for draw in draws])
+    return _interval(drawn[~np.isnan(drawn)], confidence)
+
+
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number: of those below q, a share of q at most is by chance.
 
@@ -204,11 +229,11 @@ def _differences(drawn: np.ndarray) -> np.ndarray:
     return difference[~np.isnan(difference)]
 
 
-def _interval(differences: np.ndarray, confidence: float) -> tuple[float, float]:
-    if not len(differences):
+def _interval(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    if not len(drawn):
         return math.nan, math.nan
     tail = (1 - confidence) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
+    low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)
 
 

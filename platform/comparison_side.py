@@ -18,12 +18,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deta.platform.evaluation_files import FACTS, images_fingerprint, read_evaluation, read_facts
+from deta.platform.evaluation_files import (
+    EVALUATIONS,
+    FACTS,
+    best_evaluation,
+    images_fingerprint,
+    read_evaluation,
+)
 from deta.platform.journal import read_events
 from deta.platform.run_file import RUN_FILE, read_run_file
 from deta.platform.trial import TrialCost
 
-EVALUATIONS = "evaluations"  # of a run
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 5
 
@@ -169,19 +174,14 @@ def _of_evaluation(folder: Path) -> Side:
 
 
 def _best_evaluation(run: Path) -> Path:
-    found = {}
-    for folder in sorted((run / EVALUATIONS).glob("*/")):
-        try:
-            found[folder] = read_facts(folder)["ap"]["AP"]
-        except ValueError:
-            continue  # cut off while it was written
-    if not found:
+    best = best_evaluation(run)
+    if best is None:
         raise ValueError(
             f"{run}: this run has no evaluation in it; make one with jobs/evaluate.py {run} "
             "--images … --annotations … --out FOLDER, and compare that folder (--run-a, --run-b "
             "name the run, for its curve and cost)"
         )
-    return max(found, key=lambda folder: (found[folder], folder.name))
+    return best
 
 
 def _of_file(path: Path, annotations: Path | None) -> Side:

@@ -33,6 +33,7 @@ from deta.platform.evaluate import CocoMetrics
 
 FORMAT = 1
 MAX_UNPACKED = 2 << 30  # bytes of ground truth: COCO val2017 has 9 MB of boxes
+EVALUATIONS = "evaluations"  # in a run's folder, those that it keeps
 FACTS, DETECTIONS, GROUND_TRUTH = "evaluation.json", "detections.parquet", "ground_truth.json.gz"
 
 
@@ -167,6 +168,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if facts["ap"].keys() != names or not all(map(_is_share, facts["ap"].values())):
         raise ValueError(f"{path}: 'ap' is not the twelve numbers of COCO; evaluate again")
     return facts
+
+
+def best_evaluation(run: Path) -> Path | None:
+    """Of those that a run's folder keeps, the newest of the highest AP."""
+    found = {}
+    for folder in sorted((run / EVALUATIONS).glob("*/")):
+        try:
+            found[folder] = read_facts(folder)["ap"]["AP"]
+        except ValueError:  # cut off while it was written
+            continue
+    return max(found, key=lambda folder: (found[folder], folder.name), default=None)
 
 
 def images_fingerprint(ground_truth: Mapping[str, Any]) -> str:

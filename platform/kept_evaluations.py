@@ -24,9 +24,10 @@ from deta.platform.config import flatten
 from deta.platform.detect import Evaluation
 from deta.platform.evaluate import CocoMetrics
 from deta.platform.evaluation_files import (
+    EVALUATIONS,
     Origin,
+    best_evaluation,
     read_evaluation,
-    read_facts,
     write_evaluation,
 )
 from deta.platform.explain import EXPLANATION, Explanation, explain, scalars, write_explanation
@@ -36,7 +37,7 @@ from deta.platform.run import Run
 
 logger = logging.getLogger(__name__)
 
-EVALUATIONS, REPORT = "evaluations", "report.html"
+REPORT = "report.html"
 REPORT_SHARE = 0.03  # of the time since the report before, that the next one may take
 
 
@@ -153,13 +154,8 @@ class EvaluationBook:
 
 def _keep_best_and(newest: Path) -> Path:
     """Remove the other evaluations of the run; which one is the best."""
-    aps = {}
-    for folder in sorted(newest.parent.glob("step-*")):
-        try:
-            aps[folder] = read_facts(folder)["ap"]["AP"]
-        except ValueError:  # cut off while it was written
-            aps[folder] = -2.0
-    best = max(aps, key=lambda folder: (aps[folder], folder.name))
-    for folder in aps.keys() - {best, newest}:
-        shutil.rmtree(folder, ignore_errors=True)
+    best = best_evaluation(newest.parent.parent) or newest
+    for folder in newest.parent.glob("step-*"):
+        if folder not in (best, newest):
+            shutil.rmtree(folder, ignore_errors=True)
     return best

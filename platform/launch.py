@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.bootstrap import ap_interval
 from deta.platform.checkpoint import best_checkpoint, newest_checkpoint
 from deta.platform.claim import (
     changes_since,
@@ -32,6 +34,7 @@ from deta.platform.claim import (
 )
 from deta.platform.config import RunConfig
 from deta.platform.console import Console
+from deta.platform.evaluation_files import best_evaluation, read_evaluation
 from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.journal import Journal
 from deta.platform.keeper import STOP_FILE
@@ -179,6 +182,7 @@ class _Supervisor:
         try:
             self._keep_going()
             status, reason = "FINISHED", self.vigil.end_reason
+            self._tell_interval()
         except (KeyboardInterrupt, SystemExit):
             status, reason = "KILLED", "stopped from outside"
             self._leave_in_order()
@@ -384,6 +388,25 @@ class _Supervisor:
             return  # the run is another process's
         journal = Journal(self.run.folder)
         journal.write("ended", status=status, reason=reason, goodput=self._goodput())
+        journal.close()
+
+    def _tell_interval(self) -> None:
+        """How far the best AP can be believed; here, where no worker waits for it."""
+        folder = best_evaluation(self.run.folder)
+        if folder is None:
+            return
+        try:
+            read = read_evaluation(folder)
+            low, high = (100 * end for end in ap_interval(read.ground_truth, read.results))
+        except Exception as error:  # the run is done, with or without
+            self.echo(f"the interval of the best AP could not be worked out: {error}")
+            return
+        if math.isnan(low):
+            return
+        step, best = read.origin.step or 0, 100 * read.metrics.AP
+        self.echo(f"best AP {best:.1f}, 95 % interval over images {low:.1f} to {high:.1f}")
+        journal = Journal(self.run.folder)
+        journal.write("interval", step=step, low=low, high=high)
         journal.close()
 
     def _tell_upload(self, uploaded: UploadState) -> None:

@@ -16,6 +16,7 @@ import torch
 from deta.platform.checkpoint_format import Checkpoint, read_checkpoint
 from deta.platform.evaluation_files import (
     DETECTIONS,
+    EVALUATIONS,
     FACTS,
     GROUND_TRUTH,
     Evaluation,
@@ -23,7 +24,7 @@ from deta.platform.evaluation_files import (
     read_facts,
 )
 from deta.platform.explain import EXPLANATION
-from deta.platform.kept_evaluations import EVALUATIONS, REPORT
+from deta.platform.kept_evaluations import REPORT
 from deta.platform.lineage import Lineage, read_lineage, run_folder
 from deta.platform.masking import mask_text
 from deta.platform.model_uri import WEIGHTS_FILE

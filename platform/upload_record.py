@@ -110,6 +110,9 @@ class Record:
     def _take_evaluation_kept(self, event: dict[str, Any]) -> list[Row]:
         return self._once(event, {"val/keep_seconds": event["seconds"]})
 
+    def _take_interval(self, event: dict[str, Any]) -> list[Row]:
+        return self._once(event, {f"best/AP_{end}": event[end] for end in ("low", "high")})
+
     def _take_skipped(self, event: dict[str, Any]) -> list[Row]:
         return self._once(event, {"train/skipped_steps": event["total"]})
 

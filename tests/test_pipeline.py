@@ -111,9 +111,16 @@ def test_a_submitted_job_learns_is_scored_and_is_tracked(
     assert run.data.params["total_batch_size"] == "4"
     assert run.data.params["cluster.num_workers"] == "2"
     assert run.data.params["model.backbone.width"] == "0.25"
-    assert {"val/AP", "val/AP50", "AP_of_class/disc", "train/loss", "train/lr", "best/AP"} <= set(
-        run.data.metrics
-    )
+    assert {
+        "val/AP",
+        "val/AP50",
+        "AP_of_class/disc",
+        "train/loss",
+        "train/lr",
+        "best/AP",
+        "best/AP_low",
+        "best/AP_high",
+    } <= set(run.data.metrics)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [
         2,
         4,

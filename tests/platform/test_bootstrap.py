@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from deta.platform.ap_table import ApTable, weighted_ap
-from deta.platform.bootstrap import benjamini_hochberg, multiplicities, paired_difference
+from deta.platform.bootstrap import (
+    ap_interval,
+    benjamini_hochberg,
+    multiplicities,
+    paired_difference,
+)
 from deta.platform.evaluate import evaluate_detections
 from deta.platform.matching import match_table
 from tests.platform.detection_cases import random_case, reference, repeated
@@ -70,6 +75,19 @@ def test_a_class_that_no_drawn_image_shows_is_left_out() -> None:
         ].any()
     ]
     assert np.flatnonzero(~np.isnan(ap[:, 0])).tolist() == there
+
+
+def test_the_interval_of_one_model_is_that_of_really_repeated_images():
+    truth, results = random_case(7, num_images=15)
+    low, high = ap_interval(truth, results, resamples=60, confidence=0.9)
+
+    drawn = []
+    for index in range(60):
+        weights = multiplicities(15, 0, index)
+        drawn.append(100 * evaluate_detections(*repeated(truth, results, weights)).AP)
+    wanted = np.quantile(drawn, [0.05, 0.95])
+
+    assert (100 * low, 100 * high) == pytest.approx(tuple(wanted), abs=1e-6)
 
 
 def test_the_interval_is_that_of_an_independent_bootstrap() -> None:
