@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 from measuring import processor
 
-from deta.platform.bootstrap import paired_difference
+from deta.platform.bootstrap import ap_interval, paired_difference
 from deta.platform.bootstrap_tasks import ray_tasks
 from deta.platform.evaluate import evaluate_detections
 from deta.platform.evaluation_files import Origin, write_evaluation
@@ -63,6 +63,8 @@ def main() -> None:
     print()
 
     print("| | seconds |\n|---|---|")
+    timed(f"interval of one AP, {arguments.resamples} resamples",
+          lambda: ap_interval(truth, a, resamples=arguments.resamples))  # fmt: skip
     what = f"{arguments.resamples} paired resamples"
     here = timed(f"{what}, in this process",
                  lambda: paired_difference(truth, a, b, resamples=arguments.resamples))  # fmt: skip
