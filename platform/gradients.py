@@ -8,11 +8,12 @@ number of workers, but where a sum lies within 1e-16 of the middle between two f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GradientSum:
@@ -55,3 +56,20 @@ class GradientSum:
         ):
             parameter.grad = total.to(parameter.dtype) if given else None
         self._block.zero_()
+
+
+def share_statistics(statistics: Sequence[Tensor], num_workers: int) -> None:
+    """Give all workers those of the first one; each has seen its own images alone."""
+    if num_workers > 1:
+        for statistic in statistics:
+            dist.broadcast(statistic, 0)
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """What a BatchNorm that trains remembers of its batches."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers()
+    ]

@@ -184,8 +184,9 @@ class _Supervisor:
             status, reason = "FINISHED", self.vigil.end_reason
             self._tell_interval()
         except (KeyboardInterrupt, SystemExit):
-            status, reason = "KILLED", "stopped from outside"
-            self._leave_in_order()
+            if status != "FINISHED":  # else it is only the interval that was not waited for
+                status, reason = "KILLED", "stopped from outside"
+                self._leave_in_order()
             raise
         except BaseException as error:
             reason = str(error)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.platform.checkpoint import Checkpoint, load_optimizer_state, optimizer_state
 from deta.platform.detect import Worker
-from deta.platform.gradients import GradientSum
+from deta.platform.gradients import GradientSum, batch_statistics
 from deta.platform.initial import load_backbone, load_initial_weights
 from deta.platform.optim import freeze, make_optimizer, trainable
 from deta.platform.run import Run
@@ -27,6 +27,7 @@ class Learner:
     model: Detector
     parallel: nn.Module  # the model, or DistributedDataParallel around it
     gradients: GradientSum | None  # none: as PyTorch sums them
+    statistics: list[Tensor]  # of a BatchNorm that trains
     average: AveragedModel | None
     optimizer: AdamW
 
@@ -73,7 +74,7 @@ def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learne
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None
         )
-    return Learner(model, parallel, gradients, average, optimizer)
+    return Learner(model, parallel, gradients, batch_statistics(model), average, optimizer)
 
 
 def _load(

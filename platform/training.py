@@ -34,6 +34,7 @@ from deta.platform.agreement import (
 from deta.platform.checkpoint import RunState
 from deta.platform.cost import EnergyMeter
 from deta.platform.detect import Evaluation, Worker, evaluate_model
+from deta.platform.gradients import share_statistics
 from deta.platform.keeper import Keeper
 from deta.platform.kept_evaluations import EvaluationBook
 from deta.platform.learner import Learner, make_learner
@@ -295,6 +296,7 @@ class _Loop:
             device=self.worker.device,
             gradients=learner.gradients,
         )
+        share_statistics(learner.statistics, self.worker.world_size)
         if result.updated and learner.average is not None:
             learner.average.update_parameters(learner.model)
         self.progress.scalars.append(result.scalars)

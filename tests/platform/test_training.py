@@ -154,11 +154,25 @@ def test_two_workers_learn_what_one_learns(drawn: ShapesDataset, undisturbed: Ru
     assert len(one) == 20
     assert one.keys() == two.keys()
     worst = max(abs(one[step] - two[step]) / abs(one[step]) for step in one)
-    # Sums in another order; it grows from step to step as the weights drift apart.
+    # What is logged is summed in another order; the weights are the same bits.
     print(f"losses of one and of two workers differ by {worst:.1e} at most")
     assert worst <= 1e-5
+    expected, found = weights_of(undisturbed.folder), weights_of(run.folder)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     metrics = [checkpoint.newest_checkpoint(r.checkpoints) for r in (undisturbed, run)]
     assert metrics[0].state.metrics == pytest.approx(metrics[1].state.metrics, abs=0.1)
+
+
+@pytest.mark.parametrize("exact_sum", [True, False])
+def test_workers_agree_on_the_statistics_of_a_batch_norm(
+    exact_sum: bool, drawn: ShapesDataset, tmp_path: Path
+):
+    run = make_run(
+        drawn, tmp_path, cluster__num_workers=2, model__backbone__norm="batch",
+        optim__exact_sum=exact_sum, compare_weights_every_steps=1,
+    )  # fmt: skip
+    train_on(2, run)  # a DriftError otherwise
+    assert len(losses_of(run.folder)) == run.num_steps
 
 
 def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
