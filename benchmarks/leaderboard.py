@@ -72,7 +72,7 @@ def draw_runs(storage: Path, number: int) -> None:
             database, "runs", run_uuid=run, name=f"run-{place:05d}", status="FINISHED",
             start_time=began_ms, end_time=began_ms + int(hours * 3.6e6), lifecycle_stage="active",
             artifact_uri=str(storage / "mlartifacts" / run), experiment_id=experiment,
-            source_type="JOB",
+            source_type="JOB", user_id="somebody",
         )  # fmt: skip
         numbers = {f"AP_of_class/{i}": rng.uniform(0.0, 60.0) for i in range(NUM_CLASSES)}
         numbers |= {"best/AP": ap, "val/AP": ap, "val/seconds": 60.0, "cost/gpu_hours": 8 * hours,
