@@ -54,6 +54,7 @@ from deta.platform.run import Run
 from deta.platform.worker import train_worker
 
 CONTROLLERS = 3  # so often Ray's controller is started anew within an attempt
+GIVE_BACK_S = 1.0  # it takes milliseconds
 
 
 class ClusterTooSmallError(RuntimeError):
@@ -186,16 +187,22 @@ def attempt(folder: Path) -> Outcome:
     raise AssertionError
 
 
-def _end_with(parent: int) -> None:
-    """A driver whose supervisor is gone must not train on beside its successor."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with_supervisor(folder: Path) -> None:
+    """The supervisor lets go of this process's input when it is to end, and when it dies.
+
+    A driver must not train on beside its successor, nor keep what it had reserved from others.
+    """
+    sys.stdin.buffer.read()
+    if ray.is_initialized() and not starts_a_cluster():
+        giving = threading.Thread(target=give_back_reservations, args=(folder,), daemon=True)
+        giving.start()
+        giving.join(GIVE_BACK_S)  # a cluster that is gone does not answer
     end_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
     os._exit(1)
 
 
 def main(folder: Path) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_supervisor, args=(folder,), daemon=True).start()
     outcome = attempt(folder)
     unfinished = (folder / OUTCOME_FILE).with_suffix(".unfinished")
     unfinished.write_text(json.dumps(vars(outcome)), encoding="utf-8")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from deta.platform.processes import RUN_MARK, end_marked, environment
+from deta.platform.processes import LEAVES_WITHIN_S, RUN_MARK, end_marked, environment
 
 ALL_IS_WELL = b"done\n"
 SYNC = Path(__file__).resolve().parents[1] / "jobs" / "sync.py"
@@ -32,6 +33,7 @@ def start_guardian(mark: str, folder: Path) -> subprocess.Popen[bytes]:
 def main(mark: str, folder: str) -> None:
     if sys.stdin.buffer.readline() == ALL_IS_WELL:
         return
+    time.sleep(LEAVES_WITHIN_S)  # the Ray driver has seen it too, and gives back what it holds
     end_marked(RUN_MARK, mark, within_s=30)
     subprocess.run([sys.executable, str(SYNC), folder], timeout=300, check=False)
 

@@ -271,7 +271,7 @@ class _Supervisor:
             self.attempt = subprocess.Popen(
                 [sys.executable, "-m", "deta.platform.attempt", str(folder)],
                 env=environment(marks),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # see `end`
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C is for the supervisor, who then asks in order

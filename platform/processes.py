@@ -17,6 +17,7 @@ from pathlib import Path
 
 RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
 ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
+LEAVES_WITHIN_S = 2.0  # a Ray driver whose supervisor let go of it, or is gone
 
 
 def new_mark() -> str:
@@ -69,7 +70,14 @@ def end_marked(name: str, value: str, within_s: float = 10.0) -> int:
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End a process that was started with `ATTEMPT_MARK`, and all that came of it."""
+    """End a process that was started with `ATTEMPT_MARK`, and all that came of it.
+
+    It is asked first, by the end of its input, and killed if it does not go.
+    """
+    assert process.stdin is not None
+    process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(LEAVES_WITHIN_S)
     if process.poll() is None:
         process.kill()
     end_marked(ATTEMPT_MARK, mark)

@@ -1,10 +1,11 @@
-"""What earlier attempts at a run still have reserved on a cluster, given back.
+"""What attempts at a run that have ended still have reserved on a cluster, given back.
 
-A group of workers that may grow and shrink asks Ray's autoscaling coordinator for its resources. An
-attempt that was killed cannot take its request back, and for three minutes Ray would count them as
-taken and tell the next attempt that there is no room (ray 2.60, `train/v2/_internal/execution/
-scaling_policy`). Neither the name of the request nor its length can be set, so the names are kept
-in the run's folder.
+Ray Train asks Ray's autoscaling coordinator for the resources of its workers. A controller that was
+killed cannot take its request back, and for three minutes Ray would count them as taken and tell
+every group of workers that may grow and shrink that there is no room, of this run or another
+(ray 2.60, `train/v2/_internal/execution/scaling_policy`). Neither the name of the request nor its
+length can be set, so the names are kept in the run's folder. A driver that is asked to end gives
+back what it holds; for one that was killed the next attempt does.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ from deta.platform.guardian import ALL_IS_WELL, start_guardian
 from deta.platform.lock import RunLock
 from deta.platform.prepare import prepare
 from deta.platform.processes import RUN_MARK, end_marked, new_mark, working_in
+from deta.platform.ray_reservations import give_back_reservations
 from deta.platform.run import Run
 from deta.platform.run_file import write_json
 from deta.platform.search_space import Sweep
@@ -392,15 +393,21 @@ class _Follower(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._noting():
+            self._give_back(trial)
             self.state.has_ended(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._noting():
+            self._give_back(trial)
             self.state.has_failed(trial.config["trial"], _last_line(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         with self._noting():
             self.state.look()
+
+    def _give_back(self, trial: Any) -> None:
+        """Tune kills what it stops, which then cannot take its own reservation back."""
+        give_back_reservations(Path(trial.config["folder"]))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
