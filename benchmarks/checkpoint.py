@@ -16,26 +16,18 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from measuring import processor
+from published_step import Step, drawn_run, one_batch
 
-from deta.jobs.deta_r50 import official_12ep
-from deta.model.architectures import make_criterion, without_download
-from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.checkpoint import RunState, Snapshot, take_snapshot
 from deta.platform.checkpoint_writer import CheckpointWriter
-from deta.platform.coco import CocoDataset
-from deta.platform.config import RunConfig
 from deta.platform.detect import Worker
 from deta.platform.learner import Learner, make_learner
 from deta.platform.run import Run
-from deta.platform.shapes import write_shapes
-from deta.platform.step import train_step
 
-NUM_OBJECTS = 8
 QUIET_STEPS = 4  # between two saves
 GOAL_PERCENT = 0.5
 
@@ -56,7 +48,7 @@ def main() -> None:
 def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: float) -> None:
     run = drawn_run(folder)
     learner = make_learner(run, Worker(), None)
-    step = Step(run.config, learner, one_batch(size))
+    step = Step(run.config, learner, [one_batch(size)])
     writer = CheckpointWriter(run.checkpoints)
     print(f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     step.seconds()  # moments are made, allocators warm up
@@ -101,51 +93,6 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
     share = 100 * waited_s / interval_s
     word = "reached" if share <= GOAL_PERCENT else "NOT reached"
     print(f"\nwaiting {share:.2f} % of the time; goal ≤ {GOAL_PERCENT} %: {word}")
-
-
-def drawn_run(folder: Path) -> Run:
-    """The published recipe; the data set is only there for its classes."""
-    drawn = write_shapes(folder / "drawn", num_train=4, num_val=2, size_px=64)
-    config = official_12ep()
-    config = replace(
-        config,
-        model=replace(without_download(config.model), num_classes=91),
-        ema_decay=0.9997,
-    )
-    train_set = CocoDataset.open(drawn.train_images, drawn.train_annotations)
-    val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
-    return Run(config, folder / "run", train_set, val_set)
-
-
-def one_batch(size: tuple[int, int]) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randn(3, *size, generator=generator)
-    boxes = torch.rand(NUM_OBJECTS, 4, generator=generator) * 0.3 + torch.tensor([0.3, 0.3, 0, 0])
-    labels = torch.randint(1, 91, (NUM_OBJECTS,), generator=generator)
-    return pad_batch([image], [Target(boxes, labels)], [0])
-
-
-class Step:
-    """The training's own step, with the average that is saved too."""
-
-    def __init__(self, config: RunConfig, learner: Learner, batch: Batch) -> None:
-        self.config, self.learner, self.batch = config, learner, batch
-        self.criterion = make_criterion(config.criterion, config.model)
-        self.count = 0
-        learner.model.train()
-
-    def seconds(self) -> float:
-        began_s = time.perf_counter()
-        train_step(
-            self.learner.parallel, self.criterion, [self.batch], self.learner.optimizer,
-            num_boxes=NUM_OBJECTS, seeds=[self.count],
-            max_grad_norm=self.config.optim.max_grad_norm, precision=torch.float32,
-            device=torch.device("cpu"), gradients=self.learner.gradients,
-        )  # fmt: skip
-        assert self.learner.average is not None
-        self.learner.average.update_parameters(self.learner.model)
-        self.count += 1
-        return time.perf_counter() - began_s
 
 
 def snapshot_of(run: Run, learner: Learner, step: int, into: Snapshot | None) -> Snapshot:

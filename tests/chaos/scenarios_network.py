@@ -27,7 +27,8 @@ from tests.chaos.runs import (
 from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import recovery
 
-PHASE_STEPS = 40
+PHASE_STEPS = 160
+WARM_UP_STEPS = 40  # allocators, caches, and MLflow's client, which takes seconds to import
 ELASTIC_EPOCHS = 40  # of a run on several nodes
 
 
@@ -174,7 +175,7 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
     steps_s = {
         step: time_s[step] - time_s[step - 1]
         for step in time_s
-        if step - 1 in time_s and step not in evaluated and step > 5  # allocators warm up
+        if step - 1 in time_s and step not in evaluated and step > WARM_UP_STEPS
     }
 
     def within(phase: Phase) -> list[float]:

@@ -35,6 +35,7 @@ def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(seconds)],
         env=environment({name: value}),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -53,6 +54,16 @@ def test_a_family_that_is_scattered_is_ended_and_nobody_else():
     assert len(marked(ATTEMPT_MARK, other)) == 2
     assert end_marked(ATTEMPT_MARK, other) == 0
     theirs.wait()
+
+
+def test_who_ends_when_its_input_does_is_not_killed():
+    mark = new_mark()
+    polite = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"],
+        env=environment({ATTEMPT_MARK: mark}), stdin=subprocess.PIPE,
+    )  # fmt: skip
+    end(polite, mark)
+    assert polite.returncode == 7
 
 
 def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):

@@ -1,0 +1,79 @@
+"""The training's own step of the published DETA R50, for benchmarks that time it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from measuring import synchronize
+
+from deta.jobs.deta_r50 import official_12ep
+from deta.model.architectures import make_criterion, without_download
+from deta.model.batch import Batch, Target, pad_batch
+from deta.platform.coco import CocoDataset
+from deta.platform.config import RunConfig
+from deta.platform.learner import Learner
+from deta.platform.run import Run
+from deta.platform.shapes import write_shapes
+from deta.platform.step import train_step
+
+NUM_OBJECTS = 8  # in an image
+
+
+def drawn_run(folder: Path, ema_decay: float | None = 0.9997, exact_sum: bool = True) -> Run:
+    """The published recipe; the data set is only there for its classes."""
+    drawn = write_shapes(folder / "drawn", num_train=4, num_val=2, size_px=64)
+    config = official_12ep()
+    config = replace(
+        config,
+        model=replace(without_download(config.model), num_classes=91),
+        optim=replace(config.optim, exact_sum=exact_sum),
+        ema_decay=ema_decay,
+    )
+    train_set = CocoDataset.open(drawn.train_images, drawn.train_annotations)
+    val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
+    return Run(config, folder / "run", train_set, val_set)
+
+
+def one_batch(size: tuple[int, int]) -> Batch:
+    """One image of noise.
+
+    Args:
+        size: height and width in pixels.
+    """
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(3, *size, generator=generator)
+    boxes = torch.rand(NUM_OBJECTS, 4, generator=generator) * 0.3 + torch.tensor([0.3, 0.3, 0, 0])
+    labels = torch.randint(1, 91, (NUM_OBJECTS,), generator=generator)
+    return pad_batch([image], [Target(boxes, labels)], [0])
+
+
+class Step:
+    """A step with these micro-batches, and the average that a run keeps."""
+
+    def __init__(
+        self, config: RunConfig, learner: Learner, batches: list[Batch], num_workers: int = 1
+    ) -> None:
+        self.config, self.learner, self.batches = config, learner, batches
+        self.num_boxes = NUM_OBJECTS * len(batches) * num_workers
+        self.device = next(learner.model.parameters()).device
+        self.criterion = make_criterion(config.criterion, config.model)
+        self.count = 0
+        learner.model.train()
+
+    def seconds(self) -> float:
+        synchronize(self.device)
+        began_s = time.perf_counter()
+        train_step(
+            self.learner.parallel, self.criterion, self.batches, self.learner.optimizer,
+            num_boxes=self.num_boxes, seeds=[self.count] * len(self.batches),
+            max_grad_norm=self.config.optim.max_grad_norm, precision=torch.float32,
+            device=self.device, gradients=self.learner.gradients,
+        )  # fmt: skip
+        if self.learner.average is not None:
+            self.learner.average.update_parameters(self.learner.model)
+        synchronize(self.device)
+        self.count += 1
+        return time.perf_counter() - began_s
