@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ from deta.platform.processes import (
     RUN_MARK,
     end,
     environment,
+    marked,
     new_mark,
     working_in,
 )
@@ -61,6 +63,8 @@ GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
 RECONNECT_MINUTES = 30.0  # a cluster that was there once is waited for so long
 LONGEST_BACKOFF_S = 60.0
 READ_ONLY_S = 10.0  # so long a disk may be so
+LEAVE_WITHIN_S = 2.0  # all workers, where the watchdog of one has ended it
+REPLACED_WITHIN_S = 90.0  # workers that stood still, by Ray
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ class _Supervisor:
         self.attempt_mark = ""
         self.log_offset = 0  # of the present attempt, in bytes
         self.writable_s = self.began_s  # when the folder was so last
+        # Of workers that stood still: their start, when it was noticed, whether all are ended.
+        self._stood_start, self._stood_s, self._has_ended_workers = 0, 0.0, False
 
     def supervise(self) -> Result:
         run = self.run
@@ -243,7 +249,8 @@ class _Supervisor:
             backoff_s = min(2.0**fruitless, LONGEST_BACKOFF_S) if fruitless else 0.0
             if outcome.kind == "unreachable":
                 backoff_s = 10.0
-            self._tell_restart(outcome, backoff_s)
+            reason = self.vigil.last_failure() or outcome.message
+            self._tell_restart(f"the attempt ended: {reason}", backoff_s)
             time.sleep(backoff_s)
 
     def _stop_if_fruitless(self, outcome: Outcome, failures_in_a_row: int) -> None:
@@ -303,10 +310,35 @@ class _Supervisor:
                 raise RunFailedError(failure)
             if attempt.poll() is not None:
                 return self._outcome(attempt)
-            if hang := self.vigil.hang():
-                return Outcome("lost", hang)
+            if silence := self.vigil.silence():
+                return Outcome("lost", silence)
+            if (standstill := self.vigil.standstill()) and not self._is_mending(standstill):
+                return Outcome("lost", standstill)
             if self.vigil.failed_since_start:
                 self._stop_if_fruitless(Outcome("lost", ""), 0)
+
+    def _is_mending(self, standstill: str) -> bool:
+        """Whether Ray may be left to replace workers that stand still.
+
+        It replaces those that end, in half the time of another attempt. Their watchdogs end them;
+        a process that does not run, none of it, is ended here if it is on this machine.
+        """
+        now_s, start = time.monotonic(), self.vigil.num_starts
+        if self._stood_start != start:
+            self._stood_start, self._stood_s, self._has_ended_workers = start, now_s, False
+            self._stop_if_fruitless(Outcome("lost", standstill), 0)
+        if now_s - self._stood_s < LEAVE_WITHIN_S:
+            return True
+        if not self._has_ended_workers:
+            workers = set(self.vigil.local_workers())
+            if not workers:
+                return False
+            for process in workers & set(marked(RUN_MARK, self.mark)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self._has_ended_workers = True
+            self._tell_restart(standstill)
+        return now_s - self._stood_s < REPLACED_WITHIN_S
 
     def _require_a_disk(self) -> None:
         """A disk that is full gets room again; one that turned read-only needs a person.
@@ -371,13 +403,12 @@ class _Supervisor:
             self.echo(found[0].rstrip())
         return bool(found)
 
-    def _tell_restart(self, outcome: Outcome, backoff_s: float) -> None:
+    def _tell_restart(self, reason: str, backoff_s: float = 0.0) -> None:
         newest = newest_checkpoint(self.run.checkpoints)
         origin = newest.path.name if newest is not None else "the beginning"
-        reason = self.vigil.last_failure() or outcome.message
         first_line = reason.strip().partition("\n")[0]
         self.echo(
-            f"the attempt ended: {first_line}; going on from {origin}"
+            f"{first_line}; going on from {origin}"
             + (f" in {backoff_s:.0f} s" if backoff_s else "")
         )
         journal = Journal(self.run.folder)

@@ -10,7 +10,7 @@ from deta.platform.attempt_outcome import FAILURES
 from deta.platform.console import Console
 from deta.platform.journal import FILE_NAME, read_events
 from deta.platform.run import Run
-from deta.platform.watchdog import HEARTBEATS, STACKS
+from deta.platform.watchdog import HEARTBEATS, host, stacks_in
 
 # Watchdogs write every 5 s. Where none has for so long, not even they run any more; and Ray, which
 # replaces what it sees die, has not either.
@@ -35,7 +35,9 @@ class Vigil:
 
     def begin_attempt(self) -> None:
         self._attempt_began_s = self._started_s = time.time()
+        self._old_stacks = stacks_in(self.run.folder)
         self.has_started = self.has_begun = False
+        self.num_workers = 0
         self._evaluating_step: int | None = None
         self._saved_step = -1
 
@@ -48,14 +50,16 @@ class Vigil:
     def _take(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "starting":
-            self.has_started, self._started_s = True, event["time_s"]
+            self.has_started, self.num_workers = True, 0
+            self._started_s = event["time_s"]
+            self._old_stacks = stacks_in(self.run.folder)
             is_further = self.num_starts == 0 or event["step"] > self.start_step
             self.fruitless_starts = 1 if is_further else self.fruitless_starts + 1
             self.num_starts += 1
             self.start_step = event["step"]
             self._evaluating_step, self._saved_step = None, event["step"]
         elif kind == "begin":
-            self.has_begun = True
+            self.has_begun, self.num_workers = True, event["world_size"]
         elif kind == "evaluating":
             self._evaluating_step = event["step"]
         elif kind == "checkpoint":
@@ -93,12 +97,21 @@ class Vigil:
         return (own or (["a worker was lost"] if found else [""]))[0]
 
     def hang(self) -> str:
-        """That the training stands still, and where the stacks are; nothing while it gets on."""
-        folder = self.run.folder / STACKS
-        for path in sorted(folder.glob("rank-*.txt")) if folder.is_dir() else ():
-            if path.stat().st_mtime > self._attempt_began_s:
-                first_line = path.read_text(errors="replace").partition("\n")[0]
-                return f"the training stood still ({first_line} {path})"
+        """That the training stands still; nothing while it gets on."""
+        return self.standstill() or self.silence()
+
+    def standstill(self) -> str:
+        """A worker's watchdog has ended it; says why, and where the stacks are."""
+        new = stacks_in(self.run.folder) - self._old_stacks
+        if not new:
+            return ""
+        # Not a peer's, which ended because this one did.
+        path = min(new, key=lambda one: (one.stat().st_mtime, one.name))
+        first_line = path.read_text(errors="replace").partition("\n")[0]
+        return f"the training stood still ({first_line} {path})"
+
+    def silence(self) -> str:
+        """Not even the watchdogs of the workers are heard of."""
         if not self.has_begun:
             return ""
         beats = list((self.run.folder / HEARTBEATS).glob("rank-*.json"))
@@ -107,6 +120,20 @@ class Vigil:
         if silent_s > max(SILENCE_S, 2 * self.run.config.cluster.hang_timeout_s):
             return f"no sign of life from any worker for {silent_s:.0f} s"
         return ""
+
+    def local_workers(self) -> list[int]:
+        """Ids of the processes of this start's workers; none where one is on another machine."""
+        processes = []
+        for rank in range(self.num_workers):
+            try:
+                path = self.run.folder / HEARTBEATS / f"rank-{rank}.json"
+                said = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # not heard of yet
+                return []
+            if said["host"] != host():
+                return []
+            processes.append(int(said["pid"]))
+        return processes
 
     def _failures(self, since_s: float) -> list[dict[str, Any]]:
         found = []

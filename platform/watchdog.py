@@ -1,8 +1,9 @@
 """Whether a worker still gets on, seen from a thread of its own.
 
 A worker that waits for another one that hangs cannot tell so itself. This thread can: it writes the
-stacks of all threads to the run's folder and ends the process, whereupon the group is started again
-from the last checkpoint. The same file tells the supervisor that the worker is alive.
+stacks of all threads to the run's folder and ends the process. The watchdogs of its peers see that
+and do the same, so that also the stacks of the one that was waited for are there. The group is
+started again from the last checkpoint. Another file tells the supervisor that a worker is alive.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Watchdog:
         self._since_s = time.monotonic()
         self._steps_s: deque[float] = deque(maxlen=20)
         self._num_steps = 0
+        self._old_stacks = stacks_in(run_folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -75,10 +77,12 @@ class Watchdog:
                 written_s = now_s
                 self._write(path, phase)
             if stood_s > limit_s:
-                self._end(phase, stood_s)
+                self._end(f"nothing done for {stood_s:.0f} s while in phase {phase!r}")
+            if stacks_in(self._folder) - self._old_stacks:
+                self._end(f"a peer ended, and this one was in phase {phase!r} for {stood_s:.0f} s")
 
     def _write(self, path: Path, phase: str) -> None:
-        said = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": _host()}
+        said = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": host()}
         try:
             unfinished = path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(said), encoding="utf-8")
@@ -86,15 +90,15 @@ class Watchdog:
         except OSError:  # a full disk stops no training
             return
 
-    def _end(self, phase: str, stood_s: float) -> None:
+    def _end(self, what: str) -> None:
         try:
             folder = self._folder / STACKS
             folder.mkdir(exist_ok=True)
             name = f"rank-{self._rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
             with (folder / name).open("w", encoding="utf-8") as file:
                 file.write(
-                    f"rank {self._rank}, process {os.getpid()} on {_host()}: nothing done for "
-                    f"{stood_s:.0f} s while in phase {phase!r}. The stacks of its threads:\n\n"
+                    f"rank {self._rank}, process {os.getpid()} on {host()}: {what}. "
+                    "The stacks of its threads:\n\n"
                 )
                 file.flush()
                 faulthandler.dump_traceback(file)
@@ -102,5 +106,10 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
 
-def _host() -> str:
+def stacks_in(run_folder: Path) -> frozenset[Path]:
+    """What watchdogs have written at the end of their processes, of this start and of others."""
+    return frozenset((run_folder / STACKS).glob("rank-*.txt"))
+
+
+def host() -> str:
     return socket.gethostname()
