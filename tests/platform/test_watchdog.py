@@ -38,6 +38,41 @@ def test_a_worker_that_stands_still_ends_and_leaves_its_stacks(tmp_path: Path):
     assert "where_it_hangs" in text
 
 
+WAITS_FOR_DATA = """
+import sys, time
+from pathlib import Path
+from deta.platform.watchdog import Watchdog
+
+watchdog = Watchdog(Path(sys.argv[1]), 1, 5)
+watchdog.beat("data")
+print("waits", flush=True)
+
+def where_it_hangs():
+    time.sleep(300)
+
+where_it_hangs()
+"""
+
+
+def test_a_peer_of_one_that_ended_leaves_its_stacks_too_and_ends(tmp_path: Path):
+    # Old ones, of an earlier start, end nobody.
+    (tmp_path / STACKS).mkdir()
+    (tmp_path / STACKS / "rank-0-20260101-000000.txt").write_text("rank 0, process 1 on a: old")
+    peer = subprocess.Popen(
+        [sys.executable, "-c", WAITS_FOR_DATA, str(tmp_path)], stdout=subprocess.PIPE
+    )
+    assert peer.stdout is not None
+    assert peer.stdout.readline() == b"waits\n"
+    time.sleep(2.5)
+    assert peer.poll() is None
+    subprocess.run([sys.executable, "-c", STANDS_STILL, str(tmp_path)], timeout=60)
+    assert peer.wait(60) == EXIT_CODE
+    (stacks,) = (tmp_path / STACKS).glob("rank-1-*.txt")
+    text = stacks.read_text()
+    assert "a peer ended, and this one was in phase 'data'" in text
+    assert "where_it_hangs" in text
+
+
 def test_signs_of_life_are_written_and_no_step_is_taken_for_a_hang(tmp_path: Path):
     watchdog = Watchdog(tmp_path, 0, 0.5)
     for _ in range(10):
