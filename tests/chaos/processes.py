@@ -56,6 +56,14 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def cpu_s(self) -> float:
+        """Seconds of a core that it has used."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def memory_kib(self) -> int:
         try:
             text = Path(f"/proc/{self.pid}/status").read_text()

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from tests.chaos.direct import Direct, kill, undisturbed
 from tests.chaos.runs import Place, ScenarioError, expect, say
 from tests.chaos.scenario import Options, Outcome
 
+SIDE_BY_SIDE = 2  # resumptions, one on each core
 NUM_STEPS = 32  # two epochs: the 30 steps of the scorecard, and one in the middle of a micro-batch
 
 
@@ -138,9 +141,8 @@ def state_audit(place: Place, options: Options) -> Outcome:
         for path in sorted((run.folder / "checkpoints").glob("step-*"))
         if oracles.step_of(path) == 20
     )
-    audit = Direct(place, "g4-audit", as_launched=True, **fixed)
 
-    def resume_from(change: Callable[[Path], None]) -> str:
+    def resume_from(audit: Direct, change: Callable[[Path], None]) -> str:
         shutil.rmtree(audit.folder)
         target = audit.folder / "checkpoints" / middle.name
         shutil.copytree(middle, target)
@@ -151,9 +153,24 @@ def state_audit(place: Place, options: Options) -> Outcome:
             return "refused"
         return "equal" if _signature(audit) == expected else "differs"
 
-    unchanged = resume_from(lambda path: None)
-    expect(unchanged == "equal", f"resumed without a change: {unchanged}: {audit.tail()}")
-    results = {name: resume_from(change) for name, change in _mutations(middle).items()}
+    free: SimpleQueue[Direct] = SimpleQueue()
+    for number in range(SIDE_BY_SIDE):
+        free.put(Direct(place, f"g4-audit-{number}", as_launched=True, **fixed))
+
+    def one(change: Callable[[Path], None]) -> str:
+        audit = free.get()
+        try:
+            return resume_from(audit, change)
+        finally:
+            free.put(audit)
+
+    first = free.get()
+    unchanged = resume_from(first, lambda path: None)
+    expect(unchanged == "equal", f"resumed without a change: {unchanged}: {first.tail()}")
+    free.put(first)
+    mutations = _mutations(middle)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        results = dict(zip(mutations, pool.map(one, mutations.values()), strict=True))
     missed = [name for name, result in results.items() if result == "equal"]
     say(f"g4: {results}")
     caught = len(results) - len(missed)

@@ -78,6 +78,7 @@ class TrackingResult:
     """Of one run through all phases."""
 
     ratio: dict[str, tuple[float, float]]  # step time over the undisturbed one, and its error
+    cpu: dict[str, float]  # what the uploader took of a core, under a fault ("": under none)
     rows: dict[str, tuple[int, int]]  # missing, and twice or foreign, after sync
     exit_s: float
     num_rows: int
@@ -88,7 +89,8 @@ def _tracking(place: Place, id: str) -> Outcome:
     ratio, error = result.ratio[id]
     return Outcome(
         round(ratio, 3), "of the step time", ratio - 2 * error <= 1.02 and _is_whole(result, id),
-        f"± {error:.3f}; rows missing / twice {result.rows[id]} of {result.num_rows} in all",
+        f"± {error:.3f}; the uploader took {result.cpu[id]:.1%} of a core, {result.cpu['']:.1%} "
+        f"where all is well; rows missing / twice {result.rows[id]} of {result.num_rows} in all",
     )  # fmt: skip
 
 
@@ -130,6 +132,7 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
             place, "c", schedule__epochs=epochs, evaluate_every_epochs=5,
             checkpoint__every_steps=1000, environment={"MLFLOW_TRACKING_URI": proxy.uri},
         ) as run:  # fmt: skip
+            used: dict[Phase, float] = {}
             for phase in phases:
                 say(f"c: from step {phase.first}: {phase.mode or 'server killed'}")
                 if phase.mode is None:
@@ -138,7 +141,10 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
                     proxy.mode = phase.mode
                 if phase is phases[0]:
                     run.start()
+                run.wait_for_step(phase.first + PHASE_STEPS // 4, timeout_s=400)
+                began_s, before_s = time.monotonic(), _uploader_cpu_s(run)
                 run.wait_for_step(phase.last, timeout_s=400)
+                used[phase] = (_uploader_cpu_s(run) - before_s) / (time.monotonic() - began_s)
                 if phase.mode is None:
                     server.start()  # while the training goes on
             proxy.mode = "refuse"  # to the end and beyond
@@ -165,11 +171,16 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
             {place: values for place, values in wanted.items() if place[1] in steps},
             [row for row in stored if row[1] in steps],
         )
-    return TrackingResult(_ratios(events, phases), rows, ended_s - end_s, len(wanted))
+    cpu = {p.id: max(share for q, share in used.items() if q.id == p.id) for p in phases}
+    return TrackingResult(_ratios(events, phases), cpu, rows, ended_s - end_s, len(wanted))
+
+
+def _uploader_cpu_s(run: TinyRun) -> float:
+    return sum(process.cpu_s() for process in run.family.alive("uploader"))
 
 
 def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, float]]:
-    """Median step time in a phase, over that in the phases without a fault beside it."""
+    """Median step time in a phase, over that in the phases without a fault beside it; error."""
     time_s = {e["step"]: e["time_s"] for e in events if e["kind"] == "progress"}
     evaluated = {e["step"] + 1 for e in events if e["kind"] == "evaluation"}
     steps_s = {
@@ -182,6 +193,9 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
         # Not the first ones, in which the fault may not have come to pass yet.
         return [steps_s[s] for s in range(phase.first + 3, phase.last + 1) if s in steps_s]
 
+    # Undisturbed phases differ among themselves, too, by whatever else the machine does.
+    quiet = [statistics.median(within(phase)) for phase in phases if not phase.id]
+    unrest = statistics.stdev(quiet) / statistics.mean(quiet) if len(quiet) > 1 else 0.0
     found: dict[str, tuple[float, float]] = {}
     for index, phase in enumerate(phases):
         if not phase.id:
@@ -194,10 +208,11 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
         ]
         (a, a_error), (b, b_error) = _median(within(phase)), _median(beside)
         ratio = a / b
-        error = ratio * math.hypot(a_error / a, b_error / b)
+        error = ratio * math.hypot(a_error / a, b_error / b, unrest)
         say(f"c: {phase.id} {phase.mode}: step {1000 * a:.0f} ms, beside {1000 * b:.0f} ms")
         if phase.id not in found or ratio > found[phase.id][0]:
             found[phase.id] = (ratio, error)
+    say(f"c: undisturbed phases {', '.join(f'{1000 * one:.0f}' for one in quiet)} ms")
     return found
 
 
