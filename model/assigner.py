@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts when they are asked for: half a second, which DETA does not need
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from deta.model.batch import Targets
@@ -191,7 +191,7 @@ def match_one_to_one(
     valid = np.zeros(predictions.shape, bool)
     for layer in range(num_layers):
         for image, count in enumerate(counts):
-            rows, objects = linear_sum_assignment(costs[layer, image, :, :count])
+            rows, objects = scipy.optimize.linear_sum_assignment(costs[layer, image, :, :count])
             predictions[layer, image, objects, 0] = rows
             valid[layer, image, objects, 0] = True
     return [

@@ -32,6 +32,9 @@ if starts_a_cluster():
     set_rules_of_own_cluster()
     # Nobody restarts the head of a local cluster; the supervisor starts another one.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
+    # Nobody drains it either. Looking out for that is a process more at each start of workers,
+    # which takes a second of their time where cores are few.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 for _name, _value in {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
