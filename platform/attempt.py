@@ -60,6 +60,19 @@ CONTROLLERS = 3  # so often Ray's controller is started anew within an attempt
 GIVE_BACK_S = 1.0  # it takes milliseconds
 
 
+class Trainer(TorchTrainer):
+    """Without Ray's manager of data sets, of which a run has none.
+
+    That is a process more at each start of workers, for whose imports they wait where cores are
+    few: a second of fourteen on two cores. The method is Ray's own affair (2.60); where it is
+    called otherwise one day, the manager is back.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if type(one).__name__ != "DatasetsCallback"]
+
+
 class ClusterTooSmallError(RuntimeError):
     """The cluster can never give what the run asks for."""
 
@@ -138,7 +151,7 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
         # Only what Ray sees as free is asked for, so there is room at once, or Ray does not know
         # yet that a node is gone, looks again after this long, and goes on with fewer.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={"run": ray.put(run)},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
