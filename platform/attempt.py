@@ -48,6 +48,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deta.platform.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.checkpoint import newest_checkpoint
 from deta.platform.config import RunConfig
 from deta.platform.kept_data import KeptDataError, kept_run
 from deta.platform.processes import ATTEMPT_MARK, end_marked
@@ -56,7 +57,7 @@ from deta.platform.ray_reservations import give_back_reservations, note_reservat
 from deta.platform.run import Run
 from deta.platform.worker import train_worker
 
-CONTROLLERS = 3  # so often Ray's controller is started anew within an attempt
+CONTROLLERS = 3  # of Ray; so many in a row without a new checkpoint end the attempt
 GIVE_BACK_S = 1.0  # it takes milliseconds
 
 
@@ -188,19 +189,26 @@ def attempt(folder: Path) -> Outcome:
         return Outcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)
-        for count in range(1, CONTROLLERS + 1):
+        fruitless, reached = 0, _newest_step(run)
+        while True:
             try:
                 fit(run, max_failures=-1)
                 return Outcome("ended")
             except ray.exceptions.RayActorError as error:  # the controller, not a worker
                 print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
-                if count == CONTROLLERS:
+                before, reached = reached, _newest_step(run)
+                fruitless = 0 if reached > before else fruitless + 1
+                if fruitless == CONTROLLERS:
                     raise
     except ClusterTooSmallError as error:
         return Outcome("refused", str(error))
     except Exception as error:
         return Outcome("lost", f"{type(error).__name__}: {error}")
-    raise AssertionError
+
+
+def _newest_step(run: Run) -> int:
+    newest = newest_checkpoint(run.checkpoints)
+    return -1 if newest is None else newest.state.step
 
 
 def _end_with_supervisor(folder: Path) -> None:
