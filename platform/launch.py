@@ -175,7 +175,7 @@ class _Supervisor:
         self.log_offset = 0  # of the present attempt, in bytes
         self.writable_s = self.began_s  # when the folder was so last
         # Of workers that stood still: their start, when it was noticed, whether all are ended.
-        self._stood_start, self._stood_s, self._has_ended_workers = 0, 0.0, False
+        self._stood_start, self._stood_s, self._has_ended_workers = -1, 0.0, False
 
     def supervise(self) -> Result:
         run = self.run
@@ -271,6 +271,7 @@ class _Supervisor:
             time.sleep(LOOK_EVERY_S)
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
         self.vigil.begin_attempt()
+        self._stood_start = -1
         self.attempt_mark = new_mark()
         marks = {ATTEMPT_MARK: self.attempt_mark}
         with (folder / LOG_FILE).open("ab") as log:
@@ -321,7 +322,8 @@ class _Supervisor:
         """Whether Ray may be left to replace workers that stand still.
 
         It replaces those that end, in half the time of another attempt. Their watchdogs end them;
-        a process that does not run, none of it, is ended here if it is on this machine.
+        a process that does not run, none of it, is ended here if it is of the cluster that this
+        run has started.
         """
         now_s, start = time.monotonic(), self.vigil.num_starts
         if self._stood_start != start:
@@ -330,10 +332,11 @@ class _Supervisor:
         if now_s - self._stood_s < LEAVE_WITHIN_S:
             return True
         if not self._has_ended_workers:
-            workers = set(self.vigil.local_workers())
-            if not workers:
-                return False
-            for process in workers & set(marked(RUN_MARK, self.mark)):
+            workers = self.vigil.local_workers()
+            alive = {process for process in workers if Path(f"/proc/{process}").exists()}
+            if not workers or alive - set(marked(RUN_MARK, self.mark)):
+                return False  # on another machine, or in a cluster of others
+            for process in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             self._has_ended_workers = True
