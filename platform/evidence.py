@@ -72,7 +72,8 @@ class Judge:
                 lineage, figures = read_documents(folder)
                 evaluation = self._evaluation(version, figures.evaluation_sha256)
             except (ValueError, OSError) as error:
-                return _unusable(version, str(error)), None
+                told = str(error).replace(f"{place}/", "")  # a copy's, which is gone by then
+                return _unusable(version, told.removesuffix("; use an older checkpoint")), None
             latency = figures.latency if self.measure_on is None else self._measure(folder, version)
         found, fault = parity_of(figures.export, version.sha256)
         names = {one["id"]: one["name"] for one in evaluation.ground_truth["categories"]}
