@@ -40,7 +40,7 @@ test: $(VENV)/.installed-dev
 	$(SIDE_BY_SIDE) -m "not cluster"
 	$(SIDE_BY_SIDE) -m cluster
 
-# Faults for real, all of them: about half an hour. One: python -m tests.chaos A1
+# Faults for real, all of them: about 40 minutes. One: python -m tests.chaos A1
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --core --table
 

@@ -1,7 +1,7 @@
 """Injects real faults into a tiny DETA and says how it took them.
 
   python -m tests.chaos A1 B5            some scenarios of the scorecard
-  python -m tests.chaos --core           the scorecard; under 40 minutes on two cores
+  python -m tests.chaos --core           the scorecard; about 40 minutes on two cores
   python -m tests.chaos --quick          those of ten minutes
   python -m tests.chaos --core --stock --json chaos.jsonl --table
   python -m tests.chaos --tabulate chaos.jsonl
