@@ -22,11 +22,11 @@ import torch
 from measuring import processor
 from published_step import Step, drawn_run, one_batch
 
-from deta.platform.checkpoint import RunState, Snapshot, take_snapshot
-from deta.platform.checkpoint_writer import CheckpointWriter
-from deta.platform.detect import Worker
-from deta.platform.learner import Learner, make_learner
-from deta.platform.run import Run
+from deta.platform.checkpoint.async_writer import CheckpointWriter
+from deta.platform.checkpoint.local import RunState, Snapshot, take_snapshot
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.run.run import Run
+from deta.platform.training.train_state import Learner, make_learner
 
 QUIET_STEPS = 4  # between two saves
 GOAL_PERCENT = 0.5

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import numpy as np
 from measuring import processor
 
-from deta.platform.bootstrap import ap_interval, paired_difference
-from deta.platform.bootstrap_tasks import ray_tasks
-from deta.platform.evaluate import evaluate_detections
-from deta.platform.evaluation_files import Origin, write_evaluation
-from deta.platform.explain import EXPLANATION, explain, write_explanation
+from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
+from deta.platform.cluster.bootstrap_tasks import ray_tasks
+from deta.platform.evaluation.coco_metrics import evaluate_detections
+from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
+from deta.platform.evaluation.paired_bootstrap import ap_interval, paired_difference
 
 BOXES_PER_IMAGE, NUM_CLASSES, DETECTIONS_PER_IMAGE = 7.4, 80, 100  # of COCO and of its metrics
 IMAGES_PER_S = (10, 50, 200)

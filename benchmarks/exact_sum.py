@@ -22,9 +22,9 @@ import torch.multiprocessing as multiprocessing
 from measuring import processor
 from published_step import Step, drawn_run, one_batch
 
-from deta.platform.detect import Worker
-from deta.platform.learner import make_learner
-from deta.platform.optim import trainable
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.optimizer import trainable
+from deta.platform.training.train_state import make_learner
 
 WARM_UP = 2  # steps of each kind
 

@@ -56,8 +56,8 @@ def main() -> None:
 
 def draw_runs(storage: Path, number: int) -> None:
     """Straight into the tables: through MLflow's interface it would take an hour."""
-    from deta.platform.config import RunConfig, flatten
-    from deta.platform.tracking import MlflowStore
+    from deta.platform.run.config import RunConfig, flatten
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
     client = MlflowStore(f"sqlite:///{storage / 'mlflow.db'}")._connect()
     experiment = int(client.create_experiment("deta"))

@@ -12,12 +12,12 @@ from measuring import synchronize
 from deta.jobs.deta_r50 import official_12ep
 from deta.model.architectures import make_criterion, without_download
 from deta.model.batch import Batch, Target, pad_batch
-from deta.platform.coco import CocoDataset
-from deta.platform.config import RunConfig
-from deta.platform.learner import Learner
-from deta.platform.run import Run
-from deta.platform.shapes import write_shapes
-from deta.platform.step import train_step
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.learning.train_step import train_step
+from deta.platform.run.config import RunConfig
+from deta.platform.run.run import Run
+from deta.platform.training.train_state import Learner
 
 NUM_OBJECTS = 8  # in an image
 

@@ -34,10 +34,10 @@ import numpy as np
 from measuring import processor
 from PIL import Image
 
-from deta.platform.serving_config import ServingConfig
-from deta.platform.serving_model import ServedModel
-from deta.platform.serving_source import model_source
-from deta.platform.serving_upload import decode_picture
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.model import ServedModel
+from deta.platform.serving.model_source import model_source
+from deta.platform.serving.upload import decode_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 START_WITHIN_S = 600

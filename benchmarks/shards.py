@@ -27,14 +27,14 @@ import pyarrow.parquet as pq
 import torch
 from measuring import processor
 
-from deta.platform.coco import CocoDataset
-from deta.platform.datasets import open_dataset
-from deta.platform.loader import train_loader
-from deta.platform.packing import MEGABYTE, pack
-from deta.platform.shapes import write_shapes
-from deta.platform.shard_store import Store, is_address
-from deta.platform.shards import ShardedDataset
-from deta.platform.transforms import AugmentationConfig
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.data_loader import train_loader
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.data.transforms import AugmentationConfig
+from deta.platform.shards.object_store import Store, is_address
+from deta.platform.shards.open_dataset import open_dataset
+from deta.platform.shards.packer import MEGABYTE, pack
+from deta.platform.shards.sharded_dataset import ShardedDataset
 
 CACHED_ROW_GROUPS = 8
 

@@ -1,4 +1,4 @@
-"""Is the detection service fast, and what does it refuse? platform/serving_metrics.py explains.
+"""Is the detection service fast, and what does it refuse? platform/serving/metrics.py explains.
 
 A service that runs without Ray shows the same names without `ray_`. No mean is taken from a
 histogram's sum: Ray makes it up from the middles of the buckets.

@@ -1,4 +1,4 @@
-"""Is this run healthy? Numbers of the runs that train now; platform/metrics.py explains them."""
+"""Is this run healthy? Numbers of the runs that train now; platform/training/run_metrics.py explains them."""
 
 from __future__ import annotations
 

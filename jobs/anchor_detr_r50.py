@@ -19,8 +19,8 @@ from deta.model.anchor_detr import AnchorDETRConfig
 from deta.model.backbone import BackboneConfig
 from deta.model.criterion import CriterionConfig
 from deta.model.postprocess import PostprocessConfig
-from deta.platform.config import RunConfig
-from deta.platform.optim import OptimConfig, ScheduleConfig
+from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.run.config import RunConfig
 
 
 def official_r50() -> RunConfig:

@@ -43,7 +43,7 @@ Ctrl-C     stops watching; the job goes on, and the commands to follow and to st
 exit code  the script's own; 143 for a job that was stopped, 130 after Ctrl-C, 2 if the input was
            refused, 1 if the cluster was not reached or the job did not start."""
 
-# Of the recipes and of `platform/config.py`: their values are paths, whether they exist or not.
+# Of the recipes and of `platform/run/config.py`: their values are paths, whether they exist or not.
 PATH_KEYS = (
     "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations",
     "init_checkpoint", "init_backbone", "storage",
@@ -109,7 +109,7 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _submit(parsed: argparse.Namespace) -> int:
     # Ray is slow to import, and --help needs none of it.
-    from deta.platform.submit import ClusterError, submit_job
+    from deta.platform.cluster.submit_job import ClusterError, submit_job
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # what its client tells of its own packing
     arguments = list(parsed.arguments)

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, NoReturn
 from deta.jobs.evaluate import echo, run_tool
 
 if TYPE_CHECKING:
-    from deta.platform.bootstrap import MapLike
-    from deta.platform.comparison_side import Side
+    from deta.platform.comparison.sources import Side
+    from deta.platform.evaluation.paired_bootstrap import MapLike
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace, work: Path) -> _Inputs:
-    from deta.platform.comparison_side import open_side, refuse_other_images
+    from deta.platform.comparison.sources import open_side, refuse_other_images
 
     if arguments.resamples < 1 or not 0 < arguments.confidence < 1:
         raise ValueError("--resamples is at least 1, --confidence between 0 and 1")
@@ -111,13 +111,13 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> _Inputs:
 
 
 def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
-    from deta.platform.comparison import compare
-    from deta.platform.comparison_page import verdict, write_comparison
+    from deta.platform.comparison.compare import compare
+    from deta.platform.comparison.report import verdict, write_comparison
 
     with ExitStack() as stack:
         mapped: MapLike = map
         if arguments.ray:
-            from deta.platform.bootstrap_tasks import ray_tasks
+            from deta.platform.cluster.bootstrap_tasks import ray_tasks
 
             mapped = stack.enter_context(ray_tasks(echo))
         comparison = compare(
@@ -138,8 +138,8 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     echo(f"page: {inputs.out}")
     run_id = arguments.mlflow_run or inputs.b.run_id
     if run_id and not arguments.no_mlflow:
-        from deta.platform.model_uri import registry_uri
-        from deta.platform.tracking import MlflowStore
+        from deta.platform.registry.model_uri import registry_uri
+        from deta.platform.tracking.mlflow_store import MlflowStore
 
         uri = arguments.mlflow or registry_uri()
         try:

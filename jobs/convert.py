@@ -38,9 +38,9 @@ from deta.jobs.evaluate import echo, read_changes, run_tool, write_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deta.platform.classes import FileClasses
-    from deta.platform.config import RunConfig
-    from deta.platform.model_files import ModelFile
+    from deta.platform.run.config import RunConfig
+    from deta.platform.weights.class_mapping import FileClasses
+    from deta.platform.weights.model_file import ModelFile
 
 LAYOUTS = ("ours", "official", "detrex", "huggingface")
 SUFFIXES = {
@@ -107,7 +107,7 @@ def main() -> NoReturn:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the variant")
     arguments = parser.parse_intermixed_args()
     if arguments.list:
-        from deta.platform.published_files import listing
+        from deta.platform.weights.published_catalogue import listing
 
         echo(listing())
         raise SystemExit(0)
@@ -117,9 +117,9 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Weights:
-    from deta.platform.backbone_files import is_backbone
-    from deta.platform.download import fetch
-    from deta.platform.weights import read_weights
+    from deta.platform.system.download import fetch
+    from deta.platform.weights.backbone_file import is_backbone
+    from deta.platform.weights.weight_files import read_weights
 
     if arguments.to is not None:
         output = _output(arguments)
@@ -129,7 +129,7 @@ def _prepare(arguments: argparse.Namespace) -> _Weights:
             raise ValueError(f"{output}: is a folder; name the file to write")
     path = fetch(arguments.source, echo=echo)
     if path.is_dir() or path.name == "best":
-        from deta.platform.predict import find_checkpoint
+        from deta.platform.inference.predictor import find_checkpoint
 
         path = find_checkpoint(path)
     tensors = None if path.is_dir() else read_weights(path)
@@ -147,10 +147,10 @@ def _open(
 
     from deta.jobs.recipes import find_variant
     from deta.model.pretrained_anchor import is_anchor_detr
-    from deta.platform.classes import listed_classes
-    from deta.platform.config import override
-    from deta.platform.converted import is_converted
-    from deta.platform.model_files import identify, open_model_file
+    from deta.platform.run.config import override
+    from deta.platform.weights.class_mapping import listed_classes
+    from deta.platform.weights.converted_file import is_converted
+    from deta.platform.weights.model_file import identify, open_model_file
 
     changes = read_changes(arguments.overrides, CONVERSION_KEYS)
     if tensors is None or is_converted(path):
@@ -173,8 +173,8 @@ def _open(
 def _prepare_detector(
     file: ModelFile, arguments: argparse.Namespace, source: dict[str, str]
 ) -> _Weights:
-    from deta.platform.conversion import account, complete_state, for_data_set
-    from deta.platform.predict import read_listing
+    from deta.platform.inference.predictor import read_listing
+    from deta.platform.weights.conversion_report import account, complete_state, for_data_set
 
     model = file.config.model
     echo(f"layout: {file.layout}, sha256 {source['sha256']}")
@@ -201,8 +201,8 @@ def _prepare_backbone(
     path: Path, tensors: dict[str, Tensor], arguments: argparse.Namespace, source: dict[str, str]
 ) -> _Weights:
     from deta.jobs.recipes import find_variant
-    from deta.platform.backbone_files import rename_backbone
-    from deta.platform.weights import WeightsError
+    from deta.platform.weights.backbone_file import rename_backbone
+    from deta.platform.weights.weight_files import WeightsError
 
     try:
         layout, renamed, unused = rename_backbone(tensors)
@@ -216,9 +216,9 @@ def _prepare_backbone(
 
 
 def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
-    from deta.platform.converted import write_converted
-    from deta.platform.model_files import to_published
-    from deta.platform.weights import write_torch_file, write_weights
+    from deta.platform.weights.converted_file import write_converted
+    from deta.platform.weights.model_file import to_published
+    from deta.platform.weights.weight_files import write_torch_file, write_weights
 
     if arguments.to is None:
         echo("complete; --to writes it")

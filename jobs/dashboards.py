@@ -33,17 +33,23 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
-from deta.platform.masking import mask_text
-from deta.platform.mlflow_server import PORT as MLFLOW_PORT
-from deta.platform.mlflow_server import (
+from deta.platform.system.child_server import (
+    Service,
+    ServiceError,
+    free_port,
+    is_loopback,
+    start_service,
+)
+from deta.platform.system.redaction import mask_text
+from deta.platform.tracking.mlflow_server import PORT as MLFLOW_PORT
+from deta.platform.tracking.mlflow_server import (
     USER,
     MlflowServer,
     check_hosts,
     password,
     start_mlflow_server,
 )
-from deta.platform.service import Service, ServiceError, free_port, is_loopback, start_service
-from deta.platform.uploading import tracking_uri
+from deta.platform.tracking.upload_process import tracking_uri
 
 DEFAULT_STORAGE = "~/deta-runs"
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.py"
@@ -163,7 +169,7 @@ def _start_leaderboard(
 
 def _start_monitoring(arguments: argparse.Namespace, folder: Path, started: ExitStack) -> None:
     """Prometheus and Grafana; one line instead of each that is not installed."""
-    from deta.platform.monitoring import (
+    from deta.platform.tracking.prometheus_grafana import (
         NotInstalledError,
         SessionFollower,
         ray_folders,

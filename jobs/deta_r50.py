@@ -18,10 +18,10 @@ from deta.jobs.recipe import run_recipe
 from deta.model.backbone import BackboneConfig
 from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
-from deta.platform.config import ClusterConfig, DataConfig, RunConfig
-from deta.platform.optim import OptimConfig, ScheduleConfig
-from deta.platform.shapes import write_shapes
-from deta.platform.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig
 
 
 def official_12ep() -> RunConfig:

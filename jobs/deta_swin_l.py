@@ -20,9 +20,9 @@ from dataclasses import replace
 from deta.jobs.recipe import run_recipe
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
-from deta.platform.config import ClusterConfig, DataConfig, RunConfig
-from deta.platform.optim import OptimConfig, ScheduleConfig
-from deta.platform.transforms import larger_augmentation, larger_evaluation_size
+from deta.platform.data.transforms import larger_augmentation, larger_evaluation_size
+from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig
 
 
 def official_finetune() -> RunConfig:

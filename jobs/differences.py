@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deta.jobs.published import Published
-from deta.platform.config import RunConfig, flatten
+from deta.platform.run.config import RunConfig, flatten
 
 # Keys that say where and how a run is carried out; published code has other ways, or none.
 OF_THE_RUN = (

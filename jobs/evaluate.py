@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from deta.jobs.recipes import VARIANTS, find_variant
-from deta.platform.config import RunConfig, flatten
+from deta.platform.run.config import RunConfig, flatten
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
-    from deta.platform.coco import Category, CocoDataset
-    from deta.platform.detect import Evaluation
-    from deta.platform.predict import Predictor
+    from deta.platform.data.coco_dataset import Category, CocoDataset
+    from deta.platform.evaluation.evaluate_model import Evaluation
+    from deta.platform.inference.predictor import Predictor
 
 Inputs = TypeVar("Inputs")
 
@@ -97,7 +97,7 @@ def main() -> NoReturn:
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
     from PIL import Image
 
-    from deta.platform.datasets import open_dataset
+    from deta.platform.shards.open_dataset import open_dataset
 
     changes = read_changes(arguments.overrides, EVALUATION_KEYS)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -125,7 +125,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         dataset = open_images(predictor.config)
         predictor.check_categories(dataset.categories, arguments.annotations or arguments.images)
     else:
-        from deta.platform.config import override
+        from deta.platform.run.config import override
 
         dataset = open_images(override(_variant(arguments), changes))
         predictor = open_predictor(arguments, changes, dataset.categories)
@@ -137,9 +137,9 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from deta.platform.console import duration
-    from deta.platform.images import ImageError
-    from deta.platform.pictures import write_validation_sheet
+    from deta.platform.data.draw_boxes import write_validation_sheet
+    from deta.platform.data.image_decoding import ImageError
+    from deta.platform.launch.console import duration
 
     predictor, dataset = inputs.predictor, inputs.dataset
     echo(f"model: {predictor.description}")
@@ -187,10 +187,10 @@ def _keep(
     inputs: _Inputs, evaluation: Evaluation, arguments: argparse.Namespace, elapsed_s: float
 ) -> None:
     """Write the evaluation folder with its explanation, and say what that took."""
-    from deta.platform.evaluation_files import Origin, write_evaluation
-    from deta.platform.explain import EXPLANATION, explain, write_explanation
-    from deta.platform.explain_pictures import images_of
-    from deta.platform.explain_report import write_report
+    from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
+    from deta.platform.analysis.images import images_of
+    from deta.platform.analysis.report import write_report
+    from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 
     predictor, dataset = inputs.predictor, inputs.dataset
     began_s = time.perf_counter()
@@ -281,8 +281,8 @@ def open_predictor(
     """
     import torch
 
-    from deta.platform.converted import is_converted
-    from deta.platform.predict import Predictor, find_checkpoint
+    from deta.platform.inference.predictor import Predictor, find_checkpoint
+    from deta.platform.weights.converted_file import is_converted
 
     weights = local_weights(arguments.weights)
     device = arguments.device
@@ -309,10 +309,10 @@ def local_weights(weights: str | Path) -> Path:
     Raises:
         ValueError: the file could not be had, or is not the one that was pinned or registered.
     """
-    from deta.platform.download import fetch
+    from deta.platform.system.download import fetch
 
     if str(weights).startswith("models:/"):
-        from deta.platform.model_uri import resolve_model
+        from deta.platform.registry.model_uri import resolve_model
 
         model = resolve_model(weights)
         echo(f"registered: {model}")

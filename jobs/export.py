@@ -60,9 +60,9 @@ from deta.jobs.evaluate import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from deta.platform.export_check import Difference, Speed
-    from deta.platform.exported import Runtime
-    from deta.platform.predict import Predictor
+    from deta.platform.inference.export_check import Difference, Speed
+    from deta.platform.inference.exported_model import Runtime
+    from deta.platform.inference.predictor import Predictor
 
 FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 
@@ -117,8 +117,8 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
-    from deta.platform.picture_files import find_pictures
-    from deta.platform.predict import check_headers
+    from deta.platform.inference.image_paths import find_pictures
+    from deta.platform.inference.predictor import check_headers
 
     if (arguments.check_images is None) != arguments.unverified:
         raise ValueError(
@@ -144,9 +144,9 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     import torch
 
-    from deta.platform.console import duration
-    from deta.platform.export import trace, write_onnx
-    from deta.platform.images import decode
+    from deta.platform.data.image_decoding import decode
+    from deta.platform.inference.export import trace, write_onnx
+    from deta.platform.launch.console import duration
 
     predictor = inputs.predictor
     echo(f"model: {predictor.description}")
@@ -192,10 +192,10 @@ def _check(
     path: Path, predictor: Predictor, images: Sequence[Image.Image], batch_size: int
 ) -> _Checked:
     """Compare a file with the model, if there are pictures; and time it."""
-    from deta.platform.export import least_side_px
-    from deta.platform.export_check import Difference, compare, measure_speed, run_eagerly
-    from deta.platform.exported import open_onnx, open_program, pack, unpack
-    from deta.platform.predict import file_sha256
+    from deta.platform.inference.export import least_side_px
+    from deta.platform.inference.export_check import Difference, compare, measure_speed, run_eagerly
+    from deta.platform.inference.exported_model import open_onnx, open_program, pack, unpack
+    from deta.platform.inference.predictor import file_sha256
 
     digest, num_bytes = file_sha256(path), path.stat().st_size
     if not images:
@@ -217,9 +217,9 @@ def _check(
 
 
 def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> Speed:
-    from deta.platform.export import least_side_px
-    from deta.platform.export_check import measure_speed, run_eagerly
-    from deta.platform.exported import pack
+    from deta.platform.inference.export import least_side_px
+    from deta.platform.inference.export_check import measure_speed, run_eagerly
+    from deta.platform.inference.exported_model import pack
 
     least = least_side_px(predictor.model.config)
     picture = pack(images[:1], predictor.config.data.evaluation_size, least)
@@ -231,9 +231,9 @@ def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> Speed:
 def _about(
     predictor: Predictor, checked: Mapping[str, _Checked], eager_speed: Speed | None
 ) -> dict[str, Any]:
-    from deta.platform.config import flatten
-    from deta.platform.export import ONNX_OPSET, least_side_px
-    from deta.platform.export_check import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE
+    from deta.platform.inference.export import ONNX_OPSET, least_side_px
+    from deta.platform.inference.export_check import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE
+    from deta.platform.run.config import flatten
 
     size = predictor.config.data.evaluation_size
     return {

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from deta.jobs.total_batch import with_base_batch
-from deta.platform.config import RunConfig, flatten, override
+from deta.platform.run.config import RunConfig, flatten, override
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
-    from deta.platform.run import Run
+    from deta.platform.run.run import Run
 
 Variants = Mapping[str, Callable[[], RunConfig]]
 
@@ -61,8 +61,8 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
 
     import torch
 
-    from deta.platform.finetune import machine_plan, schedule_plan
-    from deta.platform.prepare import prepare
+    from deta.platform.launch.finetune_plan import machine_plan, schedule_plan
+    from deta.platform.launch.prepare_run import prepare
 
     given = frozenset(changes)
     try:
@@ -174,10 +174,10 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 
     A run's folder in `changes` becomes its best checkpoint.
     """
-    from deta.platform.checkpoint import read_checkpoint
-    from deta.platform.converted import is_converted, read_converted
-    from deta.platform.finetune import base_config, variant_of
-    from deta.platform.predict import find_checkpoint
+    from deta.platform.checkpoint.local import read_checkpoint
+    from deta.platform.inference.predictor import find_checkpoint
+    from deta.platform.launch.finetune_plan import base_config, variant_of
+    from deta.platform.weights.converted_file import is_converted, read_converted
 
     path = Path(changes["init_checkpoint"]).expanduser()
     theirs: RunConfig | None = None
@@ -203,7 +203,7 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
     """For a run that begins as any other: look, then perhaps train."""
     from deta.jobs.recipe import refuse
-    from deta.platform.prepare import prepare
+    from deta.platform.launch.prepare_run import prepare
 
     try:
         run = prepare(config)
@@ -215,8 +215,8 @@ def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoRetur
 def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
     """Look at the data of a run; then, unless it was for that only, train. Exits."""
     from deta.jobs.recipe import echo, exit_after, refuse
-    from deta.platform.console import Console
-    from deta.platform.launch import launch_prepared
+    from deta.platform.launch.console import Console
+    from deta.platform.launch.supervisor import launch_prepared
 
     if not only_look:
         exit_after(
@@ -249,10 +249,10 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     import torch
 
     from deta.jobs.recipe import echo
-    from deta.platform.first_look import look_at
-    from deta.platform.journal import Journal
-    from deta.platform.memory_probe import suggest_micro_batch, worst_batch
-    from deta.platform.training_sheet import write_training_sheet
+    from deta.platform.launch.dataset_report import look_at
+    from deta.platform.launch.memory_probe import suggest_micro_batch, worst_batch
+    from deta.platform.launch.sample_sheet import write_training_sheet
+    from deta.platform.run.journal import Journal
 
     config = run.config
     lines: list[str] = []

@@ -18,8 +18,8 @@ from deta.jobs.recipe import run_recipe
 from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
 from deta.model.postprocess import PostprocessConfig
-from deta.platform.config import RunConfig
-from deta.platform.optim import OptimConfig, ScheduleConfig
+from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.run.config import RunConfig
 
 
 def official_50ep() -> RunConfig:

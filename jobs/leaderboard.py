@@ -22,12 +22,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.platform.mlflow_server import check_hosts
-from deta.platform.service import free_port, is_loopback
-from deta.platform.uploading import tracking_uri
+from deta.platform.system.child_server import free_port, is_loopback
+from deta.platform.tracking.mlflow_server import check_hosts
+from deta.platform.tracking.upload_process import tracking_uri
 
 if TYPE_CHECKING:
-    from deta.platform.leaderboard_board import Board
+    from deta.platform.leaderboard.cache import Board
 
 DEFAULT_STORAGE = "~/deta-runs"
 PORT = 5050
@@ -87,9 +87,9 @@ def _write(arguments: argparse.Namespace) -> int:
     uri = _uri(arguments.storage)
     if arguments.out.is_dir():
         raise ValueError(f"{arguments.out}: is a folder; name the file to write")
-    from deta.platform.leaderboard_board import Board
-    from deta.platform.leaderboard_data import Source
-    from deta.platform.leaderboard_page import whole_page
+    from deta.platform.leaderboard.cache import Board
+    from deta.platform.leaderboard.mlflow_source import Source
+    from deta.platform.leaderboard.page import whole_page
 
     board = Board(uri)
     board.read_all(Source(uri))
@@ -119,8 +119,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         password = arguments.password_file.read_text(encoding="ascii").strip()
         if len(password) < 16:
             raise ValueError(f"{arguments.password_file}: a password has at least 16 characters")
-    from deta.platform.leaderboard_board import Board
-    from deta.platform.leaderboard_server import LeaderboardServer
+    from deta.platform.leaderboard.cache import Board
+    from deta.platform.leaderboard.server import LeaderboardServer
 
     cache = arguments.storage.expanduser() / "dashboards" / CACHE_FILE
     board = Board(uri, cache)
@@ -147,7 +147,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _follow(board: Board, uri: str, stop: threading.Event) -> None:
-    from deta.platform.leaderboard_data import Source
+    from deta.platform.leaderboard.mlflow_source import Source
 
     board.follow(Source(uri), stop)
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from deta.jobs.evaluate import write_json
-from deta.platform.materials import altered_files, bill_of_materials, hash_lines
+from deta.platform.system.sbom import altered_files, bill_of_materials, hash_lines
 
 
 def main() -> None:

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from deta.jobs.recipe import refuse
-from deta.platform.coco import CocoDataset
-from deta.platform.images import MAX_PIXELS
-from deta.platform.packing import MEGABYTE, pack
-from deta.platform.shard_manifest import read_manifest, verify_shards
-from deta.platform.shard_store import Store
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.image_decoding import MAX_PIXELS
+from deta.platform.shards.manifest import read_manifest, verify_shards
+from deta.platform.shards.object_store import Store
+from deta.platform.shards.packer import MEGABYTE, pack
 
 MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
 

@@ -10,7 +10,7 @@ files, folders, whose pictures are taken with those in folders below, or pattern
   pictures/           each picture with its boxes, of a score of --threshold or more
   results.json        all detections, up to 100 a picture whatever their score, as COCO results
   images.json         which image_id is which file, as COCO images and categories
-  detections.parquet  the same detections as a table; platform/detection_table.py has its columns
+  detections.parquet  the same detections as a table; platform/evaluation/detections_parquet.py has its columns
 
 Detections do not depend on --batch-size, up to the order of float32 sums: only pictures of one size
 go through the model together, so none is padded to the size of another.
@@ -43,11 +43,11 @@ from deta.jobs.evaluate import (
     tool_parser,
     write_json,
 )
-from deta.platform.config import RunConfig, flatten
+from deta.platform.run.config import RunConfig, flatten
 
 if TYPE_CHECKING:
     from deta.model.postprocess import Detections
-    from deta.platform.predict import Predictor
+    from deta.platform.inference.predictor import Predictor
 
 WRITTEN_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})  # others get .png added
 JPEG_QUALITY = 92
@@ -97,7 +97,7 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
-    from deta.platform.predict import check_headers, read_listing
+    from deta.platform.inference.predictor import check_headers, read_listing
 
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold} is not in 0..1")
@@ -128,9 +128,9 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from deta.platform.detection_table import DetectionTable
-    from deta.platform.evaluate import to_coco_results
-    from deta.platform.images import ImageError
+    from deta.platform.data.image_decoding import ImageError
+    from deta.platform.evaluation.coco_metrics import to_coco_results
+    from deta.platform.evaluation.detections_parquet import DetectionTable
 
     predictor, pictures = inputs.predictor, inputs.pictures
     echo(f"model: {predictor.description}")
@@ -193,8 +193,8 @@ def _draw(
     picture: _Picture, found: Detections, predictor: Predictor, arguments: argparse.Namespace
 ) -> tuple[int, int]:
     """Draw the picture with its boxes, if wanted. Returns its (width, height)."""
-    from deta.platform.images import decode, read_header
-    from deta.platform.pictures import draw_detections
+    from deta.platform.data.draw_boxes import draw_detections
+    from deta.platform.data.image_decoding import decode, read_header
 
     max_pixels = predictor.config.data.max_pixels
     if arguments.no_pictures:
@@ -213,7 +213,7 @@ def _draw(
 
 def _find_pictures(texts: Sequence[str], output: Path) -> list[tuple[str, Path]]:
     """Each picture file once, with its name; none of those that this tool writes."""
-    from deta.platform.picture_files import find_pictures
+    from deta.platform.inference.image_paths import find_pictures
 
     for text in texts:
         if "=" in text and not glob.has_magic(text) and not Path(text).exists():

@@ -35,8 +35,8 @@ from deta.jobs.evaluate import echo, run_tool
 from deta.jobs.register import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from deta.platform.gate import Policy
-    from deta.platform.registry import Registry
+    from deta.platform.registry.mlflow_registry import Registry
+    from deta.platform.registry.promotion_gate import Policy
 
 HISTORY, ROLLBACK, REPAIR = "history", "rollback", "repair"
 REFUSED = 3  # exit code
@@ -75,9 +75,9 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> Policy:
-    from deta.platform.config import override
-    from deta.platform.gate import Policy
-    from deta.platform.model_uri import is_model_address, parse_address
+    from deta.platform.registry.model_uri import is_model_address, parse_address
+    from deta.platform.registry.promotion_gate import Policy
+    from deta.platform.run.config import override
 
     if arguments.show and arguments.what and "=" in arguments.what:
         arguments.policy.insert(0, arguments.what)
@@ -111,13 +111,13 @@ def _prepare(arguments: argparse.Namespace) -> Policy:
 def _run(policy: Policy, arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from deta.platform.model_uri import registry_uri
+    from deta.platform.registry.model_uri import registry_uri
 
     if arguments.show:
         for key, value in asdict(policy).items():
             echo(f"{key}={value}")
         return 0
-    from deta.platform.registry import Registry
+    from deta.platform.registry.mlflow_registry import Registry
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
     registry = Registry(registry_uri())
@@ -139,10 +139,10 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
 
 
 def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) -> int:
-    from deta.platform.decision_log import REFUSE
-    from deta.platform.evaluation_files import read_facts
-    from deta.platform.evidence import Judge
-    from deta.platform.promotion import promote, whoever
+    from deta.platform.evaluation.evaluation_folder import read_facts
+    from deta.platform.registry.decision_log import REFUSE
+    from deta.platform.registry.gate_inputs import Judge
+    from deta.platform.registry.promote import promote, whoever
 
     given = {read_facts(folder)["weights_sha256"]: folder for folder in arguments.evaluation}
     outcome = promote(
@@ -170,7 +170,7 @@ def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) 
 
 
 def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
-    from deta.platform.promotion import rollback, whoever
+    from deta.platform.registry.promote import rollback, whoever
 
     entry = rollback(
         registry,

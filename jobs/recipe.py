@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from deta.jobs.finetune import add_look_options, finetune, look_and_exit
 from deta.jobs.total_batch import batch_notes, with_base_batch
-from deta.platform.config import RunConfig, flatten, override
-from deta.platform.run_file import RECIPE_TAG
-from deta.platform.shapes import ShapesDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset
+from deta.platform.run.config import RunConfig, flatten, override
+from deta.platform.run.run_file import RECIPE_TAG
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
 
@@ -139,7 +139,7 @@ def train_and_exit(
     Args:
         recipe: name under which the leaderboard has it.
     """
-    from deta.platform.launch import launch
+    from deta.platform.launch.supervisor import launch
 
     tags = {RECIPE_TAG: recipe}
     exit_after(lambda: launch(config, resume=resume, force=force, echo=echo, tags=tags))

@@ -21,7 +21,7 @@ from typing import Any
 from deta.jobs.differences import Row, compare, show, unexplained
 from deta.jobs.published import PUBLISHED, Published
 from deta.jobs.recipes import RECIPES, VARIANTS
-from deta.platform.config import RunConfig
+from deta.platform.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("docs") / "recipes"

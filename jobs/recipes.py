@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from deta.jobs import anchor_detr_r50, deta_r50, deta_swin_l, improved_deformable_detr_r50
-from deta.platform.config import RunConfig
+from deta.platform.run.config import RunConfig
 
 # By the name of the file in jobs/.
 RECIPES: Mapping[str, ModuleType] = {

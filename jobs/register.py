@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from deta.jobs.evaluate import echo, run_tool
 
 if TYPE_CHECKING:
-    from deta.platform.registration import Prepared
+    from deta.platform.registry.register import Prepared
 
 DEFAULT_NAME = "deta"
 
@@ -54,7 +54,7 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> Prepared:
-    from deta.platform.registration import prepare
+    from deta.platform.registry.register import prepare
 
     return prepare(arguments.weights.expanduser(), arguments.evaluation, arguments.export)
 
@@ -63,12 +63,12 @@ def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     import torch
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
-    from deta.platform.lineage import run_folder
-    from deta.platform.masking import mask_text
-    from deta.platform.model_uri import registry_uri
-    from deta.platform.registration import register
-    from deta.platform.registry import Registry
-    from deta.platform.uploading import uri_of
+    from deta.platform.registry.lineage import run_folder
+    from deta.platform.registry.mlflow_registry import Registry
+    from deta.platform.registry.model_uri import registry_uri
+    from deta.platform.registry.register import register
+    from deta.platform.system.redaction import mask_text
+    from deta.platform.tracking.upload_process import uri_of
 
     lineage, checkpoint = prepared.lineage, prepared.checkpoint
     ap = prepared.evaluation.metrics.AP

@@ -31,8 +31,8 @@ from deta.jobs.evaluate import echo, run_tool
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
-    from deta.platform.serving_config import ServingConfig
-    from deta.platform.serving_source import ModelSource
+    from deta.platform.serving.config import ServingConfig
+    from deta.platform.serving.model_source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
-    from deta.platform.service import is_loopback
-    from deta.platform.serving_config import (
+    from deta.platform.serving.config import (
         TOKEN_VARIABLE,
         ServingConfig,
         read_token,
         token_hash,
     )
-    from deta.platform.serving_source import model_source
+    from deta.platform.serving.model_source import model_source
+    from deta.platform.system.child_server import is_loopback
 
     if not 0 <= arguments.port <= 65535 or (arguments.port == 0 and not arguments.without_ray):
         raise ValueError(f"--port {arguments.port}: give one from 1 to 65535")
@@ -121,12 +121,12 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 
 def _serve(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     if arguments.without_ray:
-        from deta.platform.serving_process import serve_alone
+        from deta.platform.serving.uvicorn_server import serve_alone
 
         serve_alone(inputs.source, inputs.config, arguments.host, arguments.port, _tell)
         return 0
     try:
-        from deta.platform.serve import (
+        from deta.platform.serving.ray_serve import (
             Placement,
             metrics_addresses,
             service_on_ray,

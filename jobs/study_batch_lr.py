@@ -32,14 +32,14 @@ from deta.jobs.sweep_command import (
     run_sweep_and_exit,
     with_drawn_data,
 )
-from deta.platform.config import RunConfig, override
-from deta.platform.cost import PRICES, Estimate, Price, price_of
-from deta.platform.power import Plan
-from deta.platform.search_space import Sweep
-from deta.platform.shapes import write_shapes
-from deta.platform.study import Anchor, Question
-from deta.platform.study_design import Design, batch_factor, cell_key, numbers_of, rate_factor
-from deta.platform.study_plan import plan_text
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.run.config import RunConfig, override
+from deta.platform.study.cost import PRICES, Estimate, Price, price_of
+from deta.platform.study.design import Design, batch_factor, cell_key, numbers_of, rate_factor
+from deta.platform.study.plan_text import plan_text
+from deta.platform.study.power import Plan
+from deta.platform.study.study_types import Anchor, Question
+from deta.platform.sweep.search_space import Sweep
 
 SEEDS = (1, 2, 3)
 NOTHING: Mapping[str, Any] = MappingProxyType({})

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deta.jobs.recipe import echo, exit_after, refuse
-from deta.platform.config import RunConfig, override
-from deta.platform.cost import Price
-from deta.platform.search_space import Sweep
-from deta.platform.shapes import ShapesDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset
+from deta.platform.run.config import RunConfig, override
+from deta.platform.study.cost import Price
+from deta.platform.sweep.search_space import Sweep
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
 
@@ -94,13 +94,13 @@ def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep])
 
     def run() -> None:
         if arguments.report_only:
-            from deta.platform.sweep_report import report_only
+            from deta.platform.sweep.results import report_only
 
             report = report_only(sweep)
             for sentence in report.verdicts:
                 echo(sentence)
             return
-        from deta.platform.sweep import launch_sweep  # slow to import
+        from deta.platform.sweep.tune_sweep import launch_sweep  # slow to import
 
         asks = sys.stdin.isatty() and not arguments.yes
         launch_sweep(

@@ -23,8 +23,9 @@ from deta.jobs.sweep_command import (
     run_sweep_and_exit,
     with_drawn_data,
 )
-from deta.platform.config import RunConfig, override
-from deta.platform.search_space import (
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.run.config import RunConfig, override
+from deta.platform.sweep.search_space import (
     Asha,
     Choice,
     Domain,
@@ -35,7 +36,6 @@ from deta.platform.search_space import (
     Search,
     Sweep,
 )
-from deta.platform.shapes import write_shapes
 
 SPACE: dict[str, Domain] = {
     "optim.lr": LogUniform(3e-4, 6e-3),

@@ -26,13 +26,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from deta.platform.journal import Journal, read_events
-from deta.platform.lock import is_alive
-from deta.platform.masking import mask_text
-from deta.platform.run_file import RUN_FILE, read_run_file
-from deta.platform.upload_record import what_is_left
-from deta.platform.uploader import BusyError, RunUploader, Store
-from deta.platform.uploading import find_runs, tracking_uri, uri_of
+from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run_file import RUN_FILE, read_run_file
+from deta.platform.run.run_lock import is_alive
+from deta.platform.system.redaction import mask_text
+from deta.platform.tracking.upload_plan import what_is_left
+from deta.platform.tracking.upload_process import find_runs, tracking_uri, uri_of
+from deta.platform.tracking.uploader import BusyError, RunUploader, Store
 
 DEFAULT_STORAGE = "~/deta-runs"
 
@@ -179,7 +179,7 @@ def _write_end(run: Path, status: str) -> None:
 
 
 def _reap(runs: list[Path], stores: dict[str, Store], arguments: argparse.Namespace) -> bool:
-    from deta.platform.tracking import MlflowStore, reap
+    from deta.platform.tracking.mlflow_store import MlflowStore, reap
 
     experiments = set(arguments.experiment or ())
     if not experiments:
@@ -203,7 +203,9 @@ def _reap(runs: list[Path], stores: dict[str, Store], arguments: argparse.Namesp
 
 
 def _store(uri: str) -> Store:
-    from deta.platform.tracking import MlflowStore  # slow to import, and often not needed
+    from deta.platform.tracking.mlflow_store import (
+        MlflowStore,  # slow to import, and often not needed
+    )
 
     return MlflowStore(uri)
 

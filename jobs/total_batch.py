@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deta.platform.config import RunConfig
-from deta.platform.optim import LR_RULES
+from deta.platform.learning.optimizer import LR_RULES
+from deta.platform.run.config import RunConfig
 
 KEY, RULE_KEY, BASE_KEY = "total_batch_size", "optim.lr_rule", "optim.lr_base_batch"
 

@@ -67,7 +67,7 @@ def test_no_root_folder_is_a_regular_package():
 
 
 def test_python_keeps_its_own_platform_module():
-    code = "import platform; print(platform.system()); import deta.platform.order"
+    code = "import platform; print(platform.system()); import deta.platform.data.sample_order"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -83,6 +83,6 @@ def test_deta_holds_nothing_but_links():
 def test_model_needs_neither_ray_nor_mlflow():
     code = (
         "import sys; import deta.model.detector, deta.model.criterion, deta.model.postprocess, "
-        "deta.platform.step; assert not {'ray', 'mlflow'} & set(sys.modules)"
+        "deta.platform.learning.train_step; assert not {'ray', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -17,9 +17,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from deta.platform.checkpoint import read_checkpoint
-from deta.platform.journal import read_events
-from deta.platform.shapes import ShapesDataset, write_shapes
+from deta.platform.checkpoint.local import read_checkpoint
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.run.journal import read_events
 
 pytestmark = pytest.mark.cluster
 

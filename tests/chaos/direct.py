@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deta.platform.shapes import ShapesDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset
 from tests.chaos.mlflow_server import free_port
 from tests.chaos.oracles import losses, weights_sha256
 from tests.chaos.processes import MARK
@@ -159,7 +159,7 @@ def kill(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def tiny_config(overrides: dict[str, str]) -> Any:
     from deta.jobs.deta_r50 import demo
-    from deta.platform.config import override
+    from deta.platform.run.config import override
 
     return override(demo(), overrides)
 
@@ -193,11 +193,11 @@ def _main() -> None:
     import torch
     import torch.distributed as dist
 
-    from deta.platform.claim import changes_since, refuse_changes
-    from deta.platform.coco import CocoDataset
-    from deta.platform.detect import Worker
-    from deta.platform.run import Run
-    from deta.platform.training import train
+    from deta.platform.data.coco_dataset import CocoDataset
+    from deta.platform.evaluation.evaluate_model import Worker
+    from deta.platform.launch.claim_folder import changes_since, refuse_changes
+    from deta.platform.run.run import Run
+    from deta.platform.training.loop import train
 
     torch.set_num_threads(1)
     if world_size > 1:

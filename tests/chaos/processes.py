@@ -25,10 +25,10 @@ ROLES = {
     "controller": ("ray::TrainController",),
     "raylet": ("raylet/raylet",),
     "gcs": ("gcs_server",),
-    "attempt": ("-m deta.platform.attempt",),
-    "uploader": ("-m deta.platform.tracking",),
+    "attempt": ("-m deta.platform.cluster.driver",),
+    "uploader": ("-m deta.platform.tracking.mlflow_store",),
 }
-TIDYING = ("deta.platform.guardian", "jobs/sync.py")
+TIDYING = ("deta.platform.launch.orphan_reaper", "jobs/sync.py")
 
 
 @dataclass(frozen=True)

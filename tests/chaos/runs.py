@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deta.platform.shapes import ShapesDataset, write_shapes
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from tests.chaos.processes import MARK, Family
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ class SaveLoop:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def newest_step(self) -> int | None:
-        from deta.platform.checkpoint import newest_checkpoint
+        from deta.platform.checkpoint.local import newest_checkpoint
 
         found = newest_checkpoint(self.folder, lambda message: None)
         return None if found is None else found.state.step
@@ -97,8 +97,8 @@ class SaveLoop:
 def _snapshot(num_bytes: int) -> Any:
     import torch
 
-    from deta.platform.checkpoint import RunState, take_snapshot
-    from deta.platform.coco import Category
+    from deta.platform.checkpoint.local import RunState, take_snapshot
+    from deta.platform.data.coco_dataset import Category
     from tests.chaos.direct import tiny_config
     from tests.chaos.runs import TINY
 
@@ -117,7 +117,7 @@ def _save(folder: Path, snapshot: Any, step: int) -> None:
     """As the training does: write, then delete what is not needed any more."""
     from dataclasses import replace
 
-    from deta.platform.checkpoint import keep_newest_and_best, write_checkpoint
+    from deta.platform.checkpoint.local import keep_newest_and_best, write_checkpoint
 
     state = replace(snapshot.state, step=step, samples_seen=4 * step, metrics={"AP": 1.0 / step})
     write_checkpoint(folder, replace(snapshot, state=state))

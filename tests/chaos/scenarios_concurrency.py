@@ -15,7 +15,7 @@ from tests.chaos.scenario import Options, Outcome
 HOLDER = """
 import sys, time
 from pathlib import Path
-from deta.platform.lock import RunLock, RunLockedError
+from deta.platform.run.run_lock import RunLock, RunLockedError
 folder = Path(sys.argv[1])
 for line in sys.stdin:
     began_s = time.monotonic()

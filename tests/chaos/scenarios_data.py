@@ -108,7 +108,7 @@ def degenerate_boxes(place: Place, options: Options) -> Outcome:
         place, "e3", data=data, schedule__epochs=2, evaluate_every_epochs=2, data__lenient="true"
     )  # fmt: skip
     run.finish(2)
-    from deta.platform.coco import CocoDataset
+    from deta.platform.data.coco_dataset import CocoDataset
 
     notes = " ".join(
         CocoDataset.open(data.train_images, data.train_annotations, lenient=True).notes

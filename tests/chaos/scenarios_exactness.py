@@ -252,7 +252,7 @@ def _sign(checkpoint: Path) -> None:
     for name, entry in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
         entry["bytes"], entry["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-    from deta.platform.checkpoint_format import Written, manifest_to_json
+    from deta.platform.checkpoint.format import Written, manifest_to_json
 
     files = {n: Written(e["bytes"], e["sha256"]) for n, e in manifest["files"].items()}
     path.write_text(manifest_to_json(manifest["step"], files))

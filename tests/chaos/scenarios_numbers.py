@@ -105,7 +105,7 @@ def bad_metrics(place: Place, options: Options) -> Outcome:
     restarts = sum(e["kind"] == "restart" for e in events)
     evaluations = [e for e in events if e["kind"] == "evaluation"]
     expect(len(evaluations) >= 7, f"{len(evaluations)} evaluations")
-    from deta.platform.checkpoint import best_checkpoint
+    from deta.platform.checkpoint.local import best_checkpoint
 
     best = best_checkpoint(run.folder / "checkpoints")
     finite = {e["step"]: e["metrics"]["val/AP"] for e in evaluations if "val/AP" in e["metrics"]}

@@ -160,7 +160,7 @@ def files_missing(place: Place, options: Options) -> Outcome:
 def _damage(
     place: Place, times: int, damage: Callable[[Path, random.Random], None], name: str, word: str
 ) -> Outcome:
-    from deta.platform.checkpoint import newest_checkpoint
+    from deta.platform.checkpoint.local import newest_checkpoint
 
     clean = undisturbed(place)
     newest = oracles.newest_checkpoint(clean.folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deta.dashboards.panel import Dashboard, Panel
-from deta.platform.monitoring import (
+from deta.platform.tracking.prometheus_grafana import (
     NotInstalledError,
     Server,
     find_prometheus,

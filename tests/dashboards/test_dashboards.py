@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from deta.dashboards.write import DASHBOARDS, text
-from deta.platform.metrics import METRICS
-from deta.platform.serving_metrics import DESCRIPTIONS
+from deta.platform.serving.metrics import DESCRIPTIONS
+from deta.platform.training.run_metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "dashboards" / "grafana"

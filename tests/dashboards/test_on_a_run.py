@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from deta.dashboards.write import DASHBOARDS
-from deta.platform.monitoring import TARGETS, SessionFollower
-from deta.platform.shapes import write_shapes
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.tracking.prometheus_grafana import TARGETS, SessionFollower
 from tests.dashboards.prometheus import Query, answer, queries_of, running_prometheus
 
 pytestmark = pytest.mark.cluster
@@ -85,8 +85,8 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
 def test_showing_a_step_costs_it_microseconds(ray_cluster, tmp_path: Path):
     code = """
 import time, ray
-from deta.platform.metrics import StepTimes, WorkerMeter
-from deta.platform.ray_metrics import RayExport
+from deta.platform.training.run_metrics import StepTimes, WorkerMeter
+from deta.platform.cluster.metrics_export import RayExport
 ray.init(log_to_driver=False)
 meter, step = WorkerMeter(RayExport("cost"), 0, on_gpu=False), StepTimes(16, 0.01, 0.2)
 meter(step)

@@ -18,17 +18,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from deta.dashboards.training_panels import TRAINING
 from deta.jobs.deta_r50 import demo
-from deta.platform.coco import CocoDataset
-from deta.platform.config import override
-from deta.platform.detect import Worker
-from deta.platform.keeper import STOP_FILE
-from deta.platform.metrics import Metric, RunMeter, WorkerMeter
-from deta.platform.monitoring import TARGETS
-from deta.platform.run import Run
-from deta.platform.run_file import RUN_FILE, write_json
-from deta.platform.shapes import write_shapes
-from deta.platform.training import train
-from deta.platform.uploading import STATE_FILE, UploadState
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.run.config import override
+from deta.platform.run.run import Run
+from deta.platform.run.run_file import RUN_FILE, write_json
+from deta.platform.tracking.prometheus_grafana import TARGETS
+from deta.platform.tracking.upload_process import STATE_FILE, UploadState
+from deta.platform.training.loop import train
+from deta.platform.training.recorder import STOP_FILE
+from deta.platform.training.run_metrics import Metric, RunMeter, WorkerMeter
 from tests.dashboards.prometheus import answer, queries_of, running_prometheus
 
 WITHIN_S = 200  # it takes 10

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from deta.dashboards.serving_panels import SERVING
-from deta.platform.monitoring import TARGETS
-from deta.platform.serving_metrics import ProcessMeasurements
-from deta.platform.serving_model import ModelName
+from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.model import ModelName
+from deta.platform.tracking.prometheus_grafana import TARGETS
 from tests.dashboards.prometheus import answer, queries_of, running_prometheus
 
 WITHIN_S = 120

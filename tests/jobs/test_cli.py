@@ -101,7 +101,7 @@ def test_no_cluster_is_said_within_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("ray")
-    monkeypatch.setattr("deta.platform.submit.ANSWER_WITHIN_S", 0.5)
+    monkeypatch.setattr("deta.platform.cluster.submit_job.ANSWER_WITHIN_S", 0.5)
     script = tmp_path / "job.py"
     script.touch()
     with socket.socket() as server:

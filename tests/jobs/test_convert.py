@@ -23,18 +23,18 @@ from deta.model import pretrained
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
-from deta.platform.classes import published_classes
-from deta.platform.coco import Category
-from deta.platform.config import DataConfig, RunConfig
-from deta.platform.conversion import account, complete_state
-from deta.platform.converted import read_converted, write_converted
-from deta.platform.initial import load_initial_weights
-from deta.platform.model_files import identify
-from deta.platform.predict import Predictor
-from deta.platform.shapes import ShapesDataset, write_shapes
-from deta.platform.transforms import EvaluationSize
-from deta.platform.weights import read_weights, write_weights
+from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.data.coco_dataset import Category
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.inference.predictor import Predictor
+from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.weights.class_mapping import published_classes
+from deta.platform.weights.conversion_report import account, complete_state
+from deta.platform.weights.converted_file import read_converted, write_converted
+from deta.platform.weights.initial_weights import load_initial_weights
+from deta.platform.weights.model_file import identify
+from deta.platform.weights.weight_files import read_weights, write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()

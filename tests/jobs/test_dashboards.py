@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deta.platform.page import Section, paragraph, write_page
-from deta.platform.processes import RUN_MARK, environment, marked, new_mark
+from deta.platform.pages.html import Section, paragraph, write_page
+from deta.platform.system.process_tree import RUN_MARK, environment, marked, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,7 +37,7 @@ class Dashboards:
 
 def tracked_run(storage: Path) -> tuple[str, str]:
     """A run with an evaluation's page and a picture, as training sends it."""
-    from deta.platform.tracking import MlflowStore
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
     client = MlflowStore(f"sqlite:///{storage / 'mlflow.db'}")._connect()
     experiment = client.create_experiment(

@@ -21,13 +21,13 @@ from deta.jobs import predict as predict_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
-from deta.platform.coco import CocoDataset
-from deta.platform.config import DataConfig, RunConfig
-from deta.platform.predict import Predictor
-from deta.platform.shapes import ShapesDataset, write_shapes
-from deta.platform.transforms import EvaluationSize
-from deta.platform.weights import write_weights
+from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.inference.predictor import Predictor
+from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.weights.weight_files import write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()

@@ -25,13 +25,13 @@ from torch import Tensor
 from deta.jobs import export as export_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
-from deta.platform.checkpoint import RunState, take_snapshot, write_checkpoint
-from deta.platform.coco import Category
-from deta.platform.config import DataConfig, RunConfig
-from deta.platform.export_check import Difference, compare, run_eagerly
-from deta.platform.exported import Packed, Runtime, open_onnx, pack, unpack
-from deta.platform.predict import Predictor
-from deta.platform.transforms import EvaluationSize
+from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.data.coco_dataset import Category
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.inference.export_check import Difference, compare, run_eagerly
+from deta.platform.inference.exported_model import Packed, Runtime, open_onnx, pack, unpack
+from deta.platform.inference.predictor import Predictor
+from deta.platform.run.config import DataConfig, RunConfig
 
 SIZE = EvaluationSize(short_edge=64, max_long_edge=90)
 LEAST_SIDE_PX = 33  # with three levels
@@ -178,8 +178,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_job, "echo", said.append)
-        patch.setattr("deta.platform.exported.open_program", open_alone)
-        patch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
+        patch.setattr("deta.platform.inference.exported_model.open_program", open_alone)
+        patch.setattr("deta.platform.inference.export_check.MEASURED_S", 0.1)
         code = run_job(
             export_job, root / "run", "--output", root / "out", "--device", "cpu",
             "--check-images", root / "pictures" / "*.png", "--check-batch", "2",
@@ -294,12 +294,14 @@ def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatc
     """With the program at hand in the place of a new one, and a comparison that finds a fault."""
     said: list[str] = []
     monkeypatch.setattr(export_job, "echo", said.append)
-    monkeypatch.setattr("deta.platform.export.trace", lambda *_: None)
+    monkeypatch.setattr("deta.platform.inference.export.trace", lambda *_: None)
     monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"a program"))
-    monkeypatch.setattr("deta.platform.exported.open_program", lambda *_: exported.runtimes["pt2"])
-    monkeypatch.setattr("deta.platform.export_check.MEASURED_S", 0.1)
     monkeypatch.setattr(
-        "deta.platform.export_check.compare", lambda *_: Difference(1, 10, scores=0.002)
+        "deta.platform.inference.exported_model.open_program", lambda *_: exported.runtimes["pt2"]
+    )
+    monkeypatch.setattr("deta.platform.inference.export_check.MEASURED_S", 0.1)
+    monkeypatch.setattr(
+        "deta.platform.inference.export_check.compare", lambda *_: Difference(1, 10, scores=0.002)
     )
 
     code = run_job(

@@ -20,14 +20,14 @@ from PIL import Image
 
 from deta.jobs.deta_r50 import VARIANTS, demo
 from deta.jobs.finetune import finetune, with_plain_keys
-from deta.platform import memory_probe
-from deta.platform.checkpoint import Checkpoint, newest_checkpoint
-from deta.platform.coco import CocoDataset
-from deta.platform.config import override
-from deta.platform.detect import Worker
-from deta.platform.run import Run
-from deta.platform.shapes import ShapesDataset, write_shapes
-from deta.platform.training import train
+from deta.platform.checkpoint.local import Checkpoint, newest_checkpoint
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.launch import memory_probe as memory_probe
+from deta.platform.run.config import override
+from deta.platform.run.run import Run
+from deta.platform.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from deta.jobs.pack import main
-from deta.platform.coco import CocoDataset
-from deta.platform.datasets import open_dataset
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.shards.open_dataset import open_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

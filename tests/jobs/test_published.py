@@ -16,7 +16,7 @@ from deta.jobs import recipe_pages
 from deta.jobs.differences import as_text, compare, unexplained
 from deta.jobs.published import PUBLISHED, Fact
 from deta.jobs.recipes import VARIANTS
-from deta.platform.config import override
+from deta.platform.run.config import override
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()

@@ -20,15 +20,15 @@ from deta.model.architectures import make_detector, without_download
 from deta.model.backbone import Backbone, BackboneConfig
 from deta.model.batch import Target, pad_batch
 from deta.model.detector import DETA, ModelConfig
-from deta.platform.coco import Category, CocoDataset
-from deta.platform.config import RunConfig, flatten, from_json, override, to_json
-from deta.platform.detect import Worker
-from deta.platform.initial import load_initial_weights
-from deta.platform.journal import read_events
-from deta.platform.predict import Predictor
-from deta.platform.run import Run
-from deta.platform.training import train
-from deta.platform.weights import write_weights
+from deta.platform.data.coco_dataset import Category, CocoDataset
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.inference.predictor import Predictor
+from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
+from deta.platform.run.journal import read_events
+from deta.platform.run.run import Run
+from deta.platform.training.loop import train
+from deta.platform.weights.initial_weights import load_initial_weights
+from deta.platform.weights.weight_files import write_weights
 
 SHARED = Path(os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared"))
 COCO_MINI = SHARED.resolve() / "data" / "coco_mini"
@@ -269,7 +269,7 @@ def test_an_encoder_computed_again_gives_the_same_gradients():
 
 
 def test_an_assignment_that_does_not_fit_the_model_is_refused_before_anything_is_read():
-    from deta.platform.prepare import prepare
+    from deta.platform.launch.prepare_run import prepare
 
     config = override(VARIANTS["anchor_detr_r50.official_r50"](), {"criterion.assignment": "iou"})
     with pytest.raises(ValueError, match=r"criterion\.assignment=one_to_one"):

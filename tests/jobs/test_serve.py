@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deta.jobs import serve
-from deta.platform.serving_config import TOKEN_VARIABLE
-from tests.platform.serving_case import tiny_checkpoint
+from deta.platform.serving.config import TOKEN_VARIABLE
+from tests.platform.serving.serving_case import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from deta.platform.journal import read_events
-from deta.platform.shapes import ShapesDataset, write_shapes
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.run.journal import read_events
 
 pytestmark = pytest.mark.cluster
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from deta.platform.journal import Journal, read_events
-from deta.platform.lock import RunLock
-from deta.platform.run_file import write_run_file
+from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run_file import write_run_file
+from deta.platform.run.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 

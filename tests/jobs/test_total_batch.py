@@ -7,9 +7,9 @@ from torch import nn
 
 from deta.jobs.deta_r50 import detrex_bs8, official_12ep
 from deta.jobs.total_batch import batch_notes, with_base_batch
-from deta.platform.config import RunConfig, flatten, from_json, override, to_json
-from deta.platform.console import batch_line
-from deta.platform.optim import OptimConfig, make_optimizer
+from deta.platform.launch.console import batch_line
+from deta.platform.learning.optimizer import OptimConfig, make_optimizer
+from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
 
 
 def changed(recipe: RunConfig, **changes: str) -> tuple[RunConfig, dict[str, str]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.processes import ATTEMPT_MARK, end, environment, marked, new_mark
+from deta.platform.system.process_tree import ATTEMPT_MARK, end, environment, marked, new_mark
 
 pytestmark = pytest.mark.cluster
 
@@ -26,7 +26,7 @@ LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
 # What a run does first, and no more; `connect` is all there is between it and the cluster.
 START = """
 import json, os, sys
-from deta.platform.attempt import connect
+from deta.platform.cluster.driver import connect
 line = connect()
 import ray
 print(json.dumps({

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.ray_token import (
+from deta.platform.cluster.auth_token import (
     OpenClusterError,
     is_open,
     make_private_token,
     starts_a_cluster,
 )
-from deta.platform.submit import ClusterError, _refuse_secrets
+from deta.platform.cluster.submit_job import ClusterError, _refuse_secrets
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_rules_are_set_for_clusters_of_our_own_before_ray_is_imported(
         monkeypatch.setenv("RAY_ADDRESS", address)
     code = (
         "import os, sys; sys.modules['ray'] = None\n"  # its import ends the program here
-        "try: import deta.platform.attempt\n"
+        "try: import deta.platform.cluster.driver\n"
         "except ImportError: pass\n"
         "print(os.environ.get('RAY_AUTH_MODE'), "
         "os.environ.get('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'))"

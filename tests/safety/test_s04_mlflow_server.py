@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("mlflow")
 
-from deta.platform.mlflow_server import MlflowServer, start_mlflow_server
+from deta.platform.tracking.mlflow_server import MlflowServer, start_mlflow_server
 
 SEARCH = "/api/2.0/mlflow/experiments/search"
 PAGES = ("/", "/ajax-api/2.0/mlflow/experiments/search?max_results=1", f"{SEARCH}?max_results=1")

@@ -13,14 +13,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from deta.platform.coco import CocoDataset
-from deta.platform.config import DataConfig, RunConfig
-from deta.platform.datasets import open_dataset
-from deta.platform.kept_data import DATA_FILE, KeptDataError, keep_data, kept_dataset, kept_run
-from deta.platform.packing import pack
-from deta.platform.run import Run
-from deta.platform.shapes import ShapesDataset, write_shapes
-from deta.platform.shard_store import Store
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.dataset_snapshot import (
+    DATA_FILE,
+    KeptDataError,
+    keep_data,
+    kept_dataset,
+    kept_run,
+)
+from deta.platform.run.run import Run
+from deta.platform.shards.object_store import Store
+from deta.platform.shards.open_dataset import open_dataset
+from deta.platform.shards.packer import pack
 
 
 class Bomb:

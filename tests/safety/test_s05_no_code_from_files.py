@@ -24,8 +24,14 @@ NEVER_IMPORTED = {
 }  # fmt: skip
 # Where one is imported all the same, and why.
 IMPORTED_WITH_CARE = {
-    ("platform/pickles.py", "pickle"): "a pickle machine that calls no function but its own",
-    ("platform/torch_files.py", "zipfile"): "reads members into memory, sizes checked before",
+    (
+        "platform/weights/restricted_unpickler.py",
+        "pickle",
+    ): "a pickle machine that calls no function but its own",
+    (
+        "platform/weights/torch_files.py",
+        "zipfile",
+    ): "reads members into memory, sizes checked before",
 }
 NEVER_CALLED = {
     "eval", "exec", "compile", "__import__",
@@ -37,8 +43,14 @@ NEVER_CALLED = {
 }  # fmt: skip
 NEVER_CALLED_METHODS = {"extractall", "extract", "get_pickled_error", "read_pickle"}
 CALLED_WITH_CARE = {
-    ("platform/torch_files.py", "read_pickle"): "that of platform/pickles.py",
-    ("platform/exported.py", "torch.export.load"): "of files that jobs/export.py has just written",
+    (
+        "platform/weights/torch_files.py",
+        "read_pickle",
+    ): "that of platform/weights/restricted_unpickler.py",
+    (
+        "platform/inference/exported_model.py",
+        "torch.export.load",
+    ): "of files that jobs/export.py has just written",
 }
 # A literal that must not be given, by the name of the argument; whatever is called.
 NEVER_GIVEN = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deta.platform.bounded import gunzip, read_bounded, read_json
-from deta.platform.classes import listed_classes
-from deta.platform.coco import CocoDataset
-from deta.platform.coco_json import DatasetError
+from deta.platform.data.coco_annotations import DatasetError
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.system.safe_read import gunzip, read_bounded, read_json
+from deta.platform.weights.class_mapping import listed_classes
 
 NUM_NAMES = 1000
 PARTS = [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.bounded import read_json
-from deta.platform.config import MAX_JSON_CHARACTERS, RunConfig, from_json, to_json
+from deta.platform.run.config import MAX_JSON_CHARACTERS, RunConfig, from_json, to_json
+from deta.platform.system.safe_read import read_json
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""S11: every page is made by the elements of platform/page.py, and forbids what it does not need.
+"""S11: every page is made by the elements of platform/pages/html.py, and forbids what it does not need.
 
-What these make of hostile names is tested in tests/platform/test_page.py, and in a browser in
-tests/platform/test_study_report.py. Here: that no page is made in another way.
+What these make of hostile names is tested in tests/platform/pages/test_html.py, and in a browser in
+tests/platform/study_report/test_html_report.py. Here: that no page is made in another way.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MARKUP = (
     "<html", "<!doctype", "<script", "<body", "<iframe", "innerHTML", "outerHTML",
     "insertAdjacentHTML", "document.write", "javascript:",
 )  # fmt: skip
-PAGES = ("platform/page.py", "platform/leaderboard_page.py", "platform/serving_page.py")
+PAGES = ("platform/pages/html.py", "platform/leaderboard/page.py", "platform/serving/page.py")
 MAY = {
     **dict.fromkeys(PAGES, "the page"),
-    "platform/download.py": "knows a web page when it gets one in place of a file",
-    "platform/weights.py": "the same",
+    "platform/system/download.py": "knows a web page when it gets one in place of a file",
+    "platform/weights/weight_files.py": "the same",
 }
 
 
@@ -72,7 +72,7 @@ def test_a_page_has_a_policy_that_begins_with_nothing(place: str):
 def test_markup_is_made_of_what_is_written_here_and_not_of_data(path: Path):
     """`Markup(…)` switches escaping off: of literals and constants, but where it is made."""
     place = path.relative_to(ROOT).as_posix()
-    if place == "platform/page.py":
+    if place == "platform/pages/html.py":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Markup":

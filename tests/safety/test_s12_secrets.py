@@ -12,7 +12,10 @@ import pytest
 
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
-from deta.platform.config import (
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.launch.prepare_run import prepare
+from deta.platform.run.config import (
     ClusterConfig,
     DataConfig,
     RunConfig,
@@ -20,10 +23,7 @@ from deta.platform.config import (
     override,
     to_json,
 )
-from deta.platform.masking import holds_secret
-from deta.platform.prepare import prepare
-from deta.platform.shapes import write_shapes
-from deta.platform.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.system.redaction import holds_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB_TOKEN = "hf_" + "Canary2" * 5
@@ -45,13 +45,13 @@ IN_CONFIGURATION = {
 TRAIN = """
 import sys
 from pathlib import Path
-from deta.platform.claim import claim_folder
-from deta.platform.config import RunConfig, from_json
-from deta.platform.detect import Worker
-from deta.platform.kept_data import keep_data
-from deta.platform.prepare import prepare
-from deta.platform.run_file import describe_run, write_run_file
-from deta.platform.training import train
+from deta.platform.launch.claim_folder import claim_folder
+from deta.platform.run.config import RunConfig, from_json
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.run.dataset_snapshot import keep_data
+from deta.platform.launch.prepare_run import prepare
+from deta.platform.run.run_file import describe_run, write_run_file
+from deta.platform.training.loop import train
 
 run = prepare(from_json(RunConfig, Path(sys.argv[1]).read_text()))
 claim_folder(run, resume=False)
@@ -112,7 +112,10 @@ def test_no_secret_of_the_environment_is_found_after_a_training(config: RunConfi
     folder = Path(config.storage) / config.name
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
     env |= IN_ENVIRONMENT | {"MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
-    for command in (["-c", TRAIN, "config.json"], ["-m", "deta.platform.tracking", str(folder)]):
+    for command in (
+        ["-c", TRAIN, "config.json"],
+        ["-m", "deta.platform.tracking.mlflow_store", str(folder)],
+    ):
         ran = subprocess.run(
             [sys.executable, *command],
             cwd=place,

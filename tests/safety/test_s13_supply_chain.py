@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.materials import altered_files, bill_of_materials, canonical, hash_lines
+from deta.platform.system.sbom import altered_files, bill_of_materials, canonical, hash_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!_-]+)(?:\s*;.*)?")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.monitoring import write_grafana_config
+from deta.platform.tracking.prometheus_grafana import write_grafana_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "dashboards" / "grafana"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from deta.platform import checkpoint_writer
-from deta.platform.artifact_names import artifact_fault
-from deta.platform.checkpoint_writer import CheckpointWriter
-from deta.platform.config import RunConfig, override
-from deta.platform.upload_record import Record
-from deta.platform.uploader import MAX_FILES_BYTES, RunUploader
+from deta.platform.checkpoint import async_writer as checkpoint_writer
+from deta.platform.checkpoint.async_writer import CheckpointWriter
+from deta.platform.run.config import RunConfig, override
+from deta.platform.system.artifact_names import artifact_fault
+from deta.platform.tracking.upload_plan import Record
+from deta.platform.tracking.uploader import MAX_FILES_BYTES, RunUploader
 
 HOSTILE = [
     "../secret", "a/../../secret", "/etc/passwd", "..%2fsecret", "..%252f", "a#b", "a?b", "a;b",

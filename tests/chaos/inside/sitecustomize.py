@@ -62,7 +62,7 @@ class _Inside:
         self.evaluations = 0
 
     def positions(self, seeds):
-        from deta.platform.order import TrainingOrder, sample_seed
+        from deta.platform.data.sample_order import TrainingOrder, sample_seed
 
         spec = self.spec
         if not self.steps:
@@ -171,7 +171,7 @@ if SPEC is not None:
         _Finder(
             {
                 "deta.model.criterion": inside.change_criterion,
-                "deta.platform.evaluate": inside.change_evaluate,
+                "deta.platform.evaluation.coco_metrics": inside.change_evaluate,
             }
         ),
     )

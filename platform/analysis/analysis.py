@@ -1,0 +1,327 @@
+"""Why a model is as good as it is: numbers of one evaluation, cheap enough to make at each.
+
+AP and AR of each class, curves of precision over recall, kinds of errors and what each costs
+(detection_errors.py), which class is taken for which, how far scores can be believed, the images
+with most errors, and annotations that are likely wrong (suspects.py). explain_report.py makes a
+page of it; `scalars` are the numbers that are followed over a training.
+
+Matching is by the rules of COCO, done by hotcoco, which also counts the confusions and the
+calibration. Calibration is that of Guo et al. 2017 (https://arxiv.org/abs/1706.04599) for
+detections: in ten equally wide bins of score, how many of the detections are correct at an IoU of
+0.5; the error is the mean difference between score and share, weighted by the detections of a bin.
+All detections count in `calibration_error`; as most of them are unsure, those from 0.3 on have an
+error of their own (the limit of Küppers et al. 2020, https://arxiv.org/abs/2004.13546).
+
+The *operating score* is where F1 of all classes together is highest: what a user who must choose
+one threshold would take. Confusions and the images with most errors are of detections from it on.
+"""
+
+# M detections   A true boxes   K categories   R recall thresholds, 101
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotcoco import metrics as hotcoco_metrics
+
+from deta.platform.analysis.label_errors import Suspect, find_suspects
+from deta.platform.analysis.tide_errors import (
+    CORRECT,
+    KINDS,
+    NOT_COUNTED,
+    TRUE_FROM,
+    DetectionErrors,
+    best_overlaps,
+    find_errors,
+)
+from deta.platform.evaluation.coco_metrics import (
+    ALL,
+    AP50_INDEX,
+    AP75_INDEX,
+    LARGE,
+    MEDIUM,
+    SMALL,
+    TOP100,
+    Matched,
+    match_detections,
+)
+
+SIZES = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
+CURVE_INDICES = {0.5: 0, 0.6: 2, 0.7: 4, 0.8: 6, 0.9: 8}  # of IoU thresholds that are drawn
+NUM_BINS = 10
+CONFIDENT_FROM = 0.3
+EXPLANATION = "explanation.json"
+
+
+@dataclass(frozen=True)
+class ClassNumbers:
+    """Of one class, in 0..1; -1 where there is no box to find."""
+
+    category_id: int
+    name: str
+    num_boxes: int
+    num_detections: int
+    AP: float
+    AP50: float
+    AP75: float
+    by_size: dict[str, float]  # AP of small, medium and large boxes
+    AR: float  # recall of up to 100 detections, mean over IoU 0.5 ... 0.95
+    precision: float  # at the operating score and IoU 0.5; -1 without such a detection
+    recall: float
+    errors: dict[str, int]  # number of each kind, at any score
+    precision_at_recall: tuple[float, ...]  # R, IoU 0.5; empty without a box
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far scores can be believed."""
+
+    error: float  # 0..1; 0 is best
+    largest: float  # of one bin
+    confident_error: float  # of detections with a score of 0.3 or more; -1 without any
+    bins: tuple[tuple[float, float, int], ...]  # mean score, share of correct ones, detections
+
+
+@dataclass(frozen=True)
+class WorstImage:
+    image_id: Any
+    num_false: int  # detections from the operating score on that are wrong
+    num_missed: int  # boxes that none of those finds
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All that is known of one evaluation, but the pictures."""
+
+    matched: Matched
+    errors: DetectionErrors
+    classes: tuple[ClassNumbers, ...]
+    curves: dict[float, tuple[float, ...]]  # by IoU: precision at R recalls, mean over classes
+    operating_score: float
+    best_f1: float
+    confusion: np.ndarray  # K+1 K+1 int64: rows true, columns found, the last for neither
+    calibration: Calibration
+    worst: tuple[WorstImage, ...]  # all images with an error, most errors first
+    suspects: tuple[Suspect, ...]  # all, the most suspicious first
+    seconds: float  # that it took
+
+
+def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Explanation:
+    """Explain one evaluation.
+
+    Args:
+        ground_truth: a COCO dict, as for `evaluate_detections`.
+        results: COCO results, likewise.
+
+    Raises:
+        ValueError: as for `evaluate_detections`; or a score is not in 0..1.
+    """
+    began_s = time.perf_counter()
+    matched = match_detections(ground_truth, results)
+    overlaps = best_overlaps(matched)
+    errors = find_errors(matched, overlaps)
+    score, f1 = operating_point(matched, errors)
+    names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
+    return Explanation(
+        matched,
+        errors,
+        _classes(matched, errors, [names[i] for i in matched.category_ids], score),
+        _curves(matched),
+        score,
+        f1,
+        _confusion(matched, score),
+        _calibration(matched, errors),
+        worst_images(matched, errors, score),
+        tuple(find_suspects(matched, overlaps, errors, score)),
+        time.perf_counter() - began_s,
+    )
+
+
+def scalars(explanation: Explanation) -> dict[str, float]:
+    """What is followed over a training, by MLflow's names; in percent, but for the score.
+
+    AP, by size too, and the AP of each class are the evaluation's own; here are the recall of each
+    class, what each kind of error costs, and calibration. What is not defined is left out.
+    """
+    found: dict[str, float] = {}
+    if explanation.errors.ap50 >= 0:
+        for kind, cost in explanation.errors.cost.items():
+            found[f"val/error_{kind}"] = 100 * cost
+        found["val/best_F1"] = 100 * explanation.best_f1
+        found["val/operating_score"] = explanation.operating_score
+    if len(explanation.matched.scores):
+        found["val/calibration_error"] = 100 * explanation.calibration.error
+    if explanation.calibration.confident_error >= 0:
+        found["val/calibration_error_confident"] = 100 * explanation.calibration.confident_error
+    for one in explanation.classes:
+        if one.AR >= 0:
+            found[f"AR_of_class/{one.name}"] = 100 * one.AR
+    return found
+
+
+def write_explanation(path: Path, explanation: Explanation, most: int = 1000) -> None:
+    """The numbers as JSON, whole or not at all, with the first `most` images and suspects."""
+    content = {
+        "format": 1,
+        "AP50": explanation.errors.ap50,
+        "error_costs": explanation.errors.cost,
+        "false_positives_cost": explanation.errors.false_positives_cost,
+        "false_negatives_cost": explanation.errors.false_negatives_cost,
+        "operating_score": explanation.operating_score,
+        "best_F1": explanation.best_f1,
+        "classes": [vars(one) for one in explanation.classes],
+        "precision_at_recall": {str(iou): curve for iou, curve in explanation.curves.items()},
+        "confusion": explanation.confusion.tolist(),
+        "calibration": vars(explanation.calibration),
+        "worst_images": [vars(one) for one in explanation.worst[:most]],
+        "suspects": [suspect_row(explanation, one) for one in explanation.suspects[:most]],
+        "seconds": explanation.seconds,
+    }
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(content), encoding="utf-8")
+    draft.replace(path)
+
+
+def suspect_row(explanation: Explanation, suspect: Suspect) -> dict[str, Any]:
+    """A suspect in words: image, classes and boxes (xywh, pixels)."""
+    matched = explanation.matched
+    row: dict[str, Any] = {
+        "kind": suspect.kind,
+        "suspicion": suspect.suspicion,
+        "image_id": suspect.image_id,
+    }
+    for key, columns, place in (
+        ("annotated", matched.true, suspect.true),
+        ("found", matched.found, suspect.found),
+    ):
+        if place is not None:
+            row[key] = explanation.classes[columns.categories[place] - 1].name
+            row[f"{key}_box"] = columns.boxes[place].round(2).tolist()
+    return row
+
+
+def operating_point(matched: Matched, errors: DetectionErrors) -> tuple[float, float]:
+    """The score from which on F1 of all classes together is highest, and that F1.
+
+    1 and 0 where nothing is correct.
+    """
+    counted = errors.kind != NOT_COUNTED
+    scores, correct = matched.scores[counted], errors.kind[counted] == CORRECT
+    if not correct.any():
+        return 1.0, 0.0
+    order = np.argsort(-scores, kind="stable")
+    scores, num_correct = scores[order], np.cumsum(correct[order])
+    is_last = np.append(scores[1:] < scores[:-1], True)  # equal scores come together
+    f1 = 2 * num_correct / (np.arange(1, len(scores) + 1) + (~matched.crowd).sum())
+    best = int(np.argmax(np.where(is_last, f1, -1.0)))
+    return float(scores[best]), float(f1[best])
+
+
+def worst_images(
+    matched: Matched, errors: DetectionErrors, operating_score: float
+) -> tuple[WorstImage, ...]:
+    """Images with errors at the operating score, most errors first, then in the order of ids."""
+    sure = matched.scores >= operating_score
+    false = (errors.kind >= 0) & sure
+    by = errors.found_by
+    lost = ~matched.crowd & ~((by >= 0) & np.append(sure, False)[by])
+    length = len(matched.image_ids)
+    num_false = np.bincount(matched.found.images[false] - 1, minlength=length)
+    num_missed = np.bincount(matched.true.images[lost] - 1, minlength=length)
+    order = np.argsort(-(num_false + num_missed), kind="stable")
+    return tuple(
+        WorstImage(matched.image_ids[i], int(num_false[i]), int(num_missed[i]))
+        for i in order
+        if num_false[i] + num_missed[i] > 0
+    )
+
+
+def _classes(
+    matched: Matched, errors: DetectionErrors, names: Sequence[str], operating_score: float
+) -> tuple[ClassNumbers, ...]:
+    tables = matched.evaluation.eval
+    assert tables is not None
+    precision, recall = tables["precision"], tables["recall"]  # T R K A D and T K A D
+    num_classes = len(names)
+    own = matched.found.categories - 1
+    counted = errors.kind != NOT_COUNTED
+    sure = counted & (matched.scores >= operating_score)
+    true = np.bincount(matched.true.categories[~matched.crowd] - 1, minlength=num_classes)
+    total = np.bincount(own[counted], minlength=num_classes)
+    at = np.bincount(own[sure], minlength=num_classes)
+    right = np.bincount(own[sure & (errors.kind == CORRECT)], minlength=num_classes)
+    found = []
+    for k, (category_id, name) in enumerate(zip(matched.category_ids, names, strict=True)):
+        table = precision[:, :, k, :, TOP100]
+        has = true[k] > 0
+        found.append(
+            ClassNumbers(
+                category_id,
+                name,
+                int(true[k]),
+                int(total[k]),
+                _mean(table[:, :, ALL]),
+                _mean(table[AP50_INDEX, :, ALL]),
+                _mean(table[AP75_INDEX, :, ALL]),
+                {size: _mean(table[:, :, area]) for size, area in SIZES.items()},
+                _mean(recall[:, k, ALL, TOP100]),
+                float(right[k] / at[k]) if at[k] else -1.0,
+                float(right[k] / true[k]) if has else -1.0,
+                dict(zip((*KINDS, "missed"), errors.counts[k].tolist(), strict=True)),
+                tuple(table[AP50_INDEX, :, ALL].round(4).tolist()) if has else (),
+            )
+        )
+    return tuple(found)
+
+
+def _curves(matched: Matched) -> dict[float, tuple[float, ...]]:
+    tables = matched.evaluation.eval
+    assert tables is not None
+    precision = tables["precision"][:, :, :, ALL, TOP100]  # T R K
+    has = (precision[0] > -1).all(0)
+    if not has.any():
+        return {}
+    return {
+        iou: tuple(precision[index][:, has].mean(1).round(4).tolist())
+        for iou, index in CURVE_INDICES.items()
+    }
+
+
+def _confusion(matched: Matched, operating_score: float) -> np.ndarray:
+    """By greedy matching of all classes together, the surest detection first, at an IoU of 0.5."""
+    told = matched.evaluation.confusion_matrix(iou_thr=TRUE_FROM, min_score=operating_score)
+    return np.asarray(told["matrix"]).astype(np.int64)
+
+
+def _calibration(matched: Matched, errors: DetectionErrors) -> Calibration:
+    counted = errors.kind != NOT_COUNTED
+    scores, correct = matched.scores[counted], errors.kind[counted] == CORRECT
+    if len(scores) and not 0 <= scores.min() <= scores.max() <= 1:
+        raise ValueError(f"scores reach from {scores.min():g} to {scores.max():g}, not in 0..1")
+    error, largest = hotcoco_metrics.calibration_error(scores, correct, n_bins=NUM_BINS)
+    sure = scores >= CONFIDENT_FROM
+    confident = -1.0
+    if sure.any():
+        confident, _ = hotcoco_metrics.calibration_error(
+            scores[sure], correct[sure], n_bins=NUM_BINS
+        )
+    bins = hotcoco_metrics.calibration_curve(scores, correct, n_bins=NUM_BINS)
+    return Calibration(
+        error,
+        largest,
+        confident,
+        tuple((one["avg_confidence"], one["avg_accuracy"], one["count"]) for one in bins),
+    )
+
+
+def _mean(values: Iterable[float] | np.ndarray) -> float:
+    """The mean of what is defined, or -1."""
+    defined = np.asarray(values)
+    defined = defined[defined > -1]
+    return float(defined.mean()) if defined.size else -1.0

@@ -1,0 +1,139 @@
+"""Annotations that are likely wrong, by a model that is mostly right: the surest first.
+
+| kind | what is seen | suspicion, 0..1 |
+|---|---|---|
+| wrong class | another class is detected on the box (IoU 0.5) | score, less the own class's there |
+| missing box | a detection where no box and no crowd is (IoU 0.1) | score |
+| shifted box | its class is detected beside it (IoU 0.1 to 0.5), and not on it | score |
+| needless box | all that touches it (IoU 0.1), of any class, is faint | see below |
+
+The first three are the errors that ObjectLab looks for (Tkachenko et al. 2023,
+https://arxiv.org/abs/2309.00832: swapped, overlooked, badly located), with scores of our own: one
+number each, that says how sure the model contradicts the annotation. A box that it does not see
+says little of a class that it seldom finds; so the last kind weighs as much as the recall of the
+class, times 1 - s / o, where s is the highest score on the box and o the operating score. A
+suspicion is a reason to look, and no more: a model repeats what it has learned, wrong labels too.
+"""
+
+# M detections   A true boxes
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deta.platform.analysis.tide_errors import (
+    BACKGROUND_UP_TO,
+    NOT_COUNTED,
+    TRUE_FROM,
+    DetectionErrors,
+    Near,
+    Overlaps,
+    box_overlap,
+    image_pairs,
+)
+from deta.platform.evaluation.coco_metrics import Columns, Matched
+
+WRONG_CLASS, MISSING, SHIFTED, NEEDLESS = (
+    "wrong class",
+    "missing box",
+    "shifted box",
+    "needless box",
+)
+IN_CROWD_FROM = 0.5  # share of a detection that lies in a crowd region
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """One annotation, or one place without it."""
+
+    kind: str
+    suspicion: float  # 0..1
+    image_id: Any
+    true: int | None  # row of the annotation in `Matched.true`; None for a missing one
+    found: int | None  # row of the detection that contradicts; None for a needless box
+
+
+def find_suspects(
+    matched: Matched, overlaps: Overlaps, errors: DetectionErrors, operating_score: float
+) -> list[Suspect]:
+    """All suspects, each annotation and each place once, with the strongest reason.
+
+    Args:
+        operating_score: detections from here on count as sure; the recall of a class is theirs.
+    """
+    scores = matched.scores
+    counted = errors.kind != NOT_COUNTED
+    is_free = np.append(errors.found_by < 0, False)  # -1 is no box
+    sure = counted & (scores >= operating_score)
+
+    own_score = _best_own_score(matched, overlaps.near)
+    suspicion = scores - np.append(own_score, 0.0)[overlaps.other]
+    wrong_class = sure & (overlaps.other_iou >= TRUE_FROM) & (suspicion > 0)
+    wrong_class &= overlaps.own_iou < TRUE_FROM  # else it may be right about another box
+    shifted = sure & (overlaps.own_iou >= BACKGROUND_UP_TO) & (overlaps.own_iou < TRUE_FROM)
+    shifted &= is_free[overlaps.own] & (overlaps.other_iou < TRUE_FROM)
+    nothing = np.maximum(overlaps.own_iou, overlaps.other_iou) <= BACKGROUND_UP_TO
+    missing = sure & nothing & (overlaps.crowd_share < IN_CROWD_FROM)
+    missing[missing] = _first_of_their_place(matched, np.flatnonzero(missing))
+
+    found: list[tuple[str, float, int, int]] = []  # kind, suspicion, true box, detection
+    for kind, which, values, boxes in (
+        (WRONG_CLASS, wrong_class, suspicion, overlaps.other),
+        (SHIFTED, shifted, scores, overlaps.own),
+        (MISSING, missing, scores, np.full(len(scores), -1)),
+    ):
+        rows = np.flatnonzero(which)
+        found += [(kind, float(values[m]), int(boxes[m]), int(m)) for m in rows]
+    needless = _needless(matched, overlaps.near, errors, operating_score)
+    found += [(NEEDLESS, float(needless[a]), int(a), -1) for a in np.flatnonzero(needless)]
+
+    found.sort(key=lambda one: -one[1])
+    suspects, seen = [], set()
+    for kind, value, a, m in found:
+        if a >= 0 and a in seen:
+            continue
+        seen.add(a)
+        image = (matched.true if a >= 0 else matched.found).images[a if a >= 0 else m]
+        image_id = matched.image_ids[image - 1]
+        suspects.append(
+            Suspect(kind, value, image_id, a if a >= 0 else None, m if m >= 0 else None)
+        )
+    return suspects
+
+
+def _best_own_score(matched: Matched, near: Near) -> np.ndarray:
+    """The highest score of its class on each true box, IoU 0.5 or more; 0 without one: A."""
+    best = np.zeros(len(matched.crowd))
+    on = near.is_own & (near.iou >= TRUE_FROM)
+    np.maximum.at(best, near.true[on], matched.scores[near.found[on]])
+    return best
+
+
+def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
+    """Which of some detections are the surest of those that overlap them by an IoU of 0.5."""
+    order = rows[np.argsort(-matched.scores[rows], kind="stable")]
+    columns = Columns(*(column[order] for column in matched.found))
+    is_first = np.ones(len(order), bool)
+    for some, others, _ in image_pairs(columns, columns):
+        iou, _ = box_overlap(columns.boxes[some], columns.boxes[others])
+        is_first[some[(others < some) & (iou >= TRUE_FROM)]] = False
+    return np.isin(rows, order[is_first])
+
+
+def _needless(
+    matched: Matched, near: Near, errors: DetectionErrors, operating_score: float
+) -> np.ndarray:
+    """How suspicious each true box is that only faint detections touch; 0 for others: A."""
+    surest = np.zeros(len(matched.crowd))
+    np.maximum.at(surest, near.true, matched.scores[near.found])
+    by = errors.found_by
+    is_found = (by >= 0) & (np.append(matched.scores, 0.0)[by] >= operating_score)
+    classes, real = matched.true.categories - 1, ~matched.crowd
+    num_classes = len(matched.category_ids)
+    found = np.bincount(classes[real & is_found], minlength=num_classes)
+    total = np.bincount(classes[real], minlength=num_classes)
+    recall = (found / np.maximum(1, total))[classes]
+    return real * recall * np.maximum(0.0, 1 - surest / max(operating_score, 1e-9))

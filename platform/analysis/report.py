@@ -1,0 +1,457 @@
+"""The explanation of an evaluation as one page: what the model is good at, and what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deta.platform.analysis.analysis import Explanation, suspect_row
+from deta.platform.analysis.figures import (
+    MAX_CONFUSED,
+    class_curves,
+    confusion_matrix,
+    error_costs,
+    mean_curves,
+    reliability,
+)
+from deta.platform.analysis.images import (
+    Jpeg,
+    OpenImage,
+    chosen_suspects,
+    suspect_picture,
+    worst_pictures,
+)
+from deta.platform.analysis.tide_errors import KINDS
+from deta.platform.evaluation.coco_metrics import CocoMetrics
+from deta.platform.evaluation.evaluation_folder import Origin
+from deta.platform.pages.html import (
+    Column,
+    Figure,
+    Markup,
+    Section,
+    Table,
+    element,
+    paragraph,
+    picture,
+    write_page,
+)
+
+NUM_WORST, NUM_SUSPECTS, MAX_ROWS = 12, 24, 100
+MAX_PICTURE_BYTES = 1_500_000  # of all pictures of a page; those beyond are left out
+
+MIN_SUSPICION = 0.1  # of what is shown as a picture
+
+NOUNS = {
+    "classification": "wrong classes",
+    "localisation": "bad frames",
+    "both": "wrong classes in bad frames",
+    "duplicate": "duplicates",
+    "background": "detections of nothing",
+    "missed": "boxes that are missed",
+}
+MEANING = {
+    "classification": "another class is there (IoU 0.5 or more)",
+    "localisation": "the class is there, but badly framed (IoU 0.1 to 0.5)",
+    "both": "another class is there, and badly framed",
+    "duplicate": "found once already, with a higher score",
+    "background": "nothing is there",
+    "missed": "a true box that nothing finds, not even nearly",
+}
+
+
+def write_report(
+    path: Path,
+    explanation: Explanation,
+    metrics: CocoMetrics,
+    origin: Origin,
+    ground_truth: Mapping[str, Any],
+    open_image: OpenImage | None,
+) -> None:
+    """Write the page, whole or not at all. Up to 7 MB, of which plotly takes 4.8.
+
+    Args:
+        open_image: gives an image by its id; None makes a page without pictures.
+
+    Raises:
+        RuntimeError: plotly is not installed.
+        OSError: the page cannot be written.
+    """
+    names = {image["id"]: str(image.get("file_name", "")) for image in ground_truth["images"]}
+    step = "" if origin.step is None else f", step {origin.step}"
+    write_page(
+        path,
+        title=f"Evaluation of {origin.description or 'a model'}{step}",
+        lead=_lead(explanation, metrics, len(names)),
+        sections=[
+            _errors(explanation),
+            _classes(explanation),
+            _curves(explanation),
+            _confusions(explanation),
+            _calibration(explanation),
+            _worst(explanation, names, open_image),
+            _suspects(explanation, names, open_image),
+            _how(explanation, origin),
+        ],
+        foot=f"Explained in {explanation.seconds:.1f} s.",
+    )
+
+
+def _lead(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> list[Markup]:
+    if metrics.AP < 0:
+        return [paragraph("There is no box to find.", class_="verdict")]
+    cost = explanation.errors.cost
+    dearest = max(cost, key=lambda kind: cost[kind])
+    what = "No error could be repaired."
+    if cost[dearest] > 0:
+        what = f"Most is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
+    numbers = ", ".join(f"{n} {v:.1f}" for n, v in metrics.percent().items() if n[:2] == "AP")
+    return [
+        paragraph(f"AP {100 * metrics.AP:.1f}. {what}", class_="verdict"),
+        paragraph(
+            f"{num_images} images, {(~explanation.matched.crowd).sum()} boxes, "
+            f"{len(explanation.classes)} classes, {len(explanation.matched.scores)} detections. "
+            f"{numbers}.",
+            class_="facts",
+        ),
+    ]
+
+
+def _errors(explanation: Explanation) -> Section:
+    errors = explanation.errors
+    counts = dict(zip((*KINDS, "missed"), errors.counts.sum(0).tolist(), strict=True))
+    sure = explanation.matched.scores >= explanation.operating_score
+    rows = []
+    for place, (kind, cost) in enumerate(errors.cost.items()):
+        at = "" if kind == "missed" else str(int((errors.kind[sure] == place).sum()))
+        rows.append([kind, f"{100 * cost:.1f}", str(counts[kind]), at, MEANING[kind]])
+    table = Table(
+        caption="Kinds of errors, and how much AP50 would rise if just those were repaired",
+        columns=[
+            Column(title="Kind"),
+            Column(title="Cost", unit="AP50 points", is_number=True),
+            Column(title="Number", unit="any score", is_number=True),
+            Column(
+                title="Number", unit=f"score ≥ {explanation.operating_score:.2f}", is_number=True
+            ),
+            Column(title="What it is"),
+        ],
+        rows=rows,
+    )
+    note = (
+        f"AP50 is {100 * max(0.0, errors.ap50):.1f}. Without any false detection it would rise by "
+        f"{100 * errors.false_positives_cost:.1f}, without any box missing by "
+        f"{100 * errors.false_negatives_cost:.1f}. Costs do not add up: errors hide each other."
+    )
+    figure = Figure(
+        name="error-costs",
+        title="What each kind of error costs",
+        description="Bars of the rise of AP50 if errors of a kind were repaired",
+        wide=error_costs(explanation),
+        note=note,
+    )
+    return Section(name="errors", title="What goes wrong", parts=[figure, table])
+
+
+def _classes(explanation: Explanation) -> Section:
+    columns = [
+        Column(title="Class"),
+        Column(title="Boxes", is_number=True),
+        *(Column(title=name, is_number=True) for name in ("AP", "AP50", "AP75", "AR")),
+        *(Column(title="AP", unit=size, is_number=True) for size in ("small", "medium", "large")),
+        Column(title="Precision", unit=f"≥ {explanation.operating_score:.2f}", is_number=True),
+        Column(title="Recall", unit=f"≥ {explanation.operating_score:.2f}", is_number=True),
+        Column(title="Confused with"),
+    ]
+    order = sorted(explanation.classes, key=lambda one: (one.AP < 0, one.AP))
+    place = {one.category_id: k for k, one in enumerate(explanation.classes)}
+    rows = [
+        [
+            one.name,
+            str(one.num_boxes),
+            *(_percent(value) for value in (one.AP, one.AP50, one.AP75, one.AR)),
+            *(_percent(one.by_size[size]) for size in ("small", "medium", "large")),
+            _percent(one.precision),
+            _percent(one.recall),
+            _confused_with(explanation, place[one.category_id]),
+        ]
+        for one in order
+    ]
+    table = Table(
+        caption=(
+            "The weakest class first, in percent; “-” where there is nothing to measure. Precision "
+            f"and recall at an IoU of 0.5, of detections with a score of "
+            f"{explanation.operating_score:.2f} or more."
+        ),
+        columns=columns,
+        rows=rows,
+    )
+    return Section(name="classes", title="Classes", parts=[table])
+
+
+def _confused_with(explanation: Explanation, k: int) -> str:
+    row = explanation.confusion[k, :-1].copy()
+    row[k] = 0
+    best = int(row.argmax()) if len(row) else 0
+    if not len(row) or not row[best]:
+        return ""
+    return f"{explanation.classes[best].name} ({row[best]})"
+
+
+def _curves(explanation: Explanation) -> Section:
+    parts: list[Markup | Table | Figure] = []
+    if explanation.curves:
+        shown = [one for one in explanation.classes if one.precision_at_recall]
+        parts = [
+            Figure(
+                name="mean-curves",
+                title="Precision over recall, mean of the classes",
+                description="A line of precision over recall for each IoU threshold",
+                wide=mean_curves(explanation, narrow=False),
+                narrow=mean_curves(explanation, narrow=True),
+                note="Where the lines for a high IoU fall first, boxes are framed badly.",
+                table=_curve_table(
+                    {f"IoU {iou:g}": curve for iou, curve in explanation.curves.items()}
+                ),
+            ),
+            Figure(
+                name="class-curves",
+                title="Precision over recall of each class, IoU 0.5",
+                description="Precision of each class at each recall",
+                wide=class_curves(explanation.classes, narrow=False),
+                narrow=class_curves(explanation.classes, narrow=True),
+                table=_curve_table({one.name: one.precision_at_recall for one in shown}),
+            ),
+        ]
+    else:
+        parts = [paragraph("There is no box to find.")]
+    return Section(name="curves", title="Precision and recall", parts=parts)
+
+
+def _curve_table(curves: Mapping[str, tuple[float, ...]]) -> Table:
+    recalls = range(0, 101, 10)
+    return Table(
+        caption="Precision in percent at each recall",
+        columns=[
+            Column(title="Recall"),
+            *(Column(title=f"{recall}%", is_number=True) for recall in recalls),
+        ],
+        rows=[
+            [name, *(_percent(curve[recall]) for recall in recalls)]
+            for name, curve in curves.items()
+        ],
+    )
+
+
+def _confusions(explanation: Explanation) -> Section:
+    matrix = explanation.confusion
+    num_classes = len(matrix) - 1
+    names = [one.name for one in explanation.classes]
+    mixed = matrix[:-1, :-1].copy()
+    np.fill_diagonal(mixed, 0)
+    pairs = np.argsort(-mixed, axis=None, kind="stable")[:20]
+    rows = []
+    for pair in pairs.tolist():
+        true, found = divmod(pair, num_classes)
+        if mixed[true, found]:
+            share = mixed[true, found] / max(1, matrix[true].sum())
+            rows.append([names[true], names[found], str(mixed[true, found]), _percent(share)])
+    table = Table(
+        caption="The most frequent confusions" if rows else "No box was found as another class",
+        columns=[
+            Column(title="Annotated as"),
+            Column(title="Found as"),
+            Column(title="Number", is_number=True),
+            Column(title="Of the class", unit="%", is_number=True),
+        ],
+        rows=rows,
+    )
+    note = (
+        f"Detections with a score of {explanation.operating_score:.2f} or more, matched whatever "
+        "their class, the surest first, at an IoU of 0.5. The last column: not found; the last "
+        "row: found where nothing is."
+    )
+    if num_classes > MAX_CONFUSED:
+        note += f" Of {num_classes} classes, the {MAX_CONFUSED} that are confused most."
+    figure = Figure(
+        name="confusion-matrix",
+        title="What is taken for what",
+        description="Of the boxes of each class, the share that is found as each class",
+        wide=confusion_matrix(explanation, narrow=False),
+        narrow=confusion_matrix(explanation, narrow=True),
+        note=note,
+    )
+    return Section(name="confusions", title="Confusions", parts=[figure, table])
+
+
+def _calibration(explanation: Explanation) -> Section:
+    told = explanation.calibration
+    confident = "" if told.confident_error < 0 else (
+        f"; of those with a score of 0.3 or more {_percent(told.confident_error)}"
+    )  # fmt: skip
+    table = Table(
+        caption="Scores and how often they are right (IoU 0.5)",
+        columns=[
+            Column(title="Score", unit="bin"),
+            Column(title="Mean score", unit="%", is_number=True),
+            Column(title="Correct", unit="%", is_number=True),
+            Column(title="Detections", is_number=True),
+        ],
+        rows=[
+            [
+                f"{place / 10:.1f} to {(place + 1) / 10:.1f}",
+                *((_percent(score), _percent(share)) if number else ("-", "-")),
+                str(number),
+            ]
+            for place, (score, share, number) in enumerate(told.bins)
+        ],
+    )
+    figure = Figure(
+        name="reliability",
+        title="Share of correct detections over their score",
+        description="A mark for each of ten bins of score; the diagonal is where scores are shares",
+        wide=reliability(told),
+        note=(
+            "Below the line the model is too sure of itself, above it not sure enough. Calibration "
+            f"error of all detections {_percent(told.error)} points, of the worst bin "
+            f"{_percent(told.largest)}{confident}."
+        ),
+        table=table,
+    )
+    return Section(name="calibration", title="Can the scores be believed?", parts=[figure])
+
+
+def _worst(
+    explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
+) -> Section:
+    items, used = [], 0
+    for worst in explanation.worst[:NUM_WORST] if open_image is not None else ():
+        image = open_image(worst.image_id) if open_image is not None else None
+        if image is None or used > MAX_PICTURE_BYTES * 2 // 3:
+            continue
+        drawn = worst_pictures(explanation, worst.image_id, image)
+        used += sum(len(one.content) for one in drawn)
+        name = names.get(worst.image_id) or f"image {worst.image_id}"
+        items.append(_item(drawn, name, f"{worst.num_false} false, {worst.num_missed} not found"))
+    text = (
+        f"{len(explanation.worst)} of {len(names)} images have errors at a score of "
+        f"{explanation.operating_score:.2f} or more. These have most: true boxes first, "
+        "dashed, then detections."
+    )
+    table = Table(
+        caption="Images with most errors",
+        columns=[
+            Column(title="Image"),
+            Column(title="Id"),
+            Column(title="False", is_number=True),
+            Column(title="Not found", is_number=True),
+        ],
+        rows=[
+            [
+                names.get(one.image_id) or "-",
+                str(one.image_id),
+                str(one.num_false),
+                str(one.num_missed),
+            ]
+            for one in explanation.worst[:MAX_ROWS]
+        ],
+    )
+    grid = [element("ul", *items, class_="pictures")] if items else []
+    return Section(name="worst", title="Worst images", parts=[paragraph(text), *grid, table])
+
+
+def _suspects(
+    explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
+) -> Section:
+    items, used = [], 0
+    shown = [one for one in explanation.suspects if one.suspicion >= MIN_SUSPICION]
+    for suspect in chosen_suspects(shown, NUM_SUSPECTS):
+        image = open_image(suspect.image_id) if open_image is not None else None
+        if image is None or used > MAX_PICTURE_BYTES // 3:
+            continue
+        drawn = suspect_picture(explanation, suspect, image)
+        used += len(drawn.content)
+        row = suspect_row(explanation, suspect)
+        items.append(
+            _item(
+                (drawn,),
+                f"{suspect.kind}, {suspect.suspicion:.2f}",
+                ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
+                names.get(suspect.image_id) or f"image {suspect.image_id}",
+            )
+        )
+    rows = []
+    for suspect in explanation.suspects[:MAX_ROWS]:
+        row = suspect_row(explanation, suspect)
+        box = row.get("annotated_box") or row["found_box"]
+        rows.append(
+            [
+                names.get(suspect.image_id) or str(suspect.image_id),
+                suspect.kind,
+                f"{suspect.suspicion:.2f}",
+                row.get("annotated", "-"),
+                row.get("found", "-"),
+                ", ".join(f"{number:.0f}" for number in box),
+            ]
+        )
+    table = Table(
+        caption=f"The first {len(rows)} of {len(explanation.suspects)}",
+        columns=[
+            Column(title="Image"),
+            Column(title="Kind"),
+            Column(title="Suspicion", unit="0 to 1", is_number=True),
+            Column(title="Annotated as"),
+            Column(title="Found as"),
+            Column(title="Box", unit="x, y, width, height in pixels", is_number=True),
+        ],
+        rows=rows,
+    )
+    text = paragraph(
+        "Places where the model contradicts the annotation most surely: the annotation dashed, the "
+        "detection with its score. A reason to look, no more; a model repeats what it has learned, "
+        "wrong labels too."
+    )
+    grid = [element("ul", *items, class_="pictures small")] if items else []
+    parts: list[Markup | Table] = [text, *grid, table] if rows else [paragraph("None.")]
+    return Section(name="suspects", title="Annotations to look at", parts=parts)
+
+
+def _how(explanation: Explanation, origin: Origin) -> Section:
+    facts = {
+        "model": origin.description,
+        "weights": origin.weights_sha256,
+        "data": origin.data_fingerprint,
+        "annotations": origin.annotations,
+        "images": origin.image_folder,
+        "epoch": "" if origin.epoch is None else f"{origin.epoch:g}",
+        "step": "" if origin.step is None else str(origin.step),
+        "operating score": f"{explanation.operating_score:.3f}, where F1 of all classes together "
+        f"is highest ({_percent(explanation.best_f1)})",
+    }
+    table = Table(
+        caption="What was evaluated",
+        columns=[Column(title="What"), Column(title="Which")],
+        rows=[[name, value] for name, value in facts.items() if value],
+    )
+    text = paragraph(
+        "Matching is COCO's: up to 100 detections of an image and class, the surest first. Kinds "
+        "of errors and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
+    )
+    return Section(name="how", title="How it was measured", parts=[table, text])
+
+
+def _item(drawn: Sequence[Jpeg], title: str, *lines: str) -> Markup:
+    shows = f"{title}: {', '.join(lines)}"
+    pictures = [picture(one.content, one.size_px, shows) for one in drawn]
+    return element(
+        "li",
+        element("div", *pictures, class_="pair") if len(pictures) > 1 else pictures[0],
+        title,
+        *(element("span", text) for text in lines),
+    )
+
+
+def _percent(value: float | np.floating[Any]) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"

@@ -1,0 +1,282 @@
+"""Why each detection is wrong, why each true box was missed, and what each kind of error costs.
+
+Six kinds, after TIDE (Bolya et al. 2020, https://arxiv.org/abs/2008.08115; thresholds 0.5 and 0.1):
+
+| kind | a false detection, or a missed true box |
+|---|---|
+| localisation | its class is there, at an IoU of 0.1 to 0.5 |
+| classification | another class is there, at 0.5 or more |
+| duplicate | its class is there, at 0.5 or more, and a detection with a higher score has it |
+| background | nothing is there at more than 0.1 |
+| both | another class is there, at an IoU of 0.1 to 0.5 |
+| missed | a true box that no detection has, and none of the first two kinds could have |
+
+A detection is of the first kind that fits, in this order. What a kind costs is how much AP50 would
+rise if just its errors were repaired, which is fair between kinds but does not add up to all that
+is missing. Repaired means: the detection with the highest score of those whose best true box it is
+becomes true, with that box's class; all others of the kind go; missed boxes need not be found.
+
+hotcoco can count these too, but repairs a wrong class within the wrong class and lets several
+detections become true for one box, so its costs are others than the paper's. Detections and boxes
+are matched as for AP, by hotcoco, so the AP that is improved upon is AP50 itself, and a detection
+within a crowd region is none. Where tidecv differs: it takes the best 100 detections of an image,
+not of an image and class, and counts a class without a true box as an AP of 0. Here a class whose
+boxes are all missed is left out of the mean once they need not be found.
+"""
+
+# M detections   A true boxes   P pairs of both   K categories
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from hotcoco import metrics as hotcoco_metrics
+
+from deta.platform.evaluation.coco_metrics import Columns, Matched
+
+TRUE_FROM, BACKGROUND_UP_TO = 0.5, 0.1  # IoU (TIDE)
+PAIRS_AT_ONCE = 500_000  # bounds the memory: a pair takes about 300 bytes
+KINDS = ("classification", "localisation", "both", "duplicate", "background")
+CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = range(5)
+CORRECT, NOT_COUNTED = -1, -2  # in place of a kind
+
+
+class Near(NamedTuple):
+    """Pairs with an IoU of 0.1 or more, crowd regions left out: P each."""
+
+    found: np.ndarray  # int64, ascending
+    true: np.ndarray  # int64
+    iou: np.ndarray
+    is_own: np.ndarray  # bool: of one class
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Which detections and true boxes are near each other, in the same image: IoU 0.1 or more.
+
+    Of each detection, the best true box of its own class and of the others; M each. Crowd regions
+    are no boxes. Where no box is near, the IoU is 0 and the box -1. Of equally good boxes it is
+    the first.
+    """
+
+    own_iou: np.ndarray  # float64
+    own: np.ndarray  # int64, which true box
+    other_iou: np.ndarray
+    other: np.ndarray
+    crowd_share: np.ndarray  # of the detection's area that lies in one crowd region, of any class
+    near: Near
+
+
+@dataclass(frozen=True)
+class DetectionErrors:
+    """What became of every detection and every true box."""
+
+    kind: np.ndarray  # M int8: an index of KINDS, CORRECT or NOT_COUNTED
+    box: np.ndarray  # M int64: the true box that it has, or is to be moved or renamed to; or -1
+    found_by: np.ndarray  # A int64: the detection that has it; or -1
+    missed: np.ndarray  # A bool: not found, and no error could be repaired to find it
+    counts: np.ndarray  # K 6: how often each kind of KINDS, then missed; by the detection's class
+    cost: dict[str, float]  # of each kind and "missed": rise of AP50, in 0..1
+    false_positives_cost: float  # rise of AP50 if no detection were wrong
+    false_negatives_cost: float  # rise of AP50 if no box were missing
+    ap50: float  # -1 without a true box
+
+
+def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
+    """The kind of every error, and the cost of each kind."""
+    found_by, correct, counted = _pairs_of(matched)
+    num_found = len(matched.scores)
+    is_found, near = found_by >= 0, overlaps.near
+    # A box of the class, at 0.5 or more, that is taken; the best one need not be.
+    is_taken = near.is_own & is_found[near.true] & (near.iou >= TRUE_FROM)
+    own_iou, other_iou = overlaps.own_iou, overlaps.other_iou
+    kind = np.full(num_found, BOTH, np.int8)
+    kind[np.maximum(own_iou, other_iou) <= BACKGROUND_UP_TO] = BACKGROUND
+    kind[near.found[is_taken]] = DUPLICATE
+    kind[other_iou >= TRUE_FROM] = CLASSIFICATION
+    kind[(own_iou >= BACKGROUND_UP_TO) & (own_iou <= TRUE_FROM)] = LOCALISATION
+    kind[correct >= 0] = CORRECT
+    kind[~counted] = NOT_COUNTED
+
+    box = correct.copy()
+    box[kind == LOCALISATION] = overlaps.own[kind == LOCALISATION]
+    box[kind == CLASSIFICATION] = overlaps.other[kind == CLASSIFICATION]
+    repairs = _repairs(matched, kind, box, is_found)
+    reachable = np.zeros(len(found_by), bool)
+    reachable[box[repairs]] = True
+    missed = ~is_found & ~reachable & ~matched.crowd
+
+    num_classes = len(matched.category_ids)
+    counts = np.zeros((num_classes, len(KINDS) + 1), np.int64)
+    wrong = kind >= 0
+    np.add.at(counts, (matched.found.categories[wrong] - 1, kind[wrong]), 1)
+    np.add.at(counts, (matched.true.categories[missed] - 1, len(KINDS)), 1)
+    return DetectionErrors(
+        kind, box, found_by, missed, counts,
+        *_costs(matched, kind, box, repairs, missed, is_found),
+    )  # fmt: skip
+
+
+def best_overlaps(matched: Matched) -> Overlaps:
+    """What is near each detection, and how far it lies in a crowd region."""
+    found, true, num_found = matched.found, matched.true, len(matched.scores)
+    boxes = np.flatnonzero(~matched.crowd)
+    columns = Columns(*(column[boxes] for column in true))
+    parts = []
+    for rows, others, _ in image_pairs(found, columns):
+        iou, _ = box_overlap(found.boxes[rows], columns.boxes[others])
+        is_near = iou >= BACKGROUND_UP_TO
+        parts.append((rows[is_near], boxes[others[is_near]], iou[is_near]))
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    rows, others, iou = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
+    near = Near(rows, others, iou, found.categories[rows] == true.categories[others])
+
+    crowds = Columns(*(column[matched.crowd] for column in true))
+    crowd_share = np.zeros(num_found)
+    for rows, others, starts in image_pairs(found, crowds):
+        _, share = box_overlap(found.boxes[rows], crowds.boxes[others])
+        crowd_share[rows[starts]] = np.maximum.reduceat(share, starts)
+    return Overlaps(
+        *_best(near, near.is_own, num_found), *_best(near, ~near.is_own, num_found),
+        crowd_share, near,
+    )  # fmt: skip
+
+
+def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np.ndarray]:
+    """The highest IoU of each detection among some pairs, and its box."""
+    found, true, iou = near.found[which], near.true[which], near.iou[which]
+    order = np.lexsort((true, -iou, found))
+    detections, first = np.unique(found[order], return_index=True)
+    best_iou, best = np.zeros(num_found), np.full(num_found, -1, np.int64)
+    best_iou[detections] = iou[order[first]]
+    best[detections] = true[order[first]]
+    return best_iou, best
+
+
+def image_pairs(
+    some: Columns, others: Columns
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """All pairs of a box of `some` and one of `others` in the same image, in portions.
+
+    Yields:
+        P rows of `some` and P rows of `others`, all pairs of a row of `some` side by side, with
+        those of `others` ascending; and where each row of `some` begins.
+    """
+    order = np.argsort(others.images, kind="stable")
+    images = others.images[order]
+    begins = np.searchsorted(images, some.images, "left")
+    sizes = np.searchsorted(images, some.images, "right") - begins
+    rows = np.flatnonzero(sizes)
+    portions = np.cumsum(sizes[rows]) // PAIRS_AT_ONCE
+    for portion in np.split(rows, np.flatnonzero(np.diff(portions)) + 1) if len(rows) else ():
+        repeats = sizes[portion]
+        starts = np.cumsum(repeats) - repeats
+        within = np.arange(repeats.sum()) - np.repeat(starts, repeats)
+        yield (
+            np.repeat(portion, repeats),
+            order[np.repeat(begins[portion], repeats) + within],
+            starts,
+        )
+
+
+def box_overlap(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU of pairs of boxes (P 4 each, xywh), and the share of the first that the second covers."""
+    ends = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
+    sides = np.maximum(0.0, ends - np.maximum(boxes[:, :2], others[:, :2]))
+    common = sides[:, 0] * sides[:, 1]
+    areas = boxes[:, 2] * boxes[:, 3]
+    union = areas + others[:, 2] * others[:, 3] - common
+    zero = np.zeros_like(common)
+    return (
+        np.divide(common, union, out=zero.copy(), where=union > 0),
+        np.divide(common, areas, out=zero, where=areas > 0),
+    )
+
+
+def _pairs_of(matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The detection of each true box, the true box of each detection, and which detections count.
+
+    Not counted are those beyond the best 100 of an image and class, and those in a crowd region.
+    """
+    told = matched.evaluation.image_diagnostics(iou_thr=TRUE_FROM, score_thr=2.0)
+    found_by = np.full(len(matched.crowd), -1, np.int64)
+    correct = np.full(len(matched.scores), -1, np.int64)
+    pairs = np.array(list(told["dt_match"].items()), np.int64).reshape(-1, 2) - 1
+    correct[pairs[:, 0]] = pairs[:, 1]
+    found_by[pairs[:, 1]] = pairs[:, 0]
+    counted = np.zeros(len(matched.scores), bool)
+    counted[np.fromiter(told["dt_status"], np.int64, len(told["dt_status"])) - 1] = True
+    return found_by, correct, counted
+
+
+def _repairs(
+    matched: Matched, kind: np.ndarray, box: np.ndarray, is_found: np.ndarray
+) -> np.ndarray:
+    """The detections of the first two kinds that may become true: the surest of each free box."""
+    wrong = np.flatnonzero((kind == LOCALISATION) | (kind == CLASSIFICATION))
+    free = wrong[~is_found[box[wrong]]]
+    surest_first = free[np.argsort(-matched.scores[free], kind="stable")]
+    _, first = np.unique(box[surest_first], return_index=True)
+    return surest_first[first]
+
+
+def _costs(
+    matched: Matched,
+    kind: np.ndarray,
+    box: np.ndarray,
+    repairs: np.ndarray,
+    missed: np.ndarray,
+    is_found: np.ndarray,
+) -> tuple[dict[str, float], float, float, float]:
+    """What repairing each kind would bring, every false detection, every lost box; and AP50."""
+    num_classes = len(matched.category_ids)
+    own = matched.found.categories - 1
+    real = matched.true.categories[~matched.crowd] - 1
+    num_true = np.bincount(real, minlength=num_classes)
+    counts = kind != NOT_COUNTED
+    correct = kind == CORRECT
+
+    def ap50(classes: np.ndarray, right: np.ndarray, kept: np.ndarray, number: np.ndarray) -> float:
+        return _mean_ap(matched.scores, classes, right, counts & kept, number)
+
+    everything = np.ones(len(kind), bool)
+    base = ap50(own, correct, everything, num_true)
+    cost = {}
+    for index, name in enumerate(KINDS):
+        repaired = np.zeros(len(kind), bool)
+        repaired[repairs] = kind[repairs] == index
+        classes = own.copy()
+        classes[repaired] = matched.true.categories[box[repaired]] - 1
+        kept = (kind != index) | repaired
+        cost[name] = max(0.0, ap50(classes, correct | repaired, kept, num_true) - base)
+    for_all = num_true - np.bincount(matched.true.categories[missed] - 1, minlength=num_classes)
+    cost["missed"] = max(0.0, ap50(own, correct, everything, for_all) - base)
+    lost = ~is_found & ~matched.crowd
+    found = num_true - np.bincount(matched.true.categories[lost] - 1, minlength=num_classes)
+    return (
+        cost,
+        max(0.0, ap50(own, correct, correct, num_true) - base),
+        max(0.0, ap50(own, correct, everything, found) - base),
+        base,
+    )
+
+
+def _mean_ap(
+    scores: np.ndarray,
+    classes: np.ndarray,
+    right: np.ndarray,
+    kept: np.ndarray,
+    num_true: np.ndarray,
+) -> float:
+    """Mean over the classes with a true box of their AP at 101 recalls; -1 without such a class."""
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(classes[rows], kind="stable")]
+    ends = np.searchsorted(classes[rows], np.arange(len(num_true) + 1))
+    aps = []
+    for k in np.flatnonzero(num_true > 0):
+        part = rows[ends[k] : ends[k + 1]]
+        aps.append(hotcoco_metrics.average_precision(scores[part], right[part], int(num_true[k])))
+    return float(np.mean(aps)) if aps else -1.0

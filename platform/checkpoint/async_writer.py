@@ -1,0 +1,255 @@
+"""Checkpoints written beside the training: it waits for a copy in memory and for nothing else.
+
+One save at a time, from one copy, so that a slow disk costs saves and neither steps nor memory.
+Copies to a second place go on beside that, so that a store which does not answer holds up no
+checkpoint on disk. What fails is told and tried again with the next save.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from deta.platform.checkpoint.local import (
+    Snapshot,
+    all_checkpoints,
+    clean_leftovers,
+    keep_newest_and_best,
+    take_snapshot,
+    write_checkpoint,
+)
+from deta.platform.run.run_lock import Fence, FencedOffError
+
+if TYPE_CHECKING:
+    from deta.platform.checkpoint.remote import Store
+
+__all__ = ["CheckpointWriter", "Outcome", "Snapshot", "take_snapshot", "write_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+MAX_RESERVE_BYTES = 10**9  # that a checkpoint leaves on the disk; of a small one, a twentieth
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, or a copy to the store that failed."""
+
+    step: int
+    path: Path | None  # the checkpoint; none if it could not be written
+    seconds: float  # from the call of `save` to the end
+    blocked_s: float  # of these, how long the training waited
+    error: str | None = None
+    place: Literal["disk", "store"] = "disk"  # "store": the checkpoint on disk is whole
+    fenced_off: bool = False  # another worker group writes this run by now
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run. One process has it: rank 0."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        store: str | Path | Store | None = None,
+        fence: Fence | None = None,
+    ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            folder: RUN/checkpoints.
+            keep: how many of the newest stay; the best by AP stays besides.
+            store: where each checkpoint is copied to, see `checkpoint_store`.
+        """
+        self.folder, self._keep, self._fence = folder, keep, fence
+        self._spare: Snapshot | None = None
+        self._save: threading.Thread | None = None
+        self._outcomes: list[Outcome] = []
+        self._guard = threading.Lock()  # of the outcomes and of what follows
+        self._store = store
+        self._copy: threading.Thread | None = None
+        self._to_copy: Path | None = None
+        self._being_copied: Path | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._save is not None and self._save.is_alive()
+
+    def save(
+        self,
+        snapshot_or_make: Snapshot | Callable[[Snapshot | None], Snapshot],
+        *,
+        wait: bool = False,
+    ) -> bool:
+        """Begin a save. How it ended is told by `poll`; nothing is raised.
+
+        Args:
+            snapshot_or_make: belongs to the writer from now on. Or what makes it, called here with
+                an earlier snapshot whose memory can be used again.
+            wait: first for a save that is in flight, and in the end for this one. Not for the
+                copy to the store, see `close`.
+
+        Returns:
+            False, and nothing has been done, while another save is in flight.
+        """
+        began_s = time.perf_counter()
+        if self._save is not None:
+            if self._save.is_alive() and not wait:
+                return False
+            self._save.join()
+        try:
+            if isinstance(snapshot_or_make, Snapshot):
+                snapshot = snapshot_or_make
+            else:
+                spare, self._spare = self._spare, None
+                snapshot = snapshot_or_make(spare)
+            blocked_s = None if wait else time.perf_counter() - began_s
+            self._save = threading.Thread(
+                target=self._write, args=(snapshot, began_s, blocked_s), daemon=True,
+                name="checkpoint",
+            )  # fmt: skip
+            self._save.start()
+        except Exception as error:  # no memory for the copy, say: the training does not need it
+            logger.exception("no copy of the state for a checkpoint")
+            self._save = None
+            message = f"the state could not be copied for a checkpoint: {_in_words(error)}"
+            seconds = time.perf_counter() - began_s
+            self._tell(Outcome(-1, None, seconds, seconds, f"{message}; the next save tries again"))
+            return True
+        if wait:
+            self._save.join()
+        return True
+
+    def poll(self) -> list[Outcome]:
+        """What has ended since the last call."""
+        with self._guard:
+            outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def close(self, timeout_s: float) -> bool:
+        """Wait for what is in flight, the copy to the store included; true if all has ended."""
+        deadline_s = time.monotonic() + timeout_s
+        if self._save is not None:
+            self._save.join(max(0.0, deadline_s - time.monotonic()))
+        copy = self._copy  # the last save may have begun it
+        if copy is not None:
+            copy.join(max(0.0, deadline_s - time.monotonic()))
+        return not self.is_busy and (copy is None or not copy.is_alive())
+
+    def _write(self, snapshot: Snapshot, began_s: float, blocked_s: float | None) -> None:
+        step, path, message, fenced_off = snapshot.state.step, None, None, False
+        try:
+            if self._fence is not None:
+                self._fence.check()
+            clean_leftovers(self.folder)
+            self._require_room(snapshot)
+            path = write_checkpoint(self.folder, snapshot, self._fence)
+        except FencedOffError as error:
+            message, fenced_off = str(error), True
+        except Exception as error:
+            if not isinstance(error, OSError):
+                logger.exception("step %d: the checkpoint could not be written", step)
+            message = self._explain(error, snapshot)
+        finally:
+            self._spare = snapshot
+        if path is not None:
+            self._tidy(path)
+        seconds = time.perf_counter() - began_s
+        blocked_s = seconds if blocked_s is None else blocked_s
+        self._tell(Outcome(step, path, seconds, blocked_s, message, fenced_off=fenced_off))
+        if path is not None and self._store is not None:
+            self._copy_to_store(path)
+
+    def _require_room(self, snapshot: Snapshot) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(self.folder)
+        if disk.free - snapshot.num_bytes < min(disk.total // 20, MAX_RESERVE_BYTES):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _explain(self, error: Exception, snapshot: Snapshot) -> str:
+        free, last = "", "There is none yet"
+        try:
+            free = f"{_megabytes(shutil.disk_usage(self.folder).free)} are free there. "
+            paths = all_checkpoints(self.folder)
+            last = f"The newest checkpoint is {paths[-1].name}" if paths else last
+        except OSError:  # the disk is gone altogether
+            pass
+        code = getattr(error, "errno", None)
+        advice = "If it goes on like this, look at that disk. "
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            advice = "Make room there; a twentieth of the disk, or 1 GB, is left for the journal. "
+        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            advice = "Make the folder writable again. "
+        return (
+            f"step {snapshot.state.step}: the checkpoint could not be written to {self.folder}: "
+            f"{_in_words(error)}. It takes {_megabytes(snapshot.num_bytes)}; {free}{advice}"
+            f"Training goes on, and the next save tries again. {last}"
+        )
+
+    def _tidy(self, path: Path) -> None:
+        with self._guard:
+            protect = {path, *(p for p in (self._to_copy, self._being_copied) if p is not None)}
+        try:
+            keep_newest_and_best(self.folder, self._keep, protect)
+        except OSError as error:  # the checkpoint is whole; the next save tries again
+            logger.warning("%s: old checkpoints could not be deleted (%s)", self.folder, error)
+
+    def _copy_to_store(self, path: Path) -> None:
+        """Copy now, or when the copy in flight has ended; of several that wait, the newest."""
+        with self._guard:
+            self._to_copy = path
+            if self._copy is None:
+                self._copy = threading.Thread(
+                    target=self._copy_all, daemon=True, name="checkpoint-store"
+                )
+                self._copy.start()
+
+    def _copy_all(self) -> None:
+        from deta.platform.checkpoint.remote import copy_run, open_store
+
+        while True:
+            with self._guard:
+                path = self._being_copied = self._to_copy
+                self._to_copy = None
+                if path is None:
+                    self._copy = None
+                    return
+            step = int(path.name.removeprefix("step-"))
+            began_s = time.perf_counter()
+            try:
+                assert self._store is not None
+                self._store = open_store(self._store)
+                copy_run(self._store, self.folder.parent, path, keep=self._keep, fence=self._fence)
+            except Exception as error:
+                seconds = time.perf_counter() - began_s
+                self._tell(
+                    Outcome(
+                        step, None, seconds, 0.0,
+                        f"step {step}: {error}. The checkpoint on disk is whole; training goes on, "
+                        "and the next save copies again",
+                        place="store", fenced_off=isinstance(error, FencedOffError),
+                    )
+                )  # fmt: skip
+
+    def _tell(self, outcome: Outcome) -> None:
+        with self._guard:
+            self._outcomes.append(outcome)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

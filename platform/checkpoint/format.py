@@ -1,0 +1,251 @@
+"""What a checkpoint is made of, and how it is opened: only if every byte is as it was written.
+
+    step-00001200/
+        model.safetensors      the weights that were evaluated (the average, where there is one)
+        training.safetensors   what else it takes to go on: optimizer, and the weights if averaged
+        state.json             position, metrics, categories, data fingerprint
+        config.json            the whole configuration
+        MANIFEST.json          format, step, size and SHA-256 of each file, and its own SHA-256
+
+Format 1 had a manifest of files alone, and less in state.json. It is read; nothing writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deta.platform.checkpoint.host_snapshot import Written
+from deta.platform.data.coco_dataset import Category
+from deta.platform.run.config import RunConfig, from_json
+from deta.platform.system.safe_read import MAX_JSON_BYTES, read_bounded, read_json
+
+FORMAT_VERSION = 2
+MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"step-(\d{8,})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# Configuration keys that format 1 could hold and that are no more.
+_GONE_KEYS = (("cluster", "max_failures"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands."""
+
+    step: int  # updates made
+    samples_seen: int  # the position in training; all that is random follows from it
+    epoch: float
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # AP and its kin in 0..100, if evaluated
+    best_ap: float | None = None  # of this run so far, in 0..100
+    # Of every evaluation of this run so far, in order; early stopping follows from it alone.
+    ap_history: list[float] = field(default_factory=list)
+    data_fingerprint: str = ""
+    code_commit: str = ""
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    skipped_in_a_row: int = 0  # of these, the last ones
+    # Image id, as text, to what is wrong with the picture; others are shown in their place.
+    broken_images: dict[str, str] = field(default_factory=dict)
+    useful_s: float = 0.0  # seconds of training up to here, without what had to be done again
+    config_sha256: str = ""
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been verified."""
+
+    path: Path
+    config: RunConfig
+    state: RunState
+    categories: tuple[Category, ...]
+
+    def require_consistent(self) -> None:
+        """
+        Raises:
+            CheckpointError: the state contradicts itself, though its hashes are right: somebody
+                wrote it otherwise than a run does.
+        """
+        state, batch = self.state, self.config.total_batch_size
+        if state.samples_seen != state.step * batch:
+            raise CheckpointError(
+                f"{self.path}: says {state.samples_seen} samples after {state.step} steps with a "
+                f"total batch of {batch}; remove it, and the run goes on from the one before"
+            )
+        if not 0 <= state.skipped_in_a_row <= state.skipped_steps <= state.step:
+            raise CheckpointError(
+                f"{self.path}: says {state.skipped_in_a_row} skipped steps in a row of "
+                f"{state.skipped_steps} in all, after {state.step} steps; remove it, and the run "
+                "goes on from the one before"
+            )
+
+    def model_state(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def training_state(self) -> dict[str, Tensor]:
+        return load_file(self.path / "training.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A folder is no checkpoint, or a damaged one, or one of another version."""
+
+
+class OtherVersionError(CheckpointError):
+    """A checkpoint is whole, but this version of deta-platform cannot read it."""
+
+
+def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
+    """Metrics that are not finite are left out: no number is better than one that sorts anyhow."""
+    metrics = {name: value for name, value in state.metrics.items() if math.isfinite(value)}
+    state = replace(state, metrics=metrics, format_version=FORMAT_VERSION)
+    content = asdict(state) | {"categories": [asdict(category) for category in categories]}
+    return json.dumps(content, indent=2)
+
+
+def manifest_to_json(step: int, files: Mapping[str, Written]) -> str:
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "files": {
+            name: {"bytes": file.num_bytes, "sha256": file.sha256}
+            for name, file in sorted(files.items())
+        },
+    }
+    return json.dumps(manifest | {"sha256": _own_sha256(manifest)}, indent=2)
+
+
+def parse_manifest(text: str | bytes, place: object) -> dict[str, Written]:
+    """The files of a checkpoint, from its manifest of either format.
+
+    Args:
+        place: what errors name, such as the manifest's path.
+
+    Raises:
+        OtherVersionError: the format is newer.
+        CheckpointError: the manifest is damaged.
+    """
+    try:
+        manifest = json.loads(text)
+        if "format_version" in manifest:
+            version = int(manifest["format_version"])
+            expected = manifest.pop("sha256", None)
+            intact = expected == _own_sha256(manifest)
+            if version > FORMAT_VERSION and (intact or expected is None):
+                raise OtherVersionError(
+                    f"{place}: has format {version}; this version of deta-platform reads up to "
+                    f"{FORMAT_VERSION}, so it needs a newer one"
+                )
+            if not intact:
+                raise ValueError("does not fit its own SHA-256")
+            manifest = manifest["files"]
+        files = {
+            name: Written(int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest.items()
+        }
+        if not all(_FILE_NAME.fullmatch(name) for name in files):
+            raise ValueError("names files elsewhere")
+        if missing := {"state.json", "config.json", "model.safetensors"} - set(files):
+            raise ValueError(f"does not name {', '.join(sorted(missing))}")
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{place}: is no whole manifest of a checkpoint ({error}); use an older checkpoint"
+        ) from error
+    return files
+
+
+def read_manifest(path: Path) -> dict[str, Written]:
+    """The files of a checkpoint's folder, and whether all are there in full length.
+
+    Cheap, since no hash is compared.
+
+    Raises:
+        CheckpointError: says what is missing, damaged or too new.
+    """
+    try:
+        text = read_bounded(path / MANIFEST, MAX_JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path}: is no whole checkpoint, it has no {MANIFEST}; use an older checkpoint"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{error}; use an older checkpoint") from error
+    files = parse_manifest(text, path / MANIFEST)
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != expected.num_bytes:
+            raise CheckpointError(f"{file}: is missing or cut short; use an older checkpoint")
+    return files
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint, having compared every file with the manifest.
+
+    Raises:
+        OtherVersionError: it is whole, but newer than this version of deta-platform.
+        CheckpointError: says which file is missing or damaged.
+        OSError: the disk does not let it be read.
+    """
+    for name, expected in read_manifest(path).items():
+        with (path / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                raise CheckpointError(
+                    f"{path / name}: has changed since it was written; use an older checkpoint"
+                )
+    try:
+        content = read_json(path / "state.json")
+        version = int(content["format_version"])
+        if version > FORMAT_VERSION:
+            raise OtherVersionError(
+                f"{path}: has format {version}; this version of deta-platform reads up to "
+                f"{FORMAT_VERSION}, so it needs a newer one"
+            )
+        categories = tuple(Category(**category) for category in content.pop("categories"))
+        state = RunState(**content)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:  # written so: every byte is verified
+        raise OtherVersionError(
+            f"{path / 'state.json'}: cannot be read by this version of deta-platform ({error}); "
+            "use the version that wrote it"
+        ) from error
+    return Checkpoint(path, _read_config(path / "config.json", version), state, categories)
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """The finite metrics of a checkpoint's folder, which is not verified; none if in doubt."""
+    try:
+        metrics = json.loads((path / "state.json").read_bytes())["metrics"]
+        return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _read_config(path: Path, version: int) -> RunConfig:
+    try:
+        values = read_json(path)
+        if version == 1:
+            for part, key in _GONE_KEYS:
+                values.get(part, {}).pop(key, None)
+        return from_json(RunConfig, json.dumps(values))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OtherVersionError(
+            f"{path}: cannot be read by this version of deta-platform ({error}); use the version "
+            "that wrote it"
+        ) from error
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

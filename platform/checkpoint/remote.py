@@ -1,0 +1,407 @@
+"""A second place for the checkpoints of a run: a folder, or an object store.
+
+    STORE/NAME/
+        run.json  mlflow.json  journal.jsonl     copies, as of the last checkpoint
+        step-00001200/                           as on disk; MANIFEST.json comes last and goes first
+
+A step without a manifest is none, so the order replaces the renames that object stores lack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pyarrow
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from deta.platform.checkpoint.format import (
+    MANIFEST,
+    NAME,
+    parse_manifest,
+    read_metrics,
+)
+from deta.platform.checkpoint.host_snapshot import (
+    CHUNK_BYTES,
+    Written,
+    force_folder_to_disk,
+    write_file,
+)
+from deta.platform.checkpoint.local import (
+    CheckpointError,
+    OtherVersionError,
+    best_checkpoint,
+    delete_checkpoint,
+    newest_checkpoint,
+)
+from deta.platform.run.run_lock import Fence, FencedOffError
+
+RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"
+OBJECT_STORES = ("s3", "gcs", "abfs")  # no folders, and a file is there when it is complete
+HARMLESS_OPTIONS = ("scheme", "region", "endpoint_override", "allow_bucket_creation")
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used; the message holds no credentials."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A file system and a folder in it."""
+
+    filesystem: FileSystem
+    root: str
+    address: str  # for people: without user, password and options
+    secrets: tuple[str, ...] = ()
+
+    def explain(self, error: Exception) -> StoreError:
+        text = str(error) or type(error).__name__
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return StoreError(
+            f"{self.address}: the store cannot be used ({text}); see that it is reachable and "
+            "writable, or set checkpoint.store=none"
+        )
+
+
+def open_store(address: str | Path | Store) -> Store:
+    """A store by its address. It is not asked for anything yet.
+
+    Args:
+        address: a folder, or a URI that pyarrow knows: s3://bucket/runs, gs://…, file:///…
+
+    Raises:
+        ValueError: it is no such address; the message holds no credentials.
+    """
+    if isinstance(address, Store):
+        return address
+    if "://" not in str(address):
+        folder = Path(address).expanduser().absolute()
+        return Store(LocalFileSystem(), folder.as_posix(), str(folder))
+    shown = without_credentials(str(address))
+    try:
+        filesystem, root = FileSystem.from_uri(str(address))
+    except Exception as error:  # its message quotes the address
+        kind = type(error).__name__
+    else:
+        return Store(filesystem, root.rstrip("/") or root, shown, _secrets(str(address)))
+    raise ValueError(
+        f"checkpoint.store={shown}: is neither a folder nor an address that pyarrow can open "
+        f"({kind}); write it like s3://bucket/runs, with credentials in the environment"
+    )
+
+
+def without_credentials(address: str) -> str:
+    """An address without user, password, options and fragment."""
+    scheme, _, rest = address.partition("://")
+    place = rest.rpartition("@")[2]  # a password may hold any character, escaped or not
+    return f"{scheme}://{place.partition('?')[0].partition('#')[0]}"
+
+
+def copy_run(
+    store: Store, run_folder: Path, newest: Path, *, keep: int, fence: Fence | None = None
+) -> None:
+    """Bring a run's newest checkpoint, its best and its records into the store; delete old ones.
+
+    Args:
+        newest: RUN/checkpoints/step-…, whole.
+        keep: how many of the newest stay in the store; the best by AP stays besides.
+
+    Raises:
+        StoreError: the store cannot be reached or written, or holds another run of this name.
+        FencedOffError: somebody else writes this run by now.
+    """
+    try:
+        place = _Place(store, run_folder.name)
+        place.require_same_run(run_folder)
+        place.put_small(RUN_FILE, run_folder / RUN_FILE)
+        best = best_checkpoint(run_folder / "checkpoints")
+        place.put_checkpoint(newest, fence)
+        if best is not None and best != newest:  # it may have missed its turn
+            try:
+                place.put_checkpoint(best, fence)
+            except FileNotFoundError:
+                if best.exists():  # else deleted meanwhile, for a better one
+                    raise
+        # The tracking record says how far into the journal it has come: it must not be ahead.
+        record = _bytes_of(run_folder / TRACKING_FILE)
+        place.put_small(JOURNAL, run_folder / JOURNAL)
+        if record is not None:
+            place.put_bytes(TRACKING_FILE, record)
+        place.delete_old(keep, protect=newest.name, fence=fence)
+    except (StoreError, FencedOffError):
+        raise
+    except Exception as error:  # a file system of any kind: botocore-like errors, Arrow's, OSError
+        explained = store.explain(error)
+    else:
+        return
+    raise explained  # without the cause, whose message may hold credentials
+
+
+def restore_from_store(
+    store: str | Path | Store,
+    run_name: str,
+    run_folder: Path,
+    tell: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Fetch what the store knows of a run and the run's folder does not.
+
+    The newest checkpoint there that verifies, if there is none in the folder or an older one; the
+    best; and the run's records where they are missing, or come from before that checkpoint.
+
+    Args:
+        tell: gets a line about each checkpoint that is fetched or is not whole.
+
+    Returns:
+        Whether anything was fetched.
+
+    Raises:
+        StoreError: the store cannot be reached, or holds another run of this name.
+        OtherVersionError: what it holds is of a newer version.
+        ValueError: the address is none.
+    """
+    opened = open_store(store)
+    try:
+        return _restore(_Place(opened, run_name), run_folder, tell)
+    except (StoreError, CheckpointError):
+        raise
+    except Exception as error:
+        explained = opened.explain(error)
+    raise explained
+
+
+def _restore(place: _Place, run_folder: Path, tell: Callable[[str], None]) -> bool:
+    folder = run_folder / "checkpoints"
+    place.require_same_run(run_folder)
+    stored = place.checkpoints()
+    local = newest_checkpoint(folder, tell)
+    fetched = False
+    is_behind = False
+    for name in reversed(stored):
+        if local is not None and local.state.step >= _step(name):
+            break
+        if place.fetch_checkpoint(name, folder, tell):
+            fetched = is_behind = True
+            break
+    best = place.best(stored)
+    if best is not None and not (folder / best).exists():
+        ours = best_checkpoint(folder)
+        if ours is None or read_metrics(ours).get("AP", -math.inf) < place.ap(best):
+            fetched |= place.fetch_checkpoint(best, folder, tell)
+
+    journal, record = place.get(JOURNAL), place.get(TRACKING_FILE)
+    ours_bytes = len(_bytes_of(run_folder / JOURNAL) or b"")
+    if journal is not None and ours_bytes < len(journal):
+        _write_small(run_folder / JOURNAL, journal)
+        fetched = True
+        if record is not None:  # counts in that journal
+            _write_small(run_folder / TRACKING_FILE, record)
+    elif record is not None and not (run_folder / TRACKING_FILE).exists():
+        _write_small(run_folder / TRACKING_FILE, record)
+        fetched = True
+    run = place.get(RUN_FILE)
+    ours_run = _bytes_of(run_folder / RUN_FILE)
+    if run is not None and (ours_run is None or (is_behind and ours_run != run)):
+        _write_small(run_folder / RUN_FILE, run)
+        fetched = True
+    return fetched
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a store holds of one run. Errors are the file system's own."""
+
+    store: Store
+    run_name: str
+
+    @property
+    def _files(self) -> FileSystem:
+        return self.store.filesystem
+
+    @property
+    def _has_folders(self) -> bool:
+        return self._files.type_name not in OBJECT_STORES
+
+    def _path(self, *names: str) -> str:
+        root = [self.store.root] if self.store.root else []
+        return "/".join((*root, self.run_name, *names))
+
+    def get(self, *names: str) -> bytes | None:
+        """A file's content, or none where there is no such file."""
+        path = self._path(*names)
+        if self._files.get_file_info(path).type != FileType.File:
+            return None
+        with self._files.open_input_stream(path) as stream:
+            return stream.read()
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
+        path = self._path(name)
+        first = f"{path}.unfinished" if self._has_folders else path
+        if self._has_folders:
+            self._files.create_dir(self._path(), recursive=True)
+        with self._files.open_output_stream(first) as stream:
+            stream.write(content)
+        if first != path:
+            self._files.move(first, path)
+
+    def put_small(self, name: str, source: Path) -> None:
+        content = _bytes_of(source)
+        if content is not None:
+            self.put_bytes(name, content)
+
+    def require_same_run(self, run_folder: Path) -> None:
+        """Refuse to mix two runs that were given one name."""
+        ours, theirs = _key(_bytes_of(run_folder / RUN_FILE)), _key(self.get(RUN_FILE))
+        if ours is not None and theirs is not None and ours != theirs:
+            raise StoreError(
+                f"{self.store.address}: holds another run named {self.run_name}; choose another "
+                "name=, or remove it from the store"
+            )
+
+    def checkpoints(self) -> list[str]:
+        """Names of those that are complete, by step."""
+        return sorted((name for name, whole in self._steps().items() if whole), key=_step)
+
+    def _steps(self) -> dict[str, bool]:
+        """Every step that there is anything of, and whether it has a manifest."""
+        selector = FileSelector(self._path(), allow_not_found=True)
+        names = [
+            info.base_name
+            for info in self._files.get_file_info(selector)
+            if info.type == FileType.Directory and NAME.fullmatch(info.base_name)
+        ]
+        manifests = self._files.get_file_info([self._path(name, MANIFEST) for name in names])
+        return {
+            name: info.type == FileType.File for name, info in zip(names, manifests, strict=True)
+        }
+
+    def ap(self, name: str) -> float:
+        content = self.get(name, "state.json")
+        try:
+            ap = float(json.loads(content or b"")["metrics"]["AP"])
+        except (ValueError, KeyError, TypeError):
+            return -math.inf
+        return ap if math.isfinite(ap) else -math.inf
+
+    def best(self, names: list[str]) -> str | None:
+        """The one with the highest AP, the newest of equals."""
+        ap, _, name = max(((self.ap(n), _step(n), n) for n in names), default=(-math.inf, 0, None))
+        return name if ap > -math.inf else None
+
+    def put_checkpoint(self, path: Path, fence: Fence | None) -> None:
+        manifest = (path / MANIFEST).read_bytes()
+        if self.get(path.name, MANIFEST) == manifest:
+            return
+        self._delete_file(path.name, MANIFEST)  # the step was written again
+        if self._has_folders:
+            self._files.create_dir(self._path(path.name), recursive=True)
+        for name, expected in parse_manifest(manifest, path / MANIFEST).items():
+            with (
+                (path / name).open("rb") as source,
+                self._files.open_output_stream(self._path(path.name, name)) as stream,
+            ):
+                while chunk := source.read(CHUNK_BYTES):
+                    stream.write(chunk)
+            size = self._files.get_file_info(self._path(path.name, name)).size
+            if size != expected.num_bytes:
+                raise OSError(f"{path.name}/{name} has {size} bytes there, not the whole file")
+        if fence is not None:
+            fence.check()
+        with self._files.open_output_stream(self._path(path.name, MANIFEST)) as stream:
+            stream.write(manifest)
+
+    def delete_old(self, keep: int, protect: str, fence: Fence | None) -> None:
+        if fence is not None:
+            fence.check()
+        steps = self._steps()
+        whole = self.checkpoints()
+        kept = {*whole[-keep:], protect, self.best(whole)}
+        for name in steps:
+            if name not in kept:
+                self._delete_file(name, MANIFEST)
+                self._files.delete_dir(self._path(name))
+
+    def _delete_file(self, *names: str) -> None:
+        if self._files.get_file_info(self._path(*names)).type == FileType.File:
+            self._files.delete_file(self._path(*names))
+
+    def fetch_checkpoint(self, name: str, folder: Path, tell: Callable[[str], None]) -> bool:
+        """Into the folder, if every byte is as it was written."""
+        where = f"{self.store.address}/{self.run_name}/{name}"
+        unfinished = folder / f".{name}.{secrets.token_hex(4)}.unfinished"
+        unfinished.mkdir(parents=True)
+        try:
+            text = self.get(name, MANIFEST) or b""
+            for file, expected in parse_manifest(text, f"{where}/{MANIFEST}").items():
+                if self._fetch(f"{name}/{file}", unfinished / file) != expected:
+                    raise CheckpointError(f"{where}/{file}: has changed since it was written")
+            write_file(unfinished / MANIFEST, [memoryview(text)])
+            force_folder_to_disk(unfinished)
+            if (folder / name).exists():  # damaged, and could not be set aside
+                delete_checkpoint(folder / name)
+            unfinished.rename(folder / name)
+            force_folder_to_disk(folder)
+        except OtherVersionError:
+            raise
+        except (CheckpointError, FileNotFoundError) as error:
+            tell(f"{where}: is not whole ({error}); an older checkpoint is tried")
+            return False
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        tell(f"{where}: fetched from the store")
+        return True
+
+    def _fetch(self, name: str, target: Path) -> Written:
+        with self._files.open_input_stream(self._path(name)) as stream:
+            return write_file(target, _chunks(stream))
+
+
+def _chunks(stream: pyarrow.NativeFile) -> Iterator[memoryview]:
+    while chunk := stream.read(CHUNK_BYTES):
+        yield memoryview(chunk)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _key(run: bytes | None) -> Any:
+    try:
+        return json.loads(run or b"null")["key"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_small(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_file(unfinished, [memoryview(content)])
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    force_folder_to_disk(path.parent)
+
+
+def _secrets(address: str) -> tuple[str, ...]:
+    """What must not be shown, the longest first."""
+    parts = urlsplit(address)
+    found = parts.netloc.rpartition("@")[0].split(":")
+    found += [value for key, value in parse_qsl(parts.query) if key not in HARMLESS_OPTIONS]
+    both = {*found, *(unquote(one) for one in found)}
+    return tuple(sorted((one for one in both if one), key=len, reverse=True))

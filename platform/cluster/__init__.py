@@ -1,0 +1,1 @@
+"""Ray: driver, training worker, job submission, token, metrics export."""

@@ -1,0 +1,56 @@
+"""The paired bootstrap as Ray tasks: a map over chunks of resamples on all cores of a cluster.
+
+Which task draws which resample does not matter: each is a function of the seed and its number, so
+any number of tasks, and none, give the same interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from deta.platform.cluster.driver import connect  # before Ray: it sets its variables
+
+# isort: split
+import ray
+
+from deta.platform.evaluation.paired_bootstrap import Chunk, MapLike
+
+
+@contextmanager
+def ray_tasks(echo: Callable[[str], None] | None = None) -> Iterator[MapLike]:
+    """A map for `paired_difference`, on the cluster that RAY_ADDRESS names or one started here.
+
+        with ray_tasks() as ray_map:
+            found = paired_difference(truth, results_a, results_b, map=ray_map)
+
+    Args:
+        echo: told a line about the cluster.
+
+    Raises:
+        OpenClusterError: the cluster to be started would not ask for a token.
+    """
+    was_there = ray.is_initialized()
+    line = connect()
+    if echo is not None:
+        echo(line)
+    try:
+        yield _ray_map
+    finally:
+        if not was_there:
+            ray.shutdown()
+
+
+def _ray_map(
+    function: Callable[[Chunk], np.ndarray], chunks: Iterable[Chunk]
+) -> Iterable[np.ndarray]:
+    """Like `map`. The function, which holds both match tables, travels to each node once."""
+    stored = ray.put(function)
+    task = ray.remote(num_cpus=1, max_retries=3)(_call)
+    return ray.get([task.remote(stored, chunk) for chunk in chunks])
+
+
+def _call(function: Callable[[Chunk], np.ndarray], chunk: Chunk) -> np.ndarray:
+    return function(chunk)

@@ -1,0 +1,240 @@
+"""One attempt at a run on a Ray cluster: join it or start one, train, and say how it went.
+
+The supervisor (`launch.py`) runs this as a process of its own, because losing a cluster can end
+the process that has joined it, from C++ and without an exception. Workers that are lost meanwhile
+are replaced by Ray, without the supervisor; all else ends the attempt.
+
+    python -m deta.platform.cluster.driver FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from deta.platform.cluster.auth_token import (
+    OPEN_CLUSTER,
+    OpenClusterError,
+    is_open,
+    make_private_token,
+    set_rules_of_own_cluster,
+    starts_a_cluster,
+)
+
+# Ray reads these when it is imported. A cluster that was started by others has its own rules.
+if starts_a_cluster():
+    set_rules_of_own_cluster()
+    # Nobody restarts the head of a local cluster; the supervisor starts another one.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
+    # Nobody drains it either. Looking out for that is a process more at each start of workers,
+    # which takes a second of their time where cores are few.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+for _name, _value in {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from deta.platform.checkpoint.local import newest_checkpoint
+from deta.platform.cluster.metrics_export import RunExport
+from deta.platform.cluster.reservations import give_back_reservations, note_reservation
+from deta.platform.cluster.train_worker import train_worker
+from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.run.config import RunConfig
+from deta.platform.run.dataset_snapshot import KeptDataError, kept_run
+from deta.platform.run.run import Run
+from deta.platform.system.process_tree import ATTEMPT_MARK, end_marked
+
+CONTROLLERS = 3  # of Ray; so many in a row without a new checkpoint end the attempt
+GIVE_BACK_S = 1.0  # it takes milliseconds
+
+
+class Trainer(TorchTrainer):
+    """Without Ray's manager of data sets, of which a run has none.
+
+    That is a process more at each start of workers, for whose imports they wait where cores are
+    few: a second of fourteen on two cores. The method is Ray's own affair (2.60); where it is
+    called otherwise one day, the manager is back.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if type(one).__name__ != "DatasetsCallback"]
+
+
+class ClusterTooSmallError(RuntimeError):
+    """The cluster can never give what the run asks for."""
+
+
+def connect() -> str:
+    """Join the cluster, or start one on this machine that ends with this process.
+
+    Returns:
+        A line about it, for people.
+
+    Raises:
+        OpenClusterError: the one to be started would not ask for a token.
+    """
+    is_own = starts_a_cluster()
+    address = "local" if is_own else os.environ["RAY_ADDRESS"]
+    if not ray.is_initialized():
+        if is_own:
+            make_private_token()
+        # Workers write to the journal; what they print besides is in Ray's logs.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    dashboard = ray._private.worker.get_dashboard_url()
+    takes_anybody = bool(dashboard) and is_open(dashboard)
+    if is_own and takes_anybody:
+        ray.shutdown()
+        raise OpenClusterError(f"the cluster that was started here is open: {OPEN_CLUSTER}")
+    resources = ray.cluster_resources()
+    return (
+        f"Ray cluster {'on this machine' if is_own else 'at ' + address}: "
+        f"{len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, "
+        f"{resources.get('GPU', 0):.0f} GPUs" + (f"; {OPEN_CLUSTER}" if takes_anybody else "")
+    )
+
+
+def check_resources(config: RunConfig) -> None:
+    """Refuse what the cluster can never give, instead of waiting for it for ever.
+
+    Raises:
+        ClusterTooSmallError: says what it lacks.
+    """
+    available = ray.cluster_resources()
+    cluster = config.cluster
+    num_workers = cluster.min_workers or cluster.num_workers
+    wanted = {"CPU": num_workers * cluster.cpus_per_worker}
+    if cluster.gpu:
+        wanted["GPU"] = num_workers
+    lacking = [
+        f"{number:g} {kind}s (it has {available.get(kind, 0):g})"
+        for kind, number in wanted.items()
+        if number > available.get(kind, 0)
+    ]
+    if lacking:
+        raise ClusterTooSmallError(
+            f"the run wants {num_workers} workers and so {' and '.join(lacking)} of the "
+            "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays: "
+            "workers accumulate), or set cluster.gpu=false to train on CPUs."
+        )
+
+
+def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
+    """Train on the cluster that this process has joined, to the end.
+
+    Args:
+        max_failures: so often Ray replaces workers that were lost; -1: as often as it happens.
+        callbacks: of Ray Train; a sweep follows the metrics with one.
+
+    Raises:
+        ray.train.TrainingFailedError, ray.exceptions.RayActorError: workers, or Ray's controller.
+    """
+    cluster = run.config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpu:
+        resources["GPU"] = 1
+    num_workers: Any = cluster.num_workers
+    if cluster.min_workers not in (None, cluster.num_workers):
+        num_workers = (cluster.min_workers, cluster.num_workers)
+        # Only what Ray sees as free is asked for, so there is room at once, or Ray does not know
+        # yet that a node is gone, looks again after this long, and goes on with fewer.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    trainer = Trainer(
+        train_worker,
+        train_loop_config={"run": ray.put(run)},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker=resources,
+        ),
+        # A name of its own for each attempt: Ray would take an equal one for a resumption
+        # from its own records. The run's records are its checkpoints.
+        run_config=ray.train.RunConfig(
+            name=f"{run.config.name}-{time.time_ns()}",
+            storage_path=str(run.folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=callbacks,
+        ),
+    )
+    give_back_reservations(run.folder)
+    note_reservation(run.folder, trainer)
+    with RunExport(run.folder, run.config.name):
+        trainer.fit()
+
+
+def attempt(folder: Path) -> Outcome:
+    """Try; what comes of it in the run is in its journal and its checkpoints."""
+    try:
+        run = kept_run(folder)
+        print(connect(), flush=True)
+    except (KeptDataError, OpenClusterError) as error:
+        return Outcome("refused", str(error))
+    except Exception as error:
+        # A cluster of our own that did not come up, on a busy machine say, is worth another try.
+        kind: Literal["unreachable", "lost"] = "lost" if starts_a_cluster() else "unreachable"
+        return Outcome(kind, f"{type(error).__name__}: {error}")
+    try:
+        check_resources(run.config)
+        fruitless, reached = 0, _newest_step(run)
+        while True:
+            try:
+                fit(run, max_failures=-1)
+                return Outcome("ended")
+            except ray.exceptions.RayActorError as error:  # the controller, not a worker
+                print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
+                before, reached = reached, _newest_step(run)
+                fruitless = 0 if reached > before else fruitless + 1
+                if fruitless == CONTROLLERS:
+                    raise
+    except ClusterTooSmallError as error:
+        return Outcome("refused", str(error))
+    except Exception as error:
+        return Outcome("lost", f"{type(error).__name__}: {error}")
+
+
+def _newest_step(run: Run) -> int:
+    newest = newest_checkpoint(run.checkpoints)
+    return -1 if newest is None else newest.state.step
+
+
+def _end_with_supervisor(folder: Path) -> None:
+    """The supervisor lets go of this process's input when it is to end, and when it dies.
+
+    A driver must not train on beside its successor, nor keep what it had reserved from others.
+    """
+    sys.stdin.buffer.read()
+    if ray.is_initialized() and not starts_a_cluster():
+        giving = threading.Thread(target=give_back_reservations, args=(folder,), daemon=True)
+        giving.start()
+        giving.join(GIVE_BACK_S)  # a cluster that is gone does not answer
+    end_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
+    os._exit(1)
+
+
+def main(folder: Path) -> None:
+    threading.Thread(target=_end_with_supervisor, args=(folder,), daemon=True).start()
+    outcome = attempt(folder)
+    unfinished = (folder / OUTCOME_FILE).with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(vars(outcome)), encoding="utf-8")
+    unfinished.replace(folder / OUTCOME_FILE)
+    # Leaving by the front door, Ray's library may wait for what is no longer there.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

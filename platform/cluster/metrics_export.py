@@ -1,0 +1,75 @@
+"""The numbers of platform/training/run_metrics.py on their way to Prometheus, through Ray.
+
+Ray's agent on every node gathers what the node's processes set, and answers Prometheus. So nothing
+here opens a port, and a number outlives the process that set it by 20 s at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from deta.platform.training.run_metrics import Metric, RunMeter
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0  # twice while Ray sends once
+
+
+class RayExport:
+    """Values of one run; see `metrics.Export`."""
+
+    def __init__(self, run_name: str) -> None:
+        self.run_name = run_name
+        self._made: dict[str, Counter | Gauge | Histogram] = {}
+
+    def __call__(self, metric: Metric, value: float, part: str = "", /) -> None:
+        made = self._made.get(metric.name) or self._make(metric)
+        tags = {metric.label: part} if metric.label else {}
+        if isinstance(made, Counter):
+            made.inc(value, tags)
+        elif isinstance(made, Gauge):
+            made.set(value, tags)
+        else:
+            made.observe(value, tags)
+
+    def _make(self, metric: Metric) -> Counter | Gauge | Histogram:
+        keys = ("run", metric.label) if metric.label else ("run",)
+        made: Counter | Gauge | Histogram
+        if metric.kind == "counter":
+            made = Counter(metric.name, metric.help, keys)
+        elif metric.kind == "gauge":
+            made = Gauge(metric.name, metric.help, keys)
+        else:
+            made = Histogram(metric.name, metric.help, list(metric.bounds), keys)
+        made.set_default_tags({"run": self.run_name})
+        self._made[metric.name] = made
+        return made
+
+
+class RunExport:
+    """Shows how a run stands while the context is open, from a thread of this process."""
+
+    def __init__(self, folder: Path, run_name: str) -> None:
+        self._meter = RunMeter(folder, RayExport(run_name))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> RunExport:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def _follow(self) -> None:
+        while True:
+            try:
+                self._meter.look()
+            except Exception:  # it shows a run, and must never end one
+                logger.exception("the run's numbers could not be shown; trying again")
+            if self._stop.wait(LOOK_EVERY_S):
+                return

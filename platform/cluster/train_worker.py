@@ -1,0 +1,86 @@
+"""What each Ray Train worker does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from deta.platform.cluster.metrics_export import RayExport
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.run.attempt_outcome import FAILURES
+from deta.platform.run.run import Run
+from deta.platform.run.run_lock import FencedOffError
+from deta.platform.training.loop import train
+from deta.platform.training.run_metrics import WorkerMeter
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train as one of the workers of a Ray Train group, from the run's last checkpoint on."""
+    logging.basicConfig(level=logging.WARNING)
+    context = ray.train.get_context()
+    run: Run = ray.get(settings["run"])
+    rank = context.get_world_rank()
+    try:
+        device = ray.train.torch.get_device()
+        if device.type == "cuda":
+            # fp32 means fp32; bf16 is asked for by name.
+            torch.backends.cuda.matmul.allow_tf32 = False
+        worker = Worker(rank, context.get_world_size(), device)
+        meter = WorkerMeter(RayExport(run.config.name), rank, on_gpu=device.type == "cuda")
+        train(
+            run,
+            worker,
+            on_evaluation=_report,
+            is_losing_a_node=_is_losing_a_node,
+            on_step=meter,
+        )
+    except FencedOffError:  # another group has taken over; the run is its business
+        raise
+    except Exception as error:
+        _note_failure(run.folder, rank, context.get_world_size(), error)
+        raise
+
+
+def _report(metrics: dict[str, float]) -> None:
+    # Ray ranks by these and keeps them as JSON: a value that is not finite breaks its restart.
+    ray.train.report({name: value for name, value in metrics.items() if math.isfinite(value)})
+
+
+def _is_losing_a_node() -> bool:
+    return ray.train.get_preemption_info() is not None
+
+
+def _note_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:
+    """For the supervisor, who may be on another machine and would not see Ray's exception."""
+    # What is wrong with the input, the configuration or the code comes again each time. What a
+    # worker raises when Ray has taken its group apart (a node goes, say) does not, of any type.
+    kinds = (ValueError, FloatingPointError, TypeError, KeyError, torch.OutOfMemoryError)
+    is_alone = world_size > 1 and not dist.is_initialized()
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        message += "\nLower micro_batch_size; the total batch stays the same. --probe finds a size."
+    said = {
+        "rank": rank,
+        "type": type(error).__name__,
+        "message": message,
+        "comes_again": isinstance(error, kinds) and not is_alone,
+        "traceback": traceback.format_exc(),
+    }
+    try:
+        (folder / FAILURES).mkdir(exist_ok=True)
+        unfinished = folder / FAILURES / f".rank-{rank}.{os.getpid()}"
+        unfinished.write_text(json.dumps(said), encoding="utf-8")
+        unfinished.replace(folder / FAILURES / f"rank-{rank}.json")
+    except OSError:  # a full disk: Ray knows the error too
+        logging.getLogger(__name__).exception("the failure could not be written")

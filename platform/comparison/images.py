@@ -1,0 +1,141 @@
+"""The pictures of a comparison: images gained and lost, with what either model found on them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from deta.platform.comparison.compare import Comparison, ImageChange, ShownBox
+from deta.platform.data.image_decoding import ImageError, decode
+from deta.platform.pages.html import Column, Figure, Markup, Section, Table, element, paragraph
+from deta.platform.pages.number_format import num_of
+from deta.platform.pages.slideshow import Slide, SlideBox, slide_show
+
+NUM_PICTURES = 20  # gained, and as many lost
+LONGER_PX = 640
+JPEG_QUALITY = 74
+MAX_PICTURE_BYTES = 6_000_000  # of all pictures of a page; those beyond are left out
+MAX_BOXES = 40  # on one picture, the surest and those that changed
+WORDS = {"right": "✓", "wrong": "✗", "missed": "missed"}
+
+
+def slides_of(comparison: Comparison, folder: Path | None) -> list[Slide]:
+    """The images that changed most and whose files are there."""
+    slides: list[Slide] = []
+    used = 0
+    groups = (("Gained", comparison.gained), ("Lost", comparison.lost))
+    for group, changes in groups:
+        # Half of the room for those that are lost, at least.
+        limit = MAX_PICTURE_BYTES // 2 if group == "Gained" else MAX_PICTURE_BYTES
+        for change in changes[:NUM_PICTURES]:
+            slide = _slide(comparison, change, group, folder)
+            if slide is not None and used + len(slide.jpeg) <= limit:
+                used += len(slide.jpeg)
+                slides.append(slide)
+    return slides
+
+
+def _slide(
+    comparison: Comparison, change: ImageChange, group: str, folder: Path | None
+) -> Slide | None:
+    """None where the picture is not there or broken."""
+    if folder is None or not change.file_name:
+        return None
+    try:
+        image = decode(folder / change.file_name)
+    except (ImageError, OSError):
+        return None
+    size = image.size
+    scale = min(1.0, LONGER_PX / max(size))
+    small = image.convert("RGB").resize(
+        (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))),
+        Image.Resampling.BILINEAR,
+    )
+    content = io.BytesIO()
+    small.save(content, "JPEG", quality=JPEG_QUALITY)
+    note = (
+        f"{num_of(change.errors[0], 'error')} in A, {change.errors[1]} in B; "
+        f"{change.gained} true boxes gained, {change.lost} lost."
+    )
+    shots = [
+        (f"{letter}: {name}, {_counts(boxes)}", [_share(box, size) for box in _drawn(boxes)])
+        for letter, name, boxes in zip("AB", comparison.names, change.boxes, strict=True)
+    ]
+    return Slide(change.file_name, note, group, content.getvalue(), small.size, shots)
+
+
+def _drawn(boxes: Sequence[ShownBox]) -> list[ShownBox]:
+    """At most so many, the changed ones first, then as they came: missed ones are last there."""
+    ordered = sorted(boxes, key=lambda box: not box.is_change)[:MAX_BOXES]
+    return sorted(ordered, key=lambda box: box.is_change)  # drawn above the others
+
+
+def _counts(boxes: Sequence[ShownBox]) -> str:
+    num = {kind: sum(box.verdict == kind for box in boxes) for kind in WORDS}
+    return f"{num['right']} found, {num['wrong']} wrong, {num['missed']} missed"
+
+
+def _share(box: ShownBox, size: tuple[int, int]) -> SlideBox:
+    x, y, w, h = box.box
+    score = "" if box.score is None else f" {box.score:.2f}"
+    return SlideBox(
+        x / size[0], y / size[1], w / size[0], h / size[1],
+        box.verdict, f"{WORDS[box.verdict]} {box.category}{score}", box.is_change,
+    )  # fmt: skip
+
+
+def pictures_section(comparison: Comparison, slides: Sequence[Slide]) -> Section:
+    scores = [explanation.operating_score for explanation in comparison.explanations]
+    text = (
+        f"{len(comparison.gained)} images are gained, with fewer errors in B, "
+        f"{len(comparison.lost)} lost, {comparison.num_same} as before. Detections count from a "
+        f"score of {scores[0]:.2f} in A and {scores[1]:.2f} in B, where each has its highest F1."
+    )
+    key = element(
+        "ul",
+        element("li", element("i", class_="right"), "✓ found"),
+        element("li", element("i", class_="wrong"), "✗ wrong: nothing there, or badly framed"),
+        element("li", element("i", class_="missed"), "missed"),
+        element("li", element("i", class_="strong"), "thick: the other model did otherwise"),
+        class_="key",
+    )
+    parts: list[Markup | Table | Figure] = [paragraph(text)]
+    if slides:
+        parts += [
+            paragraph(
+                "Step with ← and →, J and K, the buttons, or a click on the picture.",
+                class_="aside",
+            ),
+            key,
+            slide_show("pictures-shown", slides),
+        ]
+    else:
+        parts.append(paragraph("No pictures were found to show; --images says where they are."))
+    changed = [*comparison.gained[:NUM_PICTURES], *comparison.lost[:NUM_PICTURES]]
+    if changed:
+        parts.append(_changes_table(changed))
+    return Section(name="pictures", title="Images gained and lost", parts=parts)
+
+
+def _changes_table(changed: Sequence[ImageChange]) -> Table:
+    return Table(
+        caption="Errors (wrong and missed) of the images that changed most",
+        columns=[
+            Column(title="Image"),
+            Column(title="Id"),
+            Column(title="A", unit="errors", is_number=True),
+            Column(title="B", unit="errors", is_number=True),
+            Column(title="Gained", unit="true boxes", is_number=True),
+            Column(title="Lost", unit="true boxes", is_number=True),
+        ],
+        rows=[
+            [
+                one.file_name or "-", str(one.image_id), str(one.errors[0]), str(one.errors[1]),
+                str(one.gained), str(one.lost),
+            ]
+            for one in changed
+        ],
+    )  # fmt: skip

@@ -1,0 +1,278 @@
+"""One side of a comparison: detections with their ground truth, and what is known of their model.
+
+| given | detections | configuration, curve and cost |
+|---|---|---|
+| a run's folder | its best evaluation | its run.json and journal |
+| an evaluation's folder | its own | of the evaluation; the run's if it lies in one |
+| models:/NAME@ALIAS, models:/NAME/3 | registered with the version | of the evaluation |
+| an MLflow run's id | its artifact `evaluation` | of the evaluation |
+| a Parquet file or COCO results JSON | the file, with an annotation file | none |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deta.platform.evaluation.evaluation_folder import (
+    EVALUATIONS,
+    FACTS,
+    best_evaluation,
+    images_fingerprint,
+    read_evaluation,
+)
+from deta.platform.run.journal import read_events
+from deta.platform.run.run_file import RUN_FILE, read_run_file
+from deta.platform.study.trial_record import TrialCost
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared. Empty or None where it is not known."""
+
+    name: str
+    source: str  # as it was given
+    ground_truth: dict[str, Any]  # COCO
+    results: Sequence[Mapping[str, Any]]  # COCO results
+    fingerprint: str  # of images and boxes, `images_fingerprint`
+    description: str = ""
+    image_folder: str = ""
+    weights_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)  # flat, dotted keys
+    curve: tuple[tuple[float, float], ...] = ()  # (epoch, AP in 0..100)
+    cost: TrialCost | None = None
+    hardware: str = ""
+    run_id: str = ""  # of MLflow
+    data_fingerprint: str = ""
+
+
+def open_side(
+    source: str,
+    *,
+    annotations: Path | None = None,
+    run: Path | None = None,
+    mlflow_uri: str = "",
+    work: Path | None = None,
+) -> Side:
+    """Read one side of a comparison.
+
+    Args:
+        source: see the table above.
+        annotations: COCO format; for files of detections only.
+        run: folder of the run that an evaluation or a file comes from, for curve and cost.
+        mlflow_uri: of the registry and of runs; empty for the usual one.
+        work: an empty folder for what is downloaded; needed for models:/… and MLflow's runs.
+
+    Raises:
+        ValueError: there is no such thing, or it has no evaluation; says what to do.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("models:/") or (RUN_ID.fullmatch(source) and not path.exists()):
+        assert work is not None
+        side = _of_mlflow(source, mlflow_uri, work)
+    elif path.is_file():
+        side = _of_file(path, annotations)
+    elif (path / FACTS).is_file():
+        side = _of_evaluation(path)
+        owner = path.resolve().parent.parent
+        if path.resolve().parent.name == EVALUATIONS and (owner / RUN_FILE).is_file():
+            side, run = replace(side, name=f"{owner.name}, {side.name}"), run or owner
+    elif (path / RUN_FILE).is_file():
+        side, run = replace(_of_evaluation(_best_evaluation(path)), name=path.resolve().name), path
+    elif path.is_dir():
+        raise ValueError(
+            f"{path}: holds neither a run (run.json) nor an evaluation (evaluation.json); "
+            "jobs/evaluate.py MODEL … --out FOLDER writes one"
+        )
+    else:
+        raise ValueError(
+            f"{source}: is no folder, file, models:/NAME@ALIAS, or id of an MLflow run"
+        )
+    return side if run is None else _with_run(side, run)
+
+
+def refuse_other_images(a: Side, b: Side) -> None:
+    """Two evaluations can be compared only if they are of the same images and boxes.
+
+    Raises:
+        ValueError: they are not; names what differs.
+    """
+    if a.fingerprint == b.fingerprint:
+        return
+    found = _differences(a.ground_truth, b.ground_truth) or ["the order or form of the entries"]
+    raise ValueError(
+        f"{a.name} and {b.name} were not evaluated on the same images and boxes, so their AP "
+        f"cannot be compared: {'; '.join(found)}. Evaluate both on one data set (jobs/evaluate.py)"
+    )
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    found = []
+    ids_a, ids_b = ({image["id"] for image in truth["images"]} for truth in (a, b))
+    if ids_a != ids_b:
+        found.append(
+            f"A has {len(ids_a)} images and B {len(ids_b)}, {len(ids_a & ids_b)} of them the same"
+            f"{_examples('only in A', ids_a - ids_b)}{_examples('only in B', ids_b - ids_a)}"
+        )
+    names_a, names_b = ({c["id"]: c["name"] for c in truth["categories"]} for truth in (a, b))
+    if names_a != names_b:
+        other = {i for i in names_a | names_b if names_a.get(i) != names_b.get(i)}
+        found.append(
+            f"{len(other)} categories differ"
+            + _examples("such as", {f"{i} ({names_a.get(i)} / {names_b.get(i)})" for i in other})
+        )
+    both = ids_a & ids_b
+    boxes_a, boxes_b = (_boxes(truth, both) for truth in (a, b))
+    if other_images := {i for i in both if boxes_a.get(i) != boxes_b.get(i)}:
+        found.append(
+            f"the boxes of {len(other_images)} images differ{_examples('such as', other_images)}"
+        )
+    return found
+
+
+def _boxes(truth: Mapping[str, Any], ids: set[Any]) -> dict[Any, list[str]]:
+    boxes: dict[Any, list[str]] = {}
+    for entry in truth["annotations"]:
+        if entry["image_id"] in ids:
+            numbers = [float(value) for value in entry["bbox"]]
+            area = None if entry.get("area") is None else float(entry["area"])
+            row = [entry["category_id"], numbers, area, bool(entry.get("iscrowd", 0))]
+            boxes.setdefault(entry["image_id"], []).append(json.dumps(row))
+    return {image_id: sorted(rows) for image_id, rows in boxes.items()}
+
+
+def _examples(words: str, ids: set[Any]) -> str:
+    if not ids:
+        return ""
+    shown = sorted(ids, key=str)[:MAX_NAMED]
+    more = f" and {len(ids) - len(shown)} more" if len(ids) > len(shown) else ""
+    return f" ({words}: {', '.join(map(str, shown))}{more})"
+
+
+def _of_evaluation(folder: Path) -> Side:
+    found = read_evaluation(folder)
+    origin = found.origin
+    return Side(
+        name=folder.resolve().name,
+        source=str(folder),
+        ground_truth=found.ground_truth,
+        results=found.results,
+        fingerprint=found.images_fingerprint,
+        description=origin.description,
+        image_folder=origin.image_folder,
+        weights_sha256=origin.weights_sha256,
+        config=origin.config,
+        data_fingerprint=origin.data_fingerprint,
+    )
+
+
+def _best_evaluation(run: Path) -> Path:
+    best = best_evaluation(run)
+    if best is None:
+        raise ValueError(
+            f"{run}: this run has no evaluation in it; make one with jobs/evaluate.py {run} "
+            "--images … --annotations … --out FOLDER, and compare that folder (--run-a, --run-b "
+            "name the run, for its curve and cost)"
+        )
+    return best
+
+
+def _of_file(path: Path, annotations: Path | None) -> Side:
+    if annotations is None:
+        raise ValueError(f"{path}: a file of detections needs its boxes: --annotations FILE")
+    try:
+        truth = json.loads(annotations.read_text(encoding="utf-8"))
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            from deta.platform.evaluation.detections_parquet import results_of_table
+
+            results = results_of_table(pq.read_table(path))
+        else:
+            results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}, {annotations}: cannot be read, {error}") from error
+    if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
+        raise ValueError(f"{annotations}: is no annotation file in COCO format")
+    if not isinstance(results, list):
+        raise ValueError(f"{path}: is no list of detections in the format of COCO results")
+    return Side(path.stem, str(path), truth, results, images_fingerprint(truth))
+
+
+def _of_mlflow(source: str, uri: str, work: Path) -> Side:
+    from deta.platform.registry.model_uri import parse_address, registry_uri
+
+    if source.startswith("models:/"):
+        from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
+
+        registry = Registry(uri or registry_uri())
+        version = registry.find(parse_address(source))
+        folder = registry.download(version, work, EVALUATION_PART)
+        return replace(_of_evaluation(folder), name=str(version), source=source)
+    from deta.platform.tracking.mlflow_store import MlflowStore
+
+    store = MlflowStore(uri or registry_uri())
+    name, folder = store.fetch_folder(source, "evaluation", work)
+    return replace(_of_evaluation(folder), name=name, source=source, run_id=source)
+
+
+def _with_run(side: Side, run: Path) -> Side:
+    """With the configuration, learning curve and cost of the run's folder."""
+    described = read_run_file(run)
+    config = _flat(described["config"])
+    mlflow = run / "mlflow.json"
+    try:
+        run_id = json.loads(mlflow.read_text(encoding="utf-8")).get("run_id") or ""
+    except (OSError, ValueError, AttributeError):
+        run_id = ""
+    curve: dict[float, float] = {}
+    speeds: list[float] = []
+    wall_s, began_s, last_s, kwh = 0.0, None, 0.0, 0.0
+    for event, _ in read_events(run):
+        time_s, values = float(event.get("time_s", last_s)), event.get("metrics") or {}
+        if event["kind"] in ("begin", "starting") and last_s and began_s is not None:
+            wall_s, began_s = wall_s + max(0.0, last_s - began_s), None
+        if event["kind"] in ("begin", "starting", "progress", "evaluation", "checkpoint", "end"):
+            began_s, last_s = time_s if began_s is None else began_s, time_s
+        if event["kind"] == "evaluation" and "val/AP" in values:
+            curve[float(values.get("val/epoch", event["step"]))] = float(values["val/AP"])
+        elif event["kind"] == "progress" and "train/images_per_s" in values:
+            speeds.append(float(values["train/images_per_s"]))
+        elif event["kind"] == "energy":
+            kwh = max(kwh, float(event["kwh"]))
+    wall_s += max(0.0, last_s - began_s) if began_s is not None else 0.0
+    workers, on_gpu = int(config.get("cluster.num_workers", 1)), bool(config.get("cluster.gpu"))
+    cpus = workers * float(config.get("cluster.cpus_per_worker", 1))
+    steady = sorted(speeds[1:] or speeds)
+    return replace(
+        side,
+        config=config,
+        curve=tuple(sorted(curve.items())),
+        cost=TrialCost(
+            wall_s=wall_s or None,
+            gpu_hours=workers * wall_s / 3600 if wall_s and on_gpu else None,
+            cpu_hours=cpus * wall_s / 3600 if wall_s else None,
+            images_per_s=steady[len(steady) // 2] if steady else None,
+            energy_kwh=kwh or None,
+        ),
+        hardware=f"{workers} {'GPU' if on_gpu else 'CPU'} worker" + ("s" if workers > 1 else ""),
+        run_id=side.run_id or run_id,
+        image_folder=side.image_folder or str(config.get("data.val_images") or ""),
+    )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

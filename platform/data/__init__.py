@@ -1,0 +1,1 @@
+"""An annotation file and an image folder become samples and batches."""

@@ -1,0 +1,138 @@
+"""Checked COCO lists to two flat tables: one row per image, one per annotation.
+
+Arrays instead of objects: nothing to pickle one by one for a worker, and no reference counts whose
+change would copy the memory of a forked worker page by page.
+"""
+
+# A annotations of all images
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deta.platform.data.coco_annotations import CocoFile, counted_note
+
+MIN_SIDE_PX = 0.01  # narrower is rounding noise: float32 has steps of 0.0005 at 4096 px
+
+IMAGE_ROW = np.dtype(
+    [
+        ("id", "<i8"),
+        ("height", "<i8"),
+        ("width", "<i8"),
+        ("num_bytes", "<i8"),
+        ("start", "<i8"),  # its annotations are rows start to end
+        ("end", "<i8"),
+    ]
+)
+ANNOTATION_ROW = np.dtype(
+    [
+        ("bbox", "<f8", 4),  # x, y, width, height in pixels, as in the file
+        ("area", "<f8"),
+        ("label", "<i8"),  # class index
+        ("crowd", "?"),
+        ("box_px", "<f4", 4),  # xyxy, clipped to the image
+        ("target", "?"),  # whether it is trained on
+    ]
+)
+
+
+def training_boxes(
+    bbox: np.ndarray, size_px: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Boxes clipped to their images, and which of them cannot be trained on.
+
+    Args:
+        bbox: A 4 float64, x, y, width, height in pixels.
+        size_px: A 2, (height, width) of each box's image.
+
+    Returns:
+        A 4 float32, xyxy, clipped; and for each reason to drop a box an A bool mask. A box has
+        one reason at most.
+    """
+    low = np.zeros(2)
+    high = size_px[:, ::-1]  # A 2, (width, height)
+    with np.errstate(over="ignore"):  # a sum beyond float64 is clipped like any other
+        top_left = np.clip(bbox[:, :2], low, high)
+        bottom_right = np.clip(bbox[:, :2] + bbox[:, 2:], low, high)
+    boxes_px = np.concatenate([top_left, bottom_right], axis=1).astype(np.float32)
+
+    no_area = (bbox[:, 2:] <= 0).any(axis=1)
+    outside = (top_left >= bottom_right).any(axis=1) & ~no_area
+    too_narrow = (boxes_px[:, 2:] - boxes_px[:, :2] < MIN_SIDE_PX).any(axis=1)
+    return boxes_px, {
+        "not trained on: box has no area": no_area,
+        "not trained on: box is outside the image": outside,
+        f"not trained on: box has a side under {MIN_SIDE_PX} px": too_narrow & ~no_area & ~outside,
+    }
+
+
+def make_tables(
+    path: Path,
+    coco: CocoFile,
+    images: list[dict[str, Any]],
+    category_ids: list[int],
+    num_bytes: dict[int, int],
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Image rows, annotation rows sorted by image, and notes on what is odd in them."""
+    place_of = {image["id"]: place for place, image in enumerate(images)}
+    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
+    annotations = [a for a in coco.annotations if a["image_id"] in place_of]
+    places = np.array([place_of[a["image_id"]] for a in annotations], np.int64)  # A
+    by_image = np.argsort(places, kind="stable")  # the order of the file within an image
+    places = places[by_image]
+
+    image_rows = np.zeros(len(images), IMAGE_ROW)
+    image_rows["id"] = [image["id"] for image in images]
+    image_rows["height"] = [image["height"] for image in images]
+    image_rows["width"] = [image["width"] for image in images]
+    image_rows["num_bytes"] = [num_bytes[image["id"]] for image in images]
+    counts = np.bincount(places, minlength=len(images))
+    image_rows["end"] = np.cumsum(counts)
+    image_rows["start"] = image_rows["end"] - counts
+
+    rows = np.zeros(len(annotations), ANNOTATION_ROW)
+    numbers = chain.from_iterable(a["bbox"] for a in annotations)
+    rows["bbox"] = np.fromiter(numbers, np.float64, 4 * len(annotations)).reshape(-1, 4)
+    rows["area"] = [a["area"] if "area" in a else _box_area(a["bbox"]) for a in annotations]
+    rows["label"] = [label_of[a["category_id"]] for a in annotations]
+    rows["crowd"] = [a.get("iscrowd", 0) for a in annotations]
+    ids = np.array([a["id"] for a in annotations], np.int64)[by_image]
+    rows = rows[by_image]
+
+    size_px = np.stack([image_rows["height"], image_rows["width"]], axis=1)[places]  # A 2
+    rows["box_px"], reasons = training_boxes(rows["bbox"], size_px)
+    rows["target"] = ~rows["crowd"] & ~np.logical_or.reduce(list(reasons.values()))
+
+    notes = []
+    for reason, dropped in reasons.items():
+        dropped = dropped & ~rows["crowd"]
+        if dropped.any():
+            notes.append(counted_note(path, reason, ids[dropped].tolist()))
+    return image_rows, rows, notes + _warnings(path, coco, image_rows, rows)
+
+
+def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarray) -> list[str]:
+    """Notes on what is allowed but looks like a mistake."""
+    notes = []
+    name, count = Counter(category["name"] for category in coco.categories).most_common(1)[0]
+    if count > 1:
+        notes.append(f"{path}: {count} categories of different ids share the name {name!r}")
+    if not rows["target"].any():
+        notes.append(f"{path}: has no box to train on, in any of {len(image_rows)} images")
+    sizes_px = rows["bbox"][~rows["crowd"], 2:]
+    large_images = max(image_rows["height"].max(), image_rows["width"].max()) > 1
+    if len(sizes_px) and large_images and (sizes_px <= 1).all():
+        notes.append(f"{path}: every box is smaller than 1 px; normalised boxes? COCO has pixels")
+    return notes
+
+
+def _box_area(bbox: list[float]) -> float:
+    """Area in px² of an annotation that gives none."""
+    area = float(max(bbox[2], 0)) * float(max(bbox[3], 0))
+    return min(area, sys.float_info.max)

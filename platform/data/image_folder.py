@@ -1,0 +1,135 @@
+"""Which files of an image folder may be read, and whether their headers fit the annotations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from deta.platform.data.coco_annotations import Problems
+from deta.platform.data.image_decoding import Header, ImageError, read_header
+
+NUM_READERS = 16  # threads that wait for headers; on network storage more than there are cores
+IMAGES_PER_TASK = 128
+PROGRESS_AFTER_S = 3.0
+
+IMAGE_UNREADABLE = "image missing or unreadable"
+IMAGE_OF_OTHER_SIZE = "image of another size than annotated"
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class OutsideFolderError(ValueError):
+    """A file name that leads out of the image folder by a link."""
+
+
+class ImageFolder:
+    """Paths of the files below one folder. The folder itself may be a link; none may lead out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._root = os.path.realpath(folder)
+        self._contains = cache(self._find_out_whether_contains)  # few subfolders, many files
+
+    def path(self, file_name: str) -> Path:
+        """Path of a file; `file_name` is relative, with / and without .. (see `coco_json.py`).
+
+        Raises:
+            OutsideFolderError: a link on the way leads out of the folder.
+        """
+        name = PurePosixPath(file_name)
+        path = self.folder / name
+        if self._contains(str(name.parent)) and (
+            not os.path.islink(path) or self._find_out_whether_contains(str(name))
+        ):
+            return path
+        raise OutsideFolderError(
+            f"{path} is reached by a link out of the image folder; copy it into the folder, or "
+            "make the folder itself the link"
+        )
+
+    def _find_out_whether_contains(self, name: str) -> bool:
+        real = os.path.realpath(os.path.join(self._root, name))
+        return real == self._root or real.startswith(self._root.rstrip(os.sep) + os.sep)
+
+
+def inspect_images(
+    folder: Path,
+    images: list[dict[str, Any]],
+    max_pixels: int,
+    progress: bool,
+    problems: Problems,
+) -> dict[int, int]:
+    """Image id -> length of its file in bytes, for each image whose path and header are right.
+
+    Args:
+        folder: the image folder.
+        images: image records of the annotation file.
+        max_pixels: the largest image to accept, width times height.
+        progress: show a bar on stderr if it takes long.
+        problems: is told of every other image.
+    """
+    image_folder = ImageFolder(folder)
+
+    def inspect(some: list[dict[str, Any]]) -> list[Header | ImageError | OutsideFolderError]:
+        found: list[Header | ImageError | OutsideFolderError] = []
+        for image in some:
+            try:
+                found.append(read_header(image_folder.path(image["file_name"]), max_pixels))
+            except (ImageError, OutsideFolderError) as error:
+                found.append(error)
+        return found
+
+    num_bytes = {}
+    for image, found in zip(images, _in_threads(inspect, images, progress), strict=True):
+        image_id = image["id"]
+        if isinstance(found, OutsideFolderError):
+            problems.refuse(f"image {image_id}", "file_name", str(found))
+        elif isinstance(found, ImageError):
+            text = f"image {image_id}, file_name: {found}"
+            problems.skip(IMAGE_UNREADABLE, image_id, text)
+        elif (found.width, found.height) != (image["width"], image["height"]):
+            annotated = image["width"], image["height"]
+            fault = size_fault(folder / image["file_name"], found[:2], annotated)
+            field = "width" if found.width != image["width"] else "height"
+            problems.skip(IMAGE_OF_OTHER_SIZE, image_id, f"image {image_id}, {field}: {fault}")
+        else:
+            num_bytes[image_id] = found.num_bytes
+    return num_bytes
+
+
+def _in_threads(
+    work: Callable[[list[Item]], list[Answer]], items: list[Item], progress: bool
+) -> Iterator[Answer]:
+    """Answers to all items in their order, worked on a few at a time by several threads."""
+    starts = range(0, len(items), IMAGES_PER_TASK)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        answers = pool.map(lambda start: work(items[start : start + IMAGES_PER_TASK]), starts)
+        if progress:
+            from tqdm import tqdm
+
+            answers = tqdm(
+                answers,
+                "image headers",
+                total=len(starts),
+                unit=" images",
+                unit_scale=IMAGES_PER_TASK,
+                mininterval=1.0,
+                delay=PROGRESS_AFTER_S,
+                file=sys.stderr,
+            )
+        for some in answers:
+            yield from some
+
+
+def size_fault(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> str:
+    """What to say of a file whose (width, height) in pixels is not the one annotated."""
+    return (
+        f"{path}: has {found[0]} x {found[1]} pixels as stored, but {annotated[0]} x "
+        f"{annotated[1]} are annotated; if its EXIF orientation turns it, turn the pixels"
+    )

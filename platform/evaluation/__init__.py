@@ -1,0 +1,1 @@
+"""Detections and ground truth become COCO AP and paired bootstrap intervals."""

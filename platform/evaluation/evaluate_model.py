@@ -1,0 +1,122 @@
+"""A model over a data set: every image once, in original pixels, shared among the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.data_loader import LoadedBatch, evaluation_loader
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.evaluation.coco_metrics import (
+    CocoMetrics,
+    evaluate_detections,
+    merge_shards,
+    to_coco_results,
+)
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of how many processes this is, and what it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 speaks for all."""
+        return self.rank == 0
+
+
+def detect_batches(
+    model: nn.Module,
+    batches: Iterator[LoadedBatch],
+    postprocess: PostprocessConfig,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[LoadedBatch, list[Detections]]]:
+    """Each batch with its detections, on the host. The model is put into evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        for loaded in batches:
+            batch = loaded.batch
+            with (
+                torch.inference_mode(),
+                torch.autocast(device.type, precision, enabled=precision != torch.float32),
+            ):
+                outputs = model(
+                    batch.images.to(device, non_blocking=True),
+                    batch.padding.to(device, non_blocking=True),
+                )
+            sizes_px = torch.tensor(loaded.original_sizes_px)
+            detections = detect_objects(outputs, sizes_px, postprocess)
+            yield loaded, [found.cpu() for found in detections]
+    finally:
+        model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the leading worker knows after an evaluation."""
+
+    metrics: CocoMetrics
+    results: list[dict[str, Any]]  # COCO results, in the order of the data set
+
+
+def evaluate_model(
+    model: nn.Module,
+    dataset: CocoDataset,
+    size: EvaluationSize,
+    postprocess: PostprocessConfig,
+    *,
+    batch_size: int,
+    precision: torch.dtype,
+    worker: Worker,
+    loader_workers: int = 0,
+    on_batch: Any = None,
+) -> Evaluation | None:
+    """COCO AP over all workers. Every worker must call it; the leading one gets the answer.
+
+    Args:
+        on_batch: called with the number of images after each batch, to show progress.
+    """
+    category_ids = [category.id for category in dataset.categories]
+    batches = evaluation_loader(
+        dataset,
+        size,
+        batch_size=batch_size,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        num_loader_workers=loader_workers,
+        pin_memory=worker.device.type == "cuda",
+    )
+    shard: dict[int, list[dict[str, Any]]] = {}
+    for loaded, detections in detect_batches(
+        model, batches, postprocess, precision=precision, device=worker.device
+    ):
+        for image_id, found in zip(loaded.image_ids, detections, strict=True):
+            shard[image_id] = to_coco_results(found, image_id, category_ids)
+        if on_batch is not None:
+            on_batch(len(loaded))
+    shards: list[Any] | None = [shard]
+    if worker.world_size > 1:
+        shards = [None] * worker.world_size if worker.leads else None
+        dist.gather_object(shard, shards)
+    if not worker.leads:
+        return None
+    assert shards is not None
+    ground_truth = dataset.ground_truth  # made anew at each look
+    results = merge_shards(shards, (image["id"] for image in ground_truth["images"]))
+    return Evaluation(evaluate_detections(ground_truth, results), results)

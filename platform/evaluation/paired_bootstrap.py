@@ -1,0 +1,285 @@
+"""Is B better than A, and by how much: the paired bootstrap over images.
+
+The images of an evaluation are a sample. Drawn again and again with replacement, the same draw for
+both models, they show how far the difference in AP would scatter with other images of the same
+kind. AP of a draw is the COCO AP of the data set in which each image stands as often as it was
+drawn, copies side by side: exactly, from one match table, without matching again. It says nothing
+about other seeds of the training; that is what a study with several seeds is for (`study.py`).
+"""
+
+# K categories   T IoU thresholds   I images   B resamples
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from deta.platform.evaluation.match_table import AREA_RANGES, MatchTable, match_table
+from deta.platform.evaluation.weighted_ap import ApTable, weighted_ap
+
+CHUNK = 20  # resamples in one call of the map
+AP50_INDEX, AP75_INDEX = 0, 5
+
+Chunk = tuple[int, ...]  # numbers of resamples
+MapLike = Callable[[Callable[[Chunk], np.ndarray], Iterable[Chunk]], Iterable[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class CategoryDifference:
+    """B minus A in the AP of one category, 0..1. NaN where no image shows the category."""
+
+    ap_a: float
+    ap_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float  # of this category alone
+    p_adjusted: float  # Benjamini-Hochberg over all categories
+    num_images: int  # that show it; an interval from a handful is worth little
+    num_boxes: int
+
+
+@dataclass(frozen=True)
+class MetricDifference:
+    """B minus A in one number of the whole evaluation, 0..1."""
+
+    value_a: float
+    value_b: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """B minus A in AP, 0..1, with a percentile interval."""
+
+    ap_a: float
+    ap_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float  # two-sided
+    per_category: dict[Any, CategoryDifference]  # by category id
+    resamples: int
+    seconds: float
+    confidence: float = 0.95
+    seed: int = 0
+    num_images: int = 0
+    others: tuple[tuple[str, MetricDifference], ...] = ()  # AP50 and AP75
+
+
+def multiplicities(num_images: int, seed: int, index: int) -> np.ndarray:
+    """How often each image stands in a resample: I whole numbers with the sum I.
+
+    A function of the seed and the resample's number, so it does not matter who draws it.
+    """
+    draw = np.random.default_rng([seed, index]).integers(num_images, size=num_images)
+    return np.bincount(draw, minlength=num_images)
+
+
+def paired_difference(
+    ground_truth: Mapping[str, Any],
+    results_a: Sequence[Mapping[str, Any]],
+    results_b: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    map: MapLike = map,
+) -> PairedDifference:
+    """The difference in AP of two models on the same images, with its interval.
+
+    A category that no image of a resample shows is left out of that resample's mean, for both
+    models alike. The interval goes from one quantile of the differences to the other; the p-value
+    is the smallest error with which such an interval would leave out 0.
+
+    Args:
+        ground_truth: a COCO dict of the evaluated images.
+        results_a, results_b: COCO results lists of the two models.
+        map: like the built-in one; it may call the function elsewhere (`bootstrap_tasks.py`).
+            The numbers do not depend on it.
+
+    Raises:
+        ValueError: as `match_table`; there are no images; numbers out of range.
+    """
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"resamples={resamples}, confidence={confidence}: at least 1, and 0..1")
+    began_s = time.perf_counter()
+    table_a = match_table(ground_truth, results_a, AREA_RANGES[:1])
+    table_b = match_table(ground_truth, results_b, AREA_RANGES[:1])
+    num_images = len(table_a.image_ids)
+    if num_images == 0:
+        raise ValueError("the ground truth lists no images, so there is nothing to compare")
+    draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
+    max_copies = int(max(draws))
+    pair = ApTable.build(table_a, max_copies), ApTable.build(table_b, max_copies)
+
+    whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])  # 2 K T
+    chunks = [
+        tuple(range(first, min(first + CHUNK, resamples))) for first in range(0, resamples, CHUNK)
+    ]
+    parts = map(partial(_resample, pair, seed), chunks)
+    drawn = np.concatenate(list(parts))  # B 2 K+3
+
+    num_categories = len(table_a.category_ids)
+    ap = _means(whole)  # 2 3
+    per_category = _categories(table_a, whole.mean(axis=2), drawn[..., :num_categories], confidence)
+    names = ("AP", "AP50", "AP75")
+    metrics = {
+        name: MetricDifference(
+            float(ap[0, i]),
+            float(ap[1, i]),
+            float(ap[1, i] - ap[0, i]),
+            *_interval(_differences(drawn[..., num_categories + i]), confidence),
+        )
+        for i, name in enumerate(names)
+    }
+    main = metrics["AP"]
+    return PairedDifference(
+        ap_a=main.value_a,
+        ap_b=main.value_b,
+        difference=main.difference,
+        low=main.low,
+        high=main.high,
+        p_value=_p_value(_differences(drawn[..., num_categories]), main.difference, num_images),
+        per_category=per_category,
+        resamples=resamples,
+        seconds=time.perf_counter() - began_s,
+        confidence=confidence,
+        seed=seed,
+        num_images=num_images,
+        others=tuple((name, metrics[name]) for name in names[1:]),
+    )
+
+
+def ap_interval(
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """The interval of one model's AP, 0..1, over images: what others of their kind would say.
+
+    NaN where there is nothing to find. Resamples are drawn as by `paired_difference`.
+
+    Raises:
+        ValueError: as `match_table`, or there are no images.
+    """
+    table = match_table(ground_truth, results, AREA_RANGES[:1])
+    num_images = len(table.image_ids)
+    if num_images == 0:
+        raise ValueError("the ground truth lists no images")
+    draws = [multiplicities(num_images, seed, index) for index in range(resamples)]
+    one = ApTable.build(table, int(max(draw.max() for draw in draws)))
+    drawn = np.array([_means(weighted_ap(one, draw)[None])[0, 0] for draw in draws])
+    return _interval(drawn[~np.isnan(drawn)], confidence)
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: of those below q, a share of q at most is by chance.
+
+    For "which of 80 classes changed?", where a few false names among many are borne. That not one
+    be false, as Holm's correction has it, would hide most of what there is. NaN stays, uncounted.
+
+    Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
+    """
+    given = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    adjusted = [math.nan] * len(p_values)
+    least = 1.0
+    for rank, i in reversed(list(enumerate(sorted(given, key=lambda i: p_values[i]), start=1))):
+        least = min(least, p_values[i] * len(given) / rank)
+        adjusted[i] = least
+    return adjusted
+
+
+def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.ndarray:
+    """B 2 K+3: the AP of each category, then AP, AP50 and AP75, of each model."""
+    rows = []
+    for index in indices:
+        weights = multiplicities(pair[0].num_images, seed, index)
+        ap = np.stack([weighted_ap(table, weights) for table in pair])  # 2 K T
+        rows.append(np.concatenate([ap.mean(axis=2), _means(ap)], axis=1))
+    return np.stack(rows)
+
+
+def _means(ap: np.ndarray) -> np.ndarray:
+    """2 K T to 2 3: AP, AP50, AP75 over the categories that are there, NaN if none is."""
+    there = ap[:, ~np.isnan(ap[0, :, 0])]
+    if not there.shape[1]:
+        return np.full((2, 3), np.nan)
+    by_threshold = there.mean(axis=1)  # 2 T
+    return np.stack(
+        [by_threshold.mean(axis=1), by_threshold[:, AP50_INDEX], by_threshold[:, AP75_INDEX]],
+        axis=1,
+    )
+
+
+def _differences(drawn: np.ndarray) -> np.ndarray:
+    """B 2 to B: B minus A, without the resamples in which there was nothing to find."""
+    difference = drawn[:, 1] - drawn[:, 0]
+    return difference[~np.isnan(difference)]
+
+
+def _interval(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
+    if not len(drawn):
+        return math.nan, math.nan
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _categories(
+    table: MatchTable, whole: np.ndarray, drawn: np.ndarray, confidence: float
+) -> dict[Any, CategoryDifference]:
+    """Each category's difference; `whole` is 2 K, `drawn` B 2 K."""
+    counts = table.truth_counts[0]
+    category, image = table.truth_category[counts], table.truth_image[counts]
+    num_boxes = np.bincount(category, minlength=len(table.category_ids))
+    shown = np.unique(category * len(table.image_ids) + image) // max(1, len(table.image_ids))
+    num_images = np.bincount(shown, minlength=len(table.category_ids))
+    differences = [_differences(drawn[..., k]) for k in range(len(table.category_ids))]
+    p_values = [
+        _p_value(values, float(whole[1, k] - whole[0, k]), int(num_images[k]))
+        for k, values in enumerate(differences)
+    ]
+    adjusted = benjamini_hochberg(p_values)
+    return {
+        category_id: CategoryDifference(
+            float(whole[0, k]),
+            float(whole[1, k]),
+            float(whole[1, k] - whole[0, k]),
+            *_interval(differences[k], confidence),
+            p_values[k],
+            adjusted[k],
+            int(num_images[k]),
+            int(num_boxes[k]),
+        )
+        for k, category_id in enumerate(table.category_ids)
+    }
+
+
+def _p_value(differences: np.ndarray, difference: float, num_images: int) -> float:
+    """Two-sided. NaN without a box to find.
+
+    Counted among the resamples, as long as some ten lie on either side of 0. Beyond that, from
+    the normal distribution with their standard deviation, since many categories need finer steps
+    than 1,000 resamples have. Never less than what swapping the models on each image by a coin
+    could give: two images prove nothing, however much the models differ on them.
+    """
+    if not len(differences) or math.isnan(difference):
+        return math.nan
+    beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = 2 * (int(beyond) + 1) / (len(differences) + 1)
+    if beyond < 10:
+        spread = float(differences.std())
+        p = min(p, math.erfc(abs(difference) / spread / math.sqrt(2)) if spread > 0 else 0.0)
+    return min(1.0, max(p, 2.0 ** (1 - num_images)))

@@ -1,0 +1,1 @@
+"""A checkpoint becomes a predictor or an exported model."""

@@ -1,0 +1,211 @@
+"""A detector as one file that needs none of this package: a `torch.export` program, or ONNX.
+
+Both hold everything between a resized picture and its detections: normalisation, padding, model,
+suppression and the way back to the pixels of the original picture. Our operator and torchvision's
+suppression are in them as standard operators, so a program loads with torch alone and an ONNX file
+with any runtime of operator set 18. Batch and picture size are free; the number of detections is
+fixed.
+"""
+
+# B images   H W height and width of the padded images   N detections
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from deta.model.architectures import Detector, DetectorConfig
+from deta.model.detector import ModelConfig
+from deta.model.postprocess import PostprocessConfig, detect_fixed_number
+from deta.ops.ms_deform_attn import plain_decompositions
+from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
+
+ONNX_OPSET = 18  # the first with GridSample, LayerNormalization and GroupNormalization
+INPUTS = ("images", "sizes_px", "original_sizes_px")
+OUTPUTS = ("scores", "labels", "boxes_px")
+COARSEST_MAP_STRIDE = 32
+TRACED_IMAGES = 2  # a batch of one would be taken for a constant
+
+
+class DetectionProgram(nn.Module):
+    """What is exported: 8-bit pictures to detections.
+
+    Pixels come in as bytes, so that nobody has to normalise or mask them alike; they are a quarter
+    of the size, too. Only the resizing is left to the caller: PIL's antialiased bilinear filter,
+    with which the published weights were trained, is not among the operators of either format.
+    """
+
+    mean: Tensor  # 3 1 1
+    std: Tensor  # 3 1 1
+
+    def __init__(self, detector: Detector, postprocess: PostprocessConfig) -> None:
+        super().__init__()
+        self.detector = detector
+        self.postprocess = postprocess
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    def forward(
+        self, images: Tensor, sizes_px: Tensor, original_sizes_px: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect.
+
+        Args:
+            images: B 3 H W, uint8, RGB, each resized picture at the top left; what is right of it
+                and below does not matter.
+            sizes_px: B 2, int64, (height, width) of each resized picture.
+            original_sizes_px: B 2, int64, (height, width) before it was resized.
+
+        Returns:
+            Scores (B N, 0..1), labels (B N, int64, class index) and boxes (B N 4, xyxy in pixels
+            of the original picture), best first; after the last detection of a picture scores and
+            boxes are 0 and labels -1.
+        """
+        rows = torch.arange(images.shape[2], device=images.device)[:, None]
+        columns = torch.arange(images.shape[3], device=images.device)
+        height, width = sizes_px[:, :1, None], sizes_px[:, 1:, None]  # B 1 1 each
+        padding = (rows >= height) | (columns >= width)  # B H W
+        pixels = (images.float() / 255 - self.mean) / self.std
+        outputs = self.detector(pixels.masked_fill(padding[:, None], 0), padding)
+        return detect_fixed_number(outputs, original_sizes_px, self.postprocess)
+
+
+def least_side_px(config: DetectorConfig) -> int:
+    """The smallest height and width of a padded batch that an exported detector takes.
+
+    Every feature level must have two rows and columns, since a size of one is compiled in, and all
+    levels together as many pixels as there are queries to choose.
+    """
+    if not isinstance(config, ModelConfig):
+        return 2 * COARSEST_MAP_STRIDE
+    for side in count(COARSEST_MAP_STRIDE + 1):
+        edges = [math.ceil(side / stride) for stride in (8, 16, COARSEST_MAP_STRIDE)]
+        while len(edges) < config.num_levels:
+            edges.append(math.ceil(edges[-1] / 2))
+        if edges[-1] >= 2 and sum(edge**2 for edge in edges) >= config.num_queries:
+            return side
+    raise AssertionError("unreachable")
+
+
+def trace(
+    detector: Detector, postprocess: PostprocessConfig, device: torch.device | str = "cpu"
+) -> ExportedProgram:
+    """The program of a detector, in float32; takes minutes for a large one.
+
+    Args:
+        device: what the program will run on; it cannot be changed afterwards.
+
+    Raises:
+        RuntimeError: an operator that is not PyTorch's own is left in it.
+    """
+    device = torch.device(device)
+    program = DetectionProgram(detector.eval(), postprocess).to(device)
+    least = least_side_px(detector.config)
+    # Sizes that are no multiple of a stride and differ, so that no relation of theirs is compiled
+    # in.
+    sides = (least + 45, least + 78)
+    sizes_px = torch.tensor([[least + 40, least + 78], [least + 45, least + 50]], device=device)
+    with torch.no_grad(), warnings.catch_warnings(), _PlainForms():
+        warnings.simplefilter("ignore")  # of torch's own making, and nothing to be done about
+        exported = torch.export.export(
+            program,
+            (
+                torch.zeros(TRACED_IMAGES, 3, *sides, dtype=torch.uint8, device=device),
+                sizes_px,
+                sizes_px * 2,
+            ),
+            dynamic_shapes=_free_sizes(least),
+            # Strides are halved in ways that it cannot see through: checked at run time instead.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    if left := foreign_operators(exported):
+        raise RuntimeError(
+            f"the program still holds {', '.join(sorted(left))}, which torch alone does not have; "
+            "give these a plain form in deta.ops.ms_deform_attn.plain_decompositions"
+        )
+    return exported
+
+
+class _PlainForms(TorchFunctionMode):
+    """Calls of our operators become calls of their plain forms.
+
+    `run_decompositions` afterwards would do, but goes through the whole program once more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms: dict[Any, Callable] = {}
+        for operator, form in plain_decompositions().items():
+            self.forms[operator] = self.forms[operator.overloadpacket] = form
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return self.forms.get(function, function)(*args, **(kwargs or {}))
+
+
+def _free_sizes(least_side_px: int) -> tuple[dict[int, Dim], ...]:
+    """Of each input, the dimensions that are not compiled in."""
+    batch = Dim("batch")
+    height, width = Dim("height", min=least_side_px), Dim("width", min=least_side_px)
+    return {0: batch, 2: height, 3: width}, {0: batch}, {0: batch}
+
+
+def foreign_operators(program: ExportedProgram) -> set[str]:
+    """Names of operators in a program, loops included, that come from outside of PyTorch."""
+    return {
+        str(node.target)
+        for graph in _graphs(program.graph_module)
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace not in ("aten", "prims", "higher_order")
+    }
+
+
+def _graphs(module: nn.Module) -> Iterator[torch.fx.Graph]:
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield part.graph
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """The same program as one ONNX file, of 2 GB at most. Needs onnx and onnxscript."""
+    from onnxscript import optimizer
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = torch.onnx.export(
+            program,
+            opset_version=ONNX_OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            dynamic_shapes=_free_sizes(1),  # here, for their names alone
+            optimize=False,  # its search for patterns doubles the time; runtimes have their own
+            verbose=False,
+        )
+    assert converted is not None
+    optimizer.inline(converted.model)
+    optimizer.fold_constants(converted.model)
+    optimizer.remove_unused_nodes(converted.model)
+    converted.save(path, external_data=False)
+
+
+def _stable_sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+    """aten::sort.stable as TopK of all: ONNX says that of equal values the first comes first."""
+    from onnxscript import opset18
+
+    onnx: Any = opset18
+    length = onnx.Gather(onnx.Shape(values), onnx.Constant(value_ints=[dim]))
+    return onnx.TopK(values, length, axis=dim, largest=int(descending), sorted=1)

@@ -1,0 +1,181 @@
+"""Whether an exported file finds what the model finds, and how fast each of them is."""
+
+# N detections in one image
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional
+
+from deta.model.batch import pad_batch
+from deta.model.postprocess import Detections
+from deta.platform.data.data_loader import LoadedBatch
+from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
+from deta.platform.evaluation.evaluate_model import detect_batches
+from deta.platform.inference.exported_model import Packed
+from deta.platform.inference.predictor import NO_TARGET, Predictor
+
+# Sums in another order change float32 scores by about 1e-6, boxes by 1e-6 of the image; where a
+# proposal is chosen by a hair, by up to 1e-4. A wrong operator, mask or normalisation changes them
+# by 1e-2 and more.
+MAX_SCORE_DIFFERENCE = 1e-3
+MAX_BOX_DIFFERENCE = 1e-3  # of the longer side of the picture
+MAX_LATENCY_BATCH = 16
+MEASURED_S = 2.0  # for each batch size
+
+
+def run_eagerly(predictor: Predictor, packed: Packed) -> list[Detections]:
+    """What the model here finds in packed pictures, by the way that predictions go."""
+    pixels = [
+        functional.normalize(image[:, :height, :width].float() / 255, PIXEL_MEAN, PIXEL_STD)
+        for image, (height, width) in zip(packed.images, packed.sizes_px.tolist(), strict=True)
+    ]
+    batch = pad_batch(pixels, [NO_TARGET] * len(pixels))
+    # Thin pictures are padded beyond the largest of the batch.
+    below = packed.images.shape[2] - batch.images.shape[2]
+    right = packed.images.shape[3] - batch.images.shape[3]
+    batch = replace(
+        batch,
+        images=F.pad(batch.images, (0, right, 0, below)),
+        padding=F.pad(batch.padding, (0, right, 0, below), value=True),
+    )
+    sizes_px = [(height, width) for height, width in packed.original_sizes_px.tolist()]
+    ((_, found),) = detect_batches(
+        predictor.model,
+        iter([LoadedBatch(batch, list(range(len(pixels))), sizes_px)]),
+        predictor.config.postprocess,
+        precision=torch.float32,
+        device=predictor.device,
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two models' detections of the same pictures."""
+
+    num_images: int = 0
+    num_detections: int = 0  # that were compared
+    scores: float = 0.0  # the largest difference
+    boxes: float = 0.0  # likewise, of the longer side of the picture
+    boxes_px: float = 0.0  # likewise, in pixels
+    # Without a counterpart, though better than the last one in the list, which may just have
+    # fallen off the other list's end.
+    num_unmatched: int = 0
+
+    @property
+    def is_small(self) -> bool:
+        return (
+            self.num_detections > 0
+            and self.num_unmatched == 0
+            and self.scores <= MAX_SCORE_DIFFERENCE
+            and self.boxes <= MAX_BOX_DIFFERENCE
+        )
+
+    def __add__(self, other: Difference) -> Difference:
+        return Difference(
+            self.num_images + other.num_images,
+            self.num_detections + other.num_detections,
+            max(self.scores, other.scores),
+            max(self.boxes, other.boxes),
+            max(self.boxes_px, other.boxes_px),
+            self.num_unmatched + other.num_unmatched,
+        )
+
+    def __str__(self) -> str:
+        text = (
+            f"scores {self.scores:.1e}, boxes {self.boxes:.1e} of the longer side "
+            f"({self.boxes_px:.1e} px), over {self.num_detections} detections in "
+            f"{self.num_images} pictures"
+        )
+        return text + (f", {self.num_unmatched} UNMATCHED" if self.num_unmatched else "")
+
+
+def compare(
+    expected: Detections, found: Detections, size_px: tuple[int, int], max_detections: int
+) -> Difference:
+    """How far one picture's detections are from those that they should be.
+
+    Each expected detection is paired with the nearest one of its class that is still free, best
+    first. One without a near counterpart counts, unless its score is within the tolerance of where
+    a full list ends: which of two equal ones is the last is a matter of rounding.
+
+    Args:
+        size_px: (height, width) of the picture.
+        max_detections: the length of a full list.
+    """
+    longer_px = max(size_px)
+    ends = [
+        float(one.scores[-1])
+        for one in (expected, found)
+        if len(one.scores) == max_detections and max_detections > 0
+    ]
+    end_score = max(ends, default=-1.0) + MAX_SCORE_DIFFERENCE
+    free = torch.ones(len(found.scores), dtype=torch.bool)
+    num_compared, num_unmatched, score_max, box_max = 0, 0, 0.0, 0.0
+    for score, label, box in zip(expected.scores, expected.labels, expected.boxes_px, strict=True):
+        candidates = (free & (found.labels == label)).nonzero()[:, 0]
+        if len(candidates) > 0:
+            score_gaps = (found.scores[candidates] - score).abs()
+            box_gaps = (found.boxes_px[candidates] - box).abs().amax(1) / longer_px
+            nearest = int((score_gaps + box_gaps).argmin())
+            score_gap, box_gap = float(score_gaps[nearest]), float(box_gaps[nearest])
+            is_near = score_gap <= MAX_SCORE_DIFFERENCE and box_gap <= MAX_BOX_DIFFERENCE
+            if is_near or (float(score) > end_score and box_gap < 0.1):
+                free[candidates[nearest]] = False
+                score_max, box_max = max(score_max, score_gap), max(box_max, box_gap)
+                num_compared += 1
+                continue
+        num_unmatched += float(score) > end_score
+    num_unmatched += int((free & (found.scores > end_score)).sum())
+    return Difference(1, num_compared, score_max, box_max, box_max * longer_px, int(num_unmatched))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one way to run a model, pictures in memory to detections in memory."""
+
+    latency_ms: float  # of one picture alone, median
+    best_batch: int  # with the most pictures a second
+    images_per_s: float  # with that batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.latency_ms:.1f} ms alone, {self.images_per_s:.1f} images/s in batches of "
+            f"{self.best_batch}"
+        )
+
+
+def measure_speed(run: Callable[[Packed], object], picture: Packed) -> Speed:
+    """Time one picture, then doubled batches of it while that makes it faster.
+
+    Args:
+        picture: a batch of one.
+    """
+    latency_s = _median_s(run, picture)
+    best_batch, best_rate = 1, 1 / latency_s
+    batch_size = 2
+    while batch_size <= MAX_LATENCY_BATCH:
+        batch = Packed(*(part.repeat_interleave(batch_size, 0) for part in picture))
+        rate = batch_size / _median_s(run, batch)
+        if rate <= best_rate:
+            break
+        best_batch, best_rate = batch_size, rate
+        batch_size *= 2
+    return Speed(1000 * latency_s, best_batch, best_rate)
+
+
+def _median_s(run: Callable[[Packed], object], batch: Packed) -> float:
+    run(batch)  # whatever is prepared at first
+    times_s: Sequence[float] = []
+    while len(times_s) < 3 or (sum(times_s) < MEASURED_S and len(times_s) < 50):
+        began_s = time.perf_counter()
+        run(batch)
+        times_s = [*times_s, time.perf_counter() - began_s]
+    return statistics.median(times_s)

@@ -1,0 +1,1 @@
+"""What the command that a person types does: checks, preview, supervision. No Ray, no MLflow."""

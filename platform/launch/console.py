@@ -1,0 +1,153 @@
+"""What a person sees of a run: what will happen, how far it is, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from deta.ops.ms_deform_attn import path as operator_path
+from deta.platform.learning.distributed import names_of
+from deta.platform.run.config import RunConfig
+from deta.platform.run.run import Run
+
+if TYPE_CHECKING:
+    from deta.platform.launch.supervisor import Result
+
+
+class Console:
+    def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
+        self.run, self.echo = run, echo
+
+    def introduce(self) -> None:
+        run, config = self.run, self.run.config
+        for split, dataset in (("training", run.train_set), ("validation", run.val_set)):
+            self.echo(
+                f"{split}: {len(dataset)} images, {len(dataset.categories)} classes, "
+                f"data {dataset.fingerprint[:12]}"
+            )
+            for note in dataset.notes:
+                self.echo(f"  {note}")
+        for note in run.notes:
+            self.echo(note)
+        self.echo(
+            f"{config.name}: {run.num_steps} steps, {config.schedule.epochs} epochs, on "
+            f"{'GPUs' if config.cluster.gpu else 'CPUs'}"
+        )
+        self.echo(batch_line(config))
+        if not config.cluster.gpu:
+            self.echo(f"deformable attention: {operator_path('cpu')} kernel")
+        self.echo(f"folder: {run.folder}")
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event of the journal."""
+        kind = event["kind"]
+        if kind == "begin":
+            workers = f"{event['world_size']} worker{'s' * (event['world_size'] > 1)}"
+            if event["step"]:
+                again = event.get("wasted_steps")
+                self.echo(
+                    f"going on from step {event['step']} of {event['num_steps']} with {workers}"
+                    + (f"; {again} steps are done again" if again else "")
+                )
+            else:
+                self.echo(f"training has begun with {workers}")
+        elif kind == "progress":
+            metrics = event["metrics"]
+            self.echo(
+                f"step {event['step']:>6}/{event['num_steps']}  "
+                f"epoch {metrics['train/epoch']:6.2f}  "
+                f"loss {metrics.get('train/loss', float('nan')):8.3f}  "
+                f"lr {metrics['train/lr']:.1e}  "
+                f"{metrics['train/images_per_s']:7.1f} images/s  "
+                f"{duration(event['remaining_s'])} left"
+            )
+        elif kind == "evaluation":
+            self.echo(f"validation after step {event['step']}, in percent:")
+            self.echo("  " + event["table"].replace("\n", "\n  "))
+            self._echo_explanation(event["metrics"])
+        elif kind == "skipped":
+            self.echo(
+                f"step {event['step']}: skipped, {', '.join(event['not_finite'])} not finite "
+                f"({event['in_a_row']} in a row, {event['total']} in all; images "
+                f"{names_of(event['images'], 5)})"
+            )
+        elif kind == "replaced":
+            for image in event["images"][:5]:
+                self.echo(f"broken picture, replaced by image {image['by_image_id']}: "
+                          f"{image['reason']}")  # fmt: skip
+        elif kind in ("checkpoint_failed", "damaged", "explanation_failed"):
+            self.echo(f"! {event['message']}")
+        elif kind == "drift":
+            self.echo(f"! step {event['step']}: {event['parameter']} differs among the workers")
+        elif kind == "end" and event.get("reason"):
+            self.echo(event["reason"])
+
+    def _echo_explanation(self, metrics: dict[str, float]) -> None:
+        begins = "val/error_"
+        costs = {n[len(begins) :]: v for n, v in metrics.items() if n.startswith(begins)}
+        if "val/explain_seconds" not in metrics or not costs:
+            return
+        dearest = sorted(costs, key=lambda kind: -costs[kind])
+        listed = ", ".join(f"{kind} {costs[kind]:.1f}" for kind in dearest)
+        self.echo(f"  points of AP50 lost to errors: {listed}")
+        self.echo(
+            f"  explained in {metrics['val/explain_seconds']:.1f} s, "
+            f"{100 * metrics['val/explain_share']:.1f} % of the evaluation"
+        )
+
+    def conclude(self, result: Result) -> None:
+        self.echo("")
+        self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
+        if result.best_checkpoint is not None:
+            self.echo(f"best checkpoint: {result.best_checkpoint}")
+        if reports := sorted(self.run.folder.glob("evaluations/*/report.html")):
+            self.echo(f"what went wrong: {reports[-1]}")
+        pictures = self.run.folder / "pictures"
+        if pictures.is_dir():
+            self.echo(f"pictures:        {sorted(pictures.iterdir())[-1]}")
+        self.echo(
+            f"goodput {100 * result.goodput:.0f} %: the share of the time that went into steps and "
+            "evaluations, those done twice counted once"
+        )
+        if not result.mlflow_run_id:
+            return
+        if result.mlflow_uri.startswith("sqlite:"):
+            self.echo(
+                f"browse in MLflow: mlflow server --host 127.0.0.1 --port 5000 "
+                f"--backend-store-uri {result.mlflow_uri}\n"
+                f"  then open http://127.0.0.1:5000 (run {result.mlflow_run_id})"
+            )
+        else:
+            self.echo(f"in MLflow: {result.mlflow_uri} (run {result.mlflow_run_id})")
+
+
+def batch_line(config: RunConfig) -> str:
+    """How the total batch is shared out, in one line."""
+    total, workers = config.total_batch_size, config.cluster.num_workers
+    # Cut as `TrainingOrder.micro_batches` does.
+    num_parts = max(-(-total // config.micro_batch_size), workers)
+    images = _span(total, num_parts)
+    steps = _span(num_parts, workers)
+    people = f"{workers} worker{'s' * (workers > 1)}"
+    if total % num_parts or num_parts % workers:
+        return (
+            f"total batch {total} = {num_parts} micro-batches of {images} images, {steps} for each "
+            f"of {people}"
+        )
+    accumulation = f" x {steps} accumulation steps" if num_parts > workers else ""
+    return f"total batch {total} = {people} x {images} image{'s' * (images != '1')}{accumulation}"
+
+
+def _span(whole: int, parts: int) -> str:
+    """How much each part gets where parts are as even as they can be."""
+    least, most = whole // parts, -(-whole // parts)
+    return str(most) if least == most else f"{least} or {most}"
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 05 s or 7 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,383 @@
+"""How much memory training needs at its worst, measured before a cluster is asked for anything.
+
+The worst micro-batch follows from the true sizes of the images and from the largest that the
+augmentation makes of them. It is computed once, forwards, backwards and with an update, in a
+process of its own, whose peak is read: what the driver counts on a GPU, the resident set on a CPU.
+Two sizes of it give a line, the line the largest micro-batch that should fit, and that one is
+measured again before it is suggested.
+"""
+
+# H W height and width   B images   N boxes in one image
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from deta.model.architectures import make_criterion, make_detector, without_download
+from deta.model.batch import Batch, Target, pad_batch
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.transforms import (
+    MAX_LONG_EDGE_BEFORE_CROP,
+    AugmentationConfig,
+    resized_size,
+)
+from deta.platform.learning.gradient_sum import GradientSum
+from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
+from deta.platform.learning.train_step import train_step
+from deta.platform.run.config import RunConfig, from_json, to_json
+from deta.platform.run.run import Run
+from deta.platform.training.loop import PRECISIONS
+
+GIB = 2**30
+WARM_UP_PX = 128  # a first small update, so that the optimizer's state is there in the measured one
+# Of what is free: the rest is for what the probe has not. On a GPU that is the CUDA context and
+# memory in pieces too small to use, on a CPU the cluster's own processes and the loader.
+USABLE = {"cuda": 0.9, "cpu": 0.8}
+MAX_TRIES = 3  # at the suggested size, each smaller than the last
+MAX_MEASURE_S = 120  # larger sizes are not measured where they would take longer, as on a CPU
+PROBE_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class WorstBatch:
+    """What the largest padded micro-batch can look like; an upper bound within a few pixels."""
+
+    height_px: int
+    width_px: int
+    num_boxes: int  # of the fullest image
+    tallest: str  # file name of the image that decides the height
+    widest: str
+    fullest: str
+
+    def __str__(self) -> str:
+        text = f"{self.width_px}x{self.height_px} px, {self.num_boxes} boxes an image"
+        return f"{text} (width from {self.widest}, height from {self.tallest})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One size of the worst micro-batch, computed."""
+
+    num_images: int
+    peak_bytes: int | None  # None: it did not fit
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What was measured, and the micro-batch that follows from it."""
+
+    device: str
+    worst: WorstBatch
+    configured: int
+    usable_bytes: int  # for one worker
+    measured: list[Measured]  # in the order of their sizes
+    largest: int  # micro-batch that was measured and fits; 0 where not even one image does
+    share: int  # images of a worker in an update: more cannot help
+
+    @property
+    def fits(self) -> bool:
+        """Whether the configured micro-batch does."""
+        return self.configured <= self.largest
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        on = "this machine's CPU" if self.device == "cpu" else "the GPU"
+        lines = [
+            f"memory of one worker on {on}, padded to {self.worst.width_px}x"
+            f"{self.worst.height_px} px, forwards, backwards and update; "
+            f"{self.usable_bytes / GIB:.1f} GiB can be used",
+            "images at a time     memory       time    an image",
+        ]
+        for row in self.measured:
+            cells = f"{row.num_images:>11}"
+            if row.peak_bytes is None:
+                lines.append(f"{cells}     does not fit")
+                continue
+            lines.append(
+                f"{cells}      {row.peak_bytes / GIB:7.2f} GiB   {row.seconds:6.1f} s   "
+                f"{row.seconds / row.num_images:6.2f} s"
+                + ("   <- micro_batch_size" if row.num_images == self.configured else "")
+                + ("" if row.peak_bytes <= self.usable_bytes else "   too much")
+            )
+        if self.largest == 0:
+            lines.append(
+                "! not even one image fits; smaller data.augmentation.short_edges and "
+                "max_long_edge, precision=bf16, model.backbone.checkpoint_activations=true or "
+                "optim.freeze=backbone help"
+            )
+        elif not self.fits:
+            lines.append(
+                f"! micro_batch_size={self.configured} does not fit; "
+                f"micro_batch_size={self.largest} does, and learns the same: workers accumulate"
+            )
+        else:
+            limit = " (all of a worker's share)" if self.largest == self.share else ""
+            lines.append(f"largest micro-batch that fits: micro_batch_size={self.largest}{limit}")
+        return lines
+
+
+def worst_batch(
+    dataset: CocoDataset, augmentation: AugmentationConfig, num_images: int
+) -> WorstBatch:
+    """The largest micro-batch that augmentation can make of these images.
+
+    Images are padded to the height of the tallest and the width of the widest among them, which
+    may be two different ones. A single image cannot be both.
+    """
+    tallest = widest = fullest = largest = (0, 0, 0, "")  # what counts, height, width, file
+    for record in dataset.records:
+        name = record.path.name
+        for height, width in _largest_sizes(record.height, record.width, augmentation):
+            tallest = max(tallest, (height, height, width, name))
+            widest = max(widest, (width, height, width, name))
+            largest = max(largest, (height * width, height, width, name))
+        fullest = max(fullest, (len(record.labels), 0, 0, name))
+    if num_images == 1:
+        tallest = widest = largest
+    return WorstBatch(tallest[1], widest[2], fullest[0], tallest[3], widest[3], fullest[3])
+
+
+def _largest_sizes(height: int, width: int, config: AugmentationConfig) -> list[tuple[int, int]]:
+    """(height, width) that no augmentation of an image exceeds in both, and few miss by much."""
+    sizes = [resized_size(height, width, e, config.max_long_edge) for e in config.short_edges]
+    edge = max(config.short_edges)
+    for pre_edge in config.crop_pre_short_edges if config.crop else ():
+        whole = resized_size(height, width, pre_edge, MAX_LONG_EDGE_BEFORE_CROP)
+        (low_h, high_h), (low_w, high_w) = (
+            (min(config.crop_min, side), min(config.crop_max, side)) for side in whole
+        )
+        for long, short, is_tall in ((high_h, low_w, True), (high_w, low_h, False)):
+            ratio = long / short
+            if ratio < 1:  # this way round it cannot be cropped
+                continue
+            # The short edge is rounded where the long one would be too long, so it ends up to
+            # half a pixel times the ratio beyond; see `resized_size`.
+            longest = min(int(edge * ratio), int(config.max_long_edge + 0.5 * ratio))
+            sizes.append((longest, edge) if is_tall else (edge, longest))
+    return sizes
+
+
+def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> Suggestion:
+    """Measure two sizes of the worst micro-batch, then the largest that should fit.
+
+    Args:
+        device: cuda or cpu, of this machine.
+        echo: told what is being measured, as it may take minutes on a CPU.
+
+    Raises:
+        RuntimeError: a probe failed otherwise than for want of memory.
+    """
+    config = run.config
+    share = -(-config.total_batch_size // config.cluster.num_workers)
+    configured = min(config.micro_batch_size, share)
+    # One line through all sizes wants one padded size: that of several images.
+    worst = worst_batch(run.train_set, config.data.augmentation, share)
+    usable = int(free_bytes(device, config.cluster.num_workers) * USABLE[device])
+    measured: dict[int, Measured] = {}
+
+    def measure_once(num_images: int) -> Measured:
+        if num_images not in measured:
+            echo(f"  measuring {num_images} image{'s' * (num_images > 1)} at a time …")
+            measured[num_images] = measure(config, worst, num_images, device, usable)
+        return measured[num_images]
+
+    def fits(one: Measured) -> bool:
+        return one.peak_bytes is not None and one.peak_bytes <= usable
+
+    first, second = measure_once(1), None
+    if fits(first) and share > 1:
+        second = measure_once(max(2, configured))
+        if second.peak_bytes is None and configured > 2:
+            second = measure_once(2)
+    candidate = 0
+    if second is not None and first.peak_bytes is not None and second.peak_bytes is not None:
+        slope = (second.peak_bytes - first.peak_bytes) / (second.num_images - 1)
+        room = (usable - first.peak_bytes) / slope if slope > 0 else share
+        candidate = max(1, min(share, 1 + int(room)))
+        if candidate > second.num_images:
+            slowest = int(MAX_MEASURE_S * second.num_images / max(second.seconds, 1e-9))
+            candidate = max(second.num_images, min(candidate, slowest))
+    elif second is not None:
+        candidate = second.num_images - 1
+    for _ in range(MAX_TRIES):
+        if candidate < 1 or fits(measure_once(candidate)):
+            break
+        candidate = min(candidate - 1, int(0.9 * candidate))
+    good = [size for size, one in measured.items() if fits(one)]
+    return Suggestion(
+        device,
+        worst,
+        configured,
+        usable,
+        [measured[size] for size in sorted(measured)],
+        max(good, default=0),
+        share,
+    )
+
+
+def free_bytes(device: str, num_workers: int) -> int:
+    """What one worker may use: all that is free of a GPU; or its part of this machine's memory."""
+    if device == "cuda":
+        # Asked for elsewhere: whoever asks keeps a part of the GPU, and this process lives on.
+        code = "import torch; print(torch.cuda.mem_get_info(0)[0])"
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if asked.returncode != 0:
+            raise RuntimeError(f"the GPU did not tell its memory:\n{asked.stderr[-2000:]}")
+        return int(asked.stdout)
+    free = available_bytes(Path("/proc/meminfo").read_text(encoding="utf-8"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free) // num_workers
+
+
+def available_bytes(meminfo: str) -> int:
+    """Linux's own estimate of what can be had without swapping."""
+    for line in meminfo.splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable; this kernel is older than 3.14")
+
+
+def measure(
+    config: RunConfig, worst: WorstBatch, num_images: int, device: str, limit_bytes: int
+) -> Measured:
+    """One update with the worst micro-batch, in a process of its own.
+
+    Args:
+        limit_bytes: on a CPU the process is refused more, so that nothing else on the machine
+            dies of the probe.
+
+    Raises:
+        RuntimeError: it failed, and not for want of memory; says what the process said.
+    """
+    request = {
+        "config": to_json(config),
+        "worst": asdict(worst),
+        "num_images": num_images,
+        "device": device,
+        "limit_bytes": limit_bytes,
+        "num_threads": max(1, int(config.cluster.cpus_per_worker)),
+    }
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "deta.platform.launch.memory_probe"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"the memory probe of {num_images} images took more than {PROBE_TIMEOUT_S} s"
+        ) from error
+    if process.returncode == -9:  # the kernel ended it for its memory
+        return Measured(num_images, None)
+    if process.returncode != 0:
+        raise RuntimeError(f"the memory probe failed:\n{process.stderr[-2000:]}")
+    answer = json.loads(process.stdout.splitlines()[-1])
+    return Measured(num_images, answer["peak_bytes"], answer["seconds"])
+
+
+def _answer(request: dict) -> dict:
+    """In the probe's own process: what `measure` wants to know."""
+    config = from_json(RunConfig, request["config"])
+    worst, num_images = WorstBatch(**request["worst"]), request["num_images"]
+    device = torch.device(request["device"])
+    if device.type == "cpu":
+        torch.set_num_threads(request["num_threads"])
+        limit = request["limit_bytes"]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        seconds = _update_once(config, worst, num_images, device)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return {"peak_bytes": None, "seconds": 0.0}
+    if device.type == "cuda":
+        return {"peak_bytes": torch.cuda.max_memory_allocated(), "seconds": seconds}
+    return {"peak_bytes": _peak_resident_bytes(), "seconds": seconds}
+
+
+def _peak_resident_bytes() -> int:
+    """Of this process alone: getrusage counts what the process that started it held then, too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _update_once(
+    config: RunConfig, worst: WorstBatch, num_images: int, device: torch.device
+) -> float:
+    """Seconds of an update with the worst micro-batch, made as in training."""
+    torch.manual_seed(0)
+    model = make_detector(without_download(config.model))
+    freeze(model, config.optim.freeze)
+    model.to(device)
+    averaged = AveragedModel(model) if config.ema_decay is not None else None
+    optimizer = make_optimizer(model, config.optim)
+    gradients = GradientSum(trainable(model.parameters()), 1) if config.optim.exact_sum else None
+    criterion = make_criterion(config.criterion, config.model)
+    num_classes = config.model.num_classes
+    small = _noise(1, WARM_UP_PX, WARM_UP_PX, 1, num_classes)
+    batch = _noise(num_images, worst.height_px, worst.width_px, worst.num_boxes, num_classes)
+
+    def update(micro_batches: list[Batch]) -> None:
+        train_step(
+            model,
+            criterion,
+            micro_batches,
+            optimizer,
+            num_boxes=sum(batch.num_boxes for batch in micro_batches),
+            seeds=[0] * len(micro_batches),
+            max_grad_norm=config.optim.max_grad_norm,
+            precision=PRECISIONS[config.precision],
+            device=device,
+            gradients=gradients,
+        )
+        if averaged is not None:
+            averaged.update_parameters(model)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    update([small])
+    began_s = time.perf_counter()
+    # The gradients of a micro-batch before it are there, as they are where a worker accumulates.
+    update([small, batch])
+    return time.perf_counter() - began_s
+
+
+def _noise(num_images: int, height: int, width: int, num_boxes: int, num_classes: int) -> Batch:
+    """B images of noise, each full of boxes."""
+    centres = 0.3 + 0.4 * torch.rand(num_boxes, 2)
+    target = Target(
+        boxes=torch.cat([centres, 0.1 + 0.4 * torch.rand(num_boxes, 2)], 1),
+        labels=torch.randint(num_classes, (num_boxes,)),
+    )
+    images = [torch.randn(3, height, width) for _ in range(num_images)]
+    return pad_batch(images, [replace(target)] * num_images)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error) or "bad_alloc" in str(error)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))))

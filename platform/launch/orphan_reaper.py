@@ -1,0 +1,42 @@
+"""What is left to do when a run's supervisor was killed: end its processes, and mark the run.
+
+Started by the supervisor, which holds the other end of this process's input. As long as that is
+open the supervisor lives, whatever it does; a line says that all is well and nothing is to be done.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from deta.platform.system.process_tree import LEAVES_WITHIN_S, RUN_MARK, end_marked, environment
+
+ALL_IS_WELL = b"done\n"
+SYNC = Path(__file__).resolve().parents[2] / "jobs" / "sync.py"
+
+
+def start_guardian(mark: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Called by the supervisor; it writes `ALL_IS_WELL` to the process's input at its end."""
+    unmarked = {name: value for name, value in environment({}).items() if name != RUN_MARK}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deta.platform.launch.orphan_reaper", mark, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=unmarked,
+        start_new_session=True,  # what ends the supervisor's group does not end this one
+    )
+
+
+def main(mark: str, folder: str) -> None:
+    if sys.stdin.buffer.readline() == ALL_IS_WELL:
+        return
+    time.sleep(LEAVES_WITHIN_S)  # the Ray driver has seen it too, and gives back what it holds
+    end_marked(RUN_MARK, mark, within_s=30)
+    subprocess.run([sys.executable, str(SYNC), folder], timeout=300, check=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

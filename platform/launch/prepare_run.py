@@ -1,0 +1,155 @@
+"""A configuration to a run that can be started: all is checked that needs no cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from deta.model.architectures import make_criterion, make_detector, without_download
+from deta.platform.data.coco_annotations import DatasetError
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.inference.predictor import find_checkpoint
+from deta.platform.learning.optimizer import freeze
+from deta.platform.run.config import DataConfig, RunConfig, flatten
+from deta.platform.run.dataset_snapshot import Split, kept_dataset
+from deta.platform.run.run import Run
+from deta.platform.shards.open_dataset import open_dataset
+from deta.platform.system.download import fetch, is_url
+from deta.platform.system.redaction import holds_secret
+from deta.platform.weights.initial_weights import check_initial_weights
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig, *, resume: bool = False) -> Run:
+    """Check everything that can be checked without a cluster: data, classes, sizes.
+
+    Args:
+        resume: the run has begun. Training pictures that have broken since are no refusal then;
+            they are replaced while it trains, up to `data.max_broken_share`.
+
+    Raises:
+        ValueError: names the file and record, or the configuration key.
+    """
+    make_criterion(config.criterion, config.model)  # refuses what does not fit the model
+    data = config.data
+    for split in ("train", "val"):
+        if not getattr(data, f"{split}_images"):
+            raise ValueError(
+                f"data.{split}_images is not set; give --train-images, --train-annotations, "
+                "--val-images and --val-annotations (shards hold their annotations)"
+            )
+    data = replace(
+        data,
+        train_images=_absolute(data.train_images),
+        train_annotations=_absolute(data.train_annotations),
+        val_images=_absolute(data.val_images),
+        val_annotations=_absolute(data.val_annotations),
+    )
+    kept = Path(_absolute(config.storage)) / config.name if resume else None
+    train_set = _open("train", data, kept)
+    val_set = _open("val", data, kept)
+    if train_set.categories != val_set.categories:
+        raise ValueError(
+            f"{data.train_annotations or data.train_images} and "
+            f"{data.val_annotations or data.val_images} have different categories: "
+            f"{_difference(train_set, val_set)}; both must list the same ids and names"
+        )
+    if config.optim.freeze:
+        with torch.device("meta"):
+            freeze(make_detector(without_download(config.model)), config.optim.freeze)
+    storage = Path(_absolute(config.storage))
+    config = replace(
+        config,
+        data=data,
+        storage=str(storage),
+        init_checkpoint=_local("init_checkpoint", config.init_checkpoint, storage),
+        init_backbone=_local("init_backbone", config.init_backbone, storage),
+        model=replace(config.model, num_classes=len(train_set.categories)),
+    )
+    _refuse_secrets(config)
+    notes = check_initial_weights(config, train_set.categories)
+    return Run(
+        config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
+    )
+
+
+def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
+    images, annotations = (
+        (data.train_images, data.train_annotations)
+        if split == "train"
+        else (data.val_images, data.val_annotations)
+    )
+    try:
+        dataset = open_dataset(
+            images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
+        )
+    except DatasetError as error:
+        before = kept_dataset(kept, split, annotations) if kept and split == "train" else None
+        if before is None:
+            raise
+        logger.warning("%s\nThe run began with them whole, so it goes on: broken pictures are "
+                       "replaced while it trains.", error)  # fmt: skip
+        return before
+    first = data.train_first if split == "train" else data.val_first
+    return dataset if first is None else dataset.first(min(first, len(dataset)))
+
+
+def _local(key: str, given: str | None, storage: Path) -> str | None:
+    """The file or checkpoint that init_checkpoint or init_backbone mean, seen from all nodes."""
+    if given is None:
+        return None
+    if is_url(given):  # into the storage, which all nodes share
+        return str(fetch(given, storage / "downloads"))
+    path = Path(_absolute(given))
+    if key == "init_checkpoint" and not path.is_file():
+        path = find_checkpoint(path)
+    if not path.exists():
+        raise ValueError(f"{key}={path}: there is no such file or folder")
+    return str(path)
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """What a configuration says ends in the run's folder, in its checkpoints and in MLflow.
+
+    Raises:
+        ValueError: names the key, and not the value.
+    """
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and holds_secret(value):
+            raise ValueError(
+                f"{key} holds a password or a key, which would end in the run's folder, in its "
+                "checkpoints and logs; set it in the environment instead (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY for S3, or the credentials file of the store's own tools)"
+            )
+
+
+def _absolute(path: str) -> str:
+    if not path or "://" in path:  # of a bucket, say
+        return path
+    return str(Path(path).expanduser().resolve())
+
+
+def _difference(first: CocoDataset, second: CocoDataset) -> str:
+    one = {(category.id, category.name) for category in first.categories}
+    other = {(category.id, category.name) for category in second.categories}
+    return (
+        f"only in the first {sorted(one - other)[:5]}, only in the second {sorted(other - one)[:5]}"
+    )
+
+
+def _code_commit() -> str:
+    """Of the code that runs; a job that travels without its history is told by `deta submit`."""
+    if commit := os.environ.get("DETA_COMMIT"):
+        return commit
+    folder = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,1 @@
+"""All runs, ranked by AP."""

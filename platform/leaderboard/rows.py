@@ -1,0 +1,212 @@
+"""The rows of the leaderboard, without MLflow: what a row holds, and what several say together.
+
+Runs that differ in nothing but their seed are one experiment done several times; together they say
+how far an AP scatters, which a single run cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from deta.platform.system.redaction import mask_text
+
+# Parameters in which two runs may differ that are the same experiment.
+OF_NO_EFFECT = (
+    "seed", "name", "experiment", "storage", "num_pictures", "log_every", "cluster.", "checkpoint.",
+    "data.loader_workers", "data.val_", "data.train_",  # places; the fingerprints tell the data
+)  # fmt: skip
+MAX_TEXT = 300  # characters of a name in a table
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+        2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run. AP is 0..100; numbers that nobody recorded are None."""
+
+    id: str  # of the MLflow run
+    experiment_id: str
+    name: str
+    experiment: str = ""
+    recipe: str = ""
+    data: str = ""  # name of the validation set, and the beginning of its fingerprint
+    status: str = ""  # of the run, as MLflow has it
+    ap: float | None = None  # of its best checkpoint; while it runs, the last one
+    low: float | None = None  # 95 % interval, by `interval`
+    high: float | None = None
+    interval: str = ""  # "images": bootstrap over images; "3 seeds": of their mean, by Student's t
+    ap50: float | None = None
+    gpu_hours: float | None = None
+    cpu_hours: float | None = None
+    hours: float | None = None  # of wall time
+    parameters: float | None = None  # numbers in the model
+    latency_ms: float | None = None  # of one picture, where somebody measured it
+    images_per_s: float | None = None  # evaluated, all work included
+    started_s: float = 0.0  # since 1970
+    ended_s: float = 0.0  # 0: it has not
+    models: str = ""  # registered versions of it: "deta 3 @champion"
+    is_champion: bool = False
+    sweep: str = ""  # id of the MLflow run that it is a trial of
+    report: str = ""  # path of its page among its artifacts
+    commit: str = ""
+    group: str = ""  # equal for runs that differ in their seed alone
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Row:
+        """
+        Raises:
+            TypeError: another version wrote it.
+        """
+        return cls(**content)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+COLUMNS = tuple(part.name for part in fields(Row))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """One entry in the history of a registered model's champions."""
+
+    model: str
+    version: int
+    time: str  # UTC, ISO 8601; empty where it is not known
+    action: str  # accept, refuse, force, rollback; "alias": somebody set it by hand
+    by: str = ""
+    reason: str = ""
+    champion_after: int | None = None
+    run_id: str = ""
+
+
+def row_of(
+    *,
+    run_id: str,
+    experiment_id: str,
+    experiment: str,
+    name: str,
+    status: str,
+    start_ms: int | None,
+    end_ms: int | None,
+    metrics: Mapping[str, float],
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    data: tuple[str, str, int],
+) -> Row:
+    """What a leaderboard shows of a run.
+
+    Args:
+        data: of the validation set: its name, its fingerprint, and how many images it has, 0 where
+            that is not known.
+    """
+
+    def number(*names: str) -> float | None:
+        found = (metrics.get(one) for one in names)
+        return next((x for x in found if x is not None and math.isfinite(x)), None)
+
+    data_name, fingerprint, num_images = data
+    fingerprint = fingerprint or tags.get("deta.val_fingerprint", "")
+    seconds, wall_s = number("val/seconds"), number("cost/wall_s")
+    if wall_s is None and start_ms and end_ms and end_ms > start_ms:
+        wall_s = (end_ms - start_ms) / 1000  # runs of before costs were logged
+    gpu_hours, cpu_hours = number("cost/gpu_hours"), number("cost/cpu_hours")
+    low, high = number("best/AP_low"), number("best/AP_high")
+    return Row(
+        id=run_id,
+        experiment_id=experiment_id,
+        experiment=_text(experiment),
+        name=_text(name),
+        recipe=_text(tags.get("deta.recipe") or tags.get("mlflow.source.name", "")),
+        data=_text(f"{data_name} {fingerprint.removeprefix('sha256:')[:8]}".strip()),
+        status=status,
+        ap=number("best/AP", "val/AP"),
+        low=low if high is not None else None,
+        high=high if low is not None else None,
+        interval="images" if low is not None and high is not None else "",
+        ap50=number("best/AP50", "val/AP50"),
+        gpu_hours=gpu_hours or None,
+        cpu_hours=cpu_hours,
+        hours=None if wall_s is None else wall_s / 3600,
+        parameters=number("model/parameters"),
+        latency_ms=number("model/latency_ms"),
+        images_per_s=num_images / seconds if seconds and num_images else None,
+        started_s=(start_ms or 0) / 1000,
+        ended_s=(end_ms or 0) / 1000,
+        sweep=tags.get("mlflow.parentRunId", ""),
+        report=_text(tags.get("deta.report", "")),
+        commit=_text(tags.get("mlflow.source.git.commit", "")[:12]),
+        group=_group(params, tags, fingerprint),
+    )
+
+
+def with_seed_intervals(rows: Iterable[Row]) -> list[Row]:
+    """The rows; those without an interval of their own with that of their seeds' mean.
+
+    It is the mean's, over all finished runs that differ in the seed alone, so a single one of them
+    may lie outside of it.
+    """
+    rows = list(rows)
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.group and row.ap is not None and row.status == "FINISHED":
+            groups[row.group].append(row)
+    found: dict[str, tuple[float, float, str]] = {}
+    for group, members in groups.items():
+        if len(members) < 2:
+            continue
+        values = [row.ap for row in members if row.ap is not None]
+        degrees = len(values) - 1
+        quantile = T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.5 / degrees
+        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+        mean = statistics.fmean(values)
+        found[group] = (mean - half, mean + half, f"{len(values)} seeds")
+    result = []
+    for row in rows:
+        known = found.get(row.group) if row.status == "FINISHED" and row.ap is not None else None
+        if row.interval != "images":
+            low, high, kind = known or (None, None, "")
+            if (row.low, row.high, row.interval) != (low, high, kind):
+                row = replace(row, low=low, high=high, interval=kind)
+        result.append(row)
+    return result
+
+
+def with_models(
+    rows: Iterable[Row], versions: Mapping[str, list[str]], champions: frozenset[str]
+) -> list[Row]:
+    """The rows, with the registered versions that came of them.
+
+    Args:
+        versions: by run id.
+        champions: ids of the runs that the present champions came of.
+    """
+    result = []
+    for row in rows:
+        models, is_champion = ", ".join(versions.get(row.id, ())), row.id in champions
+        if (row.models, row.is_champion) != (models, is_champion):
+            row = replace(row, models=models, is_champion=is_champion)
+        result.append(row)
+    return result
+
+
+def _group(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str) -> str:
+    if "seed" not in params or not fingerprint:
+        return ""
+    told = {name: value for name, value in params.items() if not name.startswith(OF_NO_EFFECT)}
+    train = tags.get("deta.train_fingerprint", "")
+    text = json.dumps([sorted(told.items()), train, fingerprint])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _text(text: str) -> str:
+    text = mask_text(text)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"

@@ -1,0 +1,191 @@
+"""The leaderboard over HTTP: three addresses that can only be read.
+
+It answers to the names that it is known by, so that no page of the web can reach it through a name
+of its own. On loopback it asks for no password, as MLflow beside it; off loopback it wants the same
+one.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hmac
+import json
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from deta.platform.leaderboard.cache import Board
+from deta.platform.leaderboard.page import live_page, live_policy
+from deta.platform.pages.html import plotly_source
+
+logger = logging.getLogger(__name__)
+
+PORT = 5050
+FIRST_ROWS = 100
+IDLE_S = 30.0  # of a connection that says nothing
+MIN_GZIP_BYTES = 2000
+MAX_CONNECTIONS = 64
+
+
+class LeaderboardServer(ThreadingHTTPServer):
+    """Serves a board; `serve_forever` until `shutdown`."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        board: Board,
+        mlflow: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = PORT,
+        allowed_hosts: Sequence[str] = (),
+        password: str = "",
+    ) -> None:
+        """
+        Args:
+            mlflow: address of MLflow's pages, for links; empty: none.
+            allowed_hosts: names and ports that it may be asked for by; default: on loopback.
+            password: of the user `admin`; empty: none is asked for.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), _Handler)
+        port = self.server_address[1]
+        self.board, self.mlflow = board, mlflow
+        self.allowed_hosts = {*(allowed_hosts or (f"127.0.0.1:{port}", f"localhost:{port}"))}
+        token = base64.b64encode(f"admin:{password}".encode()).decode()
+        self.authorization = f"Basic {token}".encode() if password else b""
+        self.of = secrets.token_hex(8)
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def server_bind(self) -> None:
+        """As HTTPServer's, which would ask the name service who it is."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "leaderboard", self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
+
+    def page(self) -> str:
+        content = self.board.changes(0)
+        # The others come with the first question, which is for all since the beginning.
+        content |= {"rows": content["rows"][:FIRST_ROWS], "revision": 0, "is_complete": False}
+        return live_page(content, self.mlflow, self.of)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LeaderboardServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "leaderboard", ""
+    timeout = IDLE_S
+
+    def do_GET(self) -> None:
+        server = self.server
+        if self.headers.get("Host") not in server.allowed_hosts:
+            self._refuse(HTTPStatus.FORBIDDEN, "not a name of this server")
+            return
+        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        if server.authorization and not hmac.compare_digest(given, server.authorization):
+            self._refuse(HTTPStatus.UNAUTHORIZED, "the password of MLflow's user admin is needed")
+            return
+        address = urlsplit(self.path)
+        if address.path == "/":
+            self._answer("text/html; charset=utf-8", server.page().encode(), live_policy())
+        elif address.path == "/rows":
+            self._rows(address.query)
+        elif address.path == "/health":
+            self._answer("text/plain", b"OK")
+        elif address.path == "/plotly.js":
+            self._plotly()
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is /, /rows and /health")
+
+    do_HEAD = do_GET
+
+    def _rows(self, query: str) -> None:
+        asked = parse_qs(query)
+        since = asked.get("since", ["0"])[0]
+        if not since.isdecimal() or len(since) > 15:
+            self._refuse(HTTPStatus.BAD_REQUEST, "since: a revision, such as 0")
+            return
+        if asked.get("of", [self.server.of])[0] != self.server.of:
+            since = "0"
+        content = self.server.board.changes(int(since)) | {"of": self.server.of}
+        self._answer("application/json", json.dumps(content, separators=(",", ":")).encode())
+
+    def _plotly(self) -> None:
+        try:
+            source = plotly_source().encode()
+        except RuntimeError as error:  # not installed: all but the figure works
+            self._refuse(HTTPStatus.NOT_FOUND, str(error))
+            return
+        self._answer("text/javascript; charset=utf-8", source, cache="max-age=86400")
+
+    def _answer(self, kind: str, body: bytes, policy: str = "", cache: str = "no-store") -> None:
+        self.send_response(HTTPStatus.OK)
+        if len(body) > MIN_GZIP_BYTES and "gzip" in self.headers.get("Accept-Encoding", ""):
+            body = _packed(body)
+            self.send_header("Content-Encoding", "gzip")
+        self._finish(kind, body, policy or "default-src 'none'; frame-ancestors 'none'", cache)
+
+    def _refuse(self, status: HTTPStatus, why: str) -> None:
+        self.send_response(status)
+        if status is HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", 'Basic realm="deta", charset="UTF-8"')
+        self._finish("text/plain; charset=utf-8", f"{why}\n".encode(), "default-src 'none'")
+
+    def _finish(self, kind: str, body: bytes, policy: str, cache: str = "no-store") -> None:
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Cache-Control", cache),
+            ("Vary", "Accept-Encoding"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        logger.debug(format, *args)
+
+
+_packed_before: dict[int, bytes] = {}
+
+
+def _packed(body: bytes) -> bytes:
+    """Compressed; plotly, which is large and always the same, once only."""
+    if len(body) < 2_000_000:
+        return gzip.compress(body, 1, mtime=0)
+    key = hash(body)
+    if key not in _packed_before:
+        _packed_before.clear()
+        _packed_before[key] = gzip.compress(body, 6, mtime=0)
+    return _packed_before[key]

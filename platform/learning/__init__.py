@@ -1,0 +1,1 @@
+"""Pure PyTorch: optimizer, one training step, collectives, hang watchdog."""

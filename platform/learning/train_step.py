@@ -1,0 +1,100 @@
+"""One update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from deta.model.architectures import DetectorCriterion
+from deta.model.batch import Batch
+from deta.platform.learning.gradient_sum import GradientSum
+from deta.platform.learning.optimizer import trainable
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step on this worker."""
+
+    # Detached, on the device: each loss of the whole global batch where there is one worker, this
+    # worker's part of it times the number of workers otherwise (so their mean is the whole),
+    # `loss`, their weighted total, and `grad_norm`, before clipping.
+    scalars: dict[str, Tensor]
+    updated: bool  # the same on all workers; false where something was not finite on any of them
+
+
+def train_step(
+    model: nn.Module,
+    criterion: DetectorCriterion,
+    micro_batches: Sequence[Batch],
+    optimizer: Optimizer,
+    *,
+    num_boxes: int,
+    seeds: Sequence[int],
+    max_grad_norm: float | None,
+    precision: torch.dtype,
+    device: torch.device,
+    gradients: GradientSum | None = None,
+) -> StepResult:
+    """Update the weights once, from all micro-batches of all workers.
+
+    The result does not depend on how the global batch is cut among workers and micro-batches,
+    but for rounding: every loss is a sum over images, divided by the number of boxes in the whole
+    global batch.
+
+    A loss that is not finite turns this worker's gradients into NaN. Gradients are shared among
+    the workers, so all of them see it, without another exchange, and none updates its weights.
+
+    Args:
+        model: the detector, as it is or in DistributedDataParallel.
+        micro_batches: this worker's share of the global batch, on the host; at least one.
+        num_boxes: in the global batch, over all workers.
+        seeds: one for each micro-batch, of all that the model draws in it; below 2**64.
+        precision: torch.float32, or torch.bfloat16 for autocast.
+        gradients: sums them, over the workers too; none: PyTorch does, in DistributedDataParallel.
+    """
+    is_parallel = isinstance(model, DistributedDataParallel)
+    num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel's mean
+    # At least one box in the whole batch, not on each worker as in released code: otherwise a
+    # batch with hardly any boxes would weigh less on more workers.
+    divisor = torch.tensor(max(num_boxes, 1) / num_averaged, dtype=torch.float32).to(device)
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
+        is_last = index == len(micro_batches) - 1
+        batch = micro_batch.to(device, non_blocking=True)
+        torch.manual_seed(seed >> 1)
+        with _without_exchange(model, unless=is_last):
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                outputs = model(batch.images, batch.padding)
+            losses = criterion(outputs, batch, divisor)
+            total = criterion.total(losses)
+            total.mul(torch.where(total.isfinite(), 1.0, torch.nan)).backward()
+        if gradients is not None:
+            gradients.add()
+        for name, loss in (losses | {"loss": total}).items():
+            sums[name] = sums.get(name, 0) + loss.detach()
+
+    if gradients is not None:
+        gradients.share()
+        sums = {name: part * gradients.num_workers for name, part in sums.items()}
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    sums["grad_norm"] = clip_grad_norm_(trainable(model.parameters()), limit)
+    updated = bool(sums["grad_norm"].isfinite())  # waits for the device, as the matching does
+    if updated:
+        optimizer.step()
+    return StepResult(sums, updated)
+
+
+def _without_exchange(model: nn.Module, unless: bool) -> contextlib.AbstractContextManager:
+    """Gradients of all but the last micro-batch stay local; the last one sends their sum."""
+    if unless or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

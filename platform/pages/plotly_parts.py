@@ -1,0 +1,196 @@
+"""What figures for plotly have in common: colours of series, points, lines, labels beside them.
+
+Everything is plotly's JSON form as plain dictionaries. A colour is a name in the page's palette
+(`page_look.py`); a text that a person chose goes through `figure_text` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deta.platform.pages.html import figure_text
+from deta.platform.pages.theme import NUM_COLORS, NUM_STEPS
+
+Trace = dict[str, Any]
+Plot = dict[str, Any]  # {"data": [...], "layout": {...}}
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
+LABEL_PX = 16  # height of a label, with its share of the gap
+LETTER_PX = 7.6  # about the width of a letter of a label, in DejaVu Sans, the widest usual font
+MAX_LETTERS = 34
+LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
+
+
+def color_of(index: int) -> str:
+    return f"@c{index % NUM_COLORS}"
+
+
+def band_of(index: int) -> str:
+    return f"@b{index % NUM_COLORS}"
+
+
+def dash_of(index: int) -> str:
+    return DASHES[index // NUM_COLORS % len(DASHES)]
+
+
+def symbol_of(index: int) -> str:
+    return SYMBOLS[index % len(SYMBOLS)]
+
+
+def step_color(share: float) -> str:
+    """A step of quantity; 0 is pale, 1 strong."""
+    return f"@s{round(min(1.0, max(0.0, share)) * (NUM_STEPS - 1))}"
+
+
+def shortened(name: str, letters: int = MAX_LETTERS) -> str:
+    """A name for a label, cut with an ellipsis where it is long."""
+    return figure_text(name if len(name) <= letters else name[: letters - 1] + "…")
+
+
+def label_px(names: Sequence[str], letters: int = MAX_LETTERS) -> int:
+    """The room that labels beside a figure need."""
+    longest = max((min(len(name), letters) for name in names), default=0)
+    return round(longest * LETTER_PX) + 16
+
+
+def points(
+    x: Sequence[Any],
+    y: Sequence[Any],
+    *,
+    color: str,
+    symbol: str = "circle",
+    size: float = 9,
+    is_hollow: bool = False,
+    opacity: float = 1.0,
+    texts: Sequence[str] = (),
+    axes: int = 1,
+) -> Trace:
+    """Marks; `texts` (made safe already) appear under the pointer."""
+    return _on(axes) | {
+        "type": "scatter",
+        "mode": "markers",
+        "x": list(x),
+        "y": list(y),
+        "opacity": opacity,
+        "marker": {
+            "color": "@paper" if is_hollow else color,
+            "symbol": symbol,
+            "size": size,
+            "line": {"color": color, "width": 2 if is_hollow else 0},
+        },
+        **_hover(texts),
+    }
+
+
+def line(
+    x: Sequence[Any],
+    y: Sequence[Any],
+    *,
+    color: str,
+    width: float = 2,
+    dash: str = "solid",
+    opacity: float = 1.0,
+    texts: Sequence[str] = (),
+    axes: int = 1,
+    **shape: str,
+) -> Trace:
+    """A line through points. `shape="hv"` makes it a staircase."""
+    return _on(axes) | {
+        "type": "scatter",
+        "mode": "lines",
+        "x": list(x),
+        "y": list(y),
+        "opacity": opacity,
+        "line": {"color": color, "width": width, "dash": dash, **shape},
+        **_hover(texts),
+    }
+
+
+def band(
+    x: Sequence[float], low: Sequence[float], high: Sequence[float], *, color: str, axes: int = 1
+) -> Trace:
+    """The area between two lines."""
+    return _on(axes) | {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*x, *reversed(x)],
+        "y": [*high, *reversed(low)],
+        "fill": "toself",
+        "fillcolor": color,
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+
+
+def label(
+    text: str, x: Any, y: Any, *, color: str = "@ink", anchor: str = "left", **more: Any
+) -> dict[str, Any]:
+    """Text in a figure, in the units of its axes unless `more` says otherwise."""
+    return {
+        "text": text,
+        "x": x,
+        "y": y,
+        "xanchor": anchor,
+        "yanchor": "middle",
+        "showarrow": False,
+        "align": "left",
+        "font": {"color": color, "size": 13},
+        **more,
+    }
+
+
+def rule(*, x: float | None = None, y: float | None = None, dash: str = "solid") -> dict[str, Any]:
+    """A line through the whole figure at one value."""
+    across = {"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
+    along = {"y0": y, "y1": y, "xref": "paper", "x0": 0, "x1": 1}
+    return {
+        "type": "line",
+        "layer": "between",
+        "line": {"color": "@muted", "width": 1, "dash": dash},
+        **(across if x is not None else along),
+    }
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    return {"title": {"text": title}, **more}
+
+
+def spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights for labels, as near to where they belong as `gap` between any two allows."""
+    order = sorted(heights, key=lambda name: heights[name])
+    groups: list[tuple[list[str], float]] = []  # names, and the middle of them
+    for name in order:
+        names, middle = [name], heights[name]
+        while groups:
+            above, centre = groups[-1]
+            if middle - centre >= gap * (len(names) + len(above)) / 2:
+                break
+            groups.pop()
+            total = len(above) + len(names)
+            middle = (centre * len(above) + middle * len(names)) / total
+            names = above + names
+        groups.append((names, middle))
+    return {
+        name: middle + gap * (place - (len(names) - 1) / 2)
+        for names, middle in groups
+        for place, name in enumerate(names)
+    }
+
+
+def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
+    """The range of an axis that shows the values with some air."""
+    low, high = min(values), max(values)
+    air = (high - low) * share or max(abs(high), 1.0) * 0.05
+    return low - air, high + air
+
+
+def _on(axes: int) -> Trace:
+    return {} if axes == 1 else {"xaxis": f"x{axes}", "yaxis": f"y{axes}"}
+
+
+def _hover(texts: Sequence[str]) -> Trace:
+    if not texts:
+        return {"hoverinfo": "skip"}
+    return {"hoverinfo": "text", "hovertext": list(texts)}

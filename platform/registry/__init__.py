@@ -1,0 +1,1 @@
+"""Model versions, the promotion gate and the log of its decisions."""

@@ -1,0 +1,124 @@
+"""What the gate judges by, taken from the registry: files and figures of two versions, compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deta.platform.evaluation.evaluation_folder import FACTS, Evaluation, read_evaluation
+from deta.platform.evaluation.paired_bootstrap import paired_difference
+from deta.platform.inference.predictor import Predictor, file_sha256
+from deta.platform.registry.lineage import missing_parts
+from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry, Version
+from deta.platform.registry.model_uri import open_version
+from deta.platform.registry.promotion_gate import Candidate, Decision, Latency, Policy, decide
+from deta.platform.registry.version_folder import measure_latency, parity_of, read_documents
+
+
+@dataclass
+class Judge:
+    """Judges a challenger by the files of both versions. Each version is looked at once."""
+
+    registry: Registry
+    policy: Policy
+    # Evaluations to take in place of those that were registered: folders by SHA-256 of the weights.
+    evaluations: Mapping[str, Path] = field(default_factory=dict)
+    measure_on: str | None = None  # device; none: the latencies that were measured at registration
+    map: Callable[..., Any] = map  # runs the resamples
+    echo: Callable[[str], None] = print
+    _known: dict[int, tuple[Candidate, Evaluation | None]] = field(default_factory=dict)
+
+    def __call__(self, challenger: Version, champion: Version | None) -> Decision:
+        """
+        Raises:
+            ValueError: the champion's files are gone or damaged.
+        """
+        one, its = self._look_at(challenger)
+        if champion is None:
+            return decide(one, None, self.policy, None, {})
+        other, theirs = self._look_at(champion)
+        if other.fault:
+            raise ValueError(other.fault)
+        difference, names = None, {}
+        if its is not None and theirs is not None:
+            names = {entry["id"]: entry["name"] for entry in its.ground_truth["categories"]}
+            if its.images_fingerprint == theirs.images_fingerprint:
+                self.echo(f"comparing {challenger} with {champion} …")
+                difference = paired_difference(
+                    its.ground_truth,
+                    theirs.results,
+                    its.results,
+                    resamples=self.policy.resamples,
+                    seed=self.policy.seed,
+                    confidence=self.policy.confidence,
+                    map=self.map,
+                )
+        return decide(one, other, self.policy, difference, names)
+
+    def _look_at(self, version: Version) -> tuple[Candidate, Evaluation | None]:
+        if version.number not in self._known:
+            self._known[version.number] = self._candidate(version)
+        return self._known[version.number]
+
+    def _candidate(self, version: Version) -> tuple[Candidate, Evaluation | None]:
+        # Not from the cache: what MLflow gives to others counts.
+        with tempfile.TemporaryDirectory(prefix="deta-") as place:
+            try:
+                folder = self.registry.download(version, Path(place))
+                open_version(folder, version)
+                lineage, figures = read_documents(folder)
+                evaluation = self._evaluation(version, figures.evaluation_sha256)
+            except (ValueError, OSError) as error:
+                told = str(error).replace(f"{place}/", "")  # a copy's, which is gone by then
+                return _unusable(version, told.removesuffix("; use an older checkpoint")), None
+            latency = figures.latency if self.measure_on is None else self._measure(folder, version)
+        found, fault = parity_of(figures.export, version.sha256)
+        names = {one["id"]: one["name"] for one in evaluation.ground_truth["categories"]}
+        by_class = evaluation.metrics.ap_per_category.items()
+        candidate = Candidate(
+            label=str(version),
+            sha256=version.sha256,
+            missing_lineage=missing_parts(lineage),
+            code_is_dirty=bool(lineage.get("code_is_dirty")),
+            evaluated_sha256=evaluation.origin.weights_sha256,
+            images_fingerprint=evaluation.images_fingerprint,
+            ap=evaluation.metrics.AP,
+            ap_by_class={names[key]: ap for key, ap in by_class},
+            num_bytes=figures.num_bytes,
+            latency=latency,
+            parity=found,
+            parity_fault=fault,
+        )
+        return candidate, evaluation
+
+    def _evaluation(self, version: Version, expected_sha256: str) -> Evaluation:
+        """The one that was given, or the one that was registered, which must not have changed."""
+        if version.sha256 in self.evaluations:
+            return read_evaluation(self.evaluations[version.sha256])
+        with tempfile.TemporaryDirectory(prefix="deta-") as place:
+            folder = self.registry.download(version, Path(place), EVALUATION_PART)
+            if file_sha256(folder / FACTS) != expected_sha256:
+                raise ValueError(f"the evaluation of {version} is not the one that was registered")
+            return read_evaluation(folder)
+
+    def _measure(self, folder: Path, version: Version) -> Latency:
+        assert self.measure_on is not None
+        latency = measure_latency(Predictor.from_checkpoint(folder, self.measure_on))
+        self.echo(f"{version}: {latency.milliseconds:.1f} ms on {latency.device}")
+        return latency
+
+
+def _unusable(version: Version, fault: str) -> Candidate:
+    return Candidate(
+        label=str(version),
+        sha256=version.sha256,
+        fault=fault,
+        evaluated_sha256="",
+        images_fingerprint="",
+        ap=-1.0,
+        ap_by_class={},
+        num_bytes=1,
+    )

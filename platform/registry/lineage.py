@@ -1,0 +1,112 @@
+"""Where a model is from: what has to be known before it may be registered.
+
+A checkpoint knows its code, configuration and data; the folder of its run knows the packages that
+were installed and the run in MLflow. All of it is asked for at once, so that a refusal names all
+that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deta.platform.checkpoint.format import Checkpoint, read_manifest
+from deta.platform.run.run_file import RUN_FILE, read_run_file
+from deta.platform.tracking.upload_plan import RECORD_FILE, read_record
+
+DIRTY = "-dirty"  # as `git describe --dirty` ends where code was not committed
+
+
+class LineageError(ValueError):
+    """Something is not known of where a model is from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where a version is from."""
+
+    run_id: str  # in MLflow
+    run_name: str
+    code_commit: str
+    code_is_dirty: bool  # some of the code was in no commit
+    config_sha256: str  # of config.json
+    data_fingerprint: str  # of the training data
+    val_fingerprint: str
+    python: str
+    system: str
+    packages: tuple[str, ...]  # name==version, all that were installed
+    step: int
+    epoch: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Of each part, the fields without which it is unknown.
+PARTS = {
+    "commit": ("code_commit",),
+    "configuration": ("config_sha256",),
+    "data fingerprint": ("data_fingerprint", "val_fingerprint"),
+    "environment": ("python", "packages"),
+    "run": ("run_id",),
+}
+ADVICE = {
+    "commit": "train from a git checkout, or set DETA_COMMIT where the code travels without one",
+    "configuration": "use a checkpoint that was written by this project",
+    "data fingerprint": f"{RUN_FILE} in the folder of the run has it; evaluate and train there",
+    "environment": f"{RUN_FILE} in the folder of the run has it; do not take the checkpoint out",
+    "run": "jobs/sync.py sends the run to MLflow",
+}
+
+
+def missing_parts(lineage: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the parts that are not known."""
+    return tuple(
+        part for part, names in PARTS.items() if not all(lineage.get(name) for name in names)
+    )
+
+
+def read_lineage(checkpoint: Checkpoint) -> Lineage:
+    """From a checkpoint in the folder of its run.
+
+    Raises:
+        LineageError: names all that is missing, and what to do.
+    """
+    run = run_folder(checkpoint.path)
+    try:
+        description = read_run_file(run)
+    except (OSError, ValueError):
+        description = {}
+    environment = description.get("environment") or {}
+    state = checkpoint.state
+    commit = state.code_commit or str(description.get("code_commit") or "")
+    lineage = Lineage(
+        run_id=read_record(run).run_id,
+        run_name=checkpoint.config.name,
+        code_commit=commit.removesuffix(DIRTY),
+        code_is_dirty=commit.endswith(DIRTY),
+        config_sha256=read_manifest(checkpoint.path)["config.json"].sha256,
+        data_fingerprint=state.data_fingerprint or str(description.get("train_fingerprint") or ""),
+        val_fingerprint=str(description.get("val_fingerprint") or ""),
+        python=str(environment.get("python") or ""),
+        system=str(environment.get("system") or ""),
+        packages=tuple(environment.get("packages") or ()),
+        step=state.step,
+        epoch=state.epoch,
+    )
+    if missing := missing_parts(lineage.as_dict()):
+        where = f"looked for in {checkpoint.path} and in {run / RUN_FILE}, {RECORD_FILE}"
+        advice = "\n  ".join(f"{part}: {ADVICE[part]}" for part in missing)
+        raise LineageError(
+            f"{checkpoint.path}: cannot be registered, for it is not known from which "
+            f"{', '.join(missing)} it is ({where}):\n  {advice}"
+        )
+    return lineage
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint lies in."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else folder

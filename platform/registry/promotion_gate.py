@@ -1,0 +1,327 @@
+"""Whether a model may become champion: criteria, each with what was found and what is required.
+
+Pure: figures and a policy in, a decision out. Where figures are from is platform/registry/promote.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deta.platform.evaluation.paired_bootstrap import PairedDifference
+
+NUM_CLASSES_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What is required. Every field is a key of jobs/promote.py; `none` is no limit."""
+
+    min_gain: float = 0.0  # AP, 0..1: the whole interval of the difference lies above it
+    confidence: float = 0.95  # of that interval
+    resamples: int = 1000
+    seed: int = 0
+    min_ap: float = 0.0  # 0..1
+    max_class_drop: float | None = 0.05  # AP of any class below the champion's, 0..1
+    min_class_ap: float | None = None  # of any class, 0..1
+    class_floors: tuple[tuple[str, float], ...] = ()  # AP of single classes, by name
+    max_latency_ms: float | None = None  # of one picture alone
+    max_latency_ratio: float | None = 1.5  # of the champion's, on the same device
+    max_megabytes: float | None = None  # of the weights' file
+    max_size_ratio: float | None = 1.5  # of the champion's
+    parity: bool = True  # an exported form was checked and finds what the model finds
+    clean_code: bool = False  # trained by code that was committed
+    evaluation_set: str = ""  # how `images_fingerprint` begins; empty: the champion's
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence} is not in 0.5..1")
+        if self.resamples < 100:
+            raise ValueError(f"resamples={self.resamples} are too few for an interval; give 1000")
+        limits = {"min_ap": self.min_ap, "max_class_drop": self.max_class_drop}
+        limits |= {"min_class_ap": self.min_class_ap} | dict(self.class_floors)
+        for name, value in limits.items():
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} is not an AP in 0..1")
+        if not -1 < self.min_gain < 1:
+            raise ValueError(f"min_gain={self.min_gain} is not a difference of AP in 0..1")
+        for name in ("max_latency_ms", "max_latency_ratio", "max_megabytes", "max_size_ratio"):
+            limit = getattr(self, name)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name}={limit} must be above 0, or none")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one picture alone, in memory, to its detections."""
+
+    milliseconds: float  # median
+    device: str  # model of the processor or GPU, and number of threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What is known of a version. AP in 0..1."""
+
+    label: str  # "deta version 3"
+    sha256: str  # of the weights, as registered
+    fault: str = ""  # why its files are not those that were registered
+    missing_lineage: tuple[str, ...] = ()
+    code_is_dirty: bool = False
+    evaluated_sha256: str  # of the weights that were evaluated
+    images_fingerprint: str
+    ap: float
+    ap_by_class: Mapping[str, float]  # without classes that have no box to find
+    num_bytes: int  # of the weights' file
+    latency: Latency | None = None
+    parity: str | None = None  # what the check of the exported form found, for people
+    parity_fault: str = "no exported form was checked; jobs/register.py --export FOLDER"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One row of the decision."""
+
+    name: str
+    passed: bool | None  # none: not required, or not to be said
+    found: str
+    required: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    challenger: Candidate
+    champion: Candidate | None
+    policy: Policy
+    criteria: tuple[Criterion, ...]
+    difference: PairedDifference | None  # challenger minus champion
+
+    @property
+    def accepted(self) -> bool:
+        return all(criterion.passed is not False for criterion in self.criteria)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        return tuple(one.name for one in self.criteria if one.passed is False)
+
+    def table(self) -> str:
+        """The criteria, for a terminal."""
+        marks = {True: "passed", False: "FAILED", None: "-"}
+        rows = [("criterion", "", "found", "required")]
+        rows += [(one.name, marks[one.passed], one.found, one.required) for one in self.criteria]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        against = f" over {self.champion.label}" if self.champion else " as the first champion"
+        if self.accepted:
+            return f"{self.challenger.label} passes{against}"
+        return f"{self.challenger.label} does not pass: {', '.join(self.failed)}"
+
+    def figures(self) -> dict[str, Any]:
+        """The numbers, for machines."""
+        figures: dict[str, Any] = {"ap": self.challenger.ap, "megabytes": _mb(self.challenger)}
+        figures["evaluation_set"] = self.challenger.images_fingerprint
+        if self.challenger.latency is not None:
+            figures["latency"] = asdict(self.challenger.latency)
+        if self.champion is not None:
+            figures["champion_ap"] = self.champion.ap
+        if self.difference is not None:
+            one = self.difference
+            figures |= {"difference": one.difference, "low": one.low, "high": one.high}
+            figures |= {"p_value": one.p_value, "resamples": one.resamples}
+        return figures
+
+
+def decide(
+    challenger: Candidate,
+    champion: Candidate | None,
+    policy: Policy,
+    difference: PairedDifference | None,
+    names: Mapping[Any, str],
+) -> Decision:
+    """Hold a challenger against the policy.
+
+    Args:
+        champion: none for the first one; then only what is absolute is required.
+        difference: challenger minus champion; none if there is no champion, or if the two
+            evaluations cannot be compared.
+        names: of categories, by id.
+    """
+    if challenger.fault:  # nothing else that is known of it is known of what lies there
+        return Decision(challenger, champion, policy, (_weights(challenger),), None)
+    criteria = [_weights(challenger), _lineage(challenger, policy)]
+    criteria.append(_evaluation_set(challenger, champion, policy))
+    criteria.append(_criterion("AP", challenger.ap, policy.min_ap, at_least=True, show=_percent))
+    if champion is not None:
+        criteria.append(_gain(difference, policy))
+        criteria.append(_class_drop(difference, policy, names))
+    criteria.append(_class_floors(challenger, policy))
+    criteria += _latency(challenger, champion, policy)
+    criteria += _size(challenger, champion, policy)
+    criteria.append(_parity(challenger, policy))
+    return Decision(challenger, champion, policy, tuple(criteria), difference)
+
+
+def _weights(one: Candidate) -> Criterion:
+    required = f"SHA-256 {one.sha256[:12]}… in the registry, of its files and of what was evaluated"
+    if one.fault:
+        return Criterion("weights", False, one.fault, required)
+    if one.evaluated_sha256 != one.sha256:
+        found = f"the evaluation is of {one.evaluated_sha256[:12] or 'unknown weights'}…"
+        return Criterion("weights", False, found, required)
+    return Criterion("weights", True, "the same", required)
+
+
+def _lineage(one: Candidate, policy: Policy) -> Criterion:
+    required = "commit, configuration, data, environment, run" + ", no uncommitted code" * (
+        policy.clean_code
+    )
+    if one.missing_lineage:
+        return Criterion("lineage", False, f"lacks {', '.join(one.missing_lineage)}", required)
+    found = "complete" + ", uncommitted code" * one.code_is_dirty
+    return Criterion("lineage", not (policy.clean_code and one.code_is_dirty), found, required)
+
+
+def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) -> Criterion:
+    found = f"{one.images_fingerprint[:12]}…"
+    wanted = policy.evaluation_set or (champion.images_fingerprint if champion else "")
+    if champion is not None and policy.evaluation_set:
+        same = champion.images_fingerprint.startswith(policy.evaluation_set)
+        found += "" if same else f", the champion's is {champion.images_fingerprint[:12]}…"
+    else:
+        same = True
+    if not wanted:
+        return Criterion("evaluation set", None, found, "the first one, so any")
+    passed = same and one.images_fingerprint.startswith(wanted)
+    return Criterion("evaluation set", passed, found, f"{wanted[:12]}…, so that both are compared")
+
+
+def _gain(difference: PairedDifference | None, policy: Policy) -> Criterion:
+    name = "AP gain"
+    required = f"{100 * policy.confidence:g} % interval above {100 * policy.min_gain:+.2f}"
+    if difference is None:
+        return Criterion(name, False, "not comparable with the champion's evaluation", required)
+    found = (
+        f"{100 * difference.difference:+.2f}, {100 * difference.low:+.2f} to "
+        f"{100 * difference.high:+.2f}"
+    )
+    return Criterion(name, difference.low > policy.min_gain, found, required)
+
+
+def _class_drop(
+    difference: PairedDifference | None, policy: Policy, names: Mapping[Any, str]
+) -> Criterion:
+    name = "class drops"
+    if policy.max_class_drop is None:
+        return Criterion(name, None, "-", "no limit")
+    required = f"no class more than {100 * policy.max_class_drop:.1f} below the champion's"
+    if difference is None:
+        return Criterion(name, False, "not comparable with the champion's evaluation", required)
+    drops = [
+        (-one.difference, f"{names.get(key, key)} {100 * one.ap_a:.1f} -> {100 * one.ap_b:.1f}")
+        for key, one in difference.per_category.items()
+        if math.isfinite(one.difference)
+    ]
+    drops.sort(key=lambda drop: -drop[0])
+    over = [drop for drop in drops if drop[0] > policy.max_class_drop]
+    if over:
+        return Criterion(name, False, _some([text for _, text in over]), required)
+    found = f"largest drop: {drops[0][1]}" if drops and drops[0][0] > 0 else "no class drops"
+    return Criterion(name, True, found, required)
+
+
+def _class_floors(one: Candidate, policy: Policy) -> Criterion:
+    name = "class floors"
+    floors = dict.fromkeys(one.ap_by_class, policy.min_class_ap) | dict(policy.class_floors)
+    floors_set = {key: floor for key, floor in floors.items() if floor is not None}
+    if not floors_set:
+        return Criterion(name, None, "-", "none")
+    required = "AP of " + _some([f"{key} {100 * floor:.1f}" for key, floor in floors_set.items()])
+    under = [
+        f"{key} {100 * one.ap_by_class[key]:.1f}" if key in one.ap_by_class else f"{key} unknown"
+        for key, floor in floors_set.items()
+        if one.ap_by_class.get(key, -1.0) < floor
+    ]
+    return Criterion(name, not under, _some(under) if under else "all above", required)
+
+
+def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list[Criterion]:
+    unit = "latency"
+    if one.latency is None:
+        needed = policy.max_latency_ms is not None or (
+            champion is not None and policy.max_latency_ratio is not None
+        )
+        passed = False if needed else None
+        return [Criterion(unit, passed, "not measured", "measured; --measure does it")]
+    milliseconds = one.latency.milliseconds
+    criteria = [
+        _criterion(unit, milliseconds, policy.max_latency_ms, at_least=False, show=_milliseconds)
+    ]
+    if champion is None or policy.max_latency_ratio is None:
+        return criteria
+    name, required = "latency ratio", f"at most {policy.max_latency_ratio:g} of the champion's"
+    other = champion.latency
+    if other is None or other.device != one.latency.device:
+        where = "was not measured" if other is None else f"was measured on {other.device}"
+        found = f"the champion's {where}; --measure measures both here"
+        return [*criteria, Criterion(name, False, found, required)]
+    ratio = milliseconds / other.milliseconds
+    found = f"{ratio:.2f} of {other.milliseconds:.1f} ms"
+    return [*criteria, Criterion(name, ratio <= policy.max_latency_ratio, found, required)]
+
+
+def _size(one: Candidate, champion: Candidate | None, policy: Policy) -> list[Criterion]:
+    criteria = [_criterion("size", _mb(one), policy.max_megabytes, at_least=False, show=_megabytes)]
+    if champion is None or policy.max_size_ratio is None:
+        return criteria
+    ratio = one.num_bytes / champion.num_bytes
+    required = f"at most {policy.max_size_ratio:g} of the champion's"
+    found = f"{ratio:.2f} of {_mb(champion):.1f} MB"
+    return [*criteria, Criterion("size ratio", ratio <= policy.max_size_ratio, found, required)]
+
+
+def _parity(one: Candidate, policy: Policy) -> Criterion:
+    found = one.parity_fault or one.parity or ""
+    if not policy.parity:
+        return Criterion("exported form", None, found, "not required")
+    return Criterion("exported form", not one.parity_fault, found, "finds what the model finds")
+
+
+def _criterion(
+    name: str, value: float, limit: float | None, *, at_least: bool, show: Callable[[float], str]
+) -> Criterion:
+    if limit is None or (at_least and limit == 0):
+        return Criterion(name, None, show(value), "no limit")
+    passed = value >= limit if at_least else value <= limit
+    return Criterion(
+        name, passed, show(value), f"at {'least' if at_least else 'most'} {show(limit)}"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f} ms"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:.1f} MB"
+
+
+def _mb(one: Candidate) -> float:
+    return one.num_bytes / 1e6
+
+
+def _some(texts: list[str]) -> str:
+    more = len(texts) - NUM_CLASSES_SHOWN
+    return ", ".join(texts[:NUM_CLASSES_SHOWN]) + (f" and {more} more" if more > 0 else "")

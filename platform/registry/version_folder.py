@@ -1,0 +1,206 @@
+"""The files of a registered version: all it takes to predict, and nothing that can run.
+
+    model.safetensors    the weights, byte for byte those of the checkpoint
+    config.json          the whole configuration of the run
+    state.json           step, metrics, classes
+    classes.json         class index, id and name of each class
+    preprocessing.json   what happens to a picture before the model, and to its boxes after
+    lineage.json         where the model is from (platform/registry/lineage.py)
+    figures.json         AP, size, latency, the check of the exported form
+    MANIFEST.json        size and SHA-256 of each of them
+
+That is a checkpoint without the state of the optimizer: whoever opens the one opens the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from deta.platform.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    manifest_to_json,
+    parse_manifest,
+)
+from deta.platform.checkpoint.host_snapshot import Written
+from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
+from deta.platform.inference.export_check import Difference
+from deta.platform.inference.predictor import Predictor, file_sha256
+from deta.platform.registry.lineage import Lineage
+from deta.platform.registry.promotion_gate import Latency
+from deta.platform.run.config import RunConfig, flatten
+
+CARRIED_OVER = ("model.safetensors", "config.json", "state.json")
+LINEAGE, FIGURES = "lineage.json", "figures.json"
+EXPORT_REPORT = "model.json"  # of jobs/export.py
+MEASURED_S = 2.0
+PICTURE_SIZE_PX = (640, 480)  # width, height, of the picture that latency is measured with
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a version."""
+
+    ap: Mapping[str, float]  # the twelve numbers of its evaluation, 0..1
+    metrics: Mapping[str, float]  # when the checkpoint was saved, 0..100
+    num_bytes: int  # of the weights' file
+    evaluation_sha256: str  # of evaluation.json, which has the hashes of the other files
+    images_fingerprint: str
+    latency: Latency | None = None
+    export: Mapping[str, Any] | None = None  # see `read_export_report`
+
+
+def write_version_files(
+    folder: Path, checkpoint: Checkpoint, lineage: Lineage, figures: Figures
+) -> str:
+    """Write the folder of a version, which must not be there yet.
+
+    Returns:
+        SHA-256 of its manifest.
+    """
+    folder.mkdir(parents=True)
+    for name in CARRIED_OVER:
+        shutil.copyfile(checkpoint.path / name, folder / name)
+    documents = {
+        "classes.json": [
+            {"index": index, **asdict(category)}
+            for index, category in enumerate(checkpoint.categories)
+        ],
+        "preprocessing.json": preprocessing(checkpoint.config),
+        LINEAGE: lineage.as_dict(),
+        FIGURES: asdict(figures),
+    }
+    for name, content in documents.items():
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    files = {
+        path.name: Written(path.stat().st_size, file_sha256(path)) for path in folder.iterdir()
+    }
+    manifest = manifest_to_json(checkpoint.state.step, files)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+    expected = parse_manifest((checkpoint.path / MANIFEST).read_bytes(), checkpoint.path)
+    for name in CARRIED_OVER:  # while it was copied, the disk or a person may have changed it
+        if files[name] != expected[name]:
+            raise ValueError(f"{checkpoint.path / name}: has changed; use another checkpoint")
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def read_documents(folder: Path) -> tuple[dict[str, Any], Figures]:
+    """Lineage and figures of a version's folder.
+
+    Raises:
+        ValueError: the folder is none of a version.
+    """
+    try:
+        lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
+        content = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+        if content["latency"] is not None:
+            content["latency"] = Latency(**content["latency"])
+        return dict(lineage), Figures(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: is not the folder of a registered version ({error}); register it again"
+        ) from error
+
+
+def preprocessing(config: RunConfig) -> dict[str, Any]:
+    """What happens to a picture before the model, and to its boxes after, for people and others'
+    code; our own goes by the configuration that this is made from."""
+    size = config.data.evaluation_size
+    return {
+        "colour": "RGB, 8 bits a channel; the EXIF orientation is ignored",
+        "resize": "bilinear, antialiased (PIL), the ratio is kept",
+        "short_edge_px": size.short_edge,
+        "max_long_edge_px": size.max_long_edge,
+        "max_pixels": config.data.max_pixels,
+        "scale": "1/255",
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "boxes": "xyxy in pixels of the picture as it came",
+        "precision": config.precision,
+        "postprocess": flatten(config.postprocess),
+    }
+
+
+def measure_latency(predictor: Predictor) -> Latency:
+    """Time one picture alone, in memory, through resizing, model and suppression.
+
+    The picture is grey, since detectors of this kind take equally long for any.
+    """
+    picture = Image.new("RGB", PICTURE_SIZE_PX, (127, 127, 127))
+    predictor.predict([picture])  # whatever is prepared at first
+    times_s: list[float] = []
+    while len(times_s) < 3 or (sum(times_s) < MEASURED_S and len(times_s) < 50):
+        began_s = time.perf_counter()
+        predictor.predict([picture])
+        times_s.append(time.perf_counter() - began_s)
+    return Latency(1000 * statistics.median(times_s), _device(predictor.device))
+
+
+def read_export_report(folder: Path, weights_sha256: str) -> dict[str, Any]:
+    """What jobs/export.py found when it compared the exported files with the model.
+
+    Returns:
+        Of each file its hash, size and difference; `parity_of` judges it.
+
+    Raises:
+        ValueError: the folder is none of jobs/export.py, is of other weights, or its files are not
+            those that were compared.
+    """
+    path = folder / EXPORT_REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        of, files = report["weights"]["sha256"], dict(report["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is not what jobs/export.py writes ({error})") from error
+    if of != weights_sha256:
+        raise ValueError(
+            f"{folder}: was exported from other weights, SHA-256 {of[:12]}… instead of "
+            f"{weights_sha256[:12]}…; export this checkpoint"
+        )
+    for name, about in files.items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != about["sha256"]:
+            raise ValueError(f"{folder / name}: is not the file that was checked; export again")
+    return {"weights_sha256": of, "files": files}
+
+
+def parity_of(export: Mapping[str, Any] | None, weights_sha256: str) -> tuple[str, str]:
+    """What the check of an exported form found, and what is wrong with it; one is empty."""
+    if export is None:
+        return "", "no exported form was checked; jobs/register.py --export FOLDER"
+    if export["weights_sha256"] != weights_sha256 or not export["files"]:
+        return "", "the exported form is of other weights"
+    found = []
+    for name, about in export["files"].items():
+        if about["difference"] is None:
+            return "", f"{name} was exported with --unverified"
+        difference = Difference(**about["difference"])
+        if not difference.is_small:
+            return "", f"{name}: {difference}"
+        found.append(f"{name} scores {difference.scores:.0e}, boxes {difference.boxes:.0e} off")
+    return ", ".join(found), ""
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:  # not Linux
+        pass
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"

@@ -1,0 +1,191 @@
+"""The data of a run as they were checked when it began, kept in its folder.
+
+The Ray driver reads them, so that no attempt has to check a large data set again. And a run that is
+resumed needs them where pictures have broken since: training bears some, but a data set cannot be
+opened with a picture that is not there.
+
+The folder may lie where others can write, or have come from elsewhere with the run. So the file is
+tables of numbers and JSON in safetensors, which can carry no code, and what is read is checked as
+an annotation file is: names lead nowhere else, rows point at each other, and the fingerprint fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from deta.platform.data.coco_annotations import file_name_fault
+from deta.platform.data.coco_dataset import Category, CocoDataset
+from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW
+from deta.platform.run.config import RunConfig, from_json, to_json
+from deta.platform.run.run import Run
+from deta.platform.shards.manifest import SHARD_NAME, Shard
+from deta.platform.shards.object_store import Store
+from deta.platform.shards.sharded_dataset import PLACE_ROW, ShardedDataset
+
+logger = logging.getLogger(__name__)
+
+DATA_FILE = "data.safetensors"  # readable for its owner alone: it names people's files
+FORMAT = 1
+Split = Literal["train", "val"]
+
+
+class KeptDataError(ValueError):
+    """What is kept of a run's data is damaged, or was not written by `keep_data`."""
+
+
+def keep_data(run: Run) -> None:
+    """Write the run with its data into its folder."""
+    data = run.config.data
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "config": json.loads(to_json(run.config)),
+        "code_commit": run.code_commit,
+        "notes": list(run.notes),
+        "annotations_sha256": {
+            "train": _sha256(data.train_annotations),
+            "val": _sha256(data.val_annotations),
+        },
+    }
+    tables: dict[str, np.ndarray] = {}
+    for split, dataset in (("train", run.train_set), ("val", run.val_set)):
+        names, image_rows, annotation_rows = dataset.tables
+        about[split] = {
+            "fingerprint": dataset.fingerprint,
+            "file_names": names,
+            "categories": [asdict(category) for category in dataset.categories],
+            "notes": dataset.notes,
+            "max_pixels": dataset.max_pixels,
+            "shards": None,
+        }
+        tables[f"{split}.images"], tables[f"{split}.annotations"] = image_rows, annotation_rows
+        if isinstance(dataset, ShardedDataset):
+            about[split]["shards"] = [asdict(shard) for shard in dataset.shards]
+            tables[f"{split}.places"] = dataset.places
+    rows = {name: np.frombuffer(table.tobytes(), np.uint8) for name, table in tables.items()}
+    rows["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    path = run.folder / DATA_FILE
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.touch(mode=0o600)
+    unfinished.write_bytes(save(rows))
+    unfinished.replace(path)
+
+
+def kept_run(folder: Path) -> Run:
+    """The run of a folder, as `keep_data` left it.
+
+    Raises:
+        KeptDataError: the file is damaged, or holds what `keep_data` would not write.
+        OSError: it is gone, or the storage failed.
+    """
+    about, rows = _read(folder)
+    try:
+        config = from_json(RunConfig, json.dumps(about["config"]))
+        train_set = _dataset(about["train"], rows, "train", config.data.train_images)
+        val_set = _dataset(about["val"], rows, "val", config.data.val_images)
+        notes = tuple(str(note) for note in about["notes"])
+        return Run(config, folder, train_set, val_set, str(about["code_commit"]), notes)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise KeptDataError(f"{folder / DATA_FILE}: is not the data of a run: {error}") from error
+
+
+def kept_dataset(folder: Path, split: Split, annotations: str) -> CocoDataset | None:
+    """The data set that a run began with; none if it is not known or its annotations differ."""
+    try:
+        about, _ = _read(folder)
+        if not annotations or about["annotations_sha256"][split] != _sha256(annotations):
+            return None
+        run = kept_run(folder)
+    except OSError:
+        return None
+    except (KeptDataError, KeyError, TypeError) as error:
+        logger.warning("%s; it is passed over", error)
+        return None
+    return run.train_set if split == "train" else run.val_set
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    path = folder / DATA_FILE
+    content = path.read_bytes()
+    try:
+        rows = load(content)
+        about = json.loads(rows.pop("about").tobytes())
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise KeptDataError(f"{path}: is damaged: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise KeptDataError(f"{path}: was not written by this version; resume with the one it was")
+    return about, rows
+
+
+def _dataset(
+    about: dict[str, Any], rows: dict[str, np.ndarray], split: Split, images: str
+) -> CocoDataset:
+    """One of the two data sets; its pictures are where the configuration says.
+
+    Raises:
+        ValueError, TypeError, KeyError: something in it is not as `keep_data` writes it.
+    """
+    names = list(about["file_names"])
+    image_rows = _table(rows[f"{split}.images"], IMAGE_ROW)
+    annotation_rows = _table(rows[f"{split}.annotations"], ANNOTATION_ROW)
+    categories = tuple(Category(int(c["id"]), str(c["name"])) for c in about["categories"])
+    notes = [str(note) for note in about["notes"]]
+    for name in names:
+        if fault := file_name_fault(name):
+            raise ValueError(f"a file name {fault}")
+    if len(names) != len(image_rows):
+        raise ValueError(f"{len(names)} file names for {len(image_rows)} images")
+    start, end = image_rows["start"], image_rows["end"]
+    if (start < 0).any() or (start > end).any() or (end > len(annotation_rows)).any():
+        raise ValueError("images point at annotations that are not there")
+    _require_within(annotation_rows["label"], len(categories), "categories")
+
+    max_pixels = int(about["max_pixels"])
+    dataset: CocoDataset
+    if about["shards"] is None:
+        dataset = CocoDataset(
+            Path(images), names, image_rows, annotation_rows, categories, notes, max_pixels
+        )
+    else:
+        places = _table(rows[f"{split}.places"], PLACE_ROW)
+        shards = tuple(Shard(**shard) for shard in about["shards"])
+        for shard in shards:
+            if not SHARD_NAME.fullmatch(shard.name):
+                raise ValueError(f"{shard.name!r} is no name of a shard")
+        if len(places) != len(image_rows):
+            raise ValueError(f"{len(places)} places for {len(image_rows)} images")
+        _require_within(places["shard"], len(shards), "shards")
+        dataset = ShardedDataset.of_tables(
+            Store(images), shards, places, names, image_rows, annotation_rows, categories, notes,
+            max_pixels,
+        )  # fmt: skip
+    if dataset.fingerprint != about["fingerprint"]:
+        raise ValueError(
+            f"the {split} data set does not have the fingerprint that it was kept with"
+        )
+    return dataset
+
+
+def _table(content: np.ndarray, row: np.dtype) -> np.ndarray:
+    return np.frombuffer(content.tobytes(), row).copy()
+
+
+def _require_within(numbers: np.ndarray, count: int, what: str) -> None:
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
+        raise ValueError(f"rows point at {what} that are not there")
+
+
+def _sha256(annotations: str) -> str:
+    path = Path(annotations)
+    if not annotations or not path.is_file():  # of shards, which have their own
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

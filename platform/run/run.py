@@ -1,0 +1,64 @@
+"""What the workers of a run are given, and where its evaluations and its end lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.sample_order import TrainingOrder
+from deta.platform.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from deta.platform.checkpoint.local import RunState
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with its data and its folder."""
+
+    config: RunConfig
+    folder: Path  # of this run; the same for all workers
+    train_set: CocoDataset
+    val_set: CocoDataset
+    code_commit: str = ""
+    notes: tuple[str, ...] = ()  # what to say of the weights that it starts from
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def order(self) -> TrainingOrder:
+        return TrainingOrder(self.config.seed, len(self.train_set), self.config.total_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.order.first_step_of_epoch(self.config.schedule.epochs)
+
+    def epoch_at(self, step: int) -> float:
+        return step * self.config.total_batch_size / len(self.train_set)
+
+    def evaluation_steps(self) -> set[int]:
+        """After how many steps the model is evaluated."""
+        epochs, every = self.config.schedule.epochs, self.config.evaluate_every_epochs
+        ends = {self.order.first_step_of_epoch(epoch) for epoch in range(every, epochs + 1, every)}
+        return ends | {self.num_steps}
+
+    def reason_to_stop(self, state: RunState) -> str:
+        """Why a run in this state ends before its last step; nothing while it goes on."""
+        schedule = self.config.schedule
+        if state.step >= self.num_steps or not schedule.is_exhausted(state.ap_history):
+            return ""
+        return (
+            f"stopped early after step {state.step} of {self.num_steps}: none of the last "
+            f"{schedule.patience} evaluations had an AP more than {schedule.min_delta:g} above the "
+            f"best before them, {max(state.ap_history):.1f} in all (schedule.patience)"
+        )
+
+    def is_done(self, state: RunState) -> bool:
+        """Whether nothing is left to do from this state on, not even an evaluation."""
+        if state.step in self.evaluation_steps() and not state.metrics:
+            return False
+        return state.step >= self.num_steps or bool(self.reason_to_stop(state))

@@ -1,0 +1,296 @@
+"""A detection service as an ASGI application: pictures in, detections as JSON out.
+
+    POST /v1/detect     a JPEG or PNG as the body, or in the field `image` of a form
+    GET  /v1/model      which model answers, its classes, and what it takes
+    GET  /health        this process works (for whoever restarts it)
+    GET  /ready         there is a model (for whoever sends requests here)
+    GET  /metrics       for Prometheus
+    GET  /openapi.json  all this for programs
+    GET  /              a page to drop a picture on
+
+Knows nothing of Ray: any ASGI server runs it, and so do the tests. `serve.py` puts it on a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from deta.platform.serving.batcher import Batcher
+from deta.platform.serving.config import Refusal, ServingConfig
+from deta.platform.serving.metrics import Measurements
+from deta.platform.serving.model import PreparedPicture, ServedModel
+from deta.platform.serving.model_source import ModelSlot, ModelSource
+from deta.platform.serving.origin_guard import Guard
+from deta.platform.serving.page import page_policy, serving_page
+from deta.platform.serving.schema import DETECT_BODY, Detected, Problem, Served
+from deta.platform.serving.upload import decode_picture, read_picture
+
+log = logging.getLogger(__name__)
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The body is empty, or a form that cannot be read"},
+    401: {"model": Problem, "description": "The token is missing or wrong"},
+    408: {"model": Problem, "description": "The body did not arrive in time"},
+    413: {"model": Problem, "description": "Too many bytes or pixels"},
+    415: {"model": Problem, "description": "Neither JPEG nor PNG"},
+    422: {"model": Problem, "description": "The picture or a parameter is broken"},
+    503: {"model": Problem, "description": "Too many requests, or no model yet; see Retry-After"},
+    504: {"model": Problem, "description": "The model did not answer in time"},
+}
+MinScore = Annotated[float, Query(ge=0, le=1, description="Leave out detections below")]
+MaxDetections = Annotated[int, Query(ge=1, le=1000, description="Give the best so many")]
+Upright = Annotated[
+    bool,
+    Query(
+        description="Turn the picture as its EXIF orientation says; boxes are in the turned "
+        "picture then. Without, in the stored one, as in training"
+    ),
+]
+
+
+class Service:
+    """What the application keeps from request to request."""
+
+    def __init__(
+        self, source: ModelSource, config: ServingConfig, measurements: Measurements
+    ) -> None:
+        self.config, self.measurements = config, measurements
+        self.slot = ModelSlot(source, config, measurements)
+        self.batcher = Batcher(config.max_batch, config.batch_wait_s, measurements)
+        self.decoders = ThreadPoolExecutor(config.decoders, thread_name_prefix="decoder")
+        self.in_flight = 0
+
+    @asynccontextmanager
+    async def running(self, *, load_first: bool) -> AsyncIterator[None]:
+        """
+        Args:
+            load_first: have a model before the first request is let in.
+        """
+        if load_first:
+            await self.slot.look()
+        async with self.batcher:
+            following = asyncio.create_task(self.slot.follow(), name="model")
+            try:
+                yield
+            finally:
+                following.cancel()
+                self.decoders.shutdown(wait=False, cancel_futures=True)
+
+    def health_problem(self) -> str:
+        """Why this process should be replaced; empty where it need not."""
+        if not self.batcher.is_working:
+            return "nobody hands pictures to the model any more"
+        if self.batcher.busy_s > self.config.stuck_s:
+            return f"the model has been at one batch for {self.batcher.busy_s:.0f} s"
+        return ""
+
+    def retry_after(self) -> dict[str, str]:
+        batches = math.ceil((self.batcher.num_waiting + 1) / self.config.max_batch)
+        return {"Retry-After": str(min(60, math.ceil(batches * self.batcher.mean_batch_s)))}
+
+    async def detect(
+        self, request: Request, *, min_score: float, max_detections: int, upright: bool
+    ) -> dict[str, Any]:
+        """The answer to one request, counted and timed.
+
+        Raises:
+            Refusal, ClientDisconnect: as what happened is counted.
+        """
+        began_s = time.monotonic()
+        outcome = "internal"
+        self.in_flight += 1
+        self.measurements.in_flight(self.in_flight)
+        try:
+            if self.in_flight > self.config.max_requests:
+                what = f"{self.config.max_requests} requests are being answered; try again later"
+                raise Refusal(503, "busy", what, self.retry_after())
+            picture = await read_picture(request.headers, request.stream(), self.config)
+            read_s = time.monotonic() - began_s
+            self.measurements.phase("read", read_s)
+            try:
+                async with asyncio.timeout(self.config.answer_timeout_s):
+                    answer = await self._answer(picture, min_score, max_detections, upright)
+            except TimeoutError:
+                what = f"no answer within {self.config.answer_timeout_s:g} s; try again later"
+                raise Refusal(504, "answer_timeout", what, self.retry_after()) from None
+            outcome = "ok"
+            answer["seconds"]["read"] = round(read_s, 6)
+            answer["seconds"]["total"] = round(time.monotonic() - began_s, 6)
+            return answer
+        except Refusal as refusal:
+            outcome = refusal.kind
+            raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            outcome = "disconnected"
+            raise
+        finally:
+            self.in_flight -= 1
+            self.measurements.in_flight(self.in_flight)
+            self.measurements.request(outcome, time.monotonic() - began_s)
+
+    async def _answer(
+        self, content: bytes, min_score: float, max_detections: int, upright: bool
+    ) -> dict[str, Any]:
+        model = self.slot.model
+        if model is None:
+            why = f": {self.slot.problem}" if self.slot.problem else ""
+            raise Refusal(503, "no_model", f"no model is loaded yet{why}", {"Retry-After": "5"})
+        began_s = time.monotonic()
+        prepared = await asyncio.get_running_loop().run_in_executor(
+            self.decoders, _prepared, model, content, self.config, upright
+        )
+        del content
+        decode_s = time.monotonic() - began_s
+        found = await self.batcher.detect(model, prepared)
+        detections = model.as_json(
+            found.detections, min_score=min_score, max_detections=max_detections
+        )
+        seconds = {"decode": decode_s, "wait": found.wait_s, "model": found.model_s}
+        for name, value in seconds.items():
+            self.measurements.phase(name, value)
+        self.measurements.detections(len(detections))
+        height, width = prepared.size_px
+        return {
+            "model": model.name.as_json(),
+            "image": {"width": width, "height": height},
+            "detections": detections,
+            "batch_size": found.batch_size,
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        }
+
+
+def create_app(
+    source: ModelSource,
+    config: ServingConfig,
+    measurements: Measurements,
+    *,
+    load_first: bool = False,
+) -> FastAPI:
+    """The application.
+
+    Args:
+        load_first: see `Service.running`; where whoever sends requests does not ask for /ready.
+    """
+    service = Service(source, config, measurements)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with service.running(load_first=load_first):
+            yield
+
+    # The pages that FastAPI offers for people fetch scripts from elsewhere.
+    app = FastAPI(
+        title="DETA detections",
+        description="Objects in a picture: what, how surely, and where.",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses={403: {"model": Problem, "description": "By a foreign name or page"}},
+    )
+    app.state.service = service
+    app.add_middleware(Guard, config=config)
+    app.add_exception_handler(RequestValidationError, _parameter_problem)
+    app.add_exception_handler(HTTPException, _http_problem)
+
+    @app.post("/v1/detect", responses=PROBLEMS, response_model=Detected, openapi_extra=DETECT_BODY)
+    async def detect(
+        request: Request,
+        min_score: MinScore = 0.05,
+        max_detections: MaxDetections = 100,
+        upright: Upright = False,
+    ) -> Response:
+        """What is in a picture, best first."""
+        try:
+            answer = await service.detect(
+                request, min_score=min_score, max_detections=max_detections, upright=upright
+            )
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(answer)
+
+    @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
+    async def model() -> Response:
+        """Which model answers, its classes, and what it takes."""
+        served = service.slot.model
+        if served is None:
+            raise Refusal(503, "no_model", service.slot.problem or "no model is loaded yet")
+        return JSONResponse(
+            {
+                "model": served.name.as_json(),
+                "categories": [{"id": c.id, "name": c.name} for c in served.categories],
+                "max_bytes": config.max_bytes,
+                "max_pixels": config.max_pixels,
+                "problem": service.slot.problem or None,
+            }
+        )
+
+    @app.get("/health", responses={503: PROBLEMS[503]})
+    async def health() -> dict[str, str]:
+        """Whether this process works."""
+        if problem := service.health_problem():
+            raise Refusal(503, "unhealthy", problem)
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: PROBLEMS[503]})
+    async def ready() -> dict[str, str]:
+        """Whether there is a model."""
+        if service.slot.model is None:
+            raise Refusal(503, "no_model", "no model is loaded yet", {"Retry-After": "5"})
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        text = measurements.text()
+        if text is None:
+            raise Refusal(404, "metrics", "Ray collects this service's metrics; ask its own port")
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(serving_page(), headers={"Content-Security-Policy": page_policy()})
+
+    return app
+
+
+def _prepared(
+    model: ServedModel, content: bytes, config: ServingConfig, upright: bool
+) -> PreparedPicture:
+    image: Image.Image = decode_picture(content, config, upright=upright)
+    try:
+        return model.prepare(image)
+    except MemoryError as error:
+        raise Refusal(503, "memory", "too little memory for this picture just now") from error
+
+
+def _parameter_problem(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = "; ".join(
+        f"{'.'.join(str(part) for part in fault['loc'][1:])}: {fault['msg']}"
+        for fault in error.errors()[:4]
+    )
+    return JSONResponse(Refusal(422, "parameter", found).body(), status_code=422)
+
+
+def _http_problem(_request: Request, error: Exception) -> Response:
+    """Of the framework itself: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    kinds = {404: "path", 405: "method"}
+    refusal = Refusal(error.status_code, kinds.get(error.status_code, "request"), error.detail)
+    return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)

@@ -1,0 +1,220 @@
+"""A detection service on a Ray cluster: as many processes as wanted, behind Ray Serve's HTTP.
+
+Each replica runs the application of serving_app.py: it batches, follows its alias and refuses for
+itself. Ray starts a replica that says it is not well anew, and sends requests to none before it has
+a model. Batching is not Ray's own (`serve.batch`), because only pictures of one size may go
+together, and because it is the same without Ray.
+
+Numbers leave through Ray's exporter, with `ray_` before the names in serving_metrics.py: of several
+replicas, /metrics would show whichever answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from deta.platform.cluster.auth_token import set_rules_of_own_cluster, starts_a_cluster
+
+if starts_a_cluster():  # read by Ray when it is imported
+    set_rules_of_own_cluster()
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from deta.platform.cluster.driver import connect
+from deta.platform.serving.app import create_app
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.metrics import BATCH_SIZES, DESCRIPTIONS, DETECTIONS, SECONDS
+from deta.platform.serving.model import ModelName
+from deta.platform.serving.model_source import ModelSource
+from deta.platform.system.child_server import is_loopback
+
+APPLICATION = "deta"
+SPARE_S = 5.0  # that Ray waits longer than the application, whose refusals say more
+GRACE_S = 60.0  # for requests at hand when a replica is to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What of a cluster is used."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    cpus: float = 1.0  # of each replica
+    device: str = "auto"  # "cuda": a GPU for each; "auto": the same where the cluster has any
+
+
+class RayMeasurements:
+    """The numbers of serving_metrics.py, collected by Ray."""
+
+    def __init__(self) -> None:
+        def of(name: str) -> tuple[str, str]:
+            return name, DESCRIPTIONS[name]
+
+        # Ray's exporter puts "_total" behind a counter's name, where it is missing.
+        self._requests = Counter(*of("deta_serving_requests_total"), tag_keys=("outcome",))
+        self._seconds = Histogram(*of("deta_serving_request_seconds"), boundaries=[*SECONDS])
+        self._phases = Histogram(
+            *of("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
+        )
+        self._batches = Histogram(*of("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
+        self._detections = Histogram(*of("deta_serving_detections"), boundaries=[*DETECTIONS])
+        self._in_flight = Gauge(*of("deta_serving_in_flight"))
+        labels = ("name", "version", "sha256")
+        self._model = Gauge(*of("deta_serving_model_info"), tag_keys=labels)
+        self._changes = Counter(*of("deta_serving_model_changes_total"), tag_keys=("outcome",))
+        self._name: ModelName | None = None
+
+    def request(self, outcome: str, seconds: float) -> None:
+        self._requests.inc(tags={"outcome": outcome})
+        if outcome == "ok":
+            self._seconds.observe(seconds)
+
+    def phase(self, name: str, seconds: float) -> None:
+        self._phases.observe(seconds, tags={"phase": name})
+
+    def batch(self, size: int, model_s: float) -> None:
+        self._batches.observe(size)
+
+    def detections(self, number: int) -> None:
+        self._detections.observe(number)
+
+    def in_flight(self, number: int) -> None:
+        self._in_flight.set(number)
+
+    def model(self, name: ModelName) -> None:
+        if self._name is not None:
+            self._changes.inc(tags={"outcome": "ok"})
+            self._model.set(0, tags=_tags(self._name))  # Ray forgets no series; 0 says: not now
+        self._name = name
+        self._model.set(1, tags=_tags(name))
+
+    def change_failed(self) -> None:
+        self._changes.inc(tags={"outcome": "failed"})
+
+    def text(self) -> bytes | None:
+        return None
+
+
+def _tags(name: ModelName) -> dict[str, str]:
+    return {"name": name.name, "version": name.version, "sha256": name.weights_sha256}
+
+
+@serve.ingress()
+class DetectionReplica:
+    """One process with one model."""
+
+    def __init__(self, source: ModelSource, config: ServingConfig) -> None:
+        self.application = create_app(source, config, RayMeasurements(), load_first=True)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self.application
+
+    def check_health(self) -> None:
+        """Ray asks this every few seconds, and starts the replica anew where it raises."""
+        if problem := self.application.state.service.health_problem():
+            raise RuntimeError(problem)
+
+
+@contextlib.contextmanager
+def service_on_ray(
+    source: ModelSource,
+    config: ServingConfig,
+    placement: Placement,
+    echo: Callable[[str], None] = print,
+) -> Iterator[str]:
+    """A service on the cluster that RAY_ADDRESS names, or on one started here; and its end.
+
+    Yields:
+        Its address. All replicas have a model by then.
+
+    Raises:
+        RuntimeError: the cluster is too small, or a replica did not start; says why.
+    """
+    echo(connect())
+    gpus = _gpus(placement)
+    _check_room(placement, gpus)
+    loopback = is_loopback(placement.host)
+    limit_s = config.read_timeout_s + config.answer_timeout_s + SPARE_S
+    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly if loopback else ProxyLocation.EveryNode,
+        http_options=HTTPOptions(
+            host=placement.host, port=placement.port, request_timeout_s=limit_s
+        ),
+        logging_config=quiet,
+    )
+    deployment: Any = serve.deployment(
+        DetectionReplica,
+        name="detections",
+        num_replicas=placement.replicas,
+        ray_actor_options={"num_cpus": placement.cpus, "num_gpus": gpus},
+        # More than the application takes, so that it is the one to refuse, with a reason.
+        max_ongoing_requests=2 * config.max_requests,
+        max_queued_requests=2 * config.max_requests,
+        graceful_shutdown_timeout_s=GRACE_S,
+        logging_config=quiet,
+    )
+    try:
+        serve.run(deployment.bind(source, config), name=APPLICATION, route_prefix="/")
+        yield f"http://{placement.host}:{placement.port}/"
+    finally:
+        # In a cluster of others, too: what was started here ends with whoever started it.
+        serve.shutdown()
+        if starts_a_cluster():
+            ray.shutdown()
+
+
+def wait_for_a_signal() -> int:
+    """Sleep until SIGINT or SIGTERM arrives; its number."""
+    arrived = threading.Event()
+    number = 0
+
+    def note(received: int, _frame: object) -> None:
+        nonlocal number
+        number = received
+        arrived.set()
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, note)
+    while not arrived.wait(1.0):  # a wait without an end would not see the signal
+        pass
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return number
+
+
+def metrics_addresses() -> list[str]:
+    """Where Prometheus finds the numbers of each node."""
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _gpus(placement: Placement) -> int:
+    has_any = ray.cluster_resources().get("GPU", 0) >= 1
+    return int(placement.device == "cuda" or (placement.device == "auto" and has_any))
+
+
+def _check_room(placement: Placement, gpus: int) -> None:
+    """Refuse what the cluster can never give, instead of waiting for it."""
+    available = ray.cluster_resources()
+    for kind, each in (("CPU", placement.cpus), ("GPU", gpus)):
+        wanted, has = placement.replicas * each, available.get(kind, 0)
+        if wanted > has:
+            raise RuntimeError(
+                f"{placement.replicas} replicas want {wanted:g} {kind}s, and the cluster has "
+                f"{has:g}; ask for fewer with --replicas or --cpus"
+            )

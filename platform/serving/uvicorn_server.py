@@ -1,0 +1,61 @@
+"""A detection service as one process of this machine, without Ray."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from deta.platform.serving.app import create_app
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.model_source import ModelSource
+
+MAX_CONNECTIONS = 512  # beyond these, uvicorn itself answers 503
+KEEP_ALIVE_S = 30
+
+
+def serve_alone(
+    source: ModelSource,
+    config: ServingConfig,
+    host: str,
+    port: int,
+    on_listening: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests at hand are answered first.
+
+    Args:
+        port: 0 for any that is free.
+        on_listening: is told the address, when connections are taken. The model may not be loaded
+            yet: /ready says when.
+
+    Raises:
+        OSError: the port is taken, or there is no such address here.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
+        listening.listen(128)
+        on_listening(f"http://{_shown(host)}:{listening.getsockname()[1]}/")
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(source, config, ProcessMeasurements()),
+                log_level="error",  # below: a line for whatever is no HTTP
+                access_log=False,
+                server_header=False,
+                ws="none",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(config.answer_timeout_s) + 1,
+            )
+        )
+        server.run(sockets=[listening])
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,1 @@
+"""The same data set packed into Parquet files, local or in an object store."""

@@ -1,0 +1,161 @@
+"""What a packed data set consists of, and whether its files are those that were packed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from deta.platform.data.coco_annotations import DatasetError
+from deta.platform.data.coco_dataset import Category
+from deta.platform.data.image_folder import PROGRESS_AFTER_S
+from deta.platform.shards.object_store import Store
+
+MANIFEST = "MANIFEST.json"
+UNFINISHED = "PACKING.json"  # the same, of a pack that is not complete
+ANNOTATIONS = "annotations.parquet"
+FORMAT = "deta shards"
+VERSION = 1
+SHARD_NAME = re.compile(r"shard-\d{5,}\.parquet")
+REPAIR = "copy it again from where it was packed, or pack the data set again with jobs/pack.py"
+
+
+class ShardError(DatasetError):
+    """A shard that is missing, cut or altered; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of images."""
+
+    name: str
+    num_images: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed data set consists of."""
+
+    fingerprint: str
+    num_images: int  # of all shards, when complete
+    shard_bytes: int  # at most, about
+    categories: tuple[Category, ...]
+    notes: tuple[str, ...]
+    annotations: Shard | None  # none: not complete
+    shards: tuple[Shard, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes, name: str) -> Manifest:
+        """Raises ShardError for what is no manifest, or one of a version unknown here."""
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            raise ShardError(f"{name}: is not JSON ({error}); pack the data set again") from None
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ShardError(f"{name}: is not of a data set packed by jobs/pack.py")
+        version = values.pop("version", None)
+        if version != VERSION:
+            raise ShardError(
+                f"{name}: has format version {version}, and this code reads version {VERSION}; "
+                "update it, or pack the data set again"
+            )
+        try:
+            annotations = values["annotations"]
+            manifest = cls(
+                **values
+                | {
+                    "categories": tuple(Category(**each) for each in values["categories"]),
+                    "notes": tuple(values["notes"]),
+                    "annotations": None if annotations is None else Shard(**annotations),
+                    "shards": tuple(Shard(**each) for each in values["shards"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise ShardError(
+                f"{name}: is damaged ({error}); copy it again, or pack the data set again"
+            ) from None
+        for shard in manifest.shards:
+            if not SHARD_NAME.fullmatch(shard.name):
+                raise ShardError(f"{name}: {shard.name!r} is not the name of a shard")
+        return manifest
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a complete pack.
+
+    Raises:
+        ShardError: there is none, it is damaged, or the pack was not finished.
+    """
+    try:
+        content = store.read(MANIFEST)
+    except FileNotFoundError:
+        what = "holds no MANIFEST.json"
+        if UNFINISHED in store.sizes():
+            what = "was not packed to its end; give jobs/pack.py the same command again"
+        raise ShardError(f"{store.shown}: {what}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DatasetError(f"{store.name_of(MANIFEST)}: cannot be read: {error}") from None
+    manifest = Manifest.from_json(content, store.name_of(MANIFEST))
+    if manifest.annotations is None:
+        raise ShardError(f"{store.name_of(MANIFEST)}: is not complete; {REPAIR}")
+    return manifest
+
+
+def check_size(store: Store, shard: Shard, sizes: dict[str, int]) -> None:
+    """Raises ShardError for a file that is missing or of another length than packed."""
+    if shard.name not in sizes:
+        raise ShardError(missing(store, shard.name))
+    if sizes[shard.name] != shard.num_bytes:
+        raise ShardError(
+            f"{store.name_of(shard.name)}: has {sizes[shard.name]:,} bytes, and "
+            f"{shard.num_bytes:,} were packed; {REPAIR}"
+        )
+
+
+def check_sha256(store: Store, shard: Shard, content: bytes) -> None:
+    """Raises ShardError unless these are the bytes packed."""
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise ShardError(
+            f"{store.name_of(shard.name)}: its SHA-256 is not the one of MANIFEST.json, so it was "
+            f"altered; {REPAIR}"
+        )
+
+
+def verify_shards(store: Store, manifest: Manifest, progress: bool = False) -> None:
+    """Read every file of a pack and compare its SHA-256.
+
+    Raises:
+        ShardError: naming all files that are missing, cut or altered.
+    """
+    from tqdm import tqdm
+
+    files = [*manifest.shards, *([manifest.annotations] if manifest.annotations else [])]
+    sizes = store.sizes()
+    faults = []
+    total = sum(file.num_bytes for file in files)
+    with tqdm(
+        desc="checksums", total=total, unit="B", unit_scale=True, disable=not progress,
+        delay=PROGRESS_AFTER_S, file=sys.stderr,
+    ) as bar:  # fmt: skip
+        for file in files:
+            try:
+                check_size(store, file, sizes)
+                check_sha256(store, file, store.read(file.name))
+            except ShardError as error:
+                faults.append(str(error))
+            bar.update(file.num_bytes)
+    if faults:
+        raise ShardError("\n".join(faults))
+
+
+def missing(store: Store, name: str) -> str:
+    return f"{store.name_of(name)}: is missing; {REPAIR}"

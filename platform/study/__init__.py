@@ -1,0 +1,1 @@
+"""Trials become a verdict: statistics, power and cost."""

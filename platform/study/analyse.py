@@ -1,0 +1,336 @@
+"""From the results of trials to what a study says: cells, differences, effects, noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from deta.platform.pages.number_format import num_of
+from deta.platform.study.linear_model import (
+    NO_DF,
+    NO_NOISE,
+    Fit,
+    holm,
+    mean_estimate,
+    sd_interval,
+)
+from deta.platform.study.study_types import (
+    Analysis,
+    Cell,
+    CellSummary,
+    Difference,
+    Effect,
+    Noise,
+    Observation,
+    Question,
+    Term,
+)
+from deta.platform.study.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Results:
+    """Observations sorted into cells."""
+
+    cells: tuple[Cell, ...]
+    values: Mapping[str, Mapping[int, float]]  # by cell that was trained, and seed
+    failures: Mapping[str, Mapping[int, str]]
+    seeds: tuple[int, ...]
+    trained_as: Mapping[str, str]  # cell to the cell that was trained for it: itself as a rule
+
+    def of(self, key: str) -> Mapping[int, float]:
+        if key not in self.trained_as:
+            known = ", ".join(repr(known) for known in self.trained_as)
+            raise ValueError(f"the study has no cell {key!r}; its cells are {known}")
+        return self.values[self.trained_as[key]]
+
+
+def sort_results(
+    cells: Sequence[Cell], observations: Sequence[Observation], metric: str
+) -> Results:
+    """
+    Raises:
+        ValueError: an observation of a cell that is not in the design, or two of one trial.
+    """
+    trained_as = {cell.key: cell.same_as or cell.key for cell in cells}
+    values: dict[str, dict[int, float]] = {cell.key: {} for cell in cells if not cell.same_as}
+    failures: dict[str, dict[int, str]] = {key: {} for key in values}
+    for observation in observations:
+        if observation.cell not in trained_as:
+            raise ValueError(
+                f"a result is of cell {observation.cell!r}, which the design has not; its cells "
+                f"are {', '.join(map(repr, trained_as))}"
+            )
+        key, seed = trained_as[observation.cell], observation.seed
+        if seed in values[key] or seed in failures[key]:
+            raise ValueError(
+                f"two results are of cell {key!r} with seed {seed}; one trial has one result, its "
+                "last"
+            )
+        value = observation.metrics.get(metric, math.nan)
+        if observation.failure:
+            failures[key][seed] = observation.failure
+        elif not math.isfinite(value):
+            failures[key][seed] = f"it reported no finite {metric}"
+        else:
+            values[key][seed] = float(value)
+    seeds = sorted({observation.seed for observation in observations})
+    return Results(tuple(cells), values, failures, tuple(seeds), trained_as)
+
+
+def analyse(
+    cells: Sequence[Cell],
+    observations: Sequence[Observation],
+    *,
+    metric: str = "AP",
+    questions: Sequence[Question] = (),
+    confidence: float = 0.95,
+) -> Analysis:
+    """What the results of a study say about one metric.
+
+    Args:
+        cells: `Design.cells()`.
+        observations: any number of them, in any order; failed trials with their reason.
+        questions: pairs of cells to answer in a sentence each.
+
+    Raises:
+        ValueError: an observation or a question of a cell that the design has not, or two
+            observations of one trial.
+    """
+    results = sort_results(cells, observations, metric)
+    fit = Fit(results.values, confidence)
+    noise = measure_noise(results, fit)
+    effects, terms = factor_effects(results, fit)
+    answers = pooled_differences(
+        results, fit, [(question.title, question.first, question.second) for question in questions]
+    )
+    return Analysis(
+        metric=metric,
+        confidence=confidence,
+        seeds=results.seeds,
+        cells=tuple(summarise(results, cell, confidence) for cell in cells),
+        noise=noise,
+        effects=effects,
+        terms=terms,
+        differences=paired_differences(results, confidence),
+        answers=answers,
+        verdicts=tuple(
+            verdict(question, answer, metric, noise, num_cells=len(fit.cells), alpha=1 - confidence)
+            for question, answer in zip(questions, answers, strict=True)
+        ),
+        notes=tuple(_notes(results, fit, metric)),
+    )
+
+
+def summarise(results: Results, cell: Cell, confidence: float) -> CellSummary:
+    key = results.trained_as[cell.key]
+    values = results.values[key]
+    sd, mean = mean_estimate(np.array(list(values.values())), confidence)
+    note = f"trains exactly as {key}" if key != cell.key else ""
+    note = "; ".join(part for part in (note, mean.note) if part)
+    return CellSummary(cell, values, results.failures[key], mean.value, sd, mean.interval, note)
+
+
+def measure_noise(results: Results, fit: Fit) -> Noise:
+    """The scatter about the model, and that over seeds within a cell."""
+    samples = [np.array(list(by_seed.values())) for by_seed in results.values.values()]
+    seed_df = sum(len(sample) - 1 for sample in samples if len(sample) > 1)
+    squares = sum(float(((sample - sample.mean()) ** 2).sum()) for sample in samples if len(sample))
+    seed_sd = math.sqrt(squares / seed_df) if seed_df else None
+    sd, interval, correlation, note = fit.residual_sd, None, None, ""
+    if sd is None:
+        note = NO_DF
+    elif sd == 0:
+        note = NO_NOISE
+    else:
+        interval = sd_interval(sd, fit.df, fit.confidence)
+        if seed_sd:
+            # With complete blocks this is the intraclass correlation of the analysis of variance.
+            correlation = max(-1.0, 1 - (sd / seed_sd) ** 2)
+    return Noise(sd, fit.df, interval, seed_sd, seed_df, correlation, note)
+
+
+def paired_differences(results: Results, confidence: float) -> tuple[Difference, ...]:
+    """Of every two cells, from the differences of the seeds that both have."""
+    found = []
+    for first, second in itertools.combinations(results.cells, 2):
+        title = f"{first.key} less {second.key}"
+        one, other = results.of(first.key), results.of(second.key)
+        seeds = tuple(sorted(set(one) & set(other)))
+        gaps = np.array([one[seed] - other[seed] for seed in seeds])
+        _, mean = mean_estimate(gaps, confidence)
+        note = mean.note
+        if results.trained_as[first.key] == results.trained_as[second.key]:
+            note = "they train exactly alike"
+        elif not seeds:
+            note = "no seed has a result of both"
+        elif len(seeds) == 1:
+            note = NO_DF
+        found.append(
+            Difference(
+                title,
+                first.key,
+                second.key,
+                "paired",
+                seeds,
+                mean.value,
+                mean.standard_error,
+                mean.df,
+                mean.interval,
+                mean.p,
+                None,
+                note,
+            )
+        )
+    return _with_holm(found)
+
+
+def pooled_differences(
+    results: Results, fit: Fit, pairs: Sequence[tuple[str, str, str]]
+) -> tuple[Difference, ...]:
+    """Of the given pairs of cells, from the model of the whole study.
+
+    Args:
+        pairs: title, first cell, second cell.
+    """
+    found = []
+    for title, first, second in pairs:
+        seeds = tuple(sorted(set(results.of(first)) & set(results.of(second))))
+        found.append(pooled_difference(results, fit, title, first, second, seeds))
+    return _with_holm(found)
+
+
+def pooled_difference(
+    results: Results, fit: Fit, title: str, first: str, second: str, seeds: tuple[int, ...]
+) -> Difference:
+    estimate = fit.contrast(difference_weights(results, first, second))
+    return Difference(
+        title,
+        first,
+        second,
+        "pooled",
+        seeds,
+        estimate.value,
+        estimate.standard_error,
+        estimate.df,
+        estimate.interval,
+        estimate.p,
+        None,
+        estimate.note,
+    )
+
+
+def difference_weights(results: Results, first: str, second: str) -> dict[str, float]:
+    one, other = results.trained_as[first], results.trained_as[second]
+    return {} if one == other else {one: 1.0, other: -1.0}
+
+
+def _with_holm(differences: Sequence[Difference]) -> tuple[Difference, ...]:
+    corrected = holm([difference.p for difference in differences])
+    return tuple(
+        replace(difference, p_holm=p) for difference, p in zip(differences, corrected, strict=True)
+    )
+
+
+def factor_effects(results: Results, fit: Fit) -> tuple[tuple[Effect, ...], tuple[Term, ...]]:
+    """Main effects and all interactions of the crossed cells."""
+    crossed = [cell for cell in results.cells if not cell.is_named]
+    levels: dict[str, list[str]] = {}
+    for cell in crossed:
+        for factor, level in cell.labels.items():
+            if level not in levels.setdefault(factor, []):
+                levels[factor].append(level)
+    effects: list[Effect] = []
+    terms: list[Term] = []
+    for order in range(1, len(levels) + 1):
+        for factors in itertools.combinations(levels, order):
+            first = tuple(levels[factor][0] for factor in factors)
+            contrasts = []
+            for chosen in itertools.product(*(levels[factor][1:] for factor in factors)):
+                weights = _contrast(
+                    results, crossed, levels, dict(zip(factors, chosen, strict=True))
+                )
+                contrasts.append(weights)
+                e = fit.contrast(weights)
+                effects.append(
+                    Effect(
+                        factors,
+                        chosen,
+                        first,
+                        e.value,
+                        e.standard_error,
+                        e.df,
+                        e.interval,
+                        e.p,
+                        None,
+                        e.note,
+                    )
+                )
+            df, f, p, note = fit.f_test(contrasts)
+            terms.append(Term(factors, df, fit.df, f, p, note))
+    corrected = holm([effect.p for effect in effects])
+    return (
+        tuple(replace(effect, p_holm=p) for effect, p in zip(effects, corrected, strict=True)),
+        tuple(terms),
+    )
+
+
+def _contrast(
+    results: Results,
+    crossed: Sequence[Cell],
+    levels: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, str],
+) -> dict[str, float]:
+    """Weights of the cells: the chosen levels less the first ones, averaged over other factors."""
+    weights: dict[str, float] = {}
+    for cell in crossed:
+        weight = 1.0
+        for factor, all_levels in levels.items():
+            if factor not in chosen:
+                weight /= len(all_levels)
+            elif cell.labels[factor] == all_levels[0]:
+                weight = -weight
+            elif cell.labels[factor] != chosen[factor]:
+                weight = 0.0
+        key = results.trained_as[cell.key]
+        weights[key] = weights.get(key, 0.0) + weight
+    return weights
+
+
+def _notes(results: Results, fit: Fit, metric: str) -> list[str]:
+    notes = []
+    num_results = sum(len(by_seed) for by_seed in results.values.values())
+    failed = [
+        f"{key} with seed {seed}: {why}"
+        for key, by_seed in results.failures.items()
+        for seed, why in by_seed.items()
+    ]
+    if failed:
+        notes.append(
+            f"{num_of(len(failed), 'trial')} failed and {'is' if len(failed) == 1 else 'are'} left "
+            f"out, which is fair only if the failure has nothing to do with the {metric} it would "
+            f"have reached ({'; '.join(failed)})."
+        )
+    empty = [key for key, by_seed in results.values.items() if not by_seed]
+    if empty:
+        notes.append(f"No result yet of {'; '.join(empty)}: what needs it is left open.")
+    ragged = num_results != len(fit.cells) * len(fit.seeds)
+    if ragged and num_results:
+        notes.append(
+            f"{num_results} of {len(fit.cells) * len(fit.seeds)} results are there: cells are "
+            "compared within the seeds that connect them, by least squares."
+        )
+    alike = [f"{one} as {other}" for one, other in results.trained_as.items() if one != other]
+    if alike:
+        notes.append(f"These train exactly alike and were run once: {'; '.join(alike)}.")
+    if num_results:
+        notes.append(
+            "Differences and effects are compared within seeds (seeds as fixed blocks), with one "
+            "standard deviation of the noise for all cells; the interval of a cell's own mean "
+            "takes its seeds as a sample and includes the scatter between them."
+        )
+    return notes

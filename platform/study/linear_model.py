@@ -1,0 +1,183 @@
+"""The linear model of a study, value = cell + seed + noise, and what its contrasts are."""
+
+# C cells that were observed   S seeds   R observations   P = C + S - 1 parameters   K contrasts
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import chdtri, fdtrc, stdtr, stdtrit
+
+from deta.platform.study.study_types import Interval
+
+Array = NDArray[np.float64]
+# A standard deviation below this share of the values' size is rounding, not noise.
+ROUNDING = 1e-10
+
+NO_NOISE = "every seed gave exactly the same; the noise cannot be estimated from that"
+NO_DF = "one seed (or as many unknowns as results) cannot tell a difference from noise"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with what is known of its error; what is not known is none and `note` says why."""
+
+    value: float | None
+    standard_error: float | None = None
+    df: int = 0
+    interval: Interval | None = None
+    p: float | None = None
+    note: str = ""
+
+
+def t_estimate(value: float, standard_error: float, df: int, confidence: float) -> Estimate:
+    """A normal estimate whose standard error has `df` degrees of freedom."""
+    half = float(stdtrit(df, (1 + confidence) / 2)) * standard_error
+    p = 2 * float(stdtr(df, -abs(value) / standard_error))
+    return Estimate(value, standard_error, df, Interval(value - half, value + half), p)
+
+
+def mean_estimate(values: Array, confidence: float) -> tuple[float | None, Estimate]:
+    """The standard deviation of a sample (none below two), and its mean with a t interval."""
+    if len(values) == 0:
+        return None, Estimate(None, note="no values")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return None, Estimate(mean, note="one value has no interval")
+    sd = float(values.std(ddof=1))
+    if sd <= rounding_of(values):
+        return 0.0, Estimate(mean, 0.0, len(values) - 1, note=NO_NOISE)
+    return sd, t_estimate(mean, sd / math.sqrt(len(values)), len(values) - 1, confidence)
+
+
+def rounding_of(values: Array) -> float:
+    return ROUNDING * max(1.0, float(np.abs(values).max(initial=0.0)))
+
+
+def sd_interval(sd: float, df: int, confidence: float) -> Interval:
+    """Of the standard deviation behind an estimate of it, for normal noise (chi-square)."""
+    tail = (1 - confidence) / 2
+    return Interval(
+        sd * math.sqrt(df / float(chdtri(df, tail))),
+        sd * math.sqrt(df / float(chdtri(df, 1 - tail))),
+    )
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """P values corrected for being one of several (Holm 1979); what is none is not counted."""
+    known = sorted((p, place) for place, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    highest = 0.0
+    for rank, (p, place) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        corrected[place] = highest
+    return corrected
+
+
+class Fit:
+    """Ordinary least squares of the values on cells and seeds.
+
+    With gaps, a difference between two cells is compared within seeds as far as these connect the
+    cells, if need be through others.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[int, float]], confidence: float) -> None:
+        """
+        Args:
+            values: by cell and seed. Cells without any are left out.
+        """
+        self.confidence = confidence
+        self.cells = [key for key, by_seed in values.items() if by_seed]
+        self.seeds = sorted({seed for by_seed in values.values() for seed in by_seed})
+        rows = [
+            (column, self.seeds.index(seed), value)
+            for column, key in enumerate(self.cells)
+            for seed, value in values[key].items()
+        ]
+        self._y = np.array([value for *_, value in rows], dtype=np.float64)  # R
+        num_cells, num_seeds = len(self.cells), len(self.seeds)
+        design = np.zeros((len(rows), num_cells + max(0, num_seeds - 1)))  # R P
+        for row, (column, seed, _) in enumerate(rows):
+            design[row, column] = 1
+            if seed < num_seeds - 1:
+                design[row, num_cells + seed] = 1
+            else:
+                design[row, num_cells:] = -1  # seeds sum to zero
+        inverse = np.linalg.pinv(design)  # P R
+        self._parameters = inverse @ self._y  # P
+        self._unscaled = inverse @ inverse.T  # P P, the covariance for noise of variance 1
+        self._estimable = inverse @ design  # P P, leaves a contrast as it is if data determine it
+        self.df = len(rows) - round(float(np.trace(self._estimable)))
+        self.residual_sd: float | None = None
+        if self.df > 0:
+            residuals = self._y - design @ self._parameters
+            sd = math.sqrt(float(residuals @ residuals) / self.df)
+            self.residual_sd = 0.0 if sd <= rounding_of(self._y) else sd
+
+    def _row(self, weights: Mapping[str, float]) -> Array | None:
+        """A contrast of cells as one of parameters; none if the data do not determine it."""
+        row = np.zeros(len(self._parameters))  # P
+        for key, weight in weights.items():
+            if weight == 0:
+                continue
+            if key not in self.cells:
+                return None
+            row[self.cells.index(key)] = weight
+        return row if np.abs(row @ self._estimable - row).max(initial=0.0) < 1e-8 else None
+
+    def contrast(self, weights: Mapping[str, float]) -> Estimate:
+        """A weighted sum of cells, the weights summing to zero.
+
+        Args:
+            weights: by cell.
+        """
+        row = self._row(weights)
+        if row is None:
+            return Estimate(None, note=self._why_not(weights))
+        value = float(row @ self._parameters)
+        if not row.any():
+            return Estimate(0.0, note="they train exactly alike")
+        if self.residual_sd is None:
+            return Estimate(value, note=NO_DF)
+        if self.residual_sd == 0:
+            return Estimate(value, 0.0, self.df, note=NO_NOISE)
+        error = self.residual_sd * math.sqrt(float(row @ self._unscaled @ row))
+        return t_estimate(value, error, self.df, self.confidence)
+
+    def covariance(self, one: Mapping[str, float], other: Mapping[str, float]) -> float:
+        """Of two contrasts that the data determine."""
+        row, column = self._row(one), self._row(other)
+        assert row is not None
+        assert column is not None
+        assert self.residual_sd is not None
+        return self.residual_sd**2 * float(row @ self._unscaled @ column)
+
+    def f_test(
+        self, contrasts: Sequence[Mapping[str, float]]
+    ) -> tuple[int, float | None, float | None, str]:
+        """Whether all of these are zero: their degrees of freedom, F, p, and a note if none."""
+        rows = [self._row(weights) for weights in contrasts]
+        for weights, row in zip(contrasts, rows, strict=True):
+            if row is None:
+                return len(rows), None, None, self._why_not(weights)
+        matrix = np.array(rows, dtype=np.float64)  # K P
+        covariance = matrix @ self._unscaled @ matrix.T  # K K
+        rank = int(np.linalg.matrix_rank(covariance, tol=1e-8, hermitian=True)) if rows else 0
+        if rank == 0:
+            return 0, None, None, "its cells train exactly alike"
+        if not self.residual_sd:
+            return rank, None, None, NO_DF if self.residual_sd is None else NO_NOISE
+        values = matrix @ self._parameters  # K
+        inverse = np.linalg.pinv(covariance, rcond=1e-8, hermitian=True)
+        f = float(values @ inverse @ values) / rank / self.residual_sd**2
+        return rank, f, float(fdtrc(rank, self.df, f)), ""
+
+    def _why_not(self, weights: Mapping[str, float]) -> str:
+        empty = [key for key, weight in weights.items() if weight and key not in self.cells]
+        if empty:
+            return f"no result of {'; '.join(empty)}"
+        return "no seed connects these cells: they were not run with the same seeds"

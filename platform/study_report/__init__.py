@@ -1,0 +1,1 @@
+"""A study or a sweep as HTML and Markdown."""

@@ -1,0 +1,88 @@
+"""What the report of a study or a sweep is made from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from deta.platform.pages.number_format import num_of, signed
+from deta.platform.study.power import PilotPlan, from_pilot
+from deta.platform.study.study_types import Analysis, Anchor, Decomposition
+from deta.platform.study.trial_record import TrialRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a study was run: what a person needs to run it again."""
+
+    command: str = ""
+    code_commit: str = ""
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # key: (default, used)
+    train_fingerprint: str = ""
+    val_fingerprint: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)  # package to version
+    hardware: str = ""
+    began: datetime | None = None
+    ended: datetime | None = None
+    run_url: str = ""  # of the parent run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """All that a report tells. Without an analysis it is that of a sweep: trials and no verdict
+    of statistics."""
+
+    title: str
+    trials: Sequence[TrialRecord]
+    analysis: Analysis | None = None
+    summary: tuple[str, ...] = ()  # sentences at the top where there is no analysis
+    method: str = ""  # how trials were chosen and stopped, in a sentence
+    decomposition: Decomposition | None = None
+    anchors: tuple[Anchor, ...] = ()
+    relevant: float = 0.3  # the smallest difference that would matter, in points
+    provenance: Provenance = Provenance()
+
+    @property
+    def metric(self) -> str:
+        return self.analysis.metric if self.analysis else "AP"
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """The sentences at the top; those of the analysis where there are any."""
+        if found := (*self.summary, *(self.analysis.verdicts if self.analysis else ())):
+            return tuple(_sentence(text) for text in found)
+        finished = [t for t in self.trials if t.status == "finished" and t.ap is not None]
+        if not finished:
+            return ("No trial has finished.",)
+        best = max(finished, key=lambda t: t.ap or 0.0)
+        return (
+            f"Best of {num_of(len(finished), 'finished trial')}: "
+            f"{best.name} with {signed(best.ap or 0.0, 2)} {self.metric}.",
+        )
+
+    @property
+    def cell_names(self) -> list[str]:
+        """In the order of the design; of a sweep, in the order of its trials."""
+        if self.analysis:
+            return [cell.cell.key for cell in self.analysis.cells]
+        return list(dict.fromkeys(trial.cell for trial in self.trials))
+
+    @property
+    def pilot(self) -> PilotPlan | None:
+        """The noise of this study, for the next one."""
+        if self.analysis is None:
+            return None
+        try:
+            num_cells = len([c for c in self.analysis.cells if c.values and not c.cell.same_as])
+            return from_pilot(self.analysis.noise, max(2, num_cells))
+        except ValueError:
+            return None
+
+
+def _sentence(text: str) -> str:
+    """With a capital and a full stop, and no line break within "± 0.3" or "p < 0.001"."""
+    whole = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return re.sub(r"(?<=[±<=]) | (?=[±<=])|(?<=\d) (?=AP\b|seeds?\b)", "\u00a0", whole)

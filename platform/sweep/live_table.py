@@ -1,0 +1,174 @@
+"""The live table of a sweep: one line a trial, and one for all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from deta.platform.study.cost import hours_text
+from deta.platform.sweep.search_space import show
+from deta.platform.sweep.trial_folder import TrialFolder
+
+REFRESH_S = 2.0
+MIN_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Footing:
+    """What is said of all trials together."""
+
+    cost: str  # so far
+    remaining_s: float | None
+
+
+def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
+    """The table: a heading, and a line for each trial."""
+    names = [_short(key, keys) for key in keys]
+    table = [["trial", *names, "status", "samples", "AP", "images/s", "left", ""]]
+    for trial in trials:
+        speed, status = trial.images_per_s, trial.status
+        left = trial.remaining_s if status == "running" else None
+        samples = f"{trial.samples:,}"
+        if trial.num_steps:
+            samples += f" / {trial.num_steps * trial.config.total_batch_size:,}"
+        table.append(
+            [
+                trial.trial.id,
+                *(show(trial.trial.changes[k]) if k in trial.trial.changes else "" for k in keys),
+                status,
+                samples if trial.samples or status != "waiting" else "",
+                "" if trial.ap is None else f"{trial.ap:.1f}",
+                "" if speed is None else f"{speed:.1f}",
+                "" if left is None else hours_text(left / 3600),
+                trial.reason.partition("\n")[0] if status in ("failed", "stopped") else "",
+            ]
+        )
+    return table
+
+
+def summary_line(trials: Sequence[TrialFolder], num_trials: int, footing: Footing) -> str:
+    count: dict[str, int] = {}
+    for trial in trials:
+        count[trial.status] = count.get(trial.status, 0) + 1
+    count["waiting"] = num_trials - sum(n for name, n in count.items() if name != "waiting")
+    states = [
+        f"{count[name]} {name}"
+        for name in ("finished", "running", "waiting", "stopped", "failed")
+        if count.get(name)
+    ]
+    line = f"{num_trials} trials: {', '.join(states)} · {footing.cost}"
+    best = max((t for t in trials if t.ap is not None), key=lambda t: t.ap or 0.0, default=None)
+    if best is not None:
+        line += f" · best {best.ap:.1f} AP ({best.name})"
+    if footing.remaining_s is not None:
+        line += f" · about {hours_text(footing.remaining_s / 3600)} left"
+    return line
+
+
+class LiveTable:
+    """On a terminal the table is drawn in place; elsewhere only what changes is printed."""
+
+    def __init__(self, echo: Callable[[str], None] | None = None, stream: TextIO | None = None):
+        self.stream = stream or sys.stdout
+        self.is_terminal = self.stream.isatty()
+        self.echo = echo or (lambda line: print(line, file=self.stream, flush=True))
+        self._num_drawn = 0
+        self._said: dict[str, tuple[object, ...]] = {}
+        self._drawn_s = -float("inf")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the table."""
+        self._clear()
+        self.echo(line)
+        self._drawn_s = -float("inf")
+
+    def show(
+        self,
+        trials: Sequence[TrialFolder],
+        keys: Sequence[str],
+        num_trials: int,
+        footing: Callable[[], Footing],
+        *,
+        last: bool = False,
+    ) -> None:
+        """Call it as often as you like.
+
+        Args:
+            last: draw it whole and leave it.
+        """
+        now_s = time.monotonic()
+        if not last and now_s - self._drawn_s < REFRESH_S:
+            return
+        self._drawn_s = now_s
+        if last or self.is_terminal:
+            drawn = [*aligned(rows(trials, keys)), summary_line(trials, num_trials, footing())]
+            if not last:
+                drawn = self._fit(drawn, trials)
+            self._clear()
+            for line in drawn:
+                self.stream.write(line + "\n")
+            self.stream.flush()
+            self._num_drawn = 0 if last else len(drawn)
+            return
+        for trial in trials:
+            seen = (trial.status, len(trial.curve), trial.ended)
+            if self._said.get(trial.trial.id, ("waiting", 0, "")) != seen:
+                self._said[trial.trial.id] = seen
+                self.echo(f"{_line(trial)}   [{summary_line(trials, num_trials, footing())}]")
+
+    def _fit(self, drawn: list[str], trials: Sequence[TrialFolder]) -> list[str]:
+        """What the window has room for: lines cut, and of many trials those that matter now."""
+        try:
+            width, height = os.get_terminal_size(self.stream.fileno())
+        except OSError:
+            width, height = 120, 40
+        room = max(MIN_ROWS, height - 3)
+        head, body, foot = drawn[0], drawn[1:-1], drawn[-1]
+        if len(body) + 2 > room:
+            order = {"running": 0, "failed": 1, "finished": 2, "stopped": 3, "waiting": 4}
+            ranked = sorted(range(len(body)), key=lambda i: (order[trials[i].status], -i))
+            kept = sorted(ranked[: room - 3])
+            hidden = len(body) - len(kept)
+            body = [*(body[i] for i in kept), f"… and {hidden} more"]
+        return [line[: width - 1] for line in (head, *body, foot)]
+
+    def _clear(self) -> None:
+        if self._num_drawn:
+            self.stream.write(f"\033[{self._num_drawn}F\033[J")
+            self._num_drawn = 0
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns under one another; the last one as long as it is."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+def _line(trial: TrialFolder) -> str:
+    parts = [f"{trial.name}: {trial.status}"]
+    if trial.name == trial.trial.cell.key:  # a number, which says nothing of what is tried
+        changes = trial.trial.changes
+        said = ", ".join(f"{key.rpartition('.')[2]}={show(changes[key])}" for key in changes)
+        parts = [f"{trial.name} ({said}): {trial.status}"]
+    if trial.samples:
+        parts.append(f"{trial.samples:,} samples")
+    if trial.ap is not None:
+        parts.append(f"AP {trial.ap:.1f}")
+    if trial.images_per_s is not None:
+        parts.append(f"{trial.images_per_s:.1f} images/s")
+    if trial.status in ("failed", "stopped"):
+        parts.append(trial.reason.partition("\n")[0])
+    return ", ".join(parts)
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last word of a key, unless two end alike."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key

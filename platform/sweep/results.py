@@ -1,0 +1,216 @@
+"""What a sweep came to: trials.json, the analysis, and the report, from the trials' folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deta.platform.run.config import RunConfig, flatten
+from deta.platform.run.run_file import read_run_file
+from deta.platform.study.analyse import analyse
+from deta.platform.study.cost import Price
+from deta.platform.study.decomposition import decompose
+from deta.platform.study.design import Trial
+from deta.platform.study.study_types import Analysis, Decomposition
+from deta.platform.study.trial_record import TrialRecord
+from deta.platform.study_report.content import Provenance, StudyReport
+from deta.platform.study_report.html_report import HTML_NAME, MARKDOWN_NAME, write_report
+from deta.platform.sweep.search_space import Sweep
+from deta.platform.sweep.sweep_folder import TRIAL_FILE, TRIALS_FOLDER, base_of, read_sweep
+from deta.platform.sweep.trial_folder import TrialFolder
+from deta.platform.tracking.upload_plan import read_record
+
+logger = logging.getLogger(__name__)
+
+TRIALS_NAME, TABLE_NAME = "trials.json", "table.txt"
+PACKAGES = ("torch", "ray", "mlflow", "optuna", "timm", "numpy")
+
+
+def open_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[TrialFolder]:
+    """The trials of a sweep as their folders show them, planned ones without a folder too."""
+    base = sweep.config
+    folder = Path(base.storage) / base.name / TRIALS_FOLDER
+    opened = [
+        TrialFolder(trial, sweep.trial_name(trial), sweep.trial_config(trial), folder / trial.id)
+        for trial in trials
+    ]
+    for one in opened:
+        one.look()
+    return opened
+
+
+def proposed_trials(sweep: Sweep) -> list[Trial]:
+    """Trials that a searcher had proposed in earlier starts, in their order."""
+    base = sweep.config
+    found: list[tuple[float, dict[str, Any]]] = []
+    for path in (Path(base.storage) / base.name / TRIALS_FOLDER).glob(f"*/{TRIAL_FILE}"):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            created_s = float(read_run_file(path.parent).get("created_s") or 0)
+            found.append((created_s, said["changes"]))
+        except (OSError, ValueError, KeyError):  # died while it was made: it has not begun
+            continue
+    found.sort(key=lambda pair: pair[0])
+    return [sweep.trial(changes, number) for number, (_, changes) in enumerate(found, 1)]
+
+
+def records_of(
+    trials: Sequence[TrialFolder], price: Price | None, tracking: str = ""
+) -> list[TrialRecord]:
+    return [trial.record(price, _run_url(tracking, trial.folder)) for trial in trials]
+
+
+def write_results(
+    folder: Path,
+    sweep: Sweep,
+    records: Sequence[TrialRecord],
+    *,
+    base_run: Mapping[str, Any],
+    hardware: str = "",
+    is_over: bool,
+    with_page: bool = True,
+    command: str = "",
+) -> StudyReport:
+    """Write trials.json, report.html and report.md into the sweep's folder.
+
+    Args:
+        base_run: run.json of the sweep.
+        is_over: otherwise trials that are not done are left out of the analysis, not failed.
+        with_page: otherwise trials.json alone.
+    """
+    text = json.dumps([record.to_json() for record in records], indent=1, default=str)
+    unfinished = folder / f".{TRIALS_NAME}"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / TRIALS_NAME)
+    analysis, decomposition = _analyse(sweep, records, is_over=is_over)
+    began_s = base_run.get("created_s")
+    report = StudyReport(
+        title=sweep.title or f"Sweep {sweep.config.name}",
+        trials=records,
+        analysis=analysis,
+        method=sweep.method or _method(sweep),
+        decomposition=decomposition,
+        anchors=sweep.anchors,
+        relevant=min((question.relevant for question in sweep.questions), default=0.3),
+        provenance=Provenance(
+            command=command or shlex.join(["python", *sys.argv]),
+            code_commit=str(base_run.get("code_commit") or ""),
+            changed=_changed(sweep.config),
+            train_fingerprint=str(base_run.get("train_fingerprint") or ""),
+            val_fingerprint=str(base_run.get("val_fingerprint") or ""),
+            versions=_versions(),
+            hardware=hardware,
+            began=None if began_s is None else datetime.fromtimestamp(began_s, UTC),
+            ended=datetime.now(UTC) if is_over else None,
+            run_url=_run_url(read_record(folder).uri, folder),
+        ),
+    )
+    try:
+        if with_page:
+            write_report(folder, report)
+    except RuntimeError as error:  # without plotly there is the summary
+        logger.warning("%s is not written: %s", HTML_NAME, error)
+    return report
+
+
+def report_only(sweep: Sweep) -> StudyReport:
+    """Write the report of a sweep again, of what its folder holds; needs neither data nor cluster.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
+    folder = Path(sweep.config.storage).expanduser().resolve() / sweep.config.name
+    content = read_sweep(folder)
+    if content is None:
+        raise ValueError(f"{folder}: there is no sweep; its name is given by name=…")
+    sweep = sweep.with_base(base_of(content))
+    trials = open_trials(sweep, sweep.trials() or proposed_trials(sweep))
+    records = records_of(trials, None, read_record(folder).uri)
+    base_run = read_run_file(folder)
+    hardware = str(content.get("hardware") or "")
+    is_over = all(trial.is_done for trial in trials)
+    command = str(content.get("command") or "")
+    return write_results(
+        folder, sweep, records, base_run=base_run, hardware=hardware, is_over=is_over,
+        command=command,
+    )  # fmt: skip
+
+
+def files_to_send(folder: Path) -> list[tuple[str, str]]:
+    """Of the sweep's folder for its MLflow run: file, and folder there."""
+    names = ("sweep.json", TRIALS_NAME, TABLE_NAME, HTML_NAME, MARKDOWN_NAME)
+    return [(name, "") for name in names if (folder / name).is_file()]
+
+
+def _analyse(
+    sweep: Sweep, records: Sequence[TrialRecord], *, is_over: bool
+) -> tuple[Analysis | None, Decomposition | None]:
+    if sweep.design is None:
+        return None, None
+    cells = sweep.design.cells()
+    done = [r for r in records if is_over or r.status not in ("waiting", "running")]
+    observations = [record.observation() for record in done]
+    if not any(not observation.failure for observation in observations):
+        return None, None
+    analysis = analyse(cells, observations, questions=sweep.questions)
+    decomposition = None
+    if sweep.path:
+        try:
+            decomposition = decompose(cells, observations, sweep.path, published=sweep.published)
+        except ValueError as error:  # cells of the path that have no result yet
+            logger.info("the published difference is not explained: %s", error)
+    return analysis, decomposition
+
+
+def _method(sweep: Sweep) -> str:
+    if sweep.design is not None:
+        return (
+            "Every cell is trained with the same seeds on equally many samples, so that "
+            "differences are taken within seeds."
+        )
+    how = {
+        "Grid": "All combinations of a grid",
+        "Random": "Combinations drawn at random",
+        "Optuna": "Combinations proposed by Optuna (TPE)",
+    }[type(sweep.search).__name__]
+    if sweep.stopping is None:
+        return f"{how}, each trained to its end."
+    return (
+        f"{how}; ASHA stops a trial early that is not in the upper 1/{sweep.stopping.reduction:g} "
+        f"by AP at equal samples seen, from {sweep.stopping.grace_samples:,} samples on."
+    )
+
+
+def _changed(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Where the base is not as the defaults are; where it is kept does not matter."""
+    default, used = flatten(RunConfig()), flatten(config)
+    return {
+        key: (default.get(key), value)
+        for key, value in used.items()
+        if value != default.get(key) and key not in ("name", "storage", "experiment")
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _run_url(tracking: str, folder: Path) -> str:
+    """Address of the run's page; none where MLflow is a file."""
+    run_id = read_record(folder).run_id
+    if not run_id or not tracking.startswith("http"):
+        return ""
+    return f"{tracking.rstrip('/')}/#/runs/{run_id}"

@@ -1,0 +1,379 @@
+"""What a sweep tries: a space over the dotted keys of the configuration, and how it is searched.
+
+    Sweep(
+        base=demo(),
+        space={"optim.lr": LogUniform(3e-4, 6e-3), "total_batch_size": Choice((4, 8, 16))},
+        search=Random(12),
+        stopping=Asha(grace_samples=500),
+    )
+
+Knows no cluster. Keys and values are tried on the configuration when the sweep is made, so a typo
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from deta.platform.run.config import RunConfig, flatten, override
+from deta.platform.study.design import NOT_OF_THE_NUMBERS, Design, Trial, numbers_id
+from deta.platform.study.study_types import Anchor, Cell, Question
+
+# Keys that no trial may change: they name the run, or need another look at the data first.
+FIXED_KEYS = (
+    "name", "storage", "experiment", "data.train_", "data.val_", "data.lenient", "data.max_pixels",
+    "init_checkpoint", "init_backbone", "model.num_classes", "checkpoint.store",
+)  # fmt: skip
+OBJECTIVES = ("AP", "gpu_hours", "cpu_hours", "wall_s")
+DIGITS = 6  # of a drawn number: as many as a person can retype
+MAX_DRAWS = 100  # for a trial that is not there yet
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these values; the only domain that a grid can cross."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        object.__setattr__(self, "values", tuple(values))
+        if not self.values:
+            raise ValueError("Choice() has no values")
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(str, self.values))
+
+    def draw(self, rng: random.Random) -> Any:
+        return self.values[rng.randrange(len(self.values))]
+
+    def ends(self) -> tuple[Any, ...]:
+        return self.values
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Any number between two, each as likely."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"Uniform({self}): low must be below high")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+    def draw(self, rng: random.Random) -> float:
+        return float(f"{rng.uniform(self.low, self.high):.{DIGITS}g}")
+
+    def ends(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Any positive number between two, each order of magnitude as likely; for rates."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.high) and 0 < self.low < self.high):
+            raise ValueError(f"LogUniform({self}): low must be positive and below high")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}, by order of magnitude"
+
+    def draw(self, rng: random.Random) -> float:
+        logarithm = rng.uniform(math.log(self.low), math.log(self.high))
+        return float(f"{math.exp(logarithm):.{DIGITS}g}")
+
+    def ends(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A whole number, both ends included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"Integer({self}): low must be below high")
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}, whole numbers"
+
+    def draw(self, rng: random.Random) -> int:
+        return rng.randint(self.low, self.high)
+
+    def ends(self) -> tuple[int, int]:
+        return self.low, self.high
+
+
+Domain = Choice | Uniform | LogUniform | Integer
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination, the last key varying fastest."""
+
+
+@dataclass(frozen=True)
+class Random:
+    """Combinations drawn at random; the first ones stay the same when more are asked for."""
+
+    num_trials: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_trials < 1:
+            raise ValueError(f"{self}: num_trials must be at least 1")
+
+
+@dataclass(frozen=True)
+class Optuna:
+    """Combinations that Optuna proposes from the results so far (TPE)."""
+
+    num_trials: int
+    # Either AP alone, or AP and a cost; it then looks for the best AP at every cost.
+    objectives: tuple[str, ...] = ("AP",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_trials < 1:
+            raise ValueError(f"{self}: num_trials must be at least 1")
+        unknown = [name for name in self.objectives if name not in OBJECTIVES]
+        if unknown or "AP" not in self.objectives or len(set(self.objectives)) not in (1, 2):
+            raise ValueError(
+                f"objectives={self.objectives} must be AP, alone or with one of "
+                f"{', '.join(OBJECTIVES[1:])}"
+            )
+
+
+Search = Grid | Random | Optuna
+
+
+@dataclass(frozen=True)
+class Asha:
+    """Stop trials early that are behind others at equal samples seen (Li et al. 2020, ASHA).
+
+    At grace_samples, and at reduction times that, and so on, a trial goes on if its AP is in the
+    upper 1 / reduction of all that came there before.
+    Source: https://arxiv.org/abs/1810.05934
+    """
+
+    grace_samples: int
+    reduction: float = 3
+    max_samples: int | None = None  # the last such place lies at or below it; none: the end
+
+    def __post_init__(self) -> None:
+        if self.grace_samples < 1 or self.reduction <= 1:
+            raise ValueError(f"{self}: grace_samples must be at least 1, reduction above 1")
+        if self.max_samples is not None and self.max_samples < self.grace_samples:
+            raise ValueError(f"{self}: max_samples is below grace_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Many runs from one configuration: a space that is searched, or the design of a study."""
+
+    base: RunConfig  # its name is the sweep's; the folder is storage/name
+    space: Mapping[str, Domain] = field(default_factory=dict)
+    search: Search = field(default_factory=Grid)
+    stopping: Asha | None = None
+    design: Design | None = None  # instead of a space
+    max_concurrent: int | None = None  # trials; none: as many as the cluster has room for
+    max_failures: int = 2  # so often a trial is started again whose workers were lost
+    title: str = ""  # of the report
+    method: str = ""  # a sentence for it
+    questions: tuple[Question, ...] = ()
+    path: tuple[tuple[str, str], ...] = ()  # through the cells, to explain a difference
+    published: tuple[Anchor, Anchor] | None = None  # that difference, as others found it
+    anchors: tuple[Anchor, ...] = ()
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a key that does not exist or cannot be varied, a value that the
+                configuration refuses, or parts that do not fit together; names them.
+        """
+        if self.max_failures < 0 or (self.max_concurrent is not None and self.max_concurrent < 1):
+            raise ValueError("max_failures must be at least 0 and max_concurrent at least 1")
+        if self.design is not None:
+            if self.space or not isinstance(self.search, Grid) or self.stopping is not None:
+                raise ValueError(
+                    "a design says itself what is tried, and all its trials go to the end: leave "
+                    "space, search and stopping out"
+                )
+            return
+        if not self.space:
+            raise ValueError("the sweep has neither a space nor a design")
+        for key in self.space:
+            if key not in flatten(self.base):
+                override(self.base, {key: ""})  # says which keys there are
+            if any(key.startswith(fixed) for fixed in FIXED_KEYS):
+                raise ValueError(f"{key} cannot be varied: it is the same for all trials")
+        if isinstance(self.search, Grid):
+            uncountable = [k for k, domain in self.space.items() if not isinstance(domain, Choice)]
+            if uncountable:
+                raise ValueError(
+                    f"a grid wants Choice(…) for {', '.join(uncountable)}; or search with Random"
+                )
+        wants_gpu = isinstance(self.search, Optuna) and "gpu_hours" in self.search.objectives
+        if wants_gpu and not self.base.cluster.gpu:
+            raise ValueError(
+                "the objective gpu_hours is the same for all trials without GPUs "
+                "(cluster.gpu=false); take cpu_hours"
+            )
+        for changes in self._corners():
+            _resolve(self.base, changes)
+        self.trials()
+
+    @property
+    def config(self) -> RunConfig:
+        return self.base if self.design is None else self.design.base
+
+    def with_base(self, base: RunConfig) -> Sweep:
+        """The same sweep over another base, such as one whose data is known by now."""
+        design = None if self.design is None else replace(self.design, base=base)
+        return replace(self, base=base, design=design)
+
+    def trials(self) -> list[Trial]:
+        """Those that are known before anything has run; of a search by Optuna none."""
+        if self.design is not None:
+            return self.design.trials()
+        if isinstance(self.search, Optuna):
+            return []
+        if isinstance(self.search, Random):
+            return self._drawn(self.search)
+        keys = list(self.space)
+        crossed = itertools.product(*(self.space[key].ends() for key in keys))
+        trials: list[Trial] = []
+        for values in crossed:
+            trial = self.trial(dict(zip(keys, values, strict=True)), len(trials) + 1)
+            twin = next((other for other in trials if other.id == trial.id), None)
+            if twin is not None:
+                raise ValueError(
+                    f"two trials of the grid train exactly alike: {dict(twin.changes)} and "
+                    f"{dict(trial.changes)}; take one of the values out"
+                )
+            trials.append(trial)
+        return trials
+
+    @property
+    def num_trials(self) -> int:
+        return self.search.num_trials if isinstance(self.search, Optuna) else len(self.trials())
+
+    def trial(self, changes: Mapping[str, Any], number: int) -> Trial:
+        """The trial of a combination.
+
+        Args:
+            number: its place among the trials, from 1, which is its name unless seeds are varied.
+
+        Raises:
+            ValueError: the configuration refuses it; names the key.
+        """
+        config = _resolve(self.base, changes)
+        resolved = {key: flatten(config)[key] for key in changes}
+        beside = {k: v for k, v in resolved.items() if _is_beside_the_numbers(k)}
+        identity = numbers_id(config)
+        if beside:  # such as cluster.num_workers: it changes the cost and not the result
+            text = identity + json.dumps(beside, sort_keys=True, default=str)
+            identity = hashlib.sha256(text.encode()).hexdigest()[:12]
+        others = {key: value for key, value in resolved.items() if key != "seed"}
+        key = f"trial {number:02d}"
+        if "seed" in resolved:
+            key = ", ".join(f"{k.rpartition('.')[2]}={show(v)}" for k, v in others.items())
+        cell = Cell(key or "the base", {}, others)
+        return Trial(identity, cell, config.seed, resolved)
+
+    def trial_config(self, trial: Trial) -> RunConfig:
+        """What a trial trains; its folder is <the sweep's>/trials/<its id>."""
+        base = self.config
+        changed = _resolve(base, trial.changes)
+        return replace(changed, storage=f"{base.storage}/{base.name}/trials", name=trial.id)
+
+    def trial_name(self, trial: Trial) -> str:
+        return trial.name if self.design or "seed" in self.space else trial.cell.key
+
+    def varied_keys(self) -> list[str]:
+        """The keys that tell trials apart."""
+        if self.design is None:
+            return list(self.space)
+        keys = {key: None for cell in self.design.cells() for key in cell.changes}
+        return [*keys, "seed"]
+
+    def describe(self) -> dict[str, Any]:
+        """The design in plain words and values, for people and for sweep.json."""
+        if self.design is not None:
+            return {
+                "factors": {
+                    factor.name: {level.label: dict(level.changes) for level in factor.levels}
+                    for factor in self.design.factors
+                },
+                "named cells": {k: dict(v) for k, v in self.design.named_cells.items()},
+                "seeds": list(self.design.seeds),
+            }
+        search = {part.name: getattr(self.search, part.name) for part in fields(self.search)}
+        return {
+            "space": {key: str(domain) for key, domain in self.space.items()},
+            "search": type(self.search).__name__.lower(),
+            **search,
+            "stopping": str(self.stopping) if self.stopping else "none",
+        }
+
+    def _drawn(self, search: Random) -> list[Trial]:
+        rng = random.Random(f"sweep {search.seed}")
+        trials: list[Trial] = []
+        known: set[str] = set()
+        for _ in range(search.num_trials):
+            for _ in range(MAX_DRAWS):
+                drawn = {key: self.space[key].draw(rng) for key in self.space}
+                trial = self.trial(drawn, len(trials) + 1)
+                if trial.id not in known:
+                    break
+            else:
+                raise ValueError(
+                    f"the space has fewer than {search.num_trials} different trials; "
+                    f"{len(trials)} were found. Search it with Grid() instead"
+                )
+            known.add(trial.id)
+            trials.append(trial)
+        return trials
+
+    def _corners(self) -> Iterator[dict[str, Any]]:
+        """All keys at their first value, at their last, and each of them at each of its ends."""
+        first = {key: domain.ends()[0] for key, domain in self.space.items()}
+        yield first
+        yield {key: domain.ends()[-1] for key, domain in self.space.items()}
+        for key, domain in self.space.items():
+            for value in domain.ends():
+                yield first | {key: value}
+
+
+def show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _resolve(base: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    try:
+        return override(base, changes)
+    except ValueError as error:
+        values = ", ".join(f"{key}={show(value)}" for key, value in changes.items())
+        raise ValueError(f"the trial {values}: {error}") from error
+
+
+def _is_beside_the_numbers(key: str) -> bool:
+    names = NOT_OF_THE_NUMBERS
+    return any(key.startswith(name) if name[-1] in "._" else key == name for name in names)

@@ -1,0 +1,119 @@
+"""How fast a trial would be, measured before any is trained, and what all of them would cost."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deta.platform.cluster.driver import fit
+from deta.platform.run.config import RunConfig, override
+from deta.platform.run.journal import read_events
+from deta.platform.run.run import Run
+from deta.platform.study.cost import Estimate, Price
+from deta.platform.sweep.trial_folder import last_failure
+
+STEPS, LOOK_EVERY_STEPS = 20, 4
+VAL_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the probe measured, with the image sizes and the workers of the sweep."""
+
+    images_per_s: float  # training, over all workers
+    val_images_per_s: float
+    start_s: float  # from nothing to the first step
+    seconds: float  # that the probe itself took
+
+    def hours(self, run: Run, config: RunConfig) -> float:
+        """Wall time of a whole trial."""
+        trial = replace(run, config=config)
+        samples = trial.num_steps * config.total_batch_size
+        evaluated = len(trial.evaluation_steps()) * len(run.val_set)
+        seconds = samples / self.images_per_s + evaluated / self.val_images_per_s
+        return (self.start_s + seconds) / 3600
+
+
+def measure(base: Run, config: RunConfig, folder: Path, say: Callable[[str], None]) -> Speed:
+    """Train a few steps on the cluster, and evaluate a few images.
+
+    Args:
+        config: of the trial that stands for all.
+        folder: for the probe's own run; removed afterwards.
+
+    Raises:
+        RuntimeError: the training fails, as the trials would.
+    """
+    say(f"measuring the speed of {STEPS} steps …")
+    changes = {
+        "schedule.epochs": 1,
+        "schedule.lr_drop_epochs": (),
+        "schedule.warmup_epochs": 0.0,
+        "evaluate_every_epochs": 1,
+        "log_every_steps": LOOK_EVERY_STEPS,
+        "num_pictures": 0,
+        "checkpoint.every_minutes": None,
+        "checkpoint.store": None,
+    }
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    num_images = min(len(base.train_set), STEPS * config.total_batch_size)
+    run = replace(
+        base,
+        config=override(config, changes),
+        folder=folder,
+        train_set=base.train_set.first(num_images),
+        val_set=base.val_set.first(min(len(base.val_set), VAL_IMAGES)),
+    )
+    began_s = time.time()
+    try:
+        try:
+            fit(run, max_failures=0)
+        except Exception as error:
+            why = last_failure(folder) or str(error)
+            raise RuntimeError(f"the probe failed, as the trials would: {why}") from error
+        return _read(run, began_s)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole_estimate(
+    speed: Speed,
+    run: Run,
+    configs: Sequence[RunConfig],
+    at_once: int,
+    price: Price | None,
+) -> tuple[Estimate, Estimate]:
+    """Of one trial on average, and of all of them."""
+    hours = [speed.hours(run, config) for config in configs]
+    num_workers = [config.cluster.num_workers for config in configs]
+    gpu_hours = sum(h * n for h, n in zip(hours, num_workers, strict=True))
+    per_hour = None if price is None else price.per_gpu_hour
+    cost = None if per_hour is None else per_hour * gpu_hours
+    currency = price.currency if price is not None else ""
+    rounds = -(-len(hours) // at_once)  # the last one may leave places empty
+    mean = sum(hours) / len(hours)
+    unit = "GPU-hours" if run.config.cluster.gpu else "worker-hours"
+    whole = Estimate(mean * rounds, gpu_hours, cost, currency, unit)
+    share = None if cost is None else cost / len(hours)
+    return Estimate(mean, gpu_hours / len(hours), share, currency, unit), whole
+
+
+def _read(run: Run, began_s: float) -> Speed:
+    speeds: list[float] = []
+    val_images_per_s, start_s = 0.0, 0.0
+    for event, _ in read_events(run.folder):
+        if event["kind"] == "begin":
+            start_s = event["time_s"] - began_s
+        elif event["kind"] == "progress":
+            speeds.append(event["metrics"]["train/images_per_s"])
+        elif event["kind"] == "evaluation":
+            val_images_per_s = len(run.val_set) / max(1e-3, event["metrics"]["val/seconds"])
+    if not speeds or not val_images_per_s:
+        raise RuntimeError("the probe came to no end; its journal has no speed")
+    steady = speeds[1:] or speeds  # the first steps lay out memory and fill caches
+    return Speed(statistics.median(steady), val_images_per_s, start_s, time.time() - began_s)

@@ -1,0 +1,189 @@
+"""The folder of a sweep: what it is a sweep of, and whether the same one goes on.
+
+<storage>/<name>/
+  sweep.json    the base, the design, the trials that are planned
+  run.json      what MLflow is told of the sweep's own run, the parent of its trials
+  journal.jsonl report.html report.md trials.json
+  trials/<id>/  a run folder each
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from deta.platform.launch.claim_folder import FREE_TO_CHANGE, RunExistsError
+from deta.platform.run.config import RunConfig, flatten, from_json, to_json
+from deta.platform.run.run import Run
+from deta.platform.run.run_file import (
+    RUN_FILE,
+    describe_run,
+    read_run_file,
+    write_json,
+    write_run_file,
+)
+from deta.platform.study.design import Trial
+from deta.platform.sweep.search_space import Sweep
+
+SWEEP_FILE, TRIALS_FOLDER, TRIAL_FILE = "sweep.json", "trials", "trial.json"
+
+
+def read_sweep(folder: Path) -> dict[str, Any] | None:
+    """What sweep.json says; none where there is none.
+
+    Raises:
+        RunExistsError: the folder holds something else, or the file is damaged.
+    """
+    path = folder / SWEEP_FILE
+    if not path.exists():
+        if (folder / RUN_FILE).exists():
+            raise RunExistsError(f"{folder}: holds a run and no sweep; choose another name=")
+        # A sweep that was killed before it began leaves a lock and its probe.
+        known = ("run.lock", "probe")
+        if folder.exists() and any(
+            not one.name.startswith(".") and one.name not in known for one in folder.iterdir()
+        ):
+            raise RunExistsError(f"{folder}: holds something else; choose another name=")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("base"), dict):
+            return content
+    except ValueError:
+        pass
+    raise RunExistsError(f"{path}: is damaged; choose another name=, or take the folder away")
+
+
+def base_of(content: Mapping[str, Any]) -> RunConfig:
+    """The base configuration of a sweep, with its data, as it began."""
+    return from_json(RunConfig, json.dumps(content["base"]))
+
+
+def describe_sweep(
+    sweep: Sweep, run: Run, trials: list[Trial], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What sweep.json holds."""
+    before = before or {}
+    return {
+        "base": json.loads(to_json(run.config)),
+        "design": json.loads(json.dumps(sweep.describe(), default=str)),
+        "train_fingerprint": run.train_set.fingerprint,
+        "val_fingerprint": run.val_set.fingerprint,
+        "trials": {trial.id: sweep.trial_name(trial) for trial in trials},
+        "created_s": before.get("created_s") or time.time(),
+        "estimate": before.get("estimate"),
+    }
+
+
+def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Make sure that what goes on is the sweep that began, or one with more trials.
+
+    Raises:
+        RunExistsError: names what differs.
+    """
+    changes: list[str] = []
+    old, new = _flat_base(before["base"]), _flat_base(now["base"])
+    different = [key for key in new if new[key] != old.get(key)]
+    changes += [
+        f"{key}: {old.get(key)} -> {new[key]}"
+        for key in different
+        if not key.startswith(FREE_TO_CHANGE)
+    ]
+    for split in ("train", "val"):
+        if before.get(f"{split}_fingerprint") != now[f"{split}_fingerprint"]:
+            changes.append(f"the {split} data set has other images, boxes or classes")
+    old_design, new_design = before.get("design") or {}, now["design"]
+    gone = [name for id, name in before.get("trials", {}).items() if id not in now["trials"]]
+    if new_design.get("search") == "optuna" or old_design.get("search") == "optuna":
+        gone = []  # its trials follow from results; what they are drawn from must stay
+        free = {"num_trials"}
+    elif gone:
+        free = set()
+    else:
+        free = set(old_design) | set(new_design) - {"stopping"}
+        free -= {"stopping"}
+    changes += [
+        f"{key}: {old_design.get(key, 'none')} -> {new_design.get(key, 'none')}"
+        for key in dict.fromkeys([*old_design, *new_design])
+        if old_design.get(key) != new_design.get(key) and key not in free
+    ]
+    if gone and not changes:
+        changes += [f"{key}: {old.get(key)} -> {new[key]}" for key in different]
+    if gone:
+        named = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        changes.append(f"no longer part of it: {named}")
+    if changes:
+        raise RunExistsError(
+            f"{folder}: the sweep began otherwise, so it cannot go on as the same:\n  "
+            + "\n  ".join(changes)
+            + "\nUndo these changes (more trials or seeds may be added), or choose another name=."
+        )
+
+
+def write_sweep(folder: Path, content: Mapping[str, Any]) -> None:
+    write_json(folder / SWEEP_FILE, dict(content))
+
+
+def write_parent_file(folder: Path, sweep: Sweep, run: Run) -> str:
+    """run.json of the sweep's own MLflow run. Returns its key, by which trials name their parent.
+
+    Where trials differ it holds what they are chosen from, instead of the base's value.
+    """
+    before = read_run_file(folder) if (folder / RUN_FILE).exists() else None
+    design = json.dumps(sweep.describe(), default=str)
+    tags = {"deta.kind": "study" if sweep.design else "sweep", "deta.design": design}
+    description = describe_run(replace(run, folder=folder), before, tags=tags)
+    for key, text in _varied(sweep).items():
+        *path, last = key.split(".")
+        place = description["config"]
+        for part in path:
+            place = place[part]
+        place[last] = text
+    write_run_file(folder, description)
+    return str(description["key"])
+
+
+def write_trial_files(
+    sweep: Sweep, trial: Trial, base: Run, config: RunConfig, folder: Path, parent: str
+) -> Run:
+    """Make a trial a run folder, or leave it the one that it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = replace(base, config=config, folder=folder)
+    before = read_run_file(folder) if (folder / RUN_FILE).exists() else None
+    tags = {
+        "deta.sweep": sweep.config.name,
+        "deta.trial": trial.id,
+        "deta.cell": trial.cell.key,
+        "deta.seed": str(trial.seed),
+    }
+    description = describe_run(run, before, parent=parent, tags=tags)
+    description["title"] = sweep.trial_name(trial)
+    write_run_file(folder, description)
+    write_json(
+        folder / TRIAL_FILE,
+        {"id": trial.id, "changes": dict(trial.changes), "cell": asdict(trial.cell)},
+    )
+    return run
+
+
+def _varied(sweep: Sweep) -> dict[str, str]:
+    if sweep.design is None:
+        return {key: str(domain) for key, domain in sweep.space.items()}
+    values: dict[str, list[Any]] = {"seed": list(sweep.design.seeds)}
+    base = flatten(sweep.design.base)
+    for cell in sweep.design.cells():
+        for key in cell.changes:
+            values.setdefault(key, [])
+    for cell in sweep.design.cells():
+        for key in values:
+            if key != "seed" and (value := cell.changes.get(key, base[key])) not in values[key]:
+                values[key].append(value)
+    return {key: ", ".join(map(str, found)) for key, found in values.items()}
+
+
+def _flat_base(base: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(flatten(from_json(RunConfig, json.dumps(base))), default=list))

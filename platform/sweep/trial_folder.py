@@ -1,0 +1,276 @@
+"""A trial as its folder shows it: how far it is, how it ended, and what it really trained with.
+
+The folder is the truth about a trial. A sweep that is started again reads here which trials are
+done; nothing else remembers it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deta.platform.checkpoint.local import newest_checkpoint
+from deta.platform.launch.claim_folder import FREE_TO_CHANGE
+from deta.platform.run.attempt_outcome import FAILURES, OUTCOME_FILE, Outcome
+from deta.platform.run.config import RunConfig, flatten
+from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run_lock import Fence
+from deta.platform.study.cost import Price
+from deta.platform.study.design import Trial
+from deta.platform.study.trial_record import Status, TrialCost, TrialRecord
+
+STOPPED_BY, VERIFIED = "deta.stopped_by", "deta.verified"  # tags of the trial's MLflow run
+SPEEDS = 50  # as many of the last speeds are kept
+
+
+class MismatchError(RuntimeError):
+    """A trial trained with other parameters than it was given."""
+
+
+def last_failure(folder: Path) -> str:
+    """What went wrong on a worker of a run last; its own fault rather than its peers'."""
+    found = []
+    for path in sorted((folder / FAILURES).glob("rank-*.json")):
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            found.append(f"{said['type']}: {said['message']}")
+        except (OSError, ValueError, KeyError):
+            continue
+    # Workers whose peer is gone complain of the connection.
+    own = [text for text in found if "onnection" not in text and "peer" not in text]
+    return (own or found or [""])[0]
+
+
+@dataclass
+class TrialFolder:
+    """Follows one trial; `look` brings it up to date."""
+
+    trial: Trial
+    name: str
+    config: RunConfig
+    folder: Path
+    step: int = 0
+    num_steps: int = 0
+    samples: int = 0
+    curve: dict[int, float] = field(default_factory=dict)  # samples seen to AP
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    speeds: list[float] = field(default_factory=list)  # images/s
+    remaining_s: float | None = None
+    ended: Literal["", "FINISHED", "FAILED", "KILLED"] = ""
+    reason: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    has_end: bool = False  # the training came to its last step
+    was_asked: bool = False  # to stop, by the file of that name
+    is_active: bool = False  # begun and not ended
+    wall_s: float = 0.0  # of earlier starts
+    earlier_kwh: float = 0.0  # the same
+    _start_kwh: float | None = None  # of this one, where a driver counts
+    _began_s: float | None = None
+    _last_s: float = 0.0
+    _offset_bytes: int = 0
+
+    def look(self) -> bool:
+        """Read what is new; whether there was anything."""
+        before = self._offset_bytes
+        for event, offset_bytes in read_events(self.folder, before):
+            self._offset_bytes = offset_bytes
+            self._take(event)
+        return self._offset_bytes != before
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing is left to do; a trial that was killed goes on."""
+        return self.ended in ("FINISHED", "FAILED")
+
+    @property
+    def status(self) -> Status:
+        if self.ended == "FAILED":
+            return "failed"
+        if self.ended == "FINISHED":
+            if STOPPED_BY in self.tags:
+                return "stopped"
+            return "finished" if "AP" in self.metrics else "failed"
+        return "running" if self.is_active else "waiting"
+
+    @property
+    def ap(self) -> float | None:
+        return self.metrics.get("AP")
+
+    @property
+    def images_per_s(self) -> float | None:
+        # The first ones have the start in them.
+        speeds = self.speeds[1:] or self.speeds
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def total_s(self) -> float:
+        """From the start to the last event, over all starts."""
+        running_s = self._last_s - self._began_s if self._began_s is not None else 0.0
+        return self.wall_s + running_s
+
+    def record(self, price: Price | None = None, run_url: str = "") -> TrialRecord:
+        cluster, hours = self.config.cluster, self.total_s / 3600
+        gpu_hours = hours * cluster.num_workers if cluster.gpu else 0.0
+        per_hour = None if price is None else price.per_gpu_hour
+        held = gpu_hours if cluster.gpu else hours * cluster.num_workers
+        known = bool(self.total_s)
+        return TrialRecord(
+            name=self.name,
+            cell=self.trial.cell.key,
+            seed=self.trial.seed,
+            status=self.status,
+            reason=self.reason,
+            metrics=dict(self.metrics),
+            curve=tuple(sorted(self.curve.items())),
+            parameters=dict(self.trial.changes),
+            cost=TrialCost(
+                wall_s=self.total_s if known else None,
+                gpu_hours=gpu_hours if known else None,
+                cpu_hours=held * cluster.cpus_per_worker if known else None,
+                images_per_s=self.images_per_s,
+                energy_kwh=(self.earlier_kwh + (self._start_kwh or 0.0)) or None,
+                price=None if per_hour is None or not known else per_hour * held,
+                currency=price.currency if price is not None else "EUR",
+            ),
+            run_id=self._run_id(),
+            run_url=run_url,
+        )
+
+    def settle(self, *, failed: str = "", stopped_by: str = "", killed: str = "") -> None:
+        """Write how the trial ended, once its workers are gone or fenced off.
+
+        Args:
+            failed: why; of a trial that came to no end.
+            stopped_by: who stopped it on purpose, and why: "asha: …".
+        """
+        self.look()
+        if self.ended or not self.folder.is_dir():
+            return
+        # Workers that are being ended just now, here or on another node, write no more.
+        Fence.claim(self.folder, "the sweep, which ended this trial")
+        self.look()
+        journal = Journal(self.folder)
+        if self.has_end:
+            journal.write("ended", status="FINISHED", reason=self.reason)
+        elif stopped_by:
+            who, _, why = stopped_by.partition(": ")
+            journal.write("tags", tags={STOPPED_BY: who})
+            journal.write("ended", status="FINISHED", reason=why)
+        elif failed:
+            journal.write("ended", status="FAILED", reason=failed)
+        else:
+            journal.write("ended", status="KILLED", reason=killed or "the sweep was stopped")
+        journal.close()
+        self.look()
+
+    def verify(self) -> bool:
+        """Compare what the workers trained with to what the trial was given.
+
+        A checkpoint holds the configuration that the worker built model, loader and optimizer from;
+        how many samples a step takes shows in its journal.
+
+        Returns:
+            False if there is nothing to compare yet.
+
+        Raises:
+            MismatchError: names keys and both values.
+        """
+        newest = newest_checkpoint(self.folder / "checkpoints")
+        if newest is None:
+            return False
+        used, given = flatten(newest.config), flatten(self.config)
+        different = [
+            f"{key} is {used.get(key)!r}, not {given.get(key)!r}"
+            for key in dict.fromkeys([*given, *used])
+            if used.get(key) != given.get(key)
+            # A sweep may go on with others of these, unless they are what it varies.
+            and (key in self.trial.changes or not key.startswith(FREE_TO_CHANGE))
+        ]
+        state = newest.state
+        if state.samples_seen != state.step * self.config.total_batch_size:
+            different.append(
+                f"{state.samples_seen} samples were seen in {state.step} steps, not "
+                f"{self.config.total_batch_size} in each"
+            )
+        if different:
+            raise MismatchError(
+                f"{self.name} ({self.folder}) was trained with other parameters than it was given: "
+                + "; ".join(different)
+            )
+        if VERIFIED not in self.tags:
+            journal = Journal(self.folder)
+            journal.write("tags", tags={VERIFIED: "true"})
+            journal.close()
+            self.look()
+        return True
+
+    def lasting_failure(self) -> str:
+        """What the trial's driver found that would come again each time; empty if nothing."""
+        try:
+            said = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
+            outcome = Outcome(**said)
+        except (OSError, ValueError, TypeError):
+            return ""
+        return outcome.message if outcome.kind == "refused" else ""
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, time_s = event["kind"], event["time_s"]
+        if kind == "starting":
+            self._close_start()
+            self._began_s = time_s
+            self.is_active, self.ended, self.reason = True, "", ""
+            self.has_end = self.was_asked = False
+            self.tags.pop(STOPPED_BY, None)
+            self.remaining_s = None
+        elif kind == "begin":
+            self.step, self.num_steps = event["step"], event["num_steps"]
+            self.samples = self.step * self.config.total_batch_size
+        elif kind == "progress":
+            values = event["metrics"]
+            self.step, self.samples = event["step"], values["train/samples_seen"]
+            self.speeds = [*self.speeds[-SPEEDS:], values["train/images_per_s"]]
+            self.remaining_s = event["remaining_s"]
+        elif kind == "evaluation":
+            values = event["metrics"]
+            # Where it is stopped just here, it was at its end all the same.
+            self.has_end = bool(self.num_steps) and event["step"] >= self.num_steps
+            names = ("epoch", "samples_seen", "seconds")
+            self.metrics = {
+                name.removeprefix("val/"): value
+                for name, value in values.items()
+                if name.startswith("val/") and name.removeprefix("val/") not in names
+            }
+            if "val/AP" in values:
+                self.curve[values["val/samples_seen"]] = values["val/AP"]
+        elif kind == "energy":
+            self._start_kwh = event["kwh"]
+        elif kind == "tags":
+            self.tags |= event["tags"]
+        elif kind == "stopping":
+            self.was_asked = True
+        elif kind == "end":
+            self.has_end, self.reason = True, event.get("reason", "")
+        elif kind == "ended":
+            self.ended, self.is_active = event["status"], False
+            self.reason = event.get("reason", "")
+            self._close_start()
+        if kind in ("starting", "begin", "progress", "evaluation", "checkpoint", "end"):
+            self._last_s = time_s
+
+    def _close_start(self) -> None:
+        if self._began_s is not None:
+            self.wall_s += max(0.0, self._last_s - self._began_s)
+        self._began_s = None
+        if self._start_kwh is not None:
+            self.earlier_kwh += self._start_kwh
+        self._start_kwh = None
+
+    def _run_id(self) -> str:
+        try:
+            record = json.loads((self.folder / "mlflow.json").read_text(encoding="utf-8"))
+            return str(record.get("run_id") or "")
+        except (OSError, ValueError, AttributeError):
+            return ""

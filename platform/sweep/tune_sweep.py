@@ -1,0 +1,452 @@
+"""A search space or a design to many runs, on Ray Tune.
+
+Every trial is a training of its own, with its own workers and its own run folder, through the same
+`fit` as a single run. Ray Tune says when which trial begins and, with ASHA, which one ends early.
+What has happened is in the trials' folders and nowhere else (`sweep_state.py`): a sweep that was
+killed reads them and makes a new Tuner for what is left, since Tune's own snapshots can be torn by
+the kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+from deta.platform.cluster.driver import (  # before Ray: it sets its variables
+    check_resources,
+    connect,
+    fit,
+)
+
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # ours are the journals
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is answered here
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose verbose=0 is not silent
+
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from deta.platform.cluster.driver import ClusterTooSmallError
+from deta.platform.cluster.reservations import give_back_reservations
+from deta.platform.launch.attempt_monitor import Vigil
+from deta.platform.launch.console import Console
+from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
+from deta.platform.launch.prepare_run import prepare
+from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.run.config import ClusterConfig, RunConfig, from_json
+from deta.platform.run.run import Run
+from deta.platform.run.run_file import write_json
+from deta.platform.run.run_lock import RunLock
+from deta.platform.study.cost import PRICES, Price, price_of
+from deta.platform.study.design import Trial
+from deta.platform.study.trial_record import TrialRecord
+from deta.platform.study_report.content import StudyReport
+from deta.platform.sweep.live_table import LiveTable
+from deta.platform.sweep.scheduler import LOOK_EVERY_S, SweepState, check_trials
+from deta.platform.sweep.search_space import Sweep
+from deta.platform.sweep.speed_probe import Speed, measure, whole_estimate
+from deta.platform.sweep.sweep_folder import describe_sweep, read_sweep, refuse_another, write_sweep
+from deta.platform.system.process_tree import RUN_MARK, end_marked, new_mark, working_in
+from deta.platform.tracking.upload_process import finish_uploader, start_uploader
+
+logger = logging.getLogger(__name__)
+
+DRIVER_MEMORY_BYTES = 100 * 2**20  # Tune wants a trial's own process to cost something
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """How a sweep ended."""
+
+    folder: Path
+    records: tuple[TrialRecord, ...]
+    report: StudyReport
+    mlflow_uri: str
+    mlflow_run_id: str
+
+
+def launch_sweep(
+    sweep: Sweep,
+    *,
+    probe: bool = True,
+    estimate_only: bool = False,
+    confirm: Callable[[str], bool] | None = None,
+    retry_failed: bool = False,
+    price: Price | None = None,
+    echo: Callable[[str], None] | None = None,
+) -> SweepResult | None:
+    """Run a sweep on the Ray cluster named by RAY_ADDRESS, or on one started here.
+
+    The same call again goes on with it: trials that have ended stay, others resume.
+
+    Args:
+        probe: measure the speed before anything is trained, and tell what all of it will cost.
+        confirm: asked, with that estimate, whether to go on.
+        retry_failed: trials that failed are tried once more.
+        price: of an hour of a GPU, or of a worker without one; default: the table's.
+
+    Returns:
+        None where only the estimate was asked for, or it was declined.
+
+    Raises:
+        ValueError: the input, the name, or a lock; before the cluster is touched.
+        ClusterTooSmallError: some trial can never be scheduled; says which, and what it lacks.
+        MismatchError: a trial trained with other parameters than it was given.
+        RuntimeError: no trial came to its end.
+    """
+    table = LiveTable(echo)
+    run = prepare(sweep.config)
+    sweep = sweep.with_base(run.config)
+    trials = sweep.trials()
+    check_trials(sweep, trials)
+    folder = run.folder
+    before = read_sweep(folder) if folder.exists() else None
+    is_new = before is None
+    now = describe_sweep(sweep, run, trials, before)
+    if before is not None:
+        refuse_another(folder, before, now)
+    mark = new_mark()
+    os.environ[RUN_MARK] = mark  # inherited by all that is started from here
+    with RunLock.acquire(folder) as lock, _guarded(mark, folder), working_in(folder):
+        try:
+            table.say(_join())
+            at_once = _room(sweep, trials, table.say)
+            now["hardware"], device = _hardware()
+            price = price or price_of(device, PRICES)
+            if probe and is_new:
+                first = sweep.trial_config(trials[0]) if trials else sweep.config
+                speed = measure(run, first, folder / "probe", table.say)
+                now["estimate"] = asdict(speed)
+            whole = _tell_estimate(sweep, run, now, trials, at_once, price, table.say)
+            declined = confirm is not None and is_new and not confirm(whole)
+            if estimate_only or declined:
+                if is_new:
+                    lock.release()
+                    shutil.rmtree(folder)
+                return None
+        except BaseException:
+            if is_new:
+                lock.release()
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        now["command"] = shlex.join(["python", *sys.argv])
+        write_sweep(folder, now)
+        state = SweepState(sweep, run, trials, at_once, table, price, now, lock, retry_failed)
+        return _run_to_end(state)
+
+
+@contextmanager
+def _guarded(mark: str, folder: Path) -> Iterator[None]:
+    """Whatever happens to this process, what it started ends too."""
+    guardian = start_guardian(mark, folder)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        end_marked(RUN_MARK, mark)
+        assert guardian.stdin is not None
+        try:
+            guardian.stdin.write(ALL_IS_WELL)
+            guardian.stdin.close()
+        except BrokenPipeError:
+            pass
+        guardian.wait()
+
+
+# What the cluster has
+
+
+def _join() -> str:
+    try:
+        return connect()
+    except Exception as error:
+        raise RuntimeError(f"there is no Ray cluster: {error}") from error
+
+
+def _room(sweep: Sweep, trials: list[Trial], say: Callable[[str], None]) -> int:
+    """How many trials run at once.
+
+    Raises:
+        ClusterTooSmallError: a trial would wait for ever.
+    """
+    least = 10**6
+    clusters: dict[ClusterConfig, str] = {}
+    for trial in trials:
+        clusters.setdefault(sweep.trial_config(trial).cluster, sweep.trial_name(trial))
+    for cluster, name in (clusters or {sweep.config.cluster: "a trial"}).items():
+        try:
+            check_resources(replace(sweep.config, cluster=cluster))
+        except ClusterTooSmallError as error:
+            raise ClusterTooSmallError(f"{name}: {error}") from None
+        num_workers = cluster.min_workers or cluster.num_workers
+        num_places = sum(_places(node["Resources"], cluster) for node in ray.nodes()
+                         if node["Alive"])  # fmt: skip
+        if num_places < num_workers:
+            wanted = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.gpu else "")
+            raise ClusterTooSmallError(
+                f"{name} wants {num_workers} workers with {wanted} each on one node; the cluster's "
+                f"nodes have room for {num_places}. Lower cluster.cpus_per_worker or "
+                "cluster.num_workers"
+            )
+        least = min(least, max(1, num_places // cluster.num_workers))
+    at_once = min(least, sweep.max_concurrent or least)
+    say(f"{sweep.num_trials} trials, {at_once} at once")
+    return at_once
+
+
+def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
+    """How many workers fit on a node."""
+    places = int(resources.get("CPU", 0) / cluster.cpus_per_worker + 1e-6)
+    return min(places, int(resources.get("GPU", 0))) if cluster.gpu else places
+
+
+def _hardware() -> tuple[str, str]:
+    """The cluster in words, and the name of its accelerator; "CPU" where there is none."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds = sorted(
+        {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_")}
+    )
+    cpus, gpus = (sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU"))
+    words = f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {cpus:.0f} CPU cores"
+    if gpus:
+        words += f", {gpus:.0f} × {' / '.join(kinds) or 'GPU'}"
+    return words, kinds[0] if gpus and kinds else "CPU"
+
+
+def _tell_estimate(
+    sweep: Sweep,
+    run: Run,
+    content: dict[str, Any],
+    trials: list[Trial],
+    at_once: int,
+    price: Price | None,
+    say: Callable[[str], None],
+) -> str:
+    """What is still to be trained, in words; empty where no speed is known."""
+    if not content.get("estimate"):
+        return ""
+    configs = [sweep.trial_config(trial) for trial in trials] or [sweep.config] * sweep.num_trials
+    each, whole = whole_estimate(Speed(**content["estimate"]), run, configs, at_once, price)
+    text = (
+        f"estimate: a trial {each}\n"
+        f"estimate: all {len(configs)}, {at_once} at once: {whole}; until {whole.eta():%a %H:%M}"
+    )
+    if sweep.stopping is not None:
+        text += ", less what ASHA stops"
+    say(text)
+    return text
+
+
+# In the process of a trial, somewhere on the cluster
+
+
+def _train_trial(given: dict[str, Any], base: Run) -> None:
+    """Train one trial from its last checkpoint on; Tune calls it again if it raises."""
+    config, folder = from_json(RunConfig, given["config"]), Path(given["folder"])
+    run = replace(base, config=config, folder=folder)
+    (folder / OUTCOME_FILE).unlink(missing_ok=True)
+    vigil = Vigil(run, Console(run, lambda _: None))
+    threading.Thread(target=_end_if_silent, args=(vigil,), daemon=True).start()
+    began = Vigil(run, Console(run, lambda _: None))
+    try:
+        # A worker that is lost ends the attempt; the next one is Tune's, which counts them.
+        fit(run, max_failures=0, callbacks=[TuneReportCallback()])
+    except Exception:
+        failure = began.failure_that_comes_again()
+        if not failure:
+            raise
+        write_json(folder / OUTCOME_FILE, asdict(Outcome("refused", failure)))
+
+
+def _end_if_silent(vigil: Vigil) -> None:
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        vigil.look()
+        if vigil.ended or vigil.stopped:
+            return
+        if reason := vigil.hang():
+            logger.error("%s: %s; the trial starts again", vigil.run.folder, reason)
+            os._exit(1)
+
+
+# In this process
+
+
+def _run_to_end(state: SweepState) -> SweepResult:
+    table, folder = state.table, state.folder
+    uploader = start_uploader(folder, sweep=True)
+    state.begin()
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    reason = ""
+    try:
+        if state.waiting or state.has_more:
+            _tune(state)
+        state.settle_the_rest("it ended without a word; see its folder")
+        if all(trial.status == "failed" for trial in state.trials):
+            raise RuntimeError(f"no trial came to its end; the first: {state.first_failure()}")
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status, reason = "KILLED", "stopped from outside"
+        state.leave_in_order()
+        raise
+    except BaseException as error:
+        reason = str(error)
+        state.settle_the_rest("", killed=True)
+        raise
+    finally:
+        report = state.report(is_over=status == "FINISHED")
+        state.draw(last=True)
+        state.write_end(status, reason, report)
+        uploaded = finish_uploader(uploader, folder)
+        if not uploaded.is_complete:
+            table.say(
+                f"MLflow at {uploaded.uri} has not taken everything. Nothing is lost: "
+                f"python jobs/sync.py {folder}"
+            )
+    for sentence in report.verdicts:
+        table.say(sentence)
+    table.say(f"report: {folder / 'report.html'}")
+    return SweepResult(folder, tuple(report.trials), report, uploaded.uri, uploaded.run_id)
+
+
+def _tune(state: SweepState) -> None:
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    trainable = tune.with_resources(
+        tune.with_parameters(_train_trial, base=state.run),
+        {"CPU": 0, "memory": DRIVER_MEMORY_BYTES},
+    )
+    follower = _Follower(state)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_Supply(follower),
+            scheduler=_scheduler(state),
+            num_samples=-1,  # until there are no more
+            max_concurrent_trials=state.at_once,
+            trial_dirname_creator=lambda trial: str(trial.config["trial"]),
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{time.time_ns()}",
+            storage_path=str(state.folder / "ray"),
+            failure_config=tune.FailureConfig(max_failures=state.sweep.max_failures),
+            callbacks=[follower],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    except Exception:
+        if follower.error is not None:  # Tune wraps it in advice of its own
+            raise follower.error from None
+        raise
+
+
+def _scheduler(state: SweepState) -> TrialScheduler:
+    asha, run = state.sweep.stopping, state.run
+    if asha is None:
+        return FIFOScheduler()
+    samples = run.num_steps * run.config.total_batch_size
+    scheduler = ASHAScheduler(
+        time_attr="samples_seen",
+        metric="AP",
+        mode="max",
+        grace_period=asha.grace_samples,
+        reduction_factor=asha.reduction,
+        max_t=max(asha.max_samples or samples, asha.grace_samples),
+        stop_last_trials=False,  # a trial knows its own end
+    )
+    nobody = cast(Any, None)
+    for trial in state.trials:
+        if trial.is_done and trial.curve:  # what it decided by before this start
+            stub: Any = SimpleNamespace(trial_id=trial.trial.id)
+            scheduler.on_trial_add(nobody, stub)
+            for seen, ap in sorted(trial.curve.items()):
+                scheduler.on_trial_result(nobody, stub, {"samples_seen": seen, "AP": ap})
+            scheduler.on_trial_remove(nobody, stub)
+    return scheduler
+
+
+class _Follower(tune.Callback):
+    """Tells the sweep's state what Tune tells."""
+
+    def __init__(self, state: SweepState) -> None:
+        self.state = state
+        self.error: Exception | None = None  # that ends the sweep
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy of its callbacks that nobody reads
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        with self._noting():
+            self.state.verify(trial.config["trial"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._noting():
+            self._give_back(trial)
+            self.state.has_ended(trial.config["trial"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._noting():
+            self._give_back(trial)
+            self.state.has_failed(trial.config["trial"], _last_line(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        with self._noting():
+            self.state.look()
+
+    def _give_back(self, trial: Any) -> None:
+        """Tune kills what it stops, which then cannot take its own reservation back."""
+        give_back_reservations(Path(trial.config["folder"]))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
+
+
+class _Supply(Searcher):
+    """Tune asks it for trials; which ones is the business of the sweep's state."""
+
+    def __init__(self, follower: _Follower) -> None:
+        super().__init__()
+        self.follower = follower
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        with self.follower._noting():
+            return self.follower.state.next_trial() or cast(Any, Searcher.FINISHED)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None: ...
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+
+def _last_line(trial: Any) -> str:
+    error = trial.get_error()  # Ray keeps the exception, too, but as a pickle in the folder
+    lines = str(error).strip().splitlines() if error is not None else []
+    return lines[-1] if lines else "its workers were lost"

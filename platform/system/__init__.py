@@ -1,0 +1,1 @@
+"""The machine and the outside world: untrusted files, secrets, downloads, child processes."""

@@ -1,0 +1,188 @@
+"""A server of somebody else's, such as MLflow's, as a child that never outlives whoever started it.
+
+Between the two stands a small keeper process: `python -m deta.platform.system.child_server -- COMMAND`. It
+holds the other end of a pipe; when that closes, because the parent said so or was killed, it ends
+the server and all that the server started. Ctrl-C at a terminal reaches neither, so that the parent
+ends its servers in its own order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deta.platform.system.process_tree import environment
+from deta.platform.system.redaction import mask_text
+
+GRACE_S = 8.0  # between asking a server to end and ending it
+MAX_LOG_BYTES = 5_000_000
+TAIL_LINES = 8  # of the log, in the message about a server that did not come up
+
+
+class ServiceError(RuntimeError):
+    """A server did not come up, or is gone; says which, and what its log says."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running server."""
+
+    name: str
+    log: Path
+    process: subprocess.Popen[bytes]  # its keeper
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """End it, in order if it can; it has ended when this returns. May be called twice."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(GRACE_S + 5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The end of its log, without secrets."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return ""
+        return mask_text("\n".join(line for line in lines[-TAIL_LINES:] if line.strip()))
+
+
+def start_service(
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    is_ready: Callable[[], bool],
+    *,
+    env: Mapping[str, str] | None = None,
+    within_s: float = 300.0,
+) -> Service:
+    """Start a server and wait until it answers.
+
+    Args:
+        log: of what it prints; made for its owner alone.
+        env: variables besides those of this process. Secrets belong here, not in the command,
+            which every user of the machine can read.
+
+    Raises:
+        ServiceError: it ended, or does not answer within this time; it is ended then.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > MAX_LOG_BYTES:
+            log.unlink()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deta.platform.system.child_server", "--", *command],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env={**environment({}), **(env or {})},
+            start_new_session=True,  # Ctrl-C is the parent's
+        )
+    finally:
+        os.close(output)
+    service = Service(name, log, process)
+    deadline_s = time.monotonic() + within_s
+    try:
+        while not is_ready():
+            if not service.is_alive():
+                raise ServiceError(f"{name} ended at once; {log} says:\n{service.last_words()}")
+            if time.monotonic() > deadline_s:
+                raise ServiceError(
+                    f"{name} does not answer after {within_s:.0f} s; {log} says:\n"
+                    f"{service.last_words()}"
+                )
+            time.sleep(0.1)
+    except BaseException:
+        service.stop()
+        raise
+    return service
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str, wanted: int) -> int:
+    """This port if it is free at this address, else another one that is.
+
+    Raises:
+        ValueError: the machine has no such address.
+    """
+    for port in (wanted, 0):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if port == 0:
+                    raise ValueError(
+                        f"--host {host}: nothing can listen there ({error}); give an address of "
+                        "this machine, or leave it out for this machine alone"
+                    ) from error
+                continue
+            return int(probe.getsockname()[1])
+    raise AssertionError("unreachable")
+
+
+def keep(command: Sequence[str]) -> int:
+    """The keeper: run the command until it ends, or until standard input does."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    # A group of its own, and so of all that it starts.
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    while server.poll() is None and not ended.wait(0.2):
+        pass
+    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 1.0)):
+        if not _signal_group(server.pid, number):
+            break
+        deadline_s = time.monotonic() + wait_s
+        while time.monotonic() < deadline_s and _signal_group(server.pid, 0):
+            server.poll()
+            time.sleep(0.05)
+    return server.wait()
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """False if none of the group is left."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(keep(sys.argv[sys.argv.index("--") + 1 :]))

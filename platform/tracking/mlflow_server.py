@@ -1,0 +1,212 @@
+"""MLflow's own server over the runs of a folder: its web pages, and its REST interface.
+
+Stock, it lets any page of the web read it (names that begin like private addresses pass its check
+of hosts), asks nobody for a password, and starts eight helpers that a tracking server has no use
+for. Here it answers to exact names only, refuses to be framed, and off this machine it wants a
+password, which is generated once and kept in a file of its owner alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+import stat
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deta.platform.system.child_server import Service, free_port, is_loopback, start_service
+
+PORT = 5000
+USER = "admin"
+WITHIN_S = 600.0  # it takes 10, and minutes where all cores are busy; one that ends is seen at once
+# A name or an address, and a port: no patterns, which MLflow would understand.
+EXACT_HOST = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class MlflowServer:
+    """A running server of MLflow."""
+
+    address: str  # for browsers, such as http://127.0.0.1:5000
+    inner: str  # where this machine reaches it
+    service: Service
+    allowed_hosts: tuple[str, ...]
+    password_file: Path | None  # of the user `admin`; none where no password is asked for
+
+    def is_healthy(self) -> bool:
+        return self.service.is_alive() and answers(self.inner)
+
+    def stop(self) -> None:
+        self.service.stop()
+
+
+def start_mlflow_server(
+    uri: str,
+    folder: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    allowed_hosts: Sequence[str] = (),
+    within_s: float = WITHIN_S,
+) -> MlflowServer:
+    """Start it and wait until it answers.
+
+    Args:
+        uri: of the database with the runs, such as sqlite:////runs/mlflow.db.
+        folder: where logs, new artifacts and, off loopback, the password are kept.
+        port: another one is taken where this one is not free.
+        allowed_hosts: off loopback, what people write into their browsers, exactly: "gpu1:5000".
+            Needed where `host` is not itself such a name (0.0.0.0). A proxy passes one of them on.
+
+    Raises:
+        ValueError: an address that cannot be used, a pattern for a host, or a password file that
+            others can read.
+        ServiceError: the server does not come up.
+    """
+    if uri.startswith(("http://", "https://")):
+        raise ValueError(f"{uri}: is a server already; open it, there is none to start")
+    wanted, port = port, free_port(host, port)
+    own = [f"127.0.0.1:{port}", f"localhost:{port}"]
+    names = own if is_loopback(host) else check_hosts(host, port, allowed_hosts)
+    if port != wanted and not is_loopback(host):
+        raise ValueError(f"port {wanted} of {host} is taken; say which other one, with --port")
+    password_file = None
+    env = {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not in the command: it may hold a password
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder.resolve() / "mlartifacts"),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "",
+        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_TRACKING_URI": "",  # the server is its own
+        "FORWARDED_ALLOW_IPS": "",  # nobody may say for another where a request came from
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
+    command += ["--workers", "1"]
+    if not is_loopback(host):
+        password_file = password(folder)
+        env |= _auth_settings(password_file.parent)
+        command += ["--app-name", "basic-auth"]
+    env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(names)
+    inner = f"http://{_reachable(host)}:{port}"
+    service = start_service(
+        "MLflow", command, folder / "mlflow-server.log", lambda: answers(inner),
+        env=env, within_s=within_s,
+    )  # fmt: skip
+    return MlflowServer(f"http://{names[0]}", inner, service, tuple(names), password_file)
+
+
+def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
+    """The names under which a server off loopback may be asked for.
+
+    Raises:
+        ValueError: none is given and the address is no name, or one is not exact.
+    """
+    if not allowed and host not in ("0.0.0.0", "::", ""):
+        allowed = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    if not allowed:
+        raise ValueError(
+            f"--host {host} is every address of this machine; say with --allow-host NAME:{port} "
+            "which names people open it under"
+        )
+    for name in allowed:
+        if not EXACT_HOST.fullmatch(name):
+            raise ValueError(f"--allow-host {name!r}: give one exact NAME:PORT, without patterns")
+    return list(allowed)
+
+
+def password(folder: Path) -> Path:
+    """The file with the password, which is made if there is none.
+
+    Raises:
+        ValueError: others can read it, or its folder.
+    """
+    place = folder / "mlflow-auth"
+    place.mkdir(parents=True, mode=0o700, exist_ok=True)
+    path = place / "password"
+    if not path.exists():
+        if (place / "users.db").exists():
+            raise ValueError(
+                f"{path}: is gone, and {place / 'users.db'} knows the password as a hash only; "
+                "put it back, or remove that file for a new password"
+            )
+        _write_secret(path, secrets.token_urlsafe(24))
+    for one in (place, path):
+        mode = stat.S_IMODE(one.stat().st_mode)
+        if mode & 0o077 or one.stat().st_uid != os.getuid():
+            raise ValueError(
+                f"{one}: others can read it (mode {mode:04o}); chmod go-rwx it, and make a new "
+                "password if somebody may have"
+            )
+    return path
+
+
+def answers(address: str, timeout_s: float = 2.0) -> bool:
+    """Whether MLflow's server is up there."""
+    # Not through a proxy of the environment: it is this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{address}/health", timeout=timeout_s) as response:
+            return response.status == 200 and response.read(16).strip() == b"OK"
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def _auth_settings(place: Path) -> dict[str, str]:
+    """
+    Raises:
+        ValueError: MLflow's password check is not installed.
+    """
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise ValueError(
+            "off loopback MLflow asks for a password, which needs pip install 'mlflow[auth]'; or "
+            "leave --host out"
+        )
+    settings = place / "basic_auth.ini"
+    users = (place / "users.db").resolve()
+    _write_secret(
+        settings,
+        "[mlflow]\n"
+        "default_permission = NO_PERMISSIONS\n"
+        f"database_uri = sqlite:///{users}\n"
+        f"admin_username = {USER}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        # A page of MLflow asks ten times; without, each costs a slow hash of the password.
+        "auth_cache_ttl_seconds = 60\n",
+    )
+    key = place / "session-key"
+    if not key.exists():
+        _write_secret(key, secrets.token_hex(32))
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings.resolve()),
+        "MLFLOW_AUTH_ADMIN_USERNAME": USER,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": (place / "password").read_text(encoding="ascii").strip(),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": key.read_text(encoding="ascii").strip(),
+    }
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """For its owner alone from the first byte on; whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    draft.unlink(missing_ok=True)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+    draft.replace(path)
+
+
+def _reachable(host: str) -> str:
+    """Where this machine itself reaches a server that listens there."""
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,502 @@
+"""A run in MLflow: parameters, metrics over steps, data sets, pictures, the best checkpoint.
+
+    python -m deta.platform.tracking.mlflow_store FOLDER [--follow] [--sweep]
+
+sends what a run's folder holds; with --follow until the run has ended, with --sweep for all runs in
+the folder. Training writes a journal and never talks to MLflow, so that no state of MLflow's server
+can slow it, stop it or lose a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Waiting and trying again is the uploader's, which knows what is to be done meanwhile; MLflow's own
+# would hold a call for minutes, and make a second run where the answer to the first was lost.
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing here is stored as one
+
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException
+
+from deta.platform.system.redaction import MASK, mask, mask_text
+from deta.platform.tracking.upload_plan import ROWS_PER_CALL, Record, Row
+from deta.platform.tracking.upload_process import tracking_uri, uri_of
+from deta.platform.tracking.uploader import Follower, stop_on_signals
+
+__all__ = ["MlflowStore", "main", "reap", "tracking_uri"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+PARAMS_PER_CALL = 100  # limit of MLflow's REST interface
+MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 4000
+TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer where MLflow is slow
+FILE_TIMEOUT_S = 60
+MAX_MASKED_BYTES = 2_000_000
+TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
+HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
+DEAD_AFTER_S = 120.0
+# A number that every event of the kind has.
+SENTINELS = {"progress": "train/epoch", "evaluation": "val/epoch"}
+
+
+class MlflowStore:
+    """MLflow as the uploader uses it. A call may fail in any way and can then be made again."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.shown_uri = uri, mask_text(uri)
+        self.call_s = 0.0
+        self._client: MlflowClient | None = None
+        self._timeout_s, self._is_in_a_hurry = TIMEOUT_S, False
+
+    def open(
+        self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
+    ) -> str:
+        """The id of the MLflow run of this folder, which is made if there is none.
+
+        Args:
+            run_id: as it was known; empty if it was not.
+            needs_parent: wait for the sweep's run rather than make a run outside it.
+
+        Raises:
+            LookupError: the sweep's run is not there yet.
+            RuntimeError: somebody deleted the run in MLflow.
+        """
+        if run_id:
+            try:
+                run = self._call(self._connect().get_run, run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                _require_active(run)
+                return run_id
+        key = _key(folder, description)
+        experiment = self._experiment(description["config"]["experiment"])
+        mine = self._runs_of(experiment, key)
+        if not mine:
+            self._create(experiment, folder, description, key, needs_parent)
+            mine = self._runs_of(experiment, key)
+        # Where the answer to an earlier call was lost and the search came too early, there are two:
+        # the oldest is the run, for everybody who looks.
+        for twin in mine[1:]:
+            if not twin.data.metrics:
+                self._call(self._connect().delete_run, twin.info.run_id)
+        return mine[0].info.run_id
+
+    def describe(self, run_id: str, description: dict[str, Any]) -> None:
+        """What is known before the first step; what MLflow has already is left as it is."""
+        client = self._connect()
+        run = self._call(client.get_run, run_id)
+        params = [
+            Param(key, _param_value(key, value))
+            for key, value in _flatten(description["config"]).items()
+            if key not in run.data.params
+        ]
+        for begin in range(0, len(params), PARAMS_PER_CALL):
+            part = params[begin : begin + PARAMS_PER_CALL]
+            self._call(client.log_batch, run_id, params=part)
+        data = description.get("data") or {}
+        if data and not (run.inputs and run.inputs.dataset_inputs):
+            inputs = [_dataset_input(context, one) for context, one in data.items()]
+            self._call(client.log_inputs, run_id, datasets=inputs)
+        for name in ("environment", "categories"):
+            if name in description:
+                text = mask_text(json.dumps(description[name], indent=2))
+                self._call(client.log_text, run_id, text, f"{name}.json")
+
+    def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
+        """Of each kind of event, the steps that MLflow has, and the time of each in ms."""
+        client = self._connect()
+        known: dict[str, dict[int, int]] = {}
+        for kind, name in SENTINELS.items():
+            history = self._call(client.get_metric_history, run_id, name)
+            known[kind] = {metric.step: metric.timestamp for metric in history}
+        return known
+
+    def send(self, run_id: str, rows: list[Row]) -> int:
+        """Send numbers; how many of them MLflow refused as invalid."""
+        refused = 0
+        for begin in range(0, len(rows), ROWS_PER_CALL):
+            refused += self._send_call(run_id, rows[begin : begin + ROWS_PER_CALL])
+        return refused
+
+    def _send_call(self, run_id: str, rows: list[Row]) -> int:
+        client = self._connect()
+        metrics = [
+            Metric(row.name, row.value, row.time_ms, row.step)
+            for row in rows
+            if math.isfinite(row.value)
+        ]
+        try:
+            # Sent again after a fault, a row is still there once: MLflow drops an equal
+            # (key, value, time, step).
+            self._call(client.log_batch, run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            _require_active(self._call(client.get_run, run_id))
+            if len(rows) == 1:
+                logger.warning("MLflow refuses %s: %s", rows[0], error)
+                return 1
+            half = len(rows) // 2
+            return self._send_call(run_id, rows[:half]) + self._send_call(run_id, rows[half:])
+        return 0
+
+    def set_status(self, run_id: str, record: Record) -> None:
+        client = self._connect()
+        if record.status == "RUNNING":
+            self._call(client.update_run, run_id, status="RUNNING")
+            return
+        if record.reason or record.num_begins > 1:
+            self._call(client.set_tag, run_id, "deta.reason", record.reason[:MAX_TAG_CHARACTERS])
+        if record.status == "FINISHED" and record.best_ap is not None:
+            path = f"checkpoints/step-{record.best_step:08d}"
+            self._call(client.set_tag, run_id, "deta.best_checkpoint", path)
+        self._call(
+            client.set_terminated, run_id, status=record.status, end_time=record.end_time_ms or None
+        )
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        for name, value in tags.items():
+            text = mask(name, mask_text(value))[:MAX_TAG_CHARACTERS]
+            self._call(self._connect().set_tag, run_id, name[:250], text)
+
+    def beat(self, run_id: str) -> None:
+        self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
+
+    def send_file(self, run_id: str, path: Path, folder: str) -> None:
+        """Send a file; without its secrets where it is text."""
+        client = self._connect()
+        with tempfile.TemporaryDirectory(prefix="deta-") as clean:
+            if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_MASKED_BYTES:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                path = Path(clean) / path.name
+                path.write_text(mask_text(text), encoding="utf-8")
+            self._call(
+                client.log_artifact, run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S
+            )
+
+    def fetch_folder(self, run_id: str, name: str, to: Path) -> tuple[str, Path]:
+        """Copy a folder of a run's artifacts; the run's name, and where the folder is then.
+
+        Raises:
+            ValueError: there is no such run, or it has no such folder.
+        """
+        client = self._connect()
+        try:
+            run = self._call(client.get_run, run_id)
+        except MlflowException as error:
+            raise ValueError(f"{self.shown_uri} has no run {run_id}: {error.message}") from error
+        if not self._call(client.list_artifacts, run_id, name):
+            raise ValueError(f"run {run_id} of {self.shown_uri} has no artifacts {name!r}")
+        path = self._call(
+            client.download_artifacts, run_id, name, str(to), at_least_s=FILE_TIMEOUT_S
+        )
+        return run.info.run_name or run_id, Path(path)
+
+    def hurry(self) -> None:
+        """There is little time left: short calls from now on."""
+        self._is_in_a_hurry = True
+
+    def running(self, experiment: str) -> list[Run]:
+        """The runs of an experiment that MLflow holds for running."""
+        client = self._connect()
+        found = self._call(client.get_experiment_by_name, experiment)
+        if found is None:
+            return []
+        return self._search([found.experiment_id], "attributes.status = 'RUNNING'")
+
+    def end(self, run_id: str, reason: str) -> None:
+        client = self._connect()
+        self._call(client.set_tag, run_id, "deta.reason", reason)
+        self._call(client.set_terminated, run_id, status="KILLED")
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            with _alone_at(self.uri):  # the first one makes the tables
+                _make_database(self.uri)
+                client = MlflowClient(tracking_uri=self.uri)
+                self._call(client.search_experiments, max_results=1)
+            self._client = client
+        return self._client
+
+    def _call(
+        self, function: Callable[..., T], *args: Any, at_least_s: int = 0, **kwargs: Any
+    ) -> T:
+        """Call MLflow, and learn how patient one has to be with it."""
+        timeout_s = max(self._timeout_s, at_least_s)
+        if self._is_in_a_hurry:
+            timeout_s = LAST_TIMEOUT_S
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout_s)  # MLflow reads it at each call
+        began_s = time.monotonic()
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            if re.search("time.?out|timed out", str(error), re.IGNORECASE):
+                self._timeout_s = min(MAX_TIMEOUT_S, 2 * self._timeout_s)
+            raise
+        finally:
+            self.call_s = time.monotonic() - began_s
+        if self.call_s < TIMEOUT_S / 4:
+            self._timeout_s = TIMEOUT_S
+        return result
+
+    def _experiment(self, name: str) -> Experiment:
+        client = self._connect()
+        found: Any = self._call(client.get_experiment_by_name, name)
+        if found is None:
+            location = None
+            if self.uri.startswith("sqlite:///"):
+                beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent
+                location = (beside / "mlartifacts" / name).as_uri()
+            try:
+                self._call(client.create_experiment, name, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another run, just now
+                    raise
+            found = self._call(client.get_experiment_by_name, name)
+        if found.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"experiment {name!r} was deleted in MLflow; restore it there "
+                f"(mlflow experiments restore -x {found.experiment_id}) and the run is sent"
+            )
+        return found
+
+    def _create(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        description: dict[str, Any],
+        key: str,
+        needs_parent: bool,
+    ) -> None:
+        tags = {str(k): mask(str(k), str(v)) for k, v in (description.get("tags") or {}).items()}
+        tags |= {
+            "mlflow.source.name": description.get("source") or "deta",
+            "mlflow.source.type": "JOB",
+            KEY_TAG: key,
+            FOLDER_TAG: mask_text(str(folder.resolve())),
+        }
+        for split in ("train", "val"):
+            if fingerprint := description.get(f"{split}_fingerprint"):
+                tags[f"deta.{split}_fingerprint"] = fingerprint
+        if commit := description.get("code_commit"):
+            tags["mlflow.source.git.commit"] = commit
+        if parent := description.get("parent"):
+            tags["deta.parent"] = parent
+            parent_run = self._parent(experiment, parent)
+            if parent_run:
+                tags["mlflow.parentRunId"] = parent_run
+            elif needs_parent:
+                raise LookupError(f"the run of the sweep {parent} is not in MLflow yet")
+        created_s = description.get("created_s")
+        self._call(
+            self._connect().create_run,
+            experiment.experiment_id,
+            start_time=int(created_s * 1000) if created_s else None,
+            run_name=description.get("title") or description["config"].get("name") or folder.name,
+            tags={k[:250]: v[:MAX_TAG_CHARACTERS] for k, v in tags.items()},
+        )
+
+    def _parent(self, experiment: Experiment, parent: str) -> str | None:
+        if found := self._runs_of(experiment, parent):
+            return found[0].info.run_id
+        try:
+            return self._call(self._connect().get_run, parent).info.run_id
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _runs_of(self, experiment: Experiment, key: str) -> list[Run]:
+        """Oldest first."""
+        runs = self._search([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{_safe(key)}'")
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _search(self, experiments: list[str], what: str) -> list[Run]:
+        return list(
+            self._call(
+                self._connect().search_runs,
+                experiments,
+                what,
+                run_view_type=ViewType.ACTIVE_ONLY,
+                max_results=10_000,
+            )
+        )
+
+
+def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
+    """Mark runs KILLED that say to be running, whose heart stopped, and whose folder is not here.
+
+    Returns:
+        Id and name of each.
+    """
+    dead = []
+    for run in store.running(experiment):
+        beat = run.data.tags.get(HEARTBEAT_TAG, "")
+        if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
+            continue
+        folder = run.data.tags.get(FOLDER_TAG, "")
+        if folder and MASK not in folder and Path(folder).is_dir():
+            continue  # jobs/sync.py knows better from there
+        dead.append((run.info.run_id, run.info.run_name))
+        if not dry_run:
+            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
+            store.end(run.info.run_id, f"nothing was heard of it since {when}")
+    return dead
+
+
+@contextmanager
+def _alone_at(uri: str) -> Iterator[None]:
+    """Two processes that make the tables of one database file at once would both fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_database(uri: str) -> None:
+    """Make a database file whole or not at all: half a one, of a killed process, stays broken.
+
+    In memory first, since MLflow makes its tables in hundreds of writes to the disk.
+    """
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or database.exists():
+        return
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="deta-", dir=place) as folder:
+        new = Path(folder) / database.name
+        MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
+        unfinished = database.with_name(f".{database.name}.unfinished")
+        shutil.copyfile(new, unfinished)
+        unfinished.replace(database)
+
+
+def _require_active(run: Run) -> None:
+    if run.info.lifecycle_stage != "active":
+        raise RuntimeError(
+            f"the run {run.info.run_id} was deleted in MLflow; restore it there "
+            f"(mlflow runs restore --run-id {run.info.run_id}) and the rest is sent"
+        )
+
+
+def _key(folder: Path, description: dict[str, Any]) -> str:
+    """What tells this run from all others; runs of older versions have none in their file."""
+    if key := description.get("key"):
+        return str(key)
+    text = f"{folder.resolve()} {description.get('train_fingerprint')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _safe(key: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.:-]", "_", key)
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key, as `config.flatten` has it of a configuration."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def _param_value(key: str, value: Any) -> str:
+    text = mask(key, str(value))
+    if len(text) <= MAX_PARAM_CHARACTERS:
+        return text
+    note = f" … (cut; {len(text)} characters)"
+    return text[: MAX_PARAM_CHARACTERS - len(note)] + note
+
+
+def _dataset_input(context: str, data: dict[str, Any]) -> DatasetInput:
+    source = {"images": data["images"], "annotations": data["annotations"]}
+    profile = {
+        "images": data["num_images"],
+        "classes": data["num_classes"],
+        "fingerprint": data["fingerprint"],
+        "notes": data["notes"],
+    }
+    dataset = Dataset(
+        name=mask_text(data["name"])[:500],
+        digest=data["fingerprint"][:36],
+        source_type="local",
+        source=mask_text(json.dumps(source)),
+        profile=mask_text(json.dumps(profile))[:60_000],
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of a run, or of runs")
+    parser.add_argument("--follow", action="store_true", help="until the run has ended")
+    parser.add_argument("--sweep", action="store_true", help="all runs in it, also later ones")
+    parser.add_argument("--behind", type=int, default=0, metavar="BYTES", help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, metavar="PROCESS", help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    store = MlflowStore(uri_of(parsed.folder))
+    follower = Follower(
+        parsed.folder,
+        store,
+        sweep=parsed.sweep,
+        behind_bytes=parsed.behind,
+        parent=parsed.parent,
+    )
+    if not parsed.follow:
+        error = follower.turn()
+        if error:
+            logger.error("%s", mask_text(error))
+        return 1 if error else 0
+    os.nice(5)  # training goes first
+    stop_on_signals(follower.stop, follower.tell_stopped)
+    is_complete = follower.follow()
+    follower.tell_stopped()
+    return 0 if is_complete else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # MLflow's threads have nothing left to do

@@ -1,0 +1,302 @@
+"""How far a run's journal is in MLflow, and what each further event adds: pure bookkeeping.
+
+What is to be sent follows from the journal and this record alone. So if the uploader dies between
+sending and keeping the record, the next one sends the same rows with the same times again, and
+MLflow, which keeps equal rows once, has nothing twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from deta.platform.run.journal import read_events
+from deta.platform.run.run_file import write_json
+from deta.platform.system.artifact_names import artifact_fault
+from deta.platform.system.redaction import mask_text
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "mlflow.json"
+REPLACED_FILE = "replaced_images.jsonl"
+REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: where it is in MLflow
+ROWS_PER_CALL = 1000  # limit of MLflow's REST interface
+ENDS = ("FINISHED", "FAILED", "KILLED")
+MAX_NAME_CHARACTERS = 250
+EVALUATION_FILES = (
+    "evaluation.json", "detections.parquet", "ground_truth.json.gz", "explanation.json",
+    "report.html",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of MLflow's table."""
+
+    name: str
+    value: float
+    time_ms: int
+    step: int
+    kind: str  # of event
+
+
+@dataclass
+class Record:
+    """What is in MLflow already. Kept as mlflow.json; only a cache, see above."""
+
+    uri: str = ""  # without its password
+    run_id: str = ""
+    is_described: bool = False  # parameters, data sets, environment
+    offset_bytes: int = 0  # behind the last event that was taken
+    last_steps: dict[str, int] = field(default_factory=dict)  # by kind of event
+    status: str = ""  # as MLflow was told last
+    reason: str = ""
+    end_time_ms: int = 0
+    end_bytes: int = 0  # behind the last `ended`, if nothing came behind it
+    files: list[list[str]] = field(default_factory=list)  # still to be sent: path, folder there
+    files_bytes: int = 0  # that were sent
+    tags: dict[str, str] = field(default_factory=dict)  # still to be set
+    replaced_images: list[int] = field(default_factory=list)
+    num_begins: int = 0
+    num_restarts: int = 0
+    highest_step: int = 0
+    redone_steps: int = 0
+    best_ap: float | None = None
+    best_step: int = 0
+    best_time_ms: int = 0
+    is_gpu: bool | None = None  # whether its workers hold GPUs; none: not a training
+    cpus_per_worker: float = 0.0
+    began_s: float = 0.0  # the present start, since 1970
+    last_s: float = 0.0
+    num_workers: int = 0  # of the present start
+    wall_s: float = 0.0  # of the starts before it
+    worker_s: float = 0.0
+    sent_rows: int = 0
+    skipped_rows: int = 0  # of steps that were done again after a restart
+    refused_rows: int = 0  # MLflow took them for invalid
+
+    def take(self, event: dict[str, Any], offset_bytes: int) -> list[Row]:
+        """The rows that an event adds; the record is behind it then."""
+        self.offset_bytes, self.end_bytes = offset_bytes, 0
+        self._take_time(event)
+        take = getattr(self, f"_take_{event['kind']}", None)
+        if take is None:
+            return []
+        try:
+            return take(event)
+        except (KeyError, TypeError, ValueError, OverflowError):  # another version wrote it
+            return []
+
+    def _take_progress(self, event: dict[str, Any]) -> list[Row]:
+        self.highest_step = max(self.highest_step, int(event["step"]))
+        return self._once(event, event["metrics"])
+
+    def _take_evaluation(self, event: dict[str, Any]) -> list[Row]:
+        rows = self._once(event, event["metrics"])
+        ap = event["metrics"].get("val/AP")
+        if rows and is_number(ap) and (self.best_ap is None or ap >= self.best_ap):
+            self.best_ap, self.best_step = ap, int(event["step"])
+            self.best_time_ms = _time_ms(event)
+        return rows
+
+    def _take_evaluation_kept(self, event: dict[str, Any]) -> list[Row]:
+        return self._once(event, {"val/keep_seconds": event["seconds"]})
+
+    def _take_interval(self, event: dict[str, Any]) -> list[Row]:
+        return self._once(event, {f"best/AP_{end}": event[end] for end in ("low", "high")})
+
+    def _take_skipped(self, event: dict[str, Any]) -> list[Row]:
+        return self._once(event, {"train/skipped_steps": event["total"]})
+
+    def _take_checkpoint(self, event: dict[str, Any]) -> list[Row]:
+        values = {f"checkpoint/{name}": event.get(name) for name in ("blocked_s", "seconds")}
+        return self._once(event, values)
+
+    def _take_replaced(self, event: dict[str, Any]) -> list[Row]:
+        known = set(self.replaced_images)
+        new = [image["image_id"] for image in event["images"] if image["image_id"] not in known]
+        if not new:
+            return []
+        self.replaced_images += list(dict.fromkeys(new))
+        self._add_file(REPLACED_FILE, "")
+        return _rows(event, {"train/replaced_images": len(self.replaced_images)})
+
+    def _take_picture(self, event: dict[str, Any]) -> list[Row]:
+        self._add_file(event["path"], "pictures")
+        return []
+
+    def _take_file(self, event: dict[str, Any]) -> list[Row]:
+        """Any other file of the folder, such as a sweep's report."""
+        self._add_file(event["path"], event.get("to", ""))
+        return []
+
+    def _take_tags(self, event: dict[str, Any]) -> list[Row]:
+        """What is known of a run only later, such as a sweep's verdict."""
+        self.tags |= {str(name): str(value) for name, value in event["tags"].items()}
+        return []
+
+    def _take_begin(self, event: dict[str, Any]) -> list[Row]:
+        step = int(event["step"])
+        self.num_begins += 1
+        self.status = "RUNNING"
+        if self.num_begins == 1:
+            return _rows(event, {"model/parameters": event.get("num_parameters")})
+        self.redone_steps += event.get("wasted_steps", max(0, self.highest_step - step))
+        self.num_restarts += 1
+        self.highest_step = step
+        return _rows(
+            event,
+            {
+                "run/restarts": self.num_restarts,
+                "run/redone_steps": self.redone_steps,
+                "run/restart_s": event.get("restart_s"),
+            },
+        )
+
+    def _take_ended(self, event: dict[str, Any]) -> list[Row]:
+        self.status = event["status"] if event["status"] in ENDS else "FAILED"
+        self.reason = mask_text(str(event.get("reason") or ""))
+        self.end_bytes, self.end_time_ms = self.offset_bytes, _time_ms(event)
+        values = {"run/goodput": event.get("goodput")} | self._cost()
+        rows = _rows(event | {"step": self.highest_step}, values)
+        if self.best_ap is None:
+            return rows
+        best = Row("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended")
+        if self.status != "FINISHED":
+            return [*rows, best]
+        folder = f"checkpoints/step-{self.best_step:08d}"
+        for name in ("model.safetensors", "config.json", "state.json"):
+            self._add_file(f"{folder}/{name}", "best_checkpoint")
+        folder = f"evaluations/step-{self.best_step:08d}"
+        for name in EVALUATION_FILES:
+            self._add_file(f"{folder}/{name}", "evaluation")
+        return [*rows, best]
+
+    def _take_time(self, event: dict[str, Any]) -> None:
+        """Count the time from a start to its last event; what lay between two starts costs none."""
+        kind = event["kind"]
+        if not is_number(event.get("time_s")):
+            return
+        time_s = float(event["time_s"])
+        if kind == "starting":
+            self._close_start()
+            self.began_s = self.last_s = time_s
+        elif kind in ("begin", "progress", "evaluation", "checkpoint", "end"):
+            self.began_s = self.began_s or time_s
+            self.last_s = max(self.last_s, time_s)
+            if kind == "begin" and is_number(event.get("world_size")):
+                self.num_workers = int(event["world_size"])
+
+    def _close_start(self) -> None:
+        seconds = max(0.0, self.last_s - self.began_s)
+        self.wall_s += seconds
+        self.worker_s += seconds * self.num_workers
+        self.began_s, self.last_s, self.num_workers = 0.0, 0.0, 0
+
+    def _cost(self) -> dict[str, float]:
+        """What the run has cost, over all its starts; nothing of what is no training."""
+        self._close_start()
+        if self.is_gpu is None or not self.worker_s:
+            return {}
+        hours = self.worker_s / 3600
+        return {
+            "cost/wall_s": self.wall_s,
+            "cost/gpu_hours": hours if self.is_gpu else 0.0,
+            "cost/cpu_hours": hours * self.cpus_per_worker,
+        }
+
+    def _once(self, event: dict[str, Any], values: dict[str, Any]) -> list[Row]:
+        """Rows of a step that has none of this kind yet; after a restart steps are done again."""
+        rows = _rows(event, values)
+        kind, step = event["kind"], int(event["step"])
+        if step <= self.last_steps.get(kind, -1):
+            self.skipped_rows += len(rows)
+            return []
+        self.last_steps[kind] = step
+        return rows
+
+    def _add_file(self, path: str, folder: str) -> None:
+        fault = artifact_fault(path) or (artifact_fault(folder) if folder else None)
+        if fault:
+            logger.warning("a file of the run is not sent to MLflow: %s", fault)
+            return
+        if [path, folder] not in self.files:
+            self.files.append([path, folder])
+
+    def copy(self) -> Record:
+        return copy.deepcopy(self)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RECORD_FILE, asdict(self), force=False)  # only a cache
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a run; an empty one where there is none, or a damaged one."""
+    try:
+        content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        known = {part.name for part in fields(Record)}
+        return Record(**{name: value for name, value in content.items() if name in known})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return Record()
+
+
+def next_rows(folder: Path, record: Record) -> Iterator[tuple[Record, list[Row]]]:
+    """What is new in the journal, in portions of about one call, each with the record behind it."""
+    draft, rows = record.copy(), []
+    moved = False
+    for event, offset_bytes in read_events(folder, record.offset_bytes):
+        status = draft.status
+        rows += draft.take(event, offset_bytes)
+        moved = True
+        if len(rows) >= ROWS_PER_CALL or draft.status != status:
+            yield draft.copy(), rows
+            rows, moved = [], False
+    if moved:
+        yield draft, rows
+
+
+def what_is_left(folder: Path) -> tuple[int, int]:
+    """Rows and files of a run that are not in MLflow, by what its folder says."""
+    record, num_rows = read_record(folder), 0
+    for further, rows in next_rows(folder, record):
+        record, num_rows = further, num_rows + len(rows)
+    return num_rows, len(record.files)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def metric_name(name: str) -> str:
+    """MLflow allows letters, digits and _-. :/ in names, which must be plain paths.
+
+    A name that has to be changed gets a few characters of its own, so that two classes named in
+    signs stay two.
+    """
+    allowed = re.sub(r"[^\w\-. :/]", "_", name)
+    parts = [part if part.strip(".") else "_" for part in allowed.split("/")]
+    allowed = "/".join(parts)
+    if allowed == name and len(name) <= MAX_NAME_CHARACTERS:
+        return name
+    return f"{allowed[: MAX_NAME_CHARACTERS - 9]}-{zlib.crc32(name.encode()):08x}"
+
+
+def _rows(event: dict[str, Any], values: dict[str, Any]) -> list[Row]:
+    time_ms, step = _time_ms(event), int(event["step"])
+    return [
+        Row(metric_name(name), float(value), time_ms, step, event["kind"])
+        for name, value in values.items()
+        if is_number(value)
+    ]
+
+
+def _time_ms(event: dict[str, Any]) -> int:
+    return int(event["time_s"] * 1000)

@@ -1,0 +1,198 @@
+"""The uploader as its supervisor sees it: a process to start, to look at and to end.
+
+Knows no MLflow: that is platform/tracking/mlflow_store.py, in a process of its own, so that nothing MLflow does
+can hold a training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from deta.platform.run.journal import FILE_NAME
+from deta.platform.run.run_file import RUN_FILE
+from deta.platform.system.redaction import MASK
+from deta.platform.tracking.upload_plan import read_record, what_is_left
+
+STATE_FILE = "uploader.json"
+LOG_FILE = "uploader.log"
+MAX_LOG_BYTES = 1_000_000
+# No runs in these.
+PARTS_OF_RUNS = ("checkpoints", "evaluations", "pictures", "stacks", "heartbeats", "ray")
+NUM_LEVELS = 3  # of folders between a sweep and its runs
+START_WITHIN_S = 60.0  # of the uploader; making a new database file takes a slow disk long
+LAST_TRY_S = 3.0  # of the time that the uploader has at the end
+
+
+@dataclass(frozen=True)
+class UploadState:
+    """How an upload stands; what uploader.json says."""
+
+    uri: str = ""  # without its password
+    run_id: str = ""  # empty while MLflow was not reached
+    state: str = "not started"  # waiting, sending, finished, stopped
+    left_rows: int = 0  # in the journal and not in MLflow
+    left_files: int = 0
+    sent_rows: int = 0
+    skipped_rows: int = 0  # of steps done again after a restart
+    refused_rows: int = 0  # MLflow took them for invalid
+    error: str = ""  # the last one; empty since MLflow answered again
+    last_success_s: float = 0.0  # seconds since 1970
+    call_s: float = 0.0  # how long the last call took
+    process: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state == "finished"
+
+
+def tracking_uri(storage: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or a database file beside the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"
+
+
+def uri_of(folder: Path) -> str:
+    """Where the run of this folder belongs: `MLFLOW_TRACKING_URI`; where it was before; beside it.
+
+    Raises:
+        ValueError: where it was before is known without its password only.
+    """
+    known = read_record(folder).uri
+    if os.environ.get("MLFLOW_TRACKING_URI") or not known:
+        return tracking_uri(_storage_of(folder))
+    if MASK in known:
+        raise ValueError(
+            f"{folder}: belongs to MLflow at {known}, and its password is kept nowhere; set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return known
+
+
+def _storage_of(folder: Path) -> Path:
+    """Where the runs are; for the trial of a sweep, where the sweep is."""
+    folder = folder.resolve()
+    sweeps = [one for one in folder.parents[:NUM_LEVELS] if (one / RUN_FILE).is_file()]
+    return (sweeps[-1] if sweeps else folder).parent
+
+
+def start_uploader(
+    folder: Path, env: Mapping[str, str] | None = None, *, sweep: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start the process that sends a run to MLflow until the run has ended.
+
+    Call it before the run's first event is written: an `ended` of an earlier start does not end it.
+    It has a session of its own, so that Ctrl-C is the supervisor's; if the supervisor dies, it
+    sends what there is and leaves.
+
+    Args:
+        folder: of a run; with `sweep`, of runs, also of those that come later.
+        env: default: this process's.
+    """
+    journal = folder / FILE_NAME
+    behind_bytes = journal.stat().st_size if journal.exists() else 0
+    command = [sys.executable, "-m", "deta.platform.tracking.mlflow_store", str(folder), "--follow"]
+    command += [f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
+    if sweep:
+        command.append("--sweep")
+    env = dict(os.environ if env is None else env)
+    root = str(Path(__file__).absolute().parents[3])  # not resolved: above deta/, which has links
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    log = _open_log(folder / LOG_FILE)
+    try:
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    finally:
+        if log != subprocess.DEVNULL:
+            os.close(log)
+
+
+def finish_uploader(
+    process: subprocess.Popen[bytes],
+    folder: Path,
+    within_s: float = 10.0,
+    at_most_s: float = 120.0,
+) -> UploadState:
+    """Wait until all is in MLflow, or until it will not be; the process has ended then.
+
+    Call it after the last event, `ended`, is written and the journal closed.
+
+    Args:
+        within_s: an MLflow that is away, slow or failing has so long. What is left stays in the
+            journal, and jobs/sync.py sends it.
+        at_most_s: one that answers well has so long, such as for a large best checkpoint.
+    """
+    began_s = time.monotonic()
+    is_told = False
+    while process.poll() is None:
+        waited_s = time.monotonic() - began_s
+        state = read_upload_state(folder)
+        is_well = _answers_well(state) and waited_s < at_most_s
+        # It has not spoken to MLflow yet: a run that was over before its uploader had started.
+        is_starting = state.process != process.pid or not (state.error or state.last_success_s)
+        is_well = is_well or (is_starting and waited_s < START_WITHIN_S)
+        if waited_s > within_s - LAST_TRY_S and not is_well and not is_told:
+            process.send_signal(signal.SIGTERM)
+            is_told = True
+        if waited_s > within_s and (is_told or not is_well):
+            process.kill()
+            process.wait()
+        time.sleep(0.05)
+    state = read_upload_state(folder)
+    left = [what_is_left(run) for run in find_runs(folder)]
+    rows, files = sum(rows for rows, _ in left), sum(files for _, files in left)
+    if rows or files:  # it may have had no time to say so
+        state = replace(state, left_rows=rows, left_files=files, state="stopped")
+    return state
+
+
+def read_upload_state(folder: Path) -> UploadState:
+    """As the uploader told it last; safe at any time."""
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        known = {part.name for part in fields(UploadState)}
+        return UploadState(**{name: value for name, value in content.items() if name in known})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return UploadState()
+
+
+def find_runs(folder: Path, levels: int = NUM_LEVELS) -> list[Path]:
+    """Folders with a run in them, this one and those below, sweeps before their trials."""
+    found = [folder] if (folder / RUN_FILE).is_file() else []
+    if levels == 0:
+        return found
+    try:
+        with os.scandir(folder) as entries:
+            inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+    except OSError:  # deleted meanwhile, or somebody else's
+        return found
+    for name in inner:
+        if not name.startswith(".") and name not in PARTS_OF_RUNS:
+            found += find_runs(folder / name, levels - 1)
+    return found
+
+
+def _answers_well(state: UploadState) -> bool:
+    is_recent = time.time() - state.last_success_s < 10.0
+    return not state.error and state.call_s < 1.0 and is_recent and state.state == "sending"
+
+
+def _open_log(path: Path) -> int:
+    try:
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            path.unlink()
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # a full disk
+        return subprocess.DEVNULL

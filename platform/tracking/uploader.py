@@ -1,0 +1,443 @@
+"""The uploader: follows journals and sends them, through a store that may be away, slow or broken.
+
+Nothing here is lost or sent twice by dying: see platform/tracking/upload_plan.py. Two uploaders of one run
+take turns by a lock in its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from deta.platform.run.journal import FILE_NAME, read_events
+from deta.platform.run.run_file import read_run_file, write_json
+from deta.platform.system.redaction import mask_text
+from deta.platform.tracking.upload_plan import (
+    REPLACED_FILE,
+    REPORT_FILE,
+    REPORT_TAG,
+    Record,
+    Row,
+    next_rows,
+    read_record,
+)
+from deta.platform.tracking.upload_process import (
+    STATE_FILE,
+    UploadState,
+    find_runs,
+    read_upload_state,
+)
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "mlflow.lock"
+MAX_FILES_BYTES = 20 * 10**9  # that one run may send: its best checkpoint, pictures, reports
+TURN_S = 1.0
+HEARTBEAT_S = 30.0
+MAX_BACKOFF_S = 15.0
+LAST_WAIT_S = 5.0  # for the supervisor's last event, where both were told to stop
+STOP_WITHIN_S = 7.0  # after SIGTERM, whatever MLflow does
+WAIT_FOR_PARENT_S = 60.0
+
+
+class Store(Protocol):
+    """MLflow, as far as a run needs it; see platform/tracking/mlflow_store.py. Any call may raise anything."""
+
+    shown_uri: str  # without its password
+    call_s: float  # how long the last call took
+
+    def open(
+        self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
+    ) -> str: ...
+    def known_steps(self, run_id: str) -> dict[str, dict[int, int]]: ...
+    def describe(self, run_id: str, description: dict[str, Any]) -> None: ...
+    def send(self, run_id: str, rows: list[Row]) -> int: ...
+    def set_status(self, run_id: str, record: Record) -> None: ...
+    def beat(self, run_id: str) -> None: ...
+    def send_file(self, run_id: str, path: Path, folder: str) -> None: ...
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None: ...
+    def hurry(self) -> None: ...
+
+
+class BusyError(RuntimeError):
+    """Another uploader sends this run."""
+
+
+class RunUploader:
+    """Sends one run."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder, self.store = folder, store
+        self.record = Record()
+        self.needs_parent = False
+        self._lock: int | None = None
+        self._is_open = False
+        self._is_unsaved = False
+        self._told = read_upload_state(folder)
+        self._last_success_s = self._last_beat_s = 0.0
+        self._known: dict[str, dict[int, int]] = {}
+        self._counted: tuple[int, Record, int] | None = None
+
+    def has_new(self) -> bool:
+        record = self.record
+        is_behind = self._journal_bytes() != record.offset_bytes
+        return is_behind or bool(record.files) or bool(record.tags)
+
+    def is_complete(self, behind_bytes: int = 0) -> bool:
+        """All is sent, and the last event is an `ended` behind this offset."""
+        record = self.record
+        is_end = record.end_bytes > behind_bytes and record.end_bytes == record.offset_bytes
+        return self._is_open and is_end and not self.has_new()
+
+    def turn(self, *, beats: bool = False) -> None:
+        """Send what is new.
+
+        Args:
+            beats: tell MLflow now and then that the run is alive.
+
+        Raises:
+            BusyError: another uploader has the run; all the same to MLflow.
+            Exception: of the store; what was sent is noted, the rest comes with the next call.
+        """
+        self._take_lock()
+        if not self._is_open:
+            self._open()
+        run_id = self.record.run_id
+        if self._journal_bytes() < self.record.offset_bytes:  # another file, or cut by a disk check
+            self.record.offset_bytes = 0
+        for record, rows in next_rows(self.folder, self.record):
+            new = [row for row in rows if not self._is_redone(row)]
+            record.skipped_rows += len(rows) - len(new)
+            if new:
+                record.refused_rows += self.store.send(run_id, new)
+                record.sent_rows += len(new)
+            if record.status != self.record.status or record.end_bytes:
+                self.store.set_status(run_id, record)
+            self._is_done(record)
+        if self.record.tags:
+            self.store.set_tags(run_id, self.record.tags)
+            record = self.record.copy()
+            record.tags = {}
+            self._is_done(record)
+        self._send_files(run_id)
+        if beats and not self.record.end_bytes and self._is_due():
+            self.store.beat(run_id)
+            self._last_beat_s = time.monotonic()
+            self._last_success_s = time.time()
+        if self._is_unsaved:
+            self._is_done(self.record)
+        self.tell("finished" if self.is_complete() else "waiting")
+
+    def tell(self, state: str, error: str = "") -> None:
+        """Write uploader.json, if it would say something new."""
+        record = self.record
+        told = UploadState(
+            uri=self.store.shown_uri,
+            run_id=record.run_id,
+            state=state,
+            left_rows=self._count_left() if error else 0,
+            left_files=len(record.files),
+            sent_rows=record.sent_rows,
+            skipped_rows=record.skipped_rows,
+            refused_rows=record.refused_rows,
+            error=mask_text(error)[:2000],
+            last_success_s=round(self._last_success_s, 1),
+            call_s=round(self.store.call_s, 2),
+            process=os.getpid(),
+        )
+        if told != self._told:
+            with contextlib.suppress(OSError):  # a full disk; the next turn tells it
+                write_json(self.folder / STATE_FILE, asdict(told), force=False)
+                self._told = told
+
+    def close(self) -> None:
+        """Let other uploaders have the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock, self._is_open = None, False
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BusyError(f"{self.folder}: another process is sending this run") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
+        self.record = read_record(self.folder)
+
+    def _open(self) -> None:
+        uri = self.store.shown_uri
+        if self.record.uri not in ("", uri):
+            self.record = Record()  # to another server goes all of it
+        if self.record.uri != uri:
+            self.record.uri = uri
+            self._save()
+        description = read_run_file(self.folder)
+        run_id = self.store.open(
+            self.folder, description, self.record.run_id, needs_parent=self.needs_parent
+        )
+        if run_id != self.record.run_id:
+            if self.record.run_id:  # that one is gone
+                self.record = Record(uri=uri)
+            self.record.run_id = run_id
+            self._save()
+        cluster = description["config"].get("cluster")
+        if cluster and "deta.kind" not in (description.get("tags") or {}):  # no sweep
+            self.record.is_gpu = bool(cluster.get("gpu"))
+            self.record.cpus_per_worker = float(cluster.get("cpus_per_worker", 0.0))
+        if not self.record.is_described:
+            self.store.describe(run_id, description)
+            self.record.is_described = True
+            self._save()
+        known = self.store.known_steps(run_id)
+        self._known = {
+            kind: {s: t for s, t in steps.items() if s > self.record.last_steps.get(kind, -1)}
+            for kind, steps in known.items()
+        }
+        self._is_open = True
+
+    def _is_redone(self, row: Row) -> bool:
+        """MLflow has this step with another time: from before the record, or another machine's.
+
+        With the same time it is the same row, sent by an uploader that died before it noted it,
+        and perhaps not all of its portion arrived.
+        """
+        return self._known.get(row.kind, {}).get(row.step, row.time_ms) != row.time_ms
+
+    def _send_files(self, run_id: str) -> None:
+        for path, folder in list(self.record.files):
+            record = self.record.copy()
+            record.files.remove([path, folder])
+            file = (self.folder / path).resolve()
+            try:
+                if file.is_relative_to(self.folder.resolve()):
+                    if path == REPLACED_FILE:
+                        _write_replaced(self.folder)
+                    if file.is_file() and self._fits(file):
+                        self.store.send_file(run_id, file, folder)
+                        record.files_bytes += file.stat().st_size
+                        if file.name == REPORT_FILE:
+                            place = f"{folder}/{file.name}".lstrip("/")
+                            self.store.set_tags(run_id, {REPORT_TAG: place})
+            except Exception:
+                record.files.append([path, folder])  # the others are not held by this one
+                self.record = record
+                raise
+            self._is_done(record)
+
+    def _fits(self, file: Path) -> bool:
+        """Whether the run may send this file, too."""
+        num_bytes = file.stat().st_size
+        if self.record.files_bytes + num_bytes <= MAX_FILES_BYTES:
+            return True
+        logger.warning(
+            "%s is not sent to MLflow: with its %s bytes, the run would have sent over %s",
+            file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
+        )  # fmt: skip
+        return False
+
+    def _is_done(self, record: Record) -> None:
+        self.record = record
+        self._last_success_s = time.time()
+        self._save()
+        self.tell("sending")
+
+    def _save(self) -> None:
+        try:
+            self.record.save(self.folder)
+            self._is_unsaved = False
+        except OSError as error:  # a full disk: the record is a cache, sending goes on
+            self._is_unsaved = True
+            logger.warning("%s: cannot be written now: %s", self.folder / "mlflow.json", error)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._last_beat_s >= HEARTBEAT_S or not self._last_beat_s
+
+    def _journal_bytes(self) -> int:
+        try:
+            return (self.folder / FILE_NAME).stat().st_size
+        except OSError:
+            return 0
+
+    def _count_left(self) -> int:
+        """Rows that wait; each event is read once, however often this is asked."""
+        begin = self.record.offset_bytes
+        if self._counted is None or self._counted[0] != begin:
+            self._counted = (begin, self.record, 0)
+        _, behind, number = self._counted
+        for record, rows in next_rows(self.folder, behind):
+            behind, number = record, number + len(rows)
+        self._counted = (begin, behind, number)
+        return number
+
+
+class Follower:
+    """Sends a run, or all runs in a folder, until they have ended or it is told to stop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        *,
+        sweep: bool = False,
+        behind_bytes: int = 0,
+        parent: int | None = None,
+    ) -> None:
+        """
+        Args:
+            behind_bytes: an `ended` before this offset of the folder's own journal is history.
+            parent: process that is followed; without it nothing more will come.
+        """
+        self.folder, self.store, self.sweep = folder, store, sweep
+        self.behind_bytes, self.parent = behind_bytes, parent
+        self._runs: dict[Path, RunUploader] = {}
+        self._stop = threading.Event()
+        self._began_s = time.monotonic()
+        self._stopped_s = 0.0
+
+    def follow(self) -> bool:
+        """True if all is in MLflow."""
+        failures = 0
+        for run in self._find_runs():
+            run.tell("waiting")  # it has started
+        while True:
+            error = self.turn()
+            if error is None:
+                failures = 0
+            else:
+                failures += 1
+                logger.warning("MLflow: %s", mask_text(error)[:500])
+            if error is None and self._is_over():
+                return True
+            if self._stop.is_set() and not self._waits_for_the_last_event(error):
+                return error is None
+            self._wait(min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6)) if failures else TURN_S)
+
+    def turn(self) -> str | None:
+        """Send what is new of every run; what went wrong, if anything did."""
+        first: str | None = None
+        for run in self._find_runs():
+            if run.is_complete() and run.folder != self.folder:
+                continue
+            try:
+                run.needs_parent = time.monotonic() - self._began_s < WAIT_FOR_PARENT_S
+                run.turn(beats=not self._stop.is_set())
+                if run.is_complete() and run.folder != self.folder:
+                    run.tell("finished")
+            except BusyError as error:
+                first = first or str(error)
+            except (OSError, ValueError) as error:  # of this folder alone
+                first = first or f"{run.folder}: {error}"
+                run.tell("waiting", str(error))
+            except Exception as error:
+                run.tell("waiting", str(error) or type(error).__name__)
+                return str(error) or type(error).__name__
+        return first
+
+    def stop(self) -> None:
+        self._stopped_s = time.monotonic()
+        self._stop.set()
+        self.store.hurry()
+
+    def tell_stopped(self) -> None:
+        for run in list(self._runs.values()):
+            if not run.is_complete():
+                run.tell("stopped", run._told.error)
+
+    def _find_runs(self) -> Iterator[RunUploader]:
+        for folder in find_runs(self.folder) if self.sweep else [self.folder]:
+            if folder not in self._runs:
+                self._runs[folder] = RunUploader(folder, self.store)
+            yield self._runs[folder]
+
+    def _is_over(self) -> bool:
+        own = self._runs.get(self.folder)
+        return own is not None and own.is_complete(self.behind_bytes)
+
+    def _waits_for_the_last_event(self, error: str | None) -> bool:
+        """Both were told to stop, and the supervisor still has to say how the run ended."""
+        is_late = time.monotonic() - self._stopped_s > LAST_WAIT_S
+        return self.parent is not None and _is_parent(self.parent) and error is None and not is_late
+
+    def _wait(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        had_ended = self._has_ended()
+        while time.monotonic() < until_s:
+            if self._stop.wait(0.1):
+                time.sleep(0.1)
+                return
+            if not had_ended and self._has_ended():
+                return  # at once: its supervisor waits
+            if self.parent is not None and not _is_parent(self.parent):
+                self.stop()
+                return
+
+    def _has_ended(self) -> bool:
+        try:
+            with (self.folder / FILE_NAME).open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                if end <= self.behind_bytes:
+                    return False
+                file.seek(max(0, end - 4096))
+                return b'"kind": "ended"' in file.read().rstrip().rpartition(b"\n")[2]
+        except OSError:
+            return False
+
+
+def stop_on_signals(stop: Callable[[], None], last_words: Callable[[], None]) -> None:
+    """SIGTERM: `stop` at once, and the process ends after `STOP_WITHIN_S`, wherever it hangs.
+
+    The signal reaches a thread of its own through a pipe, since the main one may sit in a call of
+    a library that does not come back to Python. Ctrl-C belongs to the supervisor.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while signal.SIGTERM not in os.read(reader, 1):
+            pass
+        deadline = threading.Timer(STOP_WITHIN_S, os._exit, (1,))
+        deadline.daemon = True
+        deadline.start()
+        stop()
+        time.sleep(STOP_WITHIN_S - 0.5)
+        last_words()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _is_parent(process: int) -> bool:
+    return os.getppid() == process
+
+
+def _write_replaced(folder: Path) -> None:
+    """All images that were replaced, each once, as a file that people can read."""
+    seen: set[int] = set()
+    lines = []
+    for event, _ in read_events(folder):
+        if event["kind"] == "replaced":
+            for image in event.get("images", []):
+                if image.get("image_id") not in seen:
+                    seen.add(image.get("image_id"))
+                    lines.append(json.dumps({"step": event.get("step")} | image) + "\n")
+    (folder / REPLACED_FILE).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What a training keeps of its evaluations: each is explained, the best and the newest are kept.
+
+    evaluations/step-00000840/   evaluation.json and its files (evaluation_files.py)
+                                 explanation.json, report.html
+
+Only the leading worker does it, and nothing of it can end a run: what fails is told in the journal.
+Numbers are made at every evaluation. The report has pictures to decode and to draw, so it is made
+of the best evaluation only, not more often than it takes a small share of the run's time, and
+always of the last one: see `ReportBudget`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deta.platform.analysis.analysis import (
+    EXPLANATION,
+    Explanation,
+    explain,
+    scalars,
+    write_explanation,
+)
+from deta.platform.analysis.images import images_of
+from deta.platform.analysis.report import write_report
+from deta.platform.checkpoint.format import read_manifest
+from deta.platform.checkpoint.local import RunState
+from deta.platform.evaluation.coco_metrics import CocoMetrics
+from deta.platform.evaluation.evaluate_model import Evaluation
+from deta.platform.evaluation.evaluation_folder import (
+    EVALUATIONS,
+    Origin,
+    best_evaluation,
+    read_evaluation,
+    write_evaluation,
+)
+from deta.platform.run.config import flatten
+from deta.platform.run.run import Run
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
+REPORT_SHARE = 0.03  # of the time since the report before, that the next one may take
+
+
+@dataclass
+class ReportBudget:
+    """When a report is worth its time."""
+
+    written_s: float | None = None  # by time.monotonic
+    took_s: float = 0.0
+
+    def allows(self, now_s: float, *, is_last: bool) -> bool:
+        """The first, the last, and others when so long has passed that they cost little."""
+        if self.written_s is None or is_last:
+            return True
+        return self.took_s <= REPORT_SHARE * (now_s - self.written_s)
+
+
+class EvaluationBook:
+    """Explains evaluations and keeps them in the run's folder; made on each worker."""
+
+    def __init__(self, run: Run, tell: Callable[..., None]) -> None:
+        """`tell` writes an event into the journal, as `Keeper.tell`."""
+        self.run = run
+        self.tell = tell
+        self.explanation: Explanation | None = None  # of the evaluation that is being kept
+        self.budget = ReportBudget()
+
+    def explain(self, evaluation: Evaluation, step: int, seconds: float) -> dict[str, float]:
+        """Numbers for MLflow beside AP, with the share of the evaluation's time that they took.
+
+        Args:
+            seconds: that the evaluation took.
+        """
+        self.explanation = None
+        try:
+            self.explanation = explain(self.run.val_set.ground_truth, evaluation.results)
+            found = scalars(self.explanation)
+        except Exception as error:  # an explanation is never worth a run
+            self._tell_failure(step, "explained", error)
+            return {}
+        took_s = self.explanation.seconds
+        share = took_s / (seconds + took_s)
+        return found | {"val/explain_seconds": took_s, "val/explain_share": share}
+
+    def keep(self, evaluation: Evaluation, state: RunState, seconds: float) -> None:
+        """Write the evaluation of a checkpoint that is saved; keep it and the best, no others."""
+        step, began_s = state.step, time.monotonic()
+        folder = self.run.folder / EVALUATIONS / f"step-{step:08d}"
+        try:
+            origin = self._origin(state, seconds)
+            ground_truth = self.run.val_set.ground_truth
+            write_evaluation(folder, ground_truth, evaluation.results, evaluation.metrics, origin)
+            if self.explanation is not None:
+                write_explanation(folder / EXPLANATION, self.explanation)
+                if self._wants_report(state):
+                    self._write_report(folder, self.explanation, evaluation.metrics, origin)
+            best = _keep_best_and(folder)
+            if (folder / REPORT).exists() and self.run.is_done(state):
+                self._make_up_for_report(best)
+            self.tell("evaluation_kept", step=step, seconds=time.monotonic() - began_s)
+        except Exception as error:  # a full disk, an unreadable picture, an error of ours
+            self._tell_failure(step, "kept", error)
+        finally:
+            self.explanation = None  # it holds all boxes
+
+    def _origin(self, state: RunState, seconds: float) -> Origin:
+        config, path = self.run.config, self.run.checkpoints / f"step-{state.step:08d}"
+        weights = ""
+        if path.is_dir():  # else it could not be saved
+            weights = read_manifest(path)["model.safetensors"].sha256
+        return Origin(
+            description=f"{config.name}, step {state.step}",
+            data_fingerprint=self.run.val_set.fingerprint,
+            annotations=config.data.val_annotations,
+            image_folder=config.data.val_images,
+            weights_sha256=weights,
+            config=flatten(config),
+            epoch=state.epoch,
+            step=state.step,
+            seconds={
+                "evaluation": seconds,
+                "explanation": self.explanation.seconds if self.explanation else 0.0,
+            },
+        )
+
+    def _wants_report(self, state: RunState) -> bool:
+        is_last = self.run.is_done(state)
+        is_best = state.metrics.get("AP") == state.best_ap
+        wanted = self.run.config.num_pictures > 0 and (is_best or is_last)
+        return wanted and self.budget.allows(time.monotonic(), is_last=is_last)
+
+    def _make_up_for_report(self, best: Path) -> None:
+        """At the end the best evaluation has a report, too, which had no time for one before."""
+        if not (best / REPORT).exists():
+            read = read_evaluation(best)
+            explanation = explain(read.ground_truth, read.results)
+            self._write_report(best, explanation, read.metrics, read.origin)
+
+    def _write_report(
+        self, folder: Path, explanation: Explanation, metrics: CocoMetrics, origin: Origin
+    ) -> None:
+        began_s = time.monotonic()
+        ground_truth, images = self.run.val_set.ground_truth, images_of(self.run.val_set)
+        write_report(folder / REPORT, explanation, metrics, origin, ground_truth, images)
+        self.budget = ReportBudget(time.monotonic(), time.monotonic() - began_s)
+        self.tell("report", step=origin.step, seconds=self.budget.took_s,
+                  path=str((folder / REPORT).relative_to(self.run.folder)))  # fmt: skip
+
+    def _tell_failure(self, step: int, what: str, error: Exception) -> None:
+        message = f"the evaluation could not be {what}: {error or type(error).__name__}"
+        logger.warning("step %d: %s", step, message, exc_info=True)
+        self.tell("explanation_failed", step=step, message=message)
+
+
+def _keep_best_and(newest: Path) -> Path:
+    """Remove the other evaluations of the run; which one is the best."""
+    best = best_evaluation(newest.parent.parent) or newest
+    for folder in newest.parent.glob("step-*"):
+        if folder not in (best, newest):
+            shutil.rmtree(folder, ignore_errors=True)
+    return best

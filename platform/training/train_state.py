@@ -1,0 +1,90 @@
+"""What learns: the model, the average of its weights, and the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from deta.model.architectures import Detector, make_detector, without_download
+from deta.platform.checkpoint.local import Checkpoint, load_optimizer_state, optimizer_state
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.gradient_sum import GradientSum, batch_statistics
+from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
+from deta.platform.run.run import Run
+from deta.platform.weights.initial_weights import load_backbone, load_initial_weights
+
+
+@dataclass(frozen=True)
+class Learner:
+    """On one worker; the weights are the same on all."""
+
+    model: Detector
+    parallel: nn.Module  # the model, or DistributedDataParallel around it
+    gradients: GradientSum | None  # none: as PyTorch sums them
+    statistics: list[Tensor]  # of a BatchNorm that trains
+    average: AveragedModel | None
+    optimizer: AdamW
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.model if self.average is None else self.average.module
+
+    def training_state(self) -> dict[str, Tensor]:
+        """All that is not in the weights that are evaluated; `make_learner` takes it back."""
+        tensors = optimizer_state(self.optimizer, self.model)
+        if self.average is not None:
+            tensors |= {f"weights/{n}": t for n, t in self.model.state_dict().items()}
+            tensors["num_averaged"] = self.average.n_averaged
+        return tensors
+
+
+def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learner:
+    """A new one, from the weights that the configuration names, or one that goes on."""
+    config, device = run.config, worker.device
+    torch.manual_seed(config.seed)  # all workers start from the same weights
+    is_filled = bool(resumed or config.init_checkpoint or config.init_backbone)
+    model = make_detector(without_download(config.model) if is_filled else config.model)
+    if resumed is None and config.init_checkpoint is not None:
+        load_initial_weights(
+            model, Path(config.init_checkpoint), run.train_set.categories, config.init_classes
+        )
+    elif resumed is None and config.init_backbone is not None:
+        load_backbone(model, Path(config.init_backbone))
+    freeze(model, config.optim.freeze)
+    model.to(device)
+    average = None
+    if config.ema_decay is not None:
+        average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+        )
+    optimizer = make_optimizer(model, config.optim, config.optim.lr_for(config.total_batch_size))
+    if resumed is not None:
+        _load(resumed, model, average, optimizer)
+    parallel: nn.Module = model
+    gradients = None
+    if config.optim.exact_sum:
+        gradients = GradientSum(trainable(model.parameters()), worker.world_size)
+    elif worker.world_size > 1:
+        parallel = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None
+        )
+    return Learner(model, parallel, gradients, batch_statistics(model), average, optimizer)
+
+
+def _load(
+    resumed: Checkpoint, model: nn.Module, average: AveragedModel | None, optimizer: AdamW
+) -> None:
+    tensors = resumed.training_state()
+    evaluated = resumed.model_state()
+    own = {n[len("weights/") :]: t for n, t in tensors.items() if n.startswith("weights/")}
+    model.load_state_dict(own or evaluated)
+    if average is not None:
+        average.module.load_state_dict(evaluated)
+        average.n_averaged.copy_(tensors["num_averaged"])
+    load_optimizer_state(optimizer, model, tensors)

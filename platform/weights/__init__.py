@@ -1,0 +1,1 @@
+"""Weight files, ours and published, read without running their code."""

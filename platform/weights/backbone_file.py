@@ -1,0 +1,133 @@
+"""Weights of a backbone alone, as published detectors start from.
+
+  R-50.pkl               detectron2://ImageNetPretrained/torchvision/R-50.pkl and R-101.pkl
+  resnet50-*.pth         torchvision, V1 weights of ImageNet-1k
+  swin_*_22k.pth         the Swin repository, also its ImageNet-1k ones
+
+Not the R-50.pkl of MSRA, which detectron2 uses by default: that network takes blue before red,
+values of 0 to 255, and strides in its 1x1 convolutions; with our input it would compute nonsense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from deta.model import pretrained
+from deta.model.anchor_detr import AnchorDETRConfig
+from deta.model.architectures import DetectorConfig
+from deta.model.published_names import STEPS
+from deta.model.published_sizes import BODY
+from deta.platform.weights.model_file import shapes_of
+from deta.platform.weights.weight_files import WeightsError, read_weights
+
+# How a name of one of ours begins, and what stands before such a name in a whole detector.
+_LAYOUTS = {
+    "detectron2": (re.compile(r"stem\.conv1\.|res2\.0\."), "backbone."),
+    "torchvision or Swin": (
+        re.compile(r"conv1\.weight|layer1\.0\.|patch_embed\.|layers\.0\."),
+        "backbone.0.body.",
+    ),
+}
+_CAFFE2 = re.compile(r"(res_)?conv1_|res\d_\d+_branch")
+# The classifier, and in Swin what follows from the window.
+_WITHOUT_USE = re.compile(r"(stem\.)?fc\.|head\.|norm\.(weight|bias)$|.*\.attn_mask$")
+
+
+def read_backbone(path: Path, model: DetectorConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """The backbone's tensors under our names, and what to say of them.
+
+    Output norms that DETA adds to a Swin are in no such file: they are not among the tensors.
+
+    Raises:
+        ValueError: the file is refused, of another network, or of one with another input.
+    """
+    tensors = read_weights(path)
+    try:
+        layout, renamed, unused = rename_backbone(tensors)
+        state = _fit_backbone(renamed, model)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    shown = f", not used: {', '.join(unused[:6])}" if unused else ""
+    line = f"backbone from {path} ({layout} layout): {len(state)} tensors{shown}"
+    return state, [line + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")]
+
+
+def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are names of a backbone alone, known or refused."""
+    return (
+        any(_CAFFE2.match(name) for name in tensors)
+        or all(name.startswith(BODY) for name in tensors)
+        or _layout(tensors) is not None
+    )
+
+
+def rename_backbone(
+    tensors: Mapping[str, Tensor],
+) -> tuple[str, dict[str, Tensor], list[str]]:
+    """The layout, the tensors under our names, and the names of those without use here.
+
+    Raises:
+        ValueError: no layout has these names, or the network has another input than ours.
+    """
+    if any(_CAFFE2.match(name) for name in tensors):
+        raise ValueError(
+            "has Caffe2's names, so it is a network of MSRA or Detectron: it takes blue before "
+            "red, values of 0 to 255 and strides in its 1x1 convolutions, which ours does not. Use "
+            "detectron2's torchvision/R-50.pkl (jobs/convert.py --list) or timm's weights"
+        )
+    if all(name.startswith(BODY) for name in tensors):
+        return "ours", dict(tensors), []
+    layout = _layout(tensors)
+    if layout is None:
+        some = ", ".join(list(tensors)[:5])
+        raise ValueError(
+            f"{some}: not the names of a ResNet or Swin of detectron2, torchvision or the Swin "
+            "repository. For a whole detector use init_checkpoint"
+        )
+    prefix = _LAYOUTS[layout][1]
+    unused = [name for name in tensors if _WITHOUT_USE.match(name)]
+    whole = {prefix + name: tensor for name, tensor in tensors.items() if name not in set(unused)}
+    renamed = pretrained.trace_published(whole)
+    if renamed.unknown:
+        names = [name.removeprefix(prefix) for name in renamed.unknown]
+        raise ValueError(f"{', '.join(names[:10])}: no such tensor in a {layout} backbone")
+    return layout, renamed.tensors, unused
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> str | None:
+    for layout, (beginning, _) in _LAYOUTS.items():
+        if any(beginning.match(name) for name in tensors):
+            return layout
+    return None
+
+
+def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[str, Tensor]:
+    """Every tensor of the model's backbone but its output norms, in its shape, under its names."""
+    ours = BODY.removeprefix("pyramid.") if isinstance(model, AnchorDETRConfig) else BODY
+    expected = {
+        name: shape
+        for name, shape in shapes_of(model).items()
+        if name.startswith(ours) and not name.endswith(STEPS)
+    }
+    state = {
+        ours + name.removeprefix(BODY): tensor
+        for name, tensor in renamed.items()
+        if not name.endswith(STEPS)
+    }
+    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
+    wrong = {n for n in expected.keys() & state.keys() if expected[n] != state[n].shape}
+    problems = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:5])})"
+        for names, what in ((missing, "missing"), (extra, "left over"), (wrong, "of other shape"))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"is not backbone {model.backbone.name}: {'; '.join(problems)}. Set "
+            "model.backbone.name to the network that the file is of"
+        )
+    return {name: state[name] for name in expected}

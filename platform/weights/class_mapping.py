@@ -1,0 +1,203 @@
+"""Which row of a file's class heads becomes which class of a data set, and what to say of it.
+
+Names decide, never ids: two data sets number the same classes differently and give the same number
+to different ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES
+from deta.platform.data.coco_dataset import Category
+from deta.platform.system.safe_read import read_bounded
+from deta.platform.weights.coco_class_names import COCO_CATEGORIES, NUM_ID_ROWS
+
+# "by_name": a class of the data set starts from the file's class of that name, or as new.
+# "in_order": the file's rows are the data set's classes, in the order of their ids.
+# "drop": all class heads start as new, as the official code fine-tunes from Objects365.
+InitClasses = Literal["by_name", "in_order", "drop"]
+NUM_SHOWN = 12  # classes written out in one line
+
+
+@dataclass(frozen=True)
+class FileClasses:
+    """What the rows of a file's class heads stand for."""
+
+    num_rows: int
+    by_row: Mapping[int, Category]  # rows that stand for nothing are left out; empty: not known
+    origin: str  # how that is known, for people
+
+    @property
+    def rows_and_categories(self) -> tuple[list[int], tuple[Category, ...]]:
+        """Those that stand for something, in ascending order of the categories' ids.
+
+        Where nothing is known, all rows, with their numbers for names.
+        """
+        known = self.by_row or {row: Category(row, str(row)) for row in range(self.num_rows)}
+        rows = sorted(known, key=lambda row: known[row].id)
+        return rows, tuple(known[row] for row in rows)
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """For each class of a data set the row of the file that it starts from, or none."""
+
+    rows: tuple[int | None, ...]
+    lines: tuple[str, ...]  # for people: what was matched, what is new, what is dropped
+
+    @property
+    def new(self) -> int:
+        return sum(row is None for row in self.rows)
+
+
+def published_classes(num_rows: int) -> FileClasses:
+    """Of a published file, which holds no names: COCO's where the number of rows is COCO's."""
+    if num_rows == NUM_ID_ROWS:
+        by_row = {category.id: category for category in COCO_CATEGORIES}
+        return FileClasses(num_rows, by_row, f"{num_rows} rows, so they are COCO's ids")
+    if num_rows == len(COCO_CATEGORIES):
+        by_row = dict(enumerate(COCO_CATEGORIES))
+        return FileClasses(
+            num_rows, by_row, f"{num_rows} rows, so they are COCO's classes in order"
+        )
+    return FileClasses(num_rows, {}, f"{num_rows} rows, whose classes the file does not name")
+
+
+def own_classes(categories: Sequence[Category], origin: str) -> FileClasses:
+    """Of weights that were trained here: a row for each category."""
+    return FileClasses(len(categories), dict(enumerate(categories)), origin)
+
+
+def listed_classes(path: Path, num_rows: int) -> FileClasses:
+    """From a file that a person gives: what the rows of class heads stand for.
+
+    Args:
+        path: annotations in COCO's format; a `config.json` of Hugging Face, with `id2label`; or
+            text with a name on each line, where `-` is a row that stands for nothing.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the number of rows.
+    """
+    try:
+        text = read_bounded(path, MAX_ANNOTATION_BYTES).decode()
+        content = json.loads(text) if path.suffix == ".json" else None
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if content is None:
+        names = [line.strip() for line in text.splitlines()]
+        by_row = {
+            row: Category(row, name) for row, name in enumerate(names) if name not in ("", "-")
+        }
+        if len(names) != num_rows:
+            raise ValueError(f"{path}: has {len(names)} lines, the class heads {num_rows} rows")
+        return FileClasses(num_rows, by_row, f"from {path}")
+    if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
+        return _from_hugging_face(path, content["id2label"], num_rows)
+    try:
+        listed = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: has neither `categories` nor `id2label` with names") from error
+    categories = [Category(id_, name) for id_, name in listed]
+    if len(categories) == num_rows:
+        return own_classes(categories, f"from {path}, in the order of their ids")
+    if categories and categories[0].id >= 0 and categories[-1].id < num_rows:
+        by_id = {category.id: category for category in categories}
+        return FileClasses(num_rows, by_id, f"from {path}, rows are ids")
+    raise ValueError(
+        f"{path}: lists {len(categories)} categories with ids up to "
+        f"{categories[-1].id if categories else 'none'}; the class heads have {num_rows} rows, "
+        "which fits neither one row for each nor rows that are ids"
+    )
+
+
+def _from_hugging_face(path: Path, labels: Mapping[str, object], num_rows: int) -> FileClasses:
+    by_row = {}
+    for key, value in labels.items():
+        name = str(value)
+        if not key.isdecimal() or int(key) >= num_rows:
+            raise ValueError(f"{path}: id2label has {key!r}, the class heads have {num_rows} rows")
+        if name not in ("N/A", "", f"LABEL_{key}"):
+            by_row[int(key)] = Category(int(key), name)
+    return FileClasses(num_rows, by_row, f"from id2label in {path}")
+
+
+def plan_classes(
+    file: FileClasses, categories: Sequence[Category], how: InitClasses = "by_name"
+) -> ClassPlan:
+    """Which row each class of a data set starts from.
+
+    Raises:
+        ValueError: the file's classes have no names, or in_order does not fit; says what else can
+            be done.
+    """
+    if how == "drop":
+        line = (
+            f"classes: all {len(categories)} start as new, the file's {file.num_rows} are dropped"
+        )
+        return ClassPlan((None,) * len(categories), (line,))
+    if how == "in_order":
+        if file.num_rows != len(categories):
+            raise ValueError(
+                f"init_classes=in_order: the file has {file.num_rows} rows, the data set "
+                f"{len(categories)} classes; use init_classes=by_name or drop"
+            )
+        pairs = [f"{row} is {category.name}" for row, category in enumerate(categories)]
+        return ClassPlan(tuple(range(file.num_rows)), (f"classes: row {_some(pairs)}",))
+    if not file.by_row:
+        raise ValueError(
+            f"the file has {file.origin}. Give them, with jobs/convert.py --classes FILE; or start "
+            "the class heads as new with init_classes=drop; or say that the rows are the data "
+            "set's classes in order with init_classes=in_order"
+        )
+    return _match(file, categories)
+
+
+def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
+    by_exact = {category.name: row for row, category in file.by_row.items()}
+    rows: list[int | None] = [by_exact.get(category.name) for category in categories]
+    left: dict[str, list[int]] = defaultdict(list)  # rows that no class has the very name of
+    for row, category in file.by_row.items():
+        if row not in rows:
+            left[plain(category.name)].append(row)
+    for place, category in enumerate(categories):
+        if rows[place] is None and left[plain(category.name)]:
+            rows[place] = left[plain(category.name)].pop(0)
+    matched = [
+        category.name if category.name == file.by_row[row].name
+        else f"{category.name} (there {file.by_row[row].name})"
+        for category, row in zip(categories, rows, strict=True)
+        if row is not None
+    ]  # fmt: skip
+    new = [c.name for c, row in zip(categories, rows, strict=True) if row is None]
+    dropped = [category.name for row, category in file.by_row.items() if row not in rows]
+    lines = [
+        f"classes: the file has {file.origin}",
+        f"  {len(matched)} of {len(categories)} by name{_colon(matched)}",
+    ]
+    if new:
+        lines.append(f"  {len(new)} new, which start untrained{_colon(new)}")
+    if dropped:
+        lines.append(f"  {len(dropped)} of the file are dropped{_colon(dropped)}")
+    return ClassPlan(tuple(rows), tuple(lines))
+
+
+def plain(name: str) -> str:
+    """What of a name is compared: without case, and with spaces for `_` and `-`."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _colon(names: Sequence[str]) -> str:
+    return f": {_some(names)}" if names else ""
+
+
+def _some(values: Sequence[str]) -> str:
+    more = f", … ({len(values) - NUM_SHOWN} more)" if len(values) > NUM_SHOWN else ""
+    return ", ".join(values[:NUM_SHOWN]) + more

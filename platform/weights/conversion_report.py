@@ -1,0 +1,199 @@
+"""From one layout of weights to another, with an account of every tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deta.model.architectures import make_detector, without_download
+from deta.model.published_names import STEPS
+from deta.platform.data.coco_dataset import Category
+from deta.platform.run.config import RunConfig
+from deta.platform.weights.class_mapping import ClassPlan, FileClasses, InitClasses, plan_classes
+from deta.platform.weights.model_file import (
+    ModelFile,
+    fit,
+    is_class_head,
+    select_classes,
+    shapes_of,
+)
+
+SEED = 0  # of tensors that are missing by permission, and of new classes
+NUM_SHOWN = 40  # names written out in the report for people; the JSON has all
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each tensor. Names of ours, but those left over, which have none."""
+
+    layout: str
+    used: dict[str, list[str]]  # ours -> the file's names that it was made of, copies included
+    computed: list[str]  # the file's: compared with what we compute, or without effect
+    missing: list[str]
+    allowed_missing: list[str]
+    left_over: list[str]
+    allowed_unused: list[str]
+    wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # found, expected
+    num_values: dict[str, int] = field(default_factory=dict)  # of each tensor used
+
+    @property
+    def is_complete(self) -> bool:
+        return not (self.missing or self.left_over or self.wrong_shape)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """Counts by part of the model, then the names of all that was not simply used."""
+        absent = [*self.missing, *self.allowed_missing]
+        parts = dict.fromkeys(map(part_of, [*self.used, *absent, *self.wrong_shape]))
+        rows: list[tuple[str, list[int]]] = []
+        for part in parts:
+            used = [name for name in self.used if part_of(name) == part]
+            counts = [
+                len(used),
+                sum(self.num_values.get(name, 0) for name in used),
+                sum(len(self.used[name]) for name in used),
+                sum(part_of(name) == part for name in absent),
+                sum(part_of(name) == part for name in self.wrong_shape),
+            ]
+            rows.append((part, counts))
+        rows.append(("all", [sum(column) for column in zip(*(c for _, c in rows), strict=True)]))
+        heads = ("tensors", "values", "from", "missing", "other shape")
+        lines = [f"{'part':<22}" + "".join(f"{head:>13}" for head in heads)]
+        lines += [f"{part:<22}" + "".join(f"{c:>13,}" for c in counts) for part, counts in rows]
+        shapes = [
+            f"{name} {found} instead of {wanted}"
+            for name, (found, wanted) in self.wrong_shape.items()
+        ]
+        for title, names in (
+            ("computed here, or without effect", self.computed),
+            ("missing, allowed: start as new", self.allowed_missing),
+            ("left over, allowed: not used", self.allowed_unused),
+            ("MISSING", self.missing),
+            ("LEFT OVER", self.left_over),
+            ("OTHER SHAPE", shapes),
+        ):
+            lines += _listed(title, names, all_of_them=title.isupper())
+        return "\n".join(lines)
+
+
+def account(
+    file: ModelFile, allow_missing: Sequence[str] = (), allow_unused: Sequence[str] = ()
+) -> Report:
+    """Compare a file with the model that it is of.
+
+    Args:
+        allow_missing: patterns, `*` for any text, of our names that may be absent.
+        allow_unused: patterns of the file's names that may be left over.
+    """
+    expected = shapes_of(file.config.model)
+    own_extra = [name for name in file.tensors if name not in expected and not name.endswith(STEPS)]
+    left_over = [*file.unknown, *(source for name in own_extra for source in file.sources[name])]
+    counters = [n for n in file.tensors if n.endswith(STEPS) and n not in expected]
+    missing = [n for n in expected if n not in file.tensors and not n.endswith(STEPS)]
+    fits = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if name in expected and tuple(tensor.shape) == tuple(expected[name])
+    }
+    return Report(
+        layout=file.layout,
+        used={name: file.sources[name] for name in fits},
+        computed=[*file.computed, *counters],
+        missing=[name for name in missing if not _matches(name, allow_missing)],
+        allowed_missing=[name for name in missing if _matches(name, allow_missing)],
+        left_over=[name for name in left_over if not _matches(name, allow_unused)],
+        allowed_unused=[name for name in left_over if _matches(name, allow_unused)],
+        wrong_shape={
+            name: (tuple(file.tensors[name].shape), tuple(expected[name]))
+            for name in file.tensors
+            if name in expected and name not in fits
+        },
+        num_values={name: math.prod(tensor.shape) for name, tensor in fits.items()},
+    )
+
+
+def complete_state(file: ModelFile, report: Report) -> dict[str, Tensor]:
+    """Every tensor of the model under our names; those missing by permission start as new.
+
+    Raises:
+        ValueError: the report is not complete.
+    """
+    if not report.is_complete:
+        what = {
+            "missing": report.missing, "left over": report.left_over,
+            "of another shape": list(report.wrong_shape),
+        }  # fmt: skip
+        counts = [f"{len(names)} tensors {kind}" for kind, names in what.items() if names]
+        raise ValueError(
+            f"{file.path}: {', '.join(counts)}, named above. Where that is right, allow them by "
+            "name with --allow-missing and --allow-unused; a tensor of another shape needs another "
+            "--variant or model.* setting"
+        )
+    state = {name: file.tensors[name] for name in report.used}
+    if report.allowed_missing:
+        state |= {
+            name: tensor
+            for name, tensor in _new_model(file.config).items()
+            if name in set(report.allowed_missing)
+        }
+    return fit(state, file.config.model)
+
+
+def for_data_set(
+    file: ModelFile, state: Mapping[str, Tensor], categories: Sequence[Category], how: InitClasses
+) -> tuple[dict[str, Tensor], RunConfig, FileClasses, ClassPlan]:
+    """The same weights for other classes.
+
+    Returns:
+        The tensors, their configuration and classes, and what became of which class.
+
+    Raises:
+        ValueError: the file's classes have no names, or do not fit as they are asked to.
+    """
+    plan = plan_classes(file.classes, categories, how)
+    config = _with_classes(file.config, len(categories))
+    model = config.model
+    fresh = {name: t for name, t in _new_model(config).items() if is_class_head(name)}
+    if how == "drop":
+        changed = {**state, **fresh}
+    else:
+        changed = select_classes(state, plan.rows, fresh, model)
+    origin = f"the {len(categories)} classes of a data set"
+    classes = FileClasses(len(categories), dict(enumerate(categories)), origin)
+    return fit(changed, model), config, classes, plan
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor of ours belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "pyramid" else parts[0]
+
+
+def _new_model(config: RunConfig) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return make_detector(without_download(config.model)).state_dict()
+
+
+def _with_classes(config: RunConfig, num_classes: int) -> RunConfig:
+    return replace(config, model=replace(config.model, num_classes=num_classes))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(title: str, names: Sequence[str], *, all_of_them: bool) -> list[str]:
+    if not names:
+        return []
+    shown = names if all_of_them else names[:NUM_SHOWN]
+    more = [f"  … and {len(names) - len(shown)} more"] if len(shown) < len(names) else []
+    return ["", f"{title}: {len(names)}", *(f"  {name}" for name in shown), *more]

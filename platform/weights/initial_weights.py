@@ -1,0 +1,122 @@
+"""The weights a run starts from: of a whole detector, or of its backbone alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deta.model.architectures import Detector, DetectorConfig
+from deta.platform.data.coco_dataset import Category
+from deta.platform.run.config import RunConfig
+from deta.platform.weights.backbone_file import read_backbone
+from deta.platform.weights.class_mapping import ClassPlan, InitClasses, plan_classes
+from deta.platform.weights.model_file import (
+    ModelFile,
+    fit,
+    is_class_head,
+    open_model_file,
+    select_classes,
+    shapes_of,
+)
+
+
+def load_initial_weights(
+    model: Detector,
+    path: Path,
+    categories: tuple[Category, ...],
+    how: InitClasses = "by_name",
+) -> list[str]:
+    """Fill the model.
+
+    Args:
+        model: freshly made; classes that the weights do not know keep its rows.
+        path: a checkpoint folder of ours, a file that jobs/convert.py wrote, or a published file.
+        categories: of the data set. The weights may know others: see `how`.
+        how: which classes start from which rows of the file.
+
+    Returns:
+        What became of the classes, for people; nothing where they are the same.
+
+    Raises:
+        ValueError: the file does not fit the model; names what is missing or left over.
+    """
+    file = open_model_file(path, RunConfig(model=model.config))
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if is_class_head(name)}
+    state, plan = _initial_state(file, model.config, categories, how, fresh)
+    model.load_state_dict(state)
+    return list(plan.lines)
+
+
+def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -> list[str]:
+    """What `load_initial_weights` and `load_backbone` will do, without a model.
+
+    Returns:
+        Lines for people.
+
+    Raises:
+        ValueError: what the two would raise, before a run has begun.
+    """
+    lines: list[str] = []
+    model = replace(config.model, num_classes=len(categories))
+    if config.init_checkpoint is not None:
+        path = Path(config.init_checkpoint)
+        file = open_model_file(path, replace(config, model=model))
+        fresh = {
+            name: torch.zeros(shape)
+            for name, shape in shapes_of(model).items()
+            if is_class_head(name)
+        }
+        _, plan = _initial_state(file, model, categories, config.init_classes, fresh)
+        lines += [f"starts from {file.path} ({file.layout} layout)", *plan.lines]
+    if config.init_backbone is not None:
+        _, told = read_backbone(Path(config.init_backbone), model)
+        lines += told
+    return lines
+
+
+def load_backbone(model: Detector, path: Path) -> list[str]:
+    """Fill the backbone of a fresh model, and nothing else of it.
+
+    Args:
+        path: `.pkl` of detectron2, `.pth` of torchvision or of the Swin repository, or a file
+            that jobs/convert.py made of one.
+
+    Returns:
+        What was used, for people.
+
+    Raises:
+        ValueError: the file is none of these, or of another network; names what does not fit.
+    """
+    state, lines = read_backbone(path, model.config)
+    model.load_state_dict({**model.state_dict(), **state})
+    return lines
+
+
+def _initial_state(
+    file: ModelFile,
+    model: DetectorConfig,
+    categories: tuple[Category, ...],
+    how: InitClasses,
+    fresh: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], ClassPlan]:
+    """Under our names, with a row for each category."""
+    try:
+        file.require_known()
+        rows, own = file.classes.rows_and_categories
+        if how == "by_name" and own == categories and rows == list(range(file.classes.num_rows)):
+            plan = ClassPlan(tuple(rows), ())
+        else:
+            plan = plan_classes(file.classes, categories, how)
+        if how == "drop":
+            kept = {
+                name: tensor for name, tensor in file.tensors.items() if not is_class_head(name)
+            }
+            return fit({**kept, **fresh}, model), plan
+        state = select_classes(file.tensors, plan.rows, fresh, model)
+        return fit(state, model), plan
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from error

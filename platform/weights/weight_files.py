@@ -1,0 +1,273 @@
+"""Files of weights, read without running the code that a pickle can carry."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deta.platform.weights.restricted_unpickler import (
+    ArrayNote,
+    RefusedName,
+    TensorNote,
+    Unreadable,
+)
+from deta.platform.weights.torch_files import read_pickled_weights
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
+# Where training code puts the weights among other things; the first that is there counts.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "ema", "blobs")
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+# What the field `format` of a safetensors file says, wherever it is there.
+FRAMEWORKS = frozenset({"pt", "np", "tf", "flax", "jax", "mlx", "paddle"})
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the format's own library has it
+NUM_SHOWN = 10  # names written out in one message
+CHECKED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class WeightsError(ValueError):
+    """A file of weights that is refused. Says which file, what it is, and what to do next."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU, by name.
+
+    A checkpoint that holds more than weights gives those under `model`, `state_dict`,
+    `model_state_dict`, `ema` or `blobs`, in this order and nested if need be; the rest is not
+    read. A prefix `module.` or `_orig_mod.` that all names share is removed.
+
+    Args:
+        path: `.safetensors`; what `torch.save` wrote: `.pth`, `.pt` or `.bin`; or a pickle of
+            numpy arrays, `.pkl`.
+
+    Raises:
+        WeightsError: there is no such file, it is damaged, would need code to be run, claims more
+            than it has, or holds something else than finite tensors.
+    """
+    _require_file(path)
+    if path.suffix == ".safetensors":
+        return _without_prefixes(_require_finite(path, _read_safetensors(path)))
+    if path.suffix not in PICKLE_SUFFIXES:
+        raise WeightsError(
+            f"{path}: files of weights end in .safetensors, {', '.join(PICKLE_SUFFIXES)}; "
+            "rename it if it is one of these, or convert it with the code that wrote it"
+        )
+    _require_weights_inside(path)
+    try:
+        tensors = read_pickled_weights(path, lambda content: _unwrap(path, content))
+    except RefusedName as error:
+        raise WeightsError(
+            f"{path}: refused, because reading it would run the code of {error}. Where its "
+            "origin is trusted, keep nothing but its tensors: safetensors.torch.save_file("
+            "torch.load(path, weights_only=False)['model'], new_path)"
+        ) from error
+    except Unreadable as error:
+        raise WeightsError(
+            f"{path}: damaged, or not written by torch.save: {error}. Copy or download it again, "
+            "or rename it to .safetensors if it is that"
+        ) from error
+    return _without_prefixes(_require_finite(path, tensors))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_weights` was given along with the weights; empty for files of other origin.
+
+    Raises:
+        WeightsError: there is no such file, or it is damaged.
+    """
+    _require_file(path)
+    if path.suffix != ".safetensors":
+        return {}
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    framework = metadata.pop("format", "pt")
+    if framework not in FRAMEWORKS:
+        raise _damaged(path, f"its metadata name {framework!r} as the framework that wrote it")
+    return metadata
+
+
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, complete or not at all.
+
+    Tensors that share memory are written out one by one.
+
+    Raises:
+        WeightsError: the name does not end in .safetensors.
+    """
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: weights are written as safetensors; end the name in that")
+    tensors = {}
+    storages = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # safetensors would let nobody else read the file
+        # Hugging Face's loader wants to read which framework wrote the tensors.
+        save_file(tensors, unfinished, {**(metadata or {}), "format": "pt"})
+        unfinished.chmod(mode)
+        _flush_to_disk(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _flush_to_disk(path.parent)
+
+
+def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
+    """Write what torch.load reads, complete or not at all; for other codes, not for ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        torch.save(content, unfinished)
+        _flush_to_disk(unfinished)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _flush_to_disk(path.parent)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _require_weights_inside(path)
+    _check_header(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _check_header(path: Path) -> None:
+    """The header must lie within the file, so that nobody makes room for a claim."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(8)
+    claimed = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else size
+    if claimed > min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(path, f"its header claims {claimed} bytes, the file has {size}")
+
+
+def _unwrap(path: Path, content: object) -> dict[str, object]:
+    while isinstance(content, Mapping):
+        wrapped = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not wrapped:
+            break
+        content = wrapped[0]
+    if not isinstance(content, Mapping) or not content:
+        kind = "Tensor" if isinstance(content, TensorNote) else type(content).__name__
+        raise WeightsError(
+            f"{path}: holds {kind} and no weights by name; save a model's state_dict(), not the "
+            "model"
+        )
+    others = [
+        str(name)
+        for name, value in content.items()
+        if not isinstance(value, TensorNote | ArrayNote)
+    ]
+    if others:
+        raise WeightsError(
+            f"{path}: {len(others)} of {len(content)} entries are no tensors "
+            f"({', '.join(others[:NUM_SHOWN])}); save a model's state_dict() alone or under 'model'"
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _require_finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    bad = [
+        name
+        for name, tensor in state.items()
+        if tensor.dtype in CHECKED_TYPES and not tensor.isfinite().all()
+    ]
+    if bad:
+        raise WeightsError(
+            f"{path}: {len(bad)} of {len(state)} tensors hold values that are not finite "
+            f"({', '.join(bad[:NUM_SHOWN])}); the training that wrote it had diverged, or it is "
+            "damaged; use an earlier checkpoint"
+        )
+    return state
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES * 2:  # either may surround the other
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        if (path / ".metadata").exists() or any(path.glob("*.distcp")):
+            raise WeightsError(
+                f"{path}: a distributed checkpoint of torch, which runs code when it is loaded; "
+                "convert it where it was written, with torch.distributed.checkpoint.format_utils."
+                "dcp_to_torch_save, and give the file"
+            )
+        raise WeightsError(f"{path}: a folder; give the file of weights inside it")
+    if path.is_symlink() and not path.exists():
+        raise WeightsError(f"{path}: a link to {os.readlink(path)}, where there is no file")
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file")
+    if not path.is_file():
+        raise WeightsError(f"{path}: a device or pipe, not a file of weights")
+
+
+def _require_weights_inside(path: Path) -> None:
+    """Name what people most often have in the place of weights."""
+    with path.open("rb") as file:
+        beginning = file.read(512)
+    text = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    what = ""
+    if not beginning:
+        what = "an empty file; copy or download it again"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        what = (
+            "a web page, not weights, as a link gives that wants a log-in or a click; open it in a "
+            "browser and download again"
+        )
+    elif text.startswith(b"version https://git-lfs"):
+        what = "a pointer of git-lfs, not the weights; run `git lfs pull` where it was cloned"
+    elif beginning[257:262] == b"ustar":
+        what = (
+            "a tar archive; unpack it, or if torch.save wrote it long before 1.0, load and save it "
+            "with a newer torch"
+        )
+    elif beginning.startswith(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")
+    ):
+        what = "a compressed archive; unpack it first"
+    elif path.suffix == ".safetensors" and beginning.startswith((b"PK\x03\x04", b"\x80")):
+        what = "what torch.save wrote, not a safetensors file; rename it to .pth"
+    if what:
+        raise WeightsError(f"{path}: {what}")
+
+
+def _damaged(path: Path, error: object) -> WeightsError:
+    return WeightsError(
+        f"{path}: not a complete safetensors file ({error}); copy or download it again"
+    )
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

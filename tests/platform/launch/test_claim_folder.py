@@ -1,0 +1,127 @@
+"""Going on with a run: what must be the same, what may have been lost."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.data.coco_annotations import DatasetError
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
+from deta.platform.launch import claim_folder as claim
+from deta.platform.launch.prepare_run import prepare
+from deta.platform.run.config import DataConfig, RunConfig, override
+from deta.platform.run.dataset_snapshot import DATA_FILE, keep_data, kept_run
+from deta.platform.run.run import Run
+from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
+    return write_shapes(tmp_path_factory.mktemp("shapes"), num_train=16, num_val=4, size_px=64)
+
+
+@pytest.fixture
+def config(drawn: ShapesDataset, tmp_path: Path) -> RunConfig:
+    images = tmp_path / "images"
+    shutil.copytree(drawn.train_images, images)
+    return RunConfig(
+        name="run",
+        storage=str(tmp_path / "runs"),
+        data=DataConfig(
+            train_images=str(images),
+            train_annotations=str(drawn.train_annotations),
+            val_images=str(drawn.val_images),
+            val_annotations=str(drawn.val_annotations),
+        ),
+    )
+
+
+def begun(config: RunConfig) -> Run:
+    run = prepare(config)
+    claim.claim_folder(run, resume=False)
+    write_run_file(run.folder, describe_run(run))
+    keep_data(run)
+    return run
+
+
+def save(run: Run, step: int) -> None:
+    state = RunState(
+        step=step,
+        samples_seen=step * run.config.total_batch_size,
+        epoch=0.5,
+        data_fingerprint=run.train_set.fingerprint,
+        code_commit="abc",
+    )
+    snapshot = take_snapshot(state, run.config, run.train_set.categories, {}, {})
+    write_checkpoint(run.checkpoints, snapshot)
+
+
+def test_a_name_is_taken_once_and_resumed_only_where_it_is(config: RunConfig):
+    run = prepare(config)
+    with pytest.raises(claim.RunExistsError, match="no run to resume"):
+        claim.claim_folder(run, resume=True)
+    begun(config)
+    with pytest.raises(claim.RunExistsError, match="--resume"):
+        claim.claim_folder(run, resume=False)
+    claim.claim_folder(run, resume=True)
+    assert claim.changes_since(run) == []
+
+
+def test_what_changes_what_is_learnt_is_told_and_the_rest_is_free(config: RunConfig):
+    run = begun(config)
+    free = {"cluster.num_workers": 2, "checkpoint.keep": 5, "max_skipped_steps": 3}
+    assert claim.changes_since(replace(run, config=override(run.config, free))) == []
+    other = replace(run, config=override(run.config, {"optim.lr": 1e-5}))
+    changes = claim.changes_since(replace(other, train_set=run.train_set.first(9)))
+    assert changes[0].startswith("optim.lr: 0.0002 -> 1e-05")
+    assert "train data set" in changes[1]
+    with pytest.raises(claim.RunExistsError, match="--force"):
+        claim.refuse_changes(run, changes)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"config": {"na', None])
+def test_without_run_json_the_newest_checkpoint_tells_what_the_run_was(config: RunConfig, content):
+    run = begun(config)
+    path = run.folder / RUN_FILE
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(claim.RunExistsError):
+        claim.what_was(run)
+    save(run, 3)
+    claim.claim_folder(run, resume=True)
+    assert claim.changes_since(run) == []
+    other = replace(run, config=override(run.config, {"optim.lr": 1e-5}))
+    assert claim.changes_since(other)
+    write_run_file(run.folder, describe_run(run, claim.what_was(run)))
+    assert claim.what_was(run)["key"]
+
+
+def test_pictures_that_broke_since_do_not_end_a_run(config: RunConfig):
+    run = begun(config)
+    assert kept_run(run.folder).train_set.fingerprint == run.train_set.fingerprint
+    assert (run.folder / DATA_FILE).stat().st_mode & 0o077 == 0
+    victim = sorted(Path(config.data.train_images).iterdir())[3]
+    victim.write_bytes(b"")
+    with pytest.raises(DatasetError, match=victim.name):
+        prepare(config)
+    again = prepare(config, resume=True)
+    assert again.train_set.fingerprint == run.train_set.fingerprint
+    assert claim.changes_since(again) == []
+
+
+def test_changed_annotations_are_never_taken_for_those_of_the_beginning(
+    config: RunConfig, drawn: ShapesDataset, tmp_path: Path
+):
+    run = begun(config)
+    changed = tmp_path / "changed.json"
+    changed.write_text(drawn.train_annotations.read_text() + "\n")
+    sorted(Path(config.data.train_images).iterdir())[3].unlink()
+    with pytest.raises(DatasetError):
+        prepare(override(config, {"data.train_annotations": str(changed)}), resume=True)
+    assert isinstance(run.train_set, CocoDataset)

@@ -1,0 +1,95 @@
+"""What workers settle among themselves, in two processes that really exchange."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import (
+    Word,
+    agree,
+    first_difference,
+    from_everyone,
+    from_leader,
+    names_of,
+)
+
+
+def _in_a_group(rank: int, port: int, act: Callable[[Worker], Any], answers: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    answers.put((rank, act(Worker(rank, 2))))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two(act: Callable[[Worker], Any]) -> list[Any]:
+    """What each of two workers answers, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [
+        context.Process(target=_in_a_group, args=(rank, port, act, answers)) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(answers.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    return [found[0], found[1]]
+
+
+def test_what_one_says_all_know():
+    def act(worker: Worker) -> Word:
+        return agree(Word(3 + worker.rank, stop=worker.rank == 1, num_replaced=worker.rank), worker)
+
+    one, other = on_two(act)
+    assert one == other == Word(7, stop=True, num_replaced=1)
+    alone = Word(5, save=True)
+    assert agree(alone, Worker()) == alone
+
+
+def test_values_travel():
+    def act(worker: Worker) -> Any:
+        return from_leader(f"from {worker.rank}", worker), from_everyone(worker.rank, worker)
+
+    assert on_two(act) == [("from 0", [0, 1]), ("from 0", [0, 1])]
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_flipped_bit_on_one_worker_is_found_and_named(dtype):
+    def act(worker: Worker) -> Any:
+        model = _model().to(dtype)
+        before = first_difference(model, worker)
+        weight = model[2].weight.detach().view(torch.uint8)
+        found = []
+        for place in range(0, weight.numel(), max(1, weight.numel() // 40)):
+            bit = 1 << (place % 8)
+            if worker.rank == 1:
+                weight.view(-1)[place] ^= bit
+            found.append(first_difference(model, worker))
+            if worker.rank == 1:
+                weight.view(-1)[place] ^= bit
+        return before, set(found)
+
+    assert on_two(act) == [(None, {"2.weight"})] * 2
+
+
+def test_long_lists_are_cut():
+    assert names_of(range(3)) == "0, 1, 2"
+    assert names_of(range(30), 2) == "0, 1 and 28 more"

@@ -1,0 +1,73 @@
+"""Sums of gradients that do not depend on how the batch is cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deta.platform.learning.gradient_sum import GradientSum
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 1))
+
+
+def summed(order: list[int], exact: bool) -> torch.Tensor:
+    """The gradient over eight parts of very different size, taken in that order."""
+    model = layers()
+    gradients = GradientSum(model.parameters(), 1)
+    for part in order:
+        data = torch.randn(16, 40, generator=torch.Generator().manual_seed(part)) * 3.0**part
+        model(data).square().mean().backward()
+        if exact:
+            gradients.add()
+    if exact:
+        gradients.share()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def test_the_order_of_the_parts_does_not_matter():
+    first, second = ([0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 0, 3, 6, 1, 4])
+    assert torch.equal(summed(first, exact=True), summed(second, exact=True))
+    assert not torch.equal(summed(first, exact=False), summed(second, exact=False))
+
+
+def test_it_is_the_sum():
+    order = list(range(8))
+    assert torch.allclose(summed(order, exact=True), summed(order, exact=False), rtol=1e-4)
+
+
+def test_a_step_begins_with_nothing_of_the_one_before():
+    model = layers()
+    gradients = GradientSum(model.parameters(), 1)
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(1, 40)).sum().backward()
+        gradients.add()
+        gradients.share()
+        found = model[2].bias.grad
+        assert found is not None
+        assert found.item() == 1.0
+
+
+def test_what_nothing_used_has_no_gradient_and_so_does_not_decay():
+    model = layers()
+    unused = nn.Parameter(torch.ones(3))
+    gradients = GradientSum([*model.parameters(), unused], 1)
+    model(torch.ones(1, 40)).sum().backward()
+    gradients.add()
+    gradients.share()
+    assert unused.grad is None
+    assert model[0].weight.grad is not None
+
+
+def test_what_is_not_finite_stays_so():
+    model = layers()
+    gradients = GradientSum(model.parameters(), 1)
+    for factor in (1.0, float("nan")):
+        (model(torch.ones(1, 40)).sum() * factor).backward()
+        gradients.add()
+    gradients.share()
+    assert model[2].bias.grad is not None
+    assert model[2].bias.grad.isnan().all()

@@ -1,0 +1,140 @@
+"""The gate lets through what is better in every respect that the policy names, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from deta.platform.evaluation.paired_bootstrap import CategoryDifference, PairedDifference
+from deta.platform.registry.promotion_gate import Candidate, Decision, Latency, Policy, decide
+
+NAMES = {1: "disc", 2: "star"}
+CHAMPION = Candidate(
+    label="deta version 1", sha256="aa" * 32, evaluated_sha256="aa" * 32,
+    images_fingerprint="f" * 64, ap=0.40, ap_by_class={"disc": 0.5, "star": 0.3},
+    num_bytes=100_000_000, latency=Latency(100.0, "one processor"), parity="scores 1e-6",
+    parity_fault="",
+)  # fmt: skip
+CHALLENGER = replace(
+    CHAMPION, label="deta version 2", sha256="bb" * 32, evaluated_sha256="bb" * 32, ap=0.43,
+    ap_by_class={"disc": 0.53, "star": 0.33},
+)  # fmt: skip
+
+
+def difference(low: float = 0.01, high: float = 0.05, star: float = 0.03) -> PairedDifference:
+    def category(ap: float, gain: float) -> CategoryDifference:
+        return CategoryDifference(ap, ap + gain, gain, gain - 0.02, gain + 0.02, 0.01, 0.02, 30, 60)
+
+    return PairedDifference(
+        ap_a=0.40, ap_b=0.43, difference=0.03, low=low, high=high, p_value=0.01,
+        per_category={1: category(0.5, 0.03), 2: category(0.3, star)}, resamples=1000, seconds=0.1,
+    )  # fmt: skip
+
+
+def judge(
+    challenger: Candidate = CHALLENGER,
+    champion: Candidate | None = CHAMPION,
+    policy: Policy | None = None,
+    found: PairedDifference | None = None,
+) -> Decision:
+    found = difference() if found is None and champion is not None else found
+    return decide(challenger, champion, policy or Policy(), found, NAMES)
+
+
+def test_a_better_one_passes():
+    decision = judge()
+
+    assert decision.accepted
+    assert decision.failed == ()
+    assert "AP gain" in decision.table()
+    assert decision.verdict() == "deta version 2 passes over deta version 1"
+
+
+@pytest.mark.parametrize(
+    ("found", "failed"),
+    [
+        (difference(low=-0.02, high=0.01), "AP gain"),  # better by luck, perhaps
+        (difference(low=0.0), "AP gain"),
+        (difference(star=-0.10), "class drops"),
+    ],
+)
+def test_a_difference_that_does_not_do_is_refused(found: PairedDifference, failed: str):
+    decision = judge(found=found)
+
+    assert not decision.accepted
+    assert decision.failed == (failed,)
+
+
+def test_a_class_that_drops_is_named():
+    row = next(one for one in judge(found=difference(star=-0.1)).criteria if one.passed is False)
+
+    assert row.found == "star 30.0 -> 20.0"
+
+
+def test_a_class_that_is_not_there_is_no_drop():
+    found = difference()
+    nothing = replace(found.per_category[2], ap_a=np.nan, ap_b=np.nan, difference=np.nan)
+    found = replace(found, per_category={1: found.per_category[1], 2: nothing})
+
+    assert judge(found=found).accepted
+
+
+@pytest.mark.parametrize(
+    ("change", "policy", "failed"),
+    [
+        ({"evaluated_sha256": "cc" * 32}, Policy(), "weights"),
+        ({"fault": "its weights have changed"}, Policy(), "weights"),
+        ({"missing_lineage": ("commit", "run")}, Policy(), "lineage"),
+        ({"code_is_dirty": True}, Policy(clean_code=True), "lineage"),
+        ({"images_fingerprint": "e" * 64}, Policy(), "evaluation set"),
+        ({}, Policy(evaluation_set="abc"), "evaluation set"),
+        ({}, Policy(min_ap=0.5), "AP"),
+        ({}, Policy(min_class_ap=0.35), "class floors"),
+        ({}, Policy(class_floors=(("disc", 0.6),)), "class floors"),
+        ({}, Policy(class_floors=(("moon", 0.1),)), "class floors"),
+        ({"latency": None}, Policy(), "latency"),
+        ({}, Policy(max_latency_ms=50), "latency"),
+        ({"latency": Latency(200.0, "one processor")}, Policy(), "latency ratio"),
+        ({"latency": Latency(100.0, "another")}, Policy(), "latency ratio"),
+        ({}, Policy(max_megabytes=50), "size"),
+        ({"num_bytes": 200_000_000}, Policy(), "size ratio"),
+        ({"parity_fault": "model.onnx differs"}, Policy(), "exported form"),
+    ],
+)
+def test_each_criterion_refuses_alone(change: dict[str, object], policy: Policy, failed: str):
+    decision = judge(replace(CHALLENGER, **change), policy=policy)  # type: ignore[arg-type]
+
+    assert not decision.accepted
+    assert failed in decision.failed
+    assert set(decision.failed) <= {failed, "AP gain", "class drops"}
+
+
+def test_the_first_champion_has_only_absolute_criteria():
+    decision = judge(champion=None)
+
+    assert decision.accepted
+    assert not {"AP gain", "class drops", "latency ratio", "size ratio"} & {
+        one.name for one in decision.criteria
+    }
+    assert not judge(champion=None, policy=Policy(min_ap=0.5)).accepted
+    assert not judge(replace(CHALLENGER, parity_fault="none"), champion=None).accepted
+
+
+def test_two_evaluations_of_other_images_are_not_compared():
+    decision = decide(
+        replace(CHALLENGER, images_fingerprint="e" * 64), CHAMPION, Policy(), None, {}
+    )
+
+    assert decision.failed == ("evaluation set", "AP gain", "class drops")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"confidence": 1.0}, {"resamples": 5}, {"min_ap": 40.0}, {"max_size_ratio": 0.0},
+     {"class_floors": (("disc", 40.0),)}],
+)  # fmt: skip
+def test_a_policy_that_cannot_be_is_refused(change: dict[str, object]):
+    with pytest.raises(ValueError, match=next(iter(change)).replace("class_floors", "disc")):
+        Policy(**change)  # type: ignore[arg-type]

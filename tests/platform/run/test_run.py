@@ -1,0 +1,368 @@
+"""A run ends where its AP has ceased to grow, at the same step whether it was resumed or not."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deta.model.architectures import make_detector
+from deta.model.backbone import BackboneConfig
+from deta.model.detector import ModelConfig
+from deta.platform.checkpoint.local import (
+    RunState,
+    all_checkpoints,
+    best_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.launch.claim_folder import RunExistsError, refuse_if_done
+from deta.platform.learning.optimizer import (
+    OptimConfig,
+    ScheduleConfig,
+    StillBatchNorm2d,
+    freeze,
+    make_optimizer,
+    num_without_gain,
+)
+from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
+from deta.platform.run.journal import read_events
+from deta.platform.run.run import Run
+from deta.platform.training import loop as training
+from deta.platform.training.loop import train
+
+
+@pytest.mark.parametrize(
+    ("aps", "min_delta", "expected"),
+    [
+        ([], 0.0, 0),
+        ([0.0], 0.0, 0),
+        ([10, 20, 30], 0.0, 0),
+        ([10, 10, 10], 0.0, 2),  # equal is not better
+        ([10, 30, 20, 29], 0.0, 2),
+        ([10, 10.4, 10.8], 0.5, 0),  # small steps add up to a gain over the best that counted
+        ([10, 10.4, 10.5], 0.5, 2),
+        ([0, 0, 0, 5], 0.0, 0),
+    ],
+)
+def test_evaluations_without_gain_are_counted_from_the_best(aps, min_delta, expected):
+    assert num_without_gain(aps, min_delta) == expected
+
+
+def test_without_patience_nothing_stops():
+    assert not ScheduleConfig().is_exhausted([5.0] * 100)
+    assert ScheduleConfig(patience=3).is_exhausted([5.0] * 4)
+    assert not ScheduleConfig(patience=3).is_exhausted([5.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("schedule.patience", "0"), ("schedule.min_delta", "-1")]
+)
+def test_senseless_patience_is_refused_by_name(key: str, value: str):
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        override(RunConfig(), {key: value})
+
+
+TINY_MODEL = ModelConfig(
+    backbone=BackboneConfig(
+        name="resnet10t", pretrained=False, norm="group", frozen_parts=(), width=0.25
+    ),
+    num_classes=5,
+    num_levels=4,
+    dim=16,
+    num_heads=2,
+    num_points=1,
+    encoder_layers=1,
+    decoder_layers=1,
+    ffn_dim=16,
+    num_queries=10,
+)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[CocoDataset, CocoDataset]:
+    drawn = write_shapes(tmp_path_factory.mktemp("shapes"), num_train=8, num_val=2, size_px=48)
+    return (
+        CocoDataset.open(drawn.train_images, drawn.train_annotations),
+        CocoDataset.open(drawn.val_images, drawn.val_annotations),
+    )
+
+
+def make_run(datasets: tuple[CocoDataset, CocoDataset], folder: Path, **changes: Any) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = RunConfig(
+        model=TINY_MODEL,
+        data=DataConfig(
+            loader_workers=0,
+            augmentation=AugmentationConfig(short_edges=(48,), max_long_edge=64, crop=False),
+            evaluation_size=EvaluationSize(short_edge=48, max_long_edge=64),
+        ),
+        optim=OptimConfig(lr=1e-3),
+        schedule=ScheduleConfig(epochs=8, lr_drop_epochs=(), patience=2, min_delta=0.5),
+        cluster=ClusterConfig(num_workers=1, gpu=False, cpus_per_worker=1),
+        total_batch_size=4,
+        micro_batch_size=2,
+        log_every_steps=1,
+        num_pictures=0,
+    )
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    return Run(override(config, flat), folder, *datasets)
+
+
+# After each epoch of two steps. The third is the best; the fifth is the second without a gain.
+APS = [10.0, 20.0, 30.0, 30.4, 29.0, 90.0, 91.0, 92.0]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations give the APs above, by the step, instead of looking at the model."""
+
+    class Metrics:
+        def __init__(self, ap: float) -> None:
+            self.ap, self.ap_per_category = ap, {}
+
+        def percent(self) -> dict[str, float]:
+            return {"AP": self.ap}
+
+        def table(self, categories: object) -> str:
+            return f"AP {self.ap}"
+
+    def evaluate_and_save(self: Any, on_evaluation: Any) -> dict[str, float]:
+        ap = APS[self.state.step // 2 - 1]
+
+        def evaluation(*_: object, **__: object) -> Any:
+            return training.Evaluation(Metrics(ap), [])  # type: ignore[arg-type]
+
+        monkeypatch.setattr(training, "evaluate_model", evaluation)
+        return real(self, on_evaluation)
+
+    real = training._Loop._evaluate_and_save
+    monkeypatch.setattr(training._Loop, "_evaluate_and_save", evaluate_and_save)
+
+
+def test_a_run_stops_when_patience_ends_and_keeps_its_best(datasets, tmp_path: Path, scripted):
+    run = make_run(datasets, tmp_path)
+    metrics = train(run, Worker())
+    assert metrics["AP"] == 29.0
+    newest = newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    assert newest.state.step == 10  # of 16
+    assert newest.state.ap_history == APS[:5]
+    best = best_checkpoint(run.checkpoints)
+    assert best is not None
+    # The best on disk is by AP alone: 30.4 is more than 30, though no gain that patience counts.
+    assert read_checkpoint(best).state.metrics["AP"] == 30.4
+    assert len(all_checkpoints(run.checkpoints)) == 2  # the newest two, the best among them
+    events = [event for event, _ in read_events(run.folder)]
+    assert events[-1]["kind"] == "end"
+    assert events[-1]["step"] == 10
+    assert "stopped early after step 10 of 16" in events[-1]["reason"]
+    assert "stopped early" in run.reason_to_stop(newest.state)
+    with pytest.raises(RunExistsError, match="stopped early"):
+        refuse_if_done(run)  # what `--resume` says
+
+
+@pytest.mark.parametrize("stops_after_epochs", [2, 4])
+def test_a_resumed_run_stops_at_the_same_step(
+    datasets, tmp_path: Path, scripted, stops_after_epochs: int
+):
+    whole = make_run(datasets, tmp_path / "whole")
+    train(whole, Worker())
+    parts = make_run(datasets, tmp_path / "parts")
+    train(
+        replace(parts, config=override(parts.config, {"schedule.epochs": stops_after_epochs})),
+        Worker(),
+    )
+    train(parts, Worker())
+    one, other = (newest_checkpoint(run.checkpoints) for run in (whole, parts))
+    assert one is not None
+    assert other is not None
+    assert replace(one.state, useful_s=0) == replace(other.state, useful_s=0)
+    assert all(torch.equal(t, other.model_state()[name]) for name, t in one.model_state().items())
+
+
+def test_a_stopped_run_that_is_started_again_makes_no_step(datasets, tmp_path: Path, scripted):
+    run = make_run(datasets, tmp_path)
+    train(run, Worker())
+    count = sum(event["kind"] == "progress" for event, _ in read_events(run.folder))
+    train(run, Worker())
+    events = [event for event, _ in read_events(run.folder)]
+    assert sum(event["kind"] == "progress" for event in events) == count
+    assert "stopped early" in events[-1]["reason"]
+
+
+def test_a_damaged_last_checkpoint_is_evaluated_again_and_counts_once(
+    datasets, tmp_path: Path, scripted
+):
+    run = make_run(datasets, tmp_path)
+    train(run, Worker())
+    newest = all_checkpoints(run.checkpoints)[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    train(run, Worker())
+    again = newest_checkpoint(run.checkpoints)
+    assert again is not None
+    assert again.state.ap_history == APS[:5]
+    assert again.state.step == 10
+
+
+def test_with_more_patience_a_stopped_run_goes_on(datasets, tmp_path: Path, scripted):
+    run = make_run(datasets, tmp_path)
+    train(run, Worker())
+    patient = replace(run, config=override(run.config, {"schedule.patience": "none"}))
+    refuse_if_done(patient)
+    train(patient, Worker())
+    newest = newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    assert newest.state.ap_history == APS
+
+
+def test_a_run_that_reached_its_end_was_not_stopped(datasets, tmp_path: Path, scripted):
+    run = make_run(datasets, tmp_path, schedule__epochs=5)
+    train(run, Worker())
+    last = [event for event, _ in read_events(run.folder)][-1]
+    assert (last["step"], last["reason"]) == (10, "")
+
+
+def test_a_validation_set_without_boxes_stops_nothing(datasets, tmp_path: Path):
+    schedule = ScheduleConfig(patience=1)
+    state = RunState(step=4, samples_seen=16, epoch=2.0, ap_history=[])
+    run = make_run(datasets, tmp_path)
+    run = replace(run, config=replace(run.config, schedule=schedule))
+    assert run.reason_to_stop(state) == ""
+
+
+def test_a_checkpoint_from_before_early_stopping_is_read(datasets, tmp_path: Path, scripted):
+    run = make_run(datasets, tmp_path, schedule__epochs=1)
+    train(run, Worker())
+    (path,) = all_checkpoints(run.checkpoints)
+    content = json.loads((path / "state.json").read_text())
+    del content["ap_history"]
+    assert RunState(**{k: v for k, v in content.items() if k != "categories"}).ap_history == []
+
+
+# What does not train.
+
+
+def frozen_model(parts: tuple[str, ...], norm: str = "group") -> nn.Module:
+    torch.manual_seed(0)
+    backbone = replace(TINY_MODEL.backbone, norm=norm)  # type: ignore[arg-type]
+    model = make_detector(replace(TINY_MODEL, backbone=backbone))
+    freeze(model, parts)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("parts", "trains", "rests"),
+    [
+        (("backbone",), ["encoder", "decoder", "class_heads", "pyramid.projections"],
+         ["pyramid.backbone"]),
+        (("backbone", "encoder"), ["first_stage", "decoder"], ["pyramid.backbone", "encoder"]),
+        (("decoder.layers.0",), ["encoder", "box_heads"], ["decoder.layers.0"]),
+        (("all-but-heads",), ["class_heads", "box_heads"],
+         ["pyramid", "encoder", "first_stage", "decoder", "level_embedding"]),
+    ],
+)  # fmt: skip
+def test_the_parts_that_are_named_do_not_train(parts, trains, rests):
+    model = frozen_model(parts)
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(rests)):
+            assert not parameter.requires_grad, name
+        if name.startswith(tuple(trains)):
+            assert parameter.requires_grad, name
+    optimizer = make_optimizer(model, OptimConfig())
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert listed == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("backbon",), "no part 'backbon'; its parts are .*pyramid.*all-but-heads"),
+        (("pyramid", "encoder", "first_stage", "decoder", "level_embedding", "class_heads",
+          "box_heads"), "leaves nothing to train"),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_not_there_is_refused_by_name(parts, message):
+    with pytest.raises(ValueError, match=message):
+        frozen_model(parts)
+
+
+def test_frozen_batch_norm_keeps_its_statistics_while_the_model_trains():
+    model = frozen_model(("backbone",), norm="batch")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    model(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(norm, StillBatchNorm2d) and not norm.training for norm in norms)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.state_dict().keys() == frozen_model((), norm="batch").state_dict().keys()
+
+
+FROZEN_WORKER = """
+import pickle, sys
+import torch, torch.distributed as dist
+from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.training.loop import train
+
+rank, port, file = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+)
+with open(file, "rb") as pickled:
+    train(pickle.load(pickled), Worker(rank, 2))
+dist.destroy_process_group()
+"""
+
+
+def test_two_workers_train_what_is_not_frozen_and_nothing_else(datasets, tmp_path: Path):
+    import pickle
+
+    run = make_run(
+        datasets,
+        tmp_path,
+        optim__freeze=("backbone", "encoder"),
+        schedule__epochs=1,
+        cluster__num_workers=2,
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = tmp_path / "run.pickle"
+    file.write_bytes(pickle.dumps(run))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", FROZEN_WORKER, str(rank), str(port), str(file)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=200)
+        assert worker.returncode == 0, errors
+    newest = newest_checkpoint(run.checkpoints)
+    assert newest is not None
+    torch.manual_seed(run.config.seed)
+    start = make_detector(run.config.model).state_dict()
+    for name, tensor in newest.model_state().items():
+        if name.startswith(("pyramid.backbone", "encoder")):
+            assert torch.equal(tensor, start[name]), name
+    trained = [name for name, t in newest.model_state().items() if not torch.equal(t, start[name])]
+    assert any(name.startswith("decoder") for name in trained)
+    assert any(name.startswith("class_heads") for name in trained)
+    resting = [name for name in newest.training_state() if "/pyramid.backbone" in name]
+    assert not resting  # no moments of what does not train

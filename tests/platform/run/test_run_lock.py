@@ -1,0 +1,273 @@
+"""One supervisor to a run, one worker group that writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from deta.platform.run.run_lock import (
+    Fence,
+    FencedOffError,
+    RunLock,
+    RunLockedError,
+    is_alive,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+HOLD = """
+import sys
+from pathlib import Path
+from deta.platform.run.run_lock import RunLock
+lock = RunLock.acquire(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+lock.release()
+"""
+
+# Eight processes at once, released by the end of a pipe; each tells whether it got the lock.
+RACE = """
+import os, sys, time
+from pathlib import Path
+from deta.platform.run.run_lock import RunLock, RunLockedError
+for folder in map(Path, sys.argv[1:]):
+    go, start = os.pipe()
+    verdicts, tell = os.pipe()
+    go_home, end = os.pipe()
+    children = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            os.close(start), os.close(end)
+            os.read(go, 1)
+            try:
+                lock = RunLock.acquire(folder)
+            except RunLockedError:
+                os.write(tell, b"-")
+                os._exit(0)
+            os.write(tell, b"+")
+            os.read(go_home, 1)
+            os.write(tell, b"l" if lock.lost else b"k")
+            os._exit(0)  # without giving it back: the next folder's start would not differ
+        children.append(pid)
+    os.close(go), os.close(start)
+    seen = b""
+    while len(seen) < 8:
+        seen += os.read(verdicts, 8)
+    os.close(end), os.close(go_home)
+    for pid in children:
+        os.waitpid(pid, 0)
+    os.close(tell)
+    seen += os.read(verdicts, 100)
+    os.close(verdicts)
+    print("".join(sorted(seen.decode())), flush=True)
+"""
+
+CLAIM = """
+import sys
+from pathlib import Path
+from deta.platform.run.run_lock import Fence
+for _ in range(25):
+    print(Fence.claim(Path(sys.argv[1]), sys.argv[2]).number)
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    with start(HOLD, folder) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change what a lock says, in place."""
+    path = folder / "run.lock"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes))
+
+
+def age(folder: Path, seconds: float) -> None:
+    then_s = time.time() - seconds
+    os.utime(folder / "run.lock", (then_s, then_s))
+
+
+def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path):
+    with holder(tmp_path) as process:
+        assert is_alive(tmp_path)
+        began_s = time.monotonic()
+        with pytest.raises(RunLockedError, match=f"process {process.pid} on host .* since 20.*UTC"):
+            RunLock.acquire(tmp_path)
+        assert time.monotonic() - began_s < 5
+        process.communicate()  # it gives the lock back
+    assert not is_alive(tmp_path)
+    with RunLock.acquire(tmp_path) as lock:
+        assert is_alive(tmp_path)
+        assert not lock.lost
+    assert not is_alive(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_eight_processes_at_once_one_gets_the_lock(tmp_path: Path):
+    """20 times an unused folder, and 20 times one whose owner was killed."""
+    folders = [tmp_path / str(number) for number in range(40)]
+    with holder(tmp_path) as process:
+        process.kill()
+        process.wait()
+    for folder in folders[20:]:
+        folder.mkdir()
+        (folder / "run.lock").write_bytes((tmp_path / "run.lock").read_bytes())
+    out, _ = start(RACE, *folders).communicate(timeout=120)
+    assert out.split() == ["+-------k"] * 40
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path):
+    with holder(tmp_path) as process:
+        process.send_signal(signal.SIGKILL)
+        deadline_s = time.monotonic() + 10
+        while (
+            is_alive(tmp_path) and time.monotonic() < deadline_s
+        ):  # still a zombie: not waited for
+            time.sleep(0.01)
+        with RunLock.acquire(tmp_path) as lock:
+            assert not lock.lost
+
+
+def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path):
+    with holder(tmp_path):
+        edit(tmp_path, process_start="1")
+        assert not is_alive(tmp_path)
+        RunLock.acquire(tmp_path).release()
+
+
+def test_the_owner_on_another_machine_counts_by_its_heartbeat(tmp_path: Path):
+    with holder(tmp_path) as process:
+        process.kill()
+        process.wait()
+    edit(tmp_path, host="elsewhere", machine="elsewhere")
+    assert is_alive(tmp_path)
+    with pytest.raises(RunLockedError, match=r"elsewhere.*again after 30 s"):
+        RunLock.acquire(tmp_path)
+    age(tmp_path, 25)
+    assert is_alive(tmp_path)
+    age(tmp_path, 31)
+    assert not is_alive(tmp_path)
+    RunLock.acquire(tmp_path).release()
+
+
+def test_an_owner_that_slept_too_long_knows_that_it_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("deta.platform.run.run_lock.HEARTBEAT_S", 0.2)
+    told = threading.Event()
+    sleeper = RunLock.acquire(tmp_path, on_lost=told.set)
+    edit(tmp_path, machine="elsewhere")
+    other = None
+    deadline_s = time.monotonic() + 10
+    while other is None and time.monotonic() < deadline_s:
+        age(tmp_path, 100)  # its heartbeats come in between
+        with suppress(RunLockedError):
+            other = RunLock.acquire(tmp_path)
+    assert other is not None
+    assert told.wait(10)
+    assert sleeper.lost
+    sleeper.release()
+    assert not other.lost, "what is not ours is not given back"
+    assert is_alive(tmp_path)
+    other.release()
+
+
+def test_a_heartbeat_keeps_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("deta.platform.run.run_lock.HEARTBEAT_S", 0.1)
+    with RunLock.acquire(tmp_path):
+        age(tmp_path, 100)
+        deadline_s = time.monotonic() + 10
+        while not is_alive(tmp_path) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert is_alive(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"pid": 1}'])
+def test_a_lock_that_says_nothing_counts_by_its_age(tmp_path: Path, content: str):
+    """Its writer died between creating and writing it, or is about to write it."""
+    (tmp_path / "run.lock").write_text(content)
+    with pytest.raises(RunLockedError, match="try again"):
+        RunLock.acquire(tmp_path)
+    age(tmp_path, 31)
+    RunLock.acquire(tmp_path).release()
+
+
+def test_dying_while_taking_over_blocks_nobody(tmp_path: Path):
+    with holder(tmp_path) as process:
+        process.kill()
+        process.wait()
+    dead = json.loads((tmp_path / "run.lock").read_text())
+    heir = dead | {"token": "heir"}
+    (tmp_path / f".run.lock-after-{dead['token']}").write_text(json.dumps(heir))
+    RunLock.acquire(tmp_path).release()
+
+
+def test_a_child_process_does_not_give_the_lock_back(tmp_path: Path):
+    with RunLock.acquire(tmp_path) as lock:
+        pid = os.fork()
+        if pid == 0:
+            lock.release()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert is_alive(tmp_path)
+
+
+def test_only_the_newest_claim_passes_the_fence(tmp_path: Path):
+    first = Fence.claim(tmp_path, "group of host a")
+    first.check()
+    second = Fence.claim(tmp_path, "group of host b")
+    second.check()
+    assert (first.number, second.number) == (1, 2)
+    with pytest.raises(FencedOffError, match=r"group of host a.*group of host b"):
+        first.check()
+    record = json.loads((tmp_path / "fence.json").read_text())
+    assert (record["number"], record["owner"]) == (2, "group of host b")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"number": 1'])
+def test_a_fence_whose_record_is_lost_still_holds(tmp_path: Path, content: str | None):
+    fences = [Fence.claim(tmp_path, str(number)) for number in range(3)]
+    (tmp_path / "fence.json").unlink()
+    if content is not None:
+        (tmp_path / "fence.json").write_text(content)
+    fences[2].check()
+    with pytest.raises(FencedOffError):
+        fences[1].check()
+    assert Fence.claim(tmp_path, "next").number == 4
+
+
+def test_claims_at_once_get_numbers_of_their_own(tmp_path: Path):
+    processes = [start(CLAIM, tmp_path, name) for name in "abcd"]
+    numbers = [int(n) for process in processes for n in process.communicate()[0].split()]
+    assert sorted(numbers) == list(range(1, 101))
+    Fence(tmp_path, 100, "last").check()
+    with pytest.raises(FencedOffError):
+        Fence(tmp_path, 99, "last but one").check()
+    assert len(list(tmp_path.iterdir())) < 40

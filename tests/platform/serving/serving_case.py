@@ -1,0 +1,195 @@
+"""A tiny model in a real server on a free port of loopback, for the tests of the service."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
+
+from deta.model.backbone import BackboneConfig
+from deta.model.detector import DETA, ModelConfig
+from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.data.coco_dataset import Category
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.inference.predictor import Predictor
+from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.serving.app import create_app
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.model import ModelName, ServedModel
+
+CATEGORIES = tuple(Category(7 * i + 3, name) for i, name in enumerate(["disc", "<b>star</b>"]))
+START_WITHIN_S = 120  # it takes one; more where the processors are taken
+
+
+def tiny_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(
+            backbone=BackboneConfig(name="resnet10t", pretrained=False),
+            num_classes=len(CATEGORIES),
+            dim=32,
+            num_heads=4,
+            num_levels=4,
+            num_points=2,
+            encoder_layers=1,
+            decoder_layers=1,
+            ffn_dim=32,
+            num_queries=20,
+        ),
+        data=DataConfig(
+            loader_workers=0, evaluation_size=EvaluationSize(short_edge=64, max_long_edge=96)
+        ),
+        micro_batch_size=1,
+    )
+
+
+def tiny_model(seed: int) -> DETA:
+    """Random weights, but heads that tell queries and classes apart."""
+    torch.manual_seed(seed)
+    model = DETA(tiny_config().model)
+    with torch.no_grad():
+        for head in model.class_heads:
+            head.weight.normal_(std=0.5)
+            head.bias.zero_()  # scores around a half, not a hundredth as before a training
+        for head in model.box_heads:
+            head.mlp[-1].weight.normal_(std=0.5)
+    return model
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
+    state = RunState(step=1, samples_seen=8, epoch=1.0, metrics={"AP": 1.5})
+    model_state = tiny_model(seed).state_dict()
+    snapshot = take_snapshot(state, tiny_config(), CATEGORIES, model_state, {})
+    return write_checkpoint(folder / "checkpoints", snapshot)
+
+
+@dataclass
+class Shelf:
+    """A source with an alias that a test moves, and versions that it may break."""
+
+    moves = True
+    folders: dict[str, Path]
+    alias: str
+    broken: set[str] = field(default_factory=set)
+    opened: list[str] = field(default_factory=list)
+
+    def current(self) -> str:
+        return self.alias
+
+    def open(self, current: str) -> ServedModel:
+        self.opened.append(current)
+        if current in self.broken:
+            raise ValueError(f"version {current} is damaged")
+        predictor = Predictor.from_checkpoint(self.folders[current])
+        return ServedModel(predictor, ModelName("shelf", current, predictor.weights_sha256))
+
+
+@dataclass
+class Server:
+    """A server that runs in a thread of this process."""
+
+    app: FastAPI
+    port: int
+    measurements: ProcessMeasurements
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers in lower case and body of one answer, by a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, path, body, dict(headers or {}))
+            answer = connection.getresponse()
+            named = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, named, answer.read()
+        finally:
+            connection.close()
+
+    def detect(
+        self, body: bytes, query: str = "", headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        status, _, content = self.ask(
+            "POST", f"/v1/detect{query}", body, headers or {"Content-Type": "image/jpeg"}
+        )
+        return status, json.loads(content)
+
+    def wait_until_ready(self) -> None:
+        began_s = time.monotonic()
+        while self.ask("GET", "/ready")[0] != 200:
+            assert time.monotonic() - began_s < START_WITHIN_S
+            time.sleep(0.05)
+
+    def metric(self, sample: str, /, **labels: str) -> float:
+        """The value of a sample; 0 where there is none yet."""
+        return self.measurements.registry.get_sample_value(sample, labels) or 0.0
+
+
+@contextmanager
+def running(source: Any, config: ServingConfig, *, ready: bool = True) -> Iterator[Server]:
+    measurements = ProcessMeasurements()
+    app = create_app(source, config, measurements)
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=10)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    began_s = time.monotonic()
+    while not server.started:
+        assert time.monotonic() - began_s < START_WITHIN_S
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    here = Server(app, port, measurements)
+    try:
+        if ready:
+            here.wait_until_ready()
+        yield here
+    finally:
+        server.should_exit = True
+        thread.join(START_WITHIN_S)
+
+
+def picture(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
+    """Noise in blocks, so that JPEG keeps it and pictures differ."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, ((height + 7) // 8, (width + 7) // 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def form(
+    content: bytes, field_name: str = "image", boundary: str = "b0undary"
+) -> tuple[bytes, str]:
+    """A form with one file, and its Content-Type."""
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{field_name}"; '
+        'filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+    )
+    body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    return body, f"multipart/form-data; boundary={boundary}"

@@ -1,0 +1,384 @@
+"""The service as its users see it: a real server, real connections."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from deta.platform.inference.predictor import Predictor
+from deta.platform.serving.config import ServingConfig, token_hash
+from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.schema import Detected, Problem, Served
+from deta.platform.serving.upload import ORIENTATION
+from tests.platform.serving.serving_case import (
+    CATEGORIES,
+    Server,
+    Shelf,
+    encoded,
+    form,
+    picture,
+    running,
+    tiny_checkpoint,
+)
+
+CONFIG = ServingConfig(
+    max_bytes=200_000,
+    max_pixels=1_000_000,
+    read_timeout_s=300,  # no test is about a machine whose processors are taken
+    answer_timeout_s=300,
+    poll_s=0.05,
+    hosts=("127.0.0.1", "localhost"),
+    max_requests=64,
+)
+JPEG = {"Content-Type": "image/jpeg"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("serving")
+    return {str(i): tiny_checkpoint(root / f"run-{i}", seed=i) for i in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def server(folders: dict[str, Path]) -> Iterator[Server]:
+    with running(FolderSource(folders["1"], "cpu"), CONFIG) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def predictor(folders: dict[str, Path]) -> Predictor:
+    return Predictor.from_checkpoint(folders["1"])
+
+
+def test_an_answer_is_what_the_predictor_says(server: Server, predictor: Predictor):
+    image = picture(5, 90, 70)
+    [expected] = predictor.predict([image])
+
+    status, answer = server.detect(encoded(image, "PNG"), "?min_score=0&max_detections=1000")
+
+    assert status == 200
+    Detected.model_validate(answer)
+    assert answer["image"] == {"width": 90, "height": 70}
+    assert answer["model"]["weights_sha256"] == predictor.weights_sha256
+    scores = [found["score"] for found in answer["detections"]]
+    assert scores == pytest.approx(expected.scores.tolist(), abs=1e-6)
+    assert scores == sorted(scores, reverse=True)
+    labels = expected.labels.tolist()
+    assert [found["category_id"] for found in answer["detections"]] == [
+        CATEGORIES[label].id for label in labels
+    ]
+    boxes = [edge for found in answer["detections"] for edge in found["box"]]
+    assert boxes == pytest.approx(expected.boxes_px.flatten().tolist(), abs=0.01)
+
+
+def test_parameters_cut_the_answer(server: Server):
+    content = encoded(picture(5))
+    _, everything = server.detect(content, "?min_score=0&max_detections=1000")
+    scores = [found["score"] for found in everything["detections"]]
+    middle = scores[len(scores) // 2]
+    _, few = server.detect(content, f"?min_score={middle}&max_detections=3")
+    assert few["detections"] == everything["detections"][:3]
+    assert len(scores) > 3
+
+
+def test_a_form_and_a_body_get_the_same_answer(server: Server):
+    content = encoded(picture(6))
+    body, content_type = form(content)
+    _, by_form = server.detect(body, headers={"Content-Type": content_type})
+    _, by_body = server.detect(content)
+    assert by_form["detections"] == by_body["detections"] != []
+
+
+def test_an_upright_picture_is_detected_as_it_was_seen(server: Server):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = encoded(picture(7, 90, 60), exif=exif)
+    assert server.detect(content)[1]["image"] == {"width": 90, "height": 60}
+    assert server.detect(content, "?upright=true")[1]["image"] == {"width": 60, "height": 90}
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("?min_score=2", "min_score"),
+        ("?min_score=nan", "min_score"),
+        ("?max_detections=0", "max_detections"),
+        ("?upright=perhaps", "upright"),
+    ],
+)
+def test_a_bad_parameter_is_named(server: Server, query: str, words: str):
+    status, answer = server.detect(encoded(picture()), query)
+    assert (status, answer["error"]) == (422, "parameter")
+    assert words in answer["detail"]
+
+
+def test_refusals_have_one_form_and_are_counted_by_kind(server: Server):
+    before = server.metric("deta_serving_requests_total", outcome="format")
+    status, answer = server.detect(b"GIF89a" + b"\0" * 100)
+    assert status == 415
+    Problem.model_validate(answer)
+    assert server.metric("deta_serving_requests_total", outcome="format") == before + 1
+    for method, path, expected in (
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/detect", 405),
+        ("POST", "/ready", 405),
+    ):
+        status, _, content = server.ask(method, path)
+        assert status == expected
+        Problem.model_validate_json(content)
+
+
+def test_a_body_beyond_the_limit_is_refused_whether_declared_or_not(server: Server):
+    status, answer = server.detect(b"\xff\xd8\xff" + b"\0" * 300_000)
+    assert (status, answer["error"]) == (413, "too_large")
+
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(
+            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        for _ in range(30):
+            connection.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+        assert connection.recv(200).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_that_never_ends_is_408(folders: dict[str, Path]):
+    config = replace(CONFIG, read_timeout_s=0.5)
+    with (
+        running(FolderSource(folders["1"], "cpu"), config) as here,
+        socket.create_connection(("127.0.0.1", here.port), 300) as connection,
+    ):
+        connection.sendall(
+            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
+        )
+        assert connection.recv(200).startswith(b"HTTP/1.1 408")
+
+
+def test_one_who_hangs_up_is_counted_and_harms_nobody(server: Server):
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(
+            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
+        )
+    for _ in range(200):
+        if server.metric("deta_serving_requests_total", outcome="disconnected"):
+            break
+        time.sleep(0.05)
+    assert server.metric("deta_serving_requests_total", outcome="disconnected") == 1
+    assert server.detect(encoded(picture()))[0] == 200
+    assert server.metric("deta_serving_in_flight") == 0
+
+
+def test_the_description_holds_what_a_client_needs(server: Server):
+    description = json.loads(server.ask("GET", "/openapi.json")[2])
+    detect = description["paths"]["/v1/detect"]["post"]
+    assert {"image/jpeg", "image/png", "multipart/form-data"} <= set(
+        detect["requestBody"]["content"]
+    )
+    assert {"200", "400", "401", "413", "415", "422", "503", "504"} <= set(detect["responses"])
+    assert "Detected" in json.dumps(detect["responses"]["200"])
+    assert {found["name"] for found in detect["parameters"]} == {
+        "min_score", "max_detections", "upright",
+    }  # fmt: skip
+
+
+def test_the_model_says_what_it_is_and_takes(server: Server, predictor: Predictor):
+    status, _, content = server.ask("GET", "/v1/model")
+    assert status == 200
+    found = Served.model_validate_json(content)
+    assert [(c.id, c.name) for c in found.categories] == [(c.id, c.name) for c in CATEGORIES]
+    assert found.max_bytes == CONFIG.max_bytes
+    assert found.model.weights_sha256 == predictor.weights_sha256
+
+
+def test_prometheus_can_read_the_metrics(server: Server):
+    server.detect(encoded(picture()))
+    status, headers, content = server.ask("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(content.decode())}
+    for name in ("requests", "request_seconds", "phase_seconds", "batch_size", "detections",
+                 "in_flight", "model_info"):  # fmt: skip
+        assert f"deta_serving_{name}" in families, name
+    phases = {sample.labels["phase"] for sample in families["deta_serving_phase_seconds"].samples}
+    assert phases == {"read", "decode", "wait", "model"}
+
+
+def test_answers_tell_browsers_to_be_careful(server: Server):
+    for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", "/")):
+        _, headers, _ = server.ask(method, path)
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert server.ask("GET", "/", headers={"Host": "evil.example"})[0] == 403
+    assert server.ask("GET", "/ready", headers={"Origin": "http://evil.example"})[0] == 403
+
+
+def test_without_the_token_there_is_no_answer(folders: dict[str, Path]):
+    token = "0123456789abcdef0123"
+    config = replace(CONFIG, token_sha256=token_hash(token))
+    content = encoded(picture())
+    with running(FolderSource(folders["1"], "cpu"), config) as here:
+        status, headers, body = here.ask("POST", "/v1/detect", content, JPEG)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert token not in body.decode()
+        status, _ = here.detect(content, headers=JPEG | {"Authorization": f"Bearer {token}"})
+        assert status == 200
+        assert here.ask("GET", "/metrics")[0] == 401
+        assert here.ask("GET", "/health")[0] == 200
+
+
+def test_answers_under_load_are_those_of_each_picture_alone(folders: dict[str, Path]):
+    config = replace(CONFIG, max_batch=4, batch_wait_s=0.02)
+    contents = [encoded(picture(seed, 80, 60 if seed % 3 else 90)) for seed in range(12)]
+    with running(FolderSource(folders["1"], "cpu"), config) as here:
+        alone = [here.detect(content)[1]["detections"] for content in contents]
+        with ThreadPoolExecutor(12) as clients:
+            together = list(clients.map(here.detect, contents * 3))
+        sizes = {answer["batch_size"] for _, answer in together}
+    assert max(sizes) > 1
+    for (status, answer), expected in zip(together, alone * 3, strict=True):
+        assert status == 200
+        assert len(answer["detections"]) == len(expected)
+        for found, best in zip(answer["detections"], expected, strict=True):
+            # As in test_serving_batch.py: up to the order of sums.
+            assert found["category_id"] == best["category_id"]
+            assert found["score"] == pytest.approx(best["score"], abs=1e-4)
+            assert found["box"] == pytest.approx(best["box"], abs=0.05)
+
+
+def test_more_requests_than_allowed_are_sent_away_with_a_time_to_come_back(
+    folders: dict[str, Path],
+):
+    config = replace(CONFIG, max_requests=2)
+    with running(FolderSource(folders["1"], "cpu"), config) as here:
+        waiting = [socket.create_connection(("127.0.0.1", here.port), 60) for _ in range(2)]
+        head = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+        for connection in waiting:
+            connection.sendall(head)
+        while here.metric("deta_serving_in_flight") < 2:
+            time.sleep(0.01)
+        status, headers, content = here.ask("POST", "/v1/detect", b"x" * 50_000)
+        assert status == 503
+        assert json.loads(content)["error"] == "busy"
+        assert 1 <= int(headers["retry-after"]) <= 60
+        for connection in waiting:
+            connection.sendall(b"no JPEG..")
+            assert connection.recv(100).startswith(b"HTTP/1.1 415")
+            connection.close()
+        assert here.detect(encoded(picture()))[0] == 200
+
+
+def test_an_answer_that_takes_too_long_is_504_and_the_service_goes_on(folders: dict[str, Path]):
+    shelf = Shelf(folders, "1")
+    config = replace(CONFIG, answer_timeout_s=0.5, stuck_s=0.2)
+    with running(shelf, config) as here:
+        model = here.app.state.service.slot.model
+        held, detect = threading.Event(), model.detect
+
+        def hold(pictures):
+            held.wait(60)
+            return detect(pictures)
+
+        model.detect = hold
+        status, answer = here.detect(encoded(picture()))
+        assert (status, answer["error"]) == (504, "answer_timeout")
+        assert here.ask("GET", "/health")[0] == 503  # whoever watches may replace it
+        held.set()
+        model.detect = detect
+        for _ in range(200):
+            if here.ask("GET", "/health")[0] == 200:
+                break
+            time.sleep(0.05)
+        here.app.state.service.config = CONFIG
+        assert here.detect(encoded(picture()))[0] == 200
+
+
+def test_a_service_without_a_model_lives_but_is_not_ready(folders: dict[str, Path]):
+    shelf = Shelf(folders, "1", broken={"1"})
+    with running(shelf, CONFIG, ready=False) as here:
+        assert here.ask("GET", "/health")[0] == 200
+        assert here.ask("GET", "/ready")[0] == 503
+        status, answer = here.detect(encoded(picture()))
+        assert (status, answer["error"]) == (503, "no_model")
+        shelf.broken.clear()
+        here.wait_until_ready()
+        assert here.detect(encoded(picture()))[0] == 200
+
+
+def test_a_new_champion_takes_over_under_load_and_no_request_fails(folders: dict[str, Path]):
+    shelf = Shelf(folders, "1")
+    content = encoded(picture(8))
+    answers: list[tuple[int, str | None, list[float]]] = []
+    done = threading.Event()
+
+    def ask(here: Server) -> None:
+        while not done.is_set():
+            status, answer = here.detect(content)
+            scores = [found["score"] for found in answer.get("detections", [])]
+            answers.append((status, answer.get("model", {}).get("version"), scores))
+
+    def versions_since(place: int) -> set[str | None]:
+        return {version for _, version, _ in answers[place:]}
+
+    with running(shelf, replace(CONFIG, poll_s=0.02)) as here, ThreadPoolExecutor(6) as clients:
+        try:
+            clients_done = [clients.submit(ask, here) for _ in range(6)]
+            for change in range(6):
+                place = len(answers)
+                shelf.alias = "2" if change % 2 == 0 else "1"
+                began_s = time.monotonic()
+                while shelf.alias not in versions_since(place):
+                    assert time.monotonic() - began_s < 120
+                    time.sleep(0.01)
+        finally:
+            done.set()
+        for client in clients_done:
+            client.result()
+        changes = here.metric("deta_serving_model_changes_total", outcome="ok")
+        sha256 = Predictor.from_checkpoint(folders["1"]).weights_sha256
+        labels = {"name": "shelf", "version": "1", "sha256": sha256}
+        assert here.metric("deta_serving_model_info", **labels) == 1
+    assert changes == 6
+    assert {status for status, _, _ in answers} == {200}
+    # Each answer is wholly one model's.
+    by_version = {v: [s for _, w, s in answers if w == v] for v in ("1", "2")}
+    for scores in by_version.values():
+        for found in scores:
+            assert found == pytest.approx(scores[0], abs=1e-4)
+    assert by_version["1"][0] != pytest.approx(by_version["2"][0], abs=1e-3)
+
+
+def test_a_new_version_that_does_not_open_leaves_the_old_one_answering(folders: dict[str, Path]):
+    shelf = Shelf(folders, "1", broken={"2"})
+    with running(shelf, CONFIG) as here:
+        shelf.alias = "2"
+        while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
+            time.sleep(0.02)
+        assert here.detect(encoded(picture()))[1]["model"]["version"] == "1"
+        assert here.ask("GET", "/ready")[0] == 200
+        while "damaged" not in (json.loads(here.ask("GET", "/v1/model")[2])["problem"] or ""):
+            time.sleep(0.02)
+        shelf.alias = "1"
+        while json.loads(here.ask("GET", "/v1/model")[2])["problem"]:
+            time.sleep(0.02)
+        assert shelf.opened.count("1") == 1  # it was there all the time
+
+
+def test_attempts_at_a_broken_version_become_rare(folders: dict[str, Path]):
+    shelf = Shelf(folders, "1")
+    with running(shelf, replace(CONFIG, poll_s=0.05)) as here:
+        shelf.broken.add("2")
+        shelf.alias = "2"
+        while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
+            time.sleep(0.02)
+        time.sleep(1)
+        assert shelf.opened.count("2") <= 5  # after 0.1, 0.2, 0.4, 0.8 s

@@ -1,0 +1,61 @@
+"""A real registry, a real gate, a real server: promotions and a rollback while pictures come in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from deta.platform.registry.promote import rollback
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.model_source import model_source
+from tests.platform.registry.test_mlflow_registry import BASE, BETTER, World, world
+from tests.platform.serving.serving_case import encoded, picture, running
+
+__all__ = ["world"]  # the fixture
+WITHIN_S = 300  # it takes one or two; more where the processors are taken
+
+
+def test_whoever_is_champion_answers_and_no_request_fails_in_between(world: World):
+    first = world.register("served", 11, BASE)
+    better = world.register("served", 12, BETTER)
+    world.promote("served", first)
+    source = model_source("models:/served@champion", world.uri, "cpu")
+    fixed = model_source(f"models:/served/{first}", world.uri, "cpu")
+    assert source.moves
+    assert not fixed.moves
+    assert source.current() == fixed.current()
+
+    content = encoded(picture(3, 96, 64))
+    statuses: Counter[int] = Counter()
+    versions: list[str] = []
+    done = threading.Event()
+    config = ServingConfig(poll_s=0.2, answer_timeout_s=WITHIN_S)
+    with running(source, config) as here, ThreadPoolExecutor(4) as clients:
+
+        def ask() -> None:
+            while not done.is_set():
+                status, answer = here.detect(content)
+                statuses[status] += 1
+                versions.append(answer.get("model", {}).get("version", ""))
+
+        def until(version: int) -> None:
+            began_s = time.monotonic()
+            while not versions or versions[-1] != str(version):
+                assert time.monotonic() - began_s < WITHIN_S
+                time.sleep(0.05)
+
+        try:
+            asking = [clients.submit(ask) for _ in range(4)]
+            until(first)
+            world.promote("served", better)
+            until(better)
+            rollback(world.registry, "served", None, by="ann@desk", reason="to see it live")
+            until(first)
+        finally:
+            done.set()
+        for one in asking:
+            one.result()
+    assert set(statuses) == {200}
+    assert set(versions) == {str(first), str(better)}

@@ -1,0 +1,147 @@
+"""A server that this project starts ends with it, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from deta.platform.system.child_server import ServiceError, free_port, is_loopback, start_service
+from deta.platform.system.process_tree import environment
+from deta.platform.tracking.mlflow_server import check_hosts, password
+
+ROOT = Path(__file__).resolve().parents[3]
+# Serves until it is told to end twice, and has a child that is told nothing.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(str(child.pid))
+time.sleep(600)
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for_end(process: int, within_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while is_alive(process):
+        assert time.monotonic() < deadline_s, f"{process} is still there"
+        time.sleep(0.05)
+
+
+def test_a_server_answers_and_ends(tmp_path: Path):
+    port = free_port("127.0.0.1", 0)
+
+    def answers() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=2).status == 200
+        except OSError:
+            return False
+
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    service = start_service("it", command, tmp_path / "log", answers)
+    assert service.is_alive()
+    assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
+    service.stop()
+    assert not service.is_alive()
+    assert not answers()
+    service.stop()
+
+
+def test_a_server_that_does_not_start_is_named_with_its_last_words(tmp_path: Path):
+    command = [sys.executable, "-c", "raise SystemExit('no such database')"]
+    with pytest.raises(ServiceError, match="no such database"):
+        start_service("it", command, tmp_path / "log", lambda: False)
+
+
+@pytest.mark.parametrize("ending", ["stop", "killed"])
+def test_nothing_is_left_of_a_server_that_does_not_listen(tmp_path: Path, ending: str):
+    """Also where whoever started it is killed and can end nothing."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from deta.platform.system.child_server import start_service\n"
+        f"told = Path({str(tmp_path / 'child')!r})\n"
+        f"one = start_service('it', [sys.executable, '-c', {STUBBORN!r}, str(told)],"
+        f" Path({str(tmp_path / 'log')!r}), lambda: told.exists() and told.read_text() != '')\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "one.stop()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment({}),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert owner.stdin is not None
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"up\n"
+    child = int((tmp_path / "child").read_text())
+    assert is_alive(child)
+    if ending == "stop":
+        owner.stdin.close()
+    else:
+        owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    wait_for_end(child)
+
+
+def test_a_taken_port_is_replaced_by_a_free_one():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert free_port("127.0.0.1", port) not in (0, port)
+    with pytest.raises(ValueError, match="nothing can listen there"):
+        free_port("203.0.113.7", 5000)  # of no machine
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.5.4.3", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("10.0.0.5", False), ("localhost.evil.example", False)],
+)  # fmt: skip
+def test_what_only_this_machine_reaches(host: str, expected: bool):
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize("name", ["*", "gpu1:*", "10.*:5000", "gpu1", "gpu1:5000,evil:1", "a b:1"])
+def test_only_exact_names_are_allowed(name: str):
+    with pytest.raises(ValueError, match="exact"):
+        check_hosts("10.0.0.5", 5000, [name])
+
+
+def test_every_address_of_a_machine_needs_a_name():
+    with pytest.raises(ValueError, match="allow-host"):
+        check_hosts("0.0.0.0", 5000, [])
+    assert check_hosts("10.0.0.5", 5000, []) == ["10.0.0.5:5000"]
+
+
+def test_the_password_is_made_once_and_its_owners_alone(tmp_path: Path):
+    path = password(tmp_path)
+    word = path.read_text()
+    assert len(word) >= 24
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert password(tmp_path).read_text() == word
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match="others can read it"):
+        password(tmp_path)
+    path.unlink()
+    (path.parent / "users.db").touch()
+    with pytest.raises(ValueError, match="is gone"):
+        password(tmp_path)
+    assert os.listdir(path.parent) == ["users.db"]

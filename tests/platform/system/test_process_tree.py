@@ -1,0 +1,142 @@
+"""Marked processes are found and ended, whoever their parent is by then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
+from deta.platform.system.process_tree import (
+    ATTEMPT_MARK,
+    RUN_MARK,
+    end,
+    end_marked,
+    environment,
+    marked,
+    new_mark,
+    working_in,
+)
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+# Its child goes into a session of its own, as Ray's processes do, and outlives it.
+PARENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+print("started", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(seconds)],
+        env=environment({name: value}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    return process
+
+
+def test_a_family_that_is_scattered_is_ended_and_nobody_else():
+    mark, other = new_mark(), new_mark()
+    ours, theirs = start(ATTEMPT_MARK, mark, 300), start(ATTEMPT_MARK, other, 300)
+    orphan = start(ATTEMPT_MARK, mark, 0)
+    orphan.wait()
+    assert len(marked(ATTEMPT_MARK, mark)) == 3
+    end(ours, mark)
+    assert marked(ATTEMPT_MARK, mark) == []
+    assert len(marked(ATTEMPT_MARK, other)) == 2
+    assert end_marked(ATTEMPT_MARK, other) == 0
+    theirs.wait()
+
+
+def test_who_ends_when_its_input_does_is_not_killed():
+    mark = new_mark()
+    polite = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"],
+        env=environment({ATTEMPT_MARK: mark}), stdin=subprocess.PIPE,
+    )  # fmt: skip
+    end(polite, mark)
+    assert polite.returncode == 7
+
+
+def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
+    mark = new_mark()
+    left = start(RUN_MARK, mark, 300)
+    guardian = start_guardian(mark, tmp_path)
+    assert guardian.stdin is not None
+    time.sleep(0.5)
+    assert len(marked(RUN_MARK, mark)) == 2
+    guardian.stdin.close()  # as when the supervisor was killed
+    left.wait(60)
+    guardian.wait(120)
+    assert marked(RUN_MARK, mark) == []
+
+
+LEADER = """
+import os, subprocess, sys
+if os.fork():
+    os._exit(0)  # the session's leader: from here on nobody leads it
+mark = subprocess.run([sys.executable, "-c", MAKE], stdout=subprocess.PIPE, text=True).stdout
+run = subprocess.Popen(["sleep", "300"], env={**os.environ, "DETA_RUN_MARK": mark})
+print(mark, os.getpid(), run.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it():
+    # So it is for what a shell left running when it was closed, and under some job schedulers.
+    make = "from deta.platform.system.process_tree import new_mark; print(new_mark(), end='')"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", f"MAKE = {make!r}\n{LEADER}"],
+        env=environment({}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert leader.stdin is not None
+    assert leader.stdout is not None
+    mark, bystander, run = leader.stdout.readline().split()
+    leader.wait(60)
+    assert marked(RUN_MARK, mark) == [int(run)]
+    assert end_marked(RUN_MARK, mark) == 0
+    assert Path("/proc", bystander).exists()
+    leader.stdin.close()
+
+
+def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
+    mark = new_mark()
+    left = start(RUN_MARK, mark, 300)
+    guardian = start_guardian(mark, tmp_path)
+    guardian.communicate(ALL_IS_WELL, timeout=60)
+    assert len(marked(RUN_MARK, mark)) == 2
+    end_marked(RUN_MARK, mark)
+    left.wait(60)
+
+
+def test_work_goes_on_where_the_folder_it_began_in_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    began, stays = tmp_path / "began", tmp_path / "stays"
+    began.mkdir()
+    stays.mkdir()
+    monkeypatch.chdir(began)
+    with working_in(stays):
+        began.rmdir()
+        began.mkdir()  # another of the same name: who worked in the first has none
+        done = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getcwd())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == str(stays)
+    assert Path.cwd() == began
+    monkeypatch.chdir(tmp_path)

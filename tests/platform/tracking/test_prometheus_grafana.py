@@ -1,0 +1,195 @@
+"""Prometheus and Grafana beside the runs: what is scraped, who may look, what is missing."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import socket
+import stat
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deta.platform.system.child_server import ServiceError
+from deta.platform.tracking.prometheus_grafana import (
+    STALE_S,
+    TARGETS,
+    TARGETS_FILE,
+    NotInstalledError,
+    Server,
+    SessionFollower,
+    find_grafana,
+    find_prometheus,
+    start_grafana,
+    start_prometheus,
+    write_grafana_config,
+    write_prometheus_config,
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    try:
+        find_prometheus()
+    except NotInstalledError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("prometheus")
+    write_prometheus_config(folder)
+    server = start_prometheus(folder, port=free_port())
+    yield server
+    server.close()
+
+
+def session(ray: Path, name: str, content: str, age_s: float = 0.0) -> Path:
+    path = ray / name / TARGETS_FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+TARGET = json.dumps([{"labels": {"job": "ray"}, "targets": ["127.0.0.1:1"]}])
+
+
+def test_clusters_that_are_alive_are_followed_and_others_forgotten(tmp_path: Path):
+    ray, targets = tmp_path / "ray", tmp_path / "targets"
+    targets.mkdir()
+    alive = session(ray, "session_1", TARGET)
+    session(ray, "session_2", TARGET, age_s=STALE_S + 30)
+    session(ray, "session_3", "[{half")
+    (ray / "session_latest").symlink_to(ray / "session_1")
+    (targets / "own.json").write_text("[]")  # a person's
+    follower = SessionFollower(targets, [ray, ray / "session_1", tmp_path / "none"])
+    assert follower.look() == ["session_1"]
+    assert (targets / "session_1.json").read_text() == TARGET
+    os.utime(alive, (0, 0))
+    assert follower.look() == []
+    assert [path.name for path in targets.glob("*")] == ["own.json"]
+
+
+def test_a_list_that_changes_is_taken_over(tmp_path: Path):
+    follower = SessionFollower(tmp_path / "targets", [tmp_path / "ray"])
+    (tmp_path / "targets").mkdir()
+    path = session(tmp_path / "ray", "session_1", TARGET)
+    follower.look()
+    path.write_text("[]")
+    follower.look()
+    assert (tmp_path / "targets" / "session_1.json").read_text() == "[]"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_what_other_users_put_into_tmp_is_not_scraped(tmp_path: Path):
+    path = session(tmp_path / "ray", "session_1", TARGET)
+    os.chown(path, 65534, 65534)
+    (tmp_path / "targets").mkdir()
+    assert SessionFollower(tmp_path / "targets", [tmp_path / "ray"]).look() == []
+
+
+def test_prometheus_reads_the_folder_beside_its_configuration(tmp_path: Path):
+    path = write_prometheus_config(tmp_path / "state")
+    config = yaml.safe_load(path.read_text())
+    (job,) = config["scrape_configs"]
+    assert job["file_sd_configs"][0]["files"] == [f"{TARGETS}/*.json"]
+    assert (tmp_path / "state" / TARGETS).is_dir()
+
+
+def test_grafana_asks_for_a_password_that_only_its_owner_can_read(tmp_path: Path):
+    folder = tmp_path / "grafana"
+    path = write_grafana_config(folder, port=3456)
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(path)
+    assert config["server"]["http_addr"] == "127.0.0.1"
+    assert config["server"]["http_port"] == "3456"
+    assert config["auth.anonymous"]["enabled"] == "false"
+    assert config["security"]["allow_embedding"] == "false"
+    assert config["users"]["allow_sign_up"] == "false"
+    assert Path(config["paths"]["provisioning"]).is_dir()
+    for key, name in (("admin_password", "admin-password"), ("secret_key", "secret-key")):
+        secret = folder / name
+        assert config["security"][key] == f"$__file{{{secret}}}"
+        assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        assert len(secret.read_text()) >= 32
+        assert secret.read_text() not in path.read_text()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_password_stays_and_is_closed_where_somebody_opened_it(tmp_path: Path):
+    write_grafana_config(tmp_path / "grafana")
+    secret = tmp_path / "grafana" / "admin-password"
+    word = secret.read_text()
+    secret.chmod(0o644)
+    write_grafana_config(tmp_path / "grafana")
+    assert secret.read_text() == word
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def test_programs_that_are_missing_say_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DETA_PROMETHEUS", raising=False)
+    monkeypatch.delenv("DETA_GRAFANA", raising=False)
+    with pytest.raises(NotInstalledError, match="apt-get install prometheus"):
+        start_prometheus(tmp_path)
+    with pytest.raises(NotInstalledError, match=r"grafana\.com/grafana/download"):
+        start_grafana(tmp_path, "http://127.0.0.1:9090")
+    monkeypatch.setenv("DETA_GRAFANA", str(tmp_path / "nothing"))
+    with pytest.raises(NotInstalledError, match=r"DETA_GRAFANA=.*nothing is no program"):
+        find_grafana()
+
+
+def listening(port: int) -> set[str]:
+    """Addresses that something listens at, of this port, as the kernel writes them."""
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {
+        fields[1].split(":")[0]
+        for fields in lines
+        if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port
+    }
+
+
+def test_prometheus_answers_this_machine_alone(prometheus: Server):
+    port = int(prometheus.url.rpartition(":")[2])
+    assert listening(port) == {"0100007F"}
+
+
+def test_pages_of_other_origins_cannot_read_prometheus(prometheus: Server):
+    def allowed(origin: str) -> str | None:
+        request = urllib.request.Request(
+            f"{prometheus.url}/api/v1/query?query=1", headers={"Origin": origin}
+        )
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.headers["Access-Control-Allow-Origin"]
+
+    assert allowed("https://elsewhere.example") is None
+    assert allowed(prometheus.url + ".elsewhere.example") is None
+    assert allowed(prometheus.url) == prometheus.url
+
+
+def test_nothing_is_deleted_or_stopped_through_prometheus(prometheus: Server):
+    for path in ("/-/quit", "/-/reload", "/api/v1/admin/tsdb/delete_series?match[]=up"):
+        request = urllib.request.Request(prometheus.url + path, method="POST")
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(request, timeout=20)
+
+
+def test_a_port_that_is_taken_is_told(prometheus: Server, tmp_path: Path):
+    write_prometheus_config(tmp_path)
+    with pytest.raises(ServiceError, match="choose another port"):
+        start_prometheus(tmp_path, port=int(prometheus.url.rpartition(":")[2]))
