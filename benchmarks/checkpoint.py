@@ -23,9 +23,10 @@ from measuring import processor
 from published_step import Step, drawn_run, one_batch
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter
-from deta.platform.checkpoint.local import RunState, Snapshot, take_snapshot
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.checkpoint.local import Snapshot, take_snapshot
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.run import Run
+from deta.platform.run.run_state import RunState
 from deta.platform.training.train_state import Learner, make_learner
 
 QUIET_STEPS = 4  # between two saves

@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 from measuring import processor
 from published_step import Step, drawn_run, one_batch
 
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import trainable
 from deta.platform.training.train_state import make_learner
 

@@ -129,7 +129,7 @@ def _prepare(arguments: argparse.Namespace) -> _Weights:
             raise ValueError(f"{output}: is a folder; name the file to write")
     path = fetch(arguments.source, echo=echo)
     if path.is_dir() or path.name == "best":
-        from deta.platform.inference.predictor import find_checkpoint
+        from deta.platform.checkpoint.local import find_checkpoint
 
         path = find_checkpoint(path)
     tensors = None if path.is_dir() else read_weights(path)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
+from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import (
     Service,
     ServiceError,
@@ -49,7 +50,6 @@ from deta.platform.tracking.mlflow_server import (
     password,
     start_mlflow_server,
 )
-from deta.platform.tracking.upload_process import tracking_uri
 
 DEFAULT_STORAGE = "~/deta-runs"
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.py"

@@ -281,7 +281,8 @@ def open_predictor(
     """
     import torch
 
-    from deta.platform.inference.predictor import Predictor, find_checkpoint
+    from deta.platform.checkpoint.local import find_checkpoint
+    from deta.platform.inference.predictor import Predictor
     from deta.platform.weights.converted_file import is_converted
 
     weights = local_weights(arguments.weights)

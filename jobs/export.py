@@ -195,7 +195,7 @@ def _check(
     from deta.platform.inference.export import least_side_px
     from deta.platform.inference.export_check import Difference, compare, measure_speed, run_eagerly
     from deta.platform.inference.exported_model import open_onnx, open_program, pack, unpack
-    from deta.platform.inference.predictor import file_sha256
+    from deta.platform.system.safe_read import file_sha256
 
     digest, num_bytes = file_sha256(path), path.stat().st_size
     if not images:

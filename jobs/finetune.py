@@ -174,8 +174,7 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 
     A run's folder in `changes` becomes its best checkpoint.
     """
-    from deta.platform.checkpoint.local import read_checkpoint
-    from deta.platform.inference.predictor import find_checkpoint
+    from deta.platform.checkpoint.local import find_checkpoint, read_checkpoint
     from deta.platform.launch.finetune_plan import base_config, variant_of
     from deta.platform.weights.converted_file import is_converted, read_converted
 

@@ -22,9 +22,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import free_port, is_loopback
 from deta.platform.tracking.mlflow_server import check_hosts
-from deta.platform.tracking.upload_process import tracking_uri
 
 if TYPE_CHECKING:
     from deta.platform.leaderboard.cache import Board

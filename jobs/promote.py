@@ -111,7 +111,7 @@ def _prepare(arguments: argparse.Namespace) -> Policy:
 def _run(policy: Policy, arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from deta.platform.registry.model_uri import registry_uri
+    from deta.platform.registry.mlflow_registry import registry_uri
 
     if arguments.show:
         for key, value in asdict(policy).items():

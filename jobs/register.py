@@ -64,8 +64,7 @@ def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
     from deta.platform.registry.lineage import run_folder
-    from deta.platform.registry.mlflow_registry import Registry
-    from deta.platform.registry.model_uri import registry_uri
+    from deta.platform.registry.mlflow_registry import Registry, registry_uri
     from deta.platform.registry.register import register
     from deta.platform.system.redaction import mask_text
     from deta.platform.tracking.upload_process import uri_of

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from deta.platform.run.journal import Journal, read_events
-from deta.platform.run.run_file import RUN_FILE, read_run_file
+from deta.platform.run.run_file import RUN_FILE, read_run_file, tracking_uri
 from deta.platform.run.run_lock import is_alive
 from deta.platform.system.redaction import mask_text
 from deta.platform.tracking.upload_plan import what_is_left
-from deta.platform.tracking.upload_process import find_runs, tracking_uri, uri_of
+from deta.platform.tracking.upload_process import find_runs, uri_of
 from deta.platform.tracking.uploader import BusyError, RunUploader, Store
 
 DEFAULT_STORAGE = "~/deta-runs"

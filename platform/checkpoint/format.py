@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,38 +27,14 @@ from torch import Tensor
 from deta.platform.checkpoint.host_snapshot import Written
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, from_json
+from deta.platform.run.run_state import FORMAT_VERSION, RunState
 from deta.platform.system.safe_read import MAX_JSON_BYTES, read_bounded, read_json
 
-FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Configuration keys that format 1 could hold and that are no more.
 _GONE_KEYS = (("cluster", "max_failures"),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """Where a run stands."""
-
-    step: int  # updates made
-    samples_seen: int  # the position in training; all that is random follows from it
-    epoch: float
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # AP and its kin in 0..100, if evaluated
-    best_ap: float | None = None  # of this run so far, in 0..100
-    # Of every evaluation of this run so far, in order; early stopping follows from it alone.
-    ap_history: list[float] = field(default_factory=list)
-    data_fingerprint: str = ""
-    code_commit: str = ""
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of these, the last ones
-    # Image id, as text, to what is wrong with the picture; others are shown in their place.
-    broken_images: dict[str, str] = field(default_factory=dict)
-    useful_s: float = 0.0  # seconds of training up to here, without what had to be done again
-    config_sha256: str = ""
-    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)

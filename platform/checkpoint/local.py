@@ -29,13 +29,11 @@ import torch
 from torch import Tensor
 
 from deta.platform.checkpoint.format import (
-    FORMAT_VERSION,
     MANIFEST,
     NAME,
     Checkpoint,
     CheckpointError,
     OtherVersionError,
-    RunState,
     manifest_to_json,
     read_checkpoint,
     read_manifest,
@@ -53,6 +51,7 @@ from deta.platform.checkpoint.optimizer_state import load_optimizer_state, optim
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, to_json
 from deta.platform.run.run_lock import Fence
+from deta.platform.run.run_state import FORMAT_VERSION, RunState
 
 __all__ = [
     "FORMAT_VERSION",
@@ -60,7 +59,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "OtherVersionError",
-    "RunState",
     "Snapshot",
     "all_checkpoints",
     "best_checkpoint",
@@ -280,3 +278,28 @@ def _is_whole(path: Path) -> bool:
 
 def _write_text(path: Path, text: str) -> Written:
     return write_file(path, [memoryview(text.encode())])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a person means by a path; not verified.
+
+    Args:
+        path: a checkpoint; or a run's folder, its `checkpoints` folder, or `best` in either, all
+            of which mean the run's checkpoint with the highest AP. Where none has an AP, because
+            the validation set had no boxes, the newest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path.parent if path.name == "best" and not path.exists() else path
+    for candidates in (folder / "checkpoints", folder):
+        if found := all_checkpoints(candidates):
+            return best_checkpoint(candidates) or found[-1]
+    if not folder.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    raise ValueError(
+        f"{path}: is neither a checkpoint (no {MANIFEST} in it) nor a run with checkpoints; give "
+        "…/NAME or …/NAME/checkpoints/step-…"
+    )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from deta.platform.cluster.driver import connect  # before Ray: it sets its variables
+from deta.platform.cluster.connection import connect  # before Ray: it sets its variables
 
 # isort: split
 import ray

@@ -10,7 +10,6 @@ are replaced by Ray, without the supervisor; all else ends the attempt.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import threading
@@ -18,36 +17,16 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from deta.platform.cluster.auth_token import (
-    OPEN_CLUSTER,
-    OpenClusterError,
-    is_open,
-    make_private_token,
-    set_rules_of_own_cluster,
-    starts_a_cluster,
-)
+# First: it sets variables that Ray reads when it is imported.
+from deta.platform.cluster.connection import ClusterTooSmallError, connect
 
-# Ray reads these when it is imported. A cluster that was started by others has its own rules.
-if starts_a_cluster():
-    set_rules_of_own_cluster()
-    # Nobody restarts the head of a local cluster; the supervisor starts another one.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-    # Nobody drains it either. Looking out for that is a process more at each start of workers,
-    # which takes a second of their time where cores are few.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-for _name, _value in {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
-
+# isort: split
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deta.platform.checkpoint.local import newest_checkpoint
+from deta.platform.cluster.auth_token import OpenClusterError, starts_a_cluster
 from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import give_back_reservations, note_reservation
 from deta.platform.cluster.train_worker import train_worker
@@ -72,39 +51,6 @@ class Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [one for one in callbacks if type(one).__name__ != "DatasetsCallback"]
-
-
-class ClusterTooSmallError(RuntimeError):
-    """The cluster can never give what the run asks for."""
-
-
-def connect() -> str:
-    """Join the cluster, or start one on this machine that ends with this process.
-
-    Returns:
-        A line about it, for people.
-
-    Raises:
-        OpenClusterError: the one to be started would not ask for a token.
-    """
-    is_own = starts_a_cluster()
-    address = "local" if is_own else os.environ["RAY_ADDRESS"]
-    if not ray.is_initialized():
-        if is_own:
-            make_private_token()
-        # Workers write to the journal; what they print besides is in Ray's logs.
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    dashboard = ray._private.worker.get_dashboard_url()
-    takes_anybody = bool(dashboard) and is_open(dashboard)
-    if is_own and takes_anybody:
-        ray.shutdown()
-        raise OpenClusterError(f"the cluster that was started here is open: {OPEN_CLUSTER}")
-    resources = ray.cluster_resources()
-    return (
-        f"Ray cluster {'on this machine' if is_own else 'at ' + address}: "
-        f"{len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, "
-        f"{resources.get('GPU', 0):.0f} GPUs" + (f"; {OPEN_CLUSTER}" if takes_anybody else "")
-    )
 
 
 def check_resources(config: RunConfig) -> None:

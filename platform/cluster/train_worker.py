@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deta.platform.cluster.metrics_export import RayExport
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.attempt_outcome import FAILURES
 from deta.platform.run.run import Run
 from deta.platform.run.run_lock import FencedOffError

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 from deta.platform.analysis.figures import RECALLS
 from deta.platform.comparison.compare import Comparison
 from deta.platform.pages.html import figure_text
-from deta.platform.pages.plotly_parts import Plot, Trace, axis, color_of, dash_of, line, shortened
-from deta.platform.study.study_types import Interval
-from deta.platform.study_report.cell_figures import ForestRow
+from deta.platform.pages.number_format import Interval
+from deta.platform.pages.plotly_parts import (
+    ForestRow,
+    Plot,
+    Trace,
+    axis,
+    color_of,
+    dash_of,
+    line,
+    shortened,
+)
 
 DRAWN_IOUS = (0.5, 0.7, 0.9)
 MAX_CLASSES = 30  # in the figure; the table has all

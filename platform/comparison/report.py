@@ -27,11 +27,9 @@ from deta.platform.pages.html import (
     paragraph,
     write_page,
 )
-from deta.platform.pages.number_format import num_of, p_value, signed
-from deta.platform.pages.plotly_parts import Plot
+from deta.platform.pages.number_format import hours_text, num_of, p_value, signed
+from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
 from deta.platform.pages.slideshow import SLIDE_SCRIPT, SLIDE_STYLE
-from deta.platform.study.cost import hours_text
-from deta.platform.study_report.cell_figures import ForestRow, forest
 
 FEW_IMAGES = 10  # an interval from so few images is worth little
 

@@ -39,6 +39,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+PROGRESS_AFTER_S = 3.0
+
+
 MAX_PIXELS = 50_000_000  # 150 MB as RGB, 600 MB as the float tensor a model eats
 BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA: no accepted file needs more
 OTHER_BYTES = 16 << 20  # what a file may hold beside its pixels: previews, profiles, text

@@ -11,11 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from deta.platform.data.coco_annotations import Problems
-from deta.platform.data.image_decoding import Header, ImageError, read_header
+from deta.platform.data.image_decoding import PROGRESS_AFTER_S, Header, ImageError, read_header
 
 NUM_READERS = 16  # threads that wait for headers; on network storage more than there are cores
 IMAGES_PER_TASK = 128
-PROGRESS_AFTER_S = 3.0
 
 IMAGE_UNREADABLE = "image missing or unreadable"
 IMAGE_OF_OTHER_SIZE = "image of another size than annotated"

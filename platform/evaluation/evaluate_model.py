@@ -20,22 +20,7 @@ from deta.platform.evaluation.coco_metrics import (
     merge_shards,
     to_coco_results,
 )
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Which of how many processes this is, and what it computes on."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = CPU
-
-    @property
-    def leads(self) -> bool:
-        """Rank 0 speaks for all."""
-        return self.rank == 0
+from deta.platform.learning.distributed import Worker
 
 
 def detect_batches(

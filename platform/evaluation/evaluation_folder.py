@@ -31,6 +31,9 @@ from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.detections_parquet import results_of_table, table_of_results
 from deta.platform.system.safe_read import gunzip, read_json
 
+REPORT = "report.html"
+
+
 FORMAT = 1
 MAX_UNPACKED = 2 << 30  # bytes of ground truth: COCO val2017 has 9 MB of boxes
 EVALUATIONS = "evaluations"  # in a run's folder, those that it keeps

@@ -7,7 +7,6 @@ Needs neither Ray nor MLflow, so it runs wherever a checkpoint can be copied to.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,7 @@ from deta.model.architectures import Detector, make_detector, without_download
 from deta.model.batch import Target, pad_batch
 from deta.model.postprocess import Detections
 from deta.platform.checkpoint.local import (
-    MANIFEST,
-    all_checkpoints,
-    best_checkpoint,
+    find_checkpoint,
     read_checkpoint,
 )
 from deta.platform.data.coco_annotations import Problems, read_coco_file
@@ -41,14 +38,11 @@ from deta.platform.data.image_decoding import (
     read_header,
 )
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
-from deta.platform.evaluation.evaluate_model import (
-    Evaluation,
-    Worker,
-    detect_batches,
-    evaluate_model,
-)
+from deta.platform.evaluation.evaluate_model import Evaluation, detect_batches, evaluate_model
+from deta.platform.learning.distributed import Worker
+from deta.platform.learning.train_step import PRECISIONS
 from deta.platform.run.config import RunConfig, override
-from deta.platform.training.loop import PRECISIONS
+from deta.platform.system.safe_read import file_sha256
 from deta.platform.weights.model_file import open_model_file
 
 NUM_READERS = 4  # threads that read and resize pictures while the model works
@@ -366,31 +360,6 @@ class Predictor:
 _Input = tuple[Tensor, int, tuple[int, int]]
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a person means by a path; not verified.
-
-    Args:
-        path: a checkpoint; or a run's folder, its `checkpoints` folder, or `best` in either, all
-            of which mean the run's checkpoint with the highest AP. Where none has an AP, because
-            the validation set had no boxes, the newest.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    folder = path.parent if path.name == "best" and not path.exists() else path
-    for candidates in (folder / "checkpoints", folder):
-        if found := all_checkpoints(candidates):
-            return best_checkpoint(candidates) or found[-1]
-    if not folder.exists():
-        raise ValueError(f"{path}: there is no such file or folder")
-    raise ValueError(
-        f"{path}: is neither a checkpoint (no {MANIFEST} in it) nor a run with checkpoints; give "
-        "…/NAME or …/NAME/checkpoints/step-…"
-    )
-
-
 def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int]]:
     """What an annotation file in COCO's format names: categories by id, and images.
 
@@ -509,8 +478,3 @@ def _names(categories: Sequence[Category]) -> str:
 def _some(values: Sequence[object], limit: int = 4) -> str:
     shown = ", ".join(map(str, values[:limit]))
     return shown + (", …" if len(values) > limit else "")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

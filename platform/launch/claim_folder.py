@@ -9,19 +9,7 @@ from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.checkpoint.remote import restore_from_store
 from deta.platform.run.config import RunConfig, flatten, from_json, to_json
 from deta.platform.run.run import Run
-from deta.platform.run.run_file import RUN_FILE, read_run_file
-
-# Where a run goes on although these differ from when it began: they do not change what is learnt.
-FREE_TO_CHANGE = (
-    "name", "storage", "experiment", "cluster.", "checkpoint.", "data.loader_workers",
-    "data.max_broken_share", "log_every_steps", "num_pictures", "data.train_images",
-    "data.train_annotations", "data.val_images", "data.val_annotations", "micro_batch_size",
-    "max_skipped_steps", "compare_weights_every_steps", "schedule.patience", "schedule.min_delta",
-)  # fmt: skip
-
-
-class RunExistsError(ValueError):
-    """The name is taken, or cannot be resumed like this."""
+from deta.platform.run.run_file import FREE_TO_CHANGE, RUN_FILE, RunExistsError, read_run_file
 
 
 def claim_folder(run: Run, *, resume: bool) -> None:

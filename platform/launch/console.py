@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deta.ops.ms_deform_attn import path as operator_path
-from deta.platform.learning.distributed import names_of
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
+from deta.platform.system.redaction import names_of
 
 if TYPE_CHECKING:
-    from deta.platform.launch.supervisor import Result
+    from deta.platform.run.run import Result
 
 
 class Console:

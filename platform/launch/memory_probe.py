@@ -34,10 +34,9 @@ from deta.platform.data.transforms import (
 )
 from deta.platform.learning.gradient_sum import GradientSum
 from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
-from deta.platform.learning.train_step import train_step
+from deta.platform.learning.train_step import PRECISIONS, train_step
 from deta.platform.run.config import RunConfig, from_json, to_json
 from deta.platform.run.run import Run
-from deta.platform.training.loop import PRECISIONS
 
 GIB = 2**30
 WARM_UP_PX = 128  # a first small update, so that the optimizer's state is there in the measured one

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from deta.model.architectures import make_criterion, make_detector, without_download
+from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.inference.predictor import find_checkpoint
 from deta.platform.learning.optimizer import freeze
 from deta.platform.run.config import DataConfig, RunConfig, flatten
 from deta.platform.run.dataset_snapshot import Split, kept_dataset

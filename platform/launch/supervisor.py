@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +36,11 @@ from deta.platform.launch.claim_folder import (
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
 from deta.platform.launch.prepare_run import prepare
-from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
+from deta.platform.run.attempt_outcome import OUTCOME_FILE, STOP_FILE, Outcome
 from deta.platform.run.config import RunConfig
 from deta.platform.run.dataset_snapshot import keep_data
 from deta.platform.run.journal import Journal
-from deta.platform.run.run import Run
+from deta.platform.run.run import Result, Run
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.process_tree import (
@@ -54,7 +53,6 @@ from deta.platform.system.process_tree import (
     working_in,
 )
 from deta.platform.tracking.upload_process import UploadState, finish_uploader, start_uploader
-from deta.platform.training.recorder import STOP_FILE
 
 LOG_FILE = "attempt.log"  # what the Ray drivers print
 LOOK_EVERY_S = 0.25
@@ -65,19 +63,6 @@ LONGEST_BACKOFF_S = 60.0
 READ_ONLY_S = 10.0  # so long a disk may be so
 LEAVE_WITHIN_S = 2.0  # all workers, where the watchdog of one has ended it
 REPLACED_WITHIN_S = 90.0  # workers that stood still, by Ray
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    folder: Path
-    metrics: dict[str, float]  # of the last evaluation, in 0..100
-    best_checkpoint: Path | None
-    mlflow_uri: str
-    mlflow_run_id: str  # empty where MLflow was never reached
-    goodput: float  # share of this launch spent in steps and evaluations that were not done twice
-    rows_left: int  # of the journal, that MLflow has not taken yet
 
 
 def launch(

@@ -5,7 +5,6 @@ One sum a step carries all of it: each worker says what it knows, and all read w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deta.platform.evaluation.evaluate_model import Worker
+CPU = torch.device("cpu")
+
 
 T = TypeVar("T")
 
@@ -86,7 +86,15 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64)
 
 
-def names_of(images: Sequence[object], limit: int = 20) -> str:
-    """Ids for a message, the first few of many."""
-    shown = ", ".join(str(image) for image in images[:limit])
-    return f"{shown} and {len(images) - limit} more" if len(images) > limit else shown
+@dataclass(frozen=True)
+class Worker:
+    """Which of how many processes this is, and what it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 speaks for all."""
+        return self.rank == 0

@@ -18,6 +18,8 @@ from deta.model.batch import Batch
 from deta.platform.learning.gradient_sum import GradientSum
 from deta.platform.learning.optimizer import trainable
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -7,10 +7,19 @@ Everything is plotly's JSON form as plain dictionaries. A colour is a name in th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deta.platform.pages.html import figure_text
+from deta.platform.pages.number_format import Interval, common_decimals, interval_text, signed
 from deta.platform.pages.theme import NUM_COLORS, NUM_STEPS
+
+LETTERS_WIDE, LETTERS_NARROW = 56, 46
+NARROW_ROW_PX = 50
+
+
+ROW_PX = 34  # of a forest plot
+
 
 Trace = dict[str, Any]
 Plot = dict[str, Any]  # {"data": [...], "layout": {...}}
@@ -194,3 +203,82 @@ def _hover(texts: Sequence[str]) -> Trace:
     if not texts:
         return {"hoverinfo": "skip"}
     return {"hoverinfo": "text", "hovertext": list(texts)}
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """One estimate with its interval."""
+
+    name: str
+    estimate: float
+    interval: Interval | None
+    values: tuple[tuple[str, float], ...] = ()  # what it was made from, each with its name
+    is_distinct: bool = False  # told from zero, after correction; drawn filled
+    color: str = "@c0"
+
+
+def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -> Plot:
+    """Estimates below one another, each with its interval and the values it comes from."""
+    data: list[Trace] = []
+    notes, numbers = [], []
+    halves = [row.interval.half_width for row in rows if row.interval]
+    decimals = common_decimals(halves)
+    shown = [0.0] * zero
+    for place, row in enumerate(rows):
+        low, high = (row.interval.low, row.interval.high) if row.interval else (None, None)
+        number = interval_text(row.estimate, row.interval, decimals)
+        numbers.append(number)
+        shown += [row.estimate, *(value for _, value in row.values)]
+        shown += [row.interval.low, row.interval.high] if row.interval else []
+        if row.values:
+            texts = [f"{figure_text(name)}: {signed(value, 2)}" for name, value in row.values]
+            data.append(
+                points(
+                    [value for _, value in row.values],
+                    [place] * len(row.values),
+                    color="@muted",
+                    size=6,
+                    opacity=0.55,
+                    texts=texts,
+                )
+            )
+        if low is not None:
+            data.append(line([low, high], [place, place], color=row.color, width=2.5))
+        text = f"{figure_text(row.name)}<br>{number}"
+        data.append(
+            points(
+                [row.estimate],
+                [place],
+                color=row.color,
+                is_hollow=not row.is_distinct,
+                size=11,
+                texts=[text],
+            )
+        )
+        if narrow:
+            name = f"{shortened(row.name, LETTERS_NARROW)}<br>{number}"
+            notes.append(label(name, 0, place, xref="paper", yanchor="bottom", yshift=7))
+        else:
+            notes.append(label(number, 1, place, xref="paper", xshift=14))
+    names = [row.name for row in rows]
+    row_px = NARROW_ROW_PX + 12 if narrow else ROW_PX
+    sides_px = {"l": label_px(names, LETTERS_WIDE), "r": 14 + label_px(numbers)}
+    layout = {
+        "height": 70 + row_px * len(rows),
+        "margin": {"l": 4, "r": 8} if narrow else sides_px,
+        "xaxis": axis(title, showgrid=True, range=list(padded(shown))),
+        "yaxis": {
+            "range": [len(rows) - 0.5, -0.85 if narrow else -0.5],
+            "tickvals": list(range(len(rows))),
+            "ticktext": [shortened(name, LETTERS_WIDE) for name in names],
+            "tickfont": {"color": "@ink", "size": 13},
+            "showticklabels": not narrow,
+            "ticks": "",
+            "showline": False,
+            "showgrid": False,
+            "fixedrange": True,
+        },
+        "shapes": [rule(x=0)] if zero else [],
+        "annotations": notes,
+    }
+    return {"data": data, "layout": layout}

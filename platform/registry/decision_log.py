@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+CHAMPION = "champion"
+
+
 ACCEPT, REFUSE, FORCE, ROLLBACK = "accept", "refuse", "force", "rollback"
 ACTIONS = (ACCEPT, REFUSE, FORCE, ROLLBACK)
 FORMAT = 1

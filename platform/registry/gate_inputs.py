@@ -10,12 +10,13 @@ from typing import Any
 
 from deta.platform.evaluation.evaluation_folder import FACTS, Evaluation, read_evaluation
 from deta.platform.evaluation.paired_bootstrap import paired_difference
-from deta.platform.inference.predictor import Predictor, file_sha256
+from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import missing_parts
 from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry, Version
 from deta.platform.registry.model_uri import open_version
 from deta.platform.registry.promotion_gate import Candidate, Decision, Latency, Policy, decide
 from deta.platform.registry.version_folder import measure_latency, parity_of, read_documents
+from deta.platform.system.safe_read import file_sha256
 
 
 @dataclass

@@ -29,9 +29,15 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from deta.platform.registry.decision_log import MAX_TEXT_CHARACTERS, Log, Row, read_log
-from deta.platform.registry.model_uri import CHAMPION, ModelAddress
+from deta.platform.registry.decision_log import CHAMPION, MAX_TEXT_CHARACTERS, Log, Row, read_log
+from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.redaction import mask_text
+
+DEFAULT_STORAGE = "~/deta-runs"  # beside whose runs the registry is, unless a variable says where
+
+
+SCHEME = "models:/"
+
 
 T = TypeVar("T")
 
@@ -459,3 +465,20 @@ def _version(found: ModelVersion) -> Version:
 
 def _aliases(model: RegisteredModel) -> dict[str, int]:
     return {alias: int(number) for alias, number in model.aliases.items()}
+
+
+@dataclass(frozen=True)
+class ModelAddress:
+    """models:/NAME/VERSION or models:/NAME@ALIAS; one of the two is none."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.name}" + (f"@{self.alias}" if self.alias else f"/{self.version}")
+
+
+def registry_uri() -> str:
+    """Where the registry is: `MLFLOW_TRACKING_URI`, else the database beside the runs."""
+    return tracking_uri(Path(DEFAULT_STORAGE).expanduser())

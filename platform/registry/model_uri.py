@@ -19,17 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from deta.platform.registry.mlflow_registry import SCHEME, ModelAddress, registry_uri
 from deta.platform.system.download import cache_folder
-from deta.platform.tracking.upload_process import tracking_uri
 
 # What needs torch is imported where it is used: an address alone needs none.
 if TYPE_CHECKING:
     from deta.platform.registry.mlflow_registry import Version
 
-SCHEME = "models:/"
-CHAMPION = "champion"
 WEIGHTS_FILE = "model.safetensors"
-DEFAULT_STORAGE = "~/deta-runs"  # beside whose runs the registry is, unless a variable says where
 _ADDRESS = re.compile(r"models:/+(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))")
 
 
@@ -44,18 +41,6 @@ class ModelFolder:
 
     def __str__(self) -> str:
         return str(self.path) if self.version is None else f"{self.name} version {self.version}"
-
-
-@dataclass(frozen=True)
-class ModelAddress:
-    """models:/NAME/VERSION or models:/NAME@ALIAS; one of the two is none."""
-
-    name: str
-    version: int | None = None
-    alias: str | None = None
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{self.name}" + (f"@{self.alias}" if self.alias else f"/{self.version}")
 
 
 def is_model_address(text: str | Path) -> bool:
@@ -75,11 +60,6 @@ def parse_address(text: str) -> ModelAddress:
         )
     version = match["version"]
     return ModelAddress(match["name"], int(version) if version else None, match["alias"])
-
-
-def registry_uri() -> str:
-    """Where the registry is: `MLFLOW_TRACKING_URI`, else the database beside the runs."""
-    return tracking_uri(Path(DEFAULT_STORAGE).expanduser())
 
 
 def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFolder:
@@ -122,7 +102,7 @@ def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFo
 
 def _local(path: Path) -> ModelFolder:
     from deta.platform.checkpoint.format import read_manifest
-    from deta.platform.inference.predictor import find_checkpoint
+    from deta.platform.checkpoint.local import find_checkpoint
 
     if path.is_file():
         raise ValueError(f"{path}: is a file; give a run, a checkpoint, or models:/NAME@ALIAS")
@@ -141,7 +121,7 @@ def open_version(folder: Path, version: Version) -> ModelFolder:
         read_checkpoint,
         read_manifest,
     )
-    from deta.platform.inference.predictor import file_sha256
+    from deta.platform.system.safe_read import file_sha256
 
     read_checkpoint(folder)
     found = read_manifest(folder)[WEIGHTS_FILE].sha256

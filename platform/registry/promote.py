@@ -23,6 +23,7 @@ from typing import Any
 
 from deta.platform.registry.decision_log import (
     ACCEPT,
+    CHAMPION,
     FORCE,
     MAX_TEXT_CHARACTERS,
     REFUSE,
@@ -31,7 +32,6 @@ from deta.platform.registry.decision_log import (
     Log,
 )
 from deta.platform.registry.mlflow_registry import Registry, UnknownOutcomeError, Version
-from deta.platform.registry.model_uri import CHAMPION
 from deta.platform.registry.promotion_gate import Decision
 from deta.platform.system.redaction import mask_text
 

@@ -15,16 +15,18 @@ import torch
 
 from deta.platform.analysis.analysis import EXPLANATION
 from deta.platform.checkpoint.format import Checkpoint, read_checkpoint
+from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.evaluation.evaluation_folder import (
     DETECTIONS,
     EVALUATIONS,
     FACTS,
     GROUND_TRUTH,
+    REPORT,
     Evaluation,
     read_evaluation,
     read_facts,
 )
-from deta.platform.inference.predictor import Predictor, file_sha256, find_checkpoint
+from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import Lineage, read_lineage, run_folder
 from deta.platform.registry.mlflow_registry import (
     EVALUATION_PART,
@@ -44,7 +46,7 @@ from deta.platform.registry.version_folder import (
     write_version_files,
 )
 from deta.platform.system.redaction import mask_text
-from deta.platform.training.evaluation_history import REPORT
+from deta.platform.system.safe_read import file_sha256
 
 
 @dataclass(frozen=True)

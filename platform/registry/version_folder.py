@@ -36,10 +36,11 @@ from deta.platform.checkpoint.format import (
 from deta.platform.checkpoint.host_snapshot import Written
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.inference.export_check import Difference
-from deta.platform.inference.predictor import Predictor, file_sha256
+from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import Lineage
 from deta.platform.registry.promotion_gate import Latency
 from deta.platform.run.config import RunConfig, flatten
+from deta.platform.system.safe_read import file_sha256
 
 CARRIED_OVER = ("model.safetensors", "config.json", "state.json")
 LINEAGE, FIGURES = "lineage.json", "figures.json"

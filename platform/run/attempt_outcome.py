@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+STOP_FILE = "stop"  # in the run's folder: save and leave at the next step
+
+
 OUTCOME_FILE = "attempt.json"
 FAILURES = "failures"  # one file a rank, of its last failure
 

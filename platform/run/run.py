@@ -11,7 +11,7 @@ from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.run.config import RunConfig
 
 if TYPE_CHECKING:
-    from deta.platform.checkpoint.local import RunState
+    from deta.platform.run.run_state import RunState
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,16 @@ class Run:
         if state.step in self.evaluation_steps() and not state.metrics:
             return False
         return state.step >= self.num_steps or bool(self.reason_to_stop(state))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    folder: Path
+    metrics: dict[str, float]  # of the last evaluation, in 0..100
+    best_checkpoint: Path | None
+    mlflow_uri: str
+    mlflow_run_id: str  # empty where MLflow was never reached
+    goodput: float  # share of this launch spent in steps and evaluations that were not done twice
+    rows_left: int  # of the journal, that MLflow has not taken yet

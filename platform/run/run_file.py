@@ -16,6 +16,15 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Where a run goes on although these differ from when it began: they do not change what is learnt.
+FREE_TO_CHANGE = (
+    "name", "storage", "experiment", "cluster.", "checkpoint.", "data.loader_workers",
+    "data.max_broken_share", "log_every_steps", "num_pictures", "data.train_images",
+    "data.train_annotations", "data.val_images", "data.val_annotations", "micro_batch_size",
+    "max_skipped_steps", "compare_weights_every_steps", "schedule.patience", "schedule.min_delta",
+)  # fmt: skip
+
+
 if TYPE_CHECKING:
     from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.run.run import Run
@@ -119,3 +128,12 @@ def _environment() -> dict[str, Any]:
         "system": platform.platform(),
         "packages": packages,
     }
+
+
+class RunExistsError(ValueError):
+    """The name is taken, or cannot be resumed like this."""
+
+
+def tracking_uri(storage: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or a database file beside the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"

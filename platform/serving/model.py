@@ -25,7 +25,7 @@ from deta.platform.data.data_loader import LoadedBatch
 from deta.platform.data.transforms import resize_for_evaluation, to_model_input
 from deta.platform.evaluation.evaluate_model import detect_batches
 from deta.platform.inference.predictor import Predictor
-from deta.platform.training.loop import PRECISIONS
+from deta.platform.learning.train_step import PRECISIONS
 
 NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 

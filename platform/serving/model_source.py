@@ -20,12 +20,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from deta.platform.inference.predictor import Predictor
-from deta.platform.registry.model_uri import (
-    is_model_address,
-    parse_address,
-    registry_uri,
-    resolve_model,
-)
+from deta.platform.registry.mlflow_registry import registry_uri
+from deta.platform.registry.model_uri import is_model_address, parse_address, resolve_model
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel

@@ -31,7 +31,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from deta.platform.cluster.driver import connect
+from deta.platform.cluster.connection import connect
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import BATCH_SIZES, DESCRIPTIONS, DETECTIONS, SECONDS

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import Category
-from deta.platform.data.image_folder import PROGRESS_AFTER_S
+from deta.platform.data.image_decoding import PROGRESS_AFTER_S
 from deta.platform.shards.object_store import Store
 
 MANIFEST = "MANIFEST.json"

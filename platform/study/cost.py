@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import threading
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import Any, Self
 
-log = logging.getLogger(__name__)
+from deta.platform.pages.number_format import hours_text
 
 
 @dataclass(frozen=True)
@@ -126,20 +122,6 @@ def estimate(
     )
 
 
-def hours_text(hours: float) -> str:
-    """Such as "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
-    seconds = round(hours * 3600)
-    if seconds < 90:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    whole = round(minutes / 60)
-    return f"{whole // 24} d {whole % 24} h"
-
-
 @dataclass(frozen=True)
 class CostPoint:
     """One training for the picture of AP over cost."""
@@ -162,94 +144,3 @@ def pareto(points: Iterable[CostPoint]) -> list[CostPoint]:
         if best is None or point.ap > best.ap or (point.ap, point.cost) == (best.ap, best.cost):
             front.append(point)
     return front
-
-
-class EnergyMeter:
-    """Energy that GPUs of this node take up, as their driver counts it.
-
-        with EnergyMeter([uuid]) as meter:
-            train()
-        meter.kwh()  # None where no driver counts
-
-    Recent NVIDIA GPUs (Volta and later) count millijoules; of others the power is sampled every
-    few seconds. It is the whole board's energy, whoever uses it; processors and cooling are not in
-    it. Without a GPU, or the package nvidia-ml-py, there is nothing to report.
-    """
-
-    def __init__(self, device_uuids: Iterable[str], sample_s: float = 2.0) -> None:
-        """
-        Args:
-            device_uuids: as the driver names them, "GPU-…", wherever CUDA numbers them.
-        """
-        self._wanted = list(device_uuids)
-        self._sample_s = sample_s
-        self._nvml: Any = None
-        self._devices: list[Any] = []
-        self._began_mj: list[int] | None = None
-        self._sampled_j = 0.0
-        self._kwh: float | None = None
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        if not self._wanted:
-            return self
-        try:
-            import pynvml  # type: ignore[import-untyped,unused-ignore]
-
-            pynvml.nvmlInit()
-        except Exception as error:  # no package, no driver: nothing to measure
-            log.debug("no energy is measured: %s", error)
-            return self
-        self._nvml = pynvml
-        try:
-            self._devices = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in self._wanted]
-            try:
-                self._began_mj = self._counters()
-            except pynvml.NVMLError:
-                self._power_w()  # if the driver does not know this either, there is no meter
-                self._thread = threading.Thread(target=self._sample, daemon=True)
-                self._thread.start()
-        except pynvml.NVMLError as error:
-            log.debug("no energy is measured: %s", error)
-            self._devices = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._nvml is None:
-            return
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._kwh = self.kwh()
-        self._devices = []
-        self._nvml.nvmlShutdown()
-        self._nvml = None
-
-    def kwh(self) -> float | None:
-        """So far, or in all once the meter is closed; none where no driver counts."""
-        if self._nvml is None or not self._devices:
-            return self._kwh
-        if self._began_mj is None:
-            return self._sampled_j / 3.6e6
-        spent_mj = sum(
-            now - then for now, then in zip(self._counters(), self._began_mj, strict=True)
-        )
-        return spent_mj / 3.6e9
-
-    def _counters(self) -> list[int]:
-        """Millijoules of each device since its driver was loaded."""
-        return [self._nvml.nvmlDeviceGetTotalEnergyConsumption(device) for device in self._devices]
-
-    def _power_w(self) -> float:
-        return sum(self._nvml.nvmlDeviceGetPowerUsage(device) for device in self._devices) / 1000
-
-    def _sample(self) -> None:
-        last_s, last_w = time.monotonic(), self._power_w()
-        while True:
-            stopped = self._stop.wait(self._sample_s)
-            now_s, now_w = time.monotonic(), self._power_w()
-            self._sampled_j += (now_s - last_s) * (last_w + now_w) / 2
-            last_s, last_w = now_s, now_w
-            if stopped:
-                return

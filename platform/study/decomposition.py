@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from scipy.special import stdtrit
 
-from deta.platform.pages.number_format import num_of, percent, plus_minus, signed
+from deta.platform.pages.number_format import Interval, num_of, percent, plus_minus, signed
 from deta.platform.study.analyse import (
     difference_weights,
     measure_noise,
@@ -22,7 +22,6 @@ from deta.platform.study.study_types import (
     Cell,
     Decomposition,
     Difference,
-    Interval,
     Noise,
     Observation,
     Step,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import chdtri, fdtrc, stdtr, stdtrit
 
-from deta.platform.study.study_types import Interval
+from deta.platform.pages.number_format import Interval
 
 Array = NDArray[np.float64]
 # A standard deviation below this share of the values' size is rounding, not noise.

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deta.platform.pages.number_format import Interval
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -44,19 +46,6 @@ class Observation:
     seed: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # AP in 0..100, and any other
     failure: str = ""  # why there are no metrics; such a trial is counted, never imputed
-
-
-@dataclass(frozen=True)
-class Interval:
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)

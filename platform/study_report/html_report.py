@@ -16,15 +16,13 @@ from deta.platform.pages.html import (
     paragraph,
     write_page,
 )
-from deta.platform.pages.plotly_parts import Plot
+from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
 from deta.platform.study.cost import CostPoint, pareto
 from deta.platform.study.study_types import Analysis
 from deta.platform.study_report.cell_figures import (
-    ForestRow,
     cell_rows,
     difference_rows,
     effect_rows,
-    forest,
     interactions,
     neighbours,
 )

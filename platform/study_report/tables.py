@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from deta.platform.pages.html import Column, Link, Table
-from deta.platform.pages.number_format import decimals_for, num_of, p_value, short, signed
-from deta.platform.study.cost import hours_text
+from deta.platform.pages.number_format import (
+    Interval,
+    common_decimals,
+    hours_text,
+    num_of,
+    p_value,
+    short,
+    signed,
+)
 from deta.platform.study.power import PilotPlan, power_table
-from deta.platform.study.study_types import Analysis, Anchor, Decomposition, Difference, Interval
+from deta.platform.study.study_types import Analysis, Anchor, Decomposition, Difference
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import Provenance, StudyReport
 
@@ -468,11 +475,6 @@ def _estimate_columns(analysis: Analysis) -> list[Column]:
         Column(title="estimate", unit=analysis.metric, is_number=True),
         Column(title="interval", unit=f"{100 * analysis.confidence:g} %", is_number=True),
     ]
-
-
-def common_decimals(half_widths: Sequence[float]) -> int:
-    """Decimals for numbers that stand below one another: those that the surest of them needs."""
-    return max(1, min(2, decimals_for(min(half_widths, default=None))))
 
 
 def amount(value: float) -> str:

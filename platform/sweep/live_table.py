@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from deta.platform.study.cost import hours_text
+from deta.platform.pages.number_format import hours_text
 from deta.platform.sweep.search_space import show
 from deta.platform.sweep.trial_folder import TrialFolder
 

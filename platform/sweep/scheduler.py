@@ -11,6 +11,7 @@ from collections import deque
 from typing import Any
 
 from deta.model.architectures import make_criterion
+from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.config import to_json
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import Run
@@ -34,7 +35,6 @@ from deta.platform.sweep.speed_probe import Speed
 from deta.platform.sweep.sweep_folder import write_parent_file, write_trial_files
 from deta.platform.sweep.trial_folder import MismatchError, TrialFolder, last_failure
 from deta.platform.tracking.upload_plan import read_record
-from deta.platform.training.recorder import STOP_FILE
 
 GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
 LOOK_EVERY_S = 1.0

@@ -16,11 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deta.platform.launch.claim_folder import FREE_TO_CHANGE, RunExistsError
 from deta.platform.run.config import RunConfig, flatten, from_json, to_json
 from deta.platform.run.run import Run
 from deta.platform.run.run_file import (
+    FREE_TO_CHANGE,
     RUN_FILE,
+    RunExistsError,
     describe_run,
     read_run_file,
     write_json,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deta.platform.checkpoint.local import newest_checkpoint
-from deta.platform.launch.claim_folder import FREE_TO_CHANGE
 from deta.platform.run.attempt_outcome import FAILURES, OUTCOME_FILE, Outcome
 from deta.platform.run.config import RunConfig, flatten
 from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run_file import FREE_TO_CHANGE
 from deta.platform.run.run_lock import Fence
 from deta.platform.study.cost import Price
 from deta.platform.study.design import Trial

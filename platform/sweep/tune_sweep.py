@@ -23,11 +23,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-from deta.platform.cluster.driver import (  # before Ray: it sets its variables
-    check_resources,
-    connect,
-    fit,
-)
+# First: they set variables that Ray reads when it is imported.
+from deta.platform.cluster.connection import ClusterTooSmallError, connect
+from deta.platform.cluster.driver import check_resources, fit
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # ours are the journals
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is answered here
@@ -39,7 +37,6 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from deta.platform.cluster.driver import ClusterTooSmallError
 from deta.platform.cluster.reservations import give_back_reservations
 from deta.platform.launch.attempt_monitor import Vigil
 from deta.platform.launch.console import Console

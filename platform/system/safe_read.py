@@ -6,6 +6,7 @@ can be a gigabyte of zeros. Each becomes an error that names the file, before me
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 import zlib
@@ -62,3 +63,8 @@ def gunzip(content: bytes, max_bytes: int) -> bytes:
     if not unpacker.eof:
         raise ValueError("is no intact gzip: it ends too early")
     return unpacked
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

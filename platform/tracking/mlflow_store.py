@@ -46,9 +46,10 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
+from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.redaction import MASK, mask, mask_text
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, Record, Row
-from deta.platform.tracking.upload_process import tracking_uri, uri_of
+from deta.platform.tracking.upload_process import uri_of
 from deta.platform.tracking.uploader import Follower, stop_on_signals
 
 __all__ = ["MlflowStore", "main", "reap", "tracking_uri"]

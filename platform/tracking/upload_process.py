@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from deta.platform.run.journal import FILE_NAME
-from deta.platform.run.run_file import RUN_FILE
+from deta.platform.run.run_file import RUN_FILE, tracking_uri
 from deta.platform.system.redaction import MASK
 from deta.platform.tracking.upload_plan import read_record, what_is_left
 
@@ -51,11 +51,6 @@ class UploadState:
     @property
     def is_complete(self) -> bool:
         return self.state == "finished"
-
-
-def tracking_uri(storage: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or a database file beside the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"
 
 
 def uri_of(folder: Path) -> str:

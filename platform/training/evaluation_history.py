@@ -28,11 +28,11 @@ from deta.platform.analysis.analysis import (
 from deta.platform.analysis.images import images_of
 from deta.platform.analysis.report import write_report
 from deta.platform.checkpoint.format import read_manifest
-from deta.platform.checkpoint.local import RunState
 from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.evaluate_model import Evaluation
 from deta.platform.evaluation.evaluation_folder import (
     EVALUATIONS,
+    REPORT,
     Origin,
     best_evaluation,
     read_evaluation,
@@ -40,10 +40,10 @@ from deta.platform.evaluation.evaluation_folder import (
 )
 from deta.platform.run.config import flatten
 from deta.platform.run.run import Run
+from deta.platform.run.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report.html"
 REPORT_SHARE = 0.03  # of the time since the report before, that the next one may take
 
 

@@ -22,26 +22,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deta.model.architectures import make_criterion
-from deta.platform.checkpoint.local import RunState
 from deta.platform.data.data_loader import LoadedBatch, train_loader
 from deta.platform.data.draw_boxes import write_validation_sheet
 from deta.platform.data.sample_order import splitmix64
-from deta.platform.evaluation.evaluate_model import Evaluation, Worker, evaluate_model
+from deta.platform.evaluation.evaluate_model import Evaluation, evaluate_model
 from deta.platform.learning.distributed import (
     DriftError,
     Word,
+    Worker,
     agree,
     first_difference,
     from_everyone,
     from_leader,
-    names_of,
 )
 from deta.platform.learning.gradient_sum import share_statistics
 from deta.platform.learning.hang_watchdog import Watchdog
 from deta.platform.learning.optimizer import set_lr
-from deta.platform.learning.train_step import StepResult, train_step
+from deta.platform.learning.train_step import PRECISIONS, StepResult, train_step
 from deta.platform.run.run import Run
-from deta.platform.study.cost import EnergyMeter
+from deta.platform.run.run_state import RunState
+from deta.platform.system.redaction import names_of
+from deta.platform.training.energy_meter import EnergyMeter
 from deta.platform.training.evaluation_history import EvaluationBook
 from deta.platform.training.recorder import Keeper
 from deta.platform.training.run_metrics import StepTimes
@@ -49,7 +50,6 @@ from deta.platform.training.train_state import Learner, make_learner
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 ASK_CLUSTER_EVERY_S = 5.0
 

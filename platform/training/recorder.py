@@ -13,17 +13,17 @@ from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.checkpoint.local import (
     Checkpoint,
     CheckpointError,
-    RunState,
     clean_leftovers,
     newest_checkpoint,
     take_snapshot,
 )
+from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.journal import FILE_NAME, Journal, read_events
 from deta.platform.run.run import Run
 from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.run_state import RunState
 from deta.platform.training.train_state import Learner
 
-STOP_FILE = "stop"  # in the run's folder: save and leave at the next step
 LOOK_FOR_STOP_EVERY_S = 0.5
 TRIES_AT_THE_END, SECONDS_BETWEEN_TRIES = 5, 10.0  # for the last checkpoint on a full disk
 TAIL_BYTES = 1 << 16  # of a journal: enough for what happened last

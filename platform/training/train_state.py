@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.platform.checkpoint.local import Checkpoint, load_optimizer_state, optimizer_state
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.learning.gradient_sum import GradientSum, batch_statistics
 from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
 from deta.platform.run.run import Run

@@ -194,8 +194,8 @@ def _main() -> None:
     import torch.distributed as dist
 
     from deta.platform.data.coco_dataset import CocoDataset
-    from deta.platform.evaluation.evaluate_model import Worker
     from deta.platform.launch.claim_folder import changes_since, refuse_changes
+    from deta.platform.learning.distributed import Worker
     from deta.platform.run.run import Run
     from deta.platform.training.loop import train
 

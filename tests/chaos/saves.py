@@ -97,8 +97,9 @@ class SaveLoop:
 def _snapshot(num_bytes: int) -> Any:
     import torch
 
-    from deta.platform.checkpoint.local import RunState, take_snapshot
+    from deta.platform.checkpoint.local import take_snapshot
     from deta.platform.data.coco_dataset import Category
+    from deta.platform.run.run_state import RunState
     from tests.chaos.direct import tiny_config
     from tests.chaos.runs import TINY
 

@@ -20,14 +20,14 @@ from deta.dashboards.training_panels import TRAINING
 from deta.jobs.deta_r50 import demo
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
+from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.config import override
 from deta.platform.run.run import Run
 from deta.platform.run.run_file import RUN_FILE, write_json
 from deta.platform.tracking.prometheus_grafana import TARGETS
 from deta.platform.tracking.upload_process import STATE_FILE, UploadState
 from deta.platform.training.loop import train
-from deta.platform.training.recorder import STOP_FILE
 from deta.platform.training.run_metrics import Metric, RunMeter, WorkerMeter
 from tests.dashboards.prometheus import answer, queries_of, running_prometheus
 

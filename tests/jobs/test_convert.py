@@ -23,12 +23,13 @@ from deta.model import pretrained
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.run_state import RunState
 from deta.platform.weights.class_mapping import published_classes
 from deta.platform.weights.conversion_report import account, complete_state
 from deta.platform.weights.converted_file import read_converted, write_converted

@@ -21,12 +21,13 @@ from deta.jobs import predict as predict_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.pretrained import to_published
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.run_state import RunState
 from deta.platform.weights.weight_files import write_weights
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,13 +25,14 @@ from torch import Tensor
 from deta.jobs import export as export_job
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.inference.export_check import Difference, compare, run_eagerly
 from deta.platform.inference.exported_model import Packed, Runtime, open_onnx, pack, unpack
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.run_state import RunState
 
 SIZE = EvaluationSize(short_edge=64, max_long_edge=90)
 LEAST_SIDE_PX = 33  # with three levels

@@ -23,8 +23,8 @@ from deta.jobs.finetune import finetune, with_plain_keys
 from deta.platform.checkpoint.local import Checkpoint, newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.evaluation.evaluate_model import Worker
 from deta.platform.launch import memory_probe as memory_probe
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import override
 from deta.platform.run.run import Run
 from deta.platform.training.loop import train

@@ -21,8 +21,8 @@ from deta.model.backbone import Backbone, BackboneConfig
 from deta.model.batch import Target, pad_batch
 from deta.model.detector import DETA, ModelConfig
 from deta.platform.data.coco_dataset import Category, CocoDataset
-from deta.platform.evaluation.evaluate_model import Worker
 from deta.platform.inference.predictor import Predictor
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run

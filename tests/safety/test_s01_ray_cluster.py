@@ -26,7 +26,7 @@ LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
 # What a run does first, and no more; `connect` is all there is between it and the cluster.
 START = """
 import json, os, sys
-from deta.platform.cluster.driver import connect
+from deta.platform.cluster.connection import connect
 line = connect()
 import ray
 print(json.dumps({

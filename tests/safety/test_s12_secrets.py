@@ -47,7 +47,7 @@ import sys
 from pathlib import Path
 from deta.platform.launch.claim_folder import claim_folder
 from deta.platform.run.config import RunConfig, from_json
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.dataset_snapshot import keep_data
 from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.run_file import describe_run, write_run_file

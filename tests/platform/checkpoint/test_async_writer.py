@@ -20,7 +20,6 @@ import torch
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter, Outcome
 from deta.platform.checkpoint.local import (
-    RunState,
     Snapshot,
     all_checkpoints,
     best_checkpoint,
@@ -32,6 +31,7 @@ from deta.platform.checkpoint.local import (
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run_lock import Fence
+from deta.platform.run.run_state import RunState
 
 ROOT = Path(__file__).resolve().parents[3]
 CATEGORIES = (Category(1, "disc"),)
@@ -42,7 +42,8 @@ TRAIN = """
 import os, sys
 from pathlib import Path
 import torch
-from deta.platform.checkpoint.local import RunState, clean_leftovers, newest_checkpoint, take_snapshot
+from deta.platform.run.run_state import RunState
+from deta.platform.checkpoint.local import clean_leftovers, newest_checkpoint, take_snapshot
 from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig

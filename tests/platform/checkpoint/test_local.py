@@ -23,7 +23,6 @@ from deta.platform.checkpoint.local import (
     Checkpoint,
     CheckpointError,
     OtherVersionError,
-    RunState,
     all_checkpoints,
     best_checkpoint,
     clean_leftovers,
@@ -38,6 +37,7 @@ from deta.platform.checkpoint.local import (
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.run_state import RunState
 
 CATEGORIES = (Category(1, "disc"), Category(90, "Zahnbürste"))
 FORMAT_1 = Path(__file__).parents[1] / "golden/checkpoint-format-1/step-00000007"

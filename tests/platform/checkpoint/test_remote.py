@@ -14,7 +14,6 @@ from pyarrow.fs import FileSelector, LocalFileSystem, SubTreeFileSystem, _MockFi
 from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.checkpoint.local import (
     OtherVersionError,
-    RunState,
     Snapshot,
     all_checkpoints,
     newest_checkpoint,
@@ -31,6 +30,7 @@ from deta.platform.checkpoint.remote import (
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.run_state import RunState
 
 NAME = "my-run"
 

@@ -18,19 +18,15 @@ from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.postprocess import Detections
 from deta.model.pretrained import published_logit_eps, to_published
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import find_checkpoint, take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.image_decoding import ImageError, decode
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.coco_metrics import to_coco_results
-from deta.platform.inference.predictor import (
-    Predictor,
-    batches_of_one_shape,
-    find_checkpoint,
-    read_listing,
-)
+from deta.platform.inference.predictor import Predictor, batches_of_one_shape, read_listing
 from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.run_state import RunState
 from deta.platform.weights.weight_files import write_weights
 
 SHARED = Path(os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
@@ -18,6 +18,7 @@ from deta.platform.run.config import DataConfig, RunConfig, override
 from deta.platform.run.dataset_snapshot import DATA_FILE, keep_data, kept_run
 from deta.platform.run.run import Run
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
+from deta.platform.run.run_state import RunState
 
 
 @pytest.fixture(scope="module")

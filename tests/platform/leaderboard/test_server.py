@@ -308,7 +308,7 @@ def test_off_loopback_it_wants_the_password():
 def test_it_knows_the_registry_by_the_names_that_the_registry_has():
     from deta.platform.leaderboard import mlflow_source as leaderboard_data
     from deta.platform.registry import mlflow_registry as registry
-    from deta.platform.registry.model_uri import CHAMPION
+    from deta.platform.registry.decision_log import CHAMPION
 
     assert leaderboard_data.CHAMPION == CHAMPION
     assert leaderboard_data.HISTORY_SUFFIX == registry.HISTORY_SUFFIX

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deta.platform.evaluation.evaluate_model import Worker
 from deta.platform.learning.distributed import (
     Word,
+    Worker,
     agree,
     first_difference,
     from_everyone,
     from_leader,
-    names_of,
 )
+from deta.platform.system.redaction import names_of
 
 
 def _in_a_group(rank: int, port: int, act: Callable[[Worker], Any], answers: Any) -> None:

@@ -23,13 +23,13 @@ from mlflow import MlflowClient
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.platform.checkpoint.format import read_checkpoint
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
-from deta.platform.inference.predictor import Predictor, file_sha256
+from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.decision_log import ACCEPT, FORCE, REFUSE
 from deta.platform.registry.gate_inputs import Judge
 from deta.platform.registry.lineage import LineageError
@@ -40,6 +40,8 @@ from deta.platform.registry.promotion_gate import Policy
 from deta.platform.registry.register import prepare, register
 from deta.platform.run.config import DataConfig, RunConfig, to_json
 from deta.platform.run.run_file import write_run_file
+from deta.platform.run.run_state import RunState
+from deta.platform.system.safe_read import file_sha256
 from deta.platform.tracking.upload_plan import RECORD_FILE, Record
 
 ROOT = Path(__file__).resolve().parents[3]

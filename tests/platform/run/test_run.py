@@ -18,7 +18,6 @@ from deta.model.architectures import make_detector
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
 from deta.platform.checkpoint.local import (
-    RunState,
     all_checkpoints,
     best_checkpoint,
     newest_checkpoint,
@@ -27,8 +26,8 @@ from deta.platform.checkpoint.local import (
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.evaluation.evaluate_model import Worker
-from deta.platform.launch.claim_folder import RunExistsError, refuse_if_done
+from deta.platform.launch.claim_folder import refuse_if_done
+from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import (
     OptimConfig,
     ScheduleConfig,
@@ -40,6 +39,8 @@ from deta.platform.learning.optimizer import (
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run
+from deta.platform.run.run_file import RunExistsError
+from deta.platform.run.run_state import RunState
 from deta.platform.training import loop as training
 from deta.platform.training.loop import train
 
@@ -314,7 +315,7 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_model_trains():
 FROZEN_WORKER = """
 import pickle, sys
 import torch, torch.distributed as dist
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.training.loop import train
 
 rank, port, file = int(sys.argv[1]), sys.argv[2], sys.argv[3]

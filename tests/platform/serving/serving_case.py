@@ -21,11 +21,12 @@ from PIL import Image
 
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
+from deta.platform.run.run_state import RunState
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import ProcessMeasurements

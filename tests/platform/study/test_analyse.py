@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from deta.platform.pages.number_format import decimals_for, plus_minus, signed
+from deta.platform.pages.number_format import Interval, decimals_for, plus_minus, signed
 from deta.platform.study.analyse import analyse
 from deta.platform.study.decomposition import decompose
 from deta.platform.study.linear_model import holm
@@ -24,7 +24,6 @@ from deta.platform.study.study_types import (
     Cell,
     Difference,
     Effect,
-    Interval,
     Noise,
     Observation,
     Question,

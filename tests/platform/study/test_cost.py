@@ -11,16 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deta.platform.study.cost import (
-    PRICES,
-    CostPoint,
-    EnergyMeter,
-    Price,
-    estimate,
-    hours_text,
-    pareto,
-    price_of,
-)
+from deta.platform.pages.number_format import hours_text
+from deta.platform.study.cost import PRICES, CostPoint, Price, estimate, pareto, price_of
+from deta.platform.training.energy_meter import EnergyMeter
 
 few = settings(max_examples=40, deadline=None)  # the machine may be busy
 

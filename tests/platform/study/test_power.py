@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 from deta.jobs.study_batch_lr import demo_design
+from deta.platform.pages.number_format import Interval
 from deta.platform.study.cost import Estimate
 from deta.platform.study.plan_text import pilot_text, plan_text
 from deta.platform.study.power import Plan, from_pilot, power_table
-from deta.platform.study.study_types import Interval, Noise
+from deta.platform.study.study_types import Noise
 
 few = settings(max_examples=40, deadline=None)  # the machine may be busy
 

@@ -12,7 +12,7 @@ import pytest
 from deta.jobs.deta_r50 import demo
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import RunConfig, from_json, override
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import Run

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import Run

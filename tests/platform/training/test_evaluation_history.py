@@ -8,21 +8,16 @@ from typing import Any
 
 import pytest
 
-from deta.platform.checkpoint.local import RunState
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluate_model import Evaluation
-from deta.platform.evaluation.evaluation_folder import read_evaluation
+from deta.platform.evaluation.evaluation_folder import REPORT, read_evaluation
 from deta.platform.learning.optimizer import ScheduleConfig
 from deta.platform.run.config import ClusterConfig, RunConfig
 from deta.platform.run.run import Run
-from deta.platform.training.evaluation_history import (
-    EVALUATIONS,
-    REPORT,
-    EvaluationBook,
-    ReportBudget,
-)
+from deta.platform.run.run_state import RunState
+from deta.platform.training.evaluation_history import EVALUATIONS, EvaluationBook, ReportBudget
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.evaluation.coco_metrics import evaluate_detections
-from deta.platform.evaluation.evaluate_model import Worker
 from deta.platform.evaluation.evaluation_folder import read_evaluation
+from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import Journal, read_events
@@ -108,7 +108,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 WORKER = """
 import pickle, sys
 import torch, torch.distributed as dist
-from deta.platform.evaluation.evaluate_model import Worker
+from deta.platform.learning.distributed import Worker
 from deta.platform.training.loop import train
 
 rank, world_size, port, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]

@@ -19,9 +19,10 @@ from torch import Tensor
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, PRIOR_PROBABILITY, ModelConfig
 from deta.model.pretrained import rename_to_published, to_published
-from deta.platform.checkpoint.local import RunState, take_snapshot, write_checkpoint
+from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
+from deta.platform.run.run_state import RunState
 from deta.platform.weights.class_mapping import published_classes
 from deta.platform.weights.coco_class_names import COCO_NAMES
 from deta.platform.weights.converted_file import write_converted
