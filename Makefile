@@ -25,12 +25,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-install: $(VENV)/.installed-train
+install: $(VENV)/.installed-all
 
-demo: $(VENV)/.installed-train
-	$(BIN)/python jobs/deta_r50.py --variant demo --name demo-$(RUN_STAMP) storage=runs
+# NAME=my-run names the run; ARGS="schedule.epochs=2 …" changes its configuration.
+NAME ?= demo-$(RUN_STAMP)
+demo: $(VENV)/.installed-all
+	$(BIN)/python jobs/deta_r50.py --variant demo --name $(NAME) storage=runs $(ARGS)
 
-dashboards: $(VENV)/.installed-dashboards
+dashboards: $(VENV)/.installed-all
 	$(BIN)/python jobs/dashboards.py
 
 # Files are kept whole. What starts clusters comes after the rest, two at a time: it mostly waits.
@@ -57,11 +59,11 @@ verified:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $(VENV)/.installed-train $(VENV)/.installed-dashboards
+	touch $(VENV)/.installed-all
 
-hashes: $(VENV)/.installed-train
+hashes: $(VENV)/.installed-all
 	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report $(VENV)/report.json \
-	    --constraint constraints.txt "setuptools>=77" --editable ".[train,sweep,dashboards,serve,export]"
+	    --constraint constraints.txt "setuptools>=77" --editable ".[all]"
 	$(BIN)/python jobs/materials.py --hashes $(VENV)/report.json --output hashes.txt
 
 format: $(VENV)/.installed-dev
