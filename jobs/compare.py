@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.evaluate import echo, run_tool
+from deta.jobs.command_line import described_parser, echo, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
@@ -42,9 +42,7 @@ class _Inputs:
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("a", metavar="A", help="run, evaluation, models:/…, MLflow run id or file")
     parser.add_argument("b", metavar="B", help="the same; differences are B minus A")
     parser.add_argument(

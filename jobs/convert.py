@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.evaluate import echo, read_changes, run_tool, write_json
+from deta.jobs.command_line import described_parser, echo, run_tool, write_json
+from deta.jobs.model_options import known_changes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,14 +64,11 @@ class _Weights:
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(),
-        epilog=(
-            "Keys of the configuration that matter here: model.*, postprocess.* and "
-            "data.evaluation_size.*\nThe exit code is 2 for a file that was refused, 0 for one "
-            "that was converted or is complete."
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = described_parser(
+        __doc__,
+        "Keys of the configuration that matter here: model.*, postprocess.* and "
+        "data.evaluation_size.*\nThe exit code is 2 for a file that was refused, 0 for one "
+        "that was converted or is complete.",
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, run or https://…")
     parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; default: none")
@@ -152,7 +150,7 @@ def _open(
     from deta.platform.weights.converted_file import is_converted
     from deta.platform.weights.model_file import identify, open_model_file
 
-    changes = read_changes(arguments.overrides, CONVERSION_KEYS)
+    changes = known_changes(arguments.overrides, CONVERSION_KEYS)
     if tensors is None or is_converted(path):
         if arguments.variant is not None:
             raise ValueError("--variant says what a published file holds; this one knows it")

@@ -33,6 +33,12 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
+from deta.jobs.command_line import (
+    add_storage_argument,
+    described_parser,
+    echo,
+    exit_cleanly_on_signals,
+)
 from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import (
     Service,
@@ -51,20 +57,14 @@ from deta.platform.tracking.mlflow_server import (
     start_mlflow_server,
 )
 
-DEFAULT_STORAGE = "~/deta-runs"
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.py"
 LEADERBOARD_PORT, PROMETHEUS_PORT, GRAFANA_PORT = 5050, 9090, 3000
 LOOK_EVERY_S = 1.0
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "storage", nargs="?", type=Path, metavar="STORAGE", default=Path(DEFAULT_STORAGE),
-        help=f"the folder of the runs, default {DEFAULT_STORAGE}",
-    )  # fmt: skip
+    parser = described_parser(__doc__)
+    add_storage_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME:PORT",
@@ -76,8 +76,7 @@ def main() -> NoReturn:
     ):  # fmt: skip
         parser.add_argument(f"--{name}-port", type=int, default=port, help=f"default {port}")
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
+    exit_cleanly_on_signals()
     try:
         sys.exit(_run(arguments))
     except ValueError as error:
@@ -232,15 +231,6 @@ def _answers(address: str) -> bool:
         return True
     except (OSError, ValueError):
         return False
-
-
-def echo(line: str) -> None:
-    print(line, flush=True)
-
-
-def _exit_on_signal(number: int, _frame: object) -> NoReturn:
-    # Ctrl-C is how it is meant to end.
-    sys.exit(0 if number == signal.SIGINT else 128 + number)
 
 
 if __name__ == "__main__":

@@ -23,36 +23,29 @@ One process on one device. AP does not depend on the device, up to rounding.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.recipes import VARIANTS, find_variant
+from deta.jobs.command_line import echo, run_tool, write_json
+from deta.jobs.model_options import (
+    PREDICTION_KEYS,
+    known_changes,
+    local_weights,
+    model_parser,
+    named_variant,
+    open_predictor,
+)
 from deta.platform.run.config import RunConfig, flatten
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
-    from deta.platform.data.coco_dataset import Category, CocoDataset
+    from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.evaluation.evaluate_model import Evaluation
     from deta.platform.inference.predictor import Predictor
 
-Inputs = TypeVar("Inputs")
-
-# What changes the numbers or the speed of predictions. Other keys are refused, not ignored.
-PREDICTION_KEYS = (
-    "model.",
-    "postprocess.",
-    "data.evaluation_size.",
-    "data.max_pixels",
-    "precision",
-)
 EVALUATION_KEYS = (
     *PREDICTION_KEYS, "data.lenient", "data.loader_workers", "micro_batch_size", "num_pictures",
 )  # fmt: skip
@@ -65,8 +58,8 @@ class _Inputs:
 
 
 def main() -> NoReturn:
-    parser = tool_parser(
-        __doc__ or "",
+    parser = model_parser(
+        __doc__,
         "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
         "data.lenient,\ndata.loader_workers, data.max_pixels, precision, micro_batch_size, "
         "num_pictures and model.*",
@@ -99,7 +92,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 
     from deta.platform.shards.open_dataset import open_dataset
 
-    changes = read_changes(arguments.overrides, EVALUATION_KEYS)
+    changes = known_changes(arguments.overrides, EVALUATION_KEYS)
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"{arguments.out}: is a file; name a folder to write")
     for path in (arguments.results, arguments.pictures):
@@ -127,7 +120,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     else:
         from deta.platform.run.config import override
 
-        dataset = open_images(override(_variant(arguments), changes))
+        dataset = open_images(override(named_variant(arguments), changes))
         predictor = open_predictor(arguments, changes, dataset.categories)
     if arguments.pictures is not None and predictor.config.num_pictures == 0:
         raise ValueError("num_pictures=0 leaves --pictures nothing to show; leave one of them out")
@@ -218,150 +211,6 @@ def _keep(
         f"explained in {explanation.seconds:.1f} s, {all_s:.1f} s with report and files: "
         f"{100 * share:.0f} % of the whole"
     )
-
-
-# What this tool shares with predict.py.
-
-
-def tool_parser(doc: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser for a tool that takes weights."""
-    variants = "\n  ".join(VARIANTS)
-    parser = argparse.ArgumentParser(
-        description=doc.strip(),
-        epilog=f"{epilog}\n\nvariants:\n  {variants}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "weights", metavar="WEIGHTS", help="run, checkpoint, file, https://… or models:/…"
-    )
-    parser.add_argument(
-        "--variant",
-        metavar="NAME",
-        help=f"the model in a published file, default {next(iter(VARIANTS))}",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if any"
-    )
-    return parser
-
-
-def read_changes(texts: Sequence[str], allowed: tuple[str, ...]) -> dict[str, str]:
-    """key=value, several, to a dictionary.
-
-    Args:
-        allowed: how keys that have an effect begin.
-
-    Raises:
-        ValueError: not of that form, or a key of the configuration that changes nothing here.
-    """
-    known = flatten(RunConfig())
-    changes: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        if key in known and not key.startswith(allowed):
-            raise ValueError(f"{key} changes nothing here; leave it out")
-        changes[key] = value
-    return changes
-
-
-def open_predictor(
-    arguments: argparse.Namespace,
-    changes: Mapping[str, str],
-    categories: tuple[Category, ...] | None = None,
-) -> Predictor:
-    """The model that a command line names.
-
-    Args:
-        categories: of a published file; a checkpoint has its own.
-
-    Raises:
-        ValueError: the weights, the changes or the device cannot be used.
-    """
-    import torch
-
-    from deta.platform.checkpoint.local import find_checkpoint
-    from deta.platform.inference.predictor import Predictor
-    from deta.platform.weights.converted_file import is_converted
-
-    weights = local_weights(arguments.weights)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to use the CPU")
-    if weights.is_file() and not is_converted(weights):
-        return Predictor.from_published(weights, _variant(arguments), categories, device, changes)
-    if arguments.variant is not None:
-        raise ValueError(
-            "--variant says what a published file holds; a checkpoint or a file of jobs/convert.py "
-            "knows it, so leave it out"
-        )
-    if weights.is_file():
-        return Predictor.from_published(weights, RunConfig(), categories, device, changes)
-    checkpoint = find_checkpoint(weights)
-    return Predictor.from_checkpoint(checkpoint, device, changes)
-
-
-def local_weights(weights: str | Path) -> Path:
-    """The path that WEIGHTS means; an address, or a version of the registry, is downloaded first.
-
-    Raises:
-        ValueError: the file could not be had, or is not the one that was pinned or registered.
-    """
-    from deta.platform.system.download import fetch
-
-    if str(weights).startswith("models:/"):
-        from deta.platform.registry.model_uri import resolve_model
-
-        model = resolve_model(weights)
-        echo(f"registered: {model}")
-        return model.path
-    return fetch(str(weights), echo=echo)
-
-
-def _variant(arguments: argparse.Namespace) -> RunConfig:
-    return find_variant(arguments.variant or next(iter(VARIANTS)))
-
-
-def run_tool(prepare: Callable[[], Inputs], work: Callable[[Inputs], int]) -> NoReturn:
-    """Prepare, work and exit.
-
-    The exit code is 2 for input that was refused while preparing, 1 for a failure, else what `work`
-    returns; 130 and 143 for a tool that was stopped.
-    """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        try:
-            inputs = prepare()
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit(work(inputs))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"\nfailed: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Complete or not at all; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def echo(line: str) -> None:
-    print(line, flush=True)
-
-
-def _exit_on_signal(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deta.jobs.evaluate import (
-    PREDICTION_KEYS,
-    echo,
-    open_predictor,
-    read_changes,
-    run_tool,
-    tool_parser,
-    write_json,
-)
+from deta.jobs.command_line import echo, run_tool, write_json
+from deta.jobs.model_options import PREDICTION_KEYS, known_changes, model_parser, open_predictor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +78,7 @@ class _Checked:
 
 
 def main() -> NoReturn:
-    parser = tool_parser(
+    parser = model_parser(
         __doc__ or "",
         "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
         "data.max_pixels\nand model.*",
@@ -128,7 +121,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         raise ValueError("--check-first and --check-batch must be at least 1")
     if arguments.output.is_file():
         raise ValueError(f"{arguments.output}: is a file; name a folder")
-    changes = read_changes(arguments.overrides, PREDICTION_KEYS)
+    changes = known_changes(arguments.overrides, PREDICTION_KEYS)
     if changes.setdefault("precision", "fp32") != "fp32":
         raise ValueError("precision: files are exported in fp32; leave it out")
     formats = [arguments.format] if arguments.format else list(FILE_NAMES)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from deta.jobs.command_line import add_data_options, described_parser, echo, exit_after, refuse
 from deta.jobs.total_batch import with_base_batch
 from deta.platform.run.config import RunConfig, flatten, override
 
@@ -46,7 +47,6 @@ schedule.patience (none: no early stopping), data.augmentation.short_edges, micr
 
 def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoReturn:
     """Read the command line behind `finetune`, look, train; exits as `run_recipe` does."""
-    from deta.jobs.recipe import echo, refuse
 
     parsed = _parser(program, variants).parse_intermixed_args(with_plain_keys(arguments))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -85,18 +85,11 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
 
 
 def _parser(program: str, variants: Variants) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{program} finetune",
-        description=DESCRIPTION.format(program=f"python jobs/{program}"),
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = described_parser(
+        DESCRIPTION.format(program=f"python jobs/{program}"), EPILOG, f"{program} finetune"
     )
     parser.add_argument("--init", metavar="CHECKPOINT", help="what to start from (see above)")
-    for split in ("train", "val"):
-        parser.add_argument(f"--{split}-images", metavar="FOLDER", help=f"{split} images")
-        parser.add_argument(
-            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
-        )
+    add_data_options(parser)
     parser.add_argument(
         "--variant",
         choices=list(variants),
@@ -201,7 +194,6 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 
 def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
     """For a run that begins as any other: look, then perhaps train."""
-    from deta.jobs.recipe import refuse
     from deta.platform.launch.prepare_run import prepare
 
     try:
@@ -213,7 +205,6 @@ def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoRetur
 
 def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
     """Look at the data of a run; then, unless it was for that only, train. Exits."""
-    from deta.jobs.recipe import echo, exit_after, refuse
     from deta.platform.launch.console import Console
     from deta.platform.launch.supervisor import launch_prepared
 
@@ -247,7 +238,6 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     """
     import torch
 
-    from deta.jobs.recipe import echo
     from deta.platform.launch.dataset_report import look_at
     from deta.platform.launch.memory_probe import suggest_micro_batch, worst_batch
     from deta.platform.launch.sample_sheet import write_training_sheet

@@ -16,12 +16,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from deta.jobs.command_line import (
+    add_storage_argument,
+    described_parser,
+    exit_cleanly_on_signals,
+)
 from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import free_port, is_loopback
 from deta.platform.tracking.mlflow_server import check_hosts
@@ -29,19 +33,13 @@ from deta.platform.tracking.mlflow_server import check_hosts
 if TYPE_CHECKING:
     from deta.platform.leaderboard.cache import Board
 
-DEFAULT_STORAGE = "~/deta-runs"
 PORT = 5050
 CACHE_FILE = "leaderboard.json.gz"
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "storage", nargs="?", type=Path, metavar="STORAGE", default=Path(DEFAULT_STORAGE),
-        help=f"the folder of the runs, default {DEFAULT_STORAGE}",
-    )  # fmt: skip
+    parser = described_parser(__doc__)
+    add_storage_argument(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write one file and leave")
     parser.add_argument("--mlflow", metavar="ADDRESS", default="", help="where links lead")
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}")
@@ -55,8 +53,7 @@ def main() -> NoReturn:
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit_on_signal)
+    exit_cleanly_on_signals()
     try:
         sys.exit(_write(arguments) if arguments.out is not None else _serve(arguments))
     except ValueError as error:
@@ -154,10 +151,6 @@ def _follow(board: Board, uri: str, stop: threading.Event) -> None:
 
 def _server_of(uri: str) -> str:
     return uri if uri.startswith(("http://", "https://")) else ""
-
-
-def _exit_on_signal(number: int, _frame: object) -> NoReturn:
-    sys.exit(0 if number == signal.SIGINT else 128 + number)
 
 
 if __name__ == "__main__":

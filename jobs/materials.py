@@ -12,20 +12,17 @@ a package that came altered: `make verified` does, by `hashes.txt`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
 from pathlib import Path
 
-from deta.jobs.evaluate import write_json
+from deta.jobs.command_line import described_parser, write_json
 from deta.platform.system.sbom import altered_files, bill_of_materials, hash_lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of printing it")
     parser.add_argument("--verify", action="store_true", help="look for altered files")
     parser.add_argument(

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from deta.jobs.recipe import refuse
+from deta.jobs.command_line import described_parser, refuse
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
 from deta.platform.shards.manifest import read_manifest, verify_shards
@@ -35,10 +35,9 @@ MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(),
-        epilog="The exit code is 2 for data that were refused or damaged, 1 if the storage failed.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = described_parser(
+        __doc__,
+        "The exit code is 2 for data that were refused or damaged, 1 if the storage failed.",
     )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of image files")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO format")

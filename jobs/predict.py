@@ -10,7 +10,7 @@ files, folders, whose pictures are taken with those in folders below, or pattern
   pictures/           each picture with its boxes, of a score of --threshold or more
   results.json        all detections, up to 100 a picture whatever their score, as COCO results
   images.json         which image_id is which file, as COCO images and categories
-  detections.parquet  the same detections as a table; platform/evaluation/detections_parquet.py has its columns
+  detections.parquet  the same detections as a table (platform/evaluation/detections_parquet.py)
 
 Detections do not depend on --batch-size, up to the order of float32 sums: only pictures of one size
 go through the model together, so none is padded to the size of another.
@@ -34,15 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deta.jobs.evaluate import (
-    PREDICTION_KEYS,
-    echo,
-    open_predictor,
-    read_changes,
-    run_tool,
-    tool_parser,
-    write_json,
-)
+from deta.jobs.command_line import echo, run_tool, write_json
+from deta.jobs.model_options import PREDICTION_KEYS, known_changes, model_parser, open_predictor
 from deta.platform.run.config import RunConfig, flatten
 
 if TYPE_CHECKING:
@@ -68,7 +61,7 @@ class _Inputs:
 
 
 def main() -> NoReturn:
-    parser = tool_parser(
+    parser = model_parser(
         __doc__ or "",
         "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
         "data.max_pixels,\nprecision and model.*",
@@ -105,7 +98,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
     known = flatten(RunConfig())
     settings = [text for text in arguments.pictures if text.partition("=")[0] in known]
-    changes = read_changes(settings, PREDICTION_KEYS)
+    changes = known_changes(settings, PREDICTION_KEYS)
     texts = [text for text in arguments.pictures if text not in settings]
     if not texts:
         raise ValueError("no pictures are given; name files or folders")

@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.evaluate import echo, run_tool
+from deta.jobs.command_line import described_parser, echo, run_tool
 from deta.jobs.register import DEFAULT_NAME
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ REFUSED = 3  # exit code
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument(
         "what", nargs="?", metavar="WHAT",
         help=f"number or models:/NAME/NUMBER of a version; or {HISTORY}, {ROLLBACK}, {REPAIR}",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
+from deta.jobs.command_line import (
+    add_data_options,
+    data_changes,
+    described_parser,
+    drawn_changes,
+    echo,
+    exit_after,
+    read_changes,
+    refuse,
+)
 from deta.jobs.finetune import add_look_options, finetune, look_and_exit
 from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.data.synthetic_shapes import ShapesDataset
@@ -40,27 +47,16 @@ def run_recipe(
         finetune(Path(sys.argv[0]).name, variants, sys.argv[2:])
     names = list(variants)
     listing = "\n".join(f"  {name:<22}{_first_line(make)}" for name, make in variants.items())
-    parser = argparse.ArgumentParser(
-        description=f"{doc.strip()}\n\nvariants:\n{listing}",
-        epilog=(
-            "Every number of the configuration is a key: --show prints them all, with the values "
-            "that the\narguments give. Example: optim.lr=1e-4 total_batch_size=8 "
-            "cluster.num_workers=2\n\n"
-            "From a checkpoint to a data set of your own: the word finetune in front; see "
-            "finetune --help"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = described_parser(
+        f"{doc.strip()}\n\nvariants:\n{listing}",
+        "Every number of the configuration is a key: --show prints them all, with the values "
+        "that the\narguments give. Example: optim.lr=1e-4 total_batch_size=8 "
+        "cluster.num_workers=2\n\n"
+        "From a checkpoint to a data set of your own: the word finetune in front; see "
+        "finetune --help",
     )
     parser.add_argument("--variant", choices=names, default=names[0], metavar="NAME")
-    for split in ("train", "val"):
-        parser.add_argument(
-            f"--{split}-images",
-            metavar="FOLDER",
-            help=f"{split} images; or shards, a folder or address (jobs/pack.py)",
-        )
-        parser.add_argument(
-            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
-        )
+    add_data_options(parser)
     parser.add_argument("--name", help="of the run; its folder is storage/name")
     parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
     parser.add_argument(
@@ -78,15 +74,7 @@ def run_recipe(
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        changes: dict[str, str] = {}
-        for text in arguments.overrides:
-            key, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"{text!r} is not of the form key=value")
-            changes[key] = value
-        for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
-            if getattr(arguments, key) is not None:
-                changes[f"data.{key}"] = getattr(arguments, key)
+        changes = read_changes(arguments.overrides) | data_changes(arguments)
         if arguments.name is not None:
             changes["name"] = arguments.name
         recipe = variants[arguments.variant]()
@@ -107,15 +95,7 @@ def run_recipe(
         folder = Path(config.storage).expanduser() / "data" / arguments.variant
         echo(f"drawing the data set into {folder} …")
         drawn = drawn_data[arguments.variant](folder)
-        config = override(
-            config,
-            {
-                "data.train_images": str(drawn.train_images),
-                "data.train_annotations": str(drawn.train_annotations),
-                "data.val_images": str(drawn.val_images),
-                "data.val_annotations": str(drawn.val_annotations),
-            },
-        )
+        config = override(config, drawn_changes(drawn))
     if (arguments.look or arguments.probe) and not arguments.resume:
         look_and_exit(config, only_look=arguments.look, probe=arguments.probe)
     name = f"{Path(sys.argv[0]).stem}.{arguments.variant}"
@@ -143,50 +123,6 @@ def train_and_exit(
 
     tags = {RECIPE_TAG: recipe}
     exit_after(lambda: launch(config, resume=resume, force=force, echo=echo, tags=tags))
-
-
-def exit_after(
-    training: Callable[[], object], again: str = "the same command with --resume goes on"
-) -> NoReturn:
-    """Do it and exit; the outcome is the exit code, see `run_recipe`.
-
-    Args:
-        again: what to say to somebody who has stopped it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit_on_signal)
-    try:
-        training()
-    except ValueError as error:
-        refuse(error)
-    except RuntimeError as error:
-        print(f"\nthe run failed: {error}", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit:
-        print(f"\nstopped; {again}", file=sys.stderr)
-        raise
-    sys.exit(0)
-
-
-def refuse(error: ValueError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-_signals: list[int] = []
-
-
-def _exit_on_signal(number: int, _frame: object) -> None:
-    """The first one ends the run in order; a second Ctrl-C ends it as it is."""
-    _signals.append(number)
-    if len(_signals) == 1:
-        sys.exit(128 + number)
-    if number == signal.SIGINT:
-        os._exit(128 + number)  # the guardian puts away what is left
-
-
-def echo(line: str) -> None:
-    print(line, flush=True)
 
 
 def _first_line(make: Callable[[], RunConfig]) -> str:

@@ -10,7 +10,6 @@ there is refused.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from deta.jobs.command_line import described_parser
 from deta.jobs.differences import Row, compare, show, unexplained
 from deta.jobs.published import PUBLISHED, Published
 from deta.jobs.recipes import RECIPES, VARIANTS
@@ -153,9 +153,7 @@ def _count(number: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is old")
     arguments = parser.parse_args()
     try:

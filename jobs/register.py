@@ -25,7 +25,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.evaluate import echo, run_tool
+from deta.jobs.command_line import described_parser, echo, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.registry.register import Prepared
@@ -34,9 +34,7 @@ DEFAULT_NAME = "deta"
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run or a checkpoint")
     parser.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
     parser.add_argument(

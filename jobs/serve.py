@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.evaluate import echo, run_tool
+from deta.jobs.command_line import described_parser, echo, run_tool
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ class _Inputs:
 
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="models:/deta@champion, run or checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at, %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="%(default)s; alone also 0: any")

@@ -25,6 +25,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from deta.jobs.command_line import described_parser
 from deta.jobs.deta_r50 import demo, detrex_bs8, detrex_bs16
 from deta.jobs.sweep_command import (
     add_sweep_options,
@@ -188,10 +189,7 @@ VARIANTS = {"coco": coco_study, "demo": demo_study}
 
 def main() -> None:
     listing = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in VARIANTS.items())
-    parser = argparse.ArgumentParser(
-        description=f"{(__doc__ or '').strip()}\n\nvariants:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = described_parser(f"{(__doc__ or '').strip()}\n\nvariants:\n{listing}")
     parser.add_argument("--variant", choices=VARIANTS, default="coco", metavar="NAME")
     parser.add_argument("--plan", action="store_true", help="what it needs; trains nothing")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of each cell")

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deta.jobs.recipe import echo, exit_after, refuse
+from deta.jobs.command_line import (
+    add_data_options,
+    data_changes,
+    drawn_changes,
+    echo,
+    exit_after,
+    read_changes,
+    refuse,
+)
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
 from deta.platform.study.cost import Price
@@ -19,11 +27,7 @@ from deta.platform.sweep.search_space import Sweep
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    for split in ("train", "val"):
-        parser.add_argument(f"--{split}-images", metavar="FOLDER", help=f"{split} images")
-        parser.add_argument(
-            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
-        )
+    add_data_options(parser)
     parser.add_argument("--name", help="of the sweep; its folder is storage/name")
     parser.add_argument("--storage", metavar="FOLDER", help="where; seen by all nodes")
     parser.add_argument(
@@ -51,15 +55,7 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: an argument that is no key=value.
     """
-    changes: dict[str, Any] = {}
-    for text in arguments.overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        changes[key] = value
-    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
-        if getattr(arguments, key) is not None:
-            changes[f"data.{key}"] = getattr(arguments, key)
+    changes: dict[str, Any] = {**read_changes(arguments.overrides), **data_changes(arguments)}
     for key in ("name", "storage"):
         if getattr(arguments, key) is not None:
             changes[key] = getattr(arguments, key)
@@ -76,12 +72,7 @@ def with_drawn_data(
     folder = Path(config.storage).expanduser() / "data" / "demo"
     echo(f"drawing the data set into {folder} …")
     drawn = draw(folder)
-    return dict(changes) | {
-        "data.train_images": str(drawn.train_images),
-        "data.train_annotations": str(drawn.train_annotations),
-        "data.val_images": str(drawn.val_images),
-        "data.val_annotations": str(drawn.val_annotations),
-    }
+    return dict(changes) | drawn_changes(drawn)
 
 
 def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep]) -> NoReturn:

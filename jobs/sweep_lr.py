@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from deta.jobs.command_line import described_parser
 from deta.jobs.deta_r50 import demo, small
 from deta.jobs.sweep_command import (
     add_sweep_options,
@@ -59,9 +60,7 @@ DEMO_SIZE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument("--variant", choices=BASES, default="demo", metavar="NAME")
     parser.add_argument("--search", choices=("random", "grid", "optuna"), default="random")
     parser.add_argument("--trials", type=int, default=12, help="of a random search or Optuna")

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from deta.jobs.command_line import DEFAULT_STORAGE, described_parser
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import RUN_FILE, read_run_file, tracking_uri
 from deta.platform.run.run_lock import is_alive
@@ -34,13 +35,9 @@ from deta.platform.tracking.upload_plan import what_is_left
 from deta.platform.tracking.upload_process import find_runs, uri_of
 from deta.platform.tracking.uploader import BusyError, RunUploader, Store
 
-DEFAULT_STORAGE = "~/deta-runs"
-
 
 def main() -> NoReturn:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described_parser(__doc__)
     parser.add_argument(
         "folders",
         nargs="*",
