@@ -1,0 +1,192 @@
+"""Type every command of the README, shortened, in the environment that the README installs.
+
+    .venv/bin/python tests/front_door.py [--log FOLDER]
+
+The commands are those of the `sh` blocks, in their order. Trainings get fewer images and one epoch;
+COCO's folders become the drawn data of the demo; servers run until they answer. A command fails if
+its exit code is not 0 or if it prints a line that begins with `!`. Python's standard library is
+enough to run this, so nothing is installed that the README does not install. At the end it looks
+for the pages that the commands promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WITHIN_S = 420  # any command takes less; the slowest trains
+READY_WITHIN_S = 180  # of a server
+# Typed by people to get here, or in a shell of their own.
+SKIPPED = (r"git clone ", r"\. \.venv/bin/activate", r"make (install|test|site|chaos|check)")
+SERVERS = {  # how it begins: what it answers under
+    "python jobs/serve.py": "http://127.0.0.1:8000/ready",
+    "make dashboards": "http://127.0.0.1:5050/",
+    "python jobs/dashboards.py": "http://127.0.0.1:5050/",
+    "python jobs/leaderboard.py": "http://127.0.0.1:5050/",
+}
+DATA = "runs/data/demo"
+STANDS_FOR = {  # in the README: here
+    "train2017": f"{DATA}/train",
+    "val2017": f"{DATA}/val",
+    "annotations/instances_train2017.json": f"{DATA}/annotations/instances_train.json",
+    "annotations/instances_val2017.json": f"{DATA}/annotations/instances_val.json",
+    "~/deta-runs": "runs",
+}
+FEW_IMAGES = ["data.train_first=48", "data.val_first=16"]
+SHORT = [*FEW_IMAGES, "schedule.epochs=1"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    command: str
+    seconds: float
+    fault: str = ""
+
+
+def commands(readme: str) -> list[str]:
+    """Return the commands of the `sh` blocks, each on one line and without its comment."""
+    found: list[str] = []
+    for block in re.findall(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            text = re.sub(r"(^|\s)#.*", "", line).strip()
+            if text:
+                found.append(re.sub(r"\s+", " ", text))
+    return found
+
+
+def shortened(command: str) -> str:
+    """Return the command with small data and few steps, the rest as the README has it."""
+    for long, short in STANDS_FOR.items():
+        command = re.sub(rf"(?<![\w/]){re.escape(long)}(?![\w.])", short, command)
+    if command.startswith("make demo"):
+        return f'{command} ARGS="{" ".join(SHORT)}"'
+    words = shlex.split(command)
+    job = Path(words[1]).name if words[0] == "python" and len(words) > 1 else ""
+    trains = job.startswith(("deta_", "anchor_", "improved_")) and not {
+        "--help", "--show", "--compare", "--resume",
+    } & set(words)  # fmt: skip
+    if "submit" in words[:3] or words[0] == "ray":
+        return command
+    if trains and words[2:3] == ["finetune"]:
+        words += ["--samples", "48", *FEW_IMAGES]
+    elif trains:
+        words += ([] if "--variant" in words else ["--variant", "small"]) + SHORT
+    elif job.startswith(("sweep_", "study_")):
+        words += ["--yes", "--no-probe", *SHORT]
+    return shlex.join(words)
+
+
+def run(command: str, log: Path) -> str:
+    """Run a command to its end; return what is wrong with it, or nothing."""
+    with log.open("wb") as file:
+        try:
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=ROOT, env=environment(), stdout=file, stderr=file,
+                stdin=subprocess.DEVNULL, timeout=WITHIN_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"still running after {WITHIN_S} s"
+    return f"exit code {done.returncode}" if done.returncode else marked_line(log)
+
+
+def marked_line(log: Path) -> str:
+    """Return the first line of a log that begins with an exclamation mark."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)):
+        if line.lstrip().startswith("!"):
+            return f"printed: {line.strip()}"
+    return ""
+
+
+class Server:
+    """A server of the README while the commands after it ask it."""
+
+    def __init__(self, command: str, address: str, log: Path) -> None:
+        self.address, self.log = address, log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"], cwd=ROOT, env=environment(), stdout=file,
+                stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self) -> str:
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < READY_WITHIN_S:
+            if self.process.poll() is not None:
+                return f"ended with exit code {self.process.returncode}"
+            try:
+                urllib.request.urlopen(self.address, timeout=5).close()
+                return ""
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        return f"{self.address} does not answer after {READY_WITHIN_S} s"
+
+    def stop(self) -> str:
+        """Press Ctrl-C, which everything that was started here has to heed."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            code = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return "still running 60 s after Ctrl-C"
+        return f"exit code {code} after Ctrl-C" if code not in (0, 130) else marked_line(self.log)
+
+
+def environment() -> dict[str, str]:
+    """Return this process's variables without those that lead to other clusters and servers."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "DETA_"))}
+    return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--log", type=Path, default=ROOT / "runs" / "front-door")
+    logs = parser.parse_args().log
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    outcomes: list[Outcome] = []
+    server: Server | None = None
+    for number, written in enumerate(commands((ROOT / "README.md").read_text("utf-8"))):
+        if any(re.match(skipped, written) for skipped in SKIPPED):
+            continue
+        command, log, began_s = shortened(written), logs / f"{number:02d}.log", time.monotonic()
+        print(f"$ {command}", flush=True)
+        address = next((a for start, a in SERVERS.items() if command.startswith(start)), None)
+        if server is not None and not command.startswith("curl "):
+            outcomes.append(Outcome("Ctrl-C", 0.0, server.stop()))
+            server = None
+        if address is None or "--out" in command:
+            fault = run(command, log)
+        else:
+            server = Server(command, address, log)
+            fault = server.wait()
+        outcomes.append(Outcome(written, time.monotonic() - began_s, fault))
+        print(f"  {outcomes[-1].seconds:.1f} s  {fault or 'ok'}", flush=True)
+        if fault:
+            print(log.read_text(encoding="utf-8", errors="replace")[-3000:], flush=True)
+    if server is not None:
+        outcomes.append(Outcome("Ctrl-C", 0.0, server.stop()))
+    reports = sorted((ROOT / "runs").glob("*/evaluations/*/report.html"))
+    outcomes.append(Outcome("report.html in a run", 0.0, "" if reports else "there is none"))
+    failed = [one for one in outcomes if one.fault]
+    for one in failed:
+        print(f"FAILED {one.command}: {one.fault}")
+    print(f"{len(outcomes) - len(failed)} passed, {len(failed)} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
