@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up whatever they need in .venv; nothing has to be installed first
-# but Python 3.11 or newer, make, git and a C++ compiler.
+# `make demo` and `make test` install what they need into .venv. Before that, a machine needs only
+# Python 3.11 or newer, make, git and a C++ compiler.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,17 +9,20 @@ RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 .PHONY: help install demo dashboards test chaos check format wheel parity docs verified hashes
 
 help:
-	@echo "make demo    train a small DETA on drawn shapes, on a Ray cluster on this machine"
-	@echo "make dashboards   MLflow's pages, leaderboard, Prometheus and Grafana, on this machine only"
-	@echo "make test    run the tests"
-	@echo "make chaos   kill, freeze, fill, cut off and corrupt; a table of what a run survives"
-	@echo "make check   format, lint, types, tests"
-	@echo "make parity  differences to the published implementations, as a table"
-	@echo "make docs    recipes beside the published configurations, into docs/recipes"
-	@echo "make install what jobs need to run; make wheel: a wheel in dist/"
-	@echo "make verified   all that jobs need, each package by its hash; make hashes: list them anew"
+	@echo "make install     install what jobs need to run"
+	@echo "make demo        train a small DETA on drawn shapes, on a Ray cluster on this machine"
+	@echo "make dashboards  serve MLflow's pages, leaderboard, Prometheus and Grafana on loopback"
+	@echo "make test        run the tests"
+	@echo "make chaos       inject faults into real runs and print a table of what a run survives"
+	@echo "make check       check format, lint and types, then run the tests"
+	@echo "make format      format the code and fix what ruff can fix"
+	@echo "make parity      print a table of differences to the published implementations"
+	@echo "make docs        compare recipes with the published configurations, in docs/recipes"
+	@echo "make wheel       build a wheel in dist/"
+	@echo "make verified    install what jobs need, each package checked by its hash"
+	@echo "make hashes      write hashes.txt again, after a change of versions"
 
-# What is installed, by group. A changed version or dependency installs again.
+# One stamp file for each installed extra. A changed version or dependency installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
@@ -35,14 +38,15 @@ demo: $(VENV)/.installed-all
 dashboards: $(VENV)/.installed-all
 	$(BIN)/python jobs/dashboards.py
 
-# Files are kept whole. What starts clusters comes after the rest, two at a time: it mostly waits.
+# A test file runs in one process. Tests that start clusters run last, two at a time: they mostly
+# wait.
 SIDE_BY_SIDE = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 15
 
 test: $(VENV)/.installed-dev
 	$(SIDE_BY_SIDE) -m "not cluster"
 	$(SIDE_BY_SIDE) -m cluster
 
-# Faults for real, all of them: about 40 minutes. One: python -m tests.chaos A1
+# Injects all faults for real, in about 40 minutes. For one fault: python -m tests.chaos A1
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --core --table
 
@@ -53,8 +57,8 @@ check: $(VENV)/.installed-dev
 	$(SIDE_BY_SIDE) -m "not cluster"
 	$(SIDE_BY_SIDE) -m cluster
 
-# The packages by their content: pip refuses one that differs in a byte. hashes.txt says for which
-# system; `make hashes` writes it anew, for this one, after a change of versions.
+# Packages are checked by content: pip refuses one that differs in a byte. hashes.txt names the
+# system it is for; `make hashes` writes it for this system, after a change of versions.
 verified:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
