@@ -35,10 +35,10 @@ from deta.jobs.sweep_command import (
 )
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
-from deta.platform.study.cost import PRICES, Estimate, Price, price_of
+from deta.platform.study.cost import PRICES, CostEstimate, Price, price_of
 from deta.platform.study.design import Design, batch_factor, cell_key, numbers_of, rate_factor
 from deta.platform.study.plan_text import plan_text
-from deta.platform.study.power import Plan
+from deta.platform.study.power import StudyPlan
 from deta.platform.study.study_types import Anchor, Question
 from deta.platform.sweep.search_space import Sweep
 
@@ -225,14 +225,14 @@ def _plan(study: Sweep, arguments: argparse.Namespace) -> str:
         price = price_of(arguments.gpu, PRICES) or Price(None)
         price = price if arguments.price is None else Price(arguments.price)
         gpu_hours = arguments.hours_per_trial * design.base.cluster.num_workers
-        trial = Estimate(
+        trial = CostEstimate(
             arguments.hours_per_trial,
             gpu_hours,
             None if price.per_gpu_hour is None else price.per_gpu_hour * gpu_hours,
             price.currency,
         )
     num_cells = sum(not cell.same_as for cell in design.cells())
-    return plan_text(design, plan=Plan(arguments.sd, num_cells=num_cells), trial=trial)
+    return plan_text(design, plan=StudyPlan(arguments.sd, num_cells=num_cells), trial=trial)
 
 
 if __name__ == "__main__":

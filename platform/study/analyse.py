@@ -1,4 +1,4 @@
-"""From the results of trials to what a study says: cells, differences, effects, noise."""
+"""Analyse the results of a study: cells, differences, effects, noise."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from deta.platform.study.linear_model import (
 from deta.platform.study.study_types import (
     Analysis,
     Cell,
+    CellDifference,
     CellSummary,
-    Difference,
     Effect,
     Noise,
     Observation,
@@ -62,14 +62,13 @@ def sort_results(
     for observation in observations:
         if observation.cell not in trained_as:
             raise ValueError(
-                f"a result is of cell {observation.cell!r}, which the design has not; its cells "
+                f"a result names {observation.cell!r}, which is no cell of the design; its cells "
                 f"are {', '.join(map(repr, trained_as))}"
             )
         key, seed = trained_as[observation.cell], observation.seed
         if seed in values[key] or seed in failures[key]:
             raise ValueError(
-                f"two results are of cell {key!r} with seed {seed}; one trial has one result, its "
-                "last"
+                f"two results name cell {key!r} with seed {seed}; a trial has one result, its last"
             )
         value = observation.metrics.get(metric, math.nan)
         if observation.failure:
@@ -90,7 +89,7 @@ def analyse(
     questions: Sequence[Question] = (),
     confidence: float = 0.95,
 ) -> Analysis:
-    """What the results of a study say about one metric.
+    """Analyse the results of a study for one metric.
 
     Args:
         cells: `Design.cells()`.
@@ -98,7 +97,7 @@ def analyse(
         questions: pairs of cells to answer in a sentence each.
 
     Raises:
-        ValueError: an observation or a question of a cell that the design has not, or two
+        ValueError: an observation or a question names a cell that the design does not have, or two
             observations of one trial.
     """
     results = sort_results(cells, observations, metric)
@@ -136,7 +135,7 @@ def summarise(results: Results, cell: Cell, confidence: float) -> CellSummary:
 
 
 def measure_noise(results: Results, fit: Fit) -> Noise:
-    """The scatter about the model, and that over seeds within a cell."""
+    """Measure the residual noise about the model, and the noise over seeds within a cell."""
     samples = [np.array(list(by_seed.values())) for by_seed in results.values.values()]
     seed_df = sum(len(sample) - 1 for sample in samples if len(sample) > 1)
     squares = sum(float(((sample - sample.mean()) ** 2).sum()) for sample in samples if len(sample))
@@ -154,11 +153,11 @@ def measure_noise(results: Results, fit: Fit) -> Noise:
     return Noise(sd, fit.df, interval, seed_sd, seed_df, correlation, note)
 
 
-def paired_differences(results: Results, confidence: float) -> tuple[Difference, ...]:
-    """Of every two cells, from the differences of the seeds that both have."""
+def paired_differences(results: Results, confidence: float) -> tuple[CellDifference, ...]:
+    """Compare every two cells by the differences of the seeds that both have."""
     found = []
     for first, second in itertools.combinations(results.cells, 2):
-        title = f"{first.key} less {second.key}"
+        title = f"{first.key} minus {second.key}"
         one, other = results.of(first.key), results.of(second.key)
         seeds = tuple(sorted(set(one) & set(other)))
         gaps = np.array([one[seed] - other[seed] for seed in seeds])
@@ -171,7 +170,7 @@ def paired_differences(results: Results, confidence: float) -> tuple[Difference,
         elif len(seeds) == 1:
             note = NO_DF
         found.append(
-            Difference(
+            CellDifference(
                 title,
                 first.key,
                 second.key,
@@ -191,8 +190,8 @@ def paired_differences(results: Results, confidence: float) -> tuple[Difference,
 
 def pooled_differences(
     results: Results, fit: Fit, pairs: Sequence[tuple[str, str, str]]
-) -> tuple[Difference, ...]:
-    """Of the given pairs of cells, from the model of the whole study.
+) -> tuple[CellDifference, ...]:
+    """Compare the given pairs of cells by the model of the whole study.
 
     Args:
         pairs: title, first cell, second cell.
@@ -206,9 +205,9 @@ def pooled_differences(
 
 def pooled_difference(
     results: Results, fit: Fit, title: str, first: str, second: str, seeds: tuple[int, ...]
-) -> Difference:
+) -> CellDifference:
     estimate = fit.contrast(difference_weights(results, first, second))
-    return Difference(
+    return CellDifference(
         title,
         first,
         second,
@@ -229,7 +228,7 @@ def difference_weights(results: Results, first: str, second: str) -> dict[str, f
     return {} if one == other else {one: 1.0, other: -1.0}
 
 
-def _with_holm(differences: Sequence[Difference]) -> tuple[Difference, ...]:
+def _with_holm(differences: Sequence[CellDifference]) -> tuple[CellDifference, ...]:
     corrected = holm([difference.p for difference in differences])
     return tuple(
         replace(difference, p_holm=p) for difference, p in zip(differences, corrected, strict=True)
@@ -285,7 +284,7 @@ def _contrast(
     levels: Mapping[str, Sequence[str]],
     chosen: Mapping[str, str],
 ) -> dict[str, float]:
-    """Weights of the cells: the chosen levels less the first ones, averaged over other factors."""
+    """Return cell weights: the chosen levels minus the first ones, averaged over other factors."""
     weights: dict[str, float] = {}
     for cell in crossed:
         weight = 1.0

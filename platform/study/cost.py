@@ -1,4 +1,4 @@
-"""What trainings cost: hours, GPU-hours, money, energy; and which are worth it."""
+"""The cost of trainings in hours, GPU-hours and money, and the Pareto front of AP over cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deta.platform.pages.number_format import hours_text
 
 @dataclass(frozen=True)
 class Price:
-    """What an hour of one GPU costs you."""
+    """The price of one GPU for an hour."""
 
     per_gpu_hour: float | None  # none: not set
     currency: str = "EUR"
@@ -37,7 +37,7 @@ PRICES: Mapping[str, Price] = MappingProxyType(
 
 
 def price_of(gpu_name: str, prices: Mapping[str, Price] = PRICES) -> Price | None:
-    """The entry of the table that fits a device's name as the driver gives it; none if none does.
+    """Return the price for a device's name as the driver reports it; None if the table has none.
 
     Whole words count, so that "L4" does not fit an L40S.
     """
@@ -51,8 +51,8 @@ def _words(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a training will cost."""
+class CostEstimate:
+    """The expected cost of a training."""
 
     hours: float  # of wall time
     gpu_hours: float  # hours times workers; without a GPU these are worker-hours
@@ -61,14 +61,14 @@ class Estimate:
     unit: str = "GPU-hours"  # of gpu_hours, for people
 
     def eta(self, now: datetime | None = None) -> datetime:
-        """When it ends if it begins now; local time with its zone."""
+        """Return when it ends if it begins now, as local time with its zone."""
         return (now or datetime.now().astimezone()) + timedelta(hours=self.hours)
 
-    def times(self, num_trials: int, at_once: int = 1) -> Estimate:
-        """Of several such trainings, so many of them at a time."""
+    def times(self, num_trials: int, at_once: int = 1) -> CostEstimate:
+        """Return the cost of `num_trials` such trainings, `at_once` of them at a time."""
         if num_trials < 0 or at_once < 1:
             raise ValueError(f"num_trials={num_trials}, at_once={at_once}: at least 0 and 1")
-        return Estimate(
+        return CostEstimate(
             self.hours * math.ceil(num_trials / at_once),
             self.gpu_hours * num_trials,
             None if self.price is None else self.price * num_trials,
@@ -90,8 +90,8 @@ def estimate(
     prices: Mapping[str, Price] = PRICES,
     *,
     overhead_s: float = 0.0,
-) -> Estimate:
-    """The cost of a training from its measured speed.
+) -> CostEstimate:
+    """Estimate the cost of a training from its measured speed.
 
     Args:
         images_per_s: over all workers, at the real image size and number of workers.
@@ -114,7 +114,7 @@ def estimate(
     found = price_of(gpu_name, prices)
     price = None if found is None or found.per_gpu_hour is None else found.per_gpu_hour
     gpu_hours = hours * num_workers
-    return Estimate(
+    return CostEstimate(
         hours,
         gpu_hours,
         None if price is None else price * gpu_hours,
@@ -124,7 +124,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class CostPoint:
-    """One training for the picture of AP over cost."""
+    """One training in the plot of AP over cost."""
 
     label: str
     ap: float
@@ -132,10 +132,10 @@ class CostPoint:
 
 
 def pareto(points: Iterable[CostPoint]) -> list[CostPoint]:
-    """Those that no other point beats: as cheap and better, or as good and cheaper.
+    """Return the points that no other point beats: as cheap and better, or as good and cheaper.
 
-    The cheapest first. Points that are equal in both stay all; one without a finite AP or cost is
-    left out.
+    The cheapest comes first. Points that are equal in both are all kept; one without a finite AP or
+    cost is left out.
     """
     finite = [p for p in points if math.isfinite(p.ap) and math.isfinite(p.cost)]
     front: list[CostPoint] = []

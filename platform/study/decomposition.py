@@ -1,4 +1,4 @@
-"""Which part of a difference between two recipes is owed to what, as far as data allow."""
+"""Split a difference between two recipes into the parts that single changes cause."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from deta.platform.study.linear_model import Fit, holm
 from deta.platform.study.study_types import (
     Anchor,
     Cell,
+    CellDifference,
     Decomposition,
-    Difference,
     Noise,
     Observation,
     Step,
@@ -37,7 +37,7 @@ def decompose(
     confidence: float = 0.95,
     published: tuple[Anchor, Anchor] | None = None,
 ) -> Decomposition:
-    """The difference between two cells as a sum of steps through the cells between them.
+    """Split the difference between two cells into steps through the cells between them.
 
     Args:
         path: from the first cell to the last: key of a cell, and what changed to get there, which
@@ -48,16 +48,16 @@ def decompose(
         ValueError: a cell that the study has not, or a path of fewer than two cells.
     """
     if len(path) < 2:
-        raise ValueError(f"the path {list(path)} has no step; it needs two cells at least")
+        raise ValueError(f"the path {list(path)} has no step; it needs at least two cells")
     results = sort_results(cells, observations, metric)
     fit = Fit(results.values, confidence)
 
-    def difference(title: str, later: str, earlier: str) -> Difference:
+    def difference(title: str, later: str, earlier: str) -> CellDifference:
         seeds = tuple(sorted(set(results.of(later)) & set(results.of(earlier))))
         return pooled_difference(results, fit, title, later, earlier, seeds)
 
     first, last = path[0][0], path[-1][0]
-    whole = difference(f"{last} less {first}", last, first)
+    whole = difference(f"{last} minus {first}", last, first)
     whole_weights = difference_weights(results, last, first)
     steps = []
     for (earlier, _), (later, what) in pairwise(path):
@@ -85,11 +85,11 @@ def decompose(
 def _share_interval(
     fit: Fit,
     share: float,
-    whole: Difference,
+    whole: CellDifference,
     part_weights: dict[str, float],
     whole_weights: dict[str, float],
 ) -> Interval:
-    """Of the ratio of two contrasts (Fieller 1954); finite, since the whole is not zero."""
+    """Return Fieller's interval (1954) of a ratio of contrasts; finite, as the whole is not 0."""
     assert whole.estimate is not None
     t = float(stdtrit(fit.df, (1 + fit.confidence) / 2))
     v11 = fit.covariance(part_weights, part_weights)
@@ -103,7 +103,7 @@ def _share_interval(
 
 
 def _paragraph(
-    whole: Difference,
+    whole: CellDifference,
     steps: Sequence[Step],
     metric: str,
     noise: Noise,
@@ -131,15 +131,17 @@ def _paragraph(
         sentences.append("Without an estimate of the noise, no share can be told from chance.")
     elif steps[0].share is None:
         sentences.append(
-            f"With {num_of(len(whole.seeds), 'seed')} the whole is not told from noise, so no "
-            "share of it is stated."
+            f"With {num_of(len(whole.seeds), 'seed')} the whole is not significant, so no "
+            "share of it is given."
         )
     else:
-        told = [step.title for step in steps if step.difference.is_distinguishable(1 - confidence)]
-        if told:
-            sentences.append(f"By itself told from noise: {' and '.join(told)}.")
+        significant = [
+            step.title for step in steps if step.difference.is_distinguishable(1 - confidence)
+        ]
+        if significant:
+            sentences.append(f"Significant by themselves: {' and '.join(significant)}.")
         else:
-            sentences.append("No step by itself is told from noise.")
+            sentences.append("No step is significant by itself.")
         if len(steps) > 1:
             sentences.append(
                 "The steps add up to the whole; taken in another order they would differ as far "
@@ -161,7 +163,7 @@ def _chance(reported: float, seed_sd: float, df: int, confidence: float) -> str:
     )
 
 
-def _amount(difference: Difference, metric: str) -> str:
+def _amount(difference: CellDifference, metric: str) -> str:
     if difference.estimate is None:
         return f"unknown ({difference.note})"
     if difference.interval is None:

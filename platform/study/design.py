@@ -13,12 +13,12 @@ from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.run.config import RunConfig, flatten, override
 from deta.platform.study.study_types import Cell
 
-# Keys that a cell may not change: they name the run, or carry it out without changing its numbers,
-# or would make it another measurement.
+# Keys that a cell may not change: they name the run, or say how to execute it,
+# or would change what is measured.
 NOT_OF_A_CELL = ("name", "storage", "experiment", "seed", "cluster.", "checkpoint.",
                  "data.train_", "data.val_", "data.evaluation_size.",
                  "log_every_steps", "num_pictures")  # fmt: skip
-# Keys that leave the numbers of a training as they are: they do not make it another trial.
+# Keys that do not affect the numbers of a training: changing them does not make a new trial.
 NOT_OF_THE_NUMBERS = ("name", "storage", "experiment", "cluster.", "checkpoint.",
                       "data.loader_workers", "log_every_steps", "num_pictures",
                       "max_skipped_steps", "compare_weights_every_steps",
@@ -39,7 +39,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Factor:
-    """Something that is varied, whatever the other factors are."""
+    """Something that a study varies independently of its other factors."""
 
     name: str  # "batch"
     levels: tuple[Level, ...]
@@ -57,17 +57,17 @@ class Factor:
 
 
 def batch_factor(sizes: Sequence[int]) -> Factor:
-    """The total batch: images an update."""
+    """Return a factor of the total batch size (images per update)."""
     return Factor("batch", tuple(Level(str(n), {"total_batch_size": n}) for n in sizes))
 
 
 def rate_factor(lr: float, multiples: Sequence[float] = (1, 2)) -> Factor:
-    """The learning rate, in multiples of one, whatever the batch."""
+    """Return a factor of the learning rate, in multiples of `lr`, independent of the batch."""
     return Factor("rate", tuple(Level(f"{m:g}×", {"optim.lr": lr * m}) for m in multiples))
 
 
 def rule_factor(base_batch: int, rules: Sequence[str] = ("none", "sqrt", "linear")) -> Factor:
-    """How the learning rate follows the total batch; at `base_batch` all rules are the same."""
+    """Return a factor of the rule by which the rate follows the batch; equal at `base_batch`."""
     return Factor(
         "rule",
         tuple(
@@ -125,7 +125,7 @@ class Design:
             self._check(cell)
 
     def cells(self) -> list[Cell]:
-        """The crossed cells, the last factor varying fastest, then the named ones."""
+        """Return the crossed cells (the last factor varies fastest), then the named ones."""
         raw: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         for levels in itertools.product(*(factor.levels for factor in self.factors)):
             if not levels:
@@ -145,7 +145,7 @@ class Design:
         return cells
 
     def trials(self) -> list[Trial]:
-        """Seed by seed, so that whatever is stopped early leaves whole blocks.
+        """Return the trials seed by seed, so that a study that stops early leaves complete blocks.
 
         A cell that trains exactly as an earlier one has no trials of its own.
         """
@@ -162,7 +162,7 @@ class Design:
         ]
 
     def config(self, cell: Cell) -> RunConfig:
-        """The base with the changes of a cell."""
+        """Return the base configuration with the changes of a cell."""
         return self._resolve(cell.key, cell.changes)
 
     def _resolve(self, key: str, changes: Mapping[str, Any]) -> RunConfig:
@@ -229,12 +229,12 @@ class Design:
 
 
 def cell_key(labels: Mapping[str, str]) -> str:
-    """The key of a crossed cell: "batch=8, rate=2×"."""
+    """Return the key of a crossed cell: "batch=8, rate=2×"."""
     return ", ".join(f"{factor}={label}" for factor, label in labels.items())
 
 
 def numbers_of(config: RunConfig) -> dict[str, Any]:
-    """The values that decide what a training computes, by dotted key.
+    """Return the values that decide what a training computes, by dotted key.
 
     The learning rate is the one that its rule works out, so that two ways to write one training
     are the same.
@@ -248,7 +248,7 @@ def numbers_of(config: RunConfig) -> dict[str, Any]:
 
 
 def numbers_id(config: RunConfig) -> str:
-    """A name for what a training computes: 12 hexadecimal digits."""
+    """Return a name for what a training computes: 12 hexadecimal digits."""
     text = json.dumps(numbers_of(config), sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

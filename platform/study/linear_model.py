@@ -1,4 +1,4 @@
-"""The linear model of a study, value = cell + seed + noise, and what its contrasts are."""
+"""The linear model of a study, value = cell + seed + noise, and its contrasts."""
 
 # C cells that were observed   S seeds   R observations   P = C + S - 1 parameters   K contrasts
 
@@ -19,12 +19,12 @@ Array = NDArray[np.float64]
 ROUNDING = 1e-10
 
 NO_NOISE = "every seed gave exactly the same; the noise cannot be estimated from that"
-NO_DF = "one seed (or as many unknowns as results) cannot tell a difference from noise"
+NO_DF = "one seed (or as many unknowns as results) cannot separate a difference from noise"
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number with what is known of its error; what is not known is none and `note` says why."""
+class Coefficient:
+    """A number and its uncertainty. Unknown parts are None, and `note` says why."""
 
     value: float | None
     standard_error: float | None = None
@@ -34,23 +34,23 @@ class Estimate:
     note: str = ""
 
 
-def t_estimate(value: float, standard_error: float, df: int, confidence: float) -> Estimate:
-    """A normal estimate whose standard error has `df` degrees of freedom."""
+def t_estimate(value: float, standard_error: float, df: int, confidence: float) -> Coefficient:
+    """Return the t interval and p value of an estimate with a standard error of `df` degrees."""
     half = float(stdtrit(df, (1 + confidence) / 2)) * standard_error
     p = 2 * float(stdtr(df, -abs(value) / standard_error))
-    return Estimate(value, standard_error, df, Interval(value - half, value + half), p)
+    return Coefficient(value, standard_error, df, Interval(value - half, value + half), p)
 
 
-def mean_estimate(values: Array, confidence: float) -> tuple[float | None, Estimate]:
-    """The standard deviation of a sample (none below two), and its mean with a t interval."""
+def mean_estimate(values: Array, confidence: float) -> tuple[float | None, Coefficient]:
+    """Return the standard deviation of a sample (None below two values), and its mean."""
     if len(values) == 0:
-        return None, Estimate(None, note="no values")
+        return None, Coefficient(None, note="no values")
     mean = float(values.mean())
     if len(values) == 1:
-        return None, Estimate(mean, note="one value has no interval")
+        return None, Coefficient(mean, note="one value has no interval")
     sd = float(values.std(ddof=1))
     if sd <= rounding_of(values):
-        return 0.0, Estimate(mean, 0.0, len(values) - 1, note=NO_NOISE)
+        return 0.0, Coefficient(mean, 0.0, len(values) - 1, note=NO_NOISE)
     return sd, t_estimate(mean, sd / math.sqrt(len(values)), len(values) - 1, confidence)
 
 
@@ -59,7 +59,7 @@ def rounding_of(values: Array) -> float:
 
 
 def sd_interval(sd: float, df: int, confidence: float) -> Interval:
-    """Of the standard deviation behind an estimate of it, for normal noise (chi-square)."""
+    """Return the chi-square interval of a standard deviation, for normal noise."""
     tail = (1 - confidence) / 2
     return Interval(
         sd * math.sqrt(df / float(chdtri(df, tail))),
@@ -68,7 +68,7 @@ def sd_interval(sd: float, df: int, confidence: float) -> Interval:
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """P values corrected for being one of several (Holm 1979); what is none is not counted."""
+    """Correct p values for multiple comparisons (Holm 1979). None is skipped and not counted."""
     known = sorted((p, place) for place, p in enumerate(ps) if p is not None)
     corrected: list[float | None] = [None] * len(ps)
     highest = 0.0
@@ -119,7 +119,7 @@ class Fit:
             self.residual_sd = 0.0 if sd <= rounding_of(self._y) else sd
 
     def _row(self, weights: Mapping[str, float]) -> Array | None:
-        """A contrast of cells as one of parameters; none if the data do not determine it."""
+        """Return a contrast of cells as one of parameters; None if the data do not determine it."""
         row = np.zeros(len(self._parameters))  # P
         for key, weight in weights.items():
             if weight == 0:
@@ -129,27 +129,27 @@ class Fit:
             row[self.cells.index(key)] = weight
         return row if np.abs(row @ self._estimable - row).max(initial=0.0) < 1e-8 else None
 
-    def contrast(self, weights: Mapping[str, float]) -> Estimate:
-        """A weighted sum of cells, the weights summing to zero.
+    def contrast(self, weights: Mapping[str, float]) -> Coefficient:
+        """Estimate a weighted sum of cells whose weights sum to zero.
 
         Args:
             weights: by cell.
         """
         row = self._row(weights)
         if row is None:
-            return Estimate(None, note=self._why_not(weights))
+            return Coefficient(None, note=self._why_not(weights))
         value = float(row @ self._parameters)
         if not row.any():
-            return Estimate(0.0, note="they train exactly alike")
+            return Coefficient(0.0, note="they train exactly alike")
         if self.residual_sd is None:
-            return Estimate(value, note=NO_DF)
+            return Coefficient(value, note=NO_DF)
         if self.residual_sd == 0:
-            return Estimate(value, 0.0, self.df, note=NO_NOISE)
+            return Coefficient(value, 0.0, self.df, note=NO_NOISE)
         error = self.residual_sd * math.sqrt(float(row @ self._unscaled @ row))
         return t_estimate(value, error, self.df, self.confidence)
 
     def covariance(self, one: Mapping[str, float], other: Mapping[str, float]) -> float:
-        """Of two contrasts that the data determine."""
+        """Return the covariance of two contrasts that the data determine."""
         row, column = self._row(one), self._row(other)
         assert row is not None
         assert column is not None
@@ -159,7 +159,7 @@ class Fit:
     def f_test(
         self, contrasts: Sequence[Mapping[str, float]]
     ) -> tuple[int, float | None, float | None, str]:
-        """Whether all of these are zero: their degrees of freedom, F, p, and a note if none."""
+        """Test whether all contrasts are zero: degrees of freedom, F, p, and a note if unknown."""
         rows = [self._row(weights) for weights in contrasts]
         for weights, row in zip(contrasts, rows, strict=True):
             if row is None:

@@ -1,13 +1,13 @@
-"""What a study would need, in words, before anything runs."""
+"""Describe in words what a study will need, before anything runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from deta.platform.pages.number_format import num_of
-from deta.platform.study.cost import Estimate
+from deta.platform.study.cost import CostEstimate
 from deta.platform.study.design import Design
-from deta.platform.study.power import POWER, Plan, from_pilot, power_table
+from deta.platform.study.power import POWER, StudyPlan, from_pilot, power_table
 from deta.platform.study.study_types import Noise
 
 DELTAS = (0.1, 0.2, 0.3, 0.6, 1.0)
@@ -17,16 +17,16 @@ def plan_text(
     design: Design,
     *,
     num_images: int | None = None,
-    plan: Plan | None = None,
-    trial: Estimate | None = None,
+    plan: StudyPlan | None = None,
+    trial: CostEstimate | None = None,
     deltas: Sequence[float] = DELTAS,
 ) -> str:
-    """The cells, how many trials they make, and what differences would need how many seeds.
+    """Describe the cells, the number of trials, and the seeds that each difference needs.
 
     Args:
-        num_images: of the training set; then the samples seen are told.
-        plan: the noise to expect; without it nothing is said of power.
-        trial: what one training costs; without it nothing is said of cost.
+        num_images: of the training set; adds the samples seen.
+        plan: the noise to expect; without it the text has no power table.
+        trial: what one training costs; without it the text has no costs.
     """
     cells, trials = design.cells(), design.trials()
     own = [cell for cell in cells if not cell.same_as]
@@ -56,15 +56,16 @@ def pilot_text(
     *,
     num_cells: int,
     num_seeds: int,
-    trial: Estimate | None = None,
+    trial: CostEstimate | None = None,
     deltas: Sequence[float] = DELTAS,
 ) -> str:
-    """What more seeds would find, by the noise of a study that has run: twice.
+    """Describe what more seeds would find, by the noise of a finished study.
 
-    Once by its standard deviation as it was measured, once at the upper end of its interval.
+    The table comes twice: for the measured standard deviation and for the upper end of its
+    interval.
 
     Args:
-        num_cells: that are trained, `num_seeds` of each until now.
+        num_cells: cells that are trained, so far with `num_seeds` seeds each.
     """
     if not noise.residual_sd:
         return f"The pilot says nothing of the seeds it needs: {noise.note}."
@@ -77,7 +78,11 @@ def pilot_text(
 
 
 def _power_lines(
-    plan: Plan, num_cells: int, num_seeds: int, trial: Estimate | None, deltas: Sequence[float]
+    plan: StudyPlan,
+    num_cells: int,
+    num_seeds: int,
+    trial: CostEstimate | None,
+    deltas: Sequence[float],
 ) -> list[str]:
     lines = [
         f"With a seed sd of {plan.sd:.2g} (correlation {plan.correlation:g} within a seed), "

@@ -1,4 +1,4 @@
-"""How many seeds a question needs, before running and after a pilot, and what they cost.
+"""Compute how many seeds a question needs, before a study and after a pilot, and their cost.
 
 Cells are compared within seeds: the difference of two cells has the standard deviation
 sd * sqrt(2 * (1 - correlation)) over seeds. With the noise pooled over C cells and n seeds the test
@@ -24,8 +24,8 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known, or assumed, before seeds are bought."""
+class StudyPlan:
+    """The noise that is known or assumed before a study runs."""
 
     sd: float  # of one training over seeds, in points of the metric
     correlation: float = 0.0  # between two cells of one seed; 0 is the cautious choice
@@ -44,11 +44,11 @@ class Plan:
 
     @property
     def sd_of_difference(self) -> float:
-        """Between two cells with the same seed."""
+        """Return the standard deviation of the difference of two cells with the same seed."""
         return self.sd * math.sqrt(2 * (1 - self.correlation))
 
     def power(self, delta: float, seeds: int) -> float:
-        """The chance to tell a true difference `delta` from noise with so many seeds a cell.
+        """Return the probability to detect a true difference `delta` with `seeds` seeds per cell.
 
         0 with one seed. The noncentral t test, two-sided, as an F test of one degree of freedom.
         """
@@ -64,13 +64,13 @@ class Plan:
         return min(1.0, max(0.0, float(ncf.sf(critical**2, 1, df, shift**2))))
 
     def seeds_for(self, delta: float, power: float = POWER) -> int | None:
-        """The fewest seeds a cell that give this power; none if even 10,000 do not.
+        """Return the smallest number of seeds per cell with this power; None if 10,000 are too few.
 
         Raises:
             ValueError: `delta` is zero, or `power` is not between `alpha` and 1.
         """
         if delta == 0:
-            raise ValueError("delta=0: no number of seeds tells nothing from nothing")
+            raise ValueError("delta=0: no number of seeds can detect a difference of zero")
         self._check_power(power)
         if self.power(delta, MAX_SEEDS) < power:
             return None
@@ -83,7 +83,7 @@ class Plan:
         return high
 
     def smallest_difference(self, seeds: int, power: float = POWER) -> float | None:
-        """The difference that so many seeds find with this power; none with one seed."""
+        """Return the difference that `seeds` seeds detect with this power; None with one seed."""
         self._check_power(power)
         if seeds < 2:
             return None
@@ -102,7 +102,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PowerRow:
-    """One line of the table: what a difference needs."""
+    """One row of the power table: what it takes to detect a difference."""
 
     delta: float
     seeds: int | None  # of each cell; none: more than anyone would run
@@ -113,7 +113,7 @@ class PowerRow:
 
 
 def power_table(
-    plan: Plan,
+    plan: StudyPlan,
     deltas: Sequence[float],
     *,
     num_cells: int,
@@ -121,7 +121,7 @@ def power_table(
     gpu_hours_per_trial: float | None = None,
     price_per_trial: float | None = None,
 ) -> list[PowerRow]:
-    """What each difference needs.
+    """Compute what it takes to detect each difference.
 
     Args:
         num_cells: cells that are trained; `plan.num_cells` are pooled for the noise.
@@ -150,16 +150,16 @@ def _times(count: int | None, each: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class PilotPlan:
-    """The noise that a pilot measured, and as large as the pilot allows."""
+    """The noise that a pilot measured, and the largest noise that it allows."""
 
-    estimate: Plan
-    cautious: Plan  # at the upper end of the standard deviation's interval
+    estimate: StudyPlan
+    cautious: StudyPlan  # at the upper end of the standard deviation's interval
 
 
 def from_pilot(noise: Noise, num_cells: int, alpha: float = ALPHA) -> PilotPlan:
     """Plan a study from the noise of a pilot with the same kind of trainings.
 
-    What varies about cell + seed is what differences suffer from, so it enters with correlation 0.
+    The residual variation about cell + seed is the noise of differences, so the correlation is 0.
 
     Raises:
         ValueError: the pilot gives no noise: one seed, or all its seeds alike.
@@ -167,6 +167,6 @@ def from_pilot(noise: Noise, num_cells: int, alpha: float = ALPHA) -> PilotPlan:
     if not noise.residual_sd or noise.interval is None:
         raise ValueError(f"the pilot has no estimate of the noise: {noise.note}")
     return PilotPlan(
-        Plan(noise.residual_sd, 0.0, num_cells, alpha),
-        Plan(noise.interval.high, 0.0, num_cells, alpha),
+        StudyPlan(noise.residual_sd, 0.0, num_cells, alpha),
+        StudyPlan(noise.interval.high, 0.0, num_cells, alpha),
     )

@@ -1,4 +1,4 @@
-"""Many runs to a verdict: what a study says, and how sure it is.
+"""The types of a study: cells, observations, differences, effects, and the statistical model.
 
 Pure statistics: no cluster, no tracking, no plots. The model is
 
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Observation:
-    """How one trial ended."""
+    """The result of one trial."""
 
     cell: str
     seed: int
@@ -50,7 +50,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class CellSummary:
-    """One cell by itself. Seeds are a sample here: the interval is that of a plain mean."""
+    """One cell alone. Seeds are a sample here, so the interval is that of a plain mean."""
 
     cell: Cell
     values: Mapping[int, float]  # by seed; of the cell it equals, where `cell.same_as` is set
@@ -62,14 +62,14 @@ class CellSummary:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One cell less another."""
+class CellDifference:
+    """One cell minus another."""
 
     title: str
     first: str  # key of the cell that is subtracted from
     second: str
     # "paired": from the differences of the seeds that both have, and their own sd. "pooled": from
-    # the model of the whole study, whose noise all cells share; more degrees of freedom.
+    # the model of the whole study, whose noise all cells share, with more degrees of freedom.
     method: Literal["paired", "pooled"]
     seeds: tuple[int, ...]  # that both cells have
     estimate: float | None  # first - second; none where they cannot be compared
@@ -81,14 +81,14 @@ class Difference:
     note: str = ""
 
     def is_distinguishable(self, alpha: float = 0.05) -> bool:
-        """Whether it is told from noise, after the correction."""
+        """Return whether it is statistically significant after the correction."""
         p = self.p if self.p_holm is None else self.p_holm
         return p is not None and p < alpha
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What going from the first level of a factor to another does, averaged over the other factors.
+    """The effect of going from a factor's first level to another, averaged over the other factors.
 
     Of two factors: how much the effect of the one changes with the other; and so on. With two
     levels it is twice the coefficient of sum-to-zero coding, four times for two such factors.
@@ -119,7 +119,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Term:
-    """Whether a factor, or several together, do anything at all: the F test of all its effects."""
+    """The F test of all effects of a factor, or of an interaction."""
 
     factors: tuple[str, ...]
     df: int
@@ -135,7 +135,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Noise:
-    """How much a result varies when only chance differs."""
+    """The variation of a result when only chance differs."""
 
     residual_sd: float | None  # of one observation about cell + seed; what differences suffer from
     df: int
@@ -148,7 +148,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Question:
-    """Two cells that someone wants compared."""
+    """Two cells to compare."""
 
     title: str  # "16 vs 8 at equal rate per sample"
     first: str
@@ -163,8 +163,8 @@ class Step:
     """One step of the way from one cell to another."""
 
     title: str  # what changes: "batch", "weight decay, backbone rate and frozen layers"
-    difference: Difference  # pooled; later cell less earlier one
-    share: float | None  # of the whole difference; none where the whole is not told from noise
+    difference: CellDifference  # pooled; later cell minus earlier one
+    share: float | None  # of the whole difference; none where the whole is not significant
     share_interval: Interval | None
 
 
@@ -172,14 +172,14 @@ class Step:
 class Decomposition:
     """A difference between two cells as the sum of the steps between them."""
 
-    whole: Difference
+    whole: CellDifference
     steps: tuple[Step, ...]
     text: str  # the paragraph for a person
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A published number, to set beside ours."""
+    """A published number to compare ours with."""
 
     label: str
     ap: float  # box AP on COCO val2017
@@ -190,7 +190,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that a study says about one metric."""
+    """All results of a study for one metric."""
 
     metric: str
     confidence: float
@@ -199,8 +199,8 @@ class Analysis:
     noise: Noise
     effects: tuple[Effect, ...]  # main effects first, then interactions of two, of three, …
     terms: tuple[Term, ...]
-    differences: tuple[Difference, ...]  # paired, of all pairs of cells
-    answers: tuple[Difference, ...]  # pooled, one for each question, in their order
+    differences: tuple[CellDifference, ...]  # paired, of all pairs of cells
+    answers: tuple[CellDifference, ...]  # pooled, one for each question, in their order
     verdicts: tuple[str, ...]  # one sentence for each question
     notes: tuple[str, ...]  # what a reader has to know: failures, missing cells, assumptions
 

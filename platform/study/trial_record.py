@@ -1,7 +1,7 @@
-"""What one trial of a sweep came to: the record that the report, the costs and the table read.
+"""The record of one trial of a sweep, which the report, the costs and the table read.
 
-`sweep.py` writes one for every trial, also for those that failed, were stopped early or have not
-begun, so that whoever reads the list sees the whole sweep and not its survivors.
+`sweep/tune_sweep.py` writes one for every trial, also for those that failed, stopped early or have
+not begun, so that a reader of the list sees the whole sweep and not its survivors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialCost:
-    """What a trial used. A figure that nobody measured is None, which is not the same as 0."""
+    """What a trial used. A quantity that was not measured is None, which is not the same as 0."""
 
     wall_s: float | None = None  # from the first step to the last, over all restarts
     gpu_hours: float | None = None  # GPUs held, times the hours they were held
@@ -35,7 +35,7 @@ class TrialCost:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial: what was tried, what came out, what it cost, and why it ended."""
+    """One trial: its configuration, results, cost, and why it ended."""
 
     name: str
     cell: str  # the combination of levels it belongs to, as the design names it
@@ -56,10 +56,10 @@ class TrialRecord:
         if bad := [name for name, value in self.metrics.items() if not math.isfinite(value)]:
             raise ValueError(
                 f"trial {self.name!r} has metrics that are no numbers, {', '.join(bad)}; leave "
-                "them out, or call it failed and say why"
+                "them out, or use status failed"
             )
         if self.status == "finished" and "AP" not in self.metrics:
-            raise ValueError(f"trial {self.name!r} is finished without an AP; say failed, and why")
+            raise ValueError(f"trial {self.name!r} is finished without an AP; use status failed")
         object.__setattr__(self, "curve", tuple((int(x), float(y)) for x, y in self.curve))
 
     @property
@@ -67,19 +67,19 @@ class TrialRecord:
         return self.metrics.get("AP")
 
     def observation(self) -> Observation:
-        """What the analysis sees. Of a trial that did not finish it sees the reason alone."""
+        """Return what the analysis sees: of an unfinished trial only the reason."""
         if self.status == "finished":
             return Observation(self.cell, self.seed, dict(self.metrics))
         reason = f"{self.status}: {self.reason}" if self.reason else self.status
         return Observation(self.cell, self.seed, failure=reason)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`."""
+        """Return plain values for `json.dumps`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TrialRecord:
-        """The record that `to_json` wrote. JSON has no tuples: in parameters they are lists.
+        """Read the record that `to_json` wrote. JSON has no tuples: in parameters they are lists.
 
         Raises:
             ValueError: keys are missing or unknown, or a value is of the wrong type.

@@ -1,25 +1,25 @@
-"""The answer to a question in one plain sentence."""
+"""Answer a question of a study in one plain sentence."""
 
 from __future__ import annotations
 
 from deta.platform.pages.number_format import num_of, p_value, plus_minus, short, signed
-from deta.platform.study.power import ALPHA, POWER, Plan
-from deta.platform.study.study_types import Difference, Noise, Question
+from deta.platform.study.power import ALPHA, POWER, StudyPlan
+from deta.platform.study.study_types import CellDifference, Noise, Question
 
 
 def verdict(
     question: Question,
-    answer: Difference,
+    answer: CellDifference,
     metric: str,
     noise: Noise,
     num_cells: int,
     alpha: float = ALPHA,
 ) -> str:
-    """Such as "16 vs 8 at equal rate per sample: −0.1 ± 0.3 AP; not distinguishable with 3 seeds;
-    9 would be needed for 0.3".
+    """Return the sentence that answers a question.
 
-    ± is half the interval of the analysis (95 % as a rule). "Needed" is for a power of 80 %, by the
-    noise as it was measured.
+    For example "16 vs 8 at equal rate per sample: −0.1 ± 0.3 AP; not distinguishable with 3 seeds;
+    9 would be needed for 0.3". ± is half the interval of the analysis (95 % by default). "Needed"
+    is for a power of 80 % at the measured noise.
 
     Args:
         answer: pooled, corrected for all questions.
@@ -52,11 +52,11 @@ def verdict(
     if is_small:
         return f"{text}; a difference of {relevant} is excluded"
     assert noise.residual_sd  # there is an interval, so there is noise
-    plan = Plan(noise.residual_sd, num_cells=num_cells, alpha=alpha)
+    plan = StudyPlan(noise.residual_sd, num_cells=num_cells, alpha=alpha)
     return f"{text}; {_needed(plan, question.relevant, len(answer.seeds))}"
 
 
-def _needed(plan: Plan, relevant: float, num_seeds: int) -> str:
+def _needed(plan: StudyPlan, relevant: float, num_seeds: int) -> str:
     needed = plan.seeds_for(relevant)
     if needed is None:
         return f"no affordable number would be enough for {short(relevant)}"

@@ -26,7 +26,7 @@ from deta.platform.pages.plotly_parts import (
     spread,
     symbol_of,
 )
-from deta.platform.study.study_types import Analysis, CellSummary, Difference
+from deta.platform.study.study_types import Analysis, CellDifference, CellSummary
 
 MAX_PANEL_COLUMNS = 3
 
@@ -47,7 +47,7 @@ def cell_rows(analysis: Analysis) -> list[ForestRow]:
     ]
 
 
-def difference_rows(analysis: Analysis, differences: Sequence[Difference]) -> list[ForestRow]:
+def difference_rows(analysis: Analysis, differences: Sequence[CellDifference]) -> list[ForestRow]:
     """Differences with an estimate and an interval, each with that of every seed."""
     rows = []
     for item in differences:
@@ -82,7 +82,7 @@ def effect_rows(analysis: Analysis) -> list[ForestRow]:
     ]
 
 
-def neighbours(analysis: Analysis) -> list[Difference]:
+def neighbours(analysis: Analysis) -> list[CellDifference]:
     """Differences between cells that differ in one factor, and all with a named cell."""
     labels = {cell.cell.key: cell.cell.labels for cell in analysis.cells}
     return [

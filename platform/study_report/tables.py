@@ -17,7 +17,7 @@ from deta.platform.pages.number_format import (
     signed,
 )
 from deta.platform.study.power import PilotPlan, power_table
-from deta.platform.study.study_types import Analysis, Anchor, Decomposition, Difference
+from deta.platform.study.study_types import Analysis, Anchor, CellDifference, Decomposition
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import Provenance, StudyReport
 
@@ -156,7 +156,7 @@ def cells_table(analysis: Analysis) -> Table:
     )
 
 
-def differences_table(analysis: Analysis, differences: Sequence[Difference], caption: str) -> Table:
+def differences_table(analysis: Analysis, differences: Sequence[CellDifference], caption: str) -> Table:
     rows = []
     digits = _digits([item.interval for item in differences])
     for item in differences:

@@ -13,7 +13,7 @@ from deta.platform.cluster.driver import fit
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run
-from deta.platform.study.cost import Estimate, Price
+from deta.platform.study.cost import CostEstimate, Price
 from deta.platform.sweep.trial_folder import last_failure
 
 STEPS, LOOK_EVERY_STEPS = 20, 4
@@ -87,7 +87,7 @@ def whole_estimate(
     configs: Sequence[RunConfig],
     at_once: int,
     price: Price | None,
-) -> tuple[Estimate, Estimate]:
+) -> tuple[CostEstimate, CostEstimate]:
     """Of one trial on average, and of all of them."""
     hours = [speed.hours(run, config) for config in configs]
     num_workers = [config.cluster.num_workers for config in configs]
@@ -98,9 +98,9 @@ def whole_estimate(
     rounds = -(-len(hours) // at_once)  # the last one may leave places empty
     mean = sum(hours) / len(hours)
     unit = "GPU-hours" if run.config.cluster.gpu else "worker-hours"
-    whole = Estimate(mean * rounds, gpu_hours, cost, currency, unit)
+    whole = CostEstimate(mean * rounds, gpu_hours, cost, currency, unit)
     share = None if cost is None else cost / len(hours)
-    return Estimate(mean, gpu_hours / len(hours), share, currency, unit), whole
+    return CostEstimate(mean, gpu_hours / len(hours), share, currency, unit), whole
 
 
 def _read(run: Run, began_s: float) -> Speed:

@@ -22,7 +22,7 @@ from deta.platform.study.study_types import (
     Analysis,
     Anchor,
     Cell,
-    Difference,
+    CellDifference,
     Effect,
     Noise,
     Observation,
@@ -248,7 +248,7 @@ def test_no_number_is_ever_not_a_number(values: list[float | None]):
 
     assert all(math.isfinite(number) for number in numbers(analysis))
     assert len(analysis.verdicts) == 2
-    things: list[Difference | Effect] = [
+    things: list[CellDifference | Effect] = [
         *analysis.differences,
         *analysis.answers,
         *analysis.effects,
@@ -303,13 +303,13 @@ def test_a_question_turned_round_has_the_opposite_answer(values: list[float | No
         assert there.p == pytest.approx(back.p) if there.p is not None else back.p is None
 
 
-def test_one_seed_is_said_to_tell_nothing():
+def test_one_seed_separates_nothing_from_noise():
     analysis = analyse(SMALL, observed([50, None, None] * 5), questions=SMALL_QUESTIONS)
 
     assert analysis.noise.residual_sd is None
     assert "one seed" in analysis.noise.note
     assert analysis.verdicts[0] == (
-        "y vs x: 0.00 AP; one seed (or as many unknowns as results) cannot tell a difference from "
+        "y vs x: 0.00 AP; one seed (or as many unknowns as results) cannot separate a difference from "
         "noise"
     )
 
@@ -376,8 +376,8 @@ def test_cells_that_train_alike_share_their_results():
 @pytest.mark.parametrize(
     ("observations", "words"),
     [
-        ([Observation("z", 1)], "cell 'z', which the design has not"),
-        ([Observation("x p", 1, {"AP": 1.0})] * 2, "two results are of cell 'x p' with seed 1"),
+        ([Observation("z", 1)], "names 'z', which is no cell of the design"),
+        ([Observation("x p", 1, {"AP": 1.0})] * 2, "two results name cell 'x p' with seed 1"),
     ],
 )
 def test_results_that_do_not_fit_the_design_are_refused(
@@ -396,10 +396,10 @@ NOISE = Noise(0.2, 6, Interval(0.13, 0.44), 0.25, 8, 0.36)
 QUESTION = Question("16 vs 8 at equal rate per sample", "16, 2×", "8, 1×", "16", "8", relevant=0.3)
 
 
-def answer(estimate: float, half: float, p: float, p_holm: float | None = None) -> Difference:
+def answer(estimate: float, half: float, p: float, p_holm: float | None = None) -> CellDifference:
     interval = Interval(estimate - half, estimate + half)
     corrected = p if p_holm is None else p_holm
-    return Difference(
+    return CellDifference(
         "t", "16, 2×", "8, 1×", "pooled", (1, 2, 3), estimate, 0.1, 6, interval, p, corrected
     )
 
@@ -420,7 +420,7 @@ def answer(estimate: float, half: float, p: float, p_holm: float | None = None) 
                                         "them); 10 would be needed for 0.3"),
     ],
 )  # fmt: skip
-def test_a_verdict_is_a_plain_sentence(difference: Difference, sentence: str):
+def test_a_verdict_is_a_plain_sentence(difference: CellDifference, sentence: str):
     found = verdict(QUESTION, difference, "AP", NOISE, num_cells=2)
 
     assert found == f"16 vs 8 at equal rate per sample: {sentence}"
@@ -464,7 +464,7 @@ def test_a_whole_that_is_told_from_noise_is_shared_out():
         "in more than one thing. Here, from x p to named: −0.97 ± "
     )
     assert "a 0.00 ± 0.0" in found.text
-    assert "By itself told from noise: the rest." in found.text
+    assert "Significant by themselves: the rest." in found.text
     assert "the published 0.6 lies beyond that" in found.text
     assert found.steps[1].share == pytest.approx(1)
 
@@ -475,7 +475,7 @@ def test_no_share_is_stated_of_what_may_be_chance():
     found = decompose(SMALL, observed(list(50 + generator.normal(size=15))), PATH)
 
     assert all(step.share is None for step in found.steps)
-    assert "no share of it is stated" in found.text
+    assert "no share of it is given" in found.text
     assert "%" not in found.text
 
 

@@ -12,9 +12,9 @@ from scipy import integrate, special, stats
 
 from deta.jobs.study_batch_lr import demo_design
 from deta.platform.pages.number_format import Interval
-from deta.platform.study.cost import Estimate
+from deta.platform.study.cost import CostEstimate
 from deta.platform.study.plan_text import pilot_text, plan_text
-from deta.platform.study.power import Plan, from_pilot, power_table
+from deta.platform.study.power import StudyPlan, from_pilot, power_table
 from deta.platform.study.study_types import Noise
 
 few = settings(max_examples=40, deadline=None)  # the machine may be busy
@@ -27,7 +27,7 @@ NUM_SIMULATED = 20_000  # three points are more than eight standard errors
 @pytest.mark.parametrize("alpha", [0.05, 0.01])
 def test_power_is_that_of_statsmodels(seeds: int, delta: float, alpha: float):
     power = pytest.importorskip("statsmodels.stats.power").TTestPower()
-    plan = Plan(0.25, correlation=0.3, alpha=alpha)
+    plan = StudyPlan(0.25, correlation=0.3, alpha=alpha)
     effect = delta / (0.25 * math.sqrt(1.4))
 
     wanted = power.power(effect, seeds, alpha, alternative="two-sided")
@@ -54,7 +54,7 @@ def integrated_power(shift: float, df: int, alpha: float) -> float:
 @pytest.mark.parametrize("df", [1, 2, 6, 40])
 @pytest.mark.parametrize("shift", [0.1, 3.0, 30.0, 99.0, 101.0, 400.0])
 def test_power_is_the_integral_also_far_out(df: int, shift: float):
-    plan = Plan(math.sqrt(0.5), alpha=0.005)
+    plan = StudyPlan(math.sqrt(0.5), alpha=0.005)
     wanted = integrated_power(shift, df, 0.005)
 
     # Beyond 100 the unit noise of the numerator is left out.
@@ -68,7 +68,7 @@ def test_seeds_are_those_of_statsmodels(delta: float):
 
     wanted = power.solve_power(delta / (0.2 * math.sqrt(2)), None, 0.05, 0.8)
 
-    assert Plan(0.2).seeds_for(delta) == math.ceil(wanted)
+    assert StudyPlan(0.2).seeds_for(delta) == math.ceil(wanted)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_seeds_are_those_of_statsmodels(delta: float):
 def test_power_agrees_with_simulation_within_three_points(
     delta: float, seeds: int, correlation: float, num_cells: int
 ):
-    plan = Plan(0.2, correlation, num_cells)
+    plan = StudyPlan(0.2, correlation, num_cells)
     generator = np.random.default_rng(0)
     block = generator.normal(size=(NUM_SIMULATED, 1, seeds)) * 0.2 * math.sqrt(correlation)
     noise = generator.normal(size=(NUM_SIMULATED, num_cells, seeds)) * 0.2
@@ -108,21 +108,21 @@ def test_power_agrees_with_simulation_within_three_points(
 def test_more_of_everything_gives_more_power(
     sd: float, delta: float, seeds: int, cells: int, correlation: float
 ):
-    plan = Plan(sd, correlation, cells)
+    plan = StudyPlan(sd, correlation, cells)
     power = plan.power(delta, seeds)
 
     assert plan.alpha - 1e-9 <= power <= 1
     assert plan.power(-delta, seeds) == power
     assert plan.power(delta, seeds + 1) >= power - 1e-9
     assert plan.power(delta * 1.5, seeds) >= power - 1e-9
-    assert Plan(sd * 1.5, correlation, cells).power(delta, seeds) <= power + 1e-9
-    assert Plan(sd, correlation, cells + 1).power(delta, seeds) >= power - 1e-9
+    assert StudyPlan(sd * 1.5, correlation, cells).power(delta, seeds) <= power + 1e-9
+    assert StudyPlan(sd, correlation, cells + 1).power(delta, seeds) >= power - 1e-9
 
 
 @few
 @given(sd=st.floats(0.05, 1), delta=st.floats(0.1, 3), cells=st.integers(2, 6))
 def test_the_seeds_are_the_fewest_that_do(sd: float, delta: float, cells: int):
-    plan = Plan(sd, num_cells=cells)
+    plan = StudyPlan(sd, num_cells=cells)
 
     seeds = plan.seeds_for(delta)
 
@@ -135,20 +135,20 @@ def test_the_seeds_are_the_fewest_that_do(sd: float, delta: float, cells: int):
 
 
 def test_one_seed_finds_nothing():
-    assert Plan(0.2).power(100, 1) == 0
-    assert Plan(0.2).smallest_difference(1) is None
-    assert Plan(0.2).power(100, 2) == pytest.approx(1, abs=1e-2)
+    assert StudyPlan(0.2).power(100, 1) == 0
+    assert StudyPlan(0.2).smallest_difference(1) is None
+    assert StudyPlan(0.2).power(100, 2) == pytest.approx(1, abs=1e-2)
 
 
 def test_a_difference_far_below_the_noise_has_no_affordable_number():
-    assert Plan(1.0).seeds_for(0.001) is None
-    (row,) = power_table(Plan(1.0), [0.001], num_cells=4, gpu_hours_per_trial=1)
+    assert StudyPlan(1.0).seeds_for(0.001) is None
+    (row,) = power_table(StudyPlan(1.0), [0.001], num_cells=4, gpu_hours_per_trial=1)
     assert (row.seeds, row.num_trials, row.gpu_hours) == (None, None, None)
 
 
 def test_the_table_multiplies():
     (row,) = power_table(
-        Plan(0.2), [0.3], num_cells=6, gpu_hours_per_trial=130, price_per_trial=260
+        StudyPlan(0.2), [0.3], num_cells=6, gpu_hours_per_trial=130, price_per_trial=260
     )
 
     assert row.seeds == 10
@@ -160,9 +160,9 @@ def test_the_table_multiplies():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Plan(0.0), lambda: Plan(math.nan), lambda: Plan(0.2, 1.0), lambda: Plan(0.2, 0, 1),
-        lambda: Plan(0.2, alpha=0), lambda: Plan(0.2).seeds_for(0),
-        lambda: Plan(0.2).seeds_for(0.1, power=0.01),
+        lambda: StudyPlan(0.0), lambda: StudyPlan(math.nan), lambda: StudyPlan(0.2, 1.0), lambda: StudyPlan(0.2, 0, 1),
+        lambda: StudyPlan(0.2, alpha=0), lambda: StudyPlan(0.2).seeds_for(0),
+        lambda: StudyPlan(0.2).seeds_for(0.1, power=0.01),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(make):
@@ -185,9 +185,9 @@ def test_a_pilot_plans_with_its_noise_and_with_the_most_it_could_be():
 
 
 def test_the_plan_tells_cells_trials_seeds_and_cost():
-    trial = Estimate(hours=0.05, gpu_hours=0.1, price=0.2, currency="EUR")
+    trial = CostEstimate(hours=0.05, gpu_hours=0.1, price=0.2, currency="EUR")
 
-    text = plan_text(demo_design(), num_images=400, plan=Plan(0.2), trial=trial)
+    text = plan_text(demo_design(), num_images=400, plan=StudyPlan(0.2), trial=trial)
 
     assert "4 cells × 3 seeds = 12 trials" in text
     assert "4,000 samples" in text

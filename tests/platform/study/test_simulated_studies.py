@@ -12,7 +12,7 @@ import pytest
 
 from deta.platform.study.analyse import analyse
 from deta.platform.study.decomposition import decompose
-from deta.platform.study.power import Plan
+from deta.platform.study.power import StudyPlan
 from deta.platform.study.study_types import Analysis, Cell, Observation, Question
 
 NUM_STUDIES = 1000
@@ -82,7 +82,7 @@ def test_intervals_cover_the_truth_in_95_of_100_studies(share_lost: float):
 
 
 def test_studies_find_a_difference_as_often_as_planned():
-    plan = Plan(SD, CORRELATION, num_cells=len(CELLS))
+    plan = StudyPlan(SD, CORRELATION, num_cells=len(CELLS))
 
     found = np.mean([(analysis.answers[0].p or 0) < 0.05 for analysis in studies(0.0)])
 
@@ -101,6 +101,6 @@ def test_a_share_of_a_clear_difference_is_covered():
 
     told = [interval for interval in intervals if interval is not None]
     coverage = np.mean([truth in interval for interval in told])
-    # Studies in which the whole is not told from noise state no share; those are the odd ones.
+    # Studies whose whole difference is not significant give no share; those are the odd ones.
     assert len(told) > 0.8 * NUM_SHARES
     assert 0.93 <= coverage <= 0.97
