@@ -15,11 +15,11 @@ from deta.platform.study.study_types import Cell
 
 # Keys that a cell may not change: they name the run, or say how to execute it,
 # or would change what is measured.
-NOT_OF_A_CELL = ("name", "storage", "experiment", "seed", "cluster.", "checkpoint.",
+KEYS_OUTSIDE_CELLS = ("name", "storage", "experiment", "seed", "cluster.", "checkpoint.",
                  "data.train_", "data.val_", "data.evaluation_size.",
                  "log_every_steps", "num_pictures")  # fmt: skip
 # Keys that do not affect the numbers of a training: changing them does not make a new trial.
-NOT_OF_THE_NUMBERS = ("name", "storage", "experiment", "cluster.", "checkpoint.",
+NEUTRAL_KEYS = ("name", "storage", "experiment", "cluster.", "checkpoint.",
                       "data.loader_workers", "log_every_steps", "num_pictures",
                       "max_skipped_steps", "compare_weights_every_steps",
                       "data.max_broken_share")  # fmt: skip
@@ -201,7 +201,7 @@ class Design:
         return order.first_step_of_epoch(epochs) * config.total_batch_size
 
     def _check(self, cell: Cell) -> None:
-        bad = [key for key in cell.changes if _is_in(key, NOT_OF_A_CELL)]
+        bad = [key for key in cell.changes if _is_in(key, KEYS_OUTSIDE_CELLS)]
         if bad:
             raise ValueError(
                 f"cell {cell.key!r} changes {', '.join(bad)}; that belongs to the base, which is "
@@ -239,9 +239,7 @@ def numbers_of(config: RunConfig) -> dict[str, Any]:
     The learning rate is the one that its rule works out, so that two ways to write one training
     are the same.
     """
-    flat = {
-        key: value for key, value in flatten(config).items() if not _is_in(key, NOT_OF_THE_NUMBERS)
-    }
+    flat = {key: value for key, value in flatten(config).items() if not _is_in(key, NEUTRAL_KEYS)}
     flat["optim.lr"] = float(f"{config.optim.lr_for(config.total_batch_size):.12g}")
     del flat["optim.lr_rule"], flat["optim.lr_base_batch"]
     return flat

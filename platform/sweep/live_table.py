@@ -1,4 +1,4 @@
-"""The live table of a sweep: one line a trial, and one for all of them."""
+"""The live table of a sweep: one line per trial and a summary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from deta.platform.pages.number_format import hours_text
-from deta.platform.sweep.search_space import show
+from deta.platform.sweep.search_space import format_value
 from deta.platform.sweep.trial_folder import TrialFolder
 
 REFRESH_S = 2.0
@@ -18,15 +18,15 @@ MIN_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Footing:
-    """What is said of all trials together."""
+class TableFooter:
+    """Totals over all trials."""
 
     cost: str  # so far
     remaining_s: float | None
 
 
 def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
-    """The table: a heading, and a line for each trial."""
+    """Return the heading and one row per trial."""
     names = [_short(key, keys) for key in keys]
     table = [["trial", *names, "status", "samples", "AP", "images/s", "left", ""]]
     for trial in trials:
@@ -38,7 +38,10 @@ def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
         table.append(
             [
                 trial.trial.id,
-                *(show(trial.trial.changes[k]) if k in trial.trial.changes else "" for k in keys),
+                *(
+                    format_value(trial.trial.changes[k]) if k in trial.trial.changes else ""
+                    for k in keys
+                ),
                 status,
                 samples if trial.samples or status != "waiting" else "",
                 "" if trial.ap is None else f"{trial.ap:.1f}",
@@ -50,7 +53,7 @@ def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
     return table
 
 
-def summary_line(trials: Sequence[TrialFolder], num_trials: int, footing: Footing) -> str:
+def summary_line(trials: Sequence[TrialFolder], num_trials: int, footer: TableFooter) -> str:
     count: dict[str, int] = {}
     for trial in trials:
         count[trial.status] = count.get(trial.status, 0) + 1
@@ -60,52 +63,52 @@ def summary_line(trials: Sequence[TrialFolder], num_trials: int, footing: Footin
         for name in ("finished", "running", "waiting", "stopped", "failed")
         if count.get(name)
     ]
-    line = f"{num_trials} trials: {', '.join(states)} · {footing.cost}"
+    line = f"{num_trials} trials: {', '.join(states)} · {footer.cost}"
     best = max((t for t in trials if t.ap is not None), key=lambda t: t.ap or 0.0, default=None)
     if best is not None:
         line += f" · best {best.ap:.1f} AP ({best.name})"
-    if footing.remaining_s is not None:
-        line += f" · about {hours_text(footing.remaining_s / 3600)} left"
+    if footer.remaining_s is not None:
+        line += f" · about {hours_text(footer.remaining_s / 3600)} left"
     return line
 
 
 class LiveTable:
-    """On a terminal the table is drawn in place; elsewhere only what changes is printed."""
+    """A table that is redrawn in place on a terminal; elsewhere only changes are printed."""
 
     def __init__(self, echo: Callable[[str], None] | None = None, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
         self.is_terminal = self.stream.isatty()
         self.echo = echo or (lambda line: print(line, file=self.stream, flush=True))
         self._num_drawn = 0
-        self._said: dict[str, tuple[object, ...]] = {}
+        self._printed: dict[str, tuple[object, ...]] = {}
         self._drawn_s = -float("inf")
 
-    def say(self, line: str) -> None:
-        """A line that stays, above the table."""
+    def print_line(self, line: str) -> None:
+        """Print a permanent line above the table."""
         self._clear()
         self.echo(line)
         self._drawn_s = -float("inf")
 
-    def show(
+    def update(
         self,
         trials: Sequence[TrialFolder],
         keys: Sequence[str],
         num_trials: int,
-        footing: Callable[[], Footing],
+        footer: Callable[[], TableFooter],
         *,
         last: bool = False,
     ) -> None:
-        """Call it as often as you like.
+        """Redraw the table. Rate-limited, so it may be called often.
 
         Args:
-            last: draw it whole and leave it.
+            last: draw all rows and leave them on the screen.
         """
         now_s = time.monotonic()
         if not last and now_s - self._drawn_s < REFRESH_S:
             return
         self._drawn_s = now_s
         if last or self.is_terminal:
-            drawn = [*aligned(rows(trials, keys)), summary_line(trials, num_trials, footing())]
+            drawn = [*aligned(rows(trials, keys)), summary_line(trials, num_trials, footer())]
             if not last:
                 drawn = self._fit(drawn, trials)
             self._clear()
@@ -116,12 +119,12 @@ class LiveTable:
             return
         for trial in trials:
             seen = (trial.status, len(trial.curve), trial.ended)
-            if self._said.get(trial.trial.id, ("waiting", 0, "")) != seen:
-                self._said[trial.trial.id] = seen
-                self.echo(f"{_line(trial)}   [{summary_line(trials, num_trials, footing())}]")
+            if self._printed.get(trial.trial.id, ("waiting", 0, "")) != seen:
+                self._printed[trial.trial.id] = seen
+                self.echo(f"{_line(trial)}   [{summary_line(trials, num_trials, footer())}]")
 
     def _fit(self, drawn: list[str], trials: Sequence[TrialFolder]) -> list[str]:
-        """What the window has room for: lines cut, and of many trials those that matter now."""
+        """Fit the table into the window: cut lines, and choose the most relevant trials."""
         try:
             width, height = os.get_terminal_size(self.stream.fileno())
         except OSError:
@@ -143,7 +146,7 @@ class LiveTable:
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under one another; the last one as long as it is."""
+    """Align the columns; the last one is not padded."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -153,10 +156,12 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def _line(trial: TrialFolder) -> str:
     parts = [f"{trial.name}: {trial.status}"]
-    if trial.name == trial.trial.cell.key:  # a number, which says nothing of what is tried
+    if trial.name == trial.trial.cell.key:  # a number, which does not show the values
         changes = trial.trial.changes
-        said = ", ".join(f"{key.rpartition('.')[2]}={show(changes[key])}" for key in changes)
-        parts = [f"{trial.name} ({said}): {trial.status}"]
+        content = ", ".join(
+            f"{key.rpartition('.')[2]}={format_value(changes[key])}" for key in changes
+        )
+        parts = [f"{trial.name} ({content}): {trial.status}"]
     if trial.samples:
         parts.append(f"{trial.samples:,} samples")
     if trial.ap is not None:
@@ -169,6 +174,6 @@ def _line(trial: TrialFolder) -> str:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last word of a key, unless two end alike."""
+    """Return the last part of a key, or all of it if two keys end alike."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key

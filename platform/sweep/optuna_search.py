@@ -1,7 +1,7 @@
-"""Optuna proposes the next trial from the results so far.
+"""Let Optuna propose the next trial from the results so far.
 
-Its memory is not kept: whoever starts again tells it the trials that have ended, from their
-folders, and it goes on from there.
+Its study is not saved: a restart adds the finished trials, read from their folders, and
+continues from there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Proposer:
-    """Asks Optuna, and tells it what came of it."""
+    """Asks Optuna for trials and reports their results to it."""
 
     def __init__(self, space: Mapping[str, Domain], search: Optuna, num_before: int) -> None:
         """
         Args:
-            num_before: trials that were asked for in earlier starts.
+            num_before: trials that were proposed in earlier starts.
 
         Raises:
             ValueError: Optuna is not installed.
@@ -37,7 +37,7 @@ class Proposer:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._search = optuna, space, search
         self._distributions = {key: self._distribution(one) for key, one in space.items()}
-        # Another stretch of random numbers, or a second start would draw what the first has drawn.
+        # Depends on `num_before`: otherwise a restart would repeat the draws of the first start.
         seed = random.Random(f"optuna {search.seed} {num_before}").randrange(2**32)
         self._study = optuna.create_study(
             sampler=optuna.samplers.TPESampler(seed=seed),
@@ -46,20 +46,20 @@ class Proposer:
         self._asked: dict[str, optuna.trial.Trial] = {}
 
     def ask(self) -> tuple[dict[str, Any], optuna.trial.Trial]:
-        """A combination, and what `expect` wants to know of it."""
+        """Return a combination of values, and Optuna's trial for `assign` or `discard`."""
         asked = self._study.ask(self._distributions)
         return {key: self._value(key, asked.params[key]) for key in self._space}, asked
 
-    def expect(self, trial_id: str, asked: optuna.trial.Trial) -> None:
-        """This combination is trained as that trial."""
+    def assign(self, trial_id: str, asked: optuna.trial.Trial) -> None:
+        """Record the id of the trial that trains this combination."""
         self._asked[trial_id] = asked
 
     def discard(self, asked: optuna.trial.Trial) -> None:
-        """It cannot be trained, or is there already."""
+        """Reject a combination that is invalid or a duplicate."""
         self._study.tell(asked, state=self._optuna.trial.TrialState.FAIL)
 
     def tell(self, trial_id: str, changes: Mapping[str, Any], record: TrialRecord) -> None:
-        """How a trial ended, of this start or of an earlier one."""
+        """Report the result of a trial of this or an earlier start."""
         values = objectives(record, self._search.objectives)
         state = self._optuna.trial.TrialState.FAIL
         if values is not None:
@@ -87,7 +87,7 @@ class Proposer:
         return kinds.FloatDistribution(domain.low, domain.high, log=is_log)
 
     def _value(self, key: str, param: Any) -> Any:
-        """A tuple travels through Optuna as text."""
+        """Return the value of a parameter; Optuna holds tuples as text."""
         domain = self._space[key]
         if isinstance(domain, Choice):
             return next(value for value in domain.values if _plain(value) == param)
@@ -101,9 +101,9 @@ class Proposer:
 
 
 def objectives(record: TrialRecord, names: Sequence[str]) -> list[float] | None:
-    """The values of a trial; none for one that has no result.
+    """Return the objective values of a trial; None if it has no result.
 
-    A trial that was stopped early counts with its last AP: less than it would have reached.
+    A trial that stopped early counts with its last AP, which is less than it would have reached.
     """
     if record.status not in ("finished", "stopped") or record.ap is None:
         return None
@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Values of the configuration, one of which may have been through JSON."""
+    """Compare two configuration values, one of which may have been read from JSON."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return list(one) == list(other)
     return one == other or str(one) == str(other)

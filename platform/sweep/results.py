@@ -1,4 +1,4 @@
-"""What a sweep came to: trials.json, the analysis, and the report, from the trials' folders."""
+"""Write the results of a sweep from its trials' folders: trials.json, analysis, report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from deta.platform.system.atomic_write import write_atomic
 from deta.platform.run.config import RunConfig, flatten
 from deta.platform.run.run_file import read_run_file
 from deta.platform.study.analyse import analyse
@@ -34,7 +35,7 @@ PACKAGES = ("torch", "ray", "mlflow", "optuna", "timm", "numpy")
 
 
 def open_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[TrialFolder]:
-    """The trials of a sweep as their folders show them, planned ones without a folder too."""
+    """Open the trials of a sweep by their folders, including planned ones without a folder."""
     base = sweep.config
     folder = Path(base.storage) / base.name / TRIALS_FOLDER
     opened = [
@@ -42,20 +43,20 @@ def open_trials(sweep: Sweep, trials: Sequence[Trial]) -> list[TrialFolder]:
         for trial in trials
     ]
     for one in opened:
-        one.look()
+        one.poll()
     return opened
 
 
 def proposed_trials(sweep: Sweep) -> list[Trial]:
-    """Trials that a searcher had proposed in earlier starts, in their order."""
+    """Return the trials that a search proposed in earlier starts, in their order."""
     base = sweep.config
     found: list[tuple[float, dict[str, Any]]] = []
     for path in (Path(base.storage) / base.name / TRIALS_FOLDER).glob(f"*/{TRIAL_FILE}"):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             created_s = float(read_run_file(path.parent).get("created_s") or 0)
-            found.append((created_s, said["changes"]))
-        except (OSError, ValueError, KeyError):  # died while it was made: it has not begun
+            found.append((created_s, content["changes"]))
+        except (OSError, ValueError, KeyError):  # killed while it was written: it has not begun
             continue
     found.sort(key=lambda pair: pair[0])
     return [sweep.trial(changes, number) for number, (_, changes) in enumerate(found, 1)]
@@ -82,13 +83,11 @@ def write_results(
 
     Args:
         base_run: run.json of the sweep.
-        is_over: otherwise trials that are not done are left out of the analysis, not failed.
-        with_page: otherwise trials.json alone.
+        is_over: if false, unfinished trials are left out of the analysis instead of failed.
+        with_page: if false, write trials.json alone.
     """
     text = json.dumps([record.to_json() for record in records], indent=1, default=str)
-    unfinished = folder / f".{TRIALS_NAME}"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / TRIALS_NAME)
+    write_atomic(folder / TRIALS_NAME, text)
     analysis, decomposition = _analyse(sweep, records, is_over=is_over)
     began_s = base_run.get("created_s")
     report = StudyReport(
@@ -121,7 +120,7 @@ def write_results(
 
 
 def report_only(sweep: Sweep) -> StudyReport:
-    """Write the report of a sweep again, of what its folder holds; needs neither data nor cluster.
+    """Write the report of a sweep again from its folder, without data or a cluster.
 
     Raises:
         ValueError: there is no such sweep.
@@ -129,7 +128,7 @@ def report_only(sweep: Sweep) -> StudyReport:
     folder = Path(sweep.config.storage).expanduser().resolve() / sweep.config.name
     content = read_sweep(folder)
     if content is None:
-        raise ValueError(f"{folder}: there is no sweep; its name is given by name=…")
+        raise ValueError(f"{folder}: there is no sweep; name=… gives its name")
     sweep = sweep.with_base(base_of(content))
     trials = open_trials(sweep, sweep.trials() or proposed_trials(sweep))
     records = records_of(trials, None, read_record(folder).uri)
@@ -144,7 +143,7 @@ def report_only(sweep: Sweep) -> StudyReport:
 
 
 def files_to_send(folder: Path) -> list[tuple[str, str]]:
-    """Of the sweep's folder for its MLflow run: file, and folder there."""
+    """Return the files that the sweep's MLflow run gets: (file, folder there)."""
     names = ("sweep.json", TRIALS_NAME, TABLE_NAME, HTML_NAME, MARKDOWN_NAME)
     return [(name, "") for name in names if (folder / name).is_file()]
 
@@ -164,7 +163,7 @@ def _analyse(
     if sweep.path:
         try:
             decomposition = decompose(cells, observations, sweep.path, published=sweep.published)
-        except ValueError as error:  # cells of the path that have no result yet
+        except ValueError as error:  # cells of the path have no result yet
             logger.info("the published difference is not explained: %s", error)
     return analysis, decomposition
 
@@ -189,7 +188,7 @@ def _method(sweep: Sweep) -> str:
 
 
 def _changed(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Where the base is not as the defaults are; where it is kept does not matter."""
+    """Return where the base differs from the defaults, apart from its name and place."""
     default, used = flatten(RunConfig()), flatten(config)
     return {
         key: (default.get(key), value)
@@ -209,7 +208,7 @@ def _versions() -> dict[str, str]:
 
 
 def _run_url(tracking: str, folder: Path) -> str:
-    """Address of the run's page; none where MLflow is a file."""
+    """Return the address of the run's page; empty if MLflow is a file."""
     run_id = read_record(folder).run_id
     if not run_id or not tracking.startswith("http"):
         return ""

@@ -1,7 +1,7 @@
-"""All trials of a sweep: which one is next, what has become of each, and how all of it ended.
+"""Schedule the trials of a sweep, follow them, and record how each one ended.
 
-Whoever carries the trials out asks for the next one and says which has ended; the rest is read from
-the trials' folders. Knows no cluster.
+The caller runs the trials: it requests the next one and reports which has ended. Everything else
+is read from the trials' folders. Nothing here knows the cluster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deta.platform.run.run_lock import RunLock
 from deta.platform.study.cost import Price
 from deta.platform.study.design import Trial
 from deta.platform.study_report.content import StudyReport
-from deta.platform.sweep.live_table import Footing, LiveTable, aligned, rows, summary_line
+from deta.platform.sweep.live_table import LiveTable, TableFooter, aligned, rows, summary_line
 from deta.platform.sweep.optuna_search import Proposer
 from deta.platform.sweep.results import (
     TABLE_NAME,
@@ -31,21 +31,21 @@ from deta.platform.sweep.results import (
     write_results,
 )
 from deta.platform.sweep.search_space import Optuna, Sweep
-from deta.platform.sweep.speed_probe import Speed
+from deta.platform.sweep.speed_probe import TrialSpeed
 from deta.platform.sweep.sweep_folder import write_parent_file, write_trial_files
 from deta.platform.sweep.trial_folder import MismatchError, TrialFolder, last_failure
 from deta.platform.tracking.upload_plan import read_record
 
-GRACE_S = 20.0  # from a request to stop to the end, for a step and a checkpoint
-LOOK_EVERY_S = 1.0
-MAX_PROPOSALS = 50  # in a row that are there already or that the configuration refuses
+GRACE_S = 20.0  # after a request to stop, for a step and a checkpoint
+POLL_INTERVAL_S = 1.0
+MAX_PROPOSALS = 50  # in a row that are duplicates or that the configuration refuses
 
 
 def check_trials(sweep: Sweep, trials: list[Trial]) -> None:
-    """What `prepare` checks of a single run's model, for each trial.
+    """Check the model of each trial as `prepare` checks that of a single run.
 
     Raises:
-        ValueError: names the trial.
+        ValueError: the model of a trial is invalid; names the trial.
     """
     for trial in trials:
         config = sweep.trial_config(trial)
@@ -55,8 +55,8 @@ def check_trials(sweep: Sweep, trials: list[Trial]) -> None:
             raise ValueError(f"{sweep.trial_name(trial)}: {error}") from error
 
 
-class SweepState:
-    """Gives out the trials, and sees to it that each one's end is written down."""
+class SweepScheduler:
+    """Hands out the trials, follows their folders, and records how each one ended."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SweepState:
         self.parent_key = write_parent_file(self.folder, sweep, run)
         self.trials = open_trials(sweep, planned or proposed_trials(sweep))
         for trial in self.trials:
-            self._take_up(trial, retry_failed)
+            self._restore(trial, retry_failed)
         self.by_id = {trial.trial.id: trial for trial in self.trials}
         self.waiting = deque(trial for trial in self.trials if not trial.is_done)
         self.proposer: Proposer | None = None
@@ -88,16 +88,16 @@ class SweepState:
                     self.proposer.tell(trial.trial.id, trial.trial.changes, trial.record(price))
         self.locks: dict[str, RunLock] = {}
         self.launched_s: dict[str, float] = {}
-        self.took_s: list[float] = []  # trials that began and ended in this start
-        self.looked_s = self.next_page_s = 0.0
+        self.durations_s: list[float] = []  # of trials that began and ended in this start
+        self.polled_s = self.next_page_s = 0.0
         self.num_done_before = sum(trial.is_done for trial in self.trials)
         (self.folder / STOP_FILE).unlink(missing_ok=True)
         self.journal = Journal(self.folder)
 
-    def _take_up(self, trial: TrialFolder, retry_failed: bool) -> None:
-        """A trial of an earlier start."""
+    def _restore(self, trial: TrialFolder, retry_failed: bool) -> None:
+        """Bring a trial of an earlier start up to date."""
         if trial.has_end and not trial.ended:
-            trial.settle()
+            trial.write_end()
         if trial.ended == "FAILED" and retry_failed:
             trial.ended = ""
         trial.is_active = False
@@ -105,16 +105,18 @@ class SweepState:
             trial.verify()
 
     def begin(self) -> None:
-        """Before the first trial; the uploader runs by then."""
+        """Record the start of the sweep. The uploader must be running."""
         if self.num_done_before:
-            self.table.say(f"{self.num_done_before} trials have ended before and stay as they are")
+            self.table.print_line(
+                f"{self.num_done_before} trials have ended already and are not run again"
+            )
         self.journal.write("begin", step=self.num_done_before, num_trials=self.num_trials)
         self.send_files()
 
     # The next trial
 
     def next_trial(self) -> dict[str, Any] | None:
-        """What the process of the next trial is given; none if there are no more."""
+        """Return the arguments for the process of the next trial; None if there are no more."""
         if not self.waiting:
             if not self.has_more:
                 return None
@@ -134,7 +136,7 @@ class SweepState:
 
     @property
     def has_more(self) -> bool:
-        """Whether trials are still to be proposed."""
+        """Return whether the search will propose more trials."""
         return self.proposer is not None and len(self.trials) < self.num_trials
 
     def _propose(self) -> TrialFolder:
@@ -149,89 +151,91 @@ class SweepState:
                 problem = str(error)
             else:
                 if trial.id not in self.by_id:
-                    self.proposer.expect(trial.id, asked)
+                    self.proposer.assign(trial.id, asked)
                     (opened,) = open_trials(self.sweep, [trial])
                     self.trials.append(opened)
                     self.by_id[trial.id] = opened
                     return opened
-                problem = "all that it proposes has been tried"
+                problem = "all of its proposals have been tried"
             self.proposer.discard(asked)
         raise ValueError(f"Optuna finds no further trial: {problem}")
 
-    # What has become of them
+    # While trials run
 
-    def look(self) -> None:
-        """Read what is new, show it, and see whether to go on; call it as often as you like.
+    def poll(self) -> None:
+        """Read new events, update the table, and check for requests to stop. Rate-limited.
 
         Raises:
             RuntimeError: another process has taken the sweep over.
-            SystemExit: somebody asked it to stop, by the file of that name.
+            SystemExit: the stop file exists.
         """
         now_s = time.monotonic()
-        if now_s - self.looked_s < LOOK_EVERY_S:
+        if now_s - self.polled_s < POLL_INTERVAL_S:
             return
-        self.looked_s = now_s
+        self.polled_s = now_s
         for trial_id in self.locks:
-            self.by_id[trial_id].look()
+            self.by_id[trial_id].poll()
         self.draw()
         if self.lock.lost:
             raise RuntimeError(
-                f"{self.folder}: another process has taken this sweep over, since nothing was "
-                "heard of this one for too long"
+                f"{self.folder}: another process has taken over this sweep, because this one "
+                "sent no heartbeat for too long"
             )
         if (self.folder / STOP_FILE).exists():
             raise SystemExit(143)
 
-    def has_ended(self, trial_id: str) -> None:
-        """A trial's process is gone, and it did not fail; its folder says the rest.
+    def on_trial_ended(self, trial_id: str) -> None:
+        """Record the end of a trial whose process ended without an error.
 
         Raises:
-            MismatchError: it trained with other parameters than it was given.
+            MismatchError: it was trained with parameters other than its own.
         """
         trial = self.by_id[trial_id]
-        trial.look()
+        trial.poll()
         if trial.has_end:
-            trial.settle()
+            trial.write_end()
         elif failure := trial.lasting_failure():
-            trial.settle(failed=failure)
-        elif trial.was_asked:
-            trial.settle(stopped_by=f"person: asked to stop after {trial.samples:,} samples")
+            trial.write_end(failed=failure)
+        elif trial.stop_requested:
+            trial.write_end(
+                stopped_by=f"person: stopped on request after {trial.samples:,} samples"
+            )
         elif self.sweep.stopping is not None and trial.curve:
             samples, ap = max(trial.curve.items())
             part = f"1/{self.sweep.stopping.reduction:g}"
-            trial.settle(
+            trial.write_end(
                 stopped_by=f"asha: AP {ap:.1f} after {samples:,} samples was not in the upper "
-                f"{part} of the trials that came there before"
+                f"{part} of the trials that had reached this point"
             )
         else:
-            trial.settle(failed="Ray ended it before it had a result; see its folder")
-        self._take_leave(trial)
+            trial.write_end(failed="Ray ended it before it had a result; see its folder")
+        self._finish(trial)
 
-    def has_failed(self, trial_id: str, message: str) -> None:
-        """A trial was lost as often as it may be.
+    def on_trial_failed(self, trial_id: str, message: str) -> None:
+        """Record a trial that has used up its retries.
 
         Args:
-            message: what the cluster says of it, where its workers left no word.
+            message: the cluster's error, used if the workers left none.
         """
         trial = self.by_id[trial_id]
         tries = self.sweep.max_failures + 1
-        trial.settle(failed=f"{last_failure(trial.folder) or message} (lost {tries} times)")
-        self._take_leave(trial)
+        trial.write_end(failed=f"{last_failure(trial.folder) or message} (lost {tries} times)")
+        self._finish(trial)
 
     def verify(self, trial_id: str) -> bool:
-        """Whether a trial is known to train with the parameters that it was given.
+        """Return whether a checkpoint shows that a trial trains with its own parameters.
 
         Raises:
             MismatchError: it does not.
         """
         return self.by_id[trial_id].verify()
 
-    def _take_leave(self, trial: TrialFolder) -> None:
+    def _finish(self, trial: TrialFolder) -> None:
         trial_id = trial.trial.id
         if trial.status in ("finished", "stopped") and not trial.verify():
             raise MismatchError(f"{trial.name}: left no checkpoint to verify it by")
         if trial_id in self.launched_s and trial.status == "finished":
-            self.took_s.append(time.monotonic() - self.launched_s[trial_id])
+            self.durations_s.append(time.monotonic() - self.launched_s[trial_id])
         if lock := self.locks.pop(trial_id, None):
             lock.release()
         if self.proposer is not None:
@@ -251,27 +255,27 @@ class SweepState:
 
     # At the end
 
-    def settle_the_rest(self, failed: str, *, killed: bool = False) -> None:
+    def end_remaining(self, failed: str, *, killed: bool = False) -> None:
         for trial in self.trials:
             if trial.trial.id in self.locks and not trial.is_done:
-                trial.settle(failed=failed, killed="the sweep ended" if killed else "")
+                trial.write_end(failed=failed, killed="the sweep ended" if killed else "")
                 self.locks.pop(trial.trial.id).release()
 
-    def leave_in_order(self) -> None:
-        """Somebody wants the sweep to end: let the trials save, and leave."""
+    def stop_gracefully(self) -> None:
+        """Stop the sweep: let the running trials save their state, then end them."""
         active = [self.by_id[trial_id] for trial_id in self.locks]
         if active:
-            self.table.say("stopping: the trials are saving their state …")
+            self.table.print_line("stopping: the trials are saving their state …")
         for trial in active:
             (trial.folder / STOP_FILE).touch()
         deadline_s = time.monotonic() + GRACE_S
         while time.monotonic() < deadline_s:
             for trial in active:
-                trial.look()
-            if all(t.was_asked or t.has_end or not t.is_active for t in active):
+                trial.poll()
+            if all(t.stop_requested or t.has_end or not t.is_active for t in active):
                 break
             time.sleep(0.1)
-        self.settle_the_rest("", killed=True)
+        self.end_remaining("", killed=True)
 
     def write_end(self, status: str, reason: str, report: StudyReport) -> None:
         if self.lock.lost:
@@ -283,7 +287,7 @@ class SweepState:
         self.journal.close()
 
     def report(self, *, is_over: bool) -> StudyReport:
-        """Write trials.json and the report; while trials run, its page now and then only."""
+        """Write trials.json and the report. While trials run, render its page only occasionally."""
         began_s = time.monotonic()
         with_page = is_over or began_s >= self.next_page_s
         tracking = read_record(self.folder).uri
@@ -296,25 +300,25 @@ class SweepState:
             is_over=is_over,
             with_page=with_page,
         )
-        if with_page:  # a twentieth of the time at most
+        if with_page:  # at most a twentieth of the time
             now_s = time.monotonic()
             self.next_page_s = now_s + 20 * (now_s - began_s)
         return report
 
     def send_files(self) -> None:
-        """Let the sweep's MLflow run have the table and the report as they are now."""
+        """Queue the current table and report for the sweep's MLflow run."""
         keys = self.sweep.varied_keys()
         lines = [*aligned(rows(self.trials, keys))]
-        lines.append(summary_line(self.trials, self.num_trials, self._footing()))
+        lines.append(summary_line(self.trials, self.num_trials, self._footer()))
         (self.folder / TABLE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
         for path, to in files_to_send(self.folder):
             self.journal.write("file", path=path, to=to)
 
     def draw(self, *, last: bool = False) -> None:
         keys = self.sweep.varied_keys()
-        self.table.show(self.trials, keys, self.num_trials, self._footing, last=last)
+        self.table.update(self.trials, keys, self.num_trials, self._footer, last=last)
 
-    def _footing(self) -> Footing:
+    def _footer(self) -> TableFooter:
         cluster = self.sweep.config.cluster
         costs = [trial.record(self.price).cost for trial in self.trials]
         unit = "gpu_hours" if cluster.gpu else "cpu_hours"
@@ -323,15 +327,15 @@ class SweepState:
         money = [cost.price for cost in costs if cost.price is not None]
         if money:
             text += f", {sum(money):.2f} {costs[0].currency}"
-        return Footing(text, self._remaining_s())
+        return TableFooter(text, self._remaining_s())
 
     def _remaining_s(self) -> float | None:
-        """By the trials that have ended in this start, or by the probe."""
+        """Estimate by the trials that ended in this start, or by the probe."""
         estimate = self.content.get("estimate")
-        if self.took_s:
-            each_s = sum(self.took_s) / len(self.took_s)
+        if self.durations_s:
+            each_s = sum(self.durations_s) / len(self.durations_s)
         elif estimate is not None:
-            speed = Speed(**estimate)
+            speed = TrialSpeed(**estimate)
             each_s = 3600 * speed.hours(self.run, self.sweep.config)
         else:
             return None

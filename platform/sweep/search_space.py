@@ -1,4 +1,4 @@
-"""What a sweep tries: a space over the dotted keys of the configuration, and how it is searched.
+"""The search space of a sweep over dotted configuration keys, and the search through it.
 
     Sweep(
         base=demo(),
@@ -7,8 +7,8 @@
         stopping=Asha(grace_samples=500),
     )
 
-Knows no cluster. Keys and values are tried on the configuration when the sweep is made, so a typo
-costs nothing.
+Nothing here knows the cluster. A sweep checks its keys and values against the configuration when
+it is created, so a typo costs nothing.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from deta.platform.run.config import RunConfig, flatten, override
-from deta.platform.study.design import NOT_OF_THE_NUMBERS, Design, Trial, numbers_id
+from deta.platform.study.design import NEUTRAL_KEYS, Design, Trial, numbers_id
 from deta.platform.study.study_types import Anchor, Cell, Question
 
-# Keys that no trial may change: they name the run, or need another look at the data first.
+# Keys that no trial may change: they name the run, or would need the data to be checked again.
 FIXED_KEYS = (
     "name", "storage", "experiment", "data.train_", "data.val_", "data.lenient", "data.max_pixels",
     "init_checkpoint", "init_backbone", "model.num_classes", "checkpoint.store",
 )  # fmt: skip
 OBJECTIVES = ("AP", "gpu_hours", "cpu_hours", "wall_s")
-DIGITS = 6  # of a drawn number: as many as a person can retype
-MAX_DRAWS = 100  # for a trial that is not there yet
+DIGITS = 6  # significant digits of a drawn number, so that a person can retype it
+MAX_DRAWS = 100  # to find a trial that is not a duplicate
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these values; the only domain that a grid can cross."""
+    """One of the given values; the only domain that a grid accepts."""
 
     values: tuple[Any, ...]
 
@@ -59,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Any number between two, each as likely."""
+    """A number between two bounds, uniformly distributed."""
 
     low: float
     high: float
@@ -80,7 +80,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """Any positive number between two, each order of magnitude as likely; for rates."""
+    """A positive number between two bounds, uniform in its logarithm; for learning rates."""
 
     low: float
     high: float
@@ -102,7 +102,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number, both ends included."""
+    """An integer between two bounds, both included."""
 
     low: int
     high: int
@@ -126,12 +126,12 @@ Domain = Choice | Uniform | LogUniform | Integer
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination, the last key varying fastest."""
+    """Every combination; the last key varies fastest."""
 
 
 @dataclass(frozen=True)
 class Random:
-    """Combinations drawn at random; the first ones stay the same when more are asked for."""
+    """Combinations drawn at random; more trials leave the first ones unchanged."""
 
     num_trials: int
     seed: int = 0
@@ -146,7 +146,7 @@ class Optuna:
     """Combinations that Optuna proposes from the results so far (TPE)."""
 
     num_trials: int
-    # Either AP alone, or AP and a cost; it then looks for the best AP at every cost.
+    # AP alone, or AP and a cost: then it searches for the Pareto front.
     objectives: tuple[str, ...] = ("AP",)
     seed: int = 0
 
@@ -166,16 +166,16 @@ Search = Grid | Random | Optuna
 
 @dataclass(frozen=True)
 class Asha:
-    """Stop trials early that are behind others at equal samples seen (Li et al. 2020, ASHA).
+    """Stop trials early that have a lower AP at equal samples seen (ASHA, Li et al. 2020).
 
-    At grace_samples, and at reduction times that, and so on, a trial goes on if its AP is in the
-    upper 1 / reduction of all that came there before.
+    At grace_samples, reduction × grace_samples and so on, a trial continues if its AP is in the
+    upper 1 / reduction of the trials that reached that point before.
     Source: https://arxiv.org/abs/1810.05934
     """
 
     grace_samples: int
     reduction: float = 3
-    max_samples: int | None = None  # the last such place lies at or below it; none: the end
+    max_samples: int | None = None  # an upper limit of these points; none: the end
 
     def __post_init__(self) -> None:
         if self.grace_samples < 1 or self.reduction <= 1:
@@ -193,13 +193,13 @@ class Sweep:
     search: Search = field(default_factory=Grid)
     stopping: Asha | None = None
     design: Design | None = None  # instead of a space
-    max_concurrent: int | None = None  # trials; none: as many as the cluster has room for
-    max_failures: int = 2  # so often a trial is started again whose workers were lost
+    max_concurrent: int | None = None  # trials; none: as many as fit on the cluster
+    max_failures: int = 2  # how often a trial is retried after its workers were lost
     title: str = ""  # of the report
     method: str = ""  # a sentence for it
     questions: tuple[Question, ...] = ()
     path: tuple[tuple[str, str], ...] = ()  # through the cells, to explain a difference
-    published: tuple[Anchor, Anchor] | None = None  # that difference, as others found it
+    published: tuple[Anchor, Anchor] | None = None  # that difference, as published
     anchors: tuple[Anchor, ...] = ()
 
     def __post_init__(self) -> None:
@@ -213,22 +213,22 @@ class Sweep:
         if self.design is not None:
             if self.space or not isinstance(self.search, Grid) or self.stopping is not None:
                 raise ValueError(
-                    "a design says itself what is tried, and all its trials go to the end: leave "
-                    "space, search and stopping out"
+                    "a design defines its trials and runs all of them to the end: leave "
+                    "out space, search and stopping"
                 )
             return
         if not self.space:
             raise ValueError("the sweep has neither a space nor a design")
         for key in self.space:
             if key not in flatten(self.base):
-                override(self.base, {key: ""})  # says which keys there are
+                override(self.base, {key: ""})  # raises an error that suggests keys
             if any(key.startswith(fixed) for fixed in FIXED_KEYS):
                 raise ValueError(f"{key} cannot be varied: it is the same for all trials")
         if isinstance(self.search, Grid):
             uncountable = [k for k, domain in self.space.items() if not isinstance(domain, Choice)]
             if uncountable:
                 raise ValueError(
-                    f"a grid wants Choice(…) for {', '.join(uncountable)}; or search with Random"
+                    f"a grid needs Choice(…) for {', '.join(uncountable)}; or use the search Random"
                 )
         wants_gpu = isinstance(self.search, Optuna) and "gpu_hours" in self.search.objectives
         if wants_gpu and not self.base.cluster.gpu:
@@ -245,12 +245,12 @@ class Sweep:
         return self.base if self.design is None else self.design.base
 
     def with_base(self, base: RunConfig) -> Sweep:
-        """The same sweep over another base, such as one whose data is known by now."""
+        """Return the same sweep over another base, such as one with its data filled in."""
         design = None if self.design is None else replace(self.design, base=base)
         return replace(self, base=base, design=design)
 
     def trials(self) -> list[Trial]:
-        """Those that are known before anything has run; of a search by Optuna none."""
+        """Return the trials that are known before anything runs; none with Optuna."""
         if self.design is not None:
             return self.design.trials()
         if isinstance(self.search, Optuna):
@@ -276,30 +276,30 @@ class Sweep:
         return self.search.num_trials if isinstance(self.search, Optuna) else len(self.trials())
 
     def trial(self, changes: Mapping[str, Any], number: int) -> Trial:
-        """The trial of a combination.
+        """Return the trial of a combination.
 
         Args:
-            number: its place among the trials, from 1, which is its name unless seeds are varied.
+            number: its position among the trials, from 1, and its name unless seeds are varied.
 
         Raises:
             ValueError: the configuration refuses it; names the key.
         """
         config = _resolve(self.base, changes)
         resolved = {key: flatten(config)[key] for key in changes}
-        beside = {k: v for k, v in resolved.items() if _is_beside_the_numbers(k)}
+        neutral = {k: v for k, v in resolved.items() if _leaves_the_numbers(k)}
         identity = numbers_id(config)
-        if beside:  # such as cluster.num_workers: it changes the cost and not the result
-            text = identity + json.dumps(beside, sort_keys=True, default=str)
+        if neutral:  # such as cluster.num_workers, which changes the cost but not the result
+            text = identity + json.dumps(neutral, sort_keys=True, default=str)
             identity = hashlib.sha256(text.encode()).hexdigest()[:12]
         others = {key: value for key, value in resolved.items() if key != "seed"}
         key = f"trial {number:02d}"
         if "seed" in resolved:
-            key = ", ".join(f"{k.rpartition('.')[2]}={show(v)}" for k, v in others.items())
+            key = ", ".join(f"{k.rpartition('.')[2]}={format_value(v)}" for k, v in others.items())
         cell = Cell(key or "the base", {}, others)
         return Trial(identity, cell, config.seed, resolved)
 
     def trial_config(self, trial: Trial) -> RunConfig:
-        """What a trial trains; its folder is <the sweep's>/trials/<its id>."""
+        """Return the configuration of a trial, whose folder is <sweep>/trials/<id>."""
         base = self.config
         changed = _resolve(base, trial.changes)
         return replace(changed, storage=f"{base.storage}/{base.name}/trials", name=trial.id)
@@ -308,14 +308,14 @@ class Sweep:
         return trial.name if self.design or "seed" in self.space else trial.cell.key
 
     def varied_keys(self) -> list[str]:
-        """The keys that tell trials apart."""
+        """Return the keys in which trials differ."""
         if self.design is None:
             return list(self.space)
         keys = {key: None for cell in self.design.cells() for key in cell.changes}
         return [*keys, "seed"]
 
     def describe(self) -> dict[str, Any]:
-        """The design in plain words and values, for people and for sweep.json."""
+        """Describe the design in words and values, for people and for sweep.json."""
         if self.design is not None:
             return {
                 "factors": {
@@ -353,7 +353,7 @@ class Sweep:
         return trials
 
     def _corners(self) -> Iterator[dict[str, Any]]:
-        """All keys at their first value, at their last, and each of them at each of its ends."""
+        """Yield all keys at their first value, at their last, and each one at each of its ends."""
         first = {key: domain.ends()[0] for key, domain in self.space.items()}
         yield first
         yield {key: domain.ends()[-1] for key, domain in self.space.items()}
@@ -362,7 +362,7 @@ class Sweep:
                 yield first | {key: value}
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -370,10 +370,10 @@ def _resolve(base: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     try:
         return override(base, changes)
     except ValueError as error:
-        values = ", ".join(f"{key}={show(value)}" for key, value in changes.items())
+        values = ", ".join(f"{key}={format_value(value)}" for key, value in changes.items())
         raise ValueError(f"the trial {values}: {error}") from error
 
 
-def _is_beside_the_numbers(key: str) -> bool:
-    names = NOT_OF_THE_NUMBERS
+def _leaves_the_numbers(key: str) -> bool:
+    names = NEUTRAL_KEYS
     return any(key.startswith(name) if name[-1] in "._" else key == name for name in names)

@@ -1,4 +1,4 @@
-"""How fast a trial would be, measured before any is trained, and what all of them would cost."""
+"""Measure the speed of a trial before any is trained, and estimate the cost of all."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from deta.platform.run.run import Run
 from deta.platform.study.cost import CostEstimate, Price
 from deta.platform.sweep.trial_folder import last_failure
 
-STEPS, LOOK_EVERY_STEPS = 20, 4
+STEPS, LOG_EVERY_STEPS = 20, 4
 VAL_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What the probe measured, with the image sizes and the workers of the sweep."""
+class TrialSpeed:
+    """The measured speed, with the image sizes and the workers of the sweep."""
 
     images_per_s: float  # training, over all workers
     val_images_per_s: float
-    start_s: float  # from nothing to the first step
+    start_s: float  # from the call to the first step
     seconds: float  # that the probe itself took
 
     def hours(self, run: Run, config: RunConfig) -> float:
-        """Wall time of a whole trial."""
+        """Return the wall time of a complete trial in hours."""
         trial = replace(run, config=config)
         samples = trial.num_steps * config.total_batch_size
         evaluated = len(trial.evaluation_steps()) * len(run.val_set)
@@ -38,23 +38,25 @@ class Speed:
         return (self.start_s + seconds) / 3600
 
 
-def measure(base: Run, config: RunConfig, folder: Path, say: Callable[[str], None]) -> Speed:
+def measure_speed(
+    base: Run, config: RunConfig, folder: Path, print_line: Callable[[str], None]
+) -> TrialSpeed:
     """Train a few steps on the cluster, and evaluate a few images.
 
     Args:
-        config: of the trial that stands for all.
+        config: of the trial that represents all.
         folder: for the probe's own run; removed afterwards.
 
     Raises:
         RuntimeError: the training fails, as the trials would.
     """
-    say(f"measuring the speed of {STEPS} steps …")
+    print_line(f"measuring the speed of {STEPS} steps …")
     changes = {
         "schedule.epochs": 1,
         "schedule.lr_drop_epochs": (),
         "schedule.warmup_epochs": 0.0,
         "evaluate_every_epochs": 1,
-        "log_every_steps": LOOK_EVERY_STEPS,
+        "log_every_steps": LOG_EVERY_STEPS,
         "num_pictures": 0,
         "checkpoint.every_minutes": None,
         "checkpoint.store": None,
@@ -82,20 +84,20 @@ def measure(base: Run, config: RunConfig, folder: Path, say: Callable[[str], Non
 
 
 def whole_estimate(
-    speed: Speed,
+    speed: TrialSpeed,
     run: Run,
     configs: Sequence[RunConfig],
     at_once: int,
     price: Price | None,
 ) -> tuple[CostEstimate, CostEstimate]:
-    """Of one trial on average, and of all of them."""
+    """Estimate the cost of an average trial and of all trials."""
     hours = [speed.hours(run, config) for config in configs]
     num_workers = [config.cluster.num_workers for config in configs]
     gpu_hours = sum(h * n for h, n in zip(hours, num_workers, strict=True))
     per_hour = None if price is None else price.per_gpu_hour
     cost = None if per_hour is None else per_hour * gpu_hours
     currency = price.currency if price is not None else ""
-    rounds = -(-len(hours) // at_once)  # the last one may leave places empty
+    rounds = -(-len(hours) // at_once)  # the last round may be partly empty
     mean = sum(hours) / len(hours)
     unit = "GPU-hours" if run.config.cluster.gpu else "worker-hours"
     whole = CostEstimate(mean * rounds, gpu_hours, cost, currency, unit)
@@ -103,7 +105,7 @@ def whole_estimate(
     return CostEstimate(mean, gpu_hours / len(hours), share, currency, unit), whole
 
 
-def _read(run: Run, began_s: float) -> Speed:
+def _read(run: Run, began_s: float) -> TrialSpeed:
     speeds: list[float] = []
     val_images_per_s, start_s = 0.0, 0.0
     for event, _ in read_events(run.folder):
@@ -114,6 +116,6 @@ def _read(run: Run, began_s: float) -> Speed:
         elif event["kind"] == "evaluation":
             val_images_per_s = len(run.val_set) / max(1e-3, event["metrics"]["val/seconds"])
     if not speeds or not val_images_per_s:
-        raise RuntimeError("the probe came to no end; its journal has no speed")
-    steady = speeds[1:] or speeds  # the first steps lay out memory and fill caches
-    return Speed(statistics.median(steady), val_images_per_s, start_s, time.time() - began_s)
+        raise RuntimeError("the probe did not finish: its journal has no speed")
+    steady = speeds[1:] or speeds  # the first steps allocate memory and fill caches
+    return TrialSpeed(statistics.median(steady), val_images_per_s, start_s, time.time() - began_s)

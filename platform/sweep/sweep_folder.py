@@ -1,8 +1,8 @@
-"""The folder of a sweep: what it is a sweep of, and whether the same one goes on.
+"""Read and write the folder of a sweep, and check that a restart continues the same sweep.
 
 <storage>/<name>/
-  sweep.json    the base, the design, the trials that are planned
-  run.json      what MLflow is told of the sweep's own run, the parent of its trials
+  sweep.json    the base configuration, the design, the planned trials
+  run.json      description of the sweep's own MLflow run, the parent of its trials
   journal.jsonl report.html report.md trials.json
   trials/<id>/  a run folder each
 """
@@ -34,7 +34,7 @@ SWEEP_FILE, TRIALS_FOLDER, TRIAL_FILE = "sweep.json", "trials", "trial.json"
 
 
 def read_sweep(folder: Path) -> dict[str, Any] | None:
-    """What sweep.json says; none where there is none.
+    """Read sweep.json; None if there is none.
 
     Raises:
         RunExistsError: the folder holds something else, or the file is damaged.
@@ -42,8 +42,8 @@ def read_sweep(folder: Path) -> dict[str, Any] | None:
     path = folder / SWEEP_FILE
     if not path.exists():
         if (folder / RUN_FILE).exists():
-            raise RunExistsError(f"{folder}: holds a run and no sweep; choose another name=")
-        # A sweep that was killed before it began leaves a lock and its probe.
+            raise RunExistsError(f"{folder}: holds a run, not a sweep; choose another name=")
+        # A sweep that was killed before it began leaves a lock and a probe.
         known = ("run.lock", "probe")
         if folder.exists() and any(
             not one.name.startswith(".") and one.name not in known for one in folder.iterdir()
@@ -56,18 +56,18 @@ def read_sweep(folder: Path) -> dict[str, Any] | None:
             return content
     except ValueError:
         pass
-    raise RunExistsError(f"{path}: is damaged; choose another name=, or take the folder away")
+    raise RunExistsError(f"{path}: is damaged; choose another name=, or remove the folder")
 
 
 def base_of(content: Mapping[str, Any]) -> RunConfig:
-    """The base configuration of a sweep, with its data, as it began."""
+    """Return the base configuration of a sweep, with its data, as it began."""
     return from_json(RunConfig, json.dumps(content["base"]))
 
 
 def describe_sweep(
     sweep: Sweep, run: Run, trials: list[Trial], before: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What sweep.json holds."""
+    """Return the content of sweep.json."""
     before = before or {}
     return {
         "base": json.loads(to_json(run.config)),
@@ -81,7 +81,7 @@ def describe_sweep(
 
 
 def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Make sure that what goes on is the sweep that began, or one with more trials.
+    """Check that this is the sweep that began, or the same with more trials.
 
     Raises:
         RunExistsError: names what differs.
@@ -100,7 +100,7 @@ def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
     old_design, new_design = before.get("design") or {}, now["design"]
     gone = [name for id, name in before.get("trials", {}).items() if id not in now["trials"]]
     if new_design.get("search") == "optuna" or old_design.get("search") == "optuna":
-        gone = []  # its trials follow from results; what they are drawn from must stay
+        gone = []  # its trials follow from results; only their space must be the same
         free = {"num_trials"}
     elif gone:
         free = set()
@@ -119,9 +119,9 @@ def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         changes.append(f"no longer part of it: {named}")
     if changes:
         raise RunExistsError(
-            f"{folder}: the sweep began otherwise, so it cannot go on as the same:\n  "
+            f"{folder}: this sweep differs from the one that began, so it cannot continue:\n  "
             + "\n  ".join(changes)
-            + "\nUndo these changes (more trials or seeds may be added), or choose another name=."
+            + "\nUndo these changes (you may add trials or seeds), or choose another name=."
         )
 
 
@@ -130,9 +130,9 @@ def write_sweep(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_parent_file(folder: Path, sweep: Sweep, run: Run) -> str:
-    """run.json of the sweep's own MLflow run. Returns its key, by which trials name their parent.
+    """Write run.json of the sweep's own MLflow run. Returns its key, the parent of all trials.
 
-    Where trials differ it holds what they are chosen from, instead of the base's value.
+    For varied keys it holds the values to choose from instead of the base's value.
     """
     before = read_run_file(folder) if (folder / RUN_FILE).exists() else None
     design = json.dumps(sweep.describe(), default=str)
@@ -151,7 +151,7 @@ def write_parent_file(folder: Path, sweep: Sweep, run: Run) -> str:
 def write_trial_files(
     sweep: Sweep, trial: Trial, base: Run, config: RunConfig, folder: Path, parent: str
 ) -> Run:
-    """Make a trial a run folder, or leave it the one that it was."""
+    """Write the files of a trial's run folder, keeping its identity if it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     run = replace(base, config=config, folder=folder)
     before = read_run_file(folder) if (folder / RUN_FILE).exists() else None

@@ -1,7 +1,7 @@
-"""A trial as its folder shows it: how far it is, how it ended, and what it really trained with.
+"""Read the state of a trial from its folder: progress, result, and the parameters it used.
 
-The folder is the truth about a trial. A sweep that is started again reads here which trials are
-done; nothing else remembers it.
+The folder is the only record of a trial. A sweep that is started again reads here which trials are
+done.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from deta.platform.study.design import Trial
 from deta.platform.study.trial_record import Status, TrialCost, TrialRecord
 
 STOPPED_BY, VERIFIED = "deta.stopped_by", "deta.verified"  # tags of the trial's MLflow run
-SPEEDS = 50  # as many of the last speeds are kept
+SPEEDS = 50  # the number of recent speeds to keep
 
 
 class MismatchError(RuntimeError):
-    """A trial trained with other parameters than it was given."""
+    """A trial was trained with parameters other than its own."""
 
 
 def last_failure(folder: Path) -> str:
-    """What went wrong on a worker of a run last; its own fault rather than its peers'."""
+    """Return the last error of a run's workers, preferring a root cause over a lost connection."""
     found = []
     for path in sorted((folder / FAILURES).glob("rank-*.json")):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            found.append(f"{said['type']}: {said['message']}")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(f"{content['type']}: {content['message']}")
         except (OSError, ValueError, KeyError):
             continue
-    # Workers whose peer is gone complain of the connection.
+    # A worker that loses a peer reports a connection error.
     own = [text for text in found if "onnection" not in text and "peer" not in text]
     return (own or found or [""])[0]
 
 
 @dataclass
 class TrialFolder:
-    """Follows one trial; `look` brings it up to date."""
+    """The state of one trial; `poll` brings it up to date."""
 
     trial: Trial
     name: str
@@ -62,27 +62,27 @@ class TrialFolder:
     ended: Literal["", "FINISHED", "FAILED", "KILLED"] = ""
     reason: str = ""
     tags: dict[str, str] = field(default_factory=dict)
-    has_end: bool = False  # the training came to its last step
-    was_asked: bool = False  # to stop, by the file of that name
+    has_end: bool = False  # the training reached its last step
+    stop_requested: bool = False  # by the stop file
     is_active: bool = False  # begun and not ended
-    wall_s: float = 0.0  # of earlier starts
-    earlier_kwh: float = 0.0  # the same
-    _start_kwh: float | None = None  # of this one, where a driver counts
+    wall_s: float = 0.0  # in earlier starts
+    earlier_kwh: float = 0.0  # in earlier starts
+    _start_kwh: float | None = None  # in this start, if the driver measures it
     _began_s: float | None = None
     _last_s: float = 0.0
     _offset_bytes: int = 0
 
-    def look(self) -> bool:
-        """Read what is new; whether there was anything."""
+    def poll(self) -> bool:
+        """Read new events. Returns whether there were any."""
         before = self._offset_bytes
         for event, offset_bytes in read_events(self.folder, before):
             self._offset_bytes = offset_bytes
-            self._take(event)
+            self._apply(event)
         return self._offset_bytes != before
 
     @property
     def is_done(self) -> bool:
-        """Nothing is left to do; a trial that was killed goes on."""
+        """Return whether nothing is left to do. A killed trial will continue."""
         return self.ended in ("FINISHED", "FAILED")
 
     @property
@@ -101,13 +101,13 @@ class TrialFolder:
 
     @property
     def images_per_s(self) -> float | None:
-        # The first ones have the start in them.
+        # The first speed includes the start-up.
         speeds = self.speeds[1:] or self.speeds
         return statistics.median(speeds) if speeds else None
 
     @property
     def total_s(self) -> float:
-        """From the start to the last event, over all starts."""
+        """Return the seconds from start to last event, summed over all starts."""
         running_s = self._last_s - self._began_s if self._began_s is not None else 0.0
         return self.wall_s + running_s
 
@@ -139,19 +139,19 @@ class TrialFolder:
             run_url=run_url,
         )
 
-    def settle(self, *, failed: str = "", stopped_by: str = "", killed: str = "") -> None:
-        """Write how the trial ended, once its workers are gone or fenced off.
+    def write_end(self, *, failed: str = "", stopped_by: str = "", killed: str = "") -> None:
+        """Record how the trial ended, once its workers are gone or fenced off.
 
         Args:
-            failed: why; of a trial that came to no end.
-            stopped_by: who stopped it on purpose, and why: "asha: …".
+            failed: the reason, if the trial did not finish.
+            stopped_by: who stopped it and why: "asha: …".
         """
-        self.look()
+        self.poll()
         if self.ended or not self.folder.is_dir():
             return
-        # Workers that are being ended just now, here or on another node, write no more.
+        # Workers that are being ended now, here or on another node, cannot write any more.
         Fence.claim(self.folder, "the sweep, which ended this trial")
-        self.look()
+        self.poll()
         journal = Journal(self.folder)
         if self.has_end:
             journal.write("ended", status="FINISHED", reason=self.reason)
@@ -164,13 +164,13 @@ class TrialFolder:
         else:
             journal.write("ended", status="KILLED", reason=killed or "the sweep was stopped")
         journal.close()
-        self.look()
+        self.poll()
 
     def verify(self) -> bool:
-        """Compare what the workers trained with to what the trial was given.
+        """Compare the parameters that the workers used with those of the trial.
 
-        A checkpoint holds the configuration that the worker built model, loader and optimizer from;
-        how many samples a step takes shows in its journal.
+        A checkpoint holds the configuration from which the worker built model, loader and
+        optimizer; its state shows how many samples a step takes.
 
         Returns:
             False if there is nothing to compare yet.
@@ -186,7 +186,7 @@ class TrialFolder:
             f"{key} is {used.get(key)!r}, not {given.get(key)!r}"
             for key in dict.fromkeys([*given, *used])
             if used.get(key) != given.get(key)
-            # A sweep may go on with others of these, unless they are what it varies.
+            # These may change between starts, unless the sweep varies them.
             and (key in self.trial.changes or not key.startswith(FREE_TO_CHANGE))
         ]
         state = newest.state
@@ -197,32 +197,32 @@ class TrialFolder:
             )
         if different:
             raise MismatchError(
-                f"{self.name} ({self.folder}) was trained with other parameters than it was given: "
+                f"{self.name} ({self.folder}) was trained with parameters other than its own: "
                 + "; ".join(different)
             )
         if VERIFIED not in self.tags:
             journal = Journal(self.folder)
             journal.write("tags", tags={VERIFIED: "true"})
             journal.close()
-            self.look()
+            self.poll()
         return True
 
     def lasting_failure(self) -> str:
-        """What the trial's driver found that would come again each time; empty if nothing."""
+        """Return the error that every retry of the trial would meet; empty if none."""
         try:
-            said = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-            outcome = Outcome(**said)
+            content = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
+            outcome = Outcome(**content)
         except (OSError, ValueError, TypeError):
             return ""
         return outcome.message if outcome.kind == "refused" else ""
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _apply(self, event: dict[str, Any]) -> None:
         kind, time_s = event["kind"], event["time_s"]
         if kind == "starting":
             self._close_start()
             self._began_s = time_s
             self.is_active, self.ended, self.reason = True, "", ""
-            self.has_end = self.was_asked = False
+            self.has_end = self.stop_requested = False
             self.tags.pop(STOPPED_BY, None)
             self.remaining_s = None
         elif kind == "begin":
@@ -235,7 +235,7 @@ class TrialFolder:
             self.remaining_s = event["remaining_s"]
         elif kind == "evaluation":
             values = event["metrics"]
-            # Where it is stopped just here, it was at its end all the same.
+            # A trial that is stopped at its last evaluation has finished all the same.
             self.has_end = bool(self.num_steps) and event["step"] >= self.num_steps
             names = ("epoch", "samples_seen", "seconds")
             self.metrics = {
@@ -250,7 +250,7 @@ class TrialFolder:
         elif kind == "tags":
             self.tags |= event["tags"]
         elif kind == "stopping":
-            self.was_asked = True
+            self.stop_requested = True
         elif kind == "end":
             self.has_end, self.reason = True, event.get("reason", "")
         elif kind == "ended":

@@ -1,10 +1,10 @@
-"""A search space or a design to many runs, on Ray Tune.
+"""Train the trials of a search space or a study design on Ray Tune.
 
-Every trial is a training of its own, with its own workers and its own run folder, through the same
-`fit` as a single run. Ray Tune says when which trial begins and, with ASHA, which one ends early.
-What has happened is in the trials' folders and nowhere else (`sweep_state.py`): a sweep that was
-killed reads them and makes a new Tuner for what is left, since Tune's own snapshots can be torn by
-the kill.
+Every trial is a separate training with its own workers and run folder, through the same
+`fit` as a single run. Ray Tune decides when a trial begins and, with ASHA, which one stops early.
+All state is in the trials' folders and nowhere else (`scheduler.py`): a sweep that was
+killed reads them and creates a new Tuner for the rest, since a kill can corrupt Tune's own
+snapshots.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any, Literal, cast
 from deta.platform.cluster.connection import ClusterTooSmallError, connect
 from deta.platform.cluster.driver import check_resources, fit
 
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # ours are the journals
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is answered here
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # journals replace them
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is handled here
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose verbose=0 is not silent
 
 import ray
@@ -45,28 +45,28 @@ from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
 from deta.platform.run.run import Run
-from deta.platform.run.run_file import write_json
+from deta.platform.system.atomic_write import write_json
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.cost import PRICES, Price, price_of
 from deta.platform.study.design import Trial
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import StudyReport
 from deta.platform.sweep.live_table import LiveTable
-from deta.platform.sweep.scheduler import LOOK_EVERY_S, SweepState, check_trials
+from deta.platform.sweep.scheduler import POLL_INTERVAL_S, SweepScheduler, check_trials
 from deta.platform.sweep.search_space import Sweep
-from deta.platform.sweep.speed_probe import Speed, measure, whole_estimate
+from deta.platform.sweep.speed_probe import TrialSpeed, measure_speed, whole_estimate
 from deta.platform.sweep.sweep_folder import describe_sweep, read_sweep, refuse_another, write_sweep
 from deta.platform.system.process_tree import RUN_MARK, end_marked, new_mark, working_in
 from deta.platform.tracking.upload_process import finish_uploader, start_uploader
 
 logger = logging.getLogger(__name__)
 
-DRIVER_MEMORY_BYTES = 100 * 2**20  # Tune wants a trial's own process to cost something
+DRIVER_MEMORY_BYTES = 100 * 2**20  # Tune needs a non-zero resource request of a trial's own process
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended."""
+    """The result of a sweep."""
 
     folder: Path
     records: tuple[TrialRecord, ...]
@@ -87,22 +87,23 @@ def launch_sweep(
 ) -> SweepResult | None:
     """Run a sweep on the Ray cluster named by RAY_ADDRESS, or on one started here.
 
-    The same call again goes on with it: trials that have ended stay, others resume.
+    Calling it again continues the sweep: finished trials are not run again, others resume.
 
     Args:
-        probe: measure the speed before anything is trained, and tell what all of it will cost.
-        confirm: asked, with that estimate, whether to go on.
-        retry_failed: trials that failed are tried once more.
+        probe: measure the speed before anything is trained, and tell what all of it will
+            cost.
+        confirm: called with that estimate; returns whether to continue.
+        retry_failed: run failed trials once more.
         price: of an hour of a GPU, or of a worker without one; default: the table's.
 
     Returns:
-        None where only the estimate was asked for, or it was declined.
+        None if only the estimate was requested, or `confirm` declined.
 
     Raises:
         ValueError: the input, the name, or a lock; before the cluster is touched.
-        ClusterTooSmallError: some trial can never be scheduled; says which, and what it lacks.
-        MismatchError: a trial trained with other parameters than it was given.
-        RuntimeError: no trial came to its end.
+        ClusterTooSmallError: a trial can never be scheduled; names it and what the cluster lacks.
+        MismatchError: a trial was trained with parameters other than its own.
+        RuntimeError: no trial finished.
     """
     table = LiveTable(echo)
     run = prepare(sweep.config)
@@ -116,18 +117,18 @@ def launch_sweep(
     if before is not None:
         refuse_another(folder, before, now)
     mark = new_mark()
-    os.environ[RUN_MARK] = mark  # inherited by all that is started from here
-    with RunLock.acquire(folder) as lock, _guarded(mark, folder), working_in(folder):
+    os.environ[RUN_MARK] = mark  # child processes inherit it
+    with RunLock.acquire(folder) as lock, _reaping_orphans(mark, folder), working_in(folder):
         try:
-            table.say(_join())
-            at_once = _room(sweep, trials, table.say)
+            table.print_line(_join())
+            at_once = _room(sweep, trials, table.print_line)
             now["hardware"], device = _hardware()
             price = price or price_of(device, PRICES)
             if probe and is_new:
                 first = sweep.trial_config(trials[0]) if trials else sweep.config
-                speed = measure(run, first, folder / "probe", table.say)
+                speed = measure_speed(run, first, folder / "probe", table.print_line)
                 now["estimate"] = asdict(speed)
-            whole = _tell_estimate(sweep, run, now, trials, at_once, price, table.say)
+            whole = _print_estimate(sweep, run, now, trials, at_once, price, table.print_line)
             declined = confirm is not None and is_new and not confirm(whole)
             if estimate_only or declined:
                 if is_new:
@@ -141,13 +142,13 @@ def launch_sweep(
             raise
         now["command"] = shlex.join(["python", *sys.argv])
         write_sweep(folder, now)
-        state = SweepState(sweep, run, trials, at_once, table, price, now, lock, retry_failed)
+        state = SweepScheduler(sweep, run, trials, at_once, table, price, now, lock, retry_failed)
         return _run_to_end(state)
 
 
 @contextmanager
-def _guarded(mark: str, folder: Path) -> Iterator[None]:
-    """Whatever happens to this process, what it started ends too."""
+def _reaping_orphans(mark: str, folder: Path) -> Iterator[None]:
+    """End all child processes when this process ends, however it ends."""
     guardian = start_guardian(mark, folder)
     try:
         yield
@@ -173,11 +174,11 @@ def _join() -> str:
         raise RuntimeError(f"there is no Ray cluster: {error}") from error
 
 
-def _room(sweep: Sweep, trials: list[Trial], say: Callable[[str], None]) -> int:
-    """How many trials run at once.
+def _room(sweep: Sweep, trials: list[Trial], print_line: Callable[[str], None]) -> int:
+    """Return how many trials run at once.
 
     Raises:
-        ClusterTooSmallError: a trial would wait for ever.
+        ClusterTooSmallError: a trial would wait forever.
     """
     least = 10**6
     clusters: dict[ClusterConfig, str] = {}
@@ -194,24 +195,24 @@ def _room(sweep: Sweep, trials: list[Trial], say: Callable[[str], None]) -> int:
         if num_places < num_workers:
             wanted = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.gpu else "")
             raise ClusterTooSmallError(
-                f"{name} wants {num_workers} workers with {wanted} each on one node; the cluster's "
+                f"{name} needs {num_workers} workers with {wanted} each on one node; the cluster's "
                 f"nodes have room for {num_places}. Lower cluster.cpus_per_worker or "
                 "cluster.num_workers"
             )
         least = min(least, max(1, num_places // cluster.num_workers))
     at_once = min(least, sweep.max_concurrent or least)
-    say(f"{sweep.num_trials} trials, {at_once} at once")
+    print_line(f"{sweep.num_trials} trials, {at_once} at once")
     return at_once
 
 
 def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    """How many workers fit on a node."""
+    """Return how many workers fit on a node."""
     places = int(resources.get("CPU", 0) / cluster.cpus_per_worker + 1e-6)
     return min(places, int(resources.get("GPU", 0))) if cluster.gpu else places
 
 
 def _hardware() -> tuple[str, str]:
-    """The cluster in words, and the name of its accelerator; "CPU" where there is none."""
+    """Describe the cluster, and name its accelerator ("CPU" without one)."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kinds = sorted(
         {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_")}
@@ -223,35 +224,35 @@ def _hardware() -> tuple[str, str]:
     return words, kinds[0] if gpus and kinds else "CPU"
 
 
-def _tell_estimate(
+def _print_estimate(
     sweep: Sweep,
     run: Run,
     content: dict[str, Any],
     trials: list[Trial],
     at_once: int,
     price: Price | None,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> str:
-    """What is still to be trained, in words; empty where no speed is known."""
+    """Print and return the cost of the remaining trials; empty if no speed is known."""
     if not content.get("estimate"):
         return ""
     configs = [sweep.trial_config(trial) for trial in trials] or [sweep.config] * sweep.num_trials
-    each, whole = whole_estimate(Speed(**content["estimate"]), run, configs, at_once, price)
+    each, whole = whole_estimate(TrialSpeed(**content["estimate"]), run, configs, at_once, price)
     text = (
         f"estimate: a trial {each}\n"
         f"estimate: all {len(configs)}, {at_once} at once: {whole}; until {whole.eta():%a %H:%M}"
     )
     if sweep.stopping is not None:
-        text += ", less what ASHA stops"
-    say(text)
+        text += ", less the trials that ASHA stops"
+    print_line(text)
     return text
 
 
-# In the process of a trial, somewhere on the cluster
+# In the process of a trial, on any node of the cluster
 
 
 def _train_trial(given: dict[str, Any], base: Run) -> None:
-    """Train one trial from its last checkpoint on; Tune calls it again if it raises."""
+    """Train one trial from its last checkpoint; Tune calls it again if it raises."""
     config, folder = from_json(RunConfig, given["config"]), Path(given["folder"])
     run = replace(base, config=config, folder=folder)
     (folder / OUTCOME_FILE).unlink(missing_ok=True)
@@ -259,18 +260,18 @@ def _train_trial(given: dict[str, Any], base: Run) -> None:
     threading.Thread(target=_end_if_silent, args=(vigil,), daemon=True).start()
     began = Vigil(run, Console(run, lambda _: None))
     try:
-        # A worker that is lost ends the attempt; the next one is Tune's, which counts them.
+        # A lost worker ends the attempt. Tune starts the next one and counts them.
         fit(run, max_failures=0, callbacks=[TuneReportCallback()])
     except Exception:
         failure = began.failure_that_comes_again()
         if not failure:
             raise
-        write_json(folder / OUTCOME_FILE, asdict(Outcome("refused", failure)))
+        write_json(folder / OUTCOME_FILE, asdict(Outcome("refused", failure)), durable=True)
 
 
 def _end_if_silent(vigil: Vigil) -> None:
     while True:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
         vigil.look()
         if vigil.ended or vigil.stopped:
             return
@@ -282,7 +283,7 @@ def _end_if_silent(vigil: Vigil) -> None:
 # In this process
 
 
-def _run_to_end(state: SweepState) -> SweepResult:
+def _run_to_end(state: SweepScheduler) -> SweepResult:
     table, folder = state.table, state.folder
     uploader = start_uploader(folder, sweep=True)
     state.begin()
@@ -291,17 +292,17 @@ def _run_to_end(state: SweepState) -> SweepResult:
     try:
         if state.waiting or state.has_more:
             _tune(state)
-        state.settle_the_rest("it ended without a word; see its folder")
+        state.end_remaining("it ended without a result; see its folder")
         if all(trial.status == "failed" for trial in state.trials):
-            raise RuntimeError(f"no trial came to its end; the first: {state.first_failure()}")
+            raise RuntimeError(f"no trial finished; the first: {state.first_failure()}")
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status, reason = "KILLED", "stopped from outside"
-        state.leave_in_order()
+        state.stop_gracefully()
         raise
     except BaseException as error:
         reason = str(error)
-        state.settle_the_rest("", killed=True)
+        state.end_remaining("", killed=True)
         raise
     finally:
         report = state.report(is_over=status == "FINISHED")
@@ -309,29 +310,29 @@ def _run_to_end(state: SweepState) -> SweepResult:
         state.write_end(status, reason, report)
         uploaded = finish_uploader(uploader, folder)
         if not uploaded.is_complete:
-            table.say(
-                f"MLflow at {uploaded.uri} has not taken everything. Nothing is lost: "
+            table.print_line(
+                f"the upload to MLflow at {uploaded.uri} is not complete. Nothing is lost: "
                 f"python jobs/sync.py {folder}"
             )
     for sentence in report.verdicts:
-        table.say(sentence)
-    table.say(f"report: {folder / 'report.html'}")
+        table.print_line(sentence)
+    table.print_line(f"report: {folder / 'report.html'}")
     return SweepResult(folder, tuple(report.trials), report, uploaded.uri, uploaded.run_id)
 
 
-def _tune(state: SweepState) -> None:
+def _tune(state: SweepScheduler) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     trainable = tune.with_resources(
         tune.with_parameters(_train_trial, base=state.run),
         {"CPU": 0, "memory": DRIVER_MEMORY_BYTES},
     )
-    follower = _Follower(state)
+    callback = _TuneCallback(state)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_Supply(follower),
+            search_alg=_SchedulerSearch(callback),
             scheduler=_scheduler(state),
-            num_samples=-1,  # until there are no more
+            num_samples=-1,  # until the scheduler has no more
             max_concurrent_trials=state.at_once,
             trial_dirname_creator=lambda trial: str(trial.config["trial"]),
         ),
@@ -339,19 +340,19 @@ def _tune(state: SweepState) -> None:
             name=f"tune-{time.time_ns()}",
             storage_path=str(state.folder / "ray"),
             failure_config=tune.FailureConfig(max_failures=state.sweep.max_failures),
-            callbacks=[follower],
+            callbacks=[callback],
             verbose=0,
         ),
     )
     try:
         tuner.fit()
     except Exception:
-        if follower.error is not None:  # Tune wraps it in advice of its own
-            raise follower.error from None
+        if callback.error is not None:  # Tune wraps it in its own advice
+            raise callback.error from None
         raise
 
 
-def _scheduler(state: SweepState) -> TrialScheduler:
+def _scheduler(state: SweepScheduler) -> TrialScheduler:
     asha, run = state.sweep.stopping, state.run
     if asha is None:
         return FIFOScheduler()
@@ -363,11 +364,11 @@ def _scheduler(state: SweepState) -> TrialScheduler:
         grace_period=asha.grace_samples,
         reduction_factor=asha.reduction,
         max_t=max(asha.max_samples or samples, asha.grace_samples),
-        stop_last_trials=False,  # a trial knows its own end
+        stop_last_trials=False,  # a trial ends by itself
     )
     nobody = cast(Any, None)
     for trial in state.trials:
-        if trial.is_done and trial.curve:  # what it decided by before this start
+        if trial.is_done and trial.curve:  # results that ASHA saw before this start
             stub: Any = SimpleNamespace(trial_id=trial.trial.id)
             scheduler.on_trial_add(nobody, stub)
             for seen, ap in sorted(trial.curve.items()):
@@ -376,42 +377,42 @@ def _scheduler(state: SweepState) -> TrialScheduler:
     return scheduler
 
 
-class _Follower(tune.Callback):
-    """Tells the sweep's state what Tune tells."""
+class _TuneCallback(tune.Callback):
+    """Forward Tune's events to the scheduler of the sweep."""
 
-    def __init__(self, state: SweepState) -> None:
+    def __init__(self, state: SweepScheduler) -> None:
         self.state = state
         self.error: Exception | None = None  # that ends the sweep
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy of its callbacks that nobody reads
+        return {}  # Tune pickles its callbacks, and nobody reads that copy
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        with self._noting():
+        with self._recording_errors():
             self.state.verify(trial.config["trial"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self._noting():
-            self._give_back(trial)
-            self.state.has_ended(trial.config["trial"])
+        with self._recording_errors():
+            self._release(trial)
+            self.state.on_trial_ended(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self._noting():
-            self._give_back(trial)
-            self.state.has_failed(trial.config["trial"], _last_line(trial))
+        with self._recording_errors():
+            self._release(trial)
+            self.state.on_trial_failed(trial.config["trial"], _last_line(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        with self._noting():
-            self.state.look()
+        with self._recording_errors():
+            self.state.poll()
 
-    def _give_back(self, trial: Any) -> None:
-        """Tune kills what it stops, which then cannot take its own reservation back."""
+    def _release(self, trial: Any) -> None:
+        """Cancel the reservation of a trial: Tune kills it, so it cannot do so itself."""
         give_back_reservations(Path(trial.config["folder"]))
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -419,19 +420,19 @@ class _Follower(tune.Callback):
             raise
 
 
-class _Supply(Searcher):
+class _SchedulerSearch(Searcher):
     """Tune asks it for trials; which ones is the business of the sweep's state."""
 
-    def __init__(self, follower: _Follower) -> None:
+    def __init__(self, callback: _TuneCallback) -> None:
         super().__init__()
-        self.follower = follower
+        self.callback = callback
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        with self.follower._noting():
-            return self.follower.state.next_trial() or cast(Any, Searcher.FINISHED)
+        with self.callback._recording_errors():
+            return self.callback.state.next_trial() or cast(Any, Searcher.FINISHED)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -444,6 +445,6 @@ class _Supply(Searcher):
 
 
 def _last_line(trial: Any) -> str:
-    error = trial.get_error()  # Ray keeps the exception, too, but as a pickle in the folder
+    error = trial.get_error()  # Ray also saves the exception, but as a pickle
     lines = str(error).strip().splitlines() if error is not None else []
     return lines[-1] if lines else "its workers were lost"

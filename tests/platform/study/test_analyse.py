@@ -309,8 +309,8 @@ def test_one_seed_separates_nothing_from_noise():
     assert analysis.noise.residual_sd is None
     assert "one seed" in analysis.noise.note
     assert analysis.verdicts[0] == (
-        "y vs x: 0.00 AP; one seed (or as many unknowns as results) cannot separate a difference from "
-        "noise"
+        "y vs x: 0.00 AP; one seed (or as many unknowns as results) cannot separate a "
+        "difference from noise"
     )
 
 

@@ -160,7 +160,8 @@ def test_the_table_multiplies():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: StudyPlan(0.0), lambda: StudyPlan(math.nan), lambda: StudyPlan(0.2, 1.0), lambda: StudyPlan(0.2, 0, 1),
+        lambda: StudyPlan(0.0), lambda: StudyPlan(math.nan), lambda: StudyPlan(0.2, 1.0),
+        lambda: StudyPlan(0.2, 0, 1),
         lambda: StudyPlan(0.2, alpha=0), lambda: StudyPlan(0.2).seeds_for(0),
         lambda: StudyPlan(0.2).seeds_for(0.1, power=0.01),
     ],

@@ -19,9 +19,9 @@ from deta.platform.run.run import Run
 from deta.platform.run.run_lock import RunLock
 from deta.platform.sweep.live_table import LiveTable
 from deta.platform.sweep.results import report_only
-from deta.platform.sweep.scheduler import SweepState
+from deta.platform.sweep.scheduler import SweepScheduler
 from deta.platform.sweep.search_space import Asha, Choice, LogUniform, Optuna, Random, Sweep
-from deta.platform.sweep.speed_probe import Speed, whole_estimate
+from deta.platform.sweep.speed_probe import TrialSpeed, whole_estimate
 from deta.platform.sweep.sweep_folder import describe_sweep, write_sweep
 from deta.platform.sweep.trial_folder import TrialFolder
 from deta.platform.training.loop import train
@@ -51,22 +51,24 @@ def placed(base: Run, storage: Path) -> Run:
     return replace(base, config=config, folder=storage / config.name)
 
 
-def open_state(sweep: Sweep, run: Run, lock: RunLock, screen: io.StringIO) -> SweepState:
+def open_state(sweep: Sweep, run: Run, lock: RunLock, screen: io.StringIO) -> SweepScheduler:
     trials = sweep.trials()
     content = describe_sweep(sweep, run, trials, None)
     write_sweep(run.folder, content)
-    state = SweepState(sweep, run, trials, 1, LiveTable(stream=screen), None, content, lock, False)
+    state = SweepScheduler(
+        sweep, run, trials, 1, LiveTable(stream=screen), None, content, lock, False
+    )
     state.begin()
     return state
 
 
-def train_next(state: SweepState) -> str | None:
+def train_next(state: SweepScheduler) -> str | None:
     given = state.next_trial()
     if given is None:
         return None
     config = from_json(RunConfig, given["config"])
     train(replace(state.run, config=config, folder=Path(given["folder"])), Worker())
-    state.has_ended(given["trial"])
+    state.on_trial_ended(given["trial"])
     return str(given["trial"])
 
 
@@ -92,7 +94,7 @@ def test_a_search_by_optuna_goes_on_where_it_was(base: Run, tmp_path: Path):
         report = state.report(is_over=True)
         state.write_end("FINISHED", "", report)
     assert [record.status for record in report.trials] == ["finished"] * 3
-    assert "1 trials have ended before" in screen.getvalue()
+    assert "1 trials have ended already" in screen.getvalue()
     assert "finished, 8 samples" in screen.getvalue()
     for trial in state.trials:
         described = json.loads((trial.folder / "run.json").read_text())
@@ -120,14 +122,14 @@ def test_what_asha_ends_is_stopped_and_what_a_worker_refuses_is_failed(base: Run
         with pytest.raises(InterruptedError):
             train(whole, Worker(), on_evaluation=interrupt)
         assert state.verify(given["trial"])
-        state.has_ended(given["trial"])
+        state.on_trial_ended(given["trial"])
         failed = state.next_trial()
         assert failed is not None
         (Path(failed["folder"]) / "failures").mkdir()
         (Path(failed["folder"]) / "failures" / "rank-0.json").write_text(
             json.dumps({"type": "ValueError", "message": "image 7 is no image"})
         )
-        state.has_failed(failed["trial"], "lost")
+        state.on_trial_failed(failed["trial"], "lost")
         train_next(state)
         report = state.report(is_over=True)
     statuses = [(record.status, record.reason) for record in report.trials]
@@ -143,7 +145,7 @@ def interrupt(_metrics: dict[str, float]) -> None:
 
 def test_the_estimate_counts_evaluations_and_rounds(base: Run, tmp_path: Path):
     run = placed(base, tmp_path)
-    speed = Speed(images_per_s=4.0, val_images_per_s=2.0, start_s=10.0, seconds=1.0)
+    speed = TrialSpeed(images_per_s=4.0, val_images_per_s=2.0, start_s=10.0, seconds=1.0)
     # 8 images at 4/s, 4 validation images at 2/s, and the start.
     each, whole = whole_estimate(speed, run, [run.config] * 3, 2, None)
     assert each.hours * 3600 == pytest.approx(14)
@@ -160,9 +162,9 @@ def test_the_energy_of_a_trial_is_that_of_all_its_starts(base: Run, tmp_path: Pa
         journal.write("starting", step=0)
         journal.write("energy", step=1, kwh=kwh / 2)
         journal.write("energy", step=2, kwh=kwh)
-    trial.look()
+    trial.poll()
     assert trial.record().cost.energy_kwh == 0.75
     journal.write("ended", status="FINISHED", reason="")
     journal.close()
-    trial.look()
+    trial.poll()
     assert trial.record().cost.energy_kwh == 0.75

@@ -60,7 +60,7 @@ def test_more_random_trials_begin_with_the_same_ones():
         ({"name": Choice(("a", "b"))}, "name cannot be varied"),
         ({"data.train_first": Choice((5, 6))}, "data.train_first cannot be varied"),
         ({"total_batch_size": Choice((4, 4))}, "train exactly alike"),
-        ({"optim.lr": LogUniform(1e-4, 1e-3)}, "a grid wants Choice"),
+        ({"optim.lr": LogUniform(1e-4, 1e-3)}, "a grid needs Choice"),
         ({}, "neither a space nor a design"),
     ],
 )
@@ -116,7 +116,7 @@ def test_optuna_goes_on_from_trials_of_an_earlier_start():
     told = []
     for number in range(5):
         changes, asked = first.ask()
-        first.expect(str(number), asked)
+        first.assign(str(number), asked)
         first.tell(str(number), changes, record(10.0 + number, number))
         told.append(changes)
     again = Proposer(space, search, 5)

@@ -131,7 +131,7 @@ def test_a_trial_that_trained_with_other_parameters_is_an_error(
     for trial, used in ((first, first.config), (second, first.config)):
         trial.folder.mkdir(parents=True)
         train(replace(run, config=used, folder=trial.folder), Worker())
-        trial.settle()
+        trial.write_end()
     assert first.verify()
     assert first.tags == {"deta.verified": "true"}
     with pytest.raises(MismatchError, match="total_batch_size is 4, not 8"):
@@ -146,16 +146,16 @@ def test_a_folder_tells_what_became_of_a_trial(drawn: ShapesDataset, tmp_path: P
     journal = Journal(trial.folder)
     journal.write("starting", step=0)
     journal.write("begin", step=0, num_steps=4, world_size=1)
-    trial.look()
+    trial.poll()
     assert trial.status == "running"
-    trial.settle(killed="stopped from outside")
+    trial.write_end(killed="stopped from outside")
     assert (trial.status, trial.ended, trial.is_done) == ("waiting", "KILLED", False)
     journal.write("starting", step=0)
-    trial.look()
+    trial.poll()
     assert trial.status == "running"
-    trial.settle(failed="ValueError: no")
+    trial.write_end(failed="ValueError: no")
     assert (trial.status, trial.reason, trial.is_done) == ("failed", "ValueError: no", True)
-    trial.settle(failed="once is enough")
+    trial.write_end(failed="once is enough")
     kinds = [event["kind"] for event, _ in read_events(trial.folder)]
     assert kinds.count("ended") == 2
     record = trial.record()
