@@ -20,7 +20,6 @@ one threshold would take. Confusions and the images with most errors are of dete
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ from deta.platform.evaluation.coco_metrics import (
     Matched,
     match_detections,
 )
+from deta.platform.system.atomic_write import write_json
 
 SIZES = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 CURVE_INDICES = {0.5: 0, 0.6: 2, 0.7: 4, 0.8: 6, 0.9: 8}  # of IoU thresholds that are drawn
@@ -183,9 +183,7 @@ def write_explanation(path: Path, explanation: Explanation, most: int = 1000) ->
         "suspects": [suspect_row(explanation, one) for one in explanation.suspects[:most]],
         "seconds": explanation.seconds,
     }
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(content), encoding="utf-8")
-    draft.replace(path)
+    write_json(path, content)
 
 
 def suspect_row(explanation: Explanation, suspect: Suspect) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from deta.platform.analysis.label_errors import Suspect
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.draw_boxes import draw_detections
 from deta.platform.data.image_decoding import ImageError
+from deta.platform.pages.content import Jpeg
 
 LONGER_PX = 420  # of an image with many errors
 CROP_PX = 260
@@ -25,12 +25,6 @@ MAX_DRAWN = 30  # predicted boxes of one picture, the surest; more would hide it
 
 # An image by its id, decoded; None where its file is gone or broken.
 OpenImage = Callable[[Any], Image.Image | None]
-
-
-@dataclass(frozen=True)
-class Jpeg:
-    content: bytes
-    size_px: tuple[int, int]  # (width, height)
 
 
 def worst_pictures(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from deta.platform.analysis.figures import (
     reliability,
 )
 from deta.platform.analysis.images import (
-    Jpeg,
     OpenImage,
     chosen_suspects,
     suspect_picture,
@@ -27,17 +26,17 @@ from deta.platform.analysis.images import (
 from deta.platform.analysis.tide_errors import KINDS
 from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.evaluation_folder import Origin
-from deta.platform.pages.html import (
+from deta.platform.pages.content import (
     Column,
     Figure,
-    Markup,
+    ImageCard,
+    ImageGrid,
+    Paragraph,
+    Part,
     Section,
     Table,
-    element,
-    paragraph,
-    picture,
-    write_page,
 )
+from deta.platform.pages.page import write_page
 
 NUM_WORST, NUM_SUSPECTS, MAX_ROWS = 12, 24, 100
 MAX_PICTURE_BYTES = 1_500_000  # of all pictures of a page; those beyond are left out
@@ -84,7 +83,7 @@ def write_report(
     write_page(
         path,
         title=f"Evaluation of {origin.description or 'a model'}{step}",
-        lead=_lead(explanation, metrics, len(names)),
+        summary=_summary(explanation, metrics, len(names)),
         sections=[
             _errors(explanation),
             _classes(explanation),
@@ -95,13 +94,13 @@ def write_report(
             _suspects(explanation, names, open_image),
             _how(explanation, origin),
         ],
-        foot=f"Explained in {explanation.seconds:.1f} s.",
+        footer=f"Explained in {explanation.seconds:.1f} s.",
     )
 
 
-def _lead(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> list[Markup]:
+def _summary(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> list[Paragraph]:
     if metrics.AP < 0:
-        return [paragraph("There is no box to find.", class_="verdict")]
+        return [Paragraph("There is no box to find.", style="verdict")]
     cost = explanation.errors.cost
     dearest = max(cost, key=lambda kind: cost[kind])
     what = "No error could be repaired."
@@ -109,12 +108,12 @@ def _lead(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> li
         what = f"Most is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
     numbers = ", ".join(f"{n} {v:.1f}" for n, v in metrics.percent().items() if n[:2] == "AP")
     return [
-        paragraph(f"AP {100 * metrics.AP:.1f}. {what}", class_="verdict"),
-        paragraph(
+        Paragraph(f"AP {100 * metrics.AP:.1f}. {what}", style="verdict"),
+        Paragraph(
             f"{num_images} images, {(~explanation.matched.crowd).sum()} boxes, "
             f"{len(explanation.classes)} classes, {len(explanation.matched.scores)} detections. "
             f"{numbers}.",
-            class_="facts",
+            style="facts",
         ),
     ]
 
@@ -201,7 +200,7 @@ def _confused_with(explanation: Explanation, k: int) -> str:
 
 
 def _curves(explanation: Explanation) -> Section:
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     if explanation.curves:
         shown = [one for one in explanation.classes if one.precision_at_recall]
         parts = [
@@ -226,7 +225,7 @@ def _curves(explanation: Explanation) -> Section:
             ),
         ]
     else:
-        parts = [paragraph("There is no box to find.")]
+        parts = [Paragraph("There is no box to find.")]
     return Section(name="curves", title="Precision and recall", parts=parts)
 
 
@@ -326,7 +325,7 @@ def _calibration(explanation: Explanation) -> Section:
 def _worst(
     explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
 ) -> Section:
-    items, used = [], 0
+    cards, used = [], 0
     for worst in explanation.worst[:NUM_WORST] if open_image is not None else ():
         image = open_image(worst.image_id) if open_image is not None else None
         if image is None or used > MAX_PICTURE_BYTES * 2 // 3:
@@ -334,7 +333,8 @@ def _worst(
         drawn = worst_pictures(explanation, worst.image_id, image)
         used += sum(len(one.content) for one in drawn)
         name = names.get(worst.image_id) or f"image {worst.image_id}"
-        items.append(_item(drawn, name, f"{worst.num_false} false, {worst.num_missed} not found"))
+        lines = [f"{worst.num_false} false, {worst.num_missed} not found"]
+        cards.append(ImageCard(name, lines, drawn))
     text = (
         f"{len(explanation.worst)} of {len(names)} images have errors at a score of "
         f"{explanation.operating_score:.2f} or more. These have most: true boxes first, "
@@ -358,14 +358,14 @@ def _worst(
             for one in explanation.worst[:MAX_ROWS]
         ],
     )
-    grid = [element("ul", *items, class_="pictures")] if items else []
-    return Section(name="worst", title="Worst images", parts=[paragraph(text), *grid, table])
+    grid = [ImageGrid(cards)] if cards else []
+    return Section(name="worst", title="Worst images", parts=[Paragraph(text), *grid, table])
 
 
 def _suspects(
     explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
 ) -> Section:
-    items, used = [], 0
+    cards, used = [], 0
     shown = [one for one in explanation.suspects if one.suspicion >= MIN_SUSPICION]
     for suspect in chosen_suspects(shown, NUM_SUSPECTS):
         image = open_image(suspect.image_id) if open_image is not None else None
@@ -374,14 +374,11 @@ def _suspects(
         drawn = suspect_picture(explanation, suspect, image)
         used += len(drawn.content)
         row = suspect_row(explanation, suspect)
-        items.append(
-            _item(
-                (drawn,),
-                f"{suspect.kind}, {suspect.suspicion:.2f}",
-                ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
-                names.get(suspect.image_id) or f"image {suspect.image_id}",
-            )
-        )
+        lines = [
+            ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
+            names.get(suspect.image_id) or f"image {suspect.image_id}",
+        ]
+        cards.append(ImageCard(f"{suspect.kind}, {suspect.suspicion:.2f}", lines, [drawn]))
     rows = []
     for suspect in explanation.suspects[:MAX_ROWS]:
         row = suspect_row(explanation, suspect)
@@ -408,13 +405,13 @@ def _suspects(
         ],
         rows=rows,
     )
-    text = paragraph(
+    text = Paragraph(
         "Places where the model contradicts the annotation most surely: the annotation dashed, the "
         "detection with its score. A reason to look, no more; a model repeats what it has learned, "
         "wrong labels too."
     )
-    grid = [element("ul", *items, class_="pictures small")] if items else []
-    parts: list[Markup | Table] = [text, *grid, table] if rows else [paragraph("None.")]
+    grid = [ImageGrid(cards, is_small=True)] if cards else []
+    parts: list[Part] = [text, *grid, table] if rows else [Paragraph("None.")]
     return Section(name="suspects", title="Annotations to look at", parts=parts)
 
 
@@ -435,22 +432,11 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         columns=[Column(title="What"), Column(title="Which")],
         rows=[[name, value] for name, value in facts.items() if value],
     )
-    text = paragraph(
+    text = Paragraph(
         "Matching is COCO's: up to 100 detections of an image and class, the surest first. Kinds "
         "of errors and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
     )
     return Section(name="how", title="How it was measured", parts=[table, text])
-
-
-def _item(drawn: Sequence[Jpeg], title: str, *lines: str) -> Markup:
-    shows = f"{title}: {', '.join(lines)}"
-    pictures = [picture(one.content, one.size_px, shows) for one in drawn]
-    return element(
-        "li",
-        element("div", *pictures, class_="pair") if len(pictures) > 1 else pictures[0],
-        title,
-        *(element("span", text) for text in lines),
-    )
 
 
 def _percent(value: float | np.floating[Any]) -> str:

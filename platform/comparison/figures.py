@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from deta.platform.analysis.figures import RECALLS
 from deta.platform.comparison.compare import Comparison
-from deta.platform.pages.html import figure_text
 from deta.platform.pages.number_format import Interval
 from deta.platform.pages.plotly_parts import (
     ForestRow,
@@ -19,6 +18,7 @@ from deta.platform.pages.plotly_parts import (
     line,
     shortened,
 )
+from deta.platform.pages.safe_text import figure_text
 
 DRAWN_IOUS = (0.5, 0.7, 0.9)
 MAX_CLASSES = 30  # in the figure; the table has all

@@ -10,15 +10,21 @@ from PIL import Image
 
 from deta.platform.comparison.compare import Comparison, ImageChange, ShownBox
 from deta.platform.data.image_decoding import ImageError, decode
-from deta.platform.pages.html import Column, Figure, Markup, Section, Table, element, paragraph
+from deta.platform.pages.content import Column, Jpeg, Paragraph, Part, Section, Table
 from deta.platform.pages.number_format import num_of
-from deta.platform.pages.slideshow import Slide, SlideBox, slide_show
+from deta.platform.pages.slideshow import Slide, SlideBox, SlideShow, SlideView
 
 NUM_PICTURES = 20  # gained, and as many lost
 LONGER_PX = 640
 JPEG_QUALITY = 74
 MAX_PICTURE_BYTES = 6_000_000  # of all pictures of a page; those beyond are left out
 MAX_BOXES = 40  # on one picture, the surest and those that changed
+KEY = (
+    ("right", "✓ found"),
+    ("wrong", "✗ wrong: nothing there, or badly framed"),
+    ("missed", "missed"),
+    ("strong", "thick: the other model did otherwise"),
+)
 WORDS = {"right": "✓", "wrong": "✗", "missed": "missed"}
 
 
@@ -32,8 +38,8 @@ def slides_of(comparison: Comparison, folder: Path | None) -> list[Slide]:
         limit = MAX_PICTURE_BYTES // 2 if group == "Gained" else MAX_PICTURE_BYTES
         for change in changes[:NUM_PICTURES]:
             slide = _slide(comparison, change, group, folder)
-            if slide is not None and used + len(slide.jpeg) <= limit:
-                used += len(slide.jpeg)
+            if slide is not None and used + len(slide.jpeg.content) <= limit:
+                used += len(slide.jpeg.content)
                 slides.append(slide)
     return slides
 
@@ -60,11 +66,13 @@ def _slide(
         f"{num_of(change.errors[0], 'error')} in A, {change.errors[1]} in B; "
         f"{change.gained} true boxes gained, {change.lost} lost."
     )
-    shots = [
-        (f"{letter}: {name}, {_counts(boxes)}", [_share(box, size) for box in _drawn(boxes)])
+    views = [
+        SlideView(
+            f"{letter}: {name}, {_counts(boxes)}", [_share(box, size) for box in _drawn(boxes)]
+        )
         for letter, name, boxes in zip("AB", comparison.names, change.boxes, strict=True)
     ]
-    return Slide(change.file_name, note, group, content.getvalue(), small.size, shots)
+    return Slide(change.file_name, note, group, Jpeg(content.getvalue(), small.size), views)
 
 
 def _drawn(boxes: Sequence[ShownBox]) -> list[ShownBox]:
@@ -94,26 +102,17 @@ def pictures_section(comparison: Comparison, slides: Sequence[Slide]) -> Section
         f"{len(comparison.lost)} lost, {comparison.num_same} as before. Detections count from a "
         f"score of {scores[0]:.2f} in A and {scores[1]:.2f} in B, where each has its highest F1."
     )
-    key = element(
-        "ul",
-        element("li", element("i", class_="right"), "✓ found"),
-        element("li", element("i", class_="wrong"), "✗ wrong: nothing there, or badly framed"),
-        element("li", element("i", class_="missed"), "missed"),
-        element("li", element("i", class_="strong"), "thick: the other model did otherwise"),
-        class_="key",
-    )
-    parts: list[Markup | Table | Figure] = [paragraph(text)]
+    parts: list[Part] = [Paragraph(text)]
     if slides:
         parts += [
-            paragraph(
+            Paragraph(
                 "Step with ← and →, J and K, the buttons, or a click on the picture.",
-                class_="aside",
+                style="aside",
             ),
-            key,
-            slide_show("pictures-shown", slides),
+            SlideShow("images-shown", slides, KEY),
         ]
     else:
-        parts.append(paragraph("No pictures were found to show; --images says where they are."))
+        parts.append(Paragraph("No pictures were found to show; --images says where they are."))
     changed = [*comparison.gained[:NUM_PICTURES], *comparison.lost[:NUM_PICTURES]]
     if changed:
         parts.append(_changes_table(changed))

@@ -18,18 +18,10 @@ from deta.platform.comparison.figures import (
 )
 from deta.platform.comparison.images import pictures_section, slides_of
 from deta.platform.comparison.sources import Side
-from deta.platform.pages.html import (
-    Column,
-    Figure,
-    Markup,
-    Section,
-    Table,
-    paragraph,
-    write_page,
-)
+from deta.platform.pages.content import Column, Figure, Paragraph, Part, Section, Table
 from deta.platform.pages.number_format import hours_text, num_of, p_value, signed
+from deta.platform.pages.page import write_page
 from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
-from deta.platform.pages.slideshow import SLIDE_SCRIPT, SLIDE_STYLE
 
 FEW_IMAGES = 10  # an interval from so few images is worth little
 
@@ -58,15 +50,13 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
     write_page(
         path,
         title=f"{comparison.names[0]} (A) and {comparison.names[1]} (B)",
-        lead=[
-            *(paragraph(text, class_="verdict") for text in verdict(comparison)),
-            paragraph(_facts(comparison), class_="facts"),
+        summary=[
+            *(Paragraph(text, style="verdict") for text in verdict(comparison)),
+            Paragraph(_facts(comparison), style="facts"),
         ],
         sections=[section for section in sections if section is not None],
-        foot=f"{num_of(comparison.difference.resamples, 'resample')} in "
+        footer=f"{num_of(comparison.difference.resamples, 'resample')} in "
         f"{comparison.difference.seconds:.1f} s.",
-        styles=[SLIDE_STYLE],
-        scripts=[SLIDE_SCRIPT] if slides else [],
     )
     return len(slides)
 
@@ -128,7 +118,7 @@ def _result(comparison: Comparison) -> Section:
         columns=[Column(title="Metric"), *_difference_columns(found.confidence)],
         rows=[[name, *_cells(*numbers)] for name, numbers in rows],
     )
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     if shown := metric_rows(comparison):
         parts.append(
             _forest(
@@ -168,7 +158,7 @@ def _classes(comparison: Comparison) -> Section:
             for key, one in ordered
         ],
     )
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     if rows := class_rows(comparison):
         title = "B minus A, by class"
         if len(rows) == MAX_CLASSES:
@@ -226,7 +216,7 @@ def _curves(comparison: Comparison) -> Section:
             for r in range(0, 101, 10)
         ],
     )
-    parts: list[Markup | Table | Figure] = [
+    parts: list[Part] = [
         _figure("pr-figure", "Precision over recall", plots, "Means over classes.", numbers)
     ]
     training = [training_curves(comparison, narrow=narrow) for narrow in (False, True)]
@@ -252,12 +242,12 @@ def _curves(comparison: Comparison) -> Section:
 def _configuration(comparison: Comparison) -> Section:
     if not comparison.a.config or not comparison.b.config:
         text = "The configuration of one side is not known, so there is nothing to compare."
-        return Section(name="configuration", title="Configuration", parts=[paragraph(text)])
+        return Section(name="configuration", title="Configuration", parts=[Paragraph(text)])
     num_keys = len(comparison.a.config.keys() | comparison.b.config.keys())
     rows = comparison.configuration
     if not rows:
         text = f"All {num_keys} keys are the same."
-        return Section(name="configuration", title="Configuration", parts=[paragraph(text)])
+        return Section(name="configuration", title="Configuration", parts=[Paragraph(text)])
     table = Table(
         caption=f"{len(rows)} of {num_keys} keys differ",
         columns=[Column(title="Key"), Column(title="A"), Column(title="B")],
@@ -317,17 +307,17 @@ def _how(comparison: Comparison) -> Section:
         columns=[Column(title="What"), Column(title="A"), Column(title="B")],
         rows=rows,
     )
-    text = paragraph(
+    text = Paragraph(
         f"{num_of(found.resamples, 'resample')} of the {num_of(found.num_images, 'image')} with "
         f"replacement, the same for both, seed {found.seed}. AP of a resample is the COCO AP of "
         "the data set in which each image stands as often as it was drawn; a class that no drawn "
         "image shows is left out of both. The interval goes from quantile to quantile. Of a class "
         f"in fewer than {FEW_IMAGES} images, neither interval nor p says much."
     )
-    aside = paragraph(
+    aside = Paragraph(
         "This page holds all of its data and its drawing code (plotly.js, MIT license); it "
         "fetches nothing.",
-        class_="aside",
+        style="aside",
     )
     return Section(name="how", title="How it was measured", parts=[table, text, aside])
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deta.platform.pages.html import figure_text
 from deta.platform.pages.number_format import Interval, common_decimals, interval_text, signed
+from deta.platform.pages.safe_text import figure_text
 from deta.platform.pages.theme import NUM_COLORS, NUM_STEPS
 
 LETTERS_WIDE, LETTERS_NARROW = 56, 46

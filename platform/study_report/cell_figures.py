@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from deta.platform.pages.html import figure_text
 from deta.platform.pages.number_format import signed
 from deta.platform.pages.plotly_parts import (
     LABEL_PX,
@@ -26,6 +25,7 @@ from deta.platform.pages.plotly_parts import (
     spread,
     symbol_of,
 )
+from deta.platform.pages.safe_text import figure_text
 from deta.platform.study.study_types import Analysis, CellDifference, CellSummary
 
 MAX_PANEL_COLUMNS = 3

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deta.platform.pages.html import figure_text
 from deta.platform.pages.number_format import short, signed
 from deta.platform.pages.plotly_parts import (
     LABEL_PX,
@@ -29,6 +28,7 @@ from deta.platform.pages.plotly_parts import (
     step_color,
     symbol_of,
 )
+from deta.platform.pages.safe_text import figure_text
 from deta.platform.study.power import PilotPlan
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.tables import amount

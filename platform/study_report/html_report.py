@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deta.platform.pages.html import (
+from deta.platform.pages.content import (
+    BulletList,
     Figure,
-    Markup,
+    Link,
+    Paragraph,
+    Part,
     Section,
     Table,
-    element,
-    join,
-    link,
-    paragraph,
-    write_page,
 )
+from deta.platform.pages.page import write_page
 from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
 from deta.platform.study.cost import CostPoint, pareto
 from deta.platform.study.study_types import Analysis
@@ -70,9 +69,9 @@ def write_report(folder: Path, report: StudyReport) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page_path, summary_path = folder / HTML_NAME, folder / MARKDOWN_NAME
     summary_path.write_text(summary(report), encoding="utf-8")
-    lead = [paragraph(sentence, class_="verdict") for sentence in report.verdicts]
-    lead.append(paragraph(facts(report), class_="facts"))
-    write_page(page_path, title=report.title, lead=lead, sections=sections(report))
+    top = [Paragraph(sentence, "verdict") for sentence in report.verdicts]
+    top.append(Paragraph(facts(report), "facts"))
+    write_page(page_path, title=report.title, summary=top, sections=sections(report))
     return page_path, summary_path
 
 
@@ -95,7 +94,7 @@ def sections(report: StudyReport) -> list[Section]:
 
 
 def _design(report: StudyReport) -> Section | None:
-    parts: list[Markup | Table | Figure] = [paragraph(report.method)] if report.method else []
+    parts: list[Part] = [Paragraph(report.method)] if report.method else []
     table = design_table(report) or searched_table(report)
     if table:
         parts.append(table)
@@ -103,7 +102,7 @@ def _design(report: StudyReport) -> Section | None:
 
 
 def _cells(analysis: Analysis) -> Section:
-    parts: list[Markup | Table | Figure] = [cells_table(analysis)]
+    parts: list[Part] = [cells_table(analysis)]
     rows = cell_rows(analysis)
     if rows:
         parts.append(
@@ -119,15 +118,14 @@ def _cells(analysis: Analysis) -> Section:
             )
         )
     if analysis.notes:
-        items = [element("li", note) for note in analysis.notes]
-        parts += [element("h3", "To be borne in mind"), element("ul", *items)]
+        parts.append(BulletList("Limits of these results", analysis.notes))
     return Section(name="cells", title="Results of the cells", parts=parts)
 
 
 def _differences(analysis: Analysis) -> Section | None:
     if not analysis.differences and not analysis.answers:
         return None
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     percent = f"{100 * analysis.confidence:g} %"
     unit = f"difference in {analysis.metric}, points"
     drawn = "A filled mark is told from zero after Holm's correction, a hollow one is not."
@@ -165,7 +163,7 @@ def _differences(analysis: Analysis) -> Section | None:
 def _effects(analysis: Analysis) -> Section | None:
     if not analysis.effects:
         return None
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     if plot := interactions(analysis, narrow=False):
         parts.append(
             Figure(
@@ -221,7 +219,7 @@ def _cost(report: StudyReport) -> Section | None:
     table = cost_table(report)
     if not table.rows:
         return None
-    parts: list[Markup | Table | Figure] = [table]
+    parts: list[Part] = [table]
     kind = cost_kind(report.trials)
     marks: list[CostMark] = []
     costs: dict[str, float] = {}
@@ -286,7 +284,7 @@ def _power(report: StudyReport) -> Section | None:
     if pilot is None:
         why = noise.note or "it needs two seeds at least"
         text = f"The noise of this study could not be estimated: {why}."
-        return Section(name="power", title="What more seeds would show", parts=[paragraph(text)])
+        return Section(name="power", title="What more seeds would show", parts=[Paragraph(text)])
     worst = noise.interval.high if noise.interval else pilot.cautious.sd
     text = (
         f"Within a seed, one training scatters by {pilot.estimate.sd:.2f} {metric} (standard "
@@ -310,20 +308,20 @@ def _power(report: StudyReport) -> Section | None:
     return Section(
         name="power",
         title="What more seeds would show",
-        parts=[paragraph(text), power_rows(report, pilot), figure],
+        parts=[Paragraph(text), power_rows(report, pilot), figure],
     )
 
 
 def _failures(report: StudyReport) -> Section:
     table = failures_table(report)
-    part = table or paragraph("Every trial finished.")
+    part = table or Paragraph("Every trial finished.")
     return Section(name="failures", title="Failures and early stops", parts=[part])
 
 
 def _published(report: StudyReport) -> Section | None:
-    parts: list[Markup | Table | Figure] = []
+    parts: list[Part] = []
     if report.decomposition:
-        parts += [paragraph(text) for text in report.decomposition.text.split("\n\n")]
+        parts += [Paragraph(text) for text in report.decomposition.text.split("\n\n")]
         parts.append(steps_table(report.decomposition, report.metric))
     if report.anchors:
         parts.append(anchors_table(report.anchors))
@@ -332,16 +330,16 @@ def _published(report: StudyReport) -> Section | None:
 
 def _how(report: StudyReport) -> Section:
     how = report.provenance
-    parts: list[Markup | Table | Figure] = [how_table(how)] if how_table(how).rows else []
+    parts: list[Part] = [how_table(how)] if how_table(how).rows else []
     if table := changed_table(how):
         parts.append(table)
     if how.run_url:
-        parts.append(paragraph(join([link(how.run_url, "The run of this sweep in MLflow"), "."])))
+        parts.append(Paragraph(Link("The run of this sweep in MLflow", how.run_url)))
     parts.append(
-        paragraph(
+        Paragraph(
             "This page holds all of its data and its drawing code (plotly.js, MIT license); it "
             "fetches nothing.",
-            class_="aside",
+            style="aside",
         )
     )
     return Section(name="how", title="How it was run", parts=parts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from deta.platform.pages.html import LINK, Link, Table, visible
+from deta.platform.pages.content import Link, Table
+from deta.platform.pages.safe_text import is_web_address, visible
 from deta.platform.study_report.content import StudyReport
 from deta.platform.study_report.tables import (
     anchors_table,
@@ -83,6 +84,6 @@ def _table(table: Table | None) -> str:
 def _cell(cell: str | Link) -> str:
     if not isinstance(cell, Link):
         return plain(cell)
-    if not LINK.fullmatch(cell.address) or set(cell.address) & set("()<>|"):
+    if not is_web_address(cell.address) or set(cell.address) & set("()<>|"):
         return plain(cell.text)
     return f"[{plain(cell.text)}]({cell.address})"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deta.platform.pages.html import figure_text
 from deta.platform.pages.number_format import short, signed
 from deta.platform.pages.plotly_parts import (
     LOG_RATIO,
@@ -20,6 +19,7 @@ from deta.platform.pages.plotly_parts import (
     shortened,
     step_color,
 )
+from deta.platform.pages.safe_text import figure_text
 from deta.platform.study.trial_record import TrialRecord
 
 MAX_AXES = 9  # parameters that are drawn; the table has all of them

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deta.platform.pages.html import Column, Link, Table
+from deta.platform.pages.content import Column, Link, Table
 from deta.platform.pages.number_format import (
     Interval,
     common_decimals,
@@ -156,7 +156,9 @@ def cells_table(analysis: Analysis) -> Table:
     )
 
 
-def differences_table(analysis: Analysis, differences: Sequence[CellDifference], caption: str) -> Table:
+def differences_table(
+    analysis: Analysis, differences: Sequence[CellDifference], caption: str
+) -> Table:
     rows = []
     digits = _digits([item.interval for item in differences])
     for item in differences:

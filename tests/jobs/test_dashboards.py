@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deta.platform.pages.html import Section, paragraph, write_page
+from deta.platform.pages.content import Paragraph, Section
+from deta.platform.pages.page import write_page
 from deta.platform.system.process_tree import RUN_MARK, environment, marked, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +48,8 @@ def tracked_run(storage: Path) -> tuple[str, str]:
     run = client.create_run(experiment, run_name="first <b>run</b>", tags=tags).info.run_id
     client.log_metric(run, "best/AP", 41.25)
     page = storage / "report.html"
-    section = Section(name="one", title="Errors", parts=[paragraph("mostly localisation")])
-    write_page(page, title="What went wrong", lead=[], sections=[section])
+    section = Section(name="one", title="Errors", parts=[Paragraph("mostly localisation")])
+    write_page(page, title="What went wrong", summary=[], sections=[section])
     client.log_artifact(run, str(page), "evaluation")
     Image.new("RGB", (64, 48), (200, 30, 30)).save(storage / "sheet.png")
     client.log_artifact(run, str(storage / "sheet.png"), "pictures")

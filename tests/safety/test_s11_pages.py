@@ -1,35 +1,54 @@
-"""S11: every page is made by the elements of platform/pages/html.py, and forbids what it does not need.
+"""S11: every page is made from templates that escape all text, and forbids what it does not need.
 
-What these make of hostile names is tested in tests/platform/pages/test_html.py, and in a browser in
-tests/platform/study_report/test_html_report.py. Here: that no page is made in another way.
+What pages make of hostile names is tested in tests/platform/pages/test_page.py, and in a browser in
+tests/platform/study_report/test_html_report.py. Here: that no page is made in another way, and
+that no template has a place in which a text could become more than text.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 from pathlib import Path
 
 import pytest
+
+from deta.platform.pages.render import PLOTLY, content_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(
     path for room in ("platform", "jobs", "dashboards") for path in (ROOT / room).rglob("*.py")
 )
+TEMPLATES = sorted((ROOT / "platform").rglob("*.j2"))
+BASE = "platform/pages/base.html.j2"
 # Text that begins a page or a script, or lets a script make markup of data.
 MARKUP = (
     "<html", "<!doctype", "<script", "<body", "<iframe", "innerHTML", "outerHTML",
     "insertAdjacentHTML", "document.write", "javascript:",
 )  # fmt: skip
-PAGES = ("platform/pages/html.py", "platform/leaderboard/page.py", "platform/serving/page.py")
+NOT_TEMPLATES_YET = (
+    "platform/pages/html.py", "platform/leaderboard/page.py", "platform/serving/page.py",
+)  # fmt: skip
 MAY = {
-    **dict.fromkeys(PAGES, "the page"),
+    **dict.fromkeys(NOT_TEMPLATES_YET, "the page"),
+    "platform/pages/safe_text.py": "says where JSON is safe",
     "platform/system/download.py": "knows a web page when it gets one in place of a file",
     "platform/weights/weight_files.py": "the same",
 }
+# Markup switches escaping off: only these make it, of JSON and of files of the program.
+MARKUP_MAKERS = ("platform/pages/render.py", "platform/pages/safe_text.py")
+TAG = re.compile(r"<[a-zA-Z](?:\{\{.*?\}\}|\{%.*?%\}|\"[^\"]*\"|[^\">])*>", re.DOTALL)
+ATTRIBUTE = re.compile(r"([\w-]+)\s*=\s*(\"[^\"]*\"|[^\s>]+)")
+IMAGE = re.compile(r"data:image/jpeg;base64,\{\{ [\w.]+\.base64 \}\}")
+
+
+def place_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 def texts(path: Path) -> list[tuple[int, str]]:
-    """Every text in a module that is no docstring."""
+    """Return every text in a module that is no docstring, with its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
@@ -46,9 +65,9 @@ def texts(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_else_writes_markup(path: Path):
-    place = path.relative_to(ROOT).as_posix()
+@pytest.mark.parametrize("path", MODULES, ids=place_of)
+def test_no_python_writes_markup(path: Path):
+    place = place_of(path)
     found = [
         f"{place}:{line}: {word}"
         for line, text in texts(path)
@@ -58,25 +77,68 @@ def test_nothing_else_writes_markup(path: Path):
     assert found == []
 
 
-@pytest.mark.parametrize("place", PAGES)
-def test_a_page_has_a_policy_that_begins_with_nothing(place: str):
-    text = (ROOT / place).read_text(encoding="utf-8")
-    assert "default-src 'none'" in text
-    assert "base-uri 'none'; form-action 'none'" in text
-    for line in text.splitlines():  # styles may be in line, scripts never
-        if "script-src" in line:
-            assert "unsafe" not in line.partition("script-src")[2].partition(";")[0], line
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_markup_is_made_of_what_is_written_here_and_not_of_data(path: Path):
-    """`Markup(…)` switches escaping off: of literals and constants, but where it is made."""
-    place = path.relative_to(ROOT).as_posix()
-    if place == "platform/pages/html.py":
+@pytest.mark.parametrize("path", MODULES, ids=place_of)
+def test_escaping_is_switched_off_in_one_place_only(path: Path):
+    if place_of(path) in (*MARKUP_MAKERS, *NOT_TEMPLATES_YET):
         return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Markup":
-            for part in node.args:
-                name = getattr(part, "id", "")
-                is_ours = isinstance(part, ast.Constant) or name.isupper() or name == "plotly"
-                assert is_ours, f"{place}:{node.lineno}: Markup of something else than a literal"
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for word in ("Markup", "jinja2"):
+            assert word not in line, f"{place_of(path)}:{number}: {word} belongs to pages/render.py"
+
+
+@pytest.mark.parametrize(
+    ("scripts", "is_served", "has_served_scripts"),
+    itertools.product([[], [PLOTLY, "pages/figures.js"]], [False, True], [False, True]),
+)
+def test_a_policy_begins_with_nothing(
+    scripts: list[str], is_served: bool, has_served_scripts: bool
+):
+    for styles in (None, []):
+        policy = content_policy(
+            scripts, styles=styles, is_served=is_served, has_served_scripts=has_served_scripts
+        )
+        assert policy.startswith("default-src 'none'; ")
+        assert "base-uri 'none'; form-action 'none'" in policy
+        # Styles may be in line, scripts never.
+        assert "unsafe" not in policy.partition("script-src")[2].partition(";")[0]
+
+
+def faults(text: str, is_base: bool = False) -> list[str]:
+    """Return the places of a template in which a text could become more than text."""
+    text = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
+    found = [word for word in ("|safe", "| safe", "autoescape", "Markup", "~") if word in text]
+    for tag in TAG.findall(text):
+        for key, value in ATTRIBUTE.findall(tag):
+            key, inner = key.lower(), value.strip('"')
+            if key.startswith("on") or key in ("srcdoc", "action", "formaction", "background"):
+                found.append(f"{key} could run a script: {tag}")
+            elif "{{" in value and not value.startswith('"'):
+                found.append(f"{key} has no quotation marks: {tag}")
+            elif key in ("href", "src") and "{{" in inner:
+                is_fragment = re.fullmatch(r"#\{\{ section\.name \}\}", inner)
+                is_checked = re.fullmatch(r"\{\{ [\w.]+\|checked_address \}\}", inner)
+                if not (is_fragment or is_checked or (key == "src" and IMAGE.fullmatch(inner))):
+                    found.append(f"{key} is not checked: {tag}")
+            elif key in ("href", "src") and not re.fullmatch(r"#[\w-]+|[\w-]+\.js", inner):
+                found.append(f"{key} leads outside: {tag}")
+    for content in re.findall(r"<(?:script|style)\b[^>]*>(.*?)</", text, re.DOTALL | re.IGNORECASE):
+        if content and not (is_base and content in ("{{ script }}", "{{ json }}", "{{ style }}")):
+            found.append(f"a script or style in a template: {content[:40]}")
+    return found
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=place_of)
+def test_a_template_has_no_place_for_code(path: Path):
+    assert faults(path.read_text(encoding="utf-8"), place_of(path) == BASE) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<p onclick="x">', '<p class={{ a }}>', '<a href="{{ a }}">', '<img src="{{ a }}">',
+        '<a href="https://a.example">', "<script>{{ script }}</script>", "<style>p {}</style>",
+        "{{ a|safe }}", "{% autoescape false %}", '<iframe srcdoc="{{ a }}">',
+    ],
+)  # fmt: skip
+def test_a_template_with_a_place_for_code_is_found(text: str):
+    assert faults(text)

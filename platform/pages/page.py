@@ -1,0 +1,59 @@
+"""A report as one page: title, summary, and sections of text, tables, figures and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deta.platform.pages.content import Figure, Paragraph, Section
+from deta.platform.pages.render import PLOTLY, content_policy, render_page
+from deta.platform.pages.slideshow import SlideShow
+from deta.platform.pages.theme import PALETTES
+from deta.platform.system.atomic_write import write_atomic
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    summary: Sequence[Paragraph],
+    sections: Sequence[Section],
+    footer: str = "",
+) -> None:
+    """Write the page atomically; see `page`."""
+    text = page(title=title, summary=summary, sections=sections, footer=footer)
+    write_atomic(path, text)
+
+
+def page(
+    *, title: str, summary: Sequence[Paragraph], sections: Sequence[Section], footer: str = ""
+) -> str:
+    """Return the page. Text and tables need no JavaScript; figures do.
+
+    Args:
+        summary: what a reader must see who reads nothing else; shown below the title.
+
+    Raises:
+        ValueError: two sections or figures have one name.
+        RuntimeError: there are figures, and plotly is not installed.
+    """
+    parts = [part for section in sections for part in section.parts]
+    figures = [part for part in parts if isinstance(part, Figure)]
+    has_slides = any(isinstance(part, SlideShow) for part in parts)
+    names = [section.name for section in sections] + [figure.name for figure in figures]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"names are used twice on one page: {', '.join(sorted(twice))}")
+    plots = {figure.name: {"wide": figure.wide, "narrow": figure.narrow} for figure in figures}
+    scripts = [PLOTLY, "pages/figures.js"] if figures else []
+    scripts += ["pages/slideshow.js"] if has_slides else []
+    return render_page(
+        "pages/page.html.j2",
+        title=title,
+        styles=["pages/slideshow.css"] if has_slides else [],
+        scripts=scripts,
+        data={"figures": {"palettes": PALETTES, "figures": plots}} if figures else {},
+        policy=content_policy(scripts),
+        summary=summary,
+        sections=sections,
+        footer=footer,
+    )
