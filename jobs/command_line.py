@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from deta.platform.data.synthetic_shapes import ShapesDataset
@@ -170,11 +169,3 @@ def exit_cleanly_on_signals() -> None:
 
 def _exit_from_server(number: int, _frame: object) -> NoReturn:
     sys.exit(0 if number == signal.SIGINT else 128 + number)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all; make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    unfinished.replace(path)

@@ -27,14 +27,15 @@ Ours are meant by --allow-missing, the file's by --allow-unused; * stands for an
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool, write_json
+from deta.jobs.command_line import described_parser, echo, run_tool
 from deta.jobs.model_options import known_changes
+from deta.platform.system.atomic_write import write_json
+from deta.platform.system.safe_read import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +132,7 @@ def _prepare(arguments: argparse.Namespace) -> _Weights:
 
         path = find_checkpoint(path)
     tensors = None if path.is_dir() else read_weights(path)
-    source = {"file": path.name, "sha256": _sha256(path)}
+    source = {"file": path.name, "sha256": _weights_sha256(path)}
     if tensors is not None and is_backbone(tensors):
         return _prepare_backbone(path, tensors, arguments, source)
     return _prepare_detector(_open(path, tensors, arguments), arguments, source)
@@ -185,6 +186,7 @@ def _prepare_detector(
     report = account(file, arguments.allow_missing, arguments.allow_unused)
     echo(report.table() + "\n")
     if arguments.report is not None:
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.report, report.as_json() | {"source": source})
     state, config, classes = complete_state(file, report), file.config, file.classes
     if arguments.for_data is not None:
@@ -228,7 +230,7 @@ def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
         return 0
     if arguments.to == "ours":
         write_converted(output, weights.tensors, weights.config, weights.classes, weights.source)
-        echo(f"{output}: sha256 {_sha256(output)}")
+        echo(f"{output}: sha256 {_weights_sha256(output)}")
         return 0
     published = to_published(weights.tensors, model, arguments.to)
     if output.suffix == ".safetensors":
@@ -237,7 +239,7 @@ def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
         write_torch_file(
             output, published if arguments.to == "huggingface" else {"model": published}
         )
-    echo(f"{output}: {len(published)} tensors, sha256 {_sha256(output)}")
+    echo(f"{output}: {len(published)} tensors, sha256 {_weights_sha256(output)}")
     for note in _notes(weights.config, arguments.to):
         echo(note)
     return 0
@@ -274,13 +276,10 @@ def _output(arguments: argparse.Namespace) -> Path:
     return output
 
 
-def _sha256(path: Path) -> str:
-    """Of a file, or of a checkpoint's weights."""
+def _weights_sha256(path: Path) -> str:
+    """Return the hash of a file or of a checkpoint's weights; empty if there is no such file."""
     file = path / "model.safetensors" if path.is_dir() else path
-    if not os.path.isfile(file):
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file) if os.path.isfile(file) else ""
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.command_line import echo, run_tool, write_json
+from deta.jobs.command_line import echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
     known_changes,
@@ -39,6 +39,7 @@ from deta.jobs.model_options import (
     open_predictor,
 )
 from deta.platform.run.config import RunConfig, flatten
+from deta.platform.system.atomic_write import write_json
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         f"on {predictor.device.type}"
     )
     if arguments.results is not None:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.results, evaluation.results)
         echo(f"{len(evaluation.results)} detections: {arguments.results}")
     if arguments.pictures is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import threading
 from pathlib import Path
@@ -87,14 +86,13 @@ def _write(arguments: argparse.Namespace) -> int:
     from deta.platform.leaderboard.cache import Board
     from deta.platform.leaderboard.mlflow_source import Source
     from deta.platform.leaderboard.page import whole_page
+    from deta.platform.system.atomic_write import write_atomic
 
     board = Board(uri)
     board.read_all(Source(uri))
     text = whole_page(board.changes(0), arguments.mlflow or _server_of(uri))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}.unfinished")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(arguments.out)
+    write_atomic(arguments.out, text)
     print(f"{len(board.rows())} runs: {arguments.out}", flush=True)
     return 0
 

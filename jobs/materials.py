@@ -17,7 +17,8 @@ import platform
 import sys
 from pathlib import Path
 
-from deta.jobs.command_line import described_parser, write_json
+from deta.jobs.command_line import described_parser
+from deta.platform.system.atomic_write import write_json
 from deta.platform.system.sbom import altered_files, bill_of_materials, hash_lines
 
 
@@ -40,6 +41,7 @@ def main() -> None:
     if arguments.output is None:
         print(json.dumps(bill, indent=1))
     else:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, bill)
         print(f"{arguments.output}: {len(bill['components'])} packages")
 

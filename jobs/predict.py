@@ -34,9 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deta.jobs.command_line import echo, run_tool, write_json
+from deta.jobs.command_line import echo, run_tool
 from deta.jobs.model_options import PREDICTION_KEYS, known_changes, model_parser, open_predictor
 from deta.platform.run.config import RunConfig, flatten
+from deta.platform.system.atomic_write import write_json
 
 if TYPE_CHECKING:
     from deta.model.postprocess import Detections

@@ -121,12 +121,3 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> Written:
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return Written(num_bytes, digest.hexdigest())
-
-
-def force_folder_to_disk(path: Path) -> None:
-    """Make the names in a folder last; what is in the files has to be forced by itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -44,7 +44,6 @@ from deta.platform.checkpoint.host_snapshot import (
     TensorImage,
     Written,
     copy_tensors,
-    force_folder_to_disk,
     write_file,
 )
 from deta.platform.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
@@ -52,6 +51,7 @@ from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, to_json
 from deta.platform.run.run_lock import Fence
 from deta.platform.run.run_state import FORMAT_VERSION, RunState
+from deta.platform.system.atomic_write import force_to_disk
 
 __all__ = [
     "FORMAT_VERSION",
@@ -140,7 +140,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
             "state.json": _write_text(unfinished / "state.json", state),
         }
         _write_text(unfinished / MANIFEST, manifest_to_json(snapshot.state.step, files))
-        force_folder_to_disk(unfinished)
+        force_to_disk(unfinished)
         if fence is not None:
             fence.check()
         if final.exists():  # dying between the two renames: `_put_back_replaced`
@@ -149,7 +149,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    force_folder_to_disk(folder)
+    force_to_disk(folder)
     shutil.rmtree(folder / f".{final.name}.{token}.replaced", ignore_errors=True)
     return final
 

@@ -31,7 +31,6 @@ from deta.platform.checkpoint.format import (
 from deta.platform.checkpoint.host_snapshot import (
     CHUNK_BYTES,
     Written,
-    force_folder_to_disk,
     write_file,
 )
 from deta.platform.checkpoint.local import (
@@ -42,6 +41,7 @@ from deta.platform.checkpoint.local import (
     newest_checkpoint,
 )
 from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.system.atomic_write import force_to_disk, write_atomic
 
 RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"
 OBJECT_STORES = ("s3", "gcs", "abfs")  # no folders, and a file is there when it is complete
@@ -344,11 +344,11 @@ class _Place:
                 if self._fetch(f"{name}/{file}", unfinished / file) != expected:
                     raise CheckpointError(f"{where}/{file}: has changed since it was written")
             write_file(unfinished / MANIFEST, [memoryview(text)])
-            force_folder_to_disk(unfinished)
+            force_to_disk(unfinished)
             if (folder / name).exists():  # damaged, and could not be set aside
                 delete_checkpoint(folder / name)
             unfinished.rename(folder / name)
-            force_folder_to_disk(folder)
+            force_to_disk(folder)
         except OtherVersionError:
             raise
         except (CheckpointError, FileNotFoundError) as error:
@@ -389,13 +389,7 @@ def _key(run: bytes | None) -> Any:
 
 def _write_small(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        write_file(unfinished, [memoryview(content)])
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    force_folder_to_disk(path.parent)
+    write_atomic(path, content, durable=True)
 
 
 def _secrets(address: str) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ are replaced by Ray, without the supervisor; all else ends the attempt.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -17,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-# First: it sets variables that Ray reads when it is imported.
 from deta.platform.cluster.connection import ClusterTooSmallError, connect
+
+# First: it sets variables that Ray reads when it is imported.
+from deta.platform.system.atomic_write import write_json
 
 # isort: split
 import ray
@@ -174,9 +175,7 @@ def _end_with_supervisor(folder: Path) -> None:
 def main(folder: Path) -> None:
     threading.Thread(target=_end_with_supervisor, args=(folder,), daemon=True).start()
     outcome = attempt(folder)
-    unfinished = (folder / OUTCOME_FILE).with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(vars(outcome)), encoding="utf-8")
-    unfinished.replace(folder / OUTCOME_FILE)
+    write_json(folder / OUTCOME_FILE, vars(outcome))
     # Leaving by the front door, Ray's library may wait for what is no longer there.
     sys.stdout.flush()
     os._exit(0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from deta.platform.run.run_file import write_json
+from deta.platform.system.atomic_write import write_json
 
 FILE_NAME = "reservations.json"
 COORDINATOR = "AutoscalingCoordinator"  # the name of the actor, and of its namespace
@@ -27,7 +27,7 @@ def note_reservation(folder: Path, trainer: Any) -> None:
     """Remember under which name this TorchTrainer will ask for resources."""
     names = _noted(folder) + [f"train-{trainer.train_run_context.run_id}"]
     try:
-        write_json(folder / FILE_NAME, {"requesters": names}, force=False)
+        write_json(folder / FILE_NAME, {"requesters": names})
     except OSError:  # a full disk: at worst the next attempt waits three minutes
         print("the name of the reservation could not be kept", flush=True)
 
@@ -44,7 +44,7 @@ def give_back_reservations(folder: Path) -> None:
     try:
         ray.get([coordinator.cancel_request.remote(name) for name in names],
                 timeout=ANSWER_WITHIN_S)  # fmt: skip
-        write_json(folder / FILE_NAME, {"requesters": []}, force=False)
+        write_json(folder / FILE_NAME, {"requesters": []})
     except Exception as error:  # they lapse by themselves
         print(f"reservations of earlier attempts could not be given back: {error}", flush=True)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from deta.platform.learning.distributed import Worker
 from deta.platform.run.attempt_outcome import FAILURES
 from deta.platform.run.run import Run
 from deta.platform.run.run_lock import FencedOffError
+from deta.platform.system.atomic_write import write_json
 from deta.platform.training.loop import train
 from deta.platform.training.run_metrics import WorkerMeter
 
@@ -79,8 +78,6 @@ def _note_failure(folder: Path, rank: int, world_size: int, error: Exception) ->
     }
     try:
         (folder / FAILURES).mkdir(exist_ok=True)
-        unfinished = folder / FAILURES / f".rank-{rank}.{os.getpid()}"
-        unfinished.write_text(json.dumps(said), encoding="utf-8")
-        unfinished.replace(folder / FAILURES / f"rank-{rank}.json")
+        write_json(folder / FAILURES / f"rank-{rank}.json", said)
     except OSError:  # a full disk: Ray knows the error too
         logging.getLogger(__name__).exception("the failure could not be written")

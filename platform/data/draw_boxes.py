@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import colorsys
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.system.atomic_write import replacing
 
 Boxes = np.ndarray | torch.Tensor  # N 4, xyxy, in pixels of the image
 Numbers = Sequence[float] | np.ndarray | torch.Tensor  # N
@@ -214,9 +214,8 @@ def write_validation_sheet(
 def save_whole(image: Image.Image, path: Path) -> None:
     """Write a picture, complete or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    image.save(unfinished)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
 
 
 def _pair(

@@ -19,7 +19,6 @@ A picture without detections has no row. Text columns are stored as dictionaries
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +30,7 @@ import pyarrow.parquet as pq
 
 from deta.model.postprocess import Detections
 from deta.platform.data.coco_dataset import Category
+from deta.platform.system.atomic_write import replacing
 
 ROWS_PER_GROUP = 100_000  # gathered in memory before they are written
 CORNERS = ("x1_px", "y1_px", "x2_px", "y2_px")
@@ -63,8 +63,8 @@ class DetectionTable:
         self.path = path
         self.categories = categories
         self.weights_sha256 = weights_sha256
-        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        self._writer = pq.ParquetWriter(self._unfinished, SCHEMA, compression="zstd")
+        self._file = replacing(path)
+        self._writer = pq.ParquetWriter(self._file.__enter__(), SCHEMA, compression="zstd")
         self._tables: list[pa.Table] = []
         self._num_rows = 0
 
@@ -99,10 +99,7 @@ class DetectionTable:
         if kind is None:
             self._flush()
         self._writer.close()
-        if kind is None:
-            self._unfinished.replace(self.path)
-        else:
-            self._unfinished.unlink()
+        self._file.__exit__(kind, error, traceback)
 
     def _flush(self) -> None:
         if self._tables:

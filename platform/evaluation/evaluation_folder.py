@@ -19,7 +19,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,7 +28,8 @@ import pyarrow.parquet as pq
 
 from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.detections_parquet import results_of_table, table_of_results
-from deta.platform.system.safe_read import gunzip, read_json
+from deta.platform.system.atomic_write import replacing, write_atomic
+from deta.platform.system.safe_read import file_sha256, gunzip, read_json
 
 REPORT = "report.html"
 
@@ -90,12 +90,11 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)  # what is written now does not belong to it
     table = table_of_results(results, ground_truth, origin.weights_sha256)
-    draft = _draft(folder / DETECTIONS)
-    pq.write_table(table, draft, compression="zstd")
-    draft.replace(folder / DETECTIONS)
+    with replacing(folder / DETECTIONS) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
     text = json.dumps(ground_truth, separators=(",", ":")).encode()
     # mtime=0: equal ground truth, equal file. Level 1 is five times as fast as the default.
-    _write(folder / GROUND_TRUTH, gzip.compress(text, 1, mtime=0))
+    write_atomic(folder / GROUND_TRUTH, gzip.compress(text, 1, mtime=0))
     facts = {
         "format": FORMAT,
         "ap": metrics.as_dict(),
@@ -104,9 +103,9 @@ def write_evaluation(
         "num_detections": table.num_rows,
         "images_fingerprint": images_fingerprint(ground_truth),
         **asdict(origin),
-        "sha256": {name: _sha256(folder / name) for name in (DETECTIONS, GROUND_TRUTH)},
+        "sha256": {name: file_sha256(folder / name) for name in (DETECTIONS, GROUND_TRUTH)},
     }
-    _write(folder / FACTS, json.dumps(facts, indent=1).encode())
+    write_atomic(folder / FACTS, json.dumps(facts, indent=1).encode())
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -120,7 +119,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     for name, expected in facts["sha256"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name} is missing; evaluate again")
-        if _sha256(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not the one of {FACTS}; evaluate again")
     try:
         ground_truth = json.loads(gunzip((folder / GROUND_TRUTH).read_bytes(), MAX_UNPACKED))
@@ -212,18 +211,3 @@ def images_fingerprint(ground_truth: Mapping[str, Any]) -> str:
 def _is_share(value: object) -> bool:
     """In 0..1, or -1 for what is not defined."""
     return isinstance(value, (int, float)) and math.isfinite(value) and -1 <= value <= 1
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = _draft(path)
-    draft.write_bytes(content)
-    draft.replace(path)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from deta.platform.leaderboard.rows import (
     with_models,
     with_seed_intervals,
 )
+from deta.platform.system.atomic_write import write_atomic
 from deta.platform.system.redaction import mask_text
 
 logger = logging.getLogger(__name__)
@@ -229,11 +229,9 @@ class Board:
                 "promotions": [asdict(one) for one in self.promotions],
             }
         data = gzip.compress(json.dumps(content).encode(), 1, mtime=0)
-        unfinished = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.unfinished")
         with contextlib.suppress(OSError):  # a full disk
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(data)
-            unfinished.replace(self.cache)
+            write_atomic(self.cache, data)
 
 
 def _rank(row: Row) -> tuple[bool, float, float, str]:

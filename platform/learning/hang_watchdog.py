@@ -9,7 +9,6 @@ started again from the last checkpoint. Another file tells the supervisor that a
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import socket
 import statistics
@@ -18,6 +17,8 @@ import time
 from collections import deque
 from pathlib import Path
 from typing import Literal
+
+from deta.platform.system.atomic_write import write_json
 
 Phase = Literal["starting", "data", "step", "evaluating", "saving"]
 # How long a phase may take, in units of the hang time-out. Steps have a rule of their own. What
@@ -84,9 +85,7 @@ class Watchdog:
     def _write(self, path: Path, phase: str) -> None:
         said = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": host()}
         try:
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(said), encoding="utf-8")
-            unfinished.replace(path)
+            write_json(path, said)
         except OSError:  # a full disk stops no training
             return
 

@@ -11,7 +11,6 @@ an annotation file is: names lead nowhere else, rows point at each other, and th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -30,6 +29,8 @@ from deta.platform.run.run import Run
 from deta.platform.shards.manifest import SHARD_NAME, Shard
 from deta.platform.shards.object_store import Store
 from deta.platform.shards.sharded_dataset import PLACE_ROW, ShardedDataset
+from deta.platform.system.atomic_write import write_atomic
+from deta.platform.system.safe_read import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ def keep_data(run: Run) -> None:
         "code_commit": run.code_commit,
         "notes": list(run.notes),
         "annotations_sha256": {
-            "train": _sha256(data.train_annotations),
-            "val": _sha256(data.val_annotations),
+            "train": _annotations_sha256(data.train_annotations),
+            "val": _annotations_sha256(data.val_annotations),
         },
     }
     tables: dict[str, np.ndarray] = {}
@@ -72,11 +73,7 @@ def keep_data(run: Run) -> None:
             tables[f"{split}.places"] = dataset.places
     rows = {name: np.frombuffer(table.tobytes(), np.uint8) for name, table in tables.items()}
     rows["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    path = run.folder / DATA_FILE
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.touch(mode=0o600)
-    unfinished.write_bytes(save(rows))
-    unfinished.replace(path)
+    write_atomic(run.folder / DATA_FILE, save(rows), mode=0o600)
 
 
 def kept_run(folder: Path) -> Run:
@@ -101,7 +98,9 @@ def kept_dataset(folder: Path, split: Split, annotations: str) -> CocoDataset | 
     """The data set that a run began with; none if it is not known or its annotations differ."""
     try:
         about, _ = _read(folder)
-        if not annotations or about["annotations_sha256"][split] != _sha256(annotations):
+        if not annotations or about["annotations_sha256"][split] != _annotations_sha256(
+            annotations
+        ):
             return None
         run = kept_run(folder)
     except OSError:
@@ -183,9 +182,8 @@ def _require_within(numbers: np.ndarray, count: int, what: str) -> None:
         raise ValueError(f"rows point at {what} that are not there")
 
 
-def _sha256(annotations: str) -> str:
+def _annotations_sha256(annotations: str) -> str:
     path = Path(annotations)
-    if not annotations or not path.is_file():  # of shards, which have their own
+    if not annotations or not path.is_file():  # shards have hashes of their own
         return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

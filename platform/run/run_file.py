@@ -16,6 +16,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deta.platform.system.atomic_write import write_json
+
 # Where a run goes on although these differ from when it began: they do not change what is learnt.
 FREE_TO_CHANGE = (
     "name", "storage", "experiment", "cluster.", "checkpoint.", "data.loader_workers",
@@ -72,7 +74,7 @@ def describe_run(
 
 def write_run_file(folder: Path, description: dict[str, Any]) -> None:
     """Replace run.json, as a whole."""
-    write_json(folder / RUN_FILE, description)
+    write_json(folder / RUN_FILE, description, indent=2, durable=True)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
@@ -86,25 +88,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ValueError(f"{path}: is damaged, it holds no run")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any], *, force: bool = True) -> None:
-    """Replace a file, so that readers find the old or the new content, never a part.
-
-    Args:
-        force: to the disk, so that it outlives the machine; without, only the process.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            if force:
-                file.flush()
-                os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _describe_data(dataset: CocoDataset, images: str, annotations: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from deta.platform.system.atomic_write import write_atomic
+
 LOCK_FILE = "run.lock"
 FENCE_FILE = "fence.json"
 HEARTBEAT_S = 5.0
@@ -363,15 +365,8 @@ class Fence:
                 break
         fence = cls(folder, number, owner)
         text = json.dumps({"number": number, "owner": owner, "since_s": time.time()}, indent=2)
-        temporary = folder / f".{FENCE_FILE}-{secrets.token_hex(4)}"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / FENCE_FILE)  # perhaps of a newer claim: its ticket tells
-        finally:
-            temporary.unlink(missing_ok=True)
+        # This may overwrite the record of a newer group; the tickets still show which is newest.
+        write_atomic(folder / FENCE_FILE, text + "\n", durable=True)
         for ticket in folder.glob(".fence-*"):
             suffix = ticket.name.removeprefix(".fence-")
             if suffix.isdecimal() and int(suffix) <= number - TICKETS_KEPT:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from deta.platform.data.coco_annotations import DatasetError
+from deta.platform.system.atomic_write import write_atomic
 
 MAX_OPEN_FILES = 64
 SECRET_WORDS = ("secret", "password", "token", "signature", "account_key")
@@ -142,17 +143,7 @@ class Store:
                 stream.write(content)
             return
         self._local.mkdir(parents=True, exist_ok=True)
-        unfinished = self._local / f".{file}.{os.getpid()}.tmp"
-        with open(unfinished, "wb") as output:
-            output.write(content)
-            output.flush()
-            os.fsync(output.fileno())
-        unfinished.replace(self._local / file)
-        descriptor = os.open(self._local, os.O_RDONLY)  # so that the name outlives a power cut
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_atomic(self._local / file, content, durable=True)
 
     def delete(self, file: str) -> None:
         if self._local is not None:

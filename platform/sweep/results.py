@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deta.platform.system.atomic_write import write_atomic
 from deta.platform.run.config import RunConfig, flatten
 from deta.platform.run.run_file import read_run_file
 from deta.platform.study.analyse import analyse
@@ -26,6 +25,7 @@ from deta.platform.study_report.html_report import HTML_NAME, MARKDOWN_NAME, wri
 from deta.platform.sweep.search_space import Sweep
 from deta.platform.sweep.sweep_folder import TRIAL_FILE, TRIALS_FOLDER, base_of, read_sweep
 from deta.platform.sweep.trial_folder import TrialFolder
+from deta.platform.system.atomic_write import write_atomic
 from deta.platform.tracking.upload_plan import read_record
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from deta.platform.run.run_file import (
     RunExistsError,
     describe_run,
     read_run_file,
-    write_json,
     write_run_file,
 )
 from deta.platform.study.design import Trial
 from deta.platform.sweep.search_space import Sweep
+from deta.platform.system.atomic_write import write_json
 
 SWEEP_FILE, TRIALS_FOLDER, TRIAL_FILE = "sweep.json", "trials", "trial.json"
 
@@ -126,7 +126,7 @@ def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
 
 
 def write_sweep(folder: Path, content: Mapping[str, Any]) -> None:
-    write_json(folder / SWEEP_FILE, dict(content))
+    write_json(folder / SWEEP_FILE, dict(content), indent=2, durable=True)
 
 
 def write_parent_file(folder: Path, sweep: Sweep, run: Run) -> str:
@@ -167,6 +167,8 @@ def write_trial_files(
     write_json(
         folder / TRIAL_FILE,
         {"id": trial.id, "changes": dict(trial.changes), "cell": asdict(trial.cell)},
+        indent=2,
+        durable=True,
     )
     return run
 

@@ -45,7 +45,6 @@ from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
 from deta.platform.run.run import Run
-from deta.platform.system.atomic_write import write_json
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.cost import PRICES, Price, price_of
 from deta.platform.study.design import Trial
@@ -56,6 +55,7 @@ from deta.platform.sweep.scheduler import POLL_INTERVAL_S, SweepScheduler, check
 from deta.platform.sweep.search_space import Sweep
 from deta.platform.sweep.speed_probe import TrialSpeed, measure_speed, whole_estimate
 from deta.platform.sweep.sweep_folder import describe_sweep, read_sweep, refuse_another, write_sweep
+from deta.platform.system.atomic_write import write_json
 from deta.platform.system.process_tree import RUN_MARK, end_marked, new_mark, working_in
 from deta.platform.tracking.upload_process import finish_uploader, start_uploader
 

@@ -33,6 +33,8 @@ from typing import IO, NoReturn
 
 from tqdm import tqdm
 
+from deta.platform.system.safe_read import file_sha256
+
 MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB
 CHUNK_BYTES = 2**20
 ATTEMPTS = 4  # in a row without a byte; any progress starts the count again
@@ -161,7 +163,7 @@ def _locked(place: Path, url: str, echo: Callable[[str], None]) -> Iterator[None
 
 def _finish(job: _Download, path: Path, pinned: str | None) -> None:
     """Give the part its name, if it is what was pinned."""
-    found = _sha256(job.part)
+    found = file_sha256(job.part)
     if pinned is not None and found != pinned:
         kept = path.with_name(f"{path.name}.not-{pinned[:8]}")
         os.replace(job.part, kept)
@@ -182,7 +184,7 @@ def _finish(job: _Download, path: Path, pinned: str | None) -> None:
 
 def _verify(url: str, path: Path, pinned: str | None, echo: Callable[[str], None]) -> None:
     """Compare what lies in the cache with the pin, or say how to pin it."""
-    found = _sha256(path)
+    found = file_sha256(path)
     if pinned is None:
         echo(
             f"{_shown(url)}: {path}, {path.stat().st_size:,} bytes. Its content is not pinned; to "
@@ -405,8 +407,3 @@ def _reason(error: BaseException) -> str:
 def _shown(url: str) -> str:
     """Without its query, which may hold a key."""
     return urllib.parse.urlsplit(url)._replace(query="", fragment="").geturl()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

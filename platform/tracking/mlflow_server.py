@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deta.platform.system.atomic_write import write_atomic
 from deta.platform.system.child_server import Service, free_port, is_loopback, start_service
 
 PORT = 5000
@@ -194,13 +195,8 @@ def _auth_settings(place: Path) -> dict[str, str]:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """For its owner alone from the first byte on; whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(text)
-    draft.replace(path)
+    """Write a file that its owner alone can read from the first byte on."""
+    write_atomic(path, text, mode=0o600)
 
 
 def _reachable(host: str) -> str:

@@ -47,6 +47,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 
 from deta.platform.run.run_file import tracking_uri
+from deta.platform.system.atomic_write import replacing
 from deta.platform.system.redaction import MASK, mask, mask_text
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, Record, Row
 from deta.platform.tracking.upload_process import uri_of
@@ -403,9 +404,8 @@ def _make_database(uri: str) -> None:
     with tempfile.TemporaryDirectory(prefix="deta-", dir=place) as folder:
         new = Path(folder) / database.name
         MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
-        unfinished = database.with_name(f".{database.name}.unfinished")
-        shutil.copyfile(new, unfinished)
-        unfinished.replace(database)
+        with replacing(database) as unfinished:
+            shutil.copyfile(new, unfinished)
 
 
 def _require_active(run: Run) -> None:

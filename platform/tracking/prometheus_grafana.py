@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deta.platform.system.atomic_write import write_atomic
 from deta.platform.system.child_server import Service, ServiceError, start_service
 
 DASHBOARDS = Path(__file__).absolute().parents[2] / "dashboards"
@@ -129,9 +130,7 @@ class SessionFollower:
         for name, content in alive.items():
             path = self.targets / f"{name}.json"
             if not path.exists() or path.read_text(encoding="utf-8") != content:
-                unfinished = path.with_suffix(".unfinished")
-                unfinished.write_text(content, encoding="utf-8")
-                unfinished.replace(path)
+                write_atomic(path, content)
         for path in self.targets.glob("session_*.json"):  # others may be somebody's own
             if path.stem not in alive:
                 path.unlink()

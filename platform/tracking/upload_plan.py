@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from deta.platform.run.journal import read_events
-from deta.platform.run.run_file import write_json
 from deta.platform.system.artifact_names import artifact_fault
+from deta.platform.system.atomic_write import write_json
 from deta.platform.system.redaction import mask_text
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Record:
         return copy.deepcopy(self)
 
     def save(self, folder: Path) -> None:
-        write_json(folder / RECORD_FILE, asdict(self), force=False)  # only a cache
+        write_json(folder / RECORD_FILE, asdict(self))  # only a cache
 
 
 def read_record(folder: Path) -> Record:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deta.platform.run.journal import FILE_NAME, read_events
-from deta.platform.run.run_file import read_run_file, write_json
+from deta.platform.run.run_file import read_run_file
+from deta.platform.system.atomic_write import write_json
 from deta.platform.system.redaction import mask_text
 from deta.platform.tracking.upload_plan import (
     REPLACED_FILE,
@@ -157,7 +158,7 @@ class RunUploader:
         )
         if told != self._told:
             with contextlib.suppress(OSError):  # a full disk; the next turn tells it
-                write_json(self.folder / STATE_FILE, asdict(told), force=False)
+                write_json(self.folder / STATE_FILE, asdict(told))
                 self._told = told
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deta.platform.system.atomic_write import replacing
 from deta.platform.weights.restricted_unpickler import (
     ArrayNote,
     RefusedName,
@@ -117,33 +118,19 @@ def write_weights(
         storages.add(storage)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with replacing(path, durable=True) as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # safetensors would let nobody else read the file
         # Hugging Face's loader wants to read which framework wrote the tensors.
         save_file(tensors, unfinished, {**(metadata or {}), "format": "pt"})
         unfinished.chmod(mode)
-        _flush_to_disk(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _flush_to_disk(path.parent)
 
 
 def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
     """Write what torch.load reads, complete or not at all; for other codes, not for ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with replacing(path, durable=True) as unfinished:
         torch.save(content, unfinished)
-        _flush_to_disk(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _flush_to_disk(path.parent)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -263,11 +250,3 @@ def _damaged(path: Path, error: object) -> WeightsError:
     return WeightsError(
         f"{path}: not a complete safetensors file ({error}); copy or download it again"
     )
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,7 +24,8 @@ from deta.platform.learning.distributed import Worker
 from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.config import override
 from deta.platform.run.run import Run
-from deta.platform.run.run_file import RUN_FILE, write_json
+from deta.platform.run.run_file import RUN_FILE
+from deta.platform.system.atomic_write import write_json
 from deta.platform.tracking.prometheus_grafana import TARGETS
 from deta.platform.tracking.upload_process import STATE_FILE, UploadState
 from deta.platform.training.loop import train
@@ -77,7 +78,7 @@ def test_every_query_of_the_training_dashboard_has_an_answer(tmp_path: Path):
     folder.mkdir()
     (folder / RUN_FILE).write_text("{}")
     told = UploadState(state="waiting", last_success_s=time.time(), call_s=0.1)
-    write_json(folder / STATE_FILE, asdict(told), force=False)
+    write_json(folder / STATE_FILE, asdict(told))
     run = Run(
         override(demo(), {**TINY, "name": "shown", "storage": str(tmp_path)}),
         folder,

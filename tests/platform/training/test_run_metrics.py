@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from deta.platform.run.journal import FILE_NAME, Journal
-from deta.platform.run.run_file import RUN_FILE, write_json
+from deta.platform.run.run_file import RUN_FILE
+from deta.platform.system.atomic_write import write_json
 from deta.platform.tracking.upload_plan import RECORD_FILE, what_is_left
 from deta.platform.tracking.upload_process import STATE_FILE
 from deta.platform.training.run_metrics import (
@@ -172,9 +173,9 @@ def test_the_backlog_is_what_the_journal_has_and_mlflow_has_not(folder: Path):
     assert shown["mlflow_backlog_rows"] == what_is_left(folder)[0] == 3
 
     sent_bytes = (folder / FILE_NAME).stat().st_size
-    write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes}, force=False)
+    write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes})
     state = {"last_success_s": 1000.0, "call_s": 0.2, "error": "away"}
-    write_json(folder / STATE_FILE, state, force=False)
+    write_json(folder / STATE_FILE, state)
     tell(folder, progress(6, 3.0, loss=1.0, lr=0.1, epoch=1.0))
     meter.look()
     assert shown["mlflow_backlog_rows"] == 3
@@ -183,7 +184,7 @@ def test_the_backlog_is_what_the_journal_has_and_mlflow_has_not(folder: Path):
     assert shown["mlflow_call_seconds"] == 0.2
 
     sent_bytes = (folder / FILE_NAME).stat().st_size
-    write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes}, force=False)
+    write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes})
     meter.look()
     assert shown["mlflow_backlog_rows"] == 0
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deta.platform.weights import weight_files as weights
+from deta.platform.system import atomic_write
 from deta.platform.weights.weight_files import read_metadata, read_weights, write_weights
 
 
@@ -219,7 +219,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, state
     def full_disk(path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "_flush_to_disk", full_disk)
+    monkeypatch.setattr(atomic_write, "force_to_disk", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_weights(path, {"other": torch.zeros(3)})
 
