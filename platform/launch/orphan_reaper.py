@@ -11,15 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-from deta.platform.system.process_tree import LEAVES_WITHIN_S, RUN_MARK, end_marked, environment
+from deta.platform.system.places import child_environment
+from deta.platform.system.process_tree import LEAVES_WITHIN_S, RUN_MARK, end_marked
 
 ALL_IS_WELL = b"done\n"
-SYNC = Path(__file__).resolve().parents[2] / "jobs" / "sync.py"
 
 
 def start_guardian(mark: str, folder: Path) -> subprocess.Popen[bytes]:
     """Called by the supervisor; it writes `ALL_IS_WELL` to the process's input at its end."""
-    unmarked = {name: value for name, value in environment({}).items() if name != RUN_MARK}
+    unmarked = {name: value for name, value in child_environment().items() if name != RUN_MARK}
     return subprocess.Popen(
         [sys.executable, "-m", "deta.platform.launch.orphan_reaper", mark, str(folder)],
         stdin=subprocess.PIPE,
@@ -35,7 +35,8 @@ def main(mark: str, folder: str) -> None:
         return
     time.sleep(LEAVES_WITHIN_S)  # the Ray driver has seen it too, and gives back what it holds
     end_marked(RUN_MARK, mark, within_s=30)
-    subprocess.run([sys.executable, str(SYNC), folder], timeout=300, check=False)
+    command = [sys.executable, "-m", "deta.platform.tracking.sync_run", folder]
+    subprocess.run(command, timeout=300, check=False)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ from deta.platform.run.journal import Journal
 from deta.platform.run.run import Result, Run
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.run.run_lock import RunLock
+from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
     ATTEMPT_MARK,
     RUN_MARK,
     end,
-    environment,
     marked,
     new_mark,
     working_in,
@@ -263,7 +263,7 @@ class _Supervisor:
             self.log_offset = log.tell()
             self.attempt = subprocess.Popen(
                 [sys.executable, "-m", "deta.platform.cluster.driver", str(folder)],
-                env=environment(marks),
+                env=child_environment(marks),
                 stdin=subprocess.PIPE,  # see `end`
                 stdout=log,
                 stderr=log,

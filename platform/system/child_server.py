@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deta.platform.system.process_tree import environment
+from deta.platform.system.places import child_environment
 from deta.platform.system.redaction import mask_text
 
 GRACE_S = 8.0  # between asking a server to end and ending it
@@ -94,7 +94,7 @@ def start_service(
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
-            env={**environment({}), **(env or {})},
+            env=child_environment(env),
             start_new_session=True,  # Ctrl-C is the parent's
         )
     finally:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -102,10 +102,3 @@ def working_in(folder: Path) -> Iterator[None]:
         if before is not None:
             with suppress(OSError):
                 os.chdir(before)
-
-
-def environment(marks: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, with marks, for one that imports the same code."""
-    root = str(Path(__file__).absolute().parents[3])  # not resolved: above deta/, which has links
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **marks}

@@ -27,8 +27,9 @@ from pathlib import Path
 
 from deta.platform.system.atomic_write import write_atomic
 from deta.platform.system.child_server import Service, ServiceError, start_service
+from deta.platform.system.places import PROJECT_ROOT
 
-DASHBOARDS = Path(__file__).absolute().parents[2] / "dashboards"
+DASHBOARDS = PROJECT_ROOT / "deta" / "dashboards"
 TARGETS_FILE = "prom_metrics_service_discovery.json"  # in the folder of a Ray session
 TARGETS = "targets"  # beside prometheus.yml, which names it
 # The head of a cluster renews its list every 5 s; one this old belongs to a cluster that is gone,

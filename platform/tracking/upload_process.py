@@ -18,6 +18,7 @@ from pathlib import Path
 
 from deta.platform.run.journal import FILE_NAME
 from deta.platform.run.run_file import RUN_FILE, tracking_uri
+from deta.platform.system.places import child_environment
 from deta.platform.system.redaction import MASK
 from deta.platform.tracking.upload_plan import read_record, what_is_left
 
@@ -96,14 +97,11 @@ def start_uploader(
     command += [f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
     if sweep:
         command.append("--sweep")
-    env = dict(os.environ if env is None else env)
-    root = str(Path(__file__).absolute().parents[3])  # not resolved: above deta/, which has links
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     log = _open_log(folder / LOG_FILE)
     try:
         return subprocess.Popen(
             command,
-            env=env,
+            env=child_environment(base=env),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

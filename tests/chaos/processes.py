@@ -28,7 +28,7 @@ ROLES = {
     "attempt": ("-m deta.platform.cluster.driver",),
     "uploader": ("-m deta.platform.tracking.mlflow_store",),
 }
-TIDYING = ("deta.platform.launch.orphan_reaper", "jobs/sync.py")
+TIDYING = ("deta.platform.launch.orphan_reaper", "deta.platform.tracking.sync_run")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from deta.platform.pages.content import Paragraph, Section
 from deta.platform.pages.page import write_page
-from deta.platform.system.process_tree import RUN_MARK, environment, marked, new_mark
+from deta.platform.system.places import child_environment
+from deta.platform.system.process_tree import RUN_MARK, marked, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -62,7 +63,7 @@ def dashboards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboards]
     storage = tmp_path_factory.mktemp("runs")
     run = tracked_run(storage)
     mark = new_mark()
-    env = environment({RUN_MARK: mark})
+    env = child_environment({RUN_MARK: mark})
     env.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, str(ROOT / "jobs" / "dashboards.py"), str(storage)]
     command += [f"--{name}-port=0" for name in ("mlflow", "leaderboard", "prometheus", "grafana")]

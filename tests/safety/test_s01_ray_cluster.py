@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.system.process_tree import ATTEMPT_MARK, end, environment, marked, new_mark
+from deta.platform.system.places import child_environment
+from deta.platform.system.process_tree import ATTEMPT_MARK, end, marked, new_mark
 
 pytestmark = pytest.mark.cluster
 
@@ -63,7 +64,7 @@ def started() -> Iterator[Started]:
         mark = new_mark()
         env = {
             name: value
-            for name, value in environment({ATTEMPT_MARK: mark, "HOME": str(home)}).items()
+            for name, value in child_environment({ATTEMPT_MARK: mark, "HOME": str(home)}).items()
             if not name.startswith("RAY_")
         }
         log = home / "log"

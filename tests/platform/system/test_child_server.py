@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.system.child_server import ServiceError, free_port, is_loopback, start_service
-from deta.platform.system.process_tree import environment
+from deta.platform.system.places import child_environment
 from deta.platform.tracking.mlflow_server import check_hosts, password
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_server_that_does_not_listen(tmp_path: Path, ending
         "one.stop()\n"
     )
     owner = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment({}),
+        [sys.executable, "-c", code], cwd=ROOT, env=child_environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert owner.stdin is not None

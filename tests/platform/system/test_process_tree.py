@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
+from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
     ATTEMPT_MARK,
     RUN_MARK,
     end,
     end_marked,
-    environment,
     marked,
     new_mark,
     working_in,
@@ -34,7 +34,7 @@ time.sleep(float(sys.argv[1]))
 def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(seconds)],
-        env=environment({name: value}),
+        env=child_environment({name: value}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -60,7 +60,7 @@ def test_who_ends_when_its_input_does_is_not_killed():
     mark = new_mark()
     polite = subprocess.Popen(
         [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"],
-        env=environment({ATTEMPT_MARK: mark}), stdin=subprocess.PIPE,
+        env=child_environment({ATTEMPT_MARK: mark}), stdin=subprocess.PIPE,
     )  # fmt: skip
     end(polite, mark)
     assert polite.returncode == 7
@@ -95,7 +95,7 @@ def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it
     make = "from deta.platform.system.process_tree import new_mark; print(new_mark(), end='')"
     leader = subprocess.Popen(
         [sys.executable, "-c", f"MAKE = {make!r}\n{LEADER}"],
-        env=environment({}),
+        env=child_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,0 +1,157 @@
+"""Send to MLflow what runs still have, and mark the end of runs whose supervisor died.
+
+python -m deta.platform.tracking.sync_run RUN      what the orphan reaper of a run starts
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run_lock import is_alive
+from deta.platform.system.redaction import mask_text
+from deta.platform.tracking.upload_plan import what_is_left
+from deta.platform.tracking.upload_process import find_runs, uri_of
+from deta.platform.tracking.uploader import BusyError, RunUploader, Store
+
+PATIENCE_S = 30.0  # how long to retry while MLflow takes nothing
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """What came of sending one run."""
+
+    is_complete: bool
+    is_unreachable: bool  # the retries were given up
+    text: str
+
+
+def sync_runs(
+    runs: Sequence[Path],
+    stores: dict[str, Store],
+    *,
+    patience_s: float = PATIENCE_S,
+    dry_run: bool = False,
+    echo: Callable[[str], None] = lambda line: None,
+    show_progress: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Send each run that is not alive; return True if nothing is left.
+
+    Args:
+        stores: MLflow stores by address. Stores that are opened here are added.
+        patience_s: how long to retry while a store takes nothing. An unreachable store gets one
+            try for each further run.
+        dry_run: only report what is left.
+        echo: receives one line for each run.
+        show_progress: receives a line that the next one replaces.
+    """
+    unreachable: set[str] = set()
+    is_all_sent = True
+    for index, run in enumerate(runs, 1):
+        title = f"[{index}/{len(runs)}] {run.name}"
+        if is_alive(run):
+            rows, _ = what_is_left(run)
+            echo(f"{title}: is running and sends its own data, {rows} rows are left")
+            continue
+        status = missing_end(run)
+        if status is not None:
+            echo(f"{title}: its process died; marked {status}")
+        if dry_run:
+            rows, files = what_is_left(run)
+            echo(f"{title}: {rows} rows and {files} files are left")
+            is_all_sent &= not rows and not files and status is None
+            continue
+        if status is not None:
+            _write_end(run, status)
+        try:
+            uri = uri_of(run)
+        except ValueError as error:
+            echo(f"{title}: {error}")
+            is_all_sent = False
+            continue
+        if uri not in stores:
+            stores[uri] = _open_store(uri)
+        result = send_run(
+            run,
+            stores[uri],
+            0.0 if uri in unreachable else patience_s,
+            lambda text, title=title: show_progress(f"{title}: {text}"),  # type: ignore[misc]
+        )
+        echo(f"{title}: {result.text}")
+        is_all_sent &= result.is_complete
+        unreachable |= {uri} if result.is_unreachable else set()
+    return is_all_sent
+
+
+def send_run(
+    run: Path, store: Store, patience_s: float, show_progress: Callable[[str], None]
+) -> SyncResult:
+    """Send what is left of one run; retry with backoff while MLflow takes nothing."""
+    uploader = RunUploader(run, store)
+    before, stuck_s, pause_s = -1, time.monotonic(), 0.5
+    is_unreachable = False
+    while True:
+        try:
+            uploader.turn()
+            error = ""
+            break
+        except (BusyError, ValueError, FileNotFoundError) as failure:  # concerns this run alone
+            error = str(failure)
+            break
+        except Exception as failure:
+            error = mask_text(str(failure) or type(failure).__name__).partition("\n")[0]
+        if uploader.record.sent_rows != before:
+            before, stuck_s, pause_s = uploader.record.sent_rows, time.monotonic(), 0.5
+        show_progress(f"{uploader.record.sent_rows} rows sent; {error}")
+        if time.monotonic() - stuck_s > patience_s:
+            is_unreachable = True
+            break
+        time.sleep(pause_s)
+        pause_s = min(5.0, 2 * pause_s)
+    rows, files = what_is_left(run)
+    uploader.tell("waiting" if error else "finished", error)
+    uploader.close()
+    record = uploader.record
+    text = f"{record.sent_rows} rows sent, {record.skipped_rows} skipped, {rows} left"
+    text += f", {record.refused_rows} refused as invalid" * (record.refused_rows > 0)
+    text += f", {files} files left" * (files > 0)
+    text += f"; {error or record.status}"
+    return SyncResult(not error and not rows and not files, is_unreachable, text)
+
+
+def missing_end(run: Path) -> str | None:
+    """Return the status of a run whose supervisor died before it wrote one; else None."""
+    has_end = has_ended = False
+    for event, _ in read_events(run):
+        if event["kind"] == "begin":
+            has_end = has_ended = False
+        elif event["kind"] == "end":
+            has_end = True
+        elif event["kind"] == "ended":
+            has_ended = True
+    if has_ended:
+        return None
+    return "FINISHED" if has_end else "KILLED"
+
+
+def _write_end(run: Path, status: str) -> None:
+    reason = "" if status == "FINISHED" else "its process died; found by jobs/sync.py"
+    journal = Journal(run)
+    journal.write("ended", status=status, reason=reason)
+    journal.close()
+
+
+def _open_store(uri: str) -> Store:
+    from deta.platform.tracking.mlflow_store import MlflowStore  # slow; often not needed
+
+    return MlflowStore(uri)
+
+
+if __name__ == "__main__":
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    sync_runs(find_runs(Path(sys.argv[1])), {})
