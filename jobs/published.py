@@ -42,7 +42,6 @@ class Published:
     facts: Mapping[str, Fact]
     remarks: tuple[Remark, ...]
     weights: str = ""  # address of published weights
-    measured: str = "–"  # our AP with this recipe, once a run has shown it
 
 
 def facts(source: str, values: Mapping[str, Any], why: str = "") -> dict[str, Fact]:

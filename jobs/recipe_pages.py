@@ -1,45 +1,47 @@
 #!/usr/bin/env python
-"""Write docs/recipes/*.md and the README's table: our configurations beside the published ones.
+"""Write docs/recipes/*.md and the table in docs/RESULTS.md from the recipes and published.py.
 
-  python jobs/recipe_pages.py           # write what has changed
-  python jobs/recipe_pages.py --check   # only say so, by exit code 1
+  python jobs/recipe_pages.py           # write the files that have changed
+  python jobs/recipe_pages.py --check   # write nothing; exit with 1 if a file is out of date
 
-Everything in them comes from the recipes and from published.py. A difference that is not explained
-there is refused.
+The pages compare each configuration with the published one. A difference without an explanation in
+published.py is an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from deta.jobs.command_line import described_parser
-from deta.jobs.differences import Row, compare, show, unexplained
+from deta.jobs.differences import DifferenceRow, compare_configs, format_value, unexplained
 from deta.jobs.published import PUBLISHED, Published
 from deta.jobs.recipes import RECIPES, VARIANTS
 from deta.platform.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("docs") / "recipes"
+RESULTS = Path("docs") / "RESULTS.md"
 BEGIN, END = "<!-- recipes: begin, written by jobs/recipe_pages.py -->", "<!-- recipes: end -->"
 NOTE = "<!-- Written by jobs/recipe_pages.py; change the recipe or jobs/published.py instead. -->"
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Every file as it should be, by its path.
+    """Return the wanted content of every file, by its path.
 
     Raises:
-        ValueError: a recipe differs from its publication without a reason, or the README has no
-            place for the table.
+        ValueError: a recipe differs from its publication without a reason, or docs/RESULTS.md has
+            no place for the table.
     """
     problems = [
         f"{name}: {', '.join(keys)}"
         for name, published in PUBLISHED.items()
-        if (keys := unexplained(compare(VARIANTS[name](), published)))
+        if (keys := unexplained(compare_configs(VARIANTS[name](), published)))
     ]
     if problems:
         raise ValueError(
@@ -50,18 +52,18 @@ def pages(root: Path) -> dict[Path, str]:
         root / FOLDER / f"{recipe}.md": recipe_page(recipe, module)
         for recipe, module in RECIPES.items()
     }
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    results = root / RESULTS
+    text = results.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: wants the lines {BEGIN!r} and {END!r}, once each")
+        raise ValueError(f"{results}: must contain the lines {BEGIN!r} and {END!r}, once each")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    written[readme] = f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+    written[results] = f"{before}{BEGIN}\n\n{results_table()}\n\n{END}{after}"
     return written
 
 
 def recipe_page(recipe: str, module: ModuleType) -> str:
-    """One recipe with all its variants."""
+    """Return the page of one recipe with all its variants."""
     title, _, text = inspect.cleandoc(module.__doc__ or "").partition("\n")
     parts = [f"# `jobs/{recipe}.py`", NOTE, title, _code(text.strip("\n"))]
     for variant, make in module.VARIANTS.items():
@@ -70,26 +72,25 @@ def recipe_page(recipe: str, module: ModuleType) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def readme_table() -> str:
-    """One row for each published system."""
+def results_table() -> str:
+    """Return a table with one row for each published system."""
     rows = []
     for name, published in PUBLISHED.items():
         recipe, _, variant = name.partition(".")
         config = VARIANTS[name]()
-        different = [row.key for row in compare(config, published) if not row.is_same]
+        different = [row.key for row in compare_configs(config, published) if not row.is_same]
         is_default = variant == next(iter(RECIPES[recipe].VARIANTS))
         command = f"jobs/{recipe}.py" + ("" if is_default else f" --variant {variant}")
         rows.append(
             (
                 f"{published.system} ([{published.origin}]({published.url}))",
-                show(config.schedule.epochs),
+                format_value(config.schedule.epochs),
                 published.ap,
                 f"`{command}`",
-                f"[{_count(len(different))}]({FOLDER.as_posix()}/{recipe}.md#{variant})",
-                published.measured,
+                f"[{_count(len(different))}]({FOLDER.name}/{recipe}.md#{variant})",
             )
         )
-    return _table(("system", "epochs", "published AP", "command", "differences", "ours"), rows)
+    return _table(("system", "epochs", "published AP", "command", "differences"), rows)
 
 
 def _section(
@@ -99,14 +100,17 @@ def _section(
     parts = [f"## {variant}", f"{first[:1].upper()}{first[1:]}.", text.strip()]
     if published is None:
         return "\n\n".join(parts)
-    rows = compare(make(), published)
+    rows = compare_configs(make(), published)
     different = [row for row in rows if not row.is_same]
     parts.append(
         f"Published: [{published.system}, {published.origin}]({published.url}), AP {published.ap}."
         + (f" [Weights]({published.weights})." if published.weights else "")
     )
     if different:
-        cells = [(_key(r), show(r.ours), show(r.published), r.verdict, r.source) for r in different]
+        cells = [
+            (_key(r), format_value(r.ours), format_value(r.published), r.verdict, r.source)
+            for r in different
+        ]
         parts.append(_table(("key", "ours", "published", "why", "source"), cells))
     else:
         parts.append("Every number is the published one.")
@@ -116,7 +120,7 @@ def _section(
         parts.append(_table(("published", "here", "source"), remarks))
     same = _table(
         ("key", "both", "source"),
-        [(_key(row), show(row.ours), row.source) for row in rows if row.is_same],
+        [(_key(row), format_value(row.ours), row.source) for row in rows if row.is_same],
     )
     summary = f"<summary>the same: {len(rows) - len(different)} numbers</summary>"
     parts.append(f"<details>{summary}\n\n{same}\n\n</details>")
@@ -124,7 +128,7 @@ def _section(
     return "\n\n".join(parts)
 
 
-def _key(row: Row) -> str:
+def _key(row: DifferenceRow) -> str:
     return f"`{row.key}`"
 
 
@@ -138,11 +142,11 @@ def _cell(text: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """A module's description with its indented commands as a block of code."""
+    """Turn the indented commands in a module's description into blocks of code."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         if all(line.startswith("  ") for line in paragraph.splitlines()):
-            paragraphs.append(f"```sh\n{inspect.cleandoc(paragraph)}\n```")
+            paragraphs.append(f"```sh\n{textwrap.dedent(paragraph)}\n```")
         else:
             paragraphs.append(paragraph)
     return "\n\n".join(paragraphs)
@@ -154,7 +158,9 @@ def _count(number: int) -> str:
 
 def main() -> None:
     parser = described_parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if something is old")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a file is out of date"
+    )
     arguments = parser.parse_args()
     try:
         wanted = pages(ROOT)
@@ -167,7 +173,7 @@ def main() -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     for path in stale:
-        print(f"{'old' if arguments.check else 'written'}: {path.relative_to(ROOT)}")
+        print(f"{'out of date' if arguments.check else 'written'}: {path.relative_to(ROOT)}")
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")

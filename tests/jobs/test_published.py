@@ -13,7 +13,7 @@ import pytest
 
 from deta.jobs import published as published_module
 from deta.jobs import recipe_pages
-from deta.jobs.differences import as_text, compare, unexplained
+from deta.jobs.differences import as_text, compare_configs, unexplained
 from deta.jobs.published import PUBLISHED, Fact
 from deta.jobs.recipes import VARIANTS
 from deta.platform.run.config import override
@@ -24,7 +24,7 @@ SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_difference_to_the_published_system_is_explained(name: str):
-    assert unexplained(compare(VARIANTS[name](), PUBLISHED[name])) == []
+    assert unexplained(compare_configs(VARIANTS[name](), PUBLISHED[name])) == []
 
 
 def test_every_variant_that_follows_a_publication_is_compared_with_it():
@@ -47,7 +47,7 @@ def test_every_variant_that_follows_a_publication_is_compared_with_it():
 def test_a_change_that_nobody_explains_is_flagged(key: str, value: str):
     changes = {key: value, "model.backbone.pretrained": "false"}
     config = override(VARIANTS["deta_r50.official_12ep"](), changes)
-    rows = compare(config, PUBLISHED["deta_r50.official_12ep"])
+    rows = compare_configs(config, PUBLISHED["deta_r50.official_12ep"])
     assert key in unexplained(rows)
     assert "NOT EXPLAINED" in as_text(rows, PUBLISHED["deta_r50.official_12ep"])
 
@@ -55,14 +55,14 @@ def test_a_change_that_nobody_explains_is_flagged(key: str, value: str):
 def test_what_only_says_how_a_run_is_carried_out_is_no_difference():
     changes = {"name": "other", "data.loader_workers": "0", "cluster.gpu": "false"}
     config = override(VARIANTS["deta_r50.official_12ep"](), changes)
-    assert unexplained(compare(config, PUBLISHED["deta_r50.official_12ep"])) == []
+    assert unexplained(compare_configs(config, PUBLISHED["deta_r50.official_12ep"])) == []
 
 
 def test_a_fact_about_a_key_that_does_not_exist_is_refused():
     one = PUBLISHED["deta_r50.official_12ep"]
     wrong = replace(one, facts={**one.facts, "optim.momentum": Fact(0.9, "nowhere")})
     with pytest.raises(KeyError, match=r"optim\.momentum"):
-        compare(VARIANTS["deta_r50.official_12ep"](), wrong)
+        compare_configs(VARIANTS["deta_r50.official_12ep"](), wrong)
 
 
 def test_every_fact_names_its_source():
@@ -94,10 +94,10 @@ def test_sections_that_facts_cite_exist():
     assert cited <= numbered
 
 
-def test_pages_and_readme_are_up_to_date():
+def test_pages_and_the_results_table_are_up_to_date():
     """Else: python jobs/recipe_pages.py"""
     for path, text in recipe_pages.pages(ROOT).items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date"
 
 
 def test_pages_are_not_written_from_an_unexplained_difference(monkeypatch, tmp_path: Path):
@@ -109,9 +109,10 @@ def test_pages_are_not_written_from_an_unexplained_difference(monkeypatch, tmp_p
         recipe_pages.pages(tmp_path)
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path: Path):
-    (tmp_path / "README.md").write_text("nothing here", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"README\.md: wants the lines"):
+def test_results_without_a_place_for_the_table_are_refused(tmp_path: Path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "RESULTS.md").write_text("nothing here", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"RESULTS\.md: must contain the lines"):
         recipe_pages.pages(tmp_path)
 
 
