@@ -19,7 +19,7 @@ from deta.platform.comparison.figures import (
 from deta.platform.comparison.images import pictures_section, slides_of
 from deta.platform.comparison.sources import Side
 from deta.platform.pages.content import Column, Figure, Paragraph, Part, Section, Table
-from deta.platform.pages.number_format import hours_text, num_of, p_value, signed
+from deta.platform.pages.number_format import duration, num_of, p_value, signed
 from deta.platform.pages.page import write_page
 from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
 
@@ -284,7 +284,7 @@ def _cost(comparison: Comparison) -> Section | None:
 
 def _time(side: Side) -> str:
     known = side.cost is not None and side.cost.wall_s is not None
-    return hours_text((side.cost.wall_s or 0.0) / 3600) if known and side.cost else "-"
+    return duration(side.cost.wall_s or 0.0) if known and side.cost else "-"
 
 
 def _number(side: Side, name: str, decimals: int) -> str:

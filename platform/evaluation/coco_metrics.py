@@ -11,12 +11,14 @@ id is 0 counts like any other, where pycocotools would take a match with it for 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hotcoco
 import numpy as np
+
+from deta.platform.system.short_list import short_list
 
 if TYPE_CHECKING:
     from deta.model.postprocess import Detections
@@ -68,13 +70,13 @@ class CocoMetrics:
         Args:
             categories: names the rows and gives their order. Those without a box to find show "-".
         """
-        cells = [f"{name:<6}{_percent(value):>5}" for name, value in self.as_dict().items()]
+        cells = [f"{name:<6}{percent_text(value):>5}" for name, value in self.as_dict().items()]
         lines = ["   ".join(cells[:6]), "   ".join(cells[6:])]
 
         named = [(category.name, self.ap_per_category.get(category.id)) for category in categories]
         if named:
             name_width = min(24, max(len(name) for name, _ in named))
-            rows = [f"{name:<{name_width}.24} {_percent(ap):>5}" for name, ap in named]
+            rows = [f"{name:<{name_width}.24} {percent_text(ap):>5}" for name, ap in named]
             num_columns = max(1, min(TABLE_WIDTH // (name_width + 9), -(-len(rows) // 4)))
             num_lines = -(-len(rows) // num_columns)
             lines += ["", "AP by category"]
@@ -82,7 +84,8 @@ class CocoMetrics:
         return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
+def percent_text(value: float | None) -> str:
+    """Return a metric in percent, such as "43.7"; "-" where it is not defined."""
     return "-" if value is None or value < 0 else f"{100 * value:.1f}"
 
 
@@ -152,7 +155,7 @@ def match_detections(
     if unknown := {result["image_id"] for result in results} - image_ranks.keys():
         raise ValueError(
             f"{len(unknown)} images of the results are not in the ground truth: "
-            f"{_some(sorted(unknown, key=str))}; is this the right annotation file?"
+            f"{short_list(sorted(unknown, key=str))}; is this the right annotation file?"
         )
 
     true = Columns(
@@ -269,12 +272,12 @@ def merge_shards(
     if missing := [image_id for image_id in wanted if image_id not in merged]:
         raise RuntimeError(
             f"{len(missing)} of {len(wanted)} images were evaluated by none of {len(shards)} "
-            f"workers: {_some(missing)}; AP would be too low, so look for a worker that stopped"
+            f"workers: {short_list(missing)}; AP would be too low; look for a worker that stopped"
         )
     if unknown := [image_id for image_id in merged if image_id not in wanted]:
         raise RuntimeError(
             f"workers evaluated {len(unknown)} images that are not of this data set: "
-            f"{_some(unknown)}; do all of them read the same annotation file?"
+            f"{short_list(unknown)}; do all of them read the same annotation file?"
         )
     return [dict(result) for image_id in wanted for result in merged[image_id]]
 
@@ -346,8 +349,3 @@ def _mean(values: np.ndarray) -> float:
     """The mean of what is defined, or -1."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
-
-
-def _some(ids: Sequence[Hashable], limit: int = 5) -> str:
-    shown = ", ".join(str(image_id) for image_id in ids[:limit])
-    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"

@@ -23,10 +23,8 @@ from torch import Tensor
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.model.batch import Target, pad_batch
 from deta.model.postprocess import Detections
-from deta.platform.checkpoint.local import (
-    find_checkpoint,
-    read_checkpoint,
-)
+from deta.platform.checkpoint.format import read_checkpoint
+from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_annotations import Problems, read_coco_file
 from deta.platform.data.coco_dataset import Category, CocoDataset, Sample
 from deta.platform.data.data_loader import LoadedBatch
@@ -43,6 +41,7 @@ from deta.platform.learning.distributed import Worker
 from deta.platform.learning.train_step import PRECISIONS
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.safe_read import file_sha256
+from deta.platform.system.short_list import short_list
 from deta.platform.weights.model_file import open_model_file
 
 NUM_READERS = 4  # threads that read and resize pictures while the model works
@@ -196,7 +195,7 @@ class Predictor:
         ]
         for which, one, other in (("there", known, given), ("here", given, known)):
             if only := sorted(one.keys() - other.keys()):
-                shown = _some([f"{i} {one[i]!r}" for i in only])
+                shown = short_list([f"{i} {one[i]!r}" for i in only], 4)
                 differences.append(f"only {which}: {shown}")
         raise ValueError(
             f"{origin}: its {len(categories)} categories are not the {len(self.categories)} that "
@@ -376,8 +375,8 @@ def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int
         other = image_ids.setdefault(image["file_name"], image["id"])
         if other != image["id"]:
             what = f"{image['file_name']!r} is image {other} already"
-            problems.refuse(f"image {image['id']}", "file_name", what)
-    problems.raise_if_refused(lenient=True)
+            problems.add_error(f"image {image['id']}", "file_name", what)
+    problems.raise_errors(lenient=True)
     categories = [Category(category["id"], category["name"]) for category in coco.categories]
     return tuple(sorted(categories, key=lambda category: category.id)), image_ids
 
@@ -472,9 +471,4 @@ def _without_download(config: RunConfig) -> RunConfig:
 
 
 def _names(categories: Sequence[Category]) -> str:
-    return _some([repr(category.name) for category in categories])
-
-
-def _some(values: Sequence[object], limit: int = 4) -> str:
-    shown = ", ".join(map(str, values[:limit]))
-    return shown + (", …" if len(values) > limit else "")
+    return short_list([repr(category.name) for category in categories], 4)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deta.ops.ms_deform_attn import path as operator_path
+from deta.platform.pages.number_format import duration
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
-from deta.platform.system.redaction import names_of
+from deta.platform.system.short_list import short_list
 
 if TYPE_CHECKING:
-    from deta.platform.run.run import Result
+    from deta.platform.run.run import RunResult
 
 
 class Console:
@@ -69,7 +70,7 @@ class Console:
             self.echo(
                 f"step {event['step']}: skipped, {', '.join(event['not_finite'])} not finite "
                 f"({event['in_a_row']} in a row, {event['total']} in all; images "
-                f"{names_of(event['images'], 5)})"
+                f"{short_list(event['images'], 5)})"
             )
         elif kind == "replaced":
             for image in event["images"][:5]:
@@ -95,7 +96,7 @@ class Console:
             f"{100 * metrics['val/explain_share']:.1f} % of the evaluation"
         )
 
-    def conclude(self, result: Result) -> None:
+    def conclude(self, result: RunResult) -> None:
         self.echo("")
         self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
         if result.best_checkpoint is not None:
@@ -142,12 +143,3 @@ def _span(whole: int, parts: int) -> str:
     """How much each part gets where parts are as even as they can be."""
     least, most = whole // parts, -(-whole // parts)
     return str(most) if least == most else f"{least} or {most}"
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 05 s or 7 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

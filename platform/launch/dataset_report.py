@@ -19,6 +19,7 @@ import numpy as np
 
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.transforms import resized_size
+from deta.platform.pages.number_format import percent_of
 from deta.platform.run.config import DataConfig
 
 SMALL_PX2, LARGE_PX2 = 32**2, 96**2  # COCO's borders between small, medium and large
@@ -101,7 +102,7 @@ class FirstLook:
             tiny = Counter(train.labels[train.sides_seen_px < TINY_PX].tolist())
             (label, count), *_ = tiny.most_common(1)
             found.append(
-                f"{_percent(train.num_tiny, train.num_boxes)} of the training boxes have a side "
+                f"{percent_of(train.num_tiny, train.num_boxes)} of the training boxes have a side "
                 f"under {TINY_PX} px when pictures are resized to {train.seen_short_edge_px} px "
                 f"(most of {self.categories[label].name}: {count}); the finest feature map has a "
                 f"pixel for every {TINY_PX}. Larger data.augmentation.short_edges and "
@@ -116,7 +117,7 @@ class FirstLook:
             found.append("no training picture has a box: there is nothing to learn")
         elif train.num_empty > train.num_images / 2:
             found.append(
-                f"{_percent(train.num_empty, train.num_images)} of the training pictures have no "
+                f"{percent_of(train.num_empty, train.num_images)} of the training pictures have no "
                 "box; where objects were only not annotated, the model learns to miss them"
             )
         if self.num_shared_images:
@@ -216,7 +217,7 @@ def _split_table(train: SplitLook, val: SplitLook) -> list[str]:
     row("  most in one image", *(split.most_boxes for split in splits))
     row(
         f"  longer than {ELONGATED:g} : 1",
-        *(_percent((s.elongations > ELONGATED).sum(), s.num_boxes) for s in splits),
+        *(percent_of((s.elongations > ELONGATED).sum(), s.num_boxes) for s in splits),
     )
     row("  small, medium, large", *(_sizes(split.areas_px2) for split in splits))
     row(
@@ -226,7 +227,7 @@ def _split_table(train: SplitLook, val: SplitLook) -> list[str]:
     row("    at a short edge of", *(f"{split.seen_short_edge_px} px" for split in splits))
     row(
         f"    with a side under {TINY_PX} px",
-        *(_percent(split.num_tiny, split.num_boxes) for split in splits),
+        *(percent_of(split.num_tiny, split.num_boxes) for split in splits),
     )
     return _aligned(rows)
 
@@ -282,13 +283,6 @@ def _sizes(areas_px2: np.ndarray) -> str:
 def _range(values: np.ndarray) -> str:
     least, most = f"{values.min():.2f}", f"{values.max():.2f}"
     return least if least == most else f"{least} to {most}"
-
-
-def _percent(part: float, whole: float) -> str:
-    if not whole:
-        return "-"
-    share = 100 * part / whole
-    return f"{share:.1f} %" if 0 < share < 1 else f"{share:.0f} %"
 
 
 def _classes(categories: Sequence[Category], chosen: np.ndarray, limit: int = 6) -> str:

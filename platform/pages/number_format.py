@@ -1,4 +1,4 @@
-"""Numbers in sentences: rounded to their noise, with a true minus sign."""
+"""Write numbers for sentences and tables: rounded to their noise, with a true minus sign."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MAX_DECIMALS = 3
 
 
 def signed(value: float, decimals: int) -> str:
-    """Such as "−0.1", "0.3"; what rounds to nothing has no sign."""
+    """Return such as "−0.1", "0.3"; what rounds to zero has no sign."""
     text = f"{abs(value):.{decimals}f}"
     return f"{MINUS}{text}" if value < 0 and float(text) != 0 else text
 
 
 def decimals_for(uncertainty: float | None) -> int:
-    """Decimals that leave an uncertainty its first digit, or two where that is a 1."""
+    """Return the decimals that leave an uncertainty its first digit, or two if that is a 1."""
     if uncertainty is None or not math.isfinite(uncertainty) or uncertainty <= 0:
         return 2
     exponent = math.floor(math.log10(uncertainty))
@@ -26,34 +26,48 @@ def decimals_for(uncertainty: float | None) -> int:
 
 
 def plus_minus(value: float, half_width: float) -> str:
-    """Such as "−0.1 ± 0.3"."""
+    """Return such as "−0.1 ± 0.3"."""
     decimals = decimals_for(half_width)
     return f"{signed(value, decimals)} ± {half_width:.{decimals}f}"
 
 
 def short(value: float) -> str:
-    """A number that someone chose, as they would write it: "0.3", "−2"."""
+    """Return a number that a person chose, as they would write it: "0.3", "−2"."""
     return f"{MINUS if value < 0 else ''}{abs(value):g}"
 
 
-def percent(share: float) -> str:
-    return f"{signed(100 * share, 0)} %"
+def amount(value: float) -> str:
+    """Return three digits, and all of those before the point: "0.0412", "3.14", "2,130"."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def percent(share: float, decimals: int = 0) -> str:
+    """Return such as "12 %"."""
+    return f"{signed(100 * share, decimals)} %"
+
+
+def percent_of(part: float, whole: float) -> str:
+    """Return such as "12 %"; below 1 % with a decimal; "-" of nothing."""
+    if not whole:
+        return "-"
+    return percent(part / whole, decimals=1 if 0 < part / whole < 0.01 else 0)
 
 
 def p_value(p: float) -> str:
+    """Return such as "p = 0.03", "p < 0.001"."""
     if p < 0.001:
         return "p < 0.001"
     return f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
 
 
 def num_of(count: int, noun: str) -> str:
-    """Such as "1 seed", "3 seeds"."""
+    """Return such as "1 seed", "3 seeds"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def hours_text(hours: float) -> str:
-    """Such as "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
-    seconds = round(hours * 3600)
+def duration(seconds: float) -> str:
+    """Return such as "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
+    seconds = round(seconds)
     if seconds < 90:
         return f"{seconds} s"
     minutes = round(seconds / 60)
@@ -66,12 +80,14 @@ def hours_text(hours: float) -> str:
 
 
 def common_decimals(half_widths: Sequence[float]) -> int:
-    """Decimals for numbers that stand below one another: those that the surest of them needs."""
+    """Return the decimals for numbers in one column: those that the surest of them needs."""
     return max(1, min(2, decimals_for(min(half_widths, default=None))))
 
 
 @dataclass(frozen=True)
 class Interval:
+    """A confidence interval."""
+
     low: float
     high: float
 
@@ -84,7 +100,7 @@ class Interval:
 
 
 def interval_text(estimate: float, interval: Interval | None, decimals: int) -> str:
-    """Such as "−0.10  [−0.40, 0.20]"."""
+    """Return such as "−0.10  [−0.40, 0.20]"."""
     if interval is None:
         return signed(estimate, decimals)
     low, high = signed(interval.low, decimals), signed(interval.high, decimals)

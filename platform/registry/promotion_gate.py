@@ -1,6 +1,6 @@
 """Whether a model may become champion: criteria, each with what was found and what is required.
 
-Pure: figures and a policy in, a decision out. Where figures are from is platform/registry/promote.py.
+Pure: metrics and a policy in, a decision out. platform/registry/promote.py collects the metrics.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from deta.platform.system.short_list import short_list
 
 if TYPE_CHECKING:
     from deta.platform.evaluation.paired_bootstrap import PairedDifference
@@ -159,7 +161,7 @@ def decide(
         return Decision(challenger, champion, policy, (_weights(challenger),), None)
     criteria = [_weights(challenger), _lineage(challenger, policy)]
     criteria.append(_evaluation_set(challenger, champion, policy))
-    criteria.append(_criterion("AP", challenger.ap, policy.min_ap, at_least=True, show=_percent))
+    criteria.append(_criterion("AP", challenger.ap, policy.min_ap, at_least=True, show=_points))
     if champion is not None:
         criteria.append(_gain(difference, policy))
         criteria.append(_class_drop(difference, policy, names))
@@ -233,7 +235,9 @@ def _class_drop(
     drops.sort(key=lambda drop: -drop[0])
     over = [drop for drop in drops if drop[0] > policy.max_class_drop]
     if over:
-        return Criterion(name, False, _some([text for _, text in over]), required)
+        return Criterion(
+            name, False, short_list([text for _, text in over], NUM_CLASSES_SHOWN), required
+        )
     found = f"largest drop: {drops[0][1]}" if drops and drops[0][0] > 0 else "no class drops"
     return Criterion(name, True, found, required)
 
@@ -244,13 +248,17 @@ def _class_floors(one: Candidate, policy: Policy) -> Criterion:
     floors_set = {key: floor for key, floor in floors.items() if floor is not None}
     if not floors_set:
         return Criterion(name, None, "-", "none")
-    required = "AP of " + _some([f"{key} {100 * floor:.1f}" for key, floor in floors_set.items()])
+    required = "AP of " + short_list(
+        [f"{key} {100 * floor:.1f}" for key, floor in floors_set.items()], NUM_CLASSES_SHOWN
+    )
     under = [
         f"{key} {100 * one.ap_by_class[key]:.1f}" if key in one.ap_by_class else f"{key} unknown"
         for key, floor in floors_set.items()
         if one.ap_by_class.get(key, -1.0) < floor
     ]
-    return Criterion(name, not under, _some(under) if under else "all above", required)
+    return Criterion(
+        name, not under, short_list(under, NUM_CLASSES_SHOWN) if under else "all above", required
+    )
 
 
 def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list[Criterion]:
@@ -306,7 +314,7 @@ def _criterion(
     )
 
 
-def _percent(value: float) -> str:
+def _points(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
@@ -320,8 +328,3 @@ def _megabytes(value: float) -> str:
 
 def _mb(one: Candidate) -> float:
     return one.num_bytes / 1e6
-
-
-def _some(texts: list[str]) -> str:
-    more = len(texts) - NUM_CLASSES_SHOWN
-    return ", ".join(texts[:NUM_CLASSES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
 
-from deta.platform.pages.number_format import hours_text
+from deta.platform.pages.number_format import duration
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CostEstimate:
     def __str__(self) -> str:
         price = "price not set" if self.price is None else f"{self.price:.2f} {self.currency}"
         decimals = 1 if self.gpu_hours < 100 else 0
-        return f"{hours_text(self.hours)}, {self.gpu_hours:,.{decimals}f} {self.unit}, {price}"
+        return f"{duration(3600 * self.hours)}, {self.gpu_hours:,.{decimals}f} {self.unit}, {price}"
 
 
 def estimate(

@@ -10,7 +10,7 @@ from deta.platform.pages.content import Column, Link, Table
 from deta.platform.pages.number_format import (
     Interval,
     common_decimals,
-    hours_text,
+    duration,
     num_of,
     p_value,
     short,
@@ -69,7 +69,7 @@ def facts(report: StudyReport) -> str:
     how = report.provenance
     if how.began and how.ended:
         hours = (how.ended - how.began).total_seconds() / 3600
-        parts.append(f"{hours_text(hours)}, ended {how.ended:%Y-%m-%d %H:%M %Z}".strip())
+        parts.append(f"{duration(3600 * hours)}, ended {how.ended:%Y-%m-%d %H:%M %Z}".strip())
     return " · ".join(parts)
 
 
@@ -262,7 +262,7 @@ def cost_table(report: StudyReport) -> Table:
                 str(len(trials)),
                 NOTHING if (ap := mean(lambda t: t.ap)) is None else signed(ap, 2),
                 _number(mean(lambda t: t.cost.images_per_s)),
-                NOTHING if wall_s is None else hours_text(wall_s / 3600),
+                NOTHING if wall_s is None else duration(wall_s),
                 _number(mean(lambda t: t.cost.gpu_hours)),
                 _number(mean(lambda t: t.cost.cpu_hours)),
                 _number(mean(lambda t: t.cost.energy_kwh)),
@@ -331,7 +331,7 @@ def power_rows(report: StudyReport, pilot: PilotPlan) -> Table:
     ):
         cost = None if each is None or row.num_trials is None else each * row.num_trials
         if cost is not None and kind is not None and kind.unit == "s":
-            cost_text = hours_text(cost / 3600)
+            cost_text = duration(cost)
         else:
             cost_text = _number(cost)
         rows.append(

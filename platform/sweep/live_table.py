@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from deta.platform.pages.number_format import hours_text
+from deta.platform.pages.number_format import duration
 from deta.platform.sweep.search_space import format_value
 from deta.platform.sweep.trial_folder import TrialFolder
 
@@ -46,7 +46,7 @@ def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
                 samples if trial.samples or status != "waiting" else "",
                 "" if trial.ap is None else f"{trial.ap:.1f}",
                 "" if speed is None else f"{speed:.1f}",
-                "" if left is None else hours_text(left / 3600),
+                "" if left is None else duration(left),
                 trial.reason.partition("\n")[0] if status in ("failed", "stopped") else "",
             ]
         )
@@ -68,7 +68,7 @@ def summary_line(trials: Sequence[TrialFolder], num_trials: int, footer: TableFo
     if best is not None:
         line += f" · best {best.ap:.1f} AP ({best.name})"
     if footer.remaining_s is not None:
-        line += f" · about {hours_text(footer.remaining_s / 3600)} left"
+        line += f" · about {duration(footer.remaining_s)} left"
     return line
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Sequence
 
 MASK = "***"
 
@@ -117,9 +116,3 @@ def _is_random(text: str) -> bool:
         return False
     changes = sum(one != other for one, other in itertools.pairwise(kinds))
     return changes > 0.45 * len(text)  # 0.65 on average where all 64 characters are as likely
-
-
-def names_of(images: Sequence[object], limit: int = 20) -> str:
-    """Ids for a message, the first few of many."""
-    shown = ", ".join(str(image) for image in images[:limit])
-    return f"{shown} and {len(images) - limit} more" if len(images) > limit else shown

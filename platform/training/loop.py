@@ -41,7 +41,7 @@ from deta.platform.learning.optimizer import set_lr
 from deta.platform.learning.train_step import PRECISIONS, StepResult, train_step
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
-from deta.platform.system.redaction import names_of
+from deta.platform.system.short_list import short_list
 from deta.platform.training.energy_meter import EnergyMeter
 from deta.platform.training.evaluation_history import EvaluationBook
 from deta.platform.training.recorder import Keeper
@@ -344,9 +344,9 @@ class _Loop:
         raise FloatingPointError(
             f"step {state.step}: {', '.join(names)} not finite, and so for "
             f"{state.skipped_in_a_row} steps in a row, each of which was skipped; the last with "
-            f"the images of ids {names_of(images)} (all in {dump.name}). Look at these images and "
-            "their boxes; else lower optim.lr, or use precision=fp32. The last checkpoint is from "
-            "before it."
+            f"the images of ids {short_list(images, 20)} (all in {dump.name}). Check these "
+            "images and their boxes, or lower optim.lr, or use precision=fp32. The last checkpoint "
+            "is from before it."
         )
 
     def _look(self) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES
 from deta.platform.data.coco_dataset import Category
 from deta.platform.system.safe_read import read_bounded
+from deta.platform.system.short_list import short_list
 from deta.platform.weights.coco_class_names import COCO_CATEGORIES, NUM_ID_ROWS
 
 # "by_name": a class of the data set starts from the file's class of that name, or as new.
@@ -150,7 +151,9 @@ def plan_classes(
                 f"{len(categories)} classes; use init_classes=by_name or drop"
             )
         pairs = [f"{row} is {category.name}" for row, category in enumerate(categories)]
-        return ClassPlan(tuple(range(file.num_rows)), (f"classes: row {_some(pairs)}",))
+        return ClassPlan(
+            tuple(range(file.num_rows)), (f"classes: row {short_list(pairs, NUM_SHOWN)}",)
+        )
     if not file.by_row:
         raise ValueError(
             f"the file has {file.origin}. Give them, with jobs/convert.py --classes FILE; or start "
@@ -166,10 +169,10 @@ def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
     left: dict[str, list[int]] = defaultdict(list)  # rows that no class has the very name of
     for row, category in file.by_row.items():
         if row not in rows:
-            left[plain(category.name)].append(row)
+            left[normalized_name(category.name)].append(row)
     for place, category in enumerate(categories):
-        if rows[place] is None and left[plain(category.name)]:
-            rows[place] = left[plain(category.name)].pop(0)
+        if rows[place] is None and left[normalized_name(category.name)]:
+            rows[place] = left[normalized_name(category.name)].pop(0)
     matched = [
         category.name if category.name == file.by_row[row].name
         else f"{category.name} (there {file.by_row[row].name})"
@@ -189,15 +192,10 @@ def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
     return ClassPlan(tuple(rows), tuple(lines))
 
 
-def plain(name: str) -> str:
+def normalized_name(name: str) -> str:
     """What of a name is compared: without case, and with spaces for `_` and `-`."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def _colon(names: Sequence[str]) -> str:
-    return f": {_some(names)}" if names else ""
-
-
-def _some(values: Sequence[str]) -> str:
-    more = f", … ({len(values) - NUM_SHOWN} more)" if len(values) > NUM_SHOWN else ""
-    return ", ".join(values[:NUM_SHOWN]) + more
+    return f": {short_list(names, NUM_SHOWN)}" if names else ""

@@ -20,7 +20,6 @@ from deta.platform.learning.distributed import (
     from_everyone,
     from_leader,
 )
-from deta.platform.system.redaction import names_of
 
 
 def _in_a_group(rank: int, port: int, act: Callable[[Worker], Any], answers: Any) -> None:
@@ -88,8 +87,3 @@ def test_one_flipped_bit_on_one_worker_is_found_and_named(dtype):
         return before, set(found)
 
     assert on_two(act) == [(None, {"2.weight"})] * 2
-
-
-def test_long_lists_are_cut():
-    assert names_of(range(3)) == "0, 1, 2"
-    assert names_of(range(30), 2) == "0, 1 and 28 more"

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deta.platform.pages.number_format import hours_text
 from deta.platform.study.cost import PRICES, CostPoint, Price, estimate, pareto, price_of
 from deta.platform.training.energy_meter import EnergyMeter
 
@@ -81,14 +80,6 @@ def test_a_speed_that_is_none_is_refused(speed: float):
 def test_a_price_is_a_number():
     with pytest.raises(ValueError, match="per_gpu_hour"):
         Price(-1)
-
-
-@pytest.mark.parametrize(
-    ("hours", "text"),
-    [(0.01, "36 s"), (0.2, "12 min"), (3.08, "3 h 05 min"), (52.2, "2 d 4 h")],
-)
-def test_hours_in_words(hours: float, text: str):
-    assert hours_text(hours) == text
 
 
 numbers = st.floats(0, 100, allow_nan=False).map(lambda value: round(value, 1))
