@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo dashboards test chaos check format wheel parity docs verified hashes
+.PHONY: help install demo dashboards test chaos check format wheel parity docs site verified hashes
 
 help:
 	@echo "make install     install what jobs need to run"
@@ -18,6 +18,7 @@ help:
 	@echo "make format      format the code and fix what ruff can fix"
 	@echo "make parity      print a table of differences to the published implementations"
 	@echo "make docs        compare recipes with the published configurations, in docs/recipes"
+	@echo "make site        build the documentation site in site/"
 	@echo "make wheel       build a wheel in dist/"
 	@echo "make verified    install what jobs need, each package checked by its hash"
 	@echo "make hashes      write hashes.txt again, after a change of versions"
@@ -76,6 +77,16 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python jobs/recipe_pages.py
+
+# The website of docs/ in site/, with the Python API; any warning, such as a broken link, is an error.
+# The parser of docstrings reads folders with an __init__.py only, so it gets a copy that has them.
+site: $(VENV)/.installed-docs
+	rm -rf build/site
+	mkdir -p build/site
+	cp -RL deta build/site/
+	for room in dashboards jobs model ops platform; do touch build/site/deta/$$room/__init__.py; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 parity: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/parity.py
