@@ -1,6 +1,6 @@
-"""`finetune`, the second command of every recipe: from a checkpoint to a data set of one's own.
+"""`finetune`, the second command of every recipe: fine-tune a checkpoint on your own data set.
 
-Also the first look at a data set, which any recipe takes with --look.
+It also has the data set report, which any recipe prints with --look.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ Fine-tune on a data set of your own, in COCO format. Classes come from its annot
       --train-images mine/train --train-annotations mine/train.json \\
       --val-images mine/val --val-annotations mine/val.json
 
-CHECKPOINT is a run's folder, which means its best checkpoint, or one checkpoint in it: then the
+CHECKPOINT is a run's folder (its best checkpoint) or one checkpoint in it: then the
 model and its image sizes are the checkpoint's. Or a published file: then the model is the
-variant's. All weights are kept but those of classes that the checkpoint does not know.
+variant's. All weights are used except those of classes that the checkpoint does not have.
 
-How long, how fast and when to stop follow from the number of images, and are printed with reasons.
-Before a GPU is taken the data are looked at: classes, sizes, what is amiss, and a sheet of training
-pictures as the model will see them."""
+Length, learning rate and early stopping follow from the number of images, and are printed with
+reasons. Before a GPU is taken the data are checked: classes, sizes, problems, and a sheet of
+training
+images as the model will see them."""
 
 EPILOG = """\
 Every number of the configuration is a key, also as an option: optim.lr=1e-4 or --optim.lr 1e-4.
@@ -46,7 +47,7 @@ schedule.patience (none: no early stopping), data.augmentation.short_edges, micr
 
 
 def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoReturn:
-    """Read the command line behind `finetune`, look, train; exits as `run_recipe` does."""
+    """Run the command line after `finetune`: report on the data, train, exit like `run_recipe`."""
 
     parsed = _parser(program, variants).parse_intermixed_args(with_plain_keys(arguments))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -88,19 +89,19 @@ def _parser(program: str, variants: Variants) -> argparse.ArgumentParser:
     parser = described_parser(
         DESCRIPTION.format(program=f"python jobs/{program}"), EPILOG, f"{program} finetune"
     )
-    parser.add_argument("--init", metavar="CHECKPOINT", help="what to start from (see above)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to start from (see above)")
     add_data_options(parser)
     parser.add_argument(
         "--variant",
         choices=list(variants),
         metavar="NAME",
-        help="of the recipe, for how to train; without it, the one with the checkpoint's model",
+        help="training recipe; default: the variant with the checkpoint's model",
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="to see in all")
+    parser.add_argument("--samples", type=int, metavar="N", help="samples to train on in total")
     parser.add_argument("--name", help="of the run; its folder is storage/name")
-    parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name")
     add_look_options(parser)
-    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--show", action="store_true", help="print the configuration and exit")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
     )
@@ -108,8 +109,8 @@ def _parser(program: str, variants: Variants) -> argparse.ArgumentParser:
 
 
 def add_look_options(parser: argparse.ArgumentParser) -> None:
-    """--look and --probe."""
-    parser.add_argument("--look", action="store_true", help="look at the data, and do not train")
+    """Add the options --look and --probe."""
+    parser.add_argument("--look", action="store_true", help="report on the data and exit")
     parser.add_argument(
         "--probe",
         action="store_true",
@@ -118,7 +119,7 @@ def add_look_options(parser: argparse.ArgumentParser) -> None:
 
 
 def with_plain_keys(arguments: Sequence[str]) -> list[str]:
-    """`--data.train_images X` and `--data.train_images=X` as `data.train_images=X`.
+    """Rewrite `--data.train_images X` and `--data.train_images=X` as `data.train_images=X`.
 
     Raises:
         SystemExit: the last option has no value, as argparse would.
@@ -133,14 +134,14 @@ def with_plain_keys(arguments: Sequence[str]) -> list[str]:
         if not equals:
             value = next(rest, "--")
             if value.startswith("--"):
-                print(f"error: {key} wants a value: {key} VALUE", file=sys.stderr)
+                print(f"error: {key} needs a value: {key} VALUE", file=sys.stderr)
                 sys.exit(2)
         plain.append(f"{key[2:]}={value}")
     return plain
 
 
 def _changes(parsed: argparse.Namespace) -> dict[str, str]:
-    """What a person gave, by dotted key."""
+    """Return the values that the command line gives, by dotted key."""
     changes: dict[str, str] = {}
     for text in parsed.overrides:
         key, equals, value = text.partition("=")
@@ -156,18 +157,19 @@ def _changes(parsed: argparse.Namespace) -> dict[str, str]:
         changes["init_checkpoint"] = parsed.init
     if changes.get("init_checkpoint", "none") == "none":
         raise ValueError(
-            "what to start from is not set; give --init CHECKPOINT. To learn from scratch, leave "
+            "no checkpoint to start from; give --init CHECKPOINT. To train from scratch, leave "
             "out the word finetune"
         )
     return changes
 
 
 def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tuple[RunConfig, str]:
-    """The configuration before a person's changes; and what it starts from, for people.
+    """Return the configuration before the command line's changes, and a description of its origin.
 
     A run's folder in `changes` becomes its best checkpoint.
     """
-    from deta.platform.checkpoint.local import find_checkpoint, read_checkpoint
+    from deta.platform.checkpoint.format import read_checkpoint
+    from deta.platform.checkpoint.local import find_checkpoint
     from deta.platform.launch.finetune_plan import base_config, variant_of
     from deta.platform.weights.converted_file import is_converted, read_converted
 
@@ -186,14 +188,14 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
     variant = named or alike or next(iter(variants))
     origin += f"; trains as variant {variant}"
     if theirs is not None and alike is None and named is None:
-        origin += ", though that has another model: --variant NAME says otherwise"
+        origin += ", although its model differs: --variant NAME chooses another"
     base = base_config(variants[variant](), theirs)
     changes |= with_base_batch(base, changes)
     return base, origin
 
 
 def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
-    """For a run that begins as any other: look, then perhaps train."""
+    """Prepare a new run, report on its data, then train unless `only_look`. Exits."""
     from deta.platform.launch.prepare_run import prepare
 
     try:
@@ -204,7 +206,7 @@ def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoRetur
 
 
 def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
-    """Look at the data of a run; then, unless it was for that only, train. Exits."""
+    """Report on the data of a run, then train unless `only_look`. Exits."""
     from deta.platform.launch.console import Console
     from deta.platform.launch.supervisor import launch_prepared
 
@@ -230,10 +232,10 @@ def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = 
 
 
 def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
-    """Print the first look; leave its text and the sheet of pictures in the folder.
+    """Print the data set report; write its text and the sheet of training images into the folder.
 
     Raises:
-        ValueError: a picture cannot be decoded; or the probe found, on the device that will
+        ValueError: an image cannot be decoded; or the probe found, on the device that will
             train, that the micro-batch does not fit.
     """
     import torch
@@ -246,17 +248,17 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     config = run.config
     lines: list[str] = []
 
-    def tell(line: str) -> None:
+    def print_line(line: str) -> None:
         lines.append(line)
         echo(line)
 
-    tell("")
+    print_line("")
     for line in look_at(run.train_set, run.val_set, config.data).lines():
-        tell(line)
+        print_line(line)
     share = -(-config.total_batch_size // config.cluster.num_workers)
     num_images = min(config.micro_batch_size, share)
     worst = worst_batch(run.train_set, config.data.augmentation, num_images)
-    tell(f"worst micro-batch: {num_images} images padded to {worst}")
+    print_line(f"worst micro-batch: {num_images} images padded to {worst}")
     sheet = folder / "pictures" / "training.png"
     write_training_sheet(sheet, run)
     if folder == run.folder:
@@ -267,13 +269,13 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
         device = "cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu"
         suggestion = suggest_micro_batch(run, device, echo)
         for line in suggestion.lines():
-            tell(line)
+            print_line(line)
         if config.cluster.gpu and device == "cpu":
-            tell("this machine has no GPU; what is needed on one is about as much")
+            print_line("this machine has no GPU; a GPU needs about as much")
         elif refuses and not suggestion.fits:
             raise ValueError(suggestion.lines()[-1].lstrip("! "))
     (folder / "first_look.txt").write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
-    echo(f"training pictures as the model sees them: {sheet}")
+    echo(f"training images as the model sees them: {sheet}")
     echo("")
 
 

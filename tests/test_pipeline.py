@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from deta.platform.checkpoint.local import read_checkpoint
+from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.run.journal import read_events
 

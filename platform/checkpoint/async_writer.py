@@ -23,15 +23,12 @@ from deta.platform.checkpoint.local import (
     all_checkpoints,
     clean_leftovers,
     keep_newest_and_best,
-    take_snapshot,
     write_checkpoint,
 )
-from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.fence import Fence, FencedOffError
 
 if TYPE_CHECKING:
     from deta.platform.checkpoint.remote import Store
-
-__all__ = ["CheckpointWriter", "Outcome", "Snapshot", "take_snapshot", "write_checkpoint"]
 
 logger = logging.getLogger(__name__)
 

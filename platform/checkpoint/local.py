@@ -46,31 +46,11 @@ from deta.platform.checkpoint.host_snapshot import (
     copy_tensors,
     write_file,
 )
-from deta.platform.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, to_json
-from deta.platform.run.run_lock import Fence
-from deta.platform.run.run_state import FORMAT_VERSION, RunState
+from deta.platform.run.fence import Fence
+from deta.platform.run.run_state import RunState
 from deta.platform.system.atomic_write import force_to_disk
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "Checkpoint",
-    "CheckpointError",
-    "OtherVersionError",
-    "Snapshot",
-    "all_checkpoints",
-    "best_checkpoint",
-    "clean_leftovers",
-    "keep_newest_and_best",
-    "load_optimizer_state",
-    "newest_checkpoint",
-    "optimizer_state",
-    "read_checkpoint",
-    "take_snapshot",
-    "write_checkpoint",
-]
 
 logger = logging.getLogger(__name__)
 

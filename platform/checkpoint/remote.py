@@ -25,6 +25,8 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from deta.platform.checkpoint.format import (
     MANIFEST,
     NAME,
+    CheckpointError,
+    OtherVersionError,
     parse_manifest,
     read_metrics,
 )
@@ -33,14 +35,8 @@ from deta.platform.checkpoint.host_snapshot import (
     Written,
     write_file,
 )
-from deta.platform.checkpoint.local import (
-    CheckpointError,
-    OtherVersionError,
-    best_checkpoint,
-    delete_checkpoint,
-    newest_checkpoint,
-)
-from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.checkpoint.local import best_checkpoint, delete_checkpoint, newest_checkpoint
+from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.system.atomic_write import force_to_disk, write_atomic
 
 RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"

@@ -31,10 +31,9 @@ from deta.platform.cluster.auth_token import OpenClusterError, starts_a_cluster
 from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import give_back_reservations, note_reservation
 from deta.platform.cluster.train_worker import train_worker
-from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.run.config import RunConfig
 from deta.platform.run.dataset_snapshot import KeptDataError, kept_run
-from deta.platform.run.run import Run
+from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.system.process_tree import ATTEMPT_MARK, end_marked
 
 CONTROLLERS = 3  # of Ray; so many in a row without a new checkpoint end the attempt
@@ -123,24 +122,24 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
         trainer.fit()
 
 
-def attempt(folder: Path) -> Outcome:
+def attempt(folder: Path) -> AttemptOutcome:
     """Try; what comes of it in the run is in its journal and its checkpoints."""
     try:
         run = kept_run(folder)
         print(connect(), flush=True)
     except (KeptDataError, OpenClusterError) as error:
-        return Outcome("refused", str(error))
+        return AttemptOutcome("refused", str(error))
     except Exception as error:
         # A cluster of our own that did not come up, on a busy machine say, is worth another try.
         kind: Literal["unreachable", "lost"] = "lost" if starts_a_cluster() else "unreachable"
-        return Outcome(kind, f"{type(error).__name__}: {error}")
+        return AttemptOutcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)
         fruitless, reached = 0, _newest_step(run)
         while True:
             try:
                 fit(run, max_failures=-1)
-                return Outcome("ended")
+                return AttemptOutcome("ended")
             except ray.exceptions.RayActorError as error:  # the controller, not a worker
                 print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
                 before, reached = reached, _newest_step(run)
@@ -148,9 +147,9 @@ def attempt(folder: Path) -> Outcome:
                 if fruitless == CONTROLLERS:
                     raise
     except ClusterTooSmallError as error:
-        return Outcome("refused", str(error))
+        return AttemptOutcome("refused", str(error))
     except Exception as error:
-        return Outcome("lost", f"{type(error).__name__}: {error}")
+        return AttemptOutcome("lost", f"{type(error).__name__}: {error}")
 
 
 def _newest_step(run: Run) -> int:

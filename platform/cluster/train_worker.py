@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from deta.platform.cluster.metrics_export import RayExport
 from deta.platform.learning.distributed import Worker
-from deta.platform.run.attempt_outcome import FAILURES
-from deta.platform.run.run import Run
-from deta.platform.run.run_lock import FencedOffError
+from deta.platform.run.fence import FencedOffError
+from deta.platform.run.run import FAILURES, Run
 from deta.platform.system.atomic_write import write_json
 from deta.platform.training.loop import train
 from deta.platform.training.run_metrics import WorkerMeter

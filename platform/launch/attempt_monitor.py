@@ -8,9 +8,8 @@ from typing import Any
 
 from deta.platform.launch.console import Console
 from deta.platform.learning.hang_watchdog import HEARTBEATS, host, stacks_in
-from deta.platform.run.attempt_outcome import FAILURES
 from deta.platform.run.journal import FILE_NAME, read_events
-from deta.platform.run.run import Run
+from deta.platform.run.run import FAILURES, Run
 
 # Watchdogs write every 5 s. Where none has for so long, not even they run any more; and Ray, which
 # replaces what it sees die, has not either.

@@ -36,11 +36,10 @@ from deta.platform.launch.claim_folder import (
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
 from deta.platform.launch.prepare_run import prepare
-from deta.platform.run.attempt_outcome import OUTCOME_FILE, STOP_FILE, Outcome
 from deta.platform.run.config import RunConfig
 from deta.platform.run.dataset_snapshot import keep_data
 from deta.platform.run.journal import Journal
-from deta.platform.run.run import Result, Run
+from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, AttemptOutcome, RunResult, Run
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.places import child_environment
@@ -72,7 +71,7 @@ def launch(
     force: bool = False,
     echo: Callable[[str], None] = print,
     tags: dict[str, str] | None = None,
-) -> Result:
+) -> RunResult:
     """Train on the Ray cluster named by RAY_ADDRESS, or on one started here.
 
     Args:
@@ -97,7 +96,7 @@ def launch_prepared(
     echo: Callable[[str], None] = print,
     first_look: Callable[[Run], None] | None = None,
     tags: dict[str, str] | None = None,
-) -> Result:
+) -> RunResult:
     """`launch` for a run from `prepare`.
 
     Args:
@@ -162,7 +161,7 @@ class _Supervisor:
         # Of workers that stood still: their start, when it was noticed, whether all are ended.
         self._stood_start, self._stood_s, self._has_ended_workers = -1, 0.0, False
 
-    def supervise(self) -> Result:
+    def supervise(self) -> RunResult:
         run = self.run
         (run.folder / STOP_FILE).unlink(missing_ok=True)
         keep_data(run)
@@ -214,7 +213,7 @@ class _Supervisor:
             if outcome.kind == "ended":
                 if self.vigil.ended:
                     return
-                outcome = Outcome("lost", "Ray took the training for done; its journal has no end")
+                outcome = AttemptOutcome("lost", "Ray took the training for done; its journal has no end")
             if outcome.kind == "refused":
                 raise RunFailedError(outcome.message)
             if outcome.kind == "unreachable":
@@ -238,7 +237,7 @@ class _Supervisor:
             self._tell_restart(f"the attempt ended: {reason}", backoff_s)
             time.sleep(backoff_s)
 
-    def _stop_if_fruitless(self, outcome: Outcome, failures_in_a_row: int) -> None:
+    def _stop_if_fruitless(self, outcome: AttemptOutcome, failures_in_a_row: int) -> None:
         limit = self.run.config.cluster.max_fruitless_starts
         count = max(self.vigil.fruitless_starts, failures_in_a_row)
         if count >= limit:
@@ -248,7 +247,7 @@ class _Supervisor:
                 f"{self.vigil.last_failure() or outcome.message}"
             )
 
-    def _attempt_once(self) -> Outcome:
+    def _attempt_once(self) -> AttemptOutcome:
         """Start the Ray driver and watch until it, or the run, has come to an end."""
         folder = self.run.folder
         while not is_writable(folder / RUN_FILE):
@@ -273,7 +272,7 @@ class _Supervisor:
         self._end_attempt()
         return outcome
 
-    def _watch(self, attempt: subprocess.Popen[bytes]) -> Outcome:
+    def _watch(self, attempt: subprocess.Popen[bytes]) -> AttemptOutcome:
         said_cluster = False
         ended_s: float | None = None
         while True:
@@ -290,18 +289,18 @@ class _Supervisor:
                 ended_s = ended_s or time.monotonic()
                 # The rest is Ray's putting away; what counts is written.
                 if attempt.poll() is not None or time.monotonic() - ended_s > 1:
-                    return Outcome("ended")
+                    return AttemptOutcome("ended")
             failure = self.vigil.failure_that_comes_again()
             if failure:
                 raise RunFailedError(failure)
             if attempt.poll() is not None:
                 return self._outcome(attempt)
             if silence := self.vigil.silence():
-                return Outcome("lost", silence)
+                return AttemptOutcome("lost", silence)
             if (standstill := self.vigil.standstill()) and not self._is_mending(standstill):
-                return Outcome("lost", standstill)
+                return AttemptOutcome("lost", standstill)
             if self.vigil.failed_since_start:
-                self._stop_if_fruitless(Outcome("lost", ""), 0)
+                self._stop_if_fruitless(AttemptOutcome("lost", ""), 0)
 
     def _is_mending(self, standstill: str) -> bool:
         """Whether Ray may be left to replace workers that stand still.
@@ -313,7 +312,7 @@ class _Supervisor:
         now_s, start = time.monotonic(), self.vigil.num_starts
         if self._stood_start != start:
             self._stood_start, self._stood_s, self._has_ended_workers = start, now_s, False
-            self._stop_if_fruitless(Outcome("lost", standstill), 0)
+            self._stop_if_fruitless(AttemptOutcome("lost", standstill), 0)
         if now_s - self._stood_s < LEAVE_WITHIN_S:
             return True
         if not self._has_ended_workers:
@@ -345,18 +344,18 @@ class _Supervisor:
                 f"{origin}"
             )
 
-    def _outcome(self, attempt: subprocess.Popen[bytes]) -> Outcome:
+    def _outcome(self, attempt: subprocess.Popen[bytes]) -> AttemptOutcome:
         self.vigil.look()
         if not is_writable(self.run.folder / RUN_FILE):
             self.writable_s = -READ_ONLY_S
             self._require_a_disk()
         if self.vigil.ended:  # the cluster may be gone by then; the run is done
-            return Outcome("ended")
+            return AttemptOutcome("ended")
         try:
             said = json.loads((self.run.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-            return Outcome(**said)
+            return AttemptOutcome(**said)
         except (OSError, ValueError, TypeError):
-            return Outcome("lost", f"the Ray driver died (exit code {attempt.returncode})")
+            return AttemptOutcome("lost", f"the Ray driver died (exit code {attempt.returncode})")
 
     def _leave_in_order(self) -> None:
         """Somebody wants the run to end: let it save, and leave."""
@@ -441,8 +440,8 @@ class _Supervisor:
         useful_s = self.last.state.useful_s if self.last is not None else 0.0
         return max(0.0, useful_s - self.useful_s_before) / (time.monotonic() - self.began_s)
 
-    def _conclude(self, uploaded: UploadState) -> Result:
-        result = Result(
+    def _conclude(self, uploaded: UploadState) -> RunResult:
+        result = RunResult(
             self.run.folder,
             dict(self.last.state.metrics) if self.last is not None else {},
             best_checkpoint(self.run.checkpoints),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 LrRule = Literal["none", "sqrt", "linear"]
@@ -216,6 +217,32 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Give every group its base rate times the schedule's factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the state as `optimizer/<kind>/<parameter>` to tensor.
+
+    Names of parameters, not their numbers, so that it survives another order of parameters.
+    """
+    return {
+        f"optimizer/{kind}/{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Load what `optimizer_state` returned; other tensors are ignored."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, kind, name = key.split("/", 2)
+            parameter = parameters[name]
+            # AdamW counts steps on the host; its moments are on the device of the parameter.
+            device = "cpu" if kind == "step" else parameter.device
+            optimizer.state[parameter][kind] = tensor.to(device)
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -27,8 +27,8 @@ from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW
 from deta.platform.run.config import RunConfig, from_json, to_json
 from deta.platform.run.run import Run
 from deta.platform.shards.manifest import SHARD_NAME, Shard
-from deta.platform.shards.object_store import Store
-from deta.platform.shards.sharded_dataset import PLACE_ROW, ShardedDataset
+from deta.platform.shards.object_store import ObjectStore
+from deta.platform.shards.sharded_dataset import LOCATION_ROW, ShardedDataset
 from deta.platform.system.atomic_write import write_atomic
 from deta.platform.system.safe_read import file_sha256
 
@@ -70,7 +70,7 @@ def keep_data(run: Run) -> None:
         tables[f"{split}.images"], tables[f"{split}.annotations"] = image_rows, annotation_rows
         if isinstance(dataset, ShardedDataset):
             about[split]["shards"] = [asdict(shard) for shard in dataset.shards]
-            tables[f"{split}.places"] = dataset.places
+            tables[f"{split}.places"] = dataset.locations
     rows = {name: np.frombuffer(table.tobytes(), np.uint8) for name, table in tables.items()}
     rows["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     write_atomic(run.folder / DATA_FILE, save(rows), mode=0o600)
@@ -154,7 +154,7 @@ def _dataset(
             Path(images), names, image_rows, annotation_rows, categories, notes, max_pixels
         )
     else:
-        places = _table(rows[f"{split}.places"], PLACE_ROW)
+        places = _table(rows[f"{split}.places"], LOCATION_ROW)
         shards = tuple(Shard(**shard) for shard in about["shards"])
         for shard in shards:
             if not SHARD_NAME.fullmatch(shard.name):
@@ -162,8 +162,8 @@ def _dataset(
         if len(places) != len(image_rows):
             raise ValueError(f"{len(places)} places for {len(image_rows)} images")
         _require_within(places["shard"], len(shards), "shards")
-        dataset = ShardedDataset.of_tables(
-            Store(images), shards, places, names, image_rows, annotation_rows, categories, notes,
+        dataset = ShardedDataset.from_tables(
+            ObjectStore(images), shards, places, names, image_rows, annotation_rows, categories, notes,
             max_pixels,
         )  # fmt: skip
     if dataset.fingerprint != about["fingerprint"]:

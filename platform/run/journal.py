@@ -18,7 +18,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from deta.platform.run.fence import Fence
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +28,6 @@ FILE_NAME = "journal.jsonl"
 MAX_KEPT_BYTES = 50_000_000  # of what the disk did not take: days of training
 # After these a run may be gone with its machine, so they do not wait for the system's own time.
 FORCED_TO_DISK = ("checkpoint", "end", "ended")
-
-
-class Fence(Protocol):
-    """Says whether this process may still write for the run; see platform/run/run_lock.py."""
-
-    def check(self) -> None: ...
 
 
 class Journal:

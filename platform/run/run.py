@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.sample_order import TrainingOrder
@@ -12,6 +12,11 @@ from deta.platform.run.config import RunConfig
 
 if TYPE_CHECKING:
     from deta.platform.run.run_state import RunState
+
+# Files in the folder of a run.
+STOP_FILE = "stop"  # ask the workers to save and exit at the next step
+OUTCOME_FILE = "attempt.json"  # the driver's AttemptOutcome
+FAILURES = "failures"  # a folder: the last failure of each rank
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,16 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
+class AttemptOutcome:
+    """How an attempt ended, as its driver reports it to the supervisor."""
+
+    # refused: the cluster can never provide the requested resources. unreachable: no cluster.
+    kind: Literal["ended", "refused", "unreachable", "lost"]
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
     """How a run ended."""
 
     folder: Path

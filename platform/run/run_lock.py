@@ -25,9 +25,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from deta.platform.system.atomic_write import write_atomic
 
 LOCK_FILE = "run.lock"
 FENCE_FILE = "fence.json"
@@ -39,10 +36,6 @@ TICKETS_KEPT = 16
 
 class RunLockedError(ValueError):
     """Another process supervises this run."""
-
-
-class FencedOffError(RuntimeError):
-    """Another worker group writes this run by now."""
 
 
 @dataclass(frozen=True)
@@ -337,77 +330,3 @@ def _time_of_disk(folder: Path) -> float:
     finally:
         os.close(descriptor)
         probe.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Fence:
-    """The right to write a run's checkpoints and journal: the newest claim has it."""
-
-    folder: Path
-    number: int
-    owner: str
-
-    @classmethod
-    def claim(cls, folder: Path, owner: str) -> Fence:
-        """Fence off everybody who has claimed before.
-
-        Args:
-            owner: for people who read the file, such as host and process.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            number = _newest_number(folder) + 1
-            # One who slept before taking a ticket may get one that was given away and removed.
-            if _take_ticket(folder, number) and _newest_number(folder) < number + TICKETS_KEPT:
-                break
-        fence = cls(folder, number, owner)
-        text = json.dumps({"number": number, "owner": owner, "since_s": time.time()}, indent=2)
-        # This may overwrite the record of a newer group; the tickets still show which is newest.
-        write_atomic(folder / FENCE_FILE, text + "\n", durable=True)
-        for ticket in folder.glob(".fence-*"):
-            suffix = ticket.name.removeprefix(".fence-")
-            if suffix.isdecimal() and int(suffix) <= number - TICKETS_KEPT:
-                ticket.unlink(missing_ok=True)
-        return fence
-
-    def check(self) -> None:
-        """Return if nobody has claimed since.
-
-        Raises:
-            FencedOffError: somebody has; this process must not write to the run any more.
-        """
-        newest = _newest_number(self.folder)
-        if newest == self.number:
-            return
-        raise FencedOffError(
-            f"{self.folder}: worker group {self.number} ({self.owner}) has been replaced by group "
-            f"{newest} ({_fence_record(self.folder).get('owner', 'unknown')}), which goes on from "
-            "the last checkpoint; this one ends"
-        )
-
-
-def _newest_number(folder: Path) -> int:
-    """By the tickets; the record alone may be of one who was slow to write it."""
-    recorded = _fence_record(folder).get("number", 0)
-    names = [name.removeprefix(".fence-") for name in os.listdir(folder)]
-    tickets = [int(name) for name in names if name.isdecimal()]
-    return max([*tickets, recorded if isinstance(recorded, int) else 0])
-
-
-def _fence_record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / FENCE_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _take_ticket(folder: Path, number: int) -> bool:
-    try:
-        os.close(os.open(folder / f".fence-{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    except FileExistsError:
-        return False
-    return True

@@ -11,10 +11,9 @@ from collections import deque
 from typing import Any
 
 from deta.model.architectures import make_criterion
-from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.config import to_json
 from deta.platform.run.journal import Journal
-from deta.platform.run.run import Run
+from deta.platform.run.run import STOP_FILE, Run
 from deta.platform.run.run_file import read_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.cost import Price

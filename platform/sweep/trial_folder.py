@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deta.platform.checkpoint.local import newest_checkpoint
-from deta.platform.run.attempt_outcome import FAILURES, OUTCOME_FILE, Outcome
 from deta.platform.run.config import RunConfig, flatten
+from deta.platform.run.fence import Fence
 from deta.platform.run.journal import Journal, read_events
+from deta.platform.run.run import FAILURES, OUTCOME_FILE, AttemptOutcome
 from deta.platform.run.run_file import FREE_TO_CHANGE
-from deta.platform.run.run_lock import Fence
 from deta.platform.study.cost import Price
 from deta.platform.study.design import Trial
 from deta.platform.study.trial_record import Status, TrialCost, TrialRecord
@@ -150,7 +150,7 @@ class TrialFolder:
         if self.ended or not self.folder.is_dir():
             return
         # Workers that are being ended now, here or on another node, cannot write any more.
-        Fence.claim(self.folder, "the sweep, which ended this trial")
+        Fence.acquire(self.folder, "the sweep, which ended this trial")
         self.poll()
         journal = Journal(self.folder)
         if self.has_end:
@@ -211,7 +211,7 @@ class TrialFolder:
         """Return the error that every retry of the trial would meet; empty if none."""
         try:
             content = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-            outcome = Outcome(**content)
+            outcome = AttemptOutcome(**content)
         except (OSError, ValueError, TypeError):
             return ""
         return outcome.message if outcome.kind == "refused" else ""

@@ -42,9 +42,8 @@ from deta.platform.launch.attempt_monitor import Vigil
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
 from deta.platform.launch.prepare_run import prepare
-from deta.platform.run.attempt_outcome import OUTCOME_FILE, Outcome
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
-from deta.platform.run.run import Run
+from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.cost import PRICES, Price, price_of
 from deta.platform.study.design import Trial
@@ -266,7 +265,7 @@ def _train_trial(given: dict[str, Any], base: Run) -> None:
         failure = began.failure_that_comes_again()
         if not failure:
             raise
-        write_json(folder / OUTCOME_FILE, asdict(Outcome("refused", failure)), durable=True)
+        write_json(folder / OUTCOME_FILE, asdict(AttemptOutcome("refused", failure)), durable=True)
 
 
 def _end_if_silent(vigil: Vigil) -> None:

@@ -10,17 +10,11 @@ import socket
 import time
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter
-from deta.platform.checkpoint.local import (
-    Checkpoint,
-    CheckpointError,
-    clean_leftovers,
-    newest_checkpoint,
-    take_snapshot,
-)
-from deta.platform.run.attempt_outcome import STOP_FILE
+from deta.platform.checkpoint.format import Checkpoint, CheckpointError
+from deta.platform.checkpoint.local import clean_leftovers, newest_checkpoint, take_snapshot
+from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.run.journal import FILE_NAME, Journal, read_events
-from deta.platform.run.run import Run
-from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.run import STOP_FILE, Run
 from deta.platform.run.run_state import RunState
 from deta.platform.training.train_state import Learner
 
@@ -42,7 +36,7 @@ class Keeper:
         # A run that is cut off more often than it saves would never get on; so it saves sooner.
         self._starts_here = 1
         if leads:
-            fence = Fence.claim(run.folder, f"{socket.gethostname()}:{os.getpid()}")
+            fence = Fence.acquire(run.folder, f"{socket.gethostname()}:{os.getpid()}")
             clean_leftovers(run.checkpoints)
             self._journal = Journal(run.folder, fence)
             keep, store = run.config.checkpoint.keep, run.config.checkpoint.store

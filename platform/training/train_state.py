@@ -12,10 +12,16 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deta.model.architectures import Detector, make_detector, without_download
-from deta.platform.checkpoint.local import Checkpoint, load_optimizer_state, optimizer_state
+from deta.platform.checkpoint.format import Checkpoint
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.gradient_sum import GradientSum, batch_statistics
-from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
+from deta.platform.learning.optimizer import (
+    freeze,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    trainable,
+)
 from deta.platform.run.run import Run
 from deta.platform.weights.initial_weights import load_backbone, load_initial_weights
 

@@ -20,7 +20,7 @@ from deta.model.detector import ModelConfig
 from deta.model.pretrained import Renamed
 from deta.model.published_names import Format
 from deta.model.published_sizes import with_sizes_of
-from deta.platform.checkpoint.local import MANIFEST, read_checkpoint
+from deta.platform.checkpoint.format import MANIFEST, read_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.weights.class_mapping import (

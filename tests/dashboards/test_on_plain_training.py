@@ -21,9 +21,8 @@ from deta.jobs.deta_r50 import demo
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.learning.distributed import Worker
-from deta.platform.run.attempt_outcome import STOP_FILE
 from deta.platform.run.config import override
-from deta.platform.run.run import Run
+from deta.platform.run.run import STOP_FILE, Run
 from deta.platform.run.run_file import RUN_FILE
 from deta.platform.system.atomic_write import write_json
 from deta.platform.tracking.prometheus_grafana import TARGETS

@@ -20,7 +20,8 @@ from PIL import Image
 
 from deta.jobs.deta_r50 import VARIANTS, demo
 from deta.jobs.finetune import finetune, with_plain_keys
-from deta.platform.checkpoint.local import Checkpoint, newest_checkpoint
+from deta.platform.checkpoint.format import Checkpoint
+from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.launch import memory_probe as memory_probe

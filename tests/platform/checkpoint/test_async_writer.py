@@ -19,18 +19,18 @@ import pytest
 import torch
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter, Outcome
+from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import (
     Snapshot,
     all_checkpoints,
     best_checkpoint,
     newest_checkpoint,
-    read_checkpoint,
     take_snapshot,
     write_checkpoint,
 )
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
-from deta.platform.run.run_lock import Fence
+from deta.platform.run.fence import Fence
 from deta.platform.run.run_state import RunState
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -318,8 +318,8 @@ class _SlowFence:
 
 def test_a_group_that_was_replaced_writes_and_deletes_nothing(tmp_path: Path):
     folder = tmp_path / "checkpoints"
-    old = CheckpointWriter(folder, keep=1, fence=Fence.claim(tmp_path, "old"))
-    new = CheckpointWriter(folder, keep=1, fence=Fence.claim(tmp_path, "new"))
+    old = CheckpointWriter(folder, keep=1, fence=Fence.acquire(tmp_path, "old"))
+    new = CheckpointWriter(folder, keep=1, fence=Fence.acquire(tmp_path, "new"))
     save(new, make(5))
     (folder / ".step-00000006.0a1b2c3d.unfinished").mkdir()  # what the new group is writing
     outcome = save(old, make(7))

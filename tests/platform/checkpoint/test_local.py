@@ -18,25 +18,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from deta.platform.checkpoint import format as checkpoint_format
-from deta.platform.checkpoint.host_snapshot import DTYPES, copy_tensors
-from deta.platform.checkpoint.local import (
+from deta.platform.checkpoint.format import (
     Checkpoint,
     CheckpointError,
     OtherVersionError,
+    read_checkpoint,
+)
+from deta.platform.checkpoint.host_snapshot import DTYPES, copy_tensors
+from deta.platform.checkpoint.local import (
     all_checkpoints,
     best_checkpoint,
     clean_leftovers,
     keep_newest_and_best,
-    load_optimizer_state,
     newest_checkpoint,
-    optimizer_state,
-    read_checkpoint,
     take_snapshot,
     write_checkpoint,
 )
 from deta.platform.data.coco_dataset import Category
+from deta.platform.learning.optimizer import load_optimizer_state, optimizer_state
 from deta.platform.run.config import RunConfig, override
-from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.run.run_state import RunState
 
 CATEGORIES = (Category(1, "disc"), Category(90, "Zahnbürste"))
@@ -286,12 +287,12 @@ def test_an_empty_folder_has_none(tmp_path: Path):
 
 
 def test_a_fenced_off_writer_leaves_nothing(tmp_path: Path):
-    fence = Fence.claim(tmp_path, "old")
+    fence = Fence.acquire(tmp_path, "old")
     snapshot = take_snapshot(
         RunState(step=1, samples_seen=1, epoch=0.1), RunConfig(), CATEGORIES, {}, {}
     )
     write_checkpoint(tmp_path / "checkpoints", snapshot, fence)
-    Fence.claim(tmp_path, "new")
+    Fence.acquire(tmp_path, "new")
     with pytest.raises(FencedOffError, match=r"old.*new"):
         write_checkpoint(tmp_path / "checkpoints", snapshot, fence)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -12,8 +12,8 @@ import torch
 from pyarrow.fs import FileSelector, LocalFileSystem, SubTreeFileSystem, _MockFileSystem
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter
+from deta.platform.checkpoint.format import OtherVersionError
 from deta.platform.checkpoint.local import (
-    OtherVersionError,
     Snapshot,
     all_checkpoints,
     newest_checkpoint,
@@ -29,7 +29,7 @@ from deta.platform.checkpoint.remote import (
 )
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
-from deta.platform.run.run_lock import Fence, FencedOffError
+from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.run.run_state import RunState
 
 NAME = "my-run"
@@ -242,8 +242,8 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path, store: Store):
 def test_a_group_that_was_replaced_changes_nothing_in_the_store(tmp_path: Path):
     run, store = tmp_path / "a" / NAME, open_store(tmp_path / "store")
     train(run, store, {1: None, 2: None})
-    fence = Fence.claim(run, "old")
-    Fence.claim(run, "new")
+    fence = Fence.acquire(run, "old")
+    Fence.acquire(run, "new")
     shutil.rmtree(tmp_path / "store" / NAME / "step-00000002")
     with pytest.raises(FencedOffError):
         copy_run(store, run, run / "checkpoints/step-00000002", keep=1, fence=fence)

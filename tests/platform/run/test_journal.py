@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.run.journal import FILE_NAME, Journal, read_events
-from deta.platform.run.run_lock import Fence, FencedOffError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -129,9 +129,9 @@ def test_what_is_kept_has_a_bound_and_the_loss_is_told(
 
 
 def test_a_worker_that_was_given_up_writes_nothing(tmp_path: Path):
-    old = Journal(tmp_path, Fence.claim(tmp_path, "old"))
+    old = Journal(tmp_path, Fence.acquire(tmp_path, "old"))
     old.write("begin", step=0)
-    new = Journal(tmp_path, Fence.claim(tmp_path, "new"))
+    new = Journal(tmp_path, Fence.acquire(tmp_path, "new"))
     with pytest.raises(FencedOffError):
         old.write("progress", step=1)
     new.write("begin", step=0)

@@ -17,12 +17,8 @@ from torch import nn
 from deta.model.architectures import make_detector
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
-from deta.platform.checkpoint.local import (
-    all_checkpoints,
-    best_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-)
+from deta.platform.checkpoint.format import read_checkpoint
+from deta.platform.checkpoint.local import all_checkpoints, best_checkpoint, newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize

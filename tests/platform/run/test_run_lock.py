@@ -15,13 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.run.run_lock import (
-    Fence,
-    FencedOffError,
-    RunLock,
-    RunLockedError,
-    is_alive,
-)
+from deta.platform.run.run_lock import RunLock, RunLockedError, is_alive
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -71,14 +65,6 @@ for folder in map(Path, sys.argv[1:]):
     seen += os.read(verdicts, 100)
     os.close(verdicts)
     print("".join(sorted(seen.decode())), flush=True)
-"""
-
-CLAIM = """
-import sys
-from pathlib import Path
-from deta.platform.run.run_lock import Fence
-for _ in range(25):
-    print(Fence.claim(Path(sys.argv[1]), sys.argv[2]).number)
 """
 
 
@@ -237,37 +223,3 @@ def test_a_child_process_does_not_give_the_lock_back(tmp_path: Path):
             os._exit(0)
         os.waitpid(pid, 0)
         assert is_alive(tmp_path)
-
-
-def test_only_the_newest_claim_passes_the_fence(tmp_path: Path):
-    first = Fence.claim(tmp_path, "group of host a")
-    first.check()
-    second = Fence.claim(tmp_path, "group of host b")
-    second.check()
-    assert (first.number, second.number) == (1, 2)
-    with pytest.raises(FencedOffError, match=r"group of host a.*group of host b"):
-        first.check()
-    record = json.loads((tmp_path / "fence.json").read_text())
-    assert (record["number"], record["owner"]) == (2, "group of host b")
-
-
-@pytest.mark.parametrize("content", [None, "", '{"number": 1'])
-def test_a_fence_whose_record_is_lost_still_holds(tmp_path: Path, content: str | None):
-    fences = [Fence.claim(tmp_path, str(number)) for number in range(3)]
-    (tmp_path / "fence.json").unlink()
-    if content is not None:
-        (tmp_path / "fence.json").write_text(content)
-    fences[2].check()
-    with pytest.raises(FencedOffError):
-        fences[1].check()
-    assert Fence.claim(tmp_path, "next").number == 4
-
-
-def test_claims_at_once_get_numbers_of_their_own(tmp_path: Path):
-    processes = [start(CLAIM, tmp_path, name) for name in "abcd"]
-    numbers = [int(n) for process in processes for n in process.communicate()[0].split()]
-    assert sorted(numbers) == list(range(1, 101))
-    Fence(tmp_path, 100, "last").check()
-    with pytest.raises(FencedOffError):
-        Fence(tmp_path, 99, "last but one").check()
-    assert len(list(tmp_path.iterdir())) < 40
