@@ -80,13 +80,13 @@ def results_table() -> str:
         config = VARIANTS[name]()
         different = [row.key for row in compare_configs(config, published) if not row.is_same]
         is_default = variant == next(iter(RECIPES[recipe].VARIANTS))
-        command = f"jobs/{recipe}.py" + ("" if is_default else f" --variant {variant}")
+        command = f"`jobs/{recipe}.py`" + ("" if is_default else f" `--variant {variant}`")
         rows.append(
             (
                 f"{published.system} ([{published.origin}]({published.url}))",
                 format_value(config.schedule.epochs),
                 published.ap,
-                f"`{command}`",
+                command,
                 f"[{_count(len(different))}]({FOLDER.name}/{recipe}.md#{variant})",
             )
         )
