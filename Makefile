@@ -80,12 +80,13 @@ docs: $(VENV)/.installed-dev
 
 # The website of docs/ in site/, with the Python API; any warning, such as a broken link, is an error.
 # The parser of docstrings reads folders with an __init__.py only, so it gets a copy that has them.
+# No --quiet: it hides the warnings from --strict, too.
 site: $(VENV)/.installed-docs
 	rm -rf build/site
 	mkdir -p build/site
 	cp -RL deta build/site/
 	for room in dashboards jobs model ops platform; do touch build/site/deta/$$room/__init__.py; done
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
 
 parity: $(VENV)/.installed-dev
