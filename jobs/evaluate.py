@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""AP of a model on a data set in COCO format.
+"""Measure the AP of a model on a data set in COCO format.
 
   python jobs/evaluate.py ~/deta-runs/deta-r50-12ep \\
       --images val2017 --annotations annotations/instances_val2017.json
 
-WEIGHTS is a run's folder, which means its best checkpoint, or one checkpoint in it; a file that
+WEIGHTS is a run's folder (its best checkpoint) or one checkpoint in it; a file that
 jobs/convert.py wrote; a file of published weights (official, detrex or Hugging Face; .safetensors,
-.pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and kept; or a
-version of the registry, models:/deta@champion or models:/deta/3 (jobs/register.py). A checkpoint
-knows its model, classes and image size; the data set must have the same classes. A
-converted file knows the same; the data set may have some of its classes. A published file knows
-the sizes of its tensors; --variant says the rest. With COCO's number of rows its classes are
-COCO's. Classes of a file are found by name, never by id; one that it does not have is refused.
+.pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and cached; or
+registered version, models:/deta@champion or models:/deta/3 (jobs/register.py). A checkpoint
+holds its model, classes and image size; the data set must have the same classes. A
+converted file holds the same; the data set may have some of its classes. A published file has
+only its tensors; --variant gives the rest. With COCO's number of rows its classes are
+COCO's. Classes are matched by name, never by id; a class that the file lacks is an error.
 
---out keeps the evaluation as a folder: numbers, all detections (Parquet), ground truth, and
-report.html, which says what goes wrong: kinds of errors, confusions, worst images, annotations that
+--out writes the evaluation as a folder: metrics, all detections (Parquet), ground truth, and
+report.html, which shows what goes wrong: error types, confusions, worst images, annotations that
 are likely wrong. jobs/compare.py compares two such folders.
 
-One process on one device. AP does not depend on the device, up to rounding.
+It runs in one process on one device. AP does not depend on the device, up to rounding.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> NoReturn:
         "--images",
         metavar="FOLDER",
         required=True,
-        help="pictures; or shards, a folder or address (jobs/pack.py)",
+        help="images; or shards, a folder or address (jobs/pack.py)",
     )
     parser.add_argument(
         "--annotations", metavar="FILE", default="", help="COCO format; shards hold theirs"
@@ -79,7 +79,7 @@ def main() -> NoReturn:
         "--pictures", metavar="FILE", type=Path, help="write a sheet of true and found boxes (.png)"
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="keep the evaluation, with report.html"
+        "--out", metavar="FOLDER", type=Path, help="write the evaluation, with report.html"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
@@ -124,7 +124,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         dataset = open_images(override(named_variant(arguments), changes))
         predictor = open_predictor(arguments, changes, dataset.categories)
     if arguments.pictures is not None and predictor.config.num_pictures == 0:
-        raise ValueError("num_pictures=0 leaves --pictures nothing to show; leave one of them out")
+        raise ValueError("num_pictures=0 leaves --pictures without images; leave one of them out")
     return _Inputs(predictor, dataset)
 
 
@@ -143,7 +143,7 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     )
     began_s = last_s = time.perf_counter()
 
-    # disable=None: no bar where nobody watches
+    # disable=None: no progress bar without a terminal
     with tqdm(total=len(dataset), unit=" images", file=sys.stderr, disable=None) as bar:
 
         def on_batch(num_images: int) -> None:
@@ -154,7 +154,7 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         try:
             evaluation = predictor.evaluate(dataset, on_batch=on_batch)
         except ImageError as error:
-            # Where a loader worker found it, its whole traceback comes before the message.
+            # If a loader worker raised it, its traceback comes before the message.
             raise RuntimeError(str(error).rpartition("ImageError: ")[2].strip()) from error
     assert evaluation is not None  # there is one process only
     elapsed_s = last_s - began_s
@@ -172,19 +172,19 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     if arguments.pictures is not None:
         num_pictures = predictor.config.num_pictures
         write_validation_sheet(arguments.pictures, dataset, evaluation.results, num_pictures)
-        echo(f"pictures: {arguments.pictures}")
+        echo(f"images with boxes: {arguments.pictures}")
     if arguments.out is not None:
-        _keep(inputs, evaluation, arguments, elapsed_s)
+        _write_folder(inputs, evaluation, arguments, elapsed_s)
     return 0
 
 
-def _keep(
+def _write_folder(
     inputs: _Inputs, evaluation: Evaluation, arguments: argparse.Namespace, elapsed_s: float
 ) -> None:
-    """Write the evaluation folder with its explanation, and say what that took."""
+    """Write the evaluation folder with its report, and print how long that took."""
     from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
-    from deta.platform.analysis.images import images_of
-    from deta.platform.analysis.report import write_report
+    from deta.platform.analysis.images import image_opener
+    from deta.platform.analysis.report import write_evaluation_report
     from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 
     predictor, dataset = inputs.predictor, inputs.dataset
@@ -205,10 +205,13 @@ def _keep(
     costs = sorted(explanation.errors.cost.items(), key=lambda item: -item[1])
     echo("points of AP50 lost to errors: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in costs))
     report = out / "report.html"
-    write_report(report, explanation, evaluation.metrics, origin, ground_truth, images_of(dataset))
+    open_image = image_opener(dataset)
+    write_evaluation_report(
+        report, explanation, evaluation.metrics, origin, ground_truth, open_image
+    )
     all_s = time.perf_counter() - began_s
-    share, num_suspects = all_s / (all_s + elapsed_s), len(explanation.suspects)
-    echo(f"{num_suspects} annotations to look at, and what went wrong: {report}")
+    share, num_errors = all_s / (all_s + elapsed_s), len(explanation.label_errors)
+    echo(f"{num_errors} annotations to check, and what went wrong: {report}")
     echo(
         f"explained in {explanation.seconds:.1f} s, {all_s:.1f} s with report and files: "
         f"{100 * share:.0f} % of the whole"

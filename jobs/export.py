@@ -1,38 +1,38 @@
 #!/usr/bin/env python
-"""A trained model as files that need none of this package, checked before they are kept.
+"""Export a trained model to files that need none of this package, and check them.
 
   python jobs/export.py ~/deta-runs/deta-r50-12ep --check-images val2017 --output exported
 
-WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Into
---output go
+WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. The files in
+--output are
 
   model.pt2   a torch.export program; needs torch alone
   model.onnx  operator set 18, standard operators only; needs any ONNX runtime
-  model.json  classes, how pictures are prepared, configuration, SHA-256 of the weights and of the
-              files, versions, and what the check found
+  model.json  classes, preprocessing, configuration, SHA-256 of the weights and of the
+              files, versions, and the result of the check
 
 Both take `images` (B 3 H W, uint8 RGB), `sizes_px` (B 2) and `original_sizes_px` (B 2, int64,
 height before width) and give `scores` (B N), `labels` (B N, class index) and `boxes_px` (B N 4,
-xyxy in pixels of the original picture); unused places have the label -1. Batch and size are free.
-Normalisation and suppression are inside. Only the resizing is outside:
+xyxy in pixels of the original image); unused slots have the label -1. Batch and size are free.
+Normalisation and suppression are part of the model. Only the resizing is not:
 
   import json, numpy as np, onnxruntime
   from PIL import Image
   about = json.load(open("exported/model.json"))
   short, long = about["input"]["short_edge"], about["input"]["max_long_edge"]
-  picture = Image.open("photo.jpg").convert("RGB")
-  scale = min(short / min(picture.size), long / max(picture.size))
-  size = [round(edge * scale) for edge in picture.size]
-  pixels = np.asarray(picture.resize(size, Image.BILINEAR))
+  image = Image.open("photo.jpg").convert("RGB")
+  scale = min(short / min(image.size), long / max(image.size))
+  size = [round(edge * scale) for edge in image.size]
+  pixels = np.asarray(image.resize(size, Image.BILINEAR))
   inputs = {"images": pixels.transpose(2, 0, 1)[None], "sizes_px": np.array([pixels.shape[:2]]),
-            "original_sizes_px": np.array([picture.size[::-1]])}
+            "original_sizes_px": np.array([image.size[::-1]])}
   scores, labels, boxes_px = onnxruntime.InferenceSession("exported/model.onnx").run(None, inputs)
 
 The same arrays, as torch tensors, go into torch.export.load("exported/model.pt2").module().
 
-The pictures of --check-images go through the model here and through each file, alone and in
+The images of --check-images go through the model and through each file, one by one and in
 batches of different sizes. A file whose detections differ by more than 0.001 in a score or 0.001 of
-the longer side in a box is not kept, and the exit code is 1.
+the longer side in a box is deleted, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 @dataclass(frozen=True)
 class _Inputs:
     predictor: Predictor
-    pictures: list[Path]
+    images: list[Path]
     formats: list[str]
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """What was found about one exported file."""
+    """The result of checking one exported file."""
 
     sha256: str
     num_bytes: int
-    difference: Difference | None  # none: it was not checked
+    difference: Difference | None  # none: not checked
     speed: Speed | None
 
 
@@ -86,22 +86,22 @@ def main() -> NoReturn:
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
     parser.add_argument(
-        "--format", choices=list(FILE_NAMES), help="one of the two files; default: both"
+        "--format", choices=list(FILE_NAMES), help="write only this file; default: both"
     )
     parser.add_argument(
         "--check-images",
-        metavar="PICTURE",
+        metavar="IMAGE",
         nargs="+",
-        help="real pictures: files, folders or quoted patterns",
+        help="real images: files, folders or quoted patterns",
     )
     parser.add_argument(
-        "--check-first", metavar="N", type=int, default=20, help="of them; default 20"
+        "--check-first", metavar="N", type=int, default=20, help="images to check; default 20"
     )
     parser.add_argument(
-        "--check-batch", metavar="N", type=int, default=4, help="pictures at a time; default 4"
+        "--check-batch", metavar="N", type=int, default=4, help="images per batch; default 4"
     )
     parser.add_argument(
-        "--unverified", action="store_true", help="keep the files without looking at them"
+        "--unverified", action="store_true", help="write the files without checking them"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
@@ -116,7 +116,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
 
     if (arguments.check_images is None) != arguments.unverified:
         raise ValueError(
-            "give pictures to check the files with: --check-images PICTURE …; or say --unverified"
+            "give images to check the files with: --check-images IMAGE …; or add --unverified"
         )
     if arguments.check_first < 1 or arguments.check_batch < 1:
         raise ValueError("--check-first and --check-batch must be at least 1")
@@ -124,15 +124,15 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         raise ValueError(f"{arguments.output}: is a file; name a folder")
     changes = known_changes(arguments.overrides, PREDICTION_KEYS)
     if changes.setdefault("precision", "fp32") != "fp32":
-        raise ValueError("precision: files are exported in fp32; leave it out")
+        raise ValueError("precision: files are exported in fp32; leave this key out")
     formats = [arguments.format] if arguments.format else list(FILE_NAMES)
     if "onnx" in formats:
         _require_onnx()
-    pictures = [file.path for file in find_pictures(arguments.check_images or [], echo)]
-    pictures = _spread(pictures, arguments.check_first)
+    paths = [file.path for file in find_pictures(arguments.check_images or [], echo)]
+    paths = _spread(paths, arguments.check_first)
     predictor = open_predictor(arguments, changes)
-    check_headers(pictures, predictor.config.data.max_pixels)
-    return _Inputs(predictor, pictures, formats)
+    check_headers(paths, predictor.config.data.max_pixels)
+    return _Inputs(predictor, paths, formats)
 
 
 def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
@@ -149,7 +149,7 @@ def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     program = trace(predictor.model, predictor.config.postprocess, predictor.device)
     echo(f"traced in {duration(time.perf_counter() - began_s)}")
     max_pixels = predictor.config.data.max_pixels
-    images = [decode(path, max_pixels) for path in inputs.pictures]
+    images = [decode(path, max_pixels) for path in inputs.images]
     eager_speed = _eager_speed(predictor, images) if images else None
 
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
             echo(f"{path.name}: {megabytes:.1f} MB in {duration(time.perf_counter() - began_s)}")
             result = _check(path, predictor, images, arguments.check_batch)
             if result.difference is not None and not result.difference.is_small:
-                echo(f"{path.name}: NOT KEPT, its detections are not the model's")
+                echo(f"{path.name}: DELETED, its detections differ from the model's")
                 refused = True
                 continue
             checked[path.name] = result
@@ -177,7 +177,7 @@ def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         about = _about(predictor, checked, eager_speed)
         write_json(arguments.output / "model.json", about)
     if not images:
-        echo("NOT VERIFIED: no picture was looked at")
+        echo("NOT VERIFIED: no image was checked")
     echo(f"{', '.join(checked) or 'nothing'}: {arguments.output}")
     return 1 if refused else 0
 
@@ -185,7 +185,7 @@ def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
 def _check(
     path: Path, predictor: Predictor, images: Sequence[Image.Image], batch_size: int
 ) -> _Checked:
-    """Compare a file with the model, if there are pictures; and time it."""
+    """Compare an exported file with the model, if there are images, and time it."""
     from deta.platform.inference.export import least_side_px
     from deta.platform.inference.export_check import Difference, compare, measure_speed, run_eagerly
     from deta.platform.inference.exported_model import open_onnx, open_program, pack, unpack
@@ -216,9 +216,9 @@ def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> Speed:
     from deta.platform.inference.exported_model import pack
 
     least = least_side_px(predictor.model.config)
-    picture = pack(images[:1], predictor.config.data.evaluation_size, least)
-    speed = measure_speed(partial(run_eagerly, predictor), picture)
-    echo(f"the model here, on {predictor.device.type}: {speed}")
+    image = pack(images[:1], predictor.config.data.evaluation_size, least)
+    speed = measure_speed(partial(run_eagerly, predictor), image)
+    echo(f"the model itself, on {predictor.device.type}: {speed}")
     return speed
 
 
@@ -249,8 +249,8 @@ def _about(
         "allowed_difference": {"scores": MAX_SCORE_DIFFERENCE, "boxes": MAX_BOX_DIFFERENCE},
         "eager_speed": None if eager_speed is None else asdict(eager_speed),
         "input": {
-            "images": "B 3 H W, uint8, RGB, each resized picture at the top left",
-            "sizes_px": "B 2, int64, (height, width) of each resized picture",
+            "images": "B 3 H W, uint8, RGB, each resized image at the top left",
+            "sizes_px": "B 2, int64, (height, width) of each resized image",
             "original_sizes_px": "B 2, int64, (height, width) before it was resized",
             "resize": "bilinear, antialiased (PIL); keep the ratio; ignore the EXIF orientation",
             "short_edge": size.short_edge,
@@ -260,7 +260,7 @@ def _about(
         "output": {
             "scores": "B N, float32, best first",
             "labels": "B N, int64, index among the classes; -1 where there is no detection",
-            "boxes_px": "B N 4, float32, xyxy in pixels of the original picture",
+            "boxes_px": "B N 4, float32, xyxy in pixels of the original image",
         },
         "classes": [asdict(category) for category in predictor.categories],
         "config": flatten(predictor.config),
@@ -292,11 +292,11 @@ def _require_onnx() -> None:
         )
 
 
-def _spread(pictures: Sequence[Path], number: int) -> list[Path]:
-    """So many of them, from the whole length of the list."""
-    if len(pictures) <= number:
-        return list(pictures)
-    return [pictures[i * len(pictures) // number] for i in range(number)]
+def _spread(paths: Sequence[Path], number: int) -> list[Path]:
+    """Return `number` paths, evenly spread over the list."""
+    if len(paths) <= number:
+        return list(paths)
+    return [paths[i * len(paths) // number] for i in range(number)]
 
 
 def _groups(images: Sequence[Image.Image], length: int) -> Iterator[Sequence[Image.Image]]:

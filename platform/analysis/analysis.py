@@ -1,19 +1,19 @@
-"""Why a model is as good as it is: numbers of one evaluation, cheap enough to make at each.
+"""Analyse one evaluation: where a detector loses AP, cheaply enough for every evaluation.
 
-AP and AR of each class, curves of precision over recall, kinds of errors and what each costs
-(detection_errors.py), which class is taken for which, how far scores can be believed, the images
-with most errors, and annotations that are likely wrong (suspects.py). explain_report.py makes a
-page of it; `scalars` are the numbers that are followed over a training.
+Collects AP and AR of each class, precision-recall curves, error types and their costs
+(tide_errors.py), the confusion matrix, score calibration, the images with most errors, and likely
+label errors (label_errors.py). report.py makes a page of it; `scalars` are the metrics that are
+logged during a training.
 
-Matching is by the rules of COCO, done by hotcoco, which also counts the confusions and the
-calibration. Calibration is that of Guo et al. 2017 (https://arxiv.org/abs/1706.04599) for
-detections: in ten equally wide bins of score, how many of the detections are correct at an IoU of
-0.5; the error is the mean difference between score and share, weighted by the detections of a bin.
-All detections count in `calibration_error`; as most of them are unsure, those from 0.3 on have an
-error of their own (the limit of Küppers et al. 2020, https://arxiv.org/abs/2004.13546).
+hotcoco matches by the rules of COCO, and computes confusions and calibration. Calibration is that
+of Guo et al. 2017 (https://arxiv.org/abs/1706.04599) for detections: ten bins of score with equal
+width, and the share of correct detections in each at an IoU of 0.5. The error is the mean
+difference between score and share, weighted by the detections of a bin. `calibration_error` counts
+all detections. Most of them have low scores, so those from 0.3 on have an error of their own (the
+limit of Küppers et al. 2020, https://arxiv.org/abs/2004.13546).
 
-The *operating score* is where F1 of all classes together is highest: what a user who must choose
-one threshold would take. Confusions and the images with most errors are of detections from it on.
+The *operating score* is where F1 of all classes together is highest: the choice of a user who
+needs one threshold. Confusions and the images with most errors count detections from it on.
 """
 
 # M detections   A true boxes   K categories   R recall thresholds, 101
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from hotcoco import metrics as hotcoco_metrics
 
-from deta.platform.analysis.label_errors import Suspect, find_suspects
+from deta.platform.analysis.label_errors import LabelError, find_label_errors
 from deta.platform.analysis.tide_errors import (
     CORRECT,
     KINDS,
@@ -60,8 +60,8 @@ EXPLANATION = "explanation.json"
 
 
 @dataclass(frozen=True)
-class ClassNumbers:
-    """Of one class, in 0..1; -1 where there is no box to find."""
+class ClassMetrics:
+    """Metrics of one class, in 0..1; -1 where there is no box to find."""
 
     category_id: int
     name: str
@@ -80,7 +80,7 @@ class ClassNumbers:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far scores can be believed."""
+    """How well scores predict the share of correct detections."""
 
     error: float  # 0..1; 0 is best
     largest: float  # of one bin
@@ -90,30 +90,32 @@ class Calibration:
 
 @dataclass(frozen=True)
 class WorstImage:
+    """An image with its number of errors at the operating score."""
+
     image_id: Any
     num_false: int  # detections from the operating score on that are wrong
-    num_missed: int  # boxes that none of those finds
+    num_missed: int  # boxes that no such detection finds
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that is known of one evaluation, but the pictures."""
+    """The analysis of one evaluation, without images."""
 
     matched: Matched
     errors: DetectionErrors
-    classes: tuple[ClassNumbers, ...]
+    classes: tuple[ClassMetrics, ...]
     curves: dict[float, tuple[float, ...]]  # by IoU: precision at R recalls, mean over classes
     operating_score: float
     best_f1: float
     confusion: np.ndarray  # K+1 K+1 int64: rows true, columns found, the last for neither
     calibration: Calibration
     worst: tuple[WorstImage, ...]  # all images with an error, most errors first
-    suspects: tuple[Suspect, ...]  # all, the most suspicious first
-    seconds: float  # that it took
+    label_errors: tuple[LabelError, ...]  # the most suspicious first
+    seconds: float  # time of the analysis
 
 
 def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Explanation:
-    """Explain one evaluation.
+    """Analyse one evaluation.
 
     Args:
         ground_truth: a COCO dict, as for `evaluate_detections`.
@@ -138,16 +140,17 @@ def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         _confusion(matched, score),
         _calibration(matched, errors),
         worst_images(matched, errors, score),
-        tuple(find_suspects(matched, overlaps, errors, score)),
+        tuple(find_label_errors(matched, overlaps, errors, score)),
         time.perf_counter() - began_s,
     )
 
 
 def scalars(explanation: Explanation) -> dict[str, float]:
-    """What is followed over a training, by MLflow's names; in percent, but for the score.
+    """Return the metrics that are logged during a training, by MLflow's names.
 
-    AP, by size too, and the AP of each class are the evaluation's own; here are the recall of each
-    class, what each kind of error costs, and calibration. What is not defined is left out.
+    All are in percent except the score. The evaluation itself logs AP, by size and class too. These
+    are the recall of each class, the cost of each error type, and calibration. Undefined metrics
+    are left out.
     """
     found: dict[str, float] = {}
     if explanation.errors.ap50 >= 0:
@@ -166,7 +169,7 @@ def scalars(explanation: Explanation) -> dict[str, float]:
 
 
 def write_explanation(path: Path, explanation: Explanation, most: int = 1000) -> None:
-    """The numbers as JSON, whole or not at all, with the first `most` images and suspects."""
+    """Write the numbers as JSON atomically, with the first `most` images and label errors."""
     content = {
         "format": 1,
         "AP50": explanation.errors.ap50,
@@ -180,23 +183,23 @@ def write_explanation(path: Path, explanation: Explanation, most: int = 1000) ->
         "confusion": explanation.confusion.tolist(),
         "calibration": vars(explanation.calibration),
         "worst_images": [vars(one) for one in explanation.worst[:most]],
-        "suspects": [suspect_row(explanation, one) for one in explanation.suspects[:most]],
+        "suspects": [label_error_row(explanation, one) for one in explanation.label_errors[:most]],
         "seconds": explanation.seconds,
     }
     write_json(path, content)
 
 
-def suspect_row(explanation: Explanation, suspect: Suspect) -> dict[str, Any]:
-    """A suspect in words: image, classes and boxes (xywh, pixels)."""
+def label_error_row(explanation: Explanation, error: LabelError) -> dict[str, Any]:
+    """Return a label error with names of classes and boxes (xywh, pixels)."""
     matched = explanation.matched
     row: dict[str, Any] = {
-        "kind": suspect.kind,
-        "suspicion": suspect.suspicion,
-        "image_id": suspect.image_id,
+        "kind": error.kind,
+        "suspicion": error.suspicion,
+        "image_id": error.image_id,
     }
     for key, columns, place in (
-        ("annotated", matched.true, suspect.true),
-        ("found", matched.found, suspect.found),
+        ("annotated", matched.true, error.true),
+        ("found", matched.found, error.found),
     ):
         if place is not None:
             row[key] = explanation.classes[columns.categories[place] - 1].name
@@ -205,9 +208,9 @@ def suspect_row(explanation: Explanation, suspect: Suspect) -> dict[str, Any]:
 
 
 def operating_point(matched: Matched, errors: DetectionErrors) -> tuple[float, float]:
-    """The score from which on F1 of all classes together is highest, and that F1.
+    """Return the score threshold with the highest F1 of all classes together, and that F1.
 
-    1 and 0 where nothing is correct.
+    Without a correct detection they are 1 and 0.
     """
     counted = errors.kind != NOT_COUNTED
     scores, correct = matched.scores[counted], errors.kind[counted] == CORRECT
@@ -224,7 +227,7 @@ def operating_point(matched: Matched, errors: DetectionErrors) -> tuple[float, f
 def worst_images(
     matched: Matched, errors: DetectionErrors, operating_score: float
 ) -> tuple[WorstImage, ...]:
-    """Images with errors at the operating score, most errors first, then in the order of ids."""
+    """Return the images with errors at the operating score: most errors first, then by id."""
     sure = matched.scores >= operating_score
     false = (errors.kind >= 0) & sure
     by = errors.found_by
@@ -242,7 +245,7 @@ def worst_images(
 
 def _classes(
     matched: Matched, errors: DetectionErrors, names: Sequence[str], operating_score: float
-) -> tuple[ClassNumbers, ...]:
+) -> tuple[ClassMetrics, ...]:
     tables = matched.evaluation.eval
     assert tables is not None
     precision, recall = tables["precision"], tables["recall"]  # T R K A D and T K A D
@@ -259,7 +262,7 @@ def _classes(
         table = precision[:, :, k, :, TOP100]
         has = true[k] > 0
         found.append(
-            ClassNumbers(
+            ClassMetrics(
                 category_id,
                 name,
                 int(true[k]),
@@ -292,9 +295,9 @@ def _curves(matched: Matched) -> dict[float, tuple[float, ...]]:
 
 
 def _confusion(matched: Matched, operating_score: float) -> np.ndarray:
-    """By greedy matching of all classes together, the surest detection first, at an IoU of 0.5."""
-    told = matched.evaluation.confusion_matrix(iou_thr=TRUE_FROM, min_score=operating_score)
-    return np.asarray(told["matrix"]).astype(np.int64)
+    """Match greedily across classes, the highest score first, at an IoU of 0.5."""
+    found = matched.evaluation.confusion_matrix(iou_thr=TRUE_FROM, min_score=operating_score)
+    return np.asarray(found["matrix"]).astype(np.int64)
 
 
 def _calibration(matched: Matched, errors: DetectionErrors) -> Calibration:
@@ -319,7 +322,7 @@ def _calibration(matched: Matched, errors: DetectionErrors) -> Calibration:
 
 
 def _mean(values: Iterable[float] | np.ndarray) -> float:
-    """The mean of what is defined, or -1."""
+    """Return the mean of the defined values, or -1."""
     defined = np.asarray(values)
     defined = defined[defined > -1]
     return float(defined.mean()) if defined.size else -1.0

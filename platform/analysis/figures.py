@@ -1,4 +1,4 @@
-"""Figures of an evaluation: costs of errors, precision over recall, confusions, calibration."""
+"""Plot an evaluation: error costs, precision-recall curves, confusion matrix, calibration."""
 
 # K categories   R recall thresholds
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deta.platform.analysis.analysis import Calibration, ClassNumbers, Explanation
+from deta.platform.analysis.analysis import Calibration, ClassMetrics, Explanation
 from deta.platform.analysis.tide_errors import KINDS
 from deta.platform.pages.plotly_parts import (
     Plot,
@@ -31,7 +31,7 @@ SCALE = [[step / (NUM_STEPS - 1), step_color(step / (NUM_STEPS - 1))] for step i
 
 
 def error_costs(explanation: Explanation) -> Plot:
-    """Bars: how much AP50 each kind of error costs."""
+    """Plot how much AP50 each error type costs, as bars."""
     cost = explanation.errors.cost
     names = [*KINDS, "missed"]
     values = [100 * cost[name] for name in names]
@@ -57,8 +57,8 @@ def error_costs(explanation: Explanation) -> Plot:
     }
 
 
-def mean_curves(explanation: Explanation, *, narrow: bool) -> Plot:
-    """Precision over recall, the mean over classes, at several IoU thresholds."""
+def mean_precision_recall(explanation: Explanation, *, narrow: bool) -> Plot:
+    """Plot precision over recall, the mean over classes, at several IoU thresholds."""
     data, notes = [], []
     for place, (iou, curve) in enumerate(explanation.curves.items()):
         texts = [
@@ -70,8 +70,8 @@ def mean_curves(explanation: Explanation, *, narrow: bool) -> Plot:
     return _curves(data, notes, narrow)
 
 
-def class_curves(classes: Sequence[ClassNumbers], *, narrow: bool) -> Plot:
-    """Precision over recall of each class at an IoU of 0.5: lines, or rows of a heat map."""
+def class_precision_recall(classes: Sequence[ClassMetrics], *, narrow: bool) -> Plot:
+    """Plot precision over recall of each class at an IoU of 0.5: lines, or rows of a heat map."""
     shown = sorted((one for one in classes if one.precision_at_recall), key=lambda one: -one.AP50)
     if len(shown) <= MAX_LINES:
         data, notes = [], []
@@ -103,14 +103,14 @@ def class_curves(classes: Sequence[ClassNumbers], *, narrow: bool) -> Plot:
 
 
 def confusion_matrix(explanation: Explanation, *, narrow: bool) -> Plot:
-    """Of the boxes of each class, how many are found as which class: shares of a row."""
+    """Plot the confusion matrix; colours are shares of a row."""
     chosen = confused_most(explanation.confusion)
     letters = 10 if narrow else LETTERS
     names = [shortened(explanation.classes[k].name, letters) for k in chosen]
     table = explanation.confusion[np.ix_([*chosen, -1], [*chosen, -1])]
     totals = explanation.confusion.sum(1)[[*chosen, -1]]
     shares = table / np.maximum(1, totals)[:, None]
-    shares[-1] = np.nan  # of what is nothing there is no whole to take a share of
+    shares[-1] = np.nan  # the row of background has no total
     rows, columns = [*names, "(nothing)"], [*names, "(not found)"]
     is_small = len(chosen) <= 12 and not narrow
     texts = [
@@ -146,7 +146,7 @@ def confusion_matrix(explanation: Explanation, *, narrow: bool) -> Plot:
 
 
 def confused_most(confusion: np.ndarray) -> list[int]:
-    """The classes that a matrix shows: all, or the most confused ones, in their order."""
+    """Return the classes that a matrix shows: all, or the most confused ones, in their order."""
     num_classes = len(confusion) - 1
     if num_classes <= MAX_CONFUSED:
         return list(range(num_classes))
@@ -157,7 +157,7 @@ def confused_most(confusion: np.ndarray) -> list[int]:
 
 
 def reliability(calibration: Calibration) -> Plot:
-    """The share of correct detections over their score; on the line, scores can be believed."""
+    """Plot the share of correct detections over their score; calibrated scores are on the line."""
     bins = [one for one in calibration.bins if one[2] > 0]
     texts = [
         f"{number} detections of score {score:.2f}: {share:.0%} correct"
@@ -181,7 +181,7 @@ def _curves(
     notes: Sequence[tuple[str, Sequence[float], str]],
     narrow: bool,
 ) -> Plot:
-    """Lines of precision over recall, with their names in a legend."""
+    """Return a plot of precision over recall with the names in a legend."""
     for trace, (name, _, _) in zip(data, notes, strict=True):
         trace["name"], trace["showlegend"] = shortened(name), True
     return {
@@ -202,7 +202,7 @@ def _heat_map(
     names: Sequence[str],
     hover: str,
 ) -> dict[str, object]:
-    """Rows by number, since two classes may have one name when it is cut."""
+    """Return a heat map with numbered rows: two classes may share a shortened name."""
     is_text = bool(x) and isinstance(x[0], str)
     return {
         "type": "heatmap",

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation's report: small JPEGs with true and predicted boxes."""
+"""Draw the images of an evaluation's report: small JPEGs with true and predicted boxes."""
 
 # N boxes of one image
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from deta.platform.analysis.analysis import Explanation
-from deta.platform.analysis.label_errors import Suspect
+from deta.platform.analysis.label_errors import LabelError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.draw_boxes import draw_detections
 from deta.platform.data.image_decoding import ImageError
@@ -21,16 +21,16 @@ from deta.platform.pages.content import Jpeg
 LONGER_PX = 420  # of an image with many errors
 CROP_PX = 260
 JPEG_QUALITY = 72
-MAX_DRAWN = 30  # predicted boxes of one picture, the surest; more would hide it
+MAX_DRAWN = 30  # predicted boxes on one image, by score; more would hide it
 
 # An image by its id, decoded; None where its file is gone or broken.
 OpenImage = Callable[[Any], Image.Image | None]
 
 
-def worst_pictures(
+def draw_worst_image(
     explanation: Explanation, image_id: Any, image: Image.Image
 ) -> tuple[Jpeg, Jpeg]:
-    """An image with its true boxes, dashed, and with detections from the operating score on."""
+    """Draw an image with its true boxes, dashed, and with detections from the operating score."""
     matched = explanation.matched
     names = [one.name for one in explanation.classes]
     rank = matched.image_ids.index(image_id) + 1
@@ -59,13 +59,13 @@ def worst_pictures(
     return _jpeg(with_true), _jpeg(with_found)
 
 
-def suspect_picture(explanation: Explanation, suspect: Suspect, image: Image.Image) -> Jpeg:
-    """The place of a suspect with some room around it: the annotation dashed, the detection not."""
+def draw_label_error(explanation: Explanation, error: LabelError, image: Image.Image) -> Jpeg:
+    """Draw the surroundings of a label error: the annotation dashed, the detection solid."""
     matched = explanation.matched
     names = [one.name for one in explanation.classes]
     boxes = [
         _corners(columns.boxes[[place]])[0]
-        for columns, place in ((matched.true, suspect.true), (matched.found, suspect.found))
+        for columns, place in ((matched.true, error.true), (matched.found, error.found))
         if place is not None
     ]
     low, high = np.min(boxes, 0)[:2], np.max(boxes, 0)[2:]
@@ -79,40 +79,40 @@ def suspect_picture(explanation: Explanation, suspect: Suspect, image: Image.Ima
     scale = CROP_PX / max(crop.size)
     drawn = _resized(crop, scale)
     shift = np.array([left, top, left, top])
-    if suspect.true is not None:
+    if error.true is not None:
         drawn = draw_detections(
             drawn,
-            (_corners(matched.true.boxes[[suspect.true]]) - shift) * scale,
-            matched.true.categories[[suspect.true]] - 1,
+            (_corners(matched.true.boxes[[error.true]]) - shift) * scale,
+            matched.true.categories[[error.true]] - 1,
             None,
             names,
             dashed=True,
         )
-    if suspect.found is not None:
+    if error.found is not None:
         drawn = draw_detections(
             drawn,
-            (_corners(matched.found.boxes[[suspect.found]]) - shift) * scale,
-            matched.found.categories[[suspect.found]] - 1,
-            matched.scores[[suspect.found]],
+            (_corners(matched.found.boxes[[error.found]]) - shift) * scale,
+            matched.found.categories[[error.found]] - 1,
+            matched.scores[[error.found]],
             names,
         )
     return _jpeg(drawn)
 
 
-def chosen_suspects(suspects: Sequence[Suspect], most: int) -> list[Suspect]:
-    """The first ones, of each image one at most while others are left."""
-    first: list[Suspect] = []
-    later: list[Suspect] = []
+def choose_label_errors(errors: Sequence[LabelError], most: int) -> list[LabelError]:
+    """Return the first ones, at most one of each image while there are others."""
+    first: list[LabelError] = []
+    later: list[LabelError] = []
     seen = set()
-    for suspect in suspects[: 20 * most]:
-        (later if suspect.image_id in seen else first).append(suspect)
-        seen.add(suspect.image_id)
+    for error in errors[: 20 * most]:
+        (later if error.image_id in seen else first).append(error)
+        seen.add(error.image_id)
     chosen = (first + later)[:most]
     return sorted(chosen, key=lambda one: -one.suspicion)
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:
-    """N 4, xywh to xyxy."""
+    """Convert N 4 from xywh to xyxy."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
@@ -127,8 +127,8 @@ def _jpeg(image: Image.Image) -> Jpeg:
     return Jpeg(buffer.getvalue(), image.size)
 
 
-def images_of(dataset: CocoDataset) -> OpenImage:
-    """The pictures of a data set; one that cannot be decoded any more is left out."""
+def image_opener(dataset: CocoDataset) -> OpenImage:
+    """Return a function that decodes an image of a data set; None for one that is unreadable."""
     place = {image_id: i for i, image_id in enumerate(dataset.tables[1]["id"].tolist())}
 
     def open_image(image_id: Any) -> Image.Image | None:

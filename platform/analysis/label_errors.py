@@ -1,18 +1,18 @@
-"""Annotations that are likely wrong, by a model that is mostly right: the surest first.
+"""Find annotations that are likely wrong, where a mostly correct model contradicts them.
 
-| kind | what is seen | suspicion, 0..1 |
+| kind | condition | suspicion, 0..1 |
 |---|---|---|
-| wrong class | another class is detected on the box (IoU 0.5) | score, less the own class's there |
+| wrong class | another class is detected on the box (IoU 0.5) | score minus the own class's there |
 | missing box | a detection where no box and no crowd is (IoU 0.1) | score |
 | shifted box | its class is detected beside it (IoU 0.1 to 0.5), and not on it | score |
-| needless box | all that touches it (IoU 0.1), of any class, is faint | see below |
+| needless box | every detection that touches it (IoU 0.1) has a low score | see below |
 
-The first three are the errors that ObjectLab looks for (Tkachenko et al. 2023,
-https://arxiv.org/abs/2309.00832: swapped, overlooked, badly located), with scores of our own: one
-number each, that says how sure the model contradicts the annotation. A box that it does not see
-says little of a class that it seldom finds; so the last kind weighs as much as the recall of the
-class, times 1 - s / o, where s is the highest score on the box and o the operating score. A
-suspicion is a reason to look, and no more: a model repeats what it has learned, wrong labels too.
+The first three are the label errors of ObjectLab (Tkachenko et al. 2023,
+https://arxiv.org/abs/2309.00832: swapped, overlooked, badly located). The suspicion is our own: one
+number for how confidently the model contradicts the annotation. A box without a detection means
+little in a class of low recall. So the suspicion of the last kind is the recall of the class, times
+1 - s / o, where s is the highest score on the box and o the operating score. A suspicion is only a
+reason to check: a model repeats what it has learned, wrong labels too.
 """
 
 # M detections   A true boxes
@@ -46,23 +46,23 @@ IN_CROWD_FROM = 0.5  # share of a detection that lies in a crowd region
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """One annotation, or one place without it."""
+class LabelError:
+    """An annotation that is likely wrong, or a place where one is likely missing."""
 
     kind: str
     suspicion: float  # 0..1
     image_id: Any
     true: int | None  # row of the annotation in `Matched.true`; None for a missing one
-    found: int | None  # row of the detection that contradicts; None for a needless box
+    found: int | None  # row of the contradicting detection; None for a needless box
 
 
-def find_suspects(
+def find_label_errors(
     matched: Matched, overlaps: Overlaps, errors: DetectionErrors, operating_score: float
-) -> list[Suspect]:
-    """All suspects, each annotation and each place once, with the strongest reason.
+) -> list[LabelError]:
+    """Return all label errors, most suspicious first; each annotation once, by its highest one.
 
     Args:
-        operating_score: detections from here on count as sure; the recall of a class is theirs.
+        operating_score: only detections from here on contradict, and count for recall.
     """
     scores = matched.scores
     counted = errors.kind != NOT_COUNTED
@@ -91,21 +91,21 @@ def find_suspects(
     found += [(NEEDLESS, float(needless[a]), int(a), -1) for a in np.flatnonzero(needless)]
 
     found.sort(key=lambda one: -one[1])
-    suspects, seen = [], set()
+    errors_found, seen = [], set()
     for kind, value, a, m in found:
         if a >= 0 and a in seen:
             continue
         seen.add(a)
         image = (matched.true if a >= 0 else matched.found).images[a if a >= 0 else m]
         image_id = matched.image_ids[image - 1]
-        suspects.append(
-            Suspect(kind, value, image_id, a if a >= 0 else None, m if m >= 0 else None)
+        errors_found.append(
+            LabelError(kind, value, image_id, a if a >= 0 else None, m if m >= 0 else None)
         )
-    return suspects
+    return errors_found
 
 
 def _best_own_score(matched: Matched, near: Near) -> np.ndarray:
-    """The highest score of its class on each true box, IoU 0.5 or more; 0 without one: A."""
+    """Return the highest score of the own class on each true box at an IoU of 0.5, else 0: A."""
     best = np.zeros(len(matched.crowd))
     on = near.is_own & (near.iou >= TRUE_FROM)
     np.maximum.at(best, near.true[on], matched.scores[near.found[on]])
@@ -113,7 +113,7 @@ def _best_own_score(matched: Matched, near: Near) -> np.ndarray:
 
 
 def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
-    """Which of some detections are the surest of those that overlap them by an IoU of 0.5."""
+    """Return which detections have the highest score of those that overlap them by 0.5 IoU."""
     order = rows[np.argsort(-matched.scores[rows], kind="stable")]
     columns = Columns(*(column[order] for column in matched.found))
     is_first = np.ones(len(order), bool)
@@ -126,7 +126,7 @@ def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
 def _needless(
     matched: Matched, near: Near, errors: DetectionErrors, operating_score: float
 ) -> np.ndarray:
-    """How suspicious each true box is that only faint detections touch; 0 for others: A."""
+    """Return the suspicion of each true box that only low scores touch; 0 for others: A."""
     surest = np.zeros(len(matched.crowd))
     np.maximum.at(surest, near.true, matched.scores[near.found])
     by = errors.found_by

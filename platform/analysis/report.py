@@ -1,4 +1,4 @@
-"""The explanation of an evaluation as one page: what the model is good at, and what went wrong."""
+"""Write the analysis of an evaluation as one page."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from deta.platform.analysis.analysis import Explanation, suspect_row
+from deta.platform.analysis.analysis import Explanation, label_error_row
 from deta.platform.analysis.figures import (
     MAX_CONFUSED,
-    class_curves,
+    class_precision_recall,
     confusion_matrix,
     error_costs,
-    mean_curves,
+    mean_precision_recall,
     reliability,
 )
 from deta.platform.analysis.images import (
     OpenImage,
-    chosen_suspects,
-    suspect_picture,
-    worst_pictures,
+    choose_label_errors,
+    draw_label_error,
+    draw_worst_image,
 )
 from deta.platform.analysis.tide_errors import KINDS
-from deta.platform.evaluation.coco_metrics import CocoMetrics
+from deta.platform.evaluation.coco_metrics import CocoMetrics, percent_text
 from deta.platform.evaluation.evaluation_folder import Origin
 from deta.platform.pages.content import (
     Column,
@@ -38,30 +38,29 @@ from deta.platform.pages.content import (
 )
 from deta.platform.pages.page import write_page
 
-NUM_WORST, NUM_SUSPECTS, MAX_ROWS = 12, 24, 100
-MAX_PICTURE_BYTES = 1_500_000  # of all pictures of a page; those beyond are left out
-
-MIN_SUSPICION = 0.1  # of what is shown as a picture
+NUM_WORST, NUM_LABEL_ERRORS, MAX_ROWS = 12, 24, 100
+MAX_IMAGE_BYTES = 1_500_000  # of all images of a page; those beyond are left out
+MIN_SUSPICION = 0.1  # of a label error that is shown as an image
 
 NOUNS = {
     "classification": "wrong classes",
-    "localisation": "bad frames",
-    "both": "wrong classes in bad frames",
+    "localisation": "inaccurate boxes",
+    "both": "wrong classes in inaccurate boxes",
     "duplicate": "duplicates",
     "background": "detections of nothing",
-    "missed": "boxes that are missed",
+    "missed": "missed boxes",
 }
 MEANING = {
     "classification": "another class is there (IoU 0.5 or more)",
-    "localisation": "the class is there, but badly framed (IoU 0.1 to 0.5)",
-    "both": "another class is there, and badly framed",
-    "duplicate": "found once already, with a higher score",
+    "localisation": "the class is there, but the box is inaccurate (IoU 0.1 to 0.5)",
+    "both": "another class is there, and the box is inaccurate",
+    "duplicate": "already found, with a higher score",
     "background": "nothing is there",
-    "missed": "a true box that nothing finds, not even nearly",
+    "missed": "a true box without any detection near it",
 }
 
 
-def write_report(
+def write_evaluation_report(
     path: Path,
     explanation: Explanation,
     metrics: CocoMetrics,
@@ -69,10 +68,10 @@ def write_report(
     ground_truth: Mapping[str, Any],
     open_image: OpenImage | None,
 ) -> None:
-    """Write the page, whole or not at all. Up to 7 MB, of which plotly takes 4.8.
+    """Write the page atomically. It has up to 7 MB, of which plotly takes 4.8.
 
     Args:
-        open_image: gives an image by its id; None makes a page without pictures.
+        open_image: returns an image by its id; None makes a page without images.
 
     Raises:
         RuntimeError: plotly is not installed.
@@ -91,7 +90,7 @@ def write_report(
             _confusions(explanation),
             _calibration(explanation),
             _worst(explanation, names, open_image),
-            _suspects(explanation, names, open_image),
+            _label_errors(explanation, names, open_image),
             _how(explanation, origin),
         ],
         footer=f"Explained in {explanation.seconds:.1f} s.",
@@ -105,7 +104,7 @@ def _summary(explanation: Explanation, metrics: CocoMetrics, num_images: int) ->
     dearest = max(cost, key=lambda kind: cost[kind])
     what = "No error could be repaired."
     if cost[dearest] > 0:
-        what = f"Most is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
+        what = f"Most AP is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
     numbers = ", ".join(f"{n} {v:.1f}" for n, v in metrics.percent().items() if n[:2] == "AP")
     return [
         Paragraph(f"AP {100 * metrics.AP:.1f}. {what}", style="verdict"),
@@ -127,31 +126,31 @@ def _errors(explanation: Explanation) -> Section:
         at = "" if kind == "missed" else str(int((errors.kind[sure] == place).sum()))
         rows.append([kind, f"{100 * cost:.1f}", str(counts[kind]), at, MEANING[kind]])
     table = Table(
-        caption="Kinds of errors, and how much AP50 would rise if just those were repaired",
+        caption="Error types, and how much AP50 would rise if only those were repaired",
         columns=[
-            Column(title="Kind"),
+            Column(title="Type"),
             Column(title="Cost", unit="AP50 points", is_number=True),
             Column(title="Number", unit="any score", is_number=True),
             Column(
                 title="Number", unit=f"score ≥ {explanation.operating_score:.2f}", is_number=True
             ),
-            Column(title="What it is"),
+            Column(title="Meaning"),
         ],
         rows=rows,
     )
     note = (
-        f"AP50 is {100 * max(0.0, errors.ap50):.1f}. Without any false detection it would rise by "
-        f"{100 * errors.false_positives_cost:.1f}, without any box missing by "
+        f"AP50 is {100 * max(0.0, errors.ap50):.1f}. Without false detections it would rise by "
+        f"{100 * errors.false_positives_cost:.1f}, without missed boxes by "
         f"{100 * errors.false_negatives_cost:.1f}. Costs do not add up: errors hide each other."
     )
     figure = Figure(
         name="error-costs",
-        title="What each kind of error costs",
-        description="Bars of the rise of AP50 if errors of a kind were repaired",
+        title="Cost of each error type",
+        description="Bars: how much AP50 would rise if errors of a type were repaired",
         wide=error_costs(explanation),
         note=note,
     )
-    return Section(name="errors", title="What goes wrong", parts=[figure, table])
+    return Section(name="errors", title="Error types", parts=[figure, table])
 
 
 def _classes(explanation: Explanation) -> Section:
@@ -170,17 +169,17 @@ def _classes(explanation: Explanation) -> Section:
         [
             one.name,
             str(one.num_boxes),
-            *(_percent(value) for value in (one.AP, one.AP50, one.AP75, one.AR)),
-            *(_percent(one.by_size[size]) for size in ("small", "medium", "large")),
-            _percent(one.precision),
-            _percent(one.recall),
+            *(percent_text(value) for value in (one.AP, one.AP50, one.AP75, one.AR)),
+            *(percent_text(one.by_size[size]) for size in ("small", "medium", "large")),
+            percent_text(one.precision),
+            percent_text(one.recall),
             _confused_with(explanation, place[one.category_id]),
         ]
         for one in order
     ]
     table = Table(
         caption=(
-            "The weakest class first, in percent; “-” where there is nothing to measure. Precision "
+            "The weakest class first, in percent; “-” where it is not defined. Precision "
             f"and recall at an IoU of 0.5, of detections with a score of "
             f"{explanation.operating_score:.2f} or more."
         ),
@@ -208,9 +207,9 @@ def _curves(explanation: Explanation) -> Section:
                 name="mean-curves",
                 title="Precision over recall, mean of the classes",
                 description="A line of precision over recall for each IoU threshold",
-                wide=mean_curves(explanation, narrow=False),
-                narrow=mean_curves(explanation, narrow=True),
-                note="Where the lines for a high IoU fall first, boxes are framed badly.",
+                wide=mean_precision_recall(explanation, narrow=False),
+                narrow=mean_precision_recall(explanation, narrow=True),
+                note="If the lines for a high IoU fall first, boxes are inaccurate.",
                 table=_curve_table(
                     {f"IoU {iou:g}": curve for iou, curve in explanation.curves.items()}
                 ),
@@ -219,8 +218,8 @@ def _curves(explanation: Explanation) -> Section:
                 name="class-curves",
                 title="Precision over recall of each class, IoU 0.5",
                 description="Precision of each class at each recall",
-                wide=class_curves(explanation.classes, narrow=False),
-                narrow=class_curves(explanation.classes, narrow=True),
+                wide=class_precision_recall(explanation.classes, narrow=False),
+                narrow=class_precision_recall(explanation.classes, narrow=True),
                 table=_curve_table({one.name: one.precision_at_recall for one in shown}),
             ),
         ]
@@ -238,7 +237,7 @@ def _curve_table(curves: Mapping[str, tuple[float, ...]]) -> Table:
             *(Column(title=f"{recall}%", is_number=True) for recall in recalls),
         ],
         rows=[
-            [name, *(_percent(curve[recall]) for recall in recalls)]
+            [name, *(percent_text(curve[recall]) for recall in recalls)]
             for name, curve in curves.items()
         ],
     )
@@ -256,7 +255,7 @@ def _confusions(explanation: Explanation) -> Section:
         true, found = divmod(pair, num_classes)
         if mixed[true, found]:
             share = mixed[true, found] / max(1, matrix[true].sum())
-            rows.append([names[true], names[found], str(mixed[true, found]), _percent(share)])
+            rows.append([names[true], names[found], str(mixed[true, found]), percent_text(share)])
     table = Table(
         caption="The most frequent confusions" if rows else "No box was found as another class",
         columns=[
@@ -268,15 +267,15 @@ def _confusions(explanation: Explanation) -> Section:
         rows=rows,
     )
     note = (
-        f"Detections with a score of {explanation.operating_score:.2f} or more, matched whatever "
-        "their class, the surest first, at an IoU of 0.5. The last column: not found; the last "
+        f"Detections with a score of {explanation.operating_score:.2f} or more, matched across "
+        "classes at an IoU of 0.5, the highest score first. The last column: not found; the last "
         "row: found where nothing is."
     )
     if num_classes > MAX_CONFUSED:
         note += f" Of {num_classes} classes, the {MAX_CONFUSED} that are confused most."
     figure = Figure(
         name="confusion-matrix",
-        title="What is taken for what",
+        title="Confusion matrix",
         description="Of the boxes of each class, the share that is found as each class",
         wide=confusion_matrix(explanation, narrow=False),
         narrow=confusion_matrix(explanation, narrow=True),
@@ -286,12 +285,12 @@ def _confusions(explanation: Explanation) -> Section:
 
 
 def _calibration(explanation: Explanation) -> Section:
-    told = explanation.calibration
-    confident = "" if told.confident_error < 0 else (
-        f"; of those with a score of 0.3 or more {_percent(told.confident_error)}"
+    calibration = explanation.calibration
+    confident = "" if calibration.confident_error < 0 else (
+        f"; of those with a score of 0.3 or more {percent_text(calibration.confident_error)}"
     )  # fmt: skip
     table = Table(
-        caption="Scores and how often they are right (IoU 0.5)",
+        caption="Scores and the share of correct detections (IoU 0.5)",
         columns=[
             Column(title="Score", unit="bin"),
             Column(title="Mean score", unit="%", is_number=True),
@@ -301,25 +300,25 @@ def _calibration(explanation: Explanation) -> Section:
         rows=[
             [
                 f"{place / 10:.1f} to {(place + 1) / 10:.1f}",
-                *((_percent(score), _percent(share)) if number else ("-", "-")),
+                *((percent_text(score), percent_text(share)) if number else ("-", "-")),
                 str(number),
             ]
-            for place, (score, share, number) in enumerate(told.bins)
+            for place, (score, share, number) in enumerate(calibration.bins)
         ],
     )
     figure = Figure(
         name="reliability",
         title="Share of correct detections over their score",
-        description="A mark for each of ten bins of score; the diagonal is where scores are shares",
-        wide=reliability(told),
+        description="A mark for each of ten bins of score; calibrated scores are on the diagonal",
+        wide=reliability(calibration),
         note=(
-            "Below the line the model is too sure of itself, above it not sure enough. Calibration "
-            f"error of all detections {_percent(told.error)} points, of the worst bin "
-            f"{_percent(told.largest)}{confident}."
+            "Below the line the model is overconfident, above it underconfident. Calibration "
+            f"error of all detections {percent_text(calibration.error)} points, of the worst bin "
+            f"{percent_text(calibration.largest)}{confident}."
         ),
         table=table,
     )
-    return Section(name="calibration", title="Can the scores be believed?", parts=[figure])
+    return Section(name="calibration", title="Calibration of scores", parts=[figure])
 
 
 def _worst(
@@ -328,20 +327,20 @@ def _worst(
     cards, used = [], 0
     for worst in explanation.worst[:NUM_WORST] if open_image is not None else ():
         image = open_image(worst.image_id) if open_image is not None else None
-        if image is None or used > MAX_PICTURE_BYTES * 2 // 3:
+        if image is None or used > MAX_IMAGE_BYTES * 2 // 3:
             continue
-        drawn = worst_pictures(explanation, worst.image_id, image)
+        drawn = draw_worst_image(explanation, worst.image_id, image)
         used += sum(len(one.content) for one in drawn)
         name = names.get(worst.image_id) or f"image {worst.image_id}"
         lines = [f"{worst.num_false} false, {worst.num_missed} not found"]
         cards.append(ImageCard(name, lines, drawn))
     text = (
         f"{len(explanation.worst)} of {len(names)} images have errors at a score of "
-        f"{explanation.operating_score:.2f} or more. These have most: true boxes first, "
+        f"{explanation.operating_score:.2f} or more. These have the most: true boxes first, "
         "dashed, then detections."
     )
     table = Table(
-        caption="Images with most errors",
+        caption="Images with the most errors",
         columns=[
             Column(title="Image"),
             Column(title="Id"),
@@ -362,39 +361,39 @@ def _worst(
     return Section(name="worst", title="Worst images", parts=[Paragraph(text), *grid, table])
 
 
-def _suspects(
+def _label_errors(
     explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
 ) -> Section:
     cards, used = [], 0
-    shown = [one for one in explanation.suspects if one.suspicion >= MIN_SUSPICION]
-    for suspect in chosen_suspects(shown, NUM_SUSPECTS):
-        image = open_image(suspect.image_id) if open_image is not None else None
-        if image is None or used > MAX_PICTURE_BYTES // 3:
+    shown = [one for one in explanation.label_errors if one.suspicion >= MIN_SUSPICION]
+    for error in choose_label_errors(shown, NUM_LABEL_ERRORS):
+        image = open_image(error.image_id) if open_image is not None else None
+        if image is None or used > MAX_IMAGE_BYTES // 3:
             continue
-        drawn = suspect_picture(explanation, suspect, image)
+        drawn = draw_label_error(explanation, error, image)
         used += len(drawn.content)
-        row = suspect_row(explanation, suspect)
+        row = label_error_row(explanation, error)
         lines = [
             ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
-            names.get(suspect.image_id) or f"image {suspect.image_id}",
+            names.get(error.image_id) or f"image {error.image_id}",
         ]
-        cards.append(ImageCard(f"{suspect.kind}, {suspect.suspicion:.2f}", lines, [drawn]))
+        cards.append(ImageCard(f"{error.kind}, {error.suspicion:.2f}", lines, [drawn]))
     rows = []
-    for suspect in explanation.suspects[:MAX_ROWS]:
-        row = suspect_row(explanation, suspect)
+    for error in explanation.label_errors[:MAX_ROWS]:
+        row = label_error_row(explanation, error)
         box = row.get("annotated_box") or row["found_box"]
         rows.append(
             [
-                names.get(suspect.image_id) or str(suspect.image_id),
-                suspect.kind,
-                f"{suspect.suspicion:.2f}",
+                names.get(error.image_id) or str(error.image_id),
+                error.kind,
+                f"{error.suspicion:.2f}",
                 row.get("annotated", "-"),
                 row.get("found", "-"),
                 ", ".join(f"{number:.0f}" for number in box),
             ]
         )
     table = Table(
-        caption=f"The first {len(rows)} of {len(explanation.suspects)}",
+        caption=f"The first {len(rows)} of {len(explanation.label_errors)}",
         columns=[
             Column(title="Image"),
             Column(title="Kind"),
@@ -406,13 +405,13 @@ def _suspects(
         rows=rows,
     )
     text = Paragraph(
-        "Places where the model contradicts the annotation most surely: the annotation dashed, the "
-        "detection with its score. A reason to look, no more; a model repeats what it has learned, "
+        "Places where the model contradicts the annotation most confidently: the annotation is "
+        "dashed, the detection has its score. Check these; a model repeats what it has learned, "
         "wrong labels too."
     )
     grid = [ImageGrid(cards, is_small=True)] if cards else []
     parts: list[Part] = [text, *grid, table] if rows else [Paragraph("None.")]
-    return Section(name="suspects", title="Annotations to look at", parts=parts)
+    return Section(name="suspects", title="Annotations to check", parts=parts)
 
 
 def _how(explanation: Explanation, origin: Origin) -> Section:
@@ -425,7 +424,7 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         "epoch": "" if origin.epoch is None else f"{origin.epoch:g}",
         "step": "" if origin.step is None else str(origin.step),
         "operating score": f"{explanation.operating_score:.3f}, where F1 of all classes together "
-        f"is highest ({_percent(explanation.best_f1)})",
+        f"is highest ({percent_text(explanation.best_f1)})",
     }
     table = Table(
         caption="What was evaluated",
@@ -433,11 +432,7 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         rows=[[name, value] for name, value in facts.items() if value],
     )
     text = Paragraph(
-        "Matching is COCO's: up to 100 detections of an image and class, the surest first. Kinds "
-        "of errors and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
+        "Matching is COCO's: up to 100 detections of an image and class, the highest score first. "
+        "Error types and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
     )
     return Section(name="how", title="How it was measured", parts=[table, text])
-
-
-def _percent(value: float | np.floating[Any]) -> str:
-    return "-" if value < 0 else f"{100 * value:.1f}"

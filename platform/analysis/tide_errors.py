@@ -1,8 +1,8 @@
-"""Why each detection is wrong, why each true box was missed, and what each kind of error costs.
+"""Classify the errors of a detector as TIDE does, and compute what each error type costs.
 
-Six kinds, after TIDE (Bolya et al. 2020, https://arxiv.org/abs/2008.08115; thresholds 0.5 and 0.1):
+Six types, after TIDE (Bolya et al. 2020, https://arxiv.org/abs/2008.08115; thresholds 0.5 and 0.1):
 
-| kind | a false detection, or a missed true box |
+| type | a false detection, or a missed true box |
 |---|---|
 | localisation | its class is there, at an IoU of 0.1 to 0.5 |
 | classification | another class is there, at 0.5 or more |
@@ -11,17 +11,18 @@ Six kinds, after TIDE (Bolya et al. 2020, https://arxiv.org/abs/2008.08115; thre
 | both | another class is there, at an IoU of 0.1 to 0.5 |
 | missed | a true box that no detection has, and none of the first two kinds could have |
 
-A detection is of the first kind that fits, in this order. What a kind costs is how much AP50 would
-rise if just its errors were repaired, which is fair between kinds but does not add up to all that
-is missing. Repaired means: the detection with the highest score of those whose best true box it is
-becomes true, with that box's class; all others of the kind go; missed boxes need not be found.
+A detection has the first type that fits, in this order. The cost of a type is how much AP50 would
+rise if only its errors were repaired. Costs are comparable between types, but do not add up to the
+missing AP. Repairing means: of the detections with the same best true box, the one with the highest
+score becomes correct, with that box's class. All others of the type are removed. Missed boxes are
+removed from the ground truth.
 
-hotcoco can count these too, but repairs a wrong class within the wrong class and lets several
-detections become true for one box, so its costs are others than the paper's. Detections and boxes
-are matched as for AP, by hotcoco, so the AP that is improved upon is AP50 itself, and a detection
-within a crowd region is none. Where tidecv differs: it takes the best 100 detections of an image,
-not of an image and class, and counts a class without a true box as an AP of 0. Here a class whose
-boxes are all missed is left out of the mean once they need not be found.
+hotcoco has TIDE too, but repairs a wrong class within the wrong class, and lets several detections
+become correct for one box, so its costs differ from the paper's. Detections and boxes are matched
+as for AP, by hotcoco, so the AP to improve is AP50 itself, and a detection within a crowd region
+does not count. tidecv differs: it takes the best 100 detections of an image, not of an image and
+class, and counts a class without a true box as an AP of 0. Here a class whose boxes are all missed
+is left out of the mean once they are removed.
 """
 
 # M detections   A true boxes   P pairs of both   K categories
@@ -55,11 +56,11 @@ class Near(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Which detections and true boxes are near each other, in the same image: IoU 0.1 or more.
+    """Detections and true boxes of one image with an IoU of 0.1 or more.
 
-    Of each detection, the best true box of its own class and of the others; M each. Crowd regions
-    are no boxes. Where no box is near, the IoU is 0 and the box -1. Of equally good boxes it is
-    the first.
+    For each detection: the best true box of its own class, and of the others; M each. Crowd
+    regions are not boxes. Where no box is near, the IoU is 0 and the box -1. Of equally good boxes
+    the first is taken.
     """
 
     own_iou: np.ndarray  # float64
@@ -72,13 +73,13 @@ class Overlaps:
 
 @dataclass(frozen=True)
 class DetectionErrors:
-    """What became of every detection and every true box."""
+    """The error type of every detection, and which true boxes were found."""
 
     kind: np.ndarray  # M int8: an index of KINDS, CORRECT or NOT_COUNTED
-    box: np.ndarray  # M int64: the true box that it has, or is to be moved or renamed to; or -1
-    found_by: np.ndarray  # A int64: the detection that has it; or -1
-    missed: np.ndarray  # A bool: not found, and no error could be repaired to find it
-    counts: np.ndarray  # K 6: how often each kind of KINDS, then missed; by the detection's class
+    box: np.ndarray  # M int64: the true box it matches, or would after a repair; or -1
+    found_by: np.ndarray  # A int64: the detection that matches it; or -1
+    missed: np.ndarray  # A bool: not found, and no repair would find it
+    counts: np.ndarray  # K 6: number of each kind of KINDS, then missed; by the detection's class
     cost: dict[str, float]  # of each kind and "missed": rise of AP50, in 0..1
     false_positives_cost: float  # rise of AP50 if no detection were wrong
     false_negatives_cost: float  # rise of AP50 if no box were missing
@@ -86,7 +87,7 @@ class DetectionErrors:
 
 
 def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
-    """The kind of every error, and the cost of each kind."""
+    """Return the type of every error, and the cost of each type."""
     found_by, correct, counted = _pairs_of(matched)
     num_found = len(matched.scores)
     is_found, near = found_by >= 0, overlaps.near
@@ -121,7 +122,7 @@ def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
 
 
 def best_overlaps(matched: Matched) -> Overlaps:
-    """What is near each detection, and how far it lies in a crowd region."""
+    """Return the true boxes near each detection, and its share in a crowd region."""
     found, true, num_found = matched.found, matched.true, len(matched.scores)
     boxes = np.flatnonzero(~matched.crowd)
     columns = Columns(*(column[boxes] for column in true))
@@ -146,7 +147,7 @@ def best_overlaps(matched: Matched) -> Overlaps:
 
 
 def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np.ndarray]:
-    """The highest IoU of each detection among some pairs, and its box."""
+    """Return the highest IoU of each detection among some pairs, and its box."""
     found, true, iou = near.found[which], near.true[which], near.iou[which]
     order = np.lexsort((true, -iou, found))
     detections, first = np.unique(found[order], return_index=True)
@@ -159,7 +160,7 @@ def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np
 def image_pairs(
     some: Columns, others: Columns
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All pairs of a box of `some` and one of `others` in the same image, in portions.
+    """Yield all pairs of a box of `some` and one of `others` in the same image, in portions.
 
     Yields:
         P rows of `some` and P rows of `others`, all pairs of a row of `some` side by side, with
@@ -183,7 +184,7 @@ def image_pairs(
 
 
 def box_overlap(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU of pairs of boxes (P 4 each, xywh), and the share of the first that the second covers."""
+    """Return the IoU of pairs of boxes (P 4 each, xywh), and the covered share of the first."""
     ends = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
     sides = np.maximum(0.0, ends - np.maximum(boxes[:, :2], others[:, :2]))
     common = sides[:, 0] * sides[:, 1]
@@ -197,25 +198,27 @@ def box_overlap(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _pairs_of(matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The detection of each true box, the true box of each detection, and which detections count.
+    """Return the detection of each true box, the box of each detection, and which ones count.
 
-    Not counted are those beyond the best 100 of an image and class, and those in a crowd region.
+    Detections beyond the best 100 of an image and class do not count, nor those in a crowd region.
     """
-    told = matched.evaluation.image_diagnostics(iou_thr=TRUE_FROM, score_thr=2.0)
+    diagnostics = matched.evaluation.image_diagnostics(iou_thr=TRUE_FROM, score_thr=2.0)
     found_by = np.full(len(matched.crowd), -1, np.int64)
     correct = np.full(len(matched.scores), -1, np.int64)
-    pairs = np.array(list(told["dt_match"].items()), np.int64).reshape(-1, 2) - 1
+    pairs = np.array(list(diagnostics["dt_match"].items()), np.int64).reshape(-1, 2) - 1
     correct[pairs[:, 0]] = pairs[:, 1]
     found_by[pairs[:, 1]] = pairs[:, 0]
     counted = np.zeros(len(matched.scores), bool)
-    counted[np.fromiter(told["dt_status"], np.int64, len(told["dt_status"])) - 1] = True
+    counted[np.fromiter(diagnostics["dt_status"], np.int64, len(diagnostics["dt_status"])) - 1] = (
+        True
+    )
     return found_by, correct, counted
 
 
 def _repairs(
     matched: Matched, kind: np.ndarray, box: np.ndarray, is_found: np.ndarray
 ) -> np.ndarray:
-    """The detections of the first two kinds that may become true: the surest of each free box."""
+    """Return the detections that a repair makes correct: the highest score of each free box."""
     wrong = np.flatnonzero((kind == LOCALISATION) | (kind == CLASSIFICATION))
     free = wrong[~is_found[box[wrong]]]
     surest_first = free[np.argsort(-matched.scores[free], kind="stable")]
@@ -231,7 +234,7 @@ def _costs(
     missed: np.ndarray,
     is_found: np.ndarray,
 ) -> tuple[dict[str, float], float, float, float]:
-    """What repairing each kind would bring, every false detection, every lost box; and AP50."""
+    """Return the cost of each type, of all false detections, of all missed boxes; and AP50."""
     num_classes = len(matched.category_ids)
     own = matched.found.categories - 1
     real = matched.true.categories[~matched.crowd] - 1
@@ -271,7 +274,7 @@ def _mean_ap(
     kept: np.ndarray,
     num_true: np.ndarray,
 ) -> float:
-    """Mean over the classes with a true box of their AP at 101 recalls; -1 without such a class."""
+    """Return the mean 101-point AP of the classes with a true box; -1 without such a class."""
     rows = np.flatnonzero(kept)
     rows = rows[np.argsort(classes[rows], kind="stable")]
     ends = np.searchsorted(classes[rows], np.arange(len(num_true) + 1))

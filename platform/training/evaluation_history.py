@@ -1,12 +1,12 @@
-"""What a training keeps of its evaluations: each is explained, the best and the newest are kept.
+"""Analyses each evaluation of a training, and keeps the best and the newest in the run's folder.
 
     evaluations/step-00000840/   evaluation.json and its files (evaluation_files.py)
                                  explanation.json, report.html
 
-Only the leading worker does it, and nothing of it can end a run: what fails is told in the journal.
-Numbers are made at every evaluation. The report has pictures to decode and to draw, so it is made
-of the best evaluation only, not more often than it takes a small share of the run's time, and
-always of the last one: see `ReportBudget`.
+Only rank 0 does this. A failure here never ends a run: it is logged in the journal. Metrics are
+computed at every evaluation. The report decodes and draws images, so it is written only for the
+best evaluation, within a small share of the run's time, and always for the last one: see
+`ReportBudget`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from deta.platform.analysis.analysis import (
     scalars,
     write_explanation,
 )
-from deta.platform.analysis.images import images_of
-from deta.platform.analysis.report import write_report
+from deta.platform.analysis.images import image_opener
+from deta.platform.analysis.report import write_evaluation_report
 from deta.platform.checkpoint.format import read_manifest
 from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.evaluate_model import Evaluation
@@ -44,52 +44,55 @@ from deta.platform.run.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
-REPORT_SHARE = 0.03  # of the time since the report before, that the next one may take
+REPORT_SHARE = 0.03  # a report may take this share of the time since the previous one
 
 
 @dataclass
 class ReportBudget:
-    """When a report is worth its time."""
+    """Decides when a report is worth its time."""
 
     written_s: float | None = None  # by time.monotonic
     took_s: float = 0.0
 
     def allows(self, now_s: float, *, is_last: bool) -> bool:
-        """The first, the last, and others when so long has passed that they cost little."""
+        """Allow the first and the last report, and others if they take `REPORT_SHARE` at most."""
         if self.written_s is None or is_last:
             return True
         return self.took_s <= REPORT_SHARE * (now_s - self.written_s)
 
 
-class EvaluationBook:
-    """Explains evaluations and keeps them in the run's folder; made on each worker."""
+class EvaluationHistory:
+    """The evaluations of a run, analysed and saved in its folder; each worker makes one."""
 
-    def __init__(self, run: Run, tell: Callable[..., None]) -> None:
-        """`tell` writes an event into the journal, as `Keeper.tell`."""
+    def __init__(self, run: Run, log_event: Callable[..., None]) -> None:
+        """
+        Args:
+            log_event: appends an event to the journal, as `Recorder.log_event` does.
+        """
         self.run = run
-        self.tell = tell
-        self.explanation: Explanation | None = None  # of the evaluation that is being kept
+        self.log_event = log_event
+        self.explanation: Explanation | None = None  # of the present evaluation
         self.budget = ReportBudget()
 
     def explain(self, evaluation: Evaluation, step: int, seconds: float) -> dict[str, float]:
-        """Numbers for MLflow beside AP, with the share of the evaluation's time that they took.
+        """Return further metrics for MLflow, and the share of time that computing them took.
 
         Args:
-            seconds: that the evaluation took.
+            seconds: duration of the evaluation.
         """
         self.explanation = None
         try:
             self.explanation = explain(self.run.val_set.ground_truth, evaluation.results)
             found = scalars(self.explanation)
-        except Exception as error:  # an explanation is never worth a run
-            self._tell_failure(step, "explained", error)
+        except Exception as error:  # a failed analysis must not end the run
+            self._log_failure(step, "explained", error)
             return {}
         took_s = self.explanation.seconds
         share = took_s / (seconds + took_s)
         return found | {"val/explain_seconds": took_s, "val/explain_share": share}
 
-    def keep(self, evaluation: Evaluation, state: RunState, seconds: float) -> None:
-        """Write the evaluation of a checkpoint that is saved; keep it and the best, no others."""
+    def save(self, evaluation: Evaluation, state: RunState, seconds: float) -> None:
+        """Write the evaluation of a saved checkpoint; keep it and the best, remove the others."""
         step, began_s = state.step, time.monotonic()
         folder = self.run.folder / EVALUATIONS / f"step-{step:08d}"
         try:
@@ -102,17 +105,17 @@ class EvaluationBook:
                     self._write_report(folder, self.explanation, evaluation.metrics, origin)
             best = _keep_best_and(folder)
             if (folder / REPORT).exists() and self.run.is_done(state):
-                self._make_up_for_report(best)
-            self.tell("evaluation_kept", step=step, seconds=time.monotonic() - began_s)
-        except Exception as error:  # a full disk, an unreadable picture, an error of ours
-            self._tell_failure(step, "kept", error)
+                self._write_missing_report(best)
+            self.log_event("evaluation_kept", step=step, seconds=time.monotonic() - began_s)
+        except Exception as error:  # a full disk, an unreadable image, a bug
+            self._log_failure(step, "saved", error)
         finally:
-            self.explanation = None  # it holds all boxes
+            self.explanation = None  # free its memory: it holds all boxes
 
     def _origin(self, state: RunState, seconds: float) -> Origin:
         config, path = self.run.config, self.run.checkpoints / f"step-{state.step:08d}"
         weights = ""
-        if path.is_dir():  # else it could not be saved
+        if path.is_dir():  # missing if the save failed
             weights = read_manifest(path)["model.safetensors"].sha256
         return Origin(
             description=f"{config.name}, step {state.step}",
@@ -135,8 +138,8 @@ class EvaluationBook:
         wanted = self.run.config.num_pictures > 0 and (is_best or is_last)
         return wanted and self.budget.allows(time.monotonic(), is_last=is_last)
 
-    def _make_up_for_report(self, best: Path) -> None:
-        """At the end the best evaluation has a report, too, which had no time for one before."""
+    def _write_missing_report(self, best: Path) -> None:
+        """At the end, write the report of the best evaluation if the budget did not allow it."""
         if not (best / REPORT).exists():
             read = read_evaluation(best)
             explanation = explain(read.ground_truth, read.results)
@@ -146,20 +149,20 @@ class EvaluationBook:
         self, folder: Path, explanation: Explanation, metrics: CocoMetrics, origin: Origin
     ) -> None:
         began_s = time.monotonic()
-        ground_truth, images = self.run.val_set.ground_truth, images_of(self.run.val_set)
-        write_report(folder / REPORT, explanation, metrics, origin, ground_truth, images)
+        ground_truth, images = self.run.val_set.ground_truth, image_opener(self.run.val_set)
+        write_evaluation_report(folder / REPORT, explanation, metrics, origin, ground_truth, images)
         self.budget = ReportBudget(time.monotonic(), time.monotonic() - began_s)
-        self.tell("report", step=origin.step, seconds=self.budget.took_s,
-                  path=str((folder / REPORT).relative_to(self.run.folder)))  # fmt: skip
+        path = str((folder / REPORT).relative_to(self.run.folder))
+        self.log_event("report", step=origin.step, seconds=self.budget.took_s, path=path)
 
-    def _tell_failure(self, step: int, what: str, error: Exception) -> None:
+    def _log_failure(self, step: int, what: str, error: Exception) -> None:
         message = f"the evaluation could not be {what}: {error or type(error).__name__}"
         logger.warning("step %d: %s", step, message, exc_info=True)
-        self.tell("explanation_failed", step=step, message=message)
+        self.log_event("explanation_failed", step=step, message=message)
 
 
 def _keep_best_and(newest: Path) -> Path:
-    """Remove the other evaluations of the run; which one is the best."""
+    """Remove all evaluations but the newest and the best; return the best."""
     best = best_evaluation(newest.parent.parent) or newest
     for folder in newest.parent.glob("step-*"):
         if folder not in (best, newest):

@@ -1,4 +1,4 @@
-"""The page of an evaluation: whole, safe and bounded, whatever classes and files are called."""
+"""The page of an evaluation is complete, safe and bounded, whatever the names of classes are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deta.platform.analysis.analysis import explain, write_explanation
-from deta.platform.analysis.report import write_report
+from deta.platform.analysis.report import write_evaluation_report
 from deta.platform.analysis.tide_errors import KINDS
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin
@@ -25,7 +25,7 @@ MAX_BYTES = 7_500_000  # plotly itself has 4.8 million
 
 
 def case(num_classes: int, num_images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Boxes and a poor model: half of the names wrong, all boxes off."""
+    """Return boxes, and the results of a poor model: half of the classes wrong, all boxes off."""
     rng = np.random.default_rng(0)
     annotations, results = [], []
     for image in range(num_images):
@@ -43,7 +43,7 @@ def case(num_classes: int, num_images: int) -> tuple[dict[str, Any], list[dict[s
 
 
 def noise_image(image_id: Any) -> Image.Image | None:
-    """Noise, which no JPEG makes small; every fifth picture cannot be read."""
+    """Return noise, which no JPEG makes small; every fifth image is unreadable."""
     if image_id % 5 == 0:
         return None
     pixels = np.random.default_rng(image_id).integers(0, 255, (300, 300, 3), np.uint8)
@@ -57,7 +57,9 @@ def test_the_page_is_safe_and_bounded(num_classes: int, tmp_path: Path) -> None:
     metrics = evaluate_detections(ground_truth, results)
     origin = Origin(description=EVIL, annotations=EVIL, step=3, config={"a": 1})
 
-    write_report(tmp_path / "r.html", explanation, metrics, origin, ground_truth, noise_image)
+    write_evaluation_report(
+        tmp_path / "r.html", explanation, metrics, origin, ground_truth, noise_image
+    )
 
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES
@@ -85,7 +87,7 @@ def test_a_page_of_nothing(what: str, tmp_path: Path) -> None:
     explanation = explain(ground_truth, results)
     metrics = evaluate_detections(ground_truth, results)
 
-    write_report(tmp_path / "r.html", explanation, metrics, Origin(), ground_truth, None)
+    write_evaluation_report(tmp_path / "r.html", explanation, metrics, Origin(), ground_truth, None)
     write_explanation(tmp_path / "e.json", explanation)
 
     assert "<img" not in (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -94,7 +96,7 @@ def test_a_page_of_nothing(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (390, "dark")])
-def test_a_browser_draws_everything_and_is_asked_for_nothing(
+def test_a_browser_draws_everything_and_requests_nothing(
     width: int, scheme: Any, tmp_path: Path
 ) -> None:
     api = pytest.importorskip("playwright.sync_api")
@@ -104,7 +106,7 @@ def test_a_browser_draws_everything_and_is_asked_for_nothing(
     explanation = explain(ground_truth, results)
     metrics = evaluate_detections(ground_truth, results)
     path = tmp_path / "r.html"
-    write_report(path, explanation, metrics, Origin(), ground_truth, noise_image)
+    write_evaluation_report(path, explanation, metrics, Origin(), ground_truth, noise_image)
     trouble: list[str] = []
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
