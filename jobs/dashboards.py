@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""MLflow's pages, the leaderboard, Prometheus and Grafana over the runs of this machine.
+"""Start MLflow's pages, the leaderboard, Prometheus and Grafana for the runs of this machine.
 
   python jobs/dashboards.py                    runs in ~/deta-runs; `make dashboards` is this
   python jobs/dashboards.py STORAGE            runs in another folder
   python jobs/dashboards.py --host 0.0.0.0 --allow-host gpu1:5000 --allow-host gpu1:5050
 
-Everything answers on this machine alone, and its address is printed as soon as it does. Ctrl-C
-ends all of it. Prometheus and Grafana are shown where they are installed; the rest needs nothing
-besides this project.
+All servers listen on this machine only. Each address is printed when its server answers. Ctrl-C
+stops all of them. Prometheus and Grafana start if they are installed; the rest needs nothing
+but this project.
 
-With --host, MLflow and the leaderboard can be reached from elsewhere: under the names of
---allow-host and no others, and with a password, which is made once and kept in
-STORAGE/dashboards/mlflow-auth. It travels as it is, so put a proxy with TLS in front, which passes
-one of the names on as Host. Who sends runs to this MLflow then needs MLFLOW_TRACKING_USERNAME and
-MLFLOW_TRACKING_PASSWORD. Prometheus, which knows no passwords, and Grafana stay on this machine.
+With --host, MLflow and the leaderboard can be reached from other machines: under the names of
+--allow-host and no others, and with a password, which is created once and stored in
+STORAGE/dashboards/mlflow-auth. It is sent in clear text, so use a proxy with TLS that passes on one
+of the names as Host. Clients that send runs to this MLflow then need MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD. Prometheus, which has no passwords, and Grafana stay on this machine.
 
-Where MLFLOW_TRACKING_URI is a server, that one shows the runs and none is started here.
+If MLFLOW_TRACKING_URI names a server, that server shows the runs and none is started here.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from deta.jobs.command_line import (
 )
 from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import (
-    Service,
-    ServiceError,
+    ChildServer,
+    ChildServerError,
     free_port,
     is_loopback,
-    start_service,
+    start_child_server,
 )
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 from deta.platform.tracking.mlflow_server import PORT as MLFLOW_PORT
 from deta.platform.tracking.mlflow_server import (
     USER,
@@ -59,16 +59,16 @@ from deta.platform.tracking.mlflow_server import (
 
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.py"
 LEADERBOARD_PORT, PROMETHEUS_PORT, GRAFANA_PORT = 5050, 9090, 3000
-LOOK_EVERY_S = 1.0
+POLL_INTERVAL_S = 1.0
 
 
 def main() -> NoReturn:
     parser = described_parser(__doc__)
     add_storage_argument(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME:PORT",
-        help="with --host: what people write into their browsers, exactly",
+        help="with --host: the exact address that people type into their browsers",
     )  # fmt: skip
     for name, port in (
         ("mlflow", MLFLOW_PORT), ("leaderboard", LEADERBOARD_PORT),
@@ -95,35 +95,35 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as started:
         try:
             services = _start_all(arguments, storage, folder, uri, started)
-            echo("Ctrl-C ends them")
+            echo("press Ctrl-C to stop them")
             return _wait(services)
-        finally:  # nothing interrupts the ending
+        finally:  # no signal interrupts the shutdown
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            echo("ending …")
+            echo("stopping …")
 
 
 def _start_all(
     arguments: argparse.Namespace, storage: Path, folder: Path, uri: str, started: ExitStack
-) -> list[Service]:
-    """Start what there is, and have `started` end it, the last one first."""
-    services: list[Service] = []
+) -> list[ChildServer]:
+    """Start all servers that are installed; `started` stops them in reverse order."""
+    services: list[ChildServer] = []
     password_file = None
     if uri.startswith(("http://", "https://")):
         pages = _without_user(uri)
         if not is_loopback(arguments.host):
-            password_file = password(folder)  # of the leaderboard
-        echo(f"MLflow       {mask_text(uri)} (MLFLOW_TRACKING_URI; it is not started here)")
+            password_file = password(folder)  # for the leaderboard
+        echo(f"MLflow       {redact(uri)} (MLFLOW_TRACKING_URI; it is not started here)")
     else:
         mlflow = _start_mlflow(arguments, folder, uri)
         started.callback(mlflow.stop)
         services.append(mlflow.service)
         pages, password_file = mlflow.address, mlflow.password_file
-        _tell("MLflow", pages, arguments.mlflow_port)
+        _print_address("MLflow", pages, arguments.mlflow_port)
     service, address = _start_leaderboard(arguments, storage, folder, pages, password_file)
     started.callback(service.stop)
     services.append(service)
-    _tell("Leaderboard", address, arguments.leaderboard_port)
+    _print_address("Leaderboard", address, arguments.leaderboard_port)
     if password_file is not None:
         echo(f"             user {USER}, password in {password_file}")
     _start_monitoring(arguments, folder, started)
@@ -146,7 +146,7 @@ def _start_leaderboard(
     folder: Path,
     mlflow: str,
     password_file: Path | None,
-) -> tuple[Service, str]:
+) -> tuple[ChildServer, str]:
     host = arguments.host
     port = free_port(host, arguments.leaderboard_port)
     name = f"127.0.0.1:{port}"
@@ -160,14 +160,14 @@ def _start_leaderboard(
         command += [f"--allow-host={one}" for one in names]
         command += [f"--password-file={password_file}"]
     inner = f"http://{'127.0.0.1' if host in ('0.0.0.0', 'localhost') else host}:{port}/health"
-    service = start_service(
+    service = start_child_server(
         "the leaderboard", command, folder / "leaderboard.log", lambda: _answers(inner)
     )
     return service, f"http://{name}"
 
 
 def _start_monitoring(arguments: argparse.Namespace, folder: Path, started: ExitStack) -> None:
-    """Prometheus and Grafana; one line instead of each that is not installed."""
+    """Start Prometheus and Grafana; print a line for each one that is not installed."""
     from deta.platform.tracking.prometheus_grafana import (
         NotInstalledError,
         SessionFollower,
@@ -184,29 +184,29 @@ def _start_monitoring(arguments: argparse.Namespace, folder: Path, started: Exit
         prometheus = start_prometheus(place, port=port)
         started.callback(prometheus.close)
         started.enter_context(SessionFollower(config.parent / "targets", ray_folders()))
-        _tell("Prometheus", prometheus.url, arguments.prometheus_port)
+        _print_address("Prometheus", prometheus.url, arguments.prometheus_port)
         port = free_port("127.0.0.1", arguments.grafana_port)
         grafana = start_grafana(folder / "grafana", prometheus.url, port=port)
         started.callback(grafana.close)
-        _tell("Grafana", grafana.url, arguments.grafana_port)
+        _print_address("Grafana", grafana.url, arguments.grafana_port)
         echo(f"             user admin, password in {folder / 'grafana' / 'admin-password'}")
     except NotInstalledError as error:
         echo(str(error))
-    except (ServiceError, RuntimeError) as error:  # the rest is of use without
-        echo(f"not shown: {mask_text(str(error))}")
+    except (ChildServerError, RuntimeError) as error:  # the other servers work without
+        echo(f"not started: {redact(str(error))}")
 
 
-def _wait(services: Sequence[Service]) -> int:
-    """Until somebody ends it; or until one of these has ended by itself."""
+def _wait(services: Sequence[ChildServer]) -> int:
+    """Wait until interrupted, or until one of the servers has ended by itself."""
     while True:
-        threading.Event().wait(LOOK_EVERY_S)
+        threading.Event().wait(POLL_INTERVAL_S)
         for service in services:
             if not service.is_alive():
-                raise ServiceError(f"{service.name} has ended:\n{service.last_words()}")
+                raise ChildServerError(f"{service.name} has ended:\n{service.log_tail()}")
 
 
 def _names(names: Sequence[str], port: int) -> list[str]:
-    """Of the names that were allowed, those for this port; bad ones too, which are refused."""
+    """Return the allowed names for this port, and malformed ones, which are refused later."""
     return [name for name in names if name.endswith(f":{port}") or ":" not in name]
 
 
@@ -215,7 +215,7 @@ def _without_user(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _tell(name: str, address: str, wanted: int) -> None:
+def _print_address(name: str, address: str, wanted: int) -> None:
     is_moved = wanted and address.startswith("http://127.0.0.1:")
     is_moved = is_moved and not address.endswith(f":{wanted}")
     echo(f"{name:<12} {address}" + (f" (port {wanted} is taken)" if is_moved else ""))
@@ -224,7 +224,7 @@ def _tell(name: str, address: str, wanted: int) -> None:
 def _answers(address: str) -> bool:
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        # Off loopback it answers to its names alone, and wants a password: that is an answer too.
+        # Off loopback the server refuses other names and needs a password: that is an answer too.
         with opener.open(address, timeout=2):
             return True
     except urllib.error.HTTPError:

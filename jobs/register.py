@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Make a checkpoint a version of a registered model, complete and with all that is known of it.
+"""Register a checkpoint as a version of a model, with its lineage, evaluation and latency.
 
-  python jobs/register.py ~/deta-runs/my-run                      its best checkpoint, as deta
-  python jobs/register.py ~/deta-runs/my-run --name rivets        under another name
-  python jobs/register.py ~/deta-runs/my-run --export exported    with what jobs/export.py found
+  python jobs/register.py ~/deta-runs/my-run                      its best checkpoint, under the
+  name deta python jobs/register.py ~/deta-runs/my-run --name rivets        under another name
+  python jobs/register.py ~/deta-runs/my-run --export exported    with the result of jobs/export.py
 
-A version holds weights (safetensors), configuration, classes and preprocessing, and runs nothing
-when it is read. It opens as models:/NAME/NUMBER in this project's tools and in MLflow.
+A version holds weights (safetensors), configuration, classes and preprocessing, and runs no code
+when it is read. It opens as models:/NAME/NUMBER in this project's jobs and in MLflow.
 
-Registered is only what is known: the commit of the code, the configuration, the fingerprint of the
-data, the installed packages, the run in MLflow, and an evaluation of these very weights. The run's
-folder has them; --evaluation names another evaluation, which jobs/evaluate.py --out wrote. What is
-missing is named. Latency is measured now, with one picture of 640 x 480.
+A version needs a complete lineage: the commit of the code, the configuration, the fingerprint of
+the data, the installed packages, the run in MLflow, and an evaluation of exactly these weights. The
+run's folder has them; --evaluation names another evaluation that jobs/evaluate.py --out wrote. If
+something is missing, the error names it. Latency is measured now, with one image of 640 x 480.
 
-A version is nothing but a version until jobs/promote.py lets it be champion. MLflow is the one of
-MLFLOW_TRACKING_URI, else the one that the run is in. The exit code is 2 for what is refused, 1 if
+A version becomes champion only by jobs/promote.py. MLFLOW_TRACKING_URI names MLflow; the
+default is the one that the run is in. The exit code is 2 for refused input, 1 if
 MLflow fails.
 """
 
@@ -37,15 +37,13 @@ def main() -> NoReturn:
     parser = described_parser(__doc__)
     parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run or a checkpoint")
     parser.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
+    parser.add_argument("--evaluation", metavar="FOLDER", type=Path, help="default: the run's own")
     parser.add_argument(
-        "--evaluation", metavar="FOLDER", type=Path, help="default: the one that the run kept"
-    )
-    parser.add_argument(
-        "--export", metavar="FOLDER", type=Path, help="of jobs/export.py, for the gate"
+        "--export", metavar="FOLDER", type=Path, help="output of jobs/export.py, for the gate"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="to measure latency on; default: cuda if any",
+        help="device for the latency; default: cuda if available",
     )  # fmt: skip
     arguments = parser.parse_args()
     run_tool(lambda: _prepare(arguments), lambda prepared: _register(prepared, arguments))
@@ -60,11 +58,11 @@ def _prepare(arguments: argparse.Namespace) -> Prepared:
 def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     import torch
 
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
     from deta.platform.registry.lineage import run_folder
     from deta.platform.registry.mlflow_registry import Registry, registry_uri
     from deta.platform.registry.register import register
-    from deta.platform.system.redaction import mask_text
+    from deta.platform.system.redaction import redact
     from deta.platform.tracking.upload_process import uri_of
 
     lineage, checkpoint = prepared.lineage, prepared.checkpoint
@@ -82,7 +80,7 @@ def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     version = register(registry, arguments.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
     where = (
-        "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={mask_text(registry.uri)} "
+        "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
     )
     echo(f"next: {where}jobs/promote.py {version.number} --name {version.name} --dry-run")
     return 0

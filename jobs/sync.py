@@ -27,10 +27,10 @@ from typing import NoReturn
 
 from deta.jobs.command_line import DEFAULT_STORAGE, described_parser
 from deta.platform.run.run_file import RUN_FILE, read_run_file, tracking_uri
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 from deta.platform.tracking.sync_run import PATIENCE_S, sync_runs
 from deta.platform.tracking.upload_process import find_runs
-from deta.platform.tracking.uploader import Store
+from deta.platform.tracking.uploader import TrackingStore
 
 
 def main() -> NoReturn:
@@ -79,7 +79,7 @@ def _prepare(folders: list[Path]) -> list[Path]:
 
 def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    stores: dict[str, Store] = {}
+    stores: dict[str, TrackingStore] = {}
     is_all_sent = sync_runs(
         runs,
         stores,
@@ -93,7 +93,7 @@ def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
     return 0 if is_all_sent else 1
 
 
-def _reap(runs: list[Path], stores: dict[str, Store], arguments: argparse.Namespace) -> bool:
+def _reap(runs: list[Path], stores: dict[str, TrackingStore], arguments: argparse.Namespace) -> bool:
     from deta.platform.tracking.mlflow_store import MlflowStore, reap
 
     experiments = set(arguments.experiment or ())
@@ -109,7 +109,7 @@ def _reap(runs: list[Path], stores: dict[str, Store], arguments: argparse.Namesp
             try:
                 dead = reap(store, experiment, dry_run=arguments.dry_run)
             except Exception as error:
-                echo(f"{store.shown_uri}: {mask_text(str(error))}")
+                echo(f"{store.shown_uri}: {redact(str(error))}")
                 is_well = False
                 continue
             for run_id, name in dead:

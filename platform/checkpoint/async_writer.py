@@ -28,7 +28,7 @@ from deta.platform.checkpoint.local import (
 from deta.platform.run.fence import Fence, FencedOffError
 
 if TYPE_CHECKING:
-    from deta.platform.checkpoint.remote import Store
+    from deta.platform.checkpoint.remote import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ MAX_RESERVE_BYTES = 10**9  # that a checkpoint leaves on the disk; of a small on
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WriteResult:
     """How a save ended, or a copy to the store that failed."""
 
     step: int
@@ -56,7 +56,7 @@ class CheckpointWriter:
         folder: Path,
         *,
         keep: int = 2,
-        store: str | Path | Store | None = None,
+        store: str | Path | CheckpointStore | None = None,
         fence: Fence | None = None,
     ) -> None:
         """Nothing is read or written yet.
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self.folder, self._keep, self._fence = folder, keep, fence
         self._spare: Snapshot | None = None
         self._save: threading.Thread | None = None
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[WriteResult] = []
         self._guard = threading.Lock()  # of the outcomes and of what follows
         self._store = store
         self._copy: threading.Thread | None = None
@@ -120,13 +120,13 @@ class CheckpointWriter:
             self._save = None
             message = f"the state could not be copied for a checkpoint: {_in_words(error)}"
             seconds = time.perf_counter() - began_s
-            self._tell(Outcome(-1, None, seconds, seconds, f"{message}; the next save tries again"))
+            self._tell(WriteResult(-1, None, seconds, seconds, f"{message}; the next save tries again"))
             return True
         if wait:
             self._save.join()
         return True
 
-    def poll(self) -> list[Outcome]:
+    def poll(self) -> list[WriteResult]:
         """What has ended since the last call."""
         with self._guard:
             outcomes, self._outcomes = self._outcomes, []
@@ -162,7 +162,7 @@ class CheckpointWriter:
             self._tidy(path)
         seconds = time.perf_counter() - began_s
         blocked_s = seconds if blocked_s is None else blocked_s
-        self._tell(Outcome(step, path, seconds, blocked_s, message, fenced_off=fenced_off))
+        self._tell(WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off))
         if path is not None and self._store is not None:
             self._copy_to_store(path)
 
@@ -229,7 +229,7 @@ class CheckpointWriter:
             except Exception as error:
                 seconds = time.perf_counter() - began_s
                 self._tell(
-                    Outcome(
+                    WriteResult(
                         step, None, seconds, 0.0,
                         f"step {step}: {error}. The checkpoint on disk is whole; training goes on, "
                         "and the next save copies again",
@@ -237,7 +237,7 @@ class CheckpointWriter:
                     )
                 )  # fmt: skip
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: WriteResult) -> None:
         with self._guard:
             self._outcomes.append(outcome)
 

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deta.platform.checkpoint.host_snapshot import Written
+from deta.platform.checkpoint.host_snapshot import WrittenFile
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, from_json
 from deta.platform.run.run_state import FORMAT_VERSION, RunState
@@ -88,7 +88,7 @@ def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
     return json.dumps(content, indent=2)
 
 
-def manifest_to_json(step: int, files: Mapping[str, Written]) -> str:
+def manifest_to_json(step: int, files: Mapping[str, WrittenFile]) -> str:
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -100,7 +100,7 @@ def manifest_to_json(step: int, files: Mapping[str, Written]) -> str:
     return json.dumps(manifest | {"sha256": _own_sha256(manifest)}, indent=2)
 
 
-def parse_manifest(text: str | bytes, place: object) -> dict[str, Written]:
+def parse_manifest(text: str | bytes, place: object) -> dict[str, WrittenFile]:
     """The files of a checkpoint, from its manifest of either format.
 
     Args:
@@ -125,7 +125,7 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, Written]:
                 raise ValueError("does not fit its own SHA-256")
             manifest = manifest["files"]
         files = {
-            name: Written(int(entry["bytes"]), str(entry["sha256"]))
+            name: WrittenFile(int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest.items()
         }
         if not all(_FILE_NAME.fullmatch(name) for name in files):
@@ -141,7 +141,7 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, Written]:
     return files
 
 
-def read_manifest(path: Path) -> dict[str, Written]:
+def read_manifest(path: Path) -> dict[str, WrittenFile]:
     """The files of a checkpoint's folder, and whether all are there in full length.
 
     Cheap, since no hash is compared.

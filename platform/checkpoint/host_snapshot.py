@@ -30,7 +30,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """What went into a file."""
 
     num_bytes: int
@@ -38,7 +38,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class TensorImage:
+class HostTensors:
     """The content of a safetensors file."""
 
     header: bytes  # its length, and what lies where
@@ -49,7 +49,7 @@ class TensorImage:
     def num_bytes(self) -> int:
         return len(self.header) + len(self.data)
 
-    def write(self, path: Path) -> Written:
+    def write(self, path: Path) -> WrittenFile:
         """Write the file and force it to disk.
 
         Raises:
@@ -58,7 +58,7 @@ class TensorImage:
         return write_file(path, [memoryview(self.header), self.data.numpy().data])
 
 
-def copy_tensors(tensors: Mapping[str, Tensor], into: TensorImage | None = None) -> TensorImage:
+def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None) -> HostTensors:
     """A copy that shares no memory with the tensors.
 
     On a GPU the copies only begin here: wait for its stream before the image is read.
@@ -98,10 +98,10 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: TensorImage | None = None)
             tensor = tensors[name]
             place = data[ends[name] - tensor.nbytes : ends[name]].view(tensor.dtype)
             place.view(tensor.shape).copy_(tensor, non_blocking=True)
-    return TensorImage(len(text).to_bytes(8, "little") + text, data, block)
+    return HostTensors(len(text).to_bytes(8, "little") + text, data, block)
 
 
-def write_file(path: Path, parts: Iterable[memoryview]) -> Written:
+def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
     """Write bytes, hash them on the way, and force them to disk.
 
     The interpreter is free while a chunk is hashed or written.
@@ -120,4 +120,4 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> Written:
                 while chunk:  # a nearly full disk takes a part, and refuses the next
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
-    return Written(num_bytes, digest.hexdigest())
+    return WrittenFile(num_bytes, digest.hexdigest())

@@ -41,8 +41,8 @@ from deta.platform.checkpoint.format import (
     state_to_json,
 )
 from deta.platform.checkpoint.host_snapshot import (
-    TensorImage,
-    Written,
+    HostTensors,
+    WrittenFile,
     copy_tensors,
     write_file,
 )
@@ -64,8 +64,8 @@ class Snapshot:
     state: RunState
     config: RunConfig
     categories: tuple[Category, ...]
-    model: TensorImage
-    training: TensorImage
+    model: HostTensors
+    training: HostTensors
 
     @property
     def num_bytes(self) -> int:
@@ -256,7 +256,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _write_text(path: Path, text: str) -> Written:
+def _write_text(path: Path, text: str) -> WrittenFile:
     return write_file(path, [memoryview(text.encode())])
 
 

@@ -32,7 +32,7 @@ from deta.platform.checkpoint.format import (
 )
 from deta.platform.checkpoint.host_snapshot import (
     CHUNK_BYTES,
-    Written,
+    WrittenFile,
     write_file,
 )
 from deta.platform.checkpoint.local import best_checkpoint, delete_checkpoint, newest_checkpoint
@@ -49,7 +49,7 @@ class StoreError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Store:
+class CheckpointStore:
     """A file system and a folder in it."""
 
     filesystem: FileSystem
@@ -67,7 +67,7 @@ class Store:
         )
 
 
-def open_store(address: str | Path | Store) -> Store:
+def open_store(address: str | Path | CheckpointStore) -> CheckpointStore:
     """A store by its address. It is not asked for anything yet.
 
     Args:
@@ -76,18 +76,18 @@ def open_store(address: str | Path | Store) -> Store:
     Raises:
         ValueError: it is no such address; the message holds no credentials.
     """
-    if isinstance(address, Store):
+    if isinstance(address, CheckpointStore):
         return address
     if "://" not in str(address):
         folder = Path(address).expanduser().absolute()
-        return Store(LocalFileSystem(), folder.as_posix(), str(folder))
+        return CheckpointStore(LocalFileSystem(), folder.as_posix(), str(folder))
     shown = without_credentials(str(address))
     try:
         filesystem, root = FileSystem.from_uri(str(address))
     except Exception as error:  # its message quotes the address
         kind = type(error).__name__
     else:
-        return Store(filesystem, root.rstrip("/") or root, shown, _secrets(str(address)))
+        return CheckpointStore(filesystem, root.rstrip("/") or root, shown, _secrets(str(address)))
     raise ValueError(
         f"checkpoint.store={shown}: is neither a folder nor an address that pyarrow can open "
         f"({kind}); write it like s3://bucket/runs, with credentials in the environment"
@@ -102,7 +102,7 @@ def without_credentials(address: str) -> str:
 
 
 def copy_run(
-    store: Store, run_folder: Path, newest: Path, *, keep: int, fence: Fence | None = None
+    store: CheckpointStore, run_folder: Path, newest: Path, *, keep: int, fence: Fence | None = None
 ) -> None:
     """Bring a run's newest checkpoint, its best and its records into the store; delete old ones.
 
@@ -142,7 +142,7 @@ def copy_run(
 
 
 def restore_from_store(
-    store: str | Path | Store,
+    store: str | Path | CheckpointStore,
     run_name: str,
     run_folder: Path,
     tell: Callable[[str], None] = lambda _: None,
@@ -214,7 +214,7 @@ def _restore(place: _Place, run_folder: Path, tell: Callable[[str], None]) -> bo
 class _Place:
     """What a store holds of one run. Errors are the file system's own."""
 
-    store: Store
+    store: CheckpointStore
     run_name: str
 
     @property
@@ -355,7 +355,7 @@ class _Place:
         tell(f"{where}: fetched from the store")
         return True
 
-    def _fetch(self, name: str, target: Path) -> Written:
+    def _fetch(self, name: str, target: Path) -> WrittenFile:
         with self._files.open_input_stream(self._path(name)) as stream:
             return write_file(target, _chunks(stream))
 

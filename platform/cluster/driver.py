@@ -32,9 +32,9 @@ from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import give_back_reservations, note_reservation
 from deta.platform.cluster.train_worker import train_worker
 from deta.platform.run.config import RunConfig
-from deta.platform.run.dataset_snapshot import KeptDataError, kept_run
+from deta.platform.run.dataset_snapshot import SnapshotError, read_run_snapshot
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
-from deta.platform.system.process_tree import ATTEMPT_MARK, end_marked
+from deta.platform.system.process_tree import ATTEMPT_MARK, kill_marked
 
 CONTROLLERS = 3  # of Ray; so many in a row without a new checkpoint end the attempt
 GIVE_BACK_S = 1.0  # it takes milliseconds
@@ -125,9 +125,9 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
 def attempt(folder: Path) -> AttemptOutcome:
     """Try; what comes of it in the run is in its journal and its checkpoints."""
     try:
-        run = kept_run(folder)
+        run = read_run_snapshot(folder)
         print(connect(), flush=True)
-    except (KeptDataError, OpenClusterError) as error:
+    except (SnapshotError, OpenClusterError) as error:
         return AttemptOutcome("refused", str(error))
     except Exception as error:
         # A cluster of our own that did not come up, on a busy machine say, is worth another try.
@@ -167,7 +167,7 @@ def _end_with_supervisor(folder: Path) -> None:
         giving = threading.Thread(target=give_back_reservations, args=(folder,), daemon=True)
         giving.start()
         giving.join(GIVE_BACK_S)  # a cluster that is gone does not answer
-    end_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
+    kill_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
     os._exit(1)
 
 

@@ -28,7 +28,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from deta.platform.cluster.auth_token import OPEN_CLUSTER, is_open
-from deta.platform.system.redaction import mask
+from deta.platform.system.redaction import redact_value
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_WITHIN_S, ANSWER_WITHIN_S = 5.0, 20.0  # or there is no cluster, or none that works
@@ -157,7 +157,7 @@ def _refuse_secrets(address: str, variables: Mapping[str, str]) -> None:
     Raises:
         ClusterError: a password would go to an open cluster that is not this machine alone.
     """
-    named = sorted(name for name, value in variables.items() if mask(name, value) != value)
+    named = sorted(name for name, value in variables.items() if redact_value(name, value) != value)
     host = urlsplit(address).hostname or ""
     if named and host not in ("127.0.0.1", "localhost", "::1"):
         raise ClusterError(

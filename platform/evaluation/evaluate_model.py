@@ -97,9 +97,9 @@ def evaluate_model(
             on_batch(len(loaded))
     shards: list[Any] | None = [shard]
     if worker.world_size > 1:
-        shards = [None] * worker.world_size if worker.leads else None
+        shards = [None] * worker.world_size if worker.is_leader else None
         dist.gather_object(shard, shards)
-    if not worker.leads:
+    if not worker.is_leader:
         return None
     assert shards is not None
     ground_truth = dataset.ground_truth  # made anew at each look

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from deta.platform.launch.console import Console
-from deta.platform.learning.hang_watchdog import HEARTBEATS, host, stacks_in
-from deta.platform.run.journal import FILE_NAME, read_events
+from deta.platform.learning.hang_watchdog import HEARTBEATS, host, stack_files
+from deta.platform.run.journal import JOURNAL_FILE, read_events
 from deta.platform.run.run import FAILURES, Run
 
 # Watchdogs write every 5 s. Where none has for so long, not even they run any more; and Ray, which
@@ -21,7 +21,7 @@ class Vigil:
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
-        journal = run.folder / FILE_NAME
+        journal = run.folder / JOURNAL_FILE
         # A resumed run shows what is new.
         self._offset = journal.stat().st_size if journal.exists() else 0
         self.step = 0  # the last one heard of
@@ -34,7 +34,7 @@ class Vigil:
 
     def begin_attempt(self) -> None:
         self._attempt_began_s = self._started_s = time.time()
-        self._old_stacks = stacks_in(self.run.folder)
+        self._old_stacks = stack_files(self.run.folder)
         self.has_started = self.has_begun = False
         self.num_workers = 0
         self._evaluating_step: int | None = None
@@ -51,7 +51,7 @@ class Vigil:
         if kind == "starting":
             self.has_started, self.num_workers = True, 0
             self._started_s = event["time_s"]
-            self._old_stacks = stacks_in(self.run.folder)
+            self._old_stacks = stack_files(self.run.folder)
             is_further = self.num_starts == 0 or event["step"] > self.start_step
             self.fruitless_starts = 1 if is_further else self.fruitless_starts + 1
             self.num_starts += 1
@@ -101,7 +101,7 @@ class Vigil:
 
     def standstill(self) -> str:
         """A worker's watchdog has ended it; says why, and where the stacks are."""
-        new = stacks_in(self.run.folder) - self._old_stacks
+        new = stack_files(self.run.folder) - self._old_stacks
         if not new:
             return ""
         # Not a peer's, which ended because this one did.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from deta.platform.system.places import child_environment
-from deta.platform.system.process_tree import LEAVES_WITHIN_S, RUN_MARK, end_marked
+from deta.platform.system.process_tree import EXIT_GRACE_S, RUN_MARK, kill_marked
 
 ALL_IS_WELL = b"done\n"
 
@@ -33,8 +33,8 @@ def start_guardian(mark: str, folder: Path) -> subprocess.Popen[bytes]:
 def main(mark: str, folder: str) -> None:
     if sys.stdin.buffer.readline() == ALL_IS_WELL:
         return
-    time.sleep(LEAVES_WITHIN_S)  # the Ray driver has seen it too, and gives back what it holds
-    end_marked(RUN_MARK, mark, within_s=30)
+    time.sleep(EXIT_GRACE_S)  # the Ray driver has seen it too, and gives back what it holds
+    kill_marked(RUN_MARK, mark, within_s=30)
     command = [sys.executable, "-m", "deta.platform.tracking.sync_run", folder]
     subprocess.run(command, timeout=300, check=False)
 

@@ -16,7 +16,7 @@ from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.learning.optimizer import freeze
 from deta.platform.run.config import DataConfig, RunConfig, flatten
-from deta.platform.run.dataset_snapshot import Split, kept_dataset
+from deta.platform.run.dataset_snapshot import Split, read_dataset_snapshot
 from deta.platform.run.run import Run
 from deta.platform.shards.open_dataset import open_dataset
 from deta.platform.system.download import fetch, is_url
@@ -90,7 +90,7 @@ def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
             images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
         )
     except DatasetError as error:
-        before = kept_dataset(kept, split, annotations) if kept and split == "train" else None
+        before = read_dataset_snapshot(kept, split, annotations) if kept and split == "train" else None
         if before is None:
             raise
         logger.warning("%s\nThe run began with them whole, so it goes on: broken pictures are "

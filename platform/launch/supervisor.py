@@ -37,18 +37,18 @@ from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
 from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.config import RunConfig
-from deta.platform.run.dataset_snapshot import keep_data
+from deta.platform.run.dataset_snapshot import write_dataset_snapshot
 from deta.platform.run.journal import Journal
-from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, AttemptOutcome, RunResult, Run
+from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, AttemptOutcome, Run, RunResult
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
     ATTEMPT_MARK,
     RUN_MARK,
-    end,
-    marked,
+    marked_processes,
     new_mark,
+    terminate,
     working_in,
 )
 from deta.platform.tracking.upload_process import UploadState, finish_uploader, start_uploader
@@ -164,7 +164,7 @@ class _Supervisor:
     def supervise(self) -> RunResult:
         run = self.run
         (run.folder / STOP_FILE).unlink(missing_ok=True)
-        keep_data(run)
+        write_dataset_snapshot(run)
         guardian = start_guardian(self.mark, run.folder)
         uploader = start_uploader(run.folder)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
@@ -318,7 +318,7 @@ class _Supervisor:
         if not self._has_ended_workers:
             workers = self.vigil.local_workers()
             alive = {process for process in workers if Path(f"/proc/{process}").exists()}
-            if not workers or alive - set(marked(RUN_MARK, self.mark)):
+            if not workers or alive - set(marked_processes(RUN_MARK, self.mark)):
                 return False  # on another machine, or in a cluster of others
             for process in alive:
                 with contextlib.suppress(ProcessLookupError):
@@ -373,7 +373,7 @@ class _Supervisor:
 
     def _end_attempt(self) -> None:
         if self.attempt is not None:
-            end(self.attempt, self.attempt_mark)
+            terminate(self.attempt, self.attempt_mark)
             self.attempt = None
 
     # What people and the journal are told
@@ -416,7 +416,7 @@ class _Supervisor:
             return
         try:
             read = read_evaluation(folder)
-            low, high = (100 * end for end in ap_interval(read.ground_truth, read.results))
+            low, high = (100 * terminate for terminate in ap_interval(read.ground_truth, read.results))
         except Exception as error:  # the run is done, with or without
             self.echo(f"the interval of the best AP could not be worked out: {error}")
             return

@@ -27,7 +27,7 @@ from deta.platform.leaderboard.rows import (
     with_seed_intervals,
 )
 from deta.platform.system.atomic_write import write_atomic
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,9 @@ class Board:
                 else:
                     self.read_recent(source)
             except Exception as error:
-                logger.warning("MLflow: %s", mask_text(str(error)).partition("\n")[0][:500])
+                logger.warning("MLflow: %s", redact(str(error)).partition("\n")[0][:500])
                 with self._lock:
-                    self.error = mask_text(str(error) or type(error).__name__)[:300]
+                    self.error = redact(str(error) or type(error).__name__)[:300]
             # A slow MLflow is not asked all the time.
             stop.wait(max(REFRESH_S, 2 * (time.monotonic() - began_s)))
 
@@ -166,7 +166,7 @@ class Board:
         try:
             models = source.models()
         except Exception as error:  # runs can be shown without
-            logger.warning("MLflow's registry: %s", mask_text(str(error)).partition("\n")[0][:500])
+            logger.warning("MLflow's registry: %s", redact(str(error)).partition("\n")[0][:500])
             return
         with self._lock:
             self._models = (models.versions, models.champions)

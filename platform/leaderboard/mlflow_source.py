@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from deta.platform.leaderboard.rows import Promotion, Row, row_of
 from deta.platform.registry import decision_log as decision_log
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Source:
                 runs[name, number] = run_id
                 own = sorted(alias for alias, of in aliases[name].items() if of == number)
                 text = " ".join([name, str(number), *(f"@{alias}" for alias in own)])
-                versions[run_id].append(mask_text(text))
+                versions[run_id].append(redact(text))
                 if CHAMPION in own:
                     champions.add(run_id)
         promotions: list[Promotion] = []
@@ -143,8 +143,8 @@ class Source:
                 version=entry.version,
                 time=entry.time,
                 action=entry.action,
-                by=mask_text(entry.by),
-                reason=mask_text(entry.reason),
+                by=redact(entry.by),
+                reason=redact(entry.reason),
                 champion_after=entry.champion_after,
                 run_id=runs.get((name, entry.version), ""),
             )

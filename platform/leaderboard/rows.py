@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 # Parameters in which two runs may differ that are the same experiment.
 OF_NO_EFFECT = (
@@ -208,5 +208,5 @@ def _group(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str)
 
 
 def _text(text: str) -> str:
-    text = mask_text(text)
+    text = redact(text)
     return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Word:
+class StepVote:
     """What one worker has to say at a step, or what is true of the group."""
 
     num_boxes: int = 0  # in the micro-batches of the step
@@ -33,7 +33,7 @@ class DriftError(RuntimeError):
     """Workers whose weights must be equal have different ones: a fault of memory or a link."""
 
 
-def agree(word: Word, worker: Worker) -> Word:
+def sum_votes(word: StepVote, worker: Worker) -> StepVote:
     """The sums and the ors over all workers. Waits for all of them."""
     if worker.world_size == 1:
         return word
@@ -41,10 +41,10 @@ def agree(word: Word, worker: Worker) -> Word:
     total = torch.tensor(own, dtype=torch.int64, device=worker.device)
     dist.all_reduce(total)
     num_boxes, stop, save, ask_cluster, num_replaced = total.tolist()
-    return Word(num_boxes, stop > 0, save > 0, ask_cluster > 0, num_replaced)
+    return StepVote(num_boxes, stop > 0, save > 0, ask_cluster > 0, num_replaced)
 
 
-def from_leader(value: T, worker: Worker) -> T:
+def broadcast_from_leader(value: T, worker: Worker) -> T:
     """Rank 0's value, on every worker."""
     if worker.world_size == 1:
         return value
@@ -53,7 +53,7 @@ def from_leader(value: T, worker: Worker) -> T:
     return box[0]
 
 
-def from_everyone(value: T, worker: Worker) -> list[T]:
+def gather_from_all(value: T, worker: Worker) -> list[T]:
     """Every worker's value, by rank, on every worker."""
     if worker.world_size == 1:
         return [value]
@@ -63,7 +63,7 @@ def from_everyone(value: T, worker: Worker) -> list[T]:
 
 
 @torch.no_grad()
-def first_difference(model: nn.Module, worker: Worker) -> str | None:
+def first_different_tensor(model: nn.Module, worker: Worker) -> str | None:
     """The first parameter or buffer of which not all workers hold the same bits; none: all equal.
 
     Compares one 64-bit sum a tensor, over its bits taken as integers: any single flipped bit
@@ -95,6 +95,6 @@ class Worker:
     device: torch.device = CPU
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Rank 0 speaks for all."""
         return self.rank == 0

@@ -44,7 +44,7 @@ class GradientSum:
                 parameter.grad = None
         self._given += torch.tensor(is_given, dtype=torch.float64).to(self._block.device)
 
-    def share(self) -> None:
+    def all_reduce(self) -> None:
         """Give the parameters the sum over all workers, and begin anew.
 
         A parameter that no micro-batch of any worker has used gets none, as without workers.
@@ -58,14 +58,14 @@ class GradientSum:
         self._block.zero_()
 
 
-def share_statistics(statistics: Sequence[Tensor], num_workers: int) -> None:
+def broadcast_statistics(statistics: Sequence[Tensor], num_workers: int) -> None:
     """Give all workers those of the first one; each has seen its own images alone."""
     if num_workers > 1:
         for statistic in statistics:
             dist.broadcast(statistic, 0)
 
 
-def batch_statistics(model: nn.Module) -> list[Tensor]:
+def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
     """What a BatchNorm that trains remembers of its batches."""
     return [
         buffer

@@ -23,10 +23,10 @@ from deta.platform.system.atomic_write import write_json
 Phase = Literal["starting", "data", "step", "evaluating", "saving"]
 # How long a phase may take, in units of the hang time-out. Steps have a rule of their own. What
 # waits for data may wait for a slow disk, where starting again would help nobody.
-PATIENCE: dict[Phase, float] = {
+PHASE_LIMITS: dict[Phase, float] = {
     "starting": 20, "data": 10, "step": 1, "evaluating": 40, "saving": 40,
 }  # fmt: skip
-STEPS_OF_PATIENCE = 10  # a step may take this many times the usual
+USUAL_STEPS_LIMIT = 10  # a step may take this many times the usual
 EXIT_CODE = 70  # of a process that its watchdog ended
 STACKS, HEARTBEATS = "stacks", "heartbeats"
 
@@ -40,12 +40,12 @@ class Watchdog:
         self._since_s = time.monotonic()
         self._steps_s: deque[float] = deque(maxlen=20)
         self._num_steps = 0
-        self._old_stacks = stacks_in(run_folder)
+        self._old_stacks = stack_files(run_folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, phase: Phase) -> None:
+    def heartbeat(self, phase: Phase) -> None:
         """Something was done, and this comes next. Costs less than a microsecond."""
         now_s = time.monotonic()
         if self._phase == "step":
@@ -59,12 +59,12 @@ class Watchdog:
     @property
     def limit_s(self) -> float:
         """How long the present phase may take."""
-        limit_s = PATIENCE[self._phase] * self._timeout_s
+        limit_s = PHASE_LIMITS[self._phase] * self._timeout_s
         if self._phase == "step":
             if self._num_steps < 3:  # kernels are chosen and memory is laid out
                 return limit_s * 10
             usual_s = statistics.median(self._steps_s)
-            return max(limit_s, STEPS_OF_PATIENCE * usual_s)
+            return max(limit_s, USUAL_STEPS_LIMIT * usual_s)
         return limit_s
 
     def _watch(self) -> None:
@@ -79,7 +79,7 @@ class Watchdog:
                 self._write(path, phase)
             if stood_s > limit_s:
                 self._end(f"nothing done for {stood_s:.0f} s while in phase {phase!r}")
-            if stacks_in(self._folder) - self._old_stacks:
+            if stack_files(self._folder) - self._old_stacks:
                 self._end(f"a peer ended, and this one was in phase {phase!r} for {stood_s:.0f} s")
 
     def _write(self, path: Path, phase: str) -> None:
@@ -105,7 +105,7 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
 
-def stacks_in(run_folder: Path) -> frozenset[Path]:
+def stack_files(run_folder: Path) -> frozenset[Path]:
     """What watchdogs have written at the end of their processes, of this start and of others."""
     return frozenset((run_folder / STACKS).glob("rank-*.txt"))
 

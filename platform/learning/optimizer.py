@@ -127,10 +127,10 @@ def num_without_gain(aps: Sequence[float], min_delta: float) -> int:
     return count
 
 
-class StillBatchNorm2d(nn.BatchNorm2d):
+class FixedStatsBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that keeps its statistics, and uses them, also while the model trains."""
 
-    def train(self, mode: bool = True) -> StillBatchNorm2d:
+    def train(self, mode: bool = True) -> FixedStatsBatchNorm2d:
         return super().train(False)
 
 
@@ -163,12 +163,12 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, nn.BatchNorm2d) and own and not trainable(own):
-            if type(module) not in (nn.BatchNorm2d, StillBatchNorm2d):
+            if type(module) not in (nn.BatchNorm2d, FixedStatsBatchNorm2d):
                 raise ValueError(
                     f"optim.freeze: {name} is a {type(module).__name__}, whose statistics cannot "
                     "be kept still; use model.backbone.norm=frozen"
                 )
-            module.__class__ = StillBatchNorm2d
+            module.__class__ = FixedStatsBatchNorm2d
             module.eval()
 
 

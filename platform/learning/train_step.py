@@ -85,7 +85,7 @@ def train_step(
             sums[name] = sums.get(name, 0) + loss.detach()
 
     if gradients is not None:
-        gradients.share()
+        gradients.all_reduce()
         sums = {name: part * gradients.num_workers for name, part in sums.items()}
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     sums["grad_norm"] = clip_grad_norm_(trainable(model.parameters()), limit)

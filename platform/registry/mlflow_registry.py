@@ -31,7 +31,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from deta.platform.registry.decision_log import CHAMPION, MAX_TEXT_CHARACTERS, Log, Row, read_log
 from deta.platform.run.run_file import tracking_uri
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 DEFAULT_STORAGE = "~/deta-runs"  # beside whose runs the registry is, unless a variable says where
 
@@ -178,7 +178,7 @@ class Registry:
             if error.error_code != MISSING:
                 raise
             raise ValueError(
-                f"the run {run_id} is not in MLflow at {mask_text(self.uri)}; jobs/sync.py sends it"
+                f"the run {run_id} is not in MLflow at {redact(self.uri)}; jobs/sync.py sends it"
             ) from error
         if run.info.lifecycle_stage != "active":
             raise ValueError(f"the run {run_id} was deleted in MLflow; restore it there")
@@ -283,7 +283,7 @@ class Registry:
             )
         except Exception as error:
             self._raise_if_refused(error)
-            raise UnknownOutcomeError(mask_text(str(error)).partition("\n")[0]) from error
+            raise UnknownOutcomeError(redact(str(error)).partition("\n")[0]) from error
         return int(added.version)
 
     def drop(self, name: str, number: int) -> None:
@@ -367,7 +367,7 @@ class Registry:
             if error.error_code != MISSING:
                 raise
             raise ValueError(
-                f"there is no registered model {name!r} in MLflow at {mask_text(self.uri)}; "
+                f"there is no registered model {name!r} in MLflow at {redact(self.uri)}; "
                 "jobs/register.py makes one"
             ) from error
 
@@ -424,8 +424,8 @@ class Registry:
                 self._raise_if_refused(error)
                 if time.monotonic() - began_s > patience_s:
                     raise RuntimeError(
-                        f"MLflow at {mask_text(self.uri)} does not do it: "
-                        + mask_text(str(error)).partition("\n")[0]
+                        f"MLflow at {redact(self.uri)} does not do it: "
+                        + redact(str(error)).partition("\n")[0]
                     ) from error
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2.0, 2 * pause_s)
@@ -440,8 +440,8 @@ class Registry:
             raise error
         if error.error_code in REFUSALS or re.search("failed with error code 4", str(error)):
             raise RuntimeError(
-                f"MLflow at {mask_text(self.uri)} refuses: "
-                + mask_text(str(error)).partition("\n")[0]
+                f"MLflow at {redact(self.uri)} refuses: "
+                + redact(str(error)).partition("\n")[0]
             ) from error
 
 

@@ -33,7 +33,7 @@ from deta.platform.registry.decision_log import (
 )
 from deta.platform.registry.mlflow_registry import Registry, UnknownOutcomeError, Version
 from deta.platform.registry.promotion_gate import Decision
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -211,8 +211,8 @@ def _entry(id_: str, log: Log, draft: _Draft, by: str, reason: str) -> Entry:
         champion_after=draft.after,
         by=by,
         time=when,
-        reason=mask_text(reason),
-        text=_text(draft, when, by, mask_text(reason)),
+        reason=redact(reason),
+        text=_text(draft, when, by, redact(reason)),
         **details,
     )
 

@@ -45,7 +45,7 @@ from deta.platform.registry.version_folder import (
     read_export_report,
     write_version_files,
 )
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 from deta.platform.system.safe_read import file_sha256
 
 
@@ -192,7 +192,7 @@ def description(prepared: Prepared, figures: Figures) -> str:
     ]  # fmt: skip
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return mask_text(f"Registered {when}.\n\n| | |\n|---|---|\n{table}\n")
+    return redact(f"Registered {when}.\n\n| | |\n|---|---|\n{table}\n")
 
 
 def _evaluation_of(checkpoint: Checkpoint, sha256: str) -> Path:

@@ -33,7 +33,7 @@ from deta.platform.checkpoint.format import (
     manifest_to_json,
     parse_manifest,
 )
-from deta.platform.checkpoint.host_snapshot import Written
+from deta.platform.checkpoint.host_snapshot import WrittenFile
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.inference.export_check import Difference
 from deta.platform.inference.predictor import Predictor
@@ -85,7 +85,7 @@ def write_version_files(
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     files = {
-        path.name: Written(path.stat().st_size, file_sha256(path)) for path in folder.iterdir()
+        path.name: WrittenFile(path.stat().st_size, file_sha256(path)) for path in folder.iterdir()
     }
     manifest = manifest_to_json(checkpoint.state.step, files)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")

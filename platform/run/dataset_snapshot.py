@@ -39,11 +39,11 @@ FORMAT = 1
 Split = Literal["train", "val"]
 
 
-class KeptDataError(ValueError):
+class SnapshotError(ValueError):
     """What is kept of a run's data is damaged, or was not written by `keep_data`."""
 
 
-def keep_data(run: Run) -> None:
+def write_dataset_snapshot(run: Run) -> None:
     """Write the run with its data into its folder."""
     data = run.config.data
     about: dict[str, Any] = {
@@ -76,7 +76,7 @@ def keep_data(run: Run) -> None:
     write_atomic(run.folder / DATA_FILE, save(rows), mode=0o600)
 
 
-def kept_run(folder: Path) -> Run:
+def read_run_snapshot(folder: Path) -> Run:
     """The run of a folder, as `keep_data` left it.
 
     Raises:
@@ -91,10 +91,10 @@ def kept_run(folder: Path) -> Run:
         notes = tuple(str(note) for note in about["notes"])
         return Run(config, folder, train_set, val_set, str(about["code_commit"]), notes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise KeptDataError(f"{folder / DATA_FILE}: is not the data of a run: {error}") from error
+        raise SnapshotError(f"{folder / DATA_FILE}: is not the data of a run: {error}") from error
 
 
-def kept_dataset(folder: Path, split: Split, annotations: str) -> CocoDataset | None:
+def read_dataset_snapshot(folder: Path, split: Split, annotations: str) -> CocoDataset | None:
     """The data set that a run began with; none if it is not known or its annotations differ."""
     try:
         about, _ = _read(folder)
@@ -102,10 +102,10 @@ def kept_dataset(folder: Path, split: Split, annotations: str) -> CocoDataset | 
             annotations
         ):
             return None
-        run = kept_run(folder)
+        run = read_run_snapshot(folder)
     except OSError:
         return None
-    except (KeptDataError, KeyError, TypeError) as error:
+    except (SnapshotError, KeyError, TypeError) as error:
         logger.warning("%s; it is passed over", error)
         return None
     return run.train_set if split == "train" else run.val_set
@@ -118,9 +118,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         rows = load(content)
         about = json.loads(rows.pop("about").tobytes())
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise KeptDataError(f"{path}: is damaged: {error}") from error
+        raise SnapshotError(f"{path}: is damaged: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise KeptDataError(f"{path}: was not written by this version; resume with the one it was")
+        raise SnapshotError(f"{path}: was not written by this version; resume with the one it was")
     return about, rows
 
 

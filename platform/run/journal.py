@@ -24,8 +24,8 @@ from deta.platform.run.fence import Fence
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "journal.jsonl"
-MAX_KEPT_BYTES = 50_000_000  # of what the disk did not take: days of training
+JOURNAL_FILE = "journal.jsonl"
+MAX_BUFFERED_BYTES = 50_000_000  # of what the disk did not take: days of training
 # After these a run may be gone with its machine, so they do not wait for the system's own time.
 FORCED_TO_DISK = ("checkpoint", "end", "ended")
 
@@ -41,17 +41,17 @@ class Journal:
         """
         if not run_folder.is_dir():
             raise FileNotFoundError(f"{run_folder}: there is no such run")
-        self._path, self._fence = run_folder / FILE_NAME, fence
+        self._path, self._fence = run_folder / JOURNAL_FILE, fence
         self._descriptor: int | None = None
-        self._kept: deque[tuple[str, bytes]] = deque()  # kind and line, oldest first
-        self._kept_bytes = 0
+        self._buffer: deque[tuple[str, bytes]] = deque()  # kind and line, oldest first
+        self._buffered_bytes = 0
         self._num_lost = 0
         self._is_failing = False
 
     @property
-    def kept_bytes(self) -> int:
+    def buffered_bytes(self) -> int:
         """What waits for the disk."""
-        return self._kept_bytes
+        return self._buffered_bytes
 
     def write(self, kind: str, **values: Any) -> None:
         """Append an event; it is with the system when this returns, or kept for the next call.
@@ -77,23 +77,23 @@ class Journal:
 
     def close(self) -> None:
         """Write what is kept, if the disk takes it now, and force all to the disk."""
-        if self._kept and self._fence is not None:
+        if self._buffer and self._fence is not None:
             self._fence.check()
         self._flush()
-        if self._kept:
+        if self._buffer:
             logger.error(
-                "%s: %d events could not be written and are lost", self._path, len(self._kept)
+                "%s: %d events could not be written and are lost", self._path, len(self._buffer)
             )
         if self._descriptor is not None:
             self._force_to_disk()
             self._release()
 
     def _keep(self, kind: str, line: bytes) -> None:
-        self._kept.append((kind, line))
-        self._kept_bytes += len(line)
-        while self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
-            _, dropped = self._kept.popleft()
-            self._kept_bytes -= len(dropped)
+        self._buffer.append((kind, line))
+        self._buffered_bytes += len(line)
+        while self._buffered_bytes > MAX_BUFFERED_BYTES and len(self._buffer) > 1:
+            _, dropped = self._buffer.popleft()
+            self._buffered_bytes -= len(dropped)
             self._num_lost += 1
 
     def _flush(self) -> None:
@@ -104,11 +104,11 @@ class Journal:
                 lost = {"kind": "journal_lost", "time_s": time.time(), "message": message}
                 self._append(_line(lost))
                 self._num_lost = 0
-            while self._kept:
-                kind, line = self._kept[0]
+            while self._buffer:
+                kind, line = self._buffer[0]
                 self._append(line)
-                self._kept.popleft()
-                self._kept_bytes -= len(line)
+                self._buffer.popleft()
+                self._buffered_bytes -= len(line)
                 force |= kind in FORCED_TO_DISK
         except OSError as error:
             if not self._is_failing:
@@ -117,7 +117,7 @@ class Journal:
                     "to %d MB. Make room on the disk.",
                     self._path,
                     error,
-                    MAX_KEPT_BYTES // 1_000_000,
+                    MAX_BUFFERED_BYTES // 1_000_000,
                 )
             self._is_failing = True
             self._release()  # a disk that comes back may want the file opened anew
@@ -166,7 +166,7 @@ def read_events(run_folder: Path, offset_bytes: int = 0) -> Iterator[tuple[dict[
     died within it, is passed over. Every event has `kind` and `time_s`.
     """
     try:
-        file = (run_folder / FILE_NAME).open("rb")
+        file = (run_folder / JOURNAL_FILE).open("rb")
     except FileNotFoundError:
         return
     with file:

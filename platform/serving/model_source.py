@@ -25,7 +25,7 @@ from deta.platform.registry.model_uri import is_model_address, parse_address, re
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class ModelSlot:
                 failures, self.problem = 0, ""
             except Exception as error:  # of MLflow, a disk, a file: none may end the service
                 failures += 1
-                self.problem = mask_text(f"{type(error).__name__}: {error}")
+                self.problem = redact(f"{type(error).__name__}: {error}")
                 self.measurements.change_failed()
                 old = f"; {self.model.name} goes on" if self.model else ""
                 log.error("no other model: %s%s", self.problem, old)

@@ -55,7 +55,7 @@ from deta.platform.sweep.search_space import Sweep
 from deta.platform.sweep.speed_probe import TrialSpeed, measure_speed, whole_estimate
 from deta.platform.sweep.sweep_folder import describe_sweep, read_sweep, refuse_another, write_sweep
 from deta.platform.system.atomic_write import write_json
-from deta.platform.system.process_tree import RUN_MARK, end_marked, new_mark, working_in
+from deta.platform.system.process_tree import RUN_MARK, kill_marked, new_mark, working_in
 from deta.platform.tracking.upload_process import finish_uploader, start_uploader
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _reaping_orphans(mark: str, folder: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        end_marked(RUN_MARK, mark)
+        kill_marked(RUN_MARK, mark)
         assert guardian.stdin is not None
         try:
             guardian.stdin.write(ALL_IS_WELL)

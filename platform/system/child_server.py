@@ -22,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deta.platform.system.places import child_environment
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 GRACE_S = 8.0  # between asking a server to end and ending it
 MAX_LOG_BYTES = 5_000_000
 TAIL_LINES = 8  # of the log, in the message about a server that did not come up
 
 
-class ServiceError(RuntimeError):
+class ChildServerError(RuntimeError):
     """A server did not come up, or is gone; says which, and what its log says."""
 
 
 @dataclass(frozen=True)
-class Service:
+class ChildServer:
     """A running server."""
 
     name: str
@@ -55,16 +55,16 @@ class Service:
             self.process.kill()
             self.process.wait()
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The end of its log, without secrets."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        return mask_text("\n".join(line for line in lines[-TAIL_LINES:] if line.strip()))
+        return redact("\n".join(line for line in lines[-TAIL_LINES:] if line.strip()))
 
 
-def start_service(
+def start_child_server(
     name: str,
     command: Sequence[str],
     log: Path,
@@ -72,7 +72,7 @@ def start_service(
     *,
     env: Mapping[str, str] | None = None,
     within_s: float = 300.0,
-) -> Service:
+) -> ChildServer:
     """Start a server and wait until it answers.
 
     Args:
@@ -81,7 +81,7 @@ def start_service(
             which every user of the machine can read.
 
     Raises:
-        ServiceError: it ended, or does not answer within this time; it is ended then.
+        ChildServerError: it ended, or does not answer within this time; it is ended then.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
@@ -99,16 +99,16 @@ def start_service(
         )
     finally:
         os.close(output)
-    service = Service(name, log, process)
+    service = ChildServer(name, log, process)
     deadline_s = time.monotonic() + within_s
     try:
         while not is_ready():
             if not service.is_alive():
-                raise ServiceError(f"{name} ended at once; {log} says:\n{service.last_words()}")
+                raise ChildServerError(f"{name} ended at once; {log} says:\n{service.log_tail()}")
             if time.monotonic() > deadline_s:
-                raise ServiceError(
+                raise ChildServerError(
                     f"{name} does not answer after {within_s:.0f} s; {log} says:\n"
-                    f"{service.last_words()}"
+                    f"{service.log_tail()}"
                 )
             time.sleep(0.1)
     except BaseException:
@@ -149,7 +149,7 @@ def free_port(host: str, wanted: int) -> int:
     raise AssertionError("unreachable")
 
 
-def keep(command: Sequence[str]) -> int:
+def run_guarded(command: Sequence[str]) -> int:
     """The keeper: run the command until it ends, or until standard input does."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -185,4 +185,4 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(keep(sys.argv[sys.argv.index("--") + 1 :]))
+    sys.exit(run_guarded(sys.argv[sys.argv.index("--") + 1 :]))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
 ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
-LEAVES_WITHIN_S = 2.0  # a Ray driver whose supervisor let go of it, or is gone
+EXIT_GRACE_S = 2.0  # a Ray driver whose supervisor let go of it, or is gone
 
 
 def new_mark() -> str:
@@ -25,7 +25,7 @@ def new_mark() -> str:
     return f"{uuid.uuid4().hex}@{os.getsid(0)}"
 
 
-def marked(name: str, value: str) -> list[int]:
+def marked_processes(name: str, value: str) -> list[int]:
     """Ids of the processes that carry a mark, and of all in sessions that such a process began.
 
     A process that changes its title, as Ray's agents do, overwrites its environment; then only its
@@ -56,10 +56,10 @@ def marked(name: str, value: str) -> list[int]:
     )
 
 
-def end_marked(name: str, value: str, within_s: float = 10.0) -> int:
+def kill_marked(name: str, value: str, within_s: float = 10.0) -> int:
     """Kill all that carry a mark, and what they start meanwhile; returns how many are left."""
     deadline_s = time.monotonic() + within_s
-    while (alive := marked(name, value)) and time.monotonic() < deadline_s:
+    while (alive := marked_processes(name, value)) and time.monotonic() < deadline_s:
         for pid in alive:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ def end_marked(name: str, value: str, within_s: float = 10.0) -> int:
     return len(alive)
 
 
-def end(process: subprocess.Popen[bytes], mark: str) -> None:
+def terminate(process: subprocess.Popen[bytes], mark: str) -> None:
     """End a process that was started with `ATTEMPT_MARK`, and all that came of it.
 
     It is asked first, by the end of its input, and killed if it does not go.
@@ -77,10 +77,10 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
     assert process.stdin is not None
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(LEAVES_WITHIN_S)
+        process.wait(EXIT_GRACE_S)
     if process.poll() is None:
         process.kill()
-    end_marked(ATTEMPT_MARK, mark)
+    kill_marked(ATTEMPT_MARK, mark)
     process.wait()
 
 

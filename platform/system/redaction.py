@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 
-MASK = "***"
+REDACTED = "***"
 
 # A name is a secret's if one of its words is: hf_token, aws.secretAccessKey, MLFLOW_..._PASSWORD.
 _WORDS = {
@@ -54,31 +54,31 @@ def is_secret_name(name: str) -> bool:
     return bool(_WORDS & set(words)) or any(pair in _PAIRS for pair in itertools.pairwise(words))
 
 
-def mask(name: str, value: str) -> str:
+def redact_value(name: str, value: str) -> str:
     """The value of a parameter, tag or key of this name, as it may be shown."""
     if value and is_secret_name(name) and value not in ("None", "True", "False"):
-        return MASK
-    return mask_text(value)
+        return REDACTED
+    return redact(value)
 
 
-def mask_text(text: str) -> str:
+def redact(text: str) -> str:
     """Text with every secret in it replaced by ***; the rest, and its layout, as it was."""
     for secret in _own_secrets():
-        text = text.replace(secret, MASK)
-    text = _USER_IN_URL.sub(f"{MASK}@", text)
-    text = _SHAPES.sub(MASK, text)
-    text = _AUTHORIZATION.sub(rf"\1 {MASK}", text)
+        text = text.replace(secret, REDACTED)
+    text = _USER_IN_URL.sub(f"{REDACTED}@", text)
+    text = _SHAPES.sub(REDACTED, text)
+    text = _AUTHORIZATION.sub(rf"\1 {REDACTED}", text)
     lines = text.split("\n")
     text = "\n".join(  # looking for a word alone is far quicker
         _ASSIGNED.sub(_without_value, line) if _HINT.search(line) else line for line in lines
     )
-    return _LONG.sub(lambda found: MASK if _is_random(found[0]) else found[0], text)
+    return _LONG.sub(lambda found: REDACTED if _is_random(found[0]) else found[0], text)
 
 
 def holds_secret(text: str) -> bool:
     """Whether text surely holds a secret: an address a password, or what has the form of a key.
 
-    For refusing what a person gave; so it does not guess, as `mask_text` does.
+    For refusing what a person gave; so it does not guess, as `redact` does.
     """
     parts = _USER_IN_URL.search(text)
     return (
@@ -92,12 +92,12 @@ def _without_value(found: re.Match[str]) -> str:
     name, sign, value = found["name"], found["sign"], found["value"]
     if sign == " " and found.string[max(0, found.start() - 2) : found.start()] != "--":
         return found[0]  # words of a sentence, not an option and its value
-    if value in ("None", "null", "none", '""', "''", MASK):
+    if value in ("None", "null", "none", '""', "''", REDACTED):
         return found[0]
     if not is_secret_name(name):  # "tokenizer: password=…"
         return f"{name}{sign}{_ASSIGNED.sub(_without_value, value)}"
     quote = value[0] if value[0] in "\"'" else ""
-    return f"{name}{sign}{quote}{MASK}{quote}"
+    return f"{name}{sign}{quote}{REDACTED}{quote}"
 
 
 def _own_secrets() -> list[str]:

@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deta.platform.system.atomic_write import write_atomic
-from deta.platform.system.child_server import Service, free_port, is_loopback, start_service
+from deta.platform.system.child_server import (
+    ChildServer,
+    free_port,
+    is_loopback,
+    start_child_server,
+)
 
 PORT = 5000
 USER = "admin"
@@ -36,7 +41,7 @@ class MlflowServer:
 
     address: str  # for browsers, such as http://127.0.0.1:5000
     inner: str  # where this machine reaches it
-    service: Service
+    service: ChildServer
     allowed_hosts: tuple[str, ...]
     password_file: Path | None  # of the user `admin`; none where no password is asked for
 
@@ -68,7 +73,7 @@ def start_mlflow_server(
     Raises:
         ValueError: an address that cannot be used, a pattern for a host, or a password file that
             others can read.
-        ServiceError: the server does not come up.
+        ChildServerError: the server does not come up.
     """
     if uri.startswith(("http://", "https://")):
         raise ValueError(f"{uri}: is a server already; open it, there is none to start")
@@ -98,7 +103,7 @@ def start_mlflow_server(
         command += ["--app-name", "basic-auth"]
     env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(names)
     inner = f"http://{_reachable(host)}:{port}"
-    service = start_service(
+    service = start_child_server(
         "MLflow", command, folder / "mlflow-server.log", lambda: answers(inner),
         env=env, within_s=within_s,
     )  # fmt: skip

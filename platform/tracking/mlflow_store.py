@@ -48,8 +48,8 @@ from mlflow.exceptions import MlflowException
 
 from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.atomic_write import replacing
-from deta.platform.system.redaction import MASK, mask, mask_text
-from deta.platform.tracking.upload_plan import ROWS_PER_CALL, Record, Row
+from deta.platform.system.redaction import REDACTED, redact, redact_value
+from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
 from deta.platform.tracking.upload_process import uri_of
 from deta.platform.tracking.uploader import Follower, stop_on_signals
 
@@ -75,7 +75,7 @@ class MlflowStore:
     """MLflow as the uploader uses it. A call may fail in any way and can then be made again."""
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.shown_uri = uri, mask_text(uri)
+        self.uri, self.shown_uri = uri, redact(uri)
         self.call_s = 0.0
         self._client: MlflowClient | None = None
         self._timeout_s, self._is_in_a_hurry = TIMEOUT_S, False
@@ -133,7 +133,7 @@ class MlflowStore:
             self._call(client.log_inputs, run_id, datasets=inputs)
         for name in ("environment", "categories"):
             if name in description:
-                text = mask_text(json.dumps(description[name], indent=2))
+                text = redact(json.dumps(description[name], indent=2))
                 self._call(client.log_text, run_id, text, f"{name}.json")
 
     def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
@@ -145,14 +145,14 @@ class MlflowStore:
             known[kind] = {metric.step: metric.timestamp for metric in history}
         return known
 
-    def send(self, run_id: str, rows: list[Row]) -> int:
+    def send(self, run_id: str, rows: list[UploadRow]) -> int:
         """Send numbers; how many of them MLflow refused as invalid."""
         refused = 0
         for begin in range(0, len(rows), ROWS_PER_CALL):
             refused += self._send_call(run_id, rows[begin : begin + ROWS_PER_CALL])
         return refused
 
-    def _send_call(self, run_id: str, rows: list[Row]) -> int:
+    def _send_call(self, run_id: str, rows: list[UploadRow]) -> int:
         client = self._connect()
         metrics = [
             Metric(row.name, row.value, row.time_ms, row.step)
@@ -174,7 +174,7 @@ class MlflowStore:
             return self._send_call(run_id, rows[:half]) + self._send_call(run_id, rows[half:])
         return 0
 
-    def set_status(self, run_id: str, record: Record) -> None:
+    def set_status(self, run_id: str, record: UploadRecord) -> None:
         client = self._connect()
         if record.status == "RUNNING":
             self._call(client.update_run, run_id, status="RUNNING")
@@ -190,10 +190,10 @@ class MlflowStore:
 
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         for name, value in tags.items():
-            text = mask(name, mask_text(value))[:MAX_TAG_CHARACTERS]
+            text = redact_value(name, redact(value))[:MAX_TAG_CHARACTERS]
             self._call(self._connect().set_tag, run_id, name[:250], text)
 
-    def beat(self, run_id: str) -> None:
+    def heartbeat(self, run_id: str) -> None:
         self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
 
     def send_file(self, run_id: str, path: Path, folder: str) -> None:
@@ -203,7 +203,7 @@ class MlflowStore:
             if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_MASKED_BYTES:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 path = Path(clean) / path.name
-                path.write_text(mask_text(text), encoding="utf-8")
+                path.write_text(redact(text), encoding="utf-8")
             self._call(
                 client.log_artifact, run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S
             )
@@ -226,11 +226,11 @@ class MlflowStore:
         )
         return run.info.run_name or run_id, Path(path)
 
-    def hurry(self) -> None:
+    def shorten_timeouts(self) -> None:
         """There is little time left: short calls from now on."""
         self._is_in_a_hurry = True
 
-    def running(self, experiment: str) -> list[Run]:
+    def find_running(self, experiment: str) -> list[Run]:
         """The runs of an experiment that MLflow holds for running."""
         client = self._connect()
         found = self._call(client.get_experiment_by_name, experiment)
@@ -238,7 +238,7 @@ class MlflowStore:
             return []
         return self._search([found.experiment_id], "attributes.status = 'RUNNING'")
 
-    def end(self, run_id: str, reason: str) -> None:
+    def mark_killed(self, run_id: str, reason: str) -> None:
         client = self._connect()
         self._call(client.set_tag, run_id, "deta.reason", reason)
         self._call(client.set_terminated, run_id, status="KILLED")
@@ -302,12 +302,12 @@ class MlflowStore:
         key: str,
         needs_parent: bool,
     ) -> None:
-        tags = {str(k): mask(str(k), str(v)) for k, v in (description.get("tags") or {}).items()}
+        tags = {str(k): redact_value(str(k), str(v)) for k, v in (description.get("tags") or {}).items()}
         tags |= {
             "mlflow.source.name": description.get("source") or "deta",
             "mlflow.source.type": "JOB",
             KEY_TAG: key,
-            FOLDER_TAG: mask_text(str(folder.resolve())),
+            FOLDER_TAG: redact(str(folder.resolve())),
         }
         for split in ("train", "val"):
             if fingerprint := description.get(f"{split}_fingerprint"):
@@ -364,17 +364,17 @@ def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[
         Id and name of each.
     """
     dead = []
-    for run in store.running(experiment):
+    for run in store.find_running(experiment):
         beat = run.data.tags.get(HEARTBEAT_TAG, "")
         if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
             continue
         folder = run.data.tags.get(FOLDER_TAG, "")
-        if folder and MASK not in folder and Path(folder).is_dir():
+        if folder and REDACTED not in folder and Path(folder).is_dir():
             continue  # jobs/sync.py knows better from there
         dead.append((run.info.run_id, run.info.run_name))
         if not dry_run:
             when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
-            store.end(run.info.run_id, f"nothing was heard of it since {when}")
+            store.mark_killed(run.info.run_id, f"nothing was heard of it since {when}")
     return dead
 
 
@@ -440,7 +440,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _param_value(key: str, value: Any) -> str:
-    text = mask(key, str(value))
+    text = redact_value(key, str(value))
     if len(text) <= MAX_PARAM_CHARACTERS:
         return text
     note = f" … (cut; {len(text)} characters)"
@@ -456,11 +456,11 @@ def _dataset_input(context: str, data: dict[str, Any]) -> DatasetInput:
         "notes": data["notes"],
     }
     dataset = Dataset(
-        name=mask_text(data["name"])[:500],
+        name=redact(data["name"])[:500],
         digest=data["fingerprint"][:36],
         source_type="local",
-        source=mask_text(json.dumps(source)),
-        profile=mask_text(json.dumps(profile))[:60_000],
+        source=redact(json.dumps(source)),
+        profile=redact(json.dumps(profile))[:60_000],
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
@@ -485,14 +485,14 @@ def main(arguments: list[str] | None = None) -> int:
         parent=parsed.parent,
     )
     if not parsed.follow:
-        error = follower.turn()
+        error = follower.send_new()
         if error:
-            logger.error("%s", mask_text(error))
+            logger.error("%s", redact(error))
         return 1 if error else 0
     os.nice(5)  # training goes first
-    stop_on_signals(follower.stop, follower.tell_stopped)
+    stop_on_signals(follower.stop, follower.write_stopped)
     is_complete = follower.follow()
-    follower.tell_stopped()
+    follower.write_stopped()
     return 0 if is_complete else 1
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deta.platform.system.atomic_write import write_atomic
-from deta.platform.system.child_server import Service, ServiceError, start_service
+from deta.platform.system.child_server import ChildServer, ChildServerError, start_child_server
 from deta.platform.system.places import PROJECT_ROOT
 
 DASHBOARDS = PROJECT_ROOT / "deta" / "dashboards"
@@ -60,7 +60,7 @@ class NotInstalledError(RuntimeError):
 class Server:
     """A program that answers on loopback until it is closed, or this process ends."""
 
-    service: Service
+    service: ChildServer
     url: str
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ def start_prometheus(folder: Path, *, port: int = 9090) -> Server:
 
     Raises:
         NotInstalledError: says where to get it.
-        ServiceError: it did not start, with what it said; the port may be taken.
+        ChildServerError: it did not start, with what it said; the port may be taken.
     """
     url = f"http://127.0.0.1:{port}"
     command = [str(find_prometheus()), f"--config.file={folder / 'prometheus.yml'}"]
@@ -217,7 +217,7 @@ def start_grafana(folder: Path, prometheus_url: str, *, port: int = 3000) -> Ser
 
     Raises:
         NotInstalledError: says where to get it.
-        ServiceError: it did not start, with what it said.
+        ChildServerError: it did not start, with what it said.
     """
     program = find_grafana()
     config = write_grafana_config(folder.absolute(), port=port)
@@ -277,7 +277,7 @@ def _start(
             return False
 
     if is_ready():
-        raise ServiceError(f"{name}: something answers at {url} already; choose another port")
+        raise ChildServerError(f"{name}: something answers at {url} already; choose another port")
     return Server(
-        start_service(name, command, log, is_ready, env=env, within_s=START_WITHIN_S), url
+        start_child_server(name, command, log, is_ready, env=env, within_s=START_WITHIN_S), url
     )

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_lock import is_alive
-from deta.platform.system.redaction import mask_text
-from deta.platform.tracking.upload_plan import what_is_left
+from deta.platform.system.redaction import redact
+from deta.platform.tracking.upload_plan import count_unsent
 from deta.platform.tracking.upload_process import find_runs, uri_of
-from deta.platform.tracking.uploader import BusyError, RunUploader, Store
+from deta.platform.tracking.uploader import BusyError, RunUploader, TrackingStore
 
 PATIENCE_S = 30.0  # how long to retry while MLflow takes nothing
 
@@ -33,7 +33,7 @@ class SyncResult:
 
 def sync_runs(
     runs: Sequence[Path],
-    stores: dict[str, Store],
+    stores: dict[str, TrackingStore],
     *,
     patience_s: float = PATIENCE_S,
     dry_run: bool = False,
@@ -55,14 +55,14 @@ def sync_runs(
     for index, run in enumerate(runs, 1):
         title = f"[{index}/{len(runs)}] {run.name}"
         if is_alive(run):
-            rows, _ = what_is_left(run)
+            rows, _ = count_unsent(run)
             echo(f"{title}: is running and sends its own data, {rows} rows are left")
             continue
         status = missing_end(run)
         if status is not None:
             echo(f"{title}: its process died; marked {status}")
         if dry_run:
-            rows, files = what_is_left(run)
+            rows, files = count_unsent(run)
             echo(f"{title}: {rows} rows and {files} files are left")
             is_all_sent &= not rows and not files and status is None
             continue
@@ -89,7 +89,7 @@ def sync_runs(
 
 
 def send_run(
-    run: Path, store: Store, patience_s: float, show_progress: Callable[[str], None]
+    run: Path, store: TrackingStore, patience_s: float, show_progress: Callable[[str], None]
 ) -> SyncResult:
     """Send what is left of one run; retry with backoff while MLflow takes nothing."""
     uploader = RunUploader(run, store)
@@ -97,14 +97,14 @@ def send_run(
     is_unreachable = False
     while True:
         try:
-            uploader.turn()
+            uploader.send_new()
             error = ""
             break
         except (BusyError, ValueError, FileNotFoundError) as failure:  # concerns this run alone
             error = str(failure)
             break
         except Exception as failure:
-            error = mask_text(str(failure) or type(failure).__name__).partition("\n")[0]
+            error = redact(str(failure) or type(failure).__name__).partition("\n")[0]
         if uploader.record.sent_rows != before:
             before, stuck_s, pause_s = uploader.record.sent_rows, time.monotonic(), 0.5
         show_progress(f"{uploader.record.sent_rows} rows sent; {error}")
@@ -113,8 +113,8 @@ def send_run(
             break
         time.sleep(pause_s)
         pause_s = min(5.0, 2 * pause_s)
-    rows, files = what_is_left(run)
-    uploader.tell("waiting" if error else "finished", error)
+    rows, files = count_unsent(run)
+    uploader.write_state("waiting" if error else "finished", error)
     uploader.close()
     record = uploader.record
     text = f"{record.sent_rows} rows sent, {record.skipped_rows} skipped, {rows} left"
@@ -146,7 +146,7 @@ def _write_end(run: Path, status: str) -> None:
     journal.close()
 
 
-def _open_store(uri: str) -> Store:
+def _open_store(uri: str) -> TrackingStore:
     from deta.platform.tracking.mlflow_store import MlflowStore  # slow; often not needed
 
     return MlflowStore(uri)

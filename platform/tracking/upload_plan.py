@@ -1,8 +1,8 @@
-"""How far a run's journal is in MLflow, and what each further event adds: pure bookkeeping.
+"""Computes which rows and files of a run's journal MLflow still needs. No network, no MLflow.
 
-What is to be sent follows from the journal and this record alone. So if the uploader dies between
-sending and keeping the record, the next one sends the same rows with the same times again, and
-MLflow, which keeps equal rows once, has nothing twice.
+The rows to send follow from the journal and the upload record alone. If the uploader dies after
+sending but before it saves the record, the next one sends the same rows with the same times again.
+MLflow stores equal rows once, so nothing is duplicated.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from deta.platform.run.journal import read_events
 from deta.platform.system.artifact_names import artifact_fault
 from deta.platform.system.atomic_write import write_json
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "mlflow.json"
 REPLACED_FILE = "replaced_images.jsonl"
-REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: where it is in MLflow
+REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: its path in MLflow
 ROWS_PER_CALL = 1000  # limit of MLflow's REST interface
 ENDS = ("FINISHED", "FAILED", "KILLED")
 MAX_NAME_CHARACTERS = 250
@@ -38,8 +38,8 @@ EVALUATION_FILES = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One number of MLflow's table."""
+class UploadRow:
+    """One value of a metric at a step, as MLflow stores it."""
 
     name: str
     value: float
@@ -49,21 +49,21 @@ class Row:
 
 
 @dataclass
-class Record:
-    """What is in MLflow already. Kept as mlflow.json; only a cache, see above."""
+class UploadRecord:
+    """What MLflow has already. Saved as mlflow.json, which is only a cache; see above."""
 
     uri: str = ""  # without its password
     run_id: str = ""
     is_described: bool = False  # parameters, data sets, environment
-    offset_bytes: int = 0  # behind the last event that was taken
+    offset_bytes: int = 0  # after the last event that was added
     last_steps: dict[str, int] = field(default_factory=dict)  # by kind of event
-    status: str = ""  # as MLflow was told last
+    status: str = ""  # the last one sent to MLflow
     reason: str = ""
     end_time_ms: int = 0
-    end_bytes: int = 0  # behind the last `ended`, if nothing came behind it
-    files: list[list[str]] = field(default_factory=list)  # still to be sent: path, folder there
-    files_bytes: int = 0  # that were sent
-    tags: dict[str, str] = field(default_factory=dict)  # still to be set
+    end_bytes: int = 0  # after the `ended` event, if it is the last event
+    files: list[list[str]] = field(default_factory=list)  # to send: path, folder in MLflow
+    files_bytes: int = 0  # sent so far
+    tags: dict[str, str] = field(default_factory=dict)  # to set
     replaced_images: list[int] = field(default_factory=list)
     num_begins: int = 0
     num_restarts: int = 0
@@ -72,34 +72,34 @@ class Record:
     best_ap: float | None = None
     best_step: int = 0
     best_time_ms: int = 0
-    is_gpu: bool | None = None  # whether its workers hold GPUs; none: not a training
+    is_gpu: bool | None = None  # whether its workers use GPUs; None: not a training run
     cpus_per_worker: float = 0.0
     began_s: float = 0.0  # the present start, since 1970
     last_s: float = 0.0
     num_workers: int = 0  # of the present start
-    wall_s: float = 0.0  # of the starts before it
+    wall_s: float = 0.0  # of the previous starts
     worker_s: float = 0.0
     sent_rows: int = 0
-    skipped_rows: int = 0  # of steps that were done again after a restart
-    refused_rows: int = 0  # MLflow took them for invalid
+    skipped_rows: int = 0  # of steps that were repeated after a restart
+    refused_rows: int = 0  # rejected by MLflow as invalid
 
-    def take(self, event: dict[str, Any], offset_bytes: int) -> list[Row]:
-        """The rows that an event adds; the record is behind it then."""
+    def add(self, event: dict[str, Any], offset_bytes: int) -> list[UploadRow]:
+        """Add an event to the record; return the rows that it sends to MLflow."""
         self.offset_bytes, self.end_bytes = offset_bytes, 0
-        self._take_time(event)
-        take = getattr(self, f"_take_{event['kind']}", None)
-        if take is None:
+        self._count_time(event)
+        rows_of = getattr(self, f"_rows_of_{event['kind']}", None)
+        if rows_of is None:
             return []
         try:
-            return take(event)
+            return rows_of(event)
         except (KeyError, TypeError, ValueError, OverflowError):  # another version wrote it
             return []
 
-    def _take_progress(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_progress(self, event: dict[str, Any]) -> list[UploadRow]:
         self.highest_step = max(self.highest_step, int(event["step"]))
         return self._once(event, event["metrics"])
 
-    def _take_evaluation(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_evaluation(self, event: dict[str, Any]) -> list[UploadRow]:
         rows = self._once(event, event["metrics"])
         ap = event["metrics"].get("val/AP")
         if rows and is_number(ap) and (self.best_ap is None or ap >= self.best_ap):
@@ -107,20 +107,20 @@ class Record:
             self.best_time_ms = _time_ms(event)
         return rows
 
-    def _take_evaluation_kept(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_evaluation_kept(self, event: dict[str, Any]) -> list[UploadRow]:
         return self._once(event, {"val/keep_seconds": event["seconds"]})
 
-    def _take_interval(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_interval(self, event: dict[str, Any]) -> list[UploadRow]:
         return self._once(event, {f"best/AP_{end}": event[end] for end in ("low", "high")})
 
-    def _take_skipped(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_skipped(self, event: dict[str, Any]) -> list[UploadRow]:
         return self._once(event, {"train/skipped_steps": event["total"]})
 
-    def _take_checkpoint(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_checkpoint(self, event: dict[str, Any]) -> list[UploadRow]:
         values = {f"checkpoint/{name}": event.get(name) for name in ("blocked_s", "seconds")}
         return self._once(event, values)
 
-    def _take_replaced(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_replaced(self, event: dict[str, Any]) -> list[UploadRow]:
         known = set(self.replaced_images)
         new = [image["image_id"] for image in event["images"] if image["image_id"] not in known]
         if not new:
@@ -129,21 +129,21 @@ class Record:
         self._add_file(REPLACED_FILE, "")
         return _rows(event, {"train/replaced_images": len(self.replaced_images)})
 
-    def _take_picture(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_picture(self, event: dict[str, Any]) -> list[UploadRow]:
         self._add_file(event["path"], "pictures")
         return []
 
-    def _take_file(self, event: dict[str, Any]) -> list[Row]:
-        """Any other file of the folder, such as a sweep's report."""
+    def _rows_of_file(self, event: dict[str, Any]) -> list[UploadRow]:
+        """Queue any other file of the folder, such as a sweep's report."""
         self._add_file(event["path"], event.get("to", ""))
         return []
 
-    def _take_tags(self, event: dict[str, Any]) -> list[Row]:
-        """What is known of a run only later, such as a sweep's verdict."""
+    def _rows_of_tags(self, event: dict[str, Any]) -> list[UploadRow]:
+        """Queue tags that are known only later, such as a sweep's verdict."""
         self.tags |= {str(name): str(value) for name, value in event["tags"].items()}
         return []
 
-    def _take_begin(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_begin(self, event: dict[str, Any]) -> list[UploadRow]:
         step = int(event["step"])
         self.num_begins += 1
         self.status = "RUNNING"
@@ -161,15 +161,15 @@ class Record:
             },
         )
 
-    def _take_ended(self, event: dict[str, Any]) -> list[Row]:
+    def _rows_of_ended(self, event: dict[str, Any]) -> list[UploadRow]:
         self.status = event["status"] if event["status"] in ENDS else "FAILED"
-        self.reason = mask_text(str(event.get("reason") or ""))
+        self.reason = redact(str(event.get("reason") or ""))
         self.end_bytes, self.end_time_ms = self.offset_bytes, _time_ms(event)
         values = {"run/goodput": event.get("goodput")} | self._cost()
         rows = _rows(event | {"step": self.highest_step}, values)
         if self.best_ap is None:
             return rows
-        best = Row("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended")
+        best = UploadRow("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended")
         if self.status != "FINISHED":
             return [*rows, best]
         folder = f"checkpoints/step-{self.best_step:08d}"
@@ -180,8 +180,8 @@ class Record:
             self._add_file(f"{folder}/{name}", "evaluation")
         return [*rows, best]
 
-    def _take_time(self, event: dict[str, Any]) -> None:
-        """Count the time from a start to its last event; what lay between two starts costs none."""
+    def _count_time(self, event: dict[str, Any]) -> None:
+        """Count the time from each start to its last event; time between starts is not counted."""
         kind = event["kind"]
         if not is_number(event.get("time_s")):
             return
@@ -202,7 +202,7 @@ class Record:
         self.began_s, self.last_s, self.num_workers = 0.0, 0.0, 0
 
     def _cost(self) -> dict[str, float]:
-        """What the run has cost, over all its starts; nothing of what is no training."""
+        """Return the cost of the run over all its starts; empty if it is not a training run."""
         self._close_start()
         if self.is_gpu is None or not self.worker_s:
             return {}
@@ -213,8 +213,8 @@ class Record:
             "cost/cpu_hours": hours * self.cpus_per_worker,
         }
 
-    def _once(self, event: dict[str, Any], values: dict[str, Any]) -> list[Row]:
-        """Rows of a step that has none of this kind yet; after a restart steps are done again."""
+    def _once(self, event: dict[str, Any], values: dict[str, Any]) -> list[UploadRow]:
+        """Return the rows, unless the step has rows of this kind: a restart repeats steps."""
         rows = _rows(event, values)
         kind, step = event["kind"], int(event["step"])
         if step <= self.last_steps.get(kind, -1):
@@ -231,30 +231,33 @@ class Record:
         if [path, folder] not in self.files:
             self.files.append([path, folder])
 
-    def copy(self) -> Record:
+    def copy(self) -> UploadRecord:
         return copy.deepcopy(self)
 
     def save(self, folder: Path) -> None:
         write_json(folder / RECORD_FILE, asdict(self))  # only a cache
 
 
-def read_record(folder: Path) -> Record:
-    """The record of a run; an empty one where there is none, or a damaged one."""
+def read_record(folder: Path) -> UploadRecord:
+    """Read the record of a run; return an empty one if it is missing or damaged."""
     try:
         content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        known = {part.name for part in fields(Record)}
-        return Record(**{name: value for name, value in content.items() if name in known})
+        known = {part.name for part in fields(UploadRecord)}
+        return UploadRecord(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, AttributeError, TypeError):
-        return Record()
+        return UploadRecord()
 
 
-def next_rows(folder: Path, record: Record) -> Iterator[tuple[Record, list[Row]]]:
-    """What is new in the journal, in portions of about one call, each with the record behind it."""
+def next_rows(folder: Path, record: UploadRecord) -> Iterator[tuple[UploadRecord, list[UploadRow]]]:
+    """Yield the new rows of the journal, about one call's worth at a time.
+
+    Each part comes with the record to save once it is sent.
+    """
     draft, rows = record.copy(), []
     moved = False
     for event, offset_bytes in read_events(folder, record.offset_bytes):
         status = draft.status
-        rows += draft.take(event, offset_bytes)
+        rows += draft.add(event, offset_bytes)
         moved = True
         if len(rows) >= ROWS_PER_CALL or draft.status != status:
             yield draft.copy(), rows
@@ -263,8 +266,8 @@ def next_rows(folder: Path, record: Record) -> Iterator[tuple[Record, list[Row]]
         yield draft, rows
 
 
-def what_is_left(folder: Path) -> tuple[int, int]:
-    """Rows and files of a run that are not in MLflow, by what its folder says."""
+def count_unsent(folder: Path) -> tuple[int, int]:
+    """Return how many rows and files of a run are not in MLflow yet, according to its folder."""
     record, num_rows = read_record(folder), 0
     for further, rows in next_rows(folder, record):
         record, num_rows = further, num_rows + len(rows)
@@ -276,10 +279,10 @@ def is_number(value: Any) -> bool:
 
 
 def metric_name(name: str) -> str:
-    """MLflow allows letters, digits and _-. :/ in names, which must be plain paths.
+    """Return the name with all characters replaced that MLflow does not allow.
 
-    A name that has to be changed gets a few characters of its own, so that two classes named in
-    signs stay two.
+    MLflow allows letters, digits and _-. :/ in names, which must be plain paths. A changed name
+    ends with a checksum, so that two classes with special characters stay distinguishable.
     """
     allowed = re.sub(r"[^\w\-. :/]", "_", name)
     parts = [part if part.strip(".") else "_" for part in allowed.split("/")]
@@ -289,10 +292,10 @@ def metric_name(name: str) -> str:
     return f"{allowed[: MAX_NAME_CHARACTERS - 9]}-{zlib.crc32(name.encode()):08x}"
 
 
-def _rows(event: dict[str, Any], values: dict[str, Any]) -> list[Row]:
+def _rows(event: dict[str, Any], values: dict[str, Any]) -> list[UploadRow]:
     time_ms, step = _time_ms(event), int(event["step"])
     return [
-        Row(metric_name(name), float(value), time_ms, step, event["kind"])
+        UploadRow(metric_name(name), float(value), time_ms, step, event["kind"])
         for name, value in values.items()
         if is_number(value)
     ]

@@ -16,35 +16,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from deta.platform.run.journal import FILE_NAME
+from deta.platform.run.journal import JOURNAL_FILE
 from deta.platform.run.run_file import RUN_FILE, tracking_uri
 from deta.platform.system.places import child_environment
-from deta.platform.system.redaction import MASK
-from deta.platform.tracking.upload_plan import read_record, what_is_left
+from deta.platform.system.redaction import REDACTED
+from deta.platform.tracking.upload_plan import read_record, count_unsent
 
 STATE_FILE = "uploader.json"
 LOG_FILE = "uploader.log"
 MAX_LOG_BYTES = 1_000_000
-# No runs in these.
+# Folders inside a run, which contain no runs.
 PARTS_OF_RUNS = ("checkpoints", "evaluations", "pictures", "stacks", "heartbeats", "ray")
 NUM_LEVELS = 3  # of folders between a sweep and its runs
-START_WITHIN_S = 60.0  # of the uploader; making a new database file takes a slow disk long
-LAST_TRY_S = 3.0  # of the time that the uploader has at the end
+START_WITHIN_S = 60.0  # of the uploader; a new database file takes long on a slow disk
+LAST_TRY_S = 3.0  # of the uploader's time at the end, for a last try after SIGTERM
 
 
 @dataclass(frozen=True)
 class UploadState:
-    """How an upload stands; what uploader.json says."""
+    """The state of an upload, as uploader.json has it."""
 
     uri: str = ""  # without its password
-    run_id: str = ""  # empty while MLflow was not reached
+    run_id: str = ""  # empty until MLflow was reached
     state: str = "not started"  # waiting, sending, finished, stopped
     left_rows: int = 0  # in the journal and not in MLflow
     left_files: int = 0
     sent_rows: int = 0
-    skipped_rows: int = 0  # of steps done again after a restart
-    refused_rows: int = 0  # MLflow took them for invalid
-    error: str = ""  # the last one; empty since MLflow answered again
+    skipped_rows: int = 0  # of steps repeated after a restart
+    refused_rows: int = 0  # rejected by MLflow as invalid
+    error: str = ""  # the last one; empty once MLflow answers again
     last_success_s: float = 0.0  # seconds since 1970
     call_s: float = 0.0  # how long the last call took
     process: int = 0
@@ -55,24 +55,26 @@ class UploadState:
 
 
 def uri_of(folder: Path) -> str:
-    """Where the run of this folder belongs: `MLFLOW_TRACKING_URI`; where it was before; beside it.
+    """Return the tracking URI of a run: `MLFLOW_TRACKING_URI`, its earlier one, or the default.
+
+    The default is a database beside the run's folder.
 
     Raises:
-        ValueError: where it was before is known without its password only.
+        ValueError: the earlier URI had a password, which is not stored.
     """
     known = read_record(folder).uri
     if os.environ.get("MLFLOW_TRACKING_URI") or not known:
         return tracking_uri(_storage_of(folder))
-    if MASK in known:
+    if REDACTED in known:
         raise ValueError(
-            f"{folder}: belongs to MLflow at {known}, and its password is kept nowhere; set "
+            f"{folder}: belongs to MLflow at {known}, and its password is not stored; set "
             "MLFLOW_TRACKING_URI"
         )
     return known
 
 
 def _storage_of(folder: Path) -> Path:
-    """Where the runs are; for the trial of a sweep, where the sweep is."""
+    """Return the folder that contains the runs; for a trial, the one that contains its sweep."""
     folder = folder.resolve()
     sweeps = [one for one in folder.parents[:NUM_LEVELS] if (one / RUN_FILE).is_file()]
     return (sweeps[-1] if sweeps else folder).parent
@@ -83,15 +85,15 @@ def start_uploader(
 ) -> subprocess.Popen[bytes]:
     """Start the process that sends a run to MLflow until the run has ended.
 
-    Call it before the run's first event is written: an `ended` of an earlier start does not end it.
-    It has a session of its own, so that Ctrl-C is the supervisor's; if the supervisor dies, it
-    sends what there is and leaves.
+    Call it before the run's first event is written: the `ended` event of an earlier start does not
+    end it. The process has its own session, so Ctrl-C reaches only the supervisor. If the
+    supervisor dies, the uploader sends what is there and exits.
 
     Args:
-        folder: of a run; with `sweep`, of runs, also of those that come later.
-        env: default: this process's.
+        folder: of a run; with `sweep`, of runs, also of those that are added later.
+        env: environment; by default that of this process.
     """
-    journal = folder / FILE_NAME
+    journal = folder / JOURNAL_FILE
     behind_bytes = journal.stat().st_size if journal.exists() else 0
     command = [sys.executable, "-m", "deta.platform.tracking.mlflow_store", str(folder), "--follow"]
     command += [f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
@@ -118,41 +120,41 @@ def finish_uploader(
     within_s: float = 10.0,
     at_most_s: float = 120.0,
 ) -> UploadState:
-    """Wait until all is in MLflow, or until it will not be; the process has ended then.
+    """Wait until everything is in MLflow or the time is up; then the process has ended.
 
-    Call it after the last event, `ended`, is written and the journal closed.
+    Call it after the last event, `ended`, is written and the journal is closed.
 
     Args:
-        within_s: an MLflow that is away, slow or failing has so long. What is left stays in the
-            journal, and jobs/sync.py sends it.
-        at_most_s: one that answers well has so long, such as for a large best checkpoint.
+        within_s: limit if MLflow is unreachable, slow or failing. Unsent rows stay in the journal,
+            and jobs/sync.py sends them later.
+        at_most_s: limit if MLflow answers well, for example for a large best checkpoint.
     """
     began_s = time.monotonic()
-    is_told = False
+    is_terminated = False
     while process.poll() is None:
         waited_s = time.monotonic() - began_s
         state = read_upload_state(folder)
         is_well = _answers_well(state) and waited_s < at_most_s
-        # It has not spoken to MLflow yet: a run that was over before its uploader had started.
+        # It has not reached MLflow yet: the run ended before its uploader had started.
         is_starting = state.process != process.pid or not (state.error or state.last_success_s)
         is_well = is_well or (is_starting and waited_s < START_WITHIN_S)
-        if waited_s > within_s - LAST_TRY_S and not is_well and not is_told:
+        if waited_s > within_s - LAST_TRY_S and not is_well and not is_terminated:
             process.send_signal(signal.SIGTERM)
-            is_told = True
-        if waited_s > within_s and (is_told or not is_well):
+            is_terminated = True
+        if waited_s > within_s and (is_terminated or not is_well):
             process.kill()
             process.wait()
         time.sleep(0.05)
     state = read_upload_state(folder)
-    left = [what_is_left(run) for run in find_runs(folder)]
+    left = [count_unsent(run) for run in find_runs(folder)]
     rows, files = sum(rows for rows, _ in left), sum(files for _, files in left)
-    if rows or files:  # it may have had no time to say so
+    if rows or files:  # it may have had no time to write its state
         state = replace(state, left_rows=rows, left_files=files, state="stopped")
     return state
 
 
 def read_upload_state(folder: Path) -> UploadState:
-    """As the uploader told it last; safe at any time."""
+    """Read the uploader's last state; it may be called at any time."""
     try:
         content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         known = {part.name for part in fields(UploadState)}
@@ -162,14 +164,14 @@ def read_upload_state(folder: Path) -> UploadState:
 
 
 def find_runs(folder: Path, levels: int = NUM_LEVELS) -> list[Path]:
-    """Folders with a run in them, this one and those below, sweeps before their trials."""
+    """Return the folders of runs, this one and those below it, sweeps before their trials."""
     found = [folder] if (folder / RUN_FILE).is_file() else []
     if levels == 0:
         return found
     try:
         with os.scandir(folder) as entries:
             inner = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-    except OSError:  # deleted meanwhile, or somebody else's
+    except OSError:  # deleted meanwhile, or not readable
         return found
     for name in inner:
         if not name.startswith(".") and name not in PARTS_OF_RUNS:

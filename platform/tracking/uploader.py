@@ -1,4 +1,4 @@
-"""The uploader: follows journals and sends them, through a store that may be away, slow or broken.
+"""Sends journals to a tracking store that may be unreachable, slow or broken.
 
 Nothing here is lost or sent twice by dying: see platform/tracking/upload_plan.py. Two uploaders of one run
 take turns by a lock in its folder.
@@ -19,16 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from deta.platform.run.journal import FILE_NAME, read_events
+from deta.platform.run.journal import JOURNAL_FILE, read_events
 from deta.platform.run.run_file import read_run_file
 from deta.platform.system.atomic_write import write_json
-from deta.platform.system.redaction import mask_text
+from deta.platform.system.redaction import redact
 from deta.platform.tracking.upload_plan import (
     REPLACED_FILE,
     REPORT_FILE,
     REPORT_TAG,
-    Record,
-    Row,
+    UploadRecord,
+    UploadRow,
     next_rows,
     read_record,
 )
@@ -42,16 +42,16 @@ from deta.platform.tracking.upload_process import (
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "mlflow.lock"
-MAX_FILES_BYTES = 20 * 10**9  # that one run may send: its best checkpoint, pictures, reports
-TURN_S = 1.0
+MAX_FILES_BYTES = 20 * 10**9  # limit for the files of one run: best checkpoint, images, reports
+POLL_EVERY_S = 1.0
 HEARTBEAT_S = 30.0
 MAX_BACKOFF_S = 15.0
-LAST_WAIT_S = 5.0  # for the supervisor's last event, where both were told to stop
+LAST_WAIT_S = 5.0  # for the supervisor's last event, if both received a signal to stop
 STOP_WITHIN_S = 7.0  # after SIGTERM, whatever MLflow does
 WAIT_FOR_PARENT_S = 60.0
 
 
-class Store(Protocol):
+class TrackingStore(Protocol):
     """MLflow, as far as a run needs it; see platform/tracking/mlflow_store.py. Any call may raise anything."""
 
     shown_uri: str  # without its password
@@ -62,32 +62,32 @@ class Store(Protocol):
     ) -> str: ...
     def known_steps(self, run_id: str) -> dict[str, dict[int, int]]: ...
     def describe(self, run_id: str, description: dict[str, Any]) -> None: ...
-    def send(self, run_id: str, rows: list[Row]) -> int: ...
-    def set_status(self, run_id: str, record: Record) -> None: ...
-    def beat(self, run_id: str) -> None: ...
+    def send(self, run_id: str, rows: list[UploadRow]) -> int: ...
+    def set_status(self, run_id: str, record: UploadRecord) -> None: ...
+    def heartbeat(self, run_id: str) -> None: ...
     def send_file(self, run_id: str, path: Path, folder: str) -> None: ...
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None: ...
-    def hurry(self) -> None: ...
+    def shorten_timeouts(self) -> None: ...
 
 
 class BusyError(RuntimeError):
-    """Another uploader sends this run."""
+    """Another uploader is sending this run."""
 
 
 class RunUploader:
-    """Sends one run."""
+    """Sends the journal and files of one run."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
+    def __init__(self, folder: Path, store: TrackingStore) -> None:
         self.folder, self.store = folder, store
-        self.record = Record()
+        self.record = UploadRecord()
         self.needs_parent = False
         self._lock: int | None = None
         self._is_open = False
         self._is_unsaved = False
-        self._told = read_upload_state(folder)
-        self._last_success_s = self._last_beat_s = 0.0
+        self._written_state = read_upload_state(folder)
+        self._last_success_s = self._last_heartbeat_s = 0.0
         self._known: dict[str, dict[int, int]] = {}
-        self._counted: tuple[int, Record, int] | None = None
+        self._counted: tuple[int, UploadRecord, int] | None = None
 
     def has_new(self) -> bool:
         record = self.record
@@ -95,20 +95,20 @@ class RunUploader:
         return is_behind or bool(record.files) or bool(record.tags)
 
     def is_complete(self, behind_bytes: int = 0) -> bool:
-        """All is sent, and the last event is an `ended` behind this offset."""
+        """Return whether all is sent and the last event is an `ended` after this offset."""
         record = self.record
         is_end = record.end_bytes > behind_bytes and record.end_bytes == record.offset_bytes
         return self._is_open and is_end and not self.has_new()
 
-    def turn(self, *, beats: bool = False) -> None:
-        """Send what is new.
+    def send_new(self, *, heartbeats: bool = False) -> None:
+        """Send all new rows, tags and files.
 
         Args:
-            beats: tell MLflow now and then that the run is alive.
+            heartbeats: also send heartbeats, every `HEARTBEAT_S`.
 
         Raises:
-            BusyError: another uploader has the run; all the same to MLflow.
-            Exception: of the store; what was sent is noted, the rest comes with the next call.
+            BusyError: another uploader is sending the run.
+            Exception: of the store. What was sent is recorded; the next call sends the rest.
         """
         self._take_lock()
         if not self._is_open:
@@ -131,18 +131,18 @@ class RunUploader:
             record.tags = {}
             self._is_done(record)
         self._send_files(run_id)
-        if beats and not self.record.end_bytes and self._is_due():
-            self.store.beat(run_id)
-            self._last_beat_s = time.monotonic()
+        if heartbeats and not self.record.end_bytes and self._is_due():
+            self.store.heartbeat(run_id)
+            self._last_heartbeat_s = time.monotonic()
             self._last_success_s = time.time()
         if self._is_unsaved:
             self._is_done(self.record)
-        self.tell("finished" if self.is_complete() else "waiting")
+        self.write_state("finished" if self.is_complete() else "waiting")
 
-    def tell(self, state: str, error: str = "") -> None:
-        """Write uploader.json, if it would say something new."""
+    def write_state(self, state: str, error: str = "") -> None:
+        """Write uploader.json, if the state has changed."""
         record = self.record
-        told = UploadState(
+        new_state = UploadState(
             uri=self.store.shown_uri,
             run_id=record.run_id,
             state=state,
@@ -151,18 +151,18 @@ class RunUploader:
             sent_rows=record.sent_rows,
             skipped_rows=record.skipped_rows,
             refused_rows=record.refused_rows,
-            error=mask_text(error)[:2000],
+            error=redact(error)[:2000],
             last_success_s=round(self._last_success_s, 1),
             call_s=round(self.store.call_s, 2),
             process=os.getpid(),
         )
-        if told != self._told:
-            with contextlib.suppress(OSError):  # a full disk; the next turn tells it
-                write_json(self.folder / STATE_FILE, asdict(told))
-                self._told = told
+        if new_state != self._written_state:
+            with contextlib.suppress(OSError):  # a full disk; the next call writes it
+                write_json(self.folder / STATE_FILE, asdict(new_state))
+                self._written_state = new_state
 
     def close(self) -> None:
-        """Let other uploaders have the run."""
+        """Release the run's lock for other uploaders."""
         if self._lock is not None:
             os.close(self._lock)
         self._lock, self._is_open = None, False
@@ -185,7 +185,7 @@ class RunUploader:
     def _open(self) -> None:
         uri = self.store.shown_uri
         if self.record.uri not in ("", uri):
-            self.record = Record()  # to another server goes all of it
+            self.record = UploadRecord()  # another server needs all of it
         if self.record.uri != uri:
             self.record.uri = uri
             self._save()
@@ -194,8 +194,8 @@ class RunUploader:
             self.folder, description, self.record.run_id, needs_parent=self.needs_parent
         )
         if run_id != self.record.run_id:
-            if self.record.run_id:  # that one is gone
-                self.record = Record(uri=uri)
+            if self.record.run_id:  # that run no longer exists
+                self.record = UploadRecord(uri=uri)
             self.record.run_id = run_id
             self._save()
         cluster = description["config"].get("cluster")
@@ -213,11 +213,12 @@ class RunUploader:
         }
         self._is_open = True
 
-    def _is_redone(self, row: Row) -> bool:
-        """MLflow has this step with another time: from before the record, or another machine's.
+    def _is_redone(self, row: UploadRow) -> bool:
+        """Return whether MLflow has this step with another time.
 
-        With the same time it is the same row, sent by an uploader that died before it noted it,
-        and perhaps not all of its portion arrived.
+        Such a row was sent before the record was lost, or by another machine. With the same time it
+        is the same row: an uploader died before it saved the record, and perhaps only a part of its
+        call arrived.
         """
         return self._known.get(row.kind, {}).get(row.step, row.time_ms) != row.time_ms
 
@@ -234,16 +235,16 @@ class RunUploader:
                         self.store.send_file(run_id, file, folder)
                         record.files_bytes += file.stat().st_size
                         if file.name == REPORT_FILE:
-                            place = f"{folder}/{file.name}".lstrip("/")
-                            self.store.set_tags(run_id, {REPORT_TAG: place})
+                            stored_path = f"{folder}/{file.name}".lstrip("/")
+                            self.store.set_tags(run_id, {REPORT_TAG: stored_path})
             except Exception:
-                record.files.append([path, folder])  # the others are not held by this one
+                record.files.append([path, folder])  # to the end, so that others are not blocked
                 self.record = record
                 raise
             self._is_done(record)
 
     def _fits(self, file: Path) -> bool:
-        """Whether the run may send this file, too."""
+        """Return whether the file fits in what the run may send."""
         num_bytes = file.stat().st_size
         if self.record.files_bytes + num_bytes <= MAX_FILES_BYTES:
             return True
@@ -253,11 +254,11 @@ class RunUploader:
         )  # fmt: skip
         return False
 
-    def _is_done(self, record: Record) -> None:
+    def _is_done(self, record: UploadRecord) -> None:
         self.record = record
         self._last_success_s = time.time()
         self._save()
-        self.tell("sending")
+        self.write_state("sending")
 
     def _save(self) -> None:
         try:
@@ -268,16 +269,16 @@ class RunUploader:
             logger.warning("%s: cannot be written now: %s", self.folder / "mlflow.json", error)
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._last_beat_s >= HEARTBEAT_S or not self._last_beat_s
+        return time.monotonic() - self._last_heartbeat_s >= HEARTBEAT_S or not self._last_heartbeat_s
 
     def _journal_bytes(self) -> int:
         try:
-            return (self.folder / FILE_NAME).stat().st_size
+            return (self.folder / JOURNAL_FILE).stat().st_size
         except OSError:
             return 0
 
     def _count_left(self) -> int:
-        """Rows that wait; each event is read once, however often this is asked."""
+        """Return the number of unsent rows; each event is read once over all calls."""
         begin = self.record.offset_bytes
         if self._counted is None or self._counted[0] != begin:
             self._counted = (begin, self.record, 0)
@@ -289,12 +290,12 @@ class RunUploader:
 
 
 class Follower:
-    """Sends a run, or all runs in a folder, until they have ended or it is told to stop."""
+    """Sends a run, or all runs in a folder, until they have ended or `stop` is called."""
 
     def __init__(
         self,
         folder: Path,
-        store: Store,
+        store: TrackingStore,
         *,
         sweep: bool = False,
         behind_bytes: int = 0,
@@ -302,8 +303,8 @@ class Follower:
     ) -> None:
         """
         Args:
-            behind_bytes: an `ended` before this offset of the folder's own journal is history.
-            parent: process that is followed; without it nothing more will come.
+            behind_bytes: an `ended` event before this offset belongs to an earlier start.
+            parent: process id of the supervisor; once it has died, no more events will be written.
         """
         self.folder, self.store, self.sweep = folder, store, sweep
         self.behind_bytes, self.parent = behind_bytes, parent
@@ -313,53 +314,54 @@ class Follower:
         self._stopped_s = 0.0
 
     def follow(self) -> bool:
-        """True if all is in MLflow."""
+        """Send until the run has ended; return True if everything is in MLflow."""
         failures = 0
         for run in self._find_runs():
-            run.tell("waiting")  # it has started
+            run.write_state("waiting")  # it has started
         while True:
-            error = self.turn()
+            error = self.send_new()
             if error is None:
                 failures = 0
             else:
                 failures += 1
-                logger.warning("MLflow: %s", mask_text(error)[:500])
+                logger.warning("MLflow: %s", redact(error)[:500])
             if error is None and self._is_over():
                 return True
             if self._stop.is_set() and not self._waits_for_the_last_event(error):
                 return error is None
-            self._wait(min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6)) if failures else TURN_S)
+            backoff_s = min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6))
+            self._wait(backoff_s if failures else POLL_EVERY_S)
 
-    def turn(self) -> str | None:
-        """Send what is new of every run; what went wrong, if anything did."""
+    def send_new(self) -> str | None:
+        """Send what is new of every run; return the error, if there was one."""
         first: str | None = None
         for run in self._find_runs():
             if run.is_complete() and run.folder != self.folder:
                 continue
             try:
                 run.needs_parent = time.monotonic() - self._began_s < WAIT_FOR_PARENT_S
-                run.turn(beats=not self._stop.is_set())
+                run.send_new(heartbeats=not self._stop.is_set())
                 if run.is_complete() and run.folder != self.folder:
-                    run.tell("finished")
+                    run.write_state("finished")
             except BusyError as error:
                 first = first or str(error)
             except (OSError, ValueError) as error:  # of this folder alone
                 first = first or f"{run.folder}: {error}"
-                run.tell("waiting", str(error))
+                run.write_state("waiting", str(error))
             except Exception as error:
-                run.tell("waiting", str(error) or type(error).__name__)
+                run.write_state("waiting", str(error) or type(error).__name__)
                 return str(error) or type(error).__name__
         return first
 
     def stop(self) -> None:
         self._stopped_s = time.monotonic()
         self._stop.set()
-        self.store.hurry()
+        self.store.shorten_timeouts()
 
-    def tell_stopped(self) -> None:
+    def write_stopped(self) -> None:
         for run in list(self._runs.values()):
             if not run.is_complete():
-                run.tell("stopped", run._told.error)
+                run.write_state("stopped", run._written_state.error)
 
     def _find_runs(self) -> Iterator[RunUploader]:
         for folder in find_runs(self.folder) if self.sweep else [self.folder]:
@@ -372,7 +374,7 @@ class Follower:
         return own is not None and own.is_complete(self.behind_bytes)
 
     def _waits_for_the_last_event(self, error: str | None) -> bool:
-        """Both were told to stop, and the supervisor still has to say how the run ended."""
+        """Return whether the supervisor, which was also stopped, has yet to write `ended`."""
         is_late = time.monotonic() - self._stopped_s > LAST_WAIT_S
         return self.parent is not None and _is_parent(self.parent) and error is None and not is_late
 
@@ -384,14 +386,14 @@ class Follower:
                 time.sleep(0.1)
                 return
             if not had_ended and self._has_ended():
-                return  # at once: its supervisor waits
+                return  # at once, since the supervisor waits
             if self.parent is not None and not _is_parent(self.parent):
                 self.stop()
                 return
 
     def _has_ended(self) -> bool:
         try:
-            with (self.folder / FILE_NAME).open("rb") as file:
+            with (self.folder / JOURNAL_FILE).open("rb") as file:
                 end = file.seek(0, os.SEEK_END)
                 if end <= self.behind_bytes:
                     return False
@@ -401,11 +403,11 @@ class Follower:
             return False
 
 
-def stop_on_signals(stop: Callable[[], None], last_words: Callable[[], None]) -> None:
-    """SIGTERM: `stop` at once, and the process ends after `STOP_WITHIN_S`, wherever it hangs.
+def stop_on_signals(stop: Callable[[], None], before_exit: Callable[[], None]) -> None:
+    """On SIGTERM call `stop`, and end the process after `STOP_WITHIN_S` wherever it hangs.
 
-    The signal reaches a thread of its own through a pipe, since the main one may sit in a call of
-    a library that does not come back to Python. Ctrl-C belongs to the supervisor.
+    A separate thread receives the signal through a pipe, since the main thread may be in a library
+    call that does not return to Python. Ctrl-C is ignored: the supervisor handles it.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -421,7 +423,7 @@ def stop_on_signals(stop: Callable[[], None], last_words: Callable[[], None]) ->
         deadline.start()
         stop()
         time.sleep(STOP_WITHIN_S - 0.5)
-        last_words()
+        before_exit()
         os._exit(1)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
@@ -432,7 +434,7 @@ def _is_parent(process: int) -> bool:
 
 
 def _write_replaced(folder: Path) -> None:
-    """All images that were replaced, each once, as a file that people can read."""
+    """Write a readable file that lists each replaced image once."""
     seen: set[int] = set()
     lines = []
     for event, _ in read_events(folder):

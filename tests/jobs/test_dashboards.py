@@ -21,7 +21,7 @@ from PIL import Image
 from deta.platform.pages.content import Paragraph, Section
 from deta.platform.pages.page import write_page
 from deta.platform.system.places import child_environment
-from deta.platform.system.process_tree import RUN_MARK, marked, new_mark
+from deta.platform.system.process_tree import RUN_MARK, marked_processes, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -113,10 +113,10 @@ def test_from_the_leaderboard_to_a_report_in_mlflow(dashboards: Dashboards):
 
 
 def test_at_sigterm_nothing_is_left(dashboards: Dashboards):
-    assert marked(RUN_MARK, dashboards.mark)
+    assert marked_processes(RUN_MARK, dashboards.mark)
     dashboards.process.send_signal(signal.SIGTERM)
     assert dashboards.process.wait(WITHIN_S) == 143
-    assert not [p for p in marked(RUN_MARK, dashboards.mark) if p != dashboards.process.pid]
+    assert not [p for p in marked_processes(RUN_MARK, dashboards.mark) if p != dashboards.process.pid]
     for address in dashboards.addresses.values():
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(address, timeout=5)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.system.places import child_environment
-from deta.platform.system.process_tree import ATTEMPT_MARK, end, marked, new_mark
+from deta.platform.system.process_tree import ATTEMPT_MARK, marked_processes, new_mark, terminate
 
 pytestmark = pytest.mark.cluster
 
@@ -53,7 +53,7 @@ class Started:
 
     @property
     def processes(self) -> list[int]:
-        return marked(ATTEMPT_MARK, self.mark)
+        return marked_processes(ATTEMPT_MARK, self.mark)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def started() -> Iterator[Started]:
             if attempt == 3:
                 pytest.fail(log.read_text(errors="replace")[-3000:])
         finally:
-            end(process, mark)
+            terminate(process, mark)
             shutil.rmtree(home, ignore_errors=True)
 
 

@@ -18,15 +18,15 @@ from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.dataset_snapshot import (
     DATA_FILE,
-    KeptDataError,
-    keep_data,
-    kept_dataset,
-    kept_run,
+    SnapshotError,
+    read_dataset_snapshot,
+    read_run_snapshot,
+    write_dataset_snapshot,
 )
 from deta.platform.run.run import Run
-from deta.platform.shards.object_store import Store
+from deta.platform.shards.object_store import ObjectStore
 from deta.platform.shards.open_dataset import open_dataset
-from deta.platform.shards.packer import pack
+from deta.platform.shards.packer import pack_dataset
 
 
 class Bomb:
@@ -49,7 +49,7 @@ def run(drawn: ShapesDataset, tmp_path: Path) -> Run:
     """Of loose files for training, and of shards for validation."""
     shards = tmp_path / "shards"
     val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
-    pack(val_set, Store(shards), shard_bytes=10**6)
+    pack_dataset(val_set, ObjectStore(shards), shard_bytes=10**6)
     data = DataConfig(
         train_images=str(drawn.train_images),
         train_annotations=str(drawn.train_annotations),
@@ -68,8 +68,8 @@ def run(drawn: ShapesDataset, tmp_path: Path) -> Run:
 
 
 def test_what_is_kept_comes_back(run: Run):
-    keep_data(run)
-    again = kept_run(run.folder)
+    write_dataset_snapshot(run)
+    again = read_run_snapshot(run.folder)
 
     assert (again.config, again.folder, again.code_commit, again.notes) == (
         run.config, run.folder, "abc", ("a note",)
@@ -83,22 +83,22 @@ def test_what_is_kept_comes_back(run: Run):
             assert one.content(index) == other.content(index)
             assert one[index].image.tobytes() == other[index].image.tobytes()
             assert one[index].boxes_px.equal(other[index].boxes_px)
-    first = kept_run(run.folder).train_set.first(2)
+    first = read_run_snapshot(run.folder).train_set.first(2)
     assert first.fingerprint == run.train_set.first(2).fingerprint
 
 
 def test_a_pickle_in_a_run_folder_is_not_opened(run: Run, tmp_path: Path):
-    keep_data(run)
+    write_dataset_snapshot(run)
     trace = tmp_path / "trace"
     bomb = pickle.dumps(Bomb(trace))
     annotations = run.config.data.train_annotations
     (run.folder / "data.pickle").write_bytes(bomb)  # where versions before kept the data
-    assert kept_run(run.folder).code_commit == "abc"
+    assert read_run_snapshot(run.folder).code_commit == "abc"
     for content in (bomb, pickle.dumps((Bomb(trace), {})), b"", b"\0" * 100):
         (run.folder / DATA_FILE).write_bytes(content)
-        with pytest.raises(KeptDataError, match="is damaged"):
-            kept_run(run.folder)
-        assert kept_dataset(run.folder, "train", annotations) is None
+        with pytest.raises(SnapshotError, match="is damaged"):
+            read_run_snapshot(run.folder)
+        assert read_dataset_snapshot(run.folder, "train", annotations) is None
     assert not trace.exists()
     pickle.loads(bomb)  # the plant is alive
     assert trace.exists()
@@ -141,7 +141,7 @@ def _scramble(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
     ],
 )  # fmt: skip
 def test_what_was_altered_is_refused(run: Run, change: Any, says: str):
-    keep_data(run)
+    write_dataset_snapshot(run)
     path = run.folder / DATA_FILE
     rows = load(path.read_bytes())
     about = json.loads(rows.pop("about").tobytes())
@@ -149,13 +149,13 @@ def test_what_was_altered_is_refused(run: Run, change: Any, says: str):
     rows["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     path.write_bytes(save(rows))
 
-    with pytest.raises(KeptDataError, match=says):
-        kept_run(run.folder)
+    with pytest.raises(SnapshotError, match=says):
+        read_run_snapshot(run.folder)
 
 
 def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
     """Of the rows; JSON has its own checks."""
-    keep_data(run)
+    write_dataset_snapshot(run)
     path = run.folder / DATA_FILE
     content = path.read_bytes()
     rows = load(content)
@@ -166,7 +166,7 @@ def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
             table[position] ^= 1 << int(rng.integers(8))
             path.write_bytes(save(rows | {name: table}))
             try:
-                again = kept_run(run.folder)
+                again = read_run_snapshot(run.folder)
                 for index in range(len(again.val_set)):
                     again.val_set.content(index)
             except ValueError:
@@ -175,12 +175,12 @@ def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
 
 
 def test_other_annotations_are_not_those_of_the_beginning(run: Run, tmp_path: Path):
-    keep_data(run)
+    write_dataset_snapshot(run)
     annotations = Path(run.config.data.train_annotations)
-    kept = kept_dataset(run.folder, "train", str(annotations))
+    kept = read_dataset_snapshot(run.folder, "train", str(annotations))
     assert kept is not None
     assert kept.fingerprint == run.train_set.fingerprint
     other = tmp_path / "other.json"
     other.write_text(annotations.read_text() + "\n")
-    assert kept_dataset(run.folder, "train", str(other)) is None
-    assert kept_dataset(replace(run, folder=tmp_path).folder, "train", str(annotations)) is None
+    assert read_dataset_snapshot(run.folder, "train", str(other)) is None
+    assert read_dataset_snapshot(replace(run, folder=tmp_path).folder, "train", str(annotations)) is None

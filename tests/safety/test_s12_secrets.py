@@ -48,7 +48,7 @@ from pathlib import Path
 from deta.platform.launch.claim_folder import claim_folder
 from deta.platform.run.config import RunConfig, from_json
 from deta.platform.learning.distributed import Worker
-from deta.platform.run.dataset_snapshot import keep_data
+from deta.platform.run.dataset_snapshot import write_dataset_snapshot
 from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.run_file import describe_run, write_run_file
 from deta.platform.training.loop import train
@@ -56,7 +56,7 @@ from deta.platform.training.loop import train
 run = prepare(from_json(RunConfig, Path(sys.argv[1]).read_text()))
 claim_folder(run, resume=False)
 write_run_file(run.folder, describe_run(run))
-keep_data(run)
+write_dataset_snapshot(run)
 train(run, Worker())
 """
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deta.platform.checkpoint.async_writer import CheckpointWriter, Outcome
+from deta.platform.checkpoint.async_writer import CheckpointWriter, WriteResult
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import (
     Snapshot,
@@ -98,7 +98,7 @@ def make(step: int, ap: float | None = None, num_values: int = 1000) -> Snapshot
     return take_snapshot(state, RunConfig(), CATEGORIES, {"w": weights}, {"m": weights})
 
 
-def save(writer: CheckpointWriter, snapshot: Snapshot) -> Outcome:
+def save(writer: CheckpointWriter, snapshot: Snapshot) -> WriteResult:
     assert writer.save(snapshot, wait=True)
     (outcome,) = writer.poll()
     return outcome

@@ -20,7 +20,7 @@ from deta.platform.checkpoint.local import (
     take_snapshot,
 )
 from deta.platform.checkpoint.remote import (
-    Store,
+    CheckpointStore,
     StoreError,
     copy_run,
     open_store,
@@ -42,7 +42,7 @@ def make(step: int, ap: float | None = None) -> Snapshot:
     return take_snapshot(state, RunConfig(), (Category(1, "disc"),), {"w": weights}, {})
 
 
-def train(run: Path, store: Store | str | Path, aps: dict[int, float | None], keep: int = 2):
+def train(run: Path, store: CheckpointStore | str | Path, aps: dict[int, float | None], keep: int = 2):
     """Save and copy steps one after another."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():
@@ -59,19 +59,19 @@ def train(run: Path, store: Store | str | Path, aps: dict[int, float | None], ke
     return errors
 
 
-def listing(store: Store) -> list[str]:
+def listing(store: CheckpointStore) -> list[str]:
     """All files of the run, without what comes before its folder."""
     selector = FileSelector(f"{store.root}/{NAME}", recursive=True, allow_not_found=True)
     found = store.filesystem.get_file_info(selector)
     return sorted(i.path.partition(f"{NAME}/")[2] for i in found if i.is_file)
 
 
-def steps(store: Store) -> list[int]:
+def steps(store: CheckpointStore) -> list[int]:
     return sorted(int(n[5:13]) for n in listing(store) if n.endswith("/MANIFEST.json"))
 
 
 @pytest.fixture(params=["folder", "file URI", "subtree", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     place = tmp_path / "store"
     if request.param == "folder":
         return open_store(place)
@@ -79,11 +79,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return open_store(place.as_uri())
     if request.param == "subtree":
         place.mkdir()
-        return Store(SubTreeFileSystem(str(place), LocalFileSystem()), "runs", "subtree")
-    return Store(_MockFileSystem(), "runs", "memory")
+        return CheckpointStore(SubTreeFileSystem(str(place), LocalFileSystem()), "runs", "subtree")
+    return CheckpointStore(_MockFileSystem(), "runs", "memory")
 
 
-def test_a_run_comes_back_from_the_store(tmp_path: Path, store: Store):
+def test_a_run_comes_back_from_the_store(tmp_path: Path, store: CheckpointStore):
     run, fresh = tmp_path / "a" / NAME, tmp_path / "b" / NAME
     assert train(run, store, {1: 5.0, 2: 9.0, 3: None, 4: 7.0, 5: None}) == []
     assert steps(store) == [2, 4, 5]
@@ -101,7 +101,7 @@ def test_a_run_comes_back_from_the_store(tmp_path: Path, store: Store):
     assert not restore_from_store(store, "unknown", tmp_path / "c")
 
 
-def test_only_what_is_older_is_replaced(tmp_path: Path, store: Store):
+def test_only_what_is_older_is_replaced(tmp_path: Path, store: CheckpointStore):
     run, other = tmp_path / "a" / NAME, tmp_path / "b" / NAME
     train(run, store, {1: None, 2: None})
     shutil.copytree(run, other)
@@ -161,7 +161,7 @@ def test_a_newer_format_in_the_store_is_refused(tmp_path: Path):
         restore_from_store(tmp_path / "store", NAME, tmp_path / "b" / NAME)
 
 
-def test_a_step_that_was_written_again_is_copied_again(tmp_path: Path, store: Store):
+def test_a_step_that_was_written_again_is_copied_again(tmp_path: Path, store: CheckpointStore):
     run = tmp_path / "a" / NAME
     train(run, store, {1: None})
     train(run, store, {1: 4.5})
@@ -227,7 +227,7 @@ def test_no_error_shows_credentials(address: str, shown: str):
     assert found.value.__context__ is None
 
 
-def test_two_runs_of_one_name_do_not_mix(tmp_path: Path, store: Store):
+def test_two_runs_of_one_name_do_not_mix(tmp_path: Path, store: CheckpointStore):
     train(tmp_path / "a" / NAME, store, {5: None})
     other = tmp_path / "b" / NAME
     other.mkdir(parents=True)

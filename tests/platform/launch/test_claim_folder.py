@@ -15,7 +15,7 @@ from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.launch import claim_folder as claim
 from deta.platform.launch.prepare_run import prepare
 from deta.platform.run.config import DataConfig, RunConfig, override
-from deta.platform.run.dataset_snapshot import DATA_FILE, keep_data, kept_run
+from deta.platform.run.dataset_snapshot import DATA_FILE, read_run_snapshot, write_dataset_snapshot
 from deta.platform.run.run import Run
 from deta.platform.run.run_file import RUN_FILE, describe_run, write_run_file
 from deta.platform.run.run_state import RunState
@@ -46,7 +46,7 @@ def begun(config: RunConfig) -> Run:
     run = prepare(config)
     claim.claim_folder(run, resume=False)
     write_run_file(run.folder, describe_run(run))
-    keep_data(run)
+    write_dataset_snapshot(run)
     return run
 
 
@@ -105,7 +105,7 @@ def test_without_run_json_the_newest_checkpoint_tells_what_the_run_was(config: R
 
 def test_pictures_that_broke_since_do_not_end_a_run(config: RunConfig):
     run = begun(config)
-    assert kept_run(run.folder).train_set.fingerprint == run.train_set.fingerprint
+    assert read_run_snapshot(run.folder).train_set.fingerprint == run.train_set.fingerprint
     assert (run.folder / DATA_FILE).stat().st_mode & 0o077 == 0
     victim = sorted(Path(config.data.train_images).iterdir())[3]
     victim.write_bytes(b"")

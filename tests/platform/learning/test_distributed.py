@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from deta.platform.learning.distributed import (
-    Word,
+    StepVote,
     Worker,
-    agree,
-    first_difference,
-    from_everyone,
-    from_leader,
+    broadcast_from_leader,
+    first_different_tensor,
+    gather_from_all,
+    sum_votes,
 )
 
 
@@ -49,18 +49,18 @@ def on_two(act: Callable[[Worker], Any]) -> list[Any]:
 
 
 def test_what_one_says_all_know():
-    def act(worker: Worker) -> Word:
-        return agree(Word(3 + worker.rank, stop=worker.rank == 1, num_replaced=worker.rank), worker)
+    def act(worker: Worker) -> StepVote:
+        return sum_votes(StepVote(3 + worker.rank, stop=worker.rank == 1, num_replaced=worker.rank), worker)
 
     one, other = on_two(act)
-    assert one == other == Word(7, stop=True, num_replaced=1)
-    alone = Word(5, save=True)
-    assert agree(alone, Worker()) == alone
+    assert one == other == StepVote(7, stop=True, num_replaced=1)
+    alone = StepVote(5, save=True)
+    assert sum_votes(alone, Worker()) == alone
 
 
 def test_values_travel():
     def act(worker: Worker) -> Any:
-        return from_leader(f"from {worker.rank}", worker), from_everyone(worker.rank, worker)
+        return broadcast_from_leader(f"from {worker.rank}", worker), gather_from_all(worker.rank, worker)
 
     assert on_two(act) == [("from 0", [0, 1]), ("from 0", [0, 1])]
 
@@ -74,14 +74,14 @@ def _model() -> nn.Module:
 def test_one_flipped_bit_on_one_worker_is_found_and_named(dtype):
     def act(worker: Worker) -> Any:
         model = _model().to(dtype)
-        before = first_difference(model, worker)
+        before = first_different_tensor(model, worker)
         weight = model[2].weight.detach().view(torch.uint8)
         found = []
         for place in range(0, weight.numel(), max(1, weight.numel() // 40)):
             bit = 1 << (place % 8)
             if worker.rank == 1:
                 weight.view(-1)[place] ^= bit
-            found.append(first_difference(model, worker))
+            found.append(first_different_tensor(model, worker))
             if worker.rank == 1:
                 weight.view(-1)[place] ^= bit
         return before, set(found)

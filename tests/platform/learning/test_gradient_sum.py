@@ -23,7 +23,7 @@ def summed(order: list[int], exact: bool) -> torch.Tensor:
         if exact:
             gradients.add()
     if exact:
-        gradients.share()
+        gradients.all_reduce()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
@@ -45,7 +45,7 @@ def test_a_step_begins_with_nothing_of_the_one_before():
         model.zero_grad()
         model(torch.ones(1, 40)).sum().backward()
         gradients.add()
-        gradients.share()
+        gradients.all_reduce()
         found = model[2].bias.grad
         assert found is not None
         assert found.item() == 1.0
@@ -57,7 +57,7 @@ def test_what_nothing_used_has_no_gradient_and_so_does_not_decay():
     gradients = GradientSum([*model.parameters(), unused], 1)
     model(torch.ones(1, 40)).sum().backward()
     gradients.add()
-    gradients.share()
+    gradients.all_reduce()
     assert unused.grad is None
     assert model[0].weight.grad is not None
 
@@ -68,6 +68,6 @@ def test_what_is_not_finite_stays_so():
     for factor in (1.0, float("nan")):
         (model(torch.ones(1, 40)).sum() * factor).backward()
         gradients.add()
-    gradients.share()
+    gradients.all_reduce()
     assert model[2].bias.grad is not None
     assert model[2].bias.grad.isnan().all()

@@ -19,7 +19,7 @@ from deta.platform.learning.hang_watchdog import Watchdog
 
 watchdog = Watchdog(Path(sys.argv[1]), 3, 0.5)
 for _ in range(5):
-    watchdog.beat("data"); watchdog.beat("step"); time.sleep(0.01)
+    watchdog.heartbeat("data"); watchdog.heartbeat("step"); time.sleep(0.01)
 
 def where_it_hangs():
     time.sleep(300)
@@ -44,7 +44,7 @@ from pathlib import Path
 from deta.platform.learning.hang_watchdog import Watchdog
 
 watchdog = Watchdog(Path(sys.argv[1]), 1, 5)
-watchdog.beat("data")
+watchdog.heartbeat("data")
 print("waits", flush=True)
 
 def where_it_hangs():
@@ -76,7 +76,7 @@ def test_a_peer_of_one_that_ended_leaves_its_stacks_too_and_ends(tmp_path: Path)
 def test_signs_of_life_are_written_and_no_step_is_taken_for_a_hang(tmp_path: Path):
     watchdog = Watchdog(tmp_path, 0, 0.5)
     for _ in range(10):
-        watchdog.beat("step")
+        watchdog.heartbeat("step")
         time.sleep(0.1)
     watchdog.close()
     said = json.loads((tmp_path / HEARTBEATS / "rank-0.json").read_text())
@@ -98,10 +98,10 @@ def test_patience_follows_the_usual_step(tmp_path: Path, steps_s: list[float], l
     watchdog = Watchdog(tmp_path, 0, 30)
     watchdog.close()
     for seconds in steps_s:
-        watchdog.beat("step")
+        watchdog.heartbeat("step")
         watchdog._since_s -= seconds
-        watchdog.beat("data")
-    watchdog.beat("step")
+        watchdog.heartbeat("data")
+    watchdog.heartbeat("step")
     assert watchdog.limit_s == pytest.approx(limit_s, rel=0.01)
-    watchdog.beat("evaluating")
+    watchdog.heartbeat("evaluating")
     assert watchdog.limit_s > 600

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.run.fence import Fence, FencedOffError
-from deta.platform.run.journal import FILE_NAME, Journal, read_events
+from deta.platform.run.journal import JOURNAL_FILE, Journal, read_events
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,7 +29,7 @@ def test_events_come_back_in_order_and_from_an_offset(tmp_path: Path):
 
 def test_a_line_half_written_is_left_for_later(tmp_path: Path):
     Journal(tmp_path).write("a", step=1)
-    with (tmp_path / FILE_NAME).open("a") as file:
+    with (tmp_path / JOURNAL_FILE).open("a") as file:
         file.write('{"kind": "b", "st')
         file.flush()
         assert [event["kind"] for event, _ in read_events(tmp_path)] == ["a"]
@@ -39,7 +39,7 @@ def test_a_line_half_written_is_left_for_later(tmp_path: Path):
 
 def test_a_new_process_goes_on_behind_a_broken_line(tmp_path: Path):
     Journal(tmp_path).write("a", step=1)
-    with (tmp_path / FILE_NAME).open("a") as file:
+    with (tmp_path / JOURNAL_FILE).open("a") as file:
         file.write('{"kind": "torn')
     journal = Journal(tmp_path)
     journal.write("c", step=3)
@@ -60,7 +60,7 @@ def test_no_journal_means_no_events(tmp_path: Path):
 def test_bytes_that_are_no_event_are_passed_over(tmp_path: Path):
     journal = Journal(tmp_path)
     journal.write("a", step=1)
-    with (tmp_path / FILE_NAME).open("ab") as file:
+    with (tmp_path / JOURNAL_FILE).open("ab") as file:
         for line in (b"\xff\xfe\x00not text", b"3", b"null", b'{"kind": 7}', b"[" * 100_000):
             file.write(line + b"\n")
         file.write(b'{"kind": "late", "time_s": NaN}\n' + b"\0" * 512)  # a hole of zeros
@@ -68,22 +68,22 @@ def test_bytes_that_are_no_event_are_passed_over(tmp_path: Path):
     journal.close()
     events = list(read_events(tmp_path))
     assert [event["kind"] for event, _ in events] == ["a", "b"]
-    assert events[-1][1] == (tmp_path / FILE_NAME).stat().st_size
+    assert events[-1][1] == (tmp_path / JOURNAL_FILE).stat().st_size
     assert list(read_events(tmp_path, events[-1][1])) == []
 
 
 def test_a_disk_that_is_full_stops_nothing_and_loses_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    (tmp_path / FILE_NAME).symlink_to("/dev/full")  # takes nothing, like a full disk
+    (tmp_path / JOURNAL_FILE).symlink_to("/dev/full")  # takes nothing, like a full disk
     journal = Journal(tmp_path)
     for step in range(5):
         journal.write("progress", step=step)
-    assert journal.kept_bytes > 0
+    assert journal.buffered_bytes > 0
     assert "Make room on the disk" in caplog.text
-    (tmp_path / FILE_NAME).unlink()
+    (tmp_path / JOURNAL_FILE).unlink()
     journal.write("checkpoint", step=5)
-    assert journal.kept_bytes == 0
+    assert journal.buffered_bytes == 0
     assert [event["step"] for event, _ in read_events(tmp_path)] == [0, 1, 2, 3, 4, 5]
     journal.close()
 
@@ -107,20 +107,20 @@ journal.close()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert [event["step"] for event, _ in read_events(tmp_path)] == list(range(60))
-    num_lines = (tmp_path / FILE_NAME).read_bytes().count(b"\n")
+    num_lines = (tmp_path / JOURNAL_FILE).read_bytes().count(b"\n")
     assert num_lines > 60  # a part of a line stayed
 
 
-def test_what_is_kept_has_a_bound_and_the_loss_is_told(
+def test_the_buffer_has_a_bound_and_the_loss_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("deta.platform.run.journal.MAX_KEPT_BYTES", 1000)
-    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+    monkeypatch.setattr("deta.platform.run.journal.MAX_BUFFERED_BYTES", 1000)
+    (tmp_path / JOURNAL_FILE).symlink_to("/dev/full")
     journal = Journal(tmp_path)
     for step in range(100):
         journal.write("progress", step=step)
-    assert journal.kept_bytes <= 1000
-    (tmp_path / FILE_NAME).unlink()
+    assert journal.buffered_bytes <= 1000
+    (tmp_path / JOURNAL_FILE).unlink()
     journal.write("progress", step=100)
     first, *others = [event for event, _ in read_events(tmp_path)]
     assert first["kind"] == "journal_lost"

@@ -25,9 +25,9 @@ from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.launch.claim_folder import refuse_if_done
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import (
+    FixedStatsBatchNorm2d,
     OptimConfig,
     ScheduleConfig,
-    StillBatchNorm2d,
     freeze,
     make_optimizer,
     num_without_gain,
@@ -303,7 +303,7 @@ def test_frozen_batch_norm_keeps_its_statistics_while_the_model_trains():
     model(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
-    assert all(isinstance(norm, StillBatchNorm2d) and not norm.training for norm in norms)
+    assert all(isinstance(norm, FixedStatsBatchNorm2d) and not norm.training for norm in norms)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.state_dict().keys() == frozen_model((), norm="batch").state_dict().keys()
 

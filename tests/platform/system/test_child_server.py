@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.system.child_server import ServiceError, free_port, is_loopback, start_service
+from deta.platform.system.child_server import (
+    ChildServerError,
+    free_port,
+    is_loopback,
+    start_child_server,
+)
 from deta.platform.system.places import child_environment
 from deta.platform.tracking.mlflow_server import check_hosts, password
 
@@ -54,7 +59,7 @@ def test_a_server_answers_and_ends(tmp_path: Path):
             return False
 
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
-    service = start_service("it", command, tmp_path / "log", answers)
+    service = start_child_server("it", command, tmp_path / "log", answers)
     assert service.is_alive()
     assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == 0o600
     service.stop()
@@ -65,8 +70,8 @@ def test_a_server_answers_and_ends(tmp_path: Path):
 
 def test_a_server_that_does_not_start_is_named_with_its_last_words(tmp_path: Path):
     command = [sys.executable, "-c", "raise SystemExit('no such database')"]
-    with pytest.raises(ServiceError, match="no such database"):
-        start_service("it", command, tmp_path / "log", lambda: False)
+    with pytest.raises(ChildServerError, match="no such database"):
+        start_child_server("it", command, tmp_path / "log", lambda: False)
 
 
 @pytest.mark.parametrize("ending", ["stop", "killed"])
@@ -74,9 +79,9 @@ def test_nothing_is_left_of_a_server_that_does_not_listen(tmp_path: Path, ending
     """Also where whoever started it is killed and can end nothing."""
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from deta.platform.system.child_server import start_service\n"
+        "from deta.platform.system.child_server import start_child_server\n"
         f"told = Path({str(tmp_path / 'child')!r})\n"
-        f"one = start_service('it', [sys.executable, '-c', {STUBBORN!r}, str(told)],"
+        f"one = start_child_server('it', [sys.executable, '-c', {STUBBORN!r}, str(told)],"
         f" Path({str(tmp_path / 'log')!r}), lambda: told.exists() and told.read_text() != '')\n"
         "print('up', flush=True)\n"
         "sys.stdin.readline()\n"

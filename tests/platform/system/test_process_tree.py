@@ -14,10 +14,10 @@ from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
     ATTEMPT_MARK,
     RUN_MARK,
-    end,
-    end_marked,
-    marked,
+    kill_marked,
+    marked_processes,
     new_mark,
+    terminate,
     working_in,
 )
 
@@ -48,11 +48,11 @@ def test_a_family_that_is_scattered_is_ended_and_nobody_else():
     ours, theirs = start(ATTEMPT_MARK, mark, 300), start(ATTEMPT_MARK, other, 300)
     orphan = start(ATTEMPT_MARK, mark, 0)
     orphan.wait()
-    assert len(marked(ATTEMPT_MARK, mark)) == 3
-    end(ours, mark)
-    assert marked(ATTEMPT_MARK, mark) == []
-    assert len(marked(ATTEMPT_MARK, other)) == 2
-    assert end_marked(ATTEMPT_MARK, other) == 0
+    assert len(marked_processes(ATTEMPT_MARK, mark)) == 3
+    terminate(ours, mark)
+    assert marked_processes(ATTEMPT_MARK, mark) == []
+    assert len(marked_processes(ATTEMPT_MARK, other)) == 2
+    assert kill_marked(ATTEMPT_MARK, other) == 0
     theirs.wait()
 
 
@@ -62,7 +62,7 @@ def test_who_ends_when_its_input_does_is_not_killed():
         [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"],
         env=child_environment({ATTEMPT_MARK: mark}), stdin=subprocess.PIPE,
     )  # fmt: skip
-    end(polite, mark)
+    terminate(polite, mark)
     assert polite.returncode == 7
 
 
@@ -72,11 +72,11 @@ def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
     guardian = start_guardian(mark, tmp_path)
     assert guardian.stdin is not None
     time.sleep(0.5)
-    assert len(marked(RUN_MARK, mark)) == 2
+    assert len(marked_processes(RUN_MARK, mark)) == 2
     guardian.stdin.close()  # as when the supervisor was killed
     left.wait(60)
     guardian.wait(120)
-    assert marked(RUN_MARK, mark) == []
+    assert marked_processes(RUN_MARK, mark) == []
 
 
 LEADER = """
@@ -105,8 +105,8 @@ def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it
     assert leader.stdout is not None
     mark, bystander, run = leader.stdout.readline().split()
     leader.wait(60)
-    assert marked(RUN_MARK, mark) == [int(run)]
-    assert end_marked(RUN_MARK, mark) == 0
+    assert marked_processes(RUN_MARK, mark) == [int(run)]
+    assert kill_marked(RUN_MARK, mark) == 0
     assert Path("/proc", bystander).exists()
     leader.stdin.close()
 
@@ -116,8 +116,8 @@ def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
     left = start(RUN_MARK, mark, 300)
     guardian = start_guardian(mark, tmp_path)
     guardian.communicate(ALL_IS_WELL, timeout=60)
-    assert len(marked(RUN_MARK, mark)) == 2
-    end_marked(RUN_MARK, mark)
+    assert len(marked_processes(RUN_MARK, mark)) == 2
+    kill_marked(RUN_MARK, mark)
     left.wait(60)
 
 

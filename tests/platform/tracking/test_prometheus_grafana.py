@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deta.platform.system.child_server import ServiceError
+from deta.platform.system.child_server import ChildServerError
 from deta.platform.tracking.prometheus_grafana import (
     STALE_S,
     TARGETS,
@@ -191,5 +191,5 @@ def test_nothing_is_deleted_or_stopped_through_prometheus(prometheus: Server):
 
 def test_a_port_that_is_taken_is_told(prometheus: Server, tmp_path: Path):
     write_prometheus_config(tmp_path)
-    with pytest.raises(ServiceError, match="choose another port"):
+    with pytest.raises(ChildServerError, match="choose another port"):
         start_prometheus(tmp_path, port=int(prometheus.url.rpartition(":")[2]))

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.run.journal import FILE_NAME, Journal
+from deta.platform.run.journal import JOURNAL_FILE, Journal
 from deta.platform.run.run_file import RUN_FILE
 from deta.platform.system.atomic_write import write_json
-from deta.platform.tracking.upload_plan import RECORD_FILE, what_is_left
+from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent
 from deta.platform.tracking.upload_process import STATE_FILE
 from deta.platform.training.run_metrics import (
     METRICS,
     Metric,
     RunMeter,
-    RunNumbers,
+    RunStatus,
     StepTimes,
     WorkerMeter,
 )
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tell(folder: Path, *events: tuple[str, dict[str, object]]) -> None:
+def write_events(folder: Path, *events: tuple[str, dict[str, object]]) -> None:
     journal = Journal(folder)
     for kind, values in events:
         journal.write(kind, **values)
@@ -99,7 +99,7 @@ def test_a_worker_counts_its_images_and_its_waiting():
 
 
 def test_the_journal_says_how_a_run_stands(folder: Path):
-    tell(
+    write_events(
         folder,
         ("starting", {"step": 0}),
         begin(0, 0.0),
@@ -113,7 +113,7 @@ def test_the_journal_says_how_a_run_stands(folder: Path):
                         "val/seconds": 4.0, "AP_of_class/disc": 9.0}, "table": ""}),
     )  # fmt: skip
     shown = Shown()
-    RunMeter(folder, shown).look()
+    RunMeter(folder, shown).poll()
     assert shown["steps_done"] == 10
     assert shown["steps_in_all"] == 100
     assert shown["workers"] == 2
@@ -136,15 +136,15 @@ def test_the_journal_says_how_a_run_stands(folder: Path):
 
 
 def test_a_restart_is_counted_and_lost_work_is_not_goodput(folder: Path):
-    numbers = RunNumbers()
+    status = RunStatus()
     for kind, values in [
         begin(0, 0.0),
         progress(50, 40.0),
         ("restart", {"reason": "a worker was lost", "backoff_s": 0.0}),
         begin(30, 24.0, wasted_steps=20, restart_s=9.0),
     ]:
-        numbers.take({"kind": kind, "time_s": 1.0, **values})
-    found = {metric.name: value for metric, value, _ in numbers.values(100.0)}
+        status.add({"kind": kind, "time_s": 1.0, **values})
+    found = {metric.name: value for metric, value, _ in status.values(100.0)}
     assert found["deta_starts"] == 2
     assert found["deta_restarts"] == 1
     assert found["deta_redone_steps"] == 20
@@ -153,7 +153,7 @@ def test_a_restart_is_counted_and_lost_work_is_not_goodput(folder: Path):
 
 
 def test_goodput_of_a_resumed_run_is_that_of_its_present_launch():
-    numbers = RunNumbers()
+    status = RunStatus()
     for kind, values in [
         begin(0, 0.0),
         progress(50, 40.0),
@@ -161,41 +161,41 @@ def test_goodput_of_a_resumed_run_is_that_of_its_present_launch():
         begin(50, 40.0),
         progress(60, 48.0),
     ]:
-        numbers.take({"kind": kind, "time_s": 1.0, **values})
-    found = {metric.name: value for metric, value, _ in numbers.values(16.0)}
+        status.add({"kind": kind, "time_s": 1.0, **values})
+    found = {metric.name: value for metric, value, _ in status.values(16.0)}
     assert found["deta_goodput"] == pytest.approx(0.5)
 
 
 def test_the_backlog_is_what_the_journal_has_and_mlflow_has_not(folder: Path):
     meter = RunMeter(folder, shown := Shown())
-    tell(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0, lr=0.1), progress(4, 2.0, loss=2.0))
-    meter.look()
-    assert shown["mlflow_backlog_rows"] == what_is_left(folder)[0] == 3
+    write_events(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0, lr=0.1), progress(4, 2.0, loss=2.0))
+    meter.poll()
+    assert shown["mlflow_backlog_rows"] == count_unsent(folder)[0] == 3
 
-    sent_bytes = (folder / FILE_NAME).stat().st_size
+    sent_bytes = (folder / JOURNAL_FILE).stat().st_size
     write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes})
     state = {"last_success_s": 1000.0, "call_s": 0.2, "error": "away"}
     write_json(folder / STATE_FILE, state)
-    tell(folder, progress(6, 3.0, loss=1.0, lr=0.1, epoch=1.0))
-    meter.look()
+    write_events(folder, progress(6, 3.0, loss=1.0, lr=0.1, epoch=1.0))
+    meter.poll()
     assert shown["mlflow_backlog_rows"] == 3
     assert shown["mlflow_failing"] == 1
     assert shown["mlflow_time_seconds"] == 1000
     assert shown["mlflow_call_seconds"] == 0.2
 
-    sent_bytes = (folder / FILE_NAME).stat().st_size
+    sent_bytes = (folder / JOURNAL_FILE).stat().st_size
     write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes})
-    meter.look()
+    meter.poll()
     assert shown["mlflow_backlog_rows"] == 0
 
 
 def test_a_journal_that_was_begun_anew_is_read_from_its_start(folder: Path):
     meter = RunMeter(folder, shown := Shown())
-    tell(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0), progress(40, 2.0, loss=2.0))
-    meter.look()
-    (folder / FILE_NAME).unlink()
-    tell(folder, begin(0, 0.0))
-    meter.look()
+    write_events(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0), progress(40, 2.0, loss=2.0))
+    meter.poll()
+    (folder / JOURNAL_FILE).unlink()
+    write_events(folder, begin(0, 0.0))
+    meter.poll()
     assert shown["steps_done"] == 0
     assert shown["starts"] == 1
 
@@ -208,13 +208,13 @@ def test_a_journal_that_was_begun_anew_is_read_from_its_start(folder: Path):
     json.dumps({"kind": "evaluation", "time_s": 1, "metrics": []}),
 ])  # fmt: skip
 def test_events_that_others_wrote_end_nothing(folder: Path, content: str):
-    (folder / FILE_NAME).write_text(content + "\n")
+    (folder / JOURNAL_FILE).write_text(content + "\n")
     (folder / RECORD_FILE).write_text("[]")
     (folder / STATE_FILE).write_text("{")
-    RunMeter(folder, Shown()).look()
+    RunMeter(folder, Shown()).poll()
 
 
 def test_a_run_that_has_no_folder_yet_shows_nothing(tmp_path: Path):
     shown = Shown()
-    RunMeter(tmp_path / "none", shown).look()
+    RunMeter(tmp_path / "none", shown).poll()
     assert not shown.values
