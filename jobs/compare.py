@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Two models, picture by picture: which is better, by how much, where, and why.
+"""Compare two models image by image: which is better, by how much, where, and why.
 
   python jobs/compare.py ~/deta-runs/first ~/deta-runs/second
   python jobs/compare.py models:/deta@champion ~/deta-runs/second/evaluations/step-00000840
   python jobs/compare.py a.json b.json --annotations instances_val2017.json --images val2017
 
-A and B are each a run's folder, which means its best evaluation; the folder of an evaluation
-(jobs/evaluate.py --out); a version in the registry, models:/NAME@ALIAS or models:/NAME/3; the id of
+A and B are each a run's folder (its best evaluation); the folder of an evaluation
+(jobs/evaluate.py --out); a registered version, models:/NAME@ALIAS or models:/NAME/3; the id of
 an MLflow run; or a file of detections, Parquet or COCO results JSON, with --annotations. Both must
-be of the same images and boxes.
+cover the same images and boxes.
 
-Writes one HTML page that needs nothing else, and logs it to the MLflow run of B as
+The job writes one self-contained HTML page, and logs it to the MLflow run of B as
 comparisons/A-B.html. The difference in AP has a paired bootstrap interval over images; the
 resamples run in this process, or with --ray as tasks on the cluster that RAY_ADDRESS names, else on
 one started here.
@@ -49,28 +49,33 @@ def main() -> NoReturn:
         "--annotations", metavar="FILE", type=Path, help="COCO format, for files of detections"
     )
     parser.add_argument(
-        "--images", metavar="FOLDER", type=Path, help="pictures; default: where B was evaluated"
+        "--images", metavar="FOLDER", type=Path, help="images; default: where B was evaluated"
     )
     parser.add_argument(
-        "--run-a", metavar="RUN", type=Path, help="run that A comes from, for curve and cost"
+        "--run-a", metavar="RUN", type=Path, help="run of A, for its curve and cost"
     )
-    parser.add_argument("--run-b", metavar="RUN", type=Path, help="the same of B")
+    parser.add_argument("--run-b", metavar="RUN", type=Path, help="run of B")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the page; default: comparison-A-B.html here"
     )
     parser.add_argument("--resamples", metavar="N", type=int, default=1000, help="default 1000")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the resamples")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="random seed of the resamples"
+    )
     parser.add_argument(
         "--confidence", metavar="SHARE", type=float, default=0.95, help="default 0.95"
     )
     parser.add_argument("--ray", action="store_true", help="resample in Ray tasks")
     parser.add_argument(
-        "--mlflow", metavar="URI", default="", help="registry and runs; default: the usual one"
+        "--mlflow",
+        metavar="URI",
+        default="",
+        help="address of MLflow; default: MLFLOW_TRACKING_URI",
     )
     parser.add_argument(
         "--mlflow-run", metavar="ID", default="", help="log the page to this run; default: B's"
     )
-    parser.add_argument("--no-mlflow", action="store_true", help="log the page nowhere")
+    parser.add_argument("--no-mlflow", action="store_true", help="do not log the page")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="deta-compare-") as work:
         run_tool(
@@ -109,8 +114,8 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> _Inputs:
 
 
 def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
-    from deta.platform.comparison.compare import compare
-    from deta.platform.comparison.report import verdict, write_comparison
+    from deta.platform.comparison.compare import compare_sides
+    from deta.platform.comparison.report import verdict_sentences, write_comparison
 
     with ExitStack() as stack:
         mapped: MapLike = map
@@ -118,7 +123,7 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
             from deta.platform.cluster.bootstrap_tasks import ray_tasks
 
             mapped = stack.enter_context(ray_tasks(echo))
-        comparison = compare(
+        comparison = compare_sides(
             inputs.a,
             inputs.b,
             resamples=arguments.resamples,
@@ -126,12 +131,12 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
             confidence=arguments.confidence,
             map=mapped,
         )
-    for sentence in verdict(comparison):
+    for sentence in verdict_sentences(comparison):
         echo(sentence)
-    num_pictures = write_comparison(inputs.out, comparison, inputs.image_folder)
+    num_images = write_comparison(inputs.out, comparison, inputs.image_folder)
     echo(
         f"{comparison.difference.resamples} resamples in {comparison.difference.seconds:.1f} s, "
-        f"{num_pictures} pictures"
+        f"{num_images} images"
     )
     echo(f"page: {inputs.out}")
     run_id = arguments.mlflow_run or inputs.b.run_id
@@ -142,8 +147,8 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         uri = arguments.mlflow or registry_uri()
         try:
             MlflowStore(uri).send_file(run_id, inputs.out, "comparisons")
-        except Exception as error:  # the page is there; MLflow's errors are of many kinds
-            echo(f"not logged to MLflow: {error}; --mlflow says where it is, --no-mlflow leaves it")
+        except Exception as error:  # the page is written; MLflow raises many kinds of errors
+            echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")
             return 1
         echo(f"logged to MLflow: run {run_id}, comparisons/{inputs.out.name}")
     return 0

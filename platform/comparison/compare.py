@@ -1,8 +1,8 @@
-"""Two models on the same images: how far apart they are, where, and why.
+"""Compare two models on the same images: by how much they differ, where, and why.
 
-"Found" and "missed" are at an IoU of 0.5 and at each model's own operating score, where its F1 is
-highest (`explain.py`): two models whose scores mean different things are compared as each would be
-used. AP and its interval need no threshold.
+"Found" and "missed" count at an IoU of 0.5 and at each model's own operating score, where its F1 is
+highest (analysis/analysis.py). So two models with differently calibrated scores are compared as
+each would be used. AP and its interval need no threshold.
 """
 
 # N detections   G boxes to find   I images
@@ -25,18 +25,18 @@ Verdict = Literal["right", "wrong", "missed"]
 
 @dataclass(frozen=True)
 class ShownBox:
-    """A box as it is drawn over a picture."""
+    """A box as it is drawn over an image."""
 
-    box: tuple[float, float, float, float]  # xywh, pixels of the picture
+    box: tuple[float, float, float, float]  # xywh, pixels of the image
     category: str
     score: float | None  # None for a box that was missed
     verdict: Verdict
-    is_change: bool  # the other model did otherwise with this true box
+    is_change: bool  # the other model differs on this true box
 
 
 @dataclass(frozen=True)
 class ImageChange:
-    """One picture, under both models."""
+    """One image, under both models."""
 
     image_id: Any
     file_name: str
@@ -47,13 +47,13 @@ class ImageChange:
 
     @property
     def change(self) -> int:
-        """Errors fewer in B; negative where there are more."""
+        """Return by how many errors B has fewer; negative if it has more."""
         return self.errors[0] - self.errors[1]
 
 
 @dataclass(frozen=True)
 class FoundBoxes:
-    """How many true boxes are found by whom."""
+    """How many true boxes each model finds."""
 
     both: int
     only_a: int
@@ -63,11 +63,11 @@ class FoundBoxes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the page shows, but the pictures."""
+    """The content of the page, without images."""
 
     a: Side
     b: Side
-    names: tuple[str, str]  # of the two, not the same
+    names: tuple[str, str]  # never the same
     difference: PairedDifference
     explanations: tuple[Explanation, Explanation]
     found: FoundBoxes
@@ -77,7 +77,7 @@ class Comparison:
     configuration: tuple[tuple[str, str, str], ...]  # (key, A, B) of what differs
 
 
-def compare(
+def compare_sides(
     a: Side,
     b: Side,
     *,
@@ -99,13 +99,13 @@ def compare(
         resamples=resamples, seed=seed, confidence=confidence, map=map,
     )  # fmt: skip
     explanations = (explain(truth, a.results), explain(truth, b.results))
-    marks = [
-        _Marks.of(match_table(truth, side.results, AREA_RANGES[:1]), side, one.operating_score)
+    matches = [
+        _Matches.of(match_table(truth, side.results, AREA_RANGES[:1]), side, one.operating_score)
         for side, one in zip((a, b), explanations, strict=True)
     ]
-    changes = _changes(truth, marks[0], marks[1])
-    counts = marks[0].table.truth_counts[0]
-    in_a, in_b = (one.found[counts] for one in marks)
+    changes = _changes(truth, matches[0], matches[1])
+    counts = matches[0].table.truth_counts[0]
+    in_a, in_b = (one.found[counts] for one in matches)
     names = (a.name, b.name) if a.name != b.name else (f"{a.name} (A)", f"{b.name} (B)")
     return Comparison(
         a=a,
@@ -119,8 +119,8 @@ def compare(
             int((in_b & ~in_a).sum()),
             int((~in_a & ~in_b).sum()),
         ),
-        gained=tuple(sorted((c for c in changes if c.change > 0), key=_most)),
-        lost=tuple(sorted((c for c in changes if c.change < 0), key=_most)),
+        gained=tuple(sorted((c for c in changes if c.change > 0), key=_by_change)),
+        lost=tuple(sorted((c for c in changes if c.change < 0), key=_by_change)),
         num_same=sum(c.change == 0 for c in changes),
         configuration=configuration_difference(a.config, b.config),
     )
@@ -129,9 +129,9 @@ def compare(
 def configuration_difference(
     a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> tuple[tuple[str, str, str], ...]:
-    """The keys whose values differ, with both values; "-" where there is none.
+    """Return the keys whose values differ, with both values; "-" where there is none.
 
-    Empty if one side has no configuration, since then everything would differ.
+    The result is empty if a side has no configuration, since then every key would differ.
     """
     if not a or not b:
         return ()
@@ -149,28 +149,28 @@ def _value(config: Mapping[str, Any], key: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Marks:
-    """The detections of one model from its operating score on."""
+class _Matches:
+    """The detections of one model from its operating score on, matched to the true boxes."""
 
     table: MatchTable
     results: Sequence[Mapping[str, Any]]
-    chosen: np.ndarray  # places of detections, right or wrong, the surest first
+    chosen: np.ndarray  # places of detections, right or wrong, by descending score
     right: np.ndarray  # of these
     found: np.ndarray  # G
 
     @staticmethod
-    def of(table: MatchTable, side: Side, score: float) -> _Marks:
+    def of(table: MatchTable, side: Side, score: float) -> _Matches:
         counts = (table.score >= score) & ~table.ignored[0, 0]
         chosen = np.flatnonzero(counts)
         chosen = chosen[np.argsort(-table.score[chosen], kind="stable")]
         right = table.true[0, 0][chosen]
         found = np.zeros(len(table.truth_image), bool)
         found[table.found[0][chosen[right]]] = True
-        return _Marks(table, side.results, chosen, right, found)
+        return _Matches(table, side.results, chosen, right, found)
 
 
-def _changes(truth: Mapping[str, Any], a: _Marks, b: _Marks) -> list[ImageChange]:
-    table = a.table  # images, categories and true boxes stand alike in both
+def _changes(truth: Mapping[str, Any], a: _Matches, b: _Matches) -> list[ImageChange]:
+    table = a.table  # images, categories and true boxes are the same in both
     num_images, counts = len(table.image_ids), table.truth_counts[0]
     wrong, missed = [], []
     for one in (a, b):
@@ -195,8 +195,8 @@ def _changes(truth: Mapping[str, Any], a: _Marks, b: _Marks) -> list[ImageChange
     ]
 
 
-def _boxes(truth: Mapping[str, Any], one: _Marks, other: _Marks) -> dict[int, list[ShownBox]]:
-    """What is drawn on each image, by its place: detections, then the boxes that were missed."""
+def _boxes(truth: Mapping[str, Any], one: _Matches, other: _Matches) -> dict[int, list[ShownBox]]:
+    """Return the boxes to draw, by place of the image: detections, then missed boxes."""
     table = one.table
     names = {category["id"]: str(category["name"]) for category in truth["categories"]}
     category = table.category
@@ -227,5 +227,5 @@ def _boxes(truth: Mapping[str, Any], one: _Marks, other: _Marks) -> dict[int, li
     return shown
 
 
-def _most(change: ImageChange) -> tuple[int, int, str]:
+def _by_change(change: ImageChange) -> tuple[int, int, str]:
     return -abs(change.change), -(change.gained + change.lost), str(change.image_id)

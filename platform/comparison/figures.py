@@ -1,4 +1,4 @@
-"""Figures of a comparison: differences with intervals, error shares, curves of both sides."""
+"""Plot a comparison: differences with intervals, error costs, curves of both sides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_CLASSES = 30  # in the figure; the table has all
 
 
 def metric_rows(comparison: Comparison) -> list[ForestRow]:
-    """AP, AP50 and AP75 of the whole evaluation, in points."""
+    """Return AP, AP50 and AP75 of the whole evaluation, in points."""
     found = comparison.difference
     values = [("AP", found.difference, found.low, found.high)]
     values += [(name, one.difference, one.low, one.high) for name, one in found.others]
@@ -33,7 +33,7 @@ def metric_rows(comparison: Comparison) -> list[ForestRow]:
 
 
 def class_rows(comparison: Comparison) -> list[ForestRow]:
-    """The classes that differ most, in points; filled where told from zero after correction."""
+    """Return the classes that differ most, in points; filled if significant after correction."""
     found = comparison.difference
     names = {c["id"]: str(c["name"]) for c in comparison.a.ground_truth["categories"]}
     shown = [
@@ -51,7 +51,7 @@ def class_rows(comparison: Comparison) -> list[ForestRow]:
 
 
 def error_bars(comparison: Comparison, *, narrow: bool) -> Plot:
-    """What each kind of error costs either side."""
+    """Plot what each error type costs either side."""
     data: list[Trace] = []
     kinds: list[str] = []
     largest = 1.0
@@ -88,7 +88,7 @@ def error_bars(comparison: Comparison, *, narrow: bool) -> Plot:
 
 
 def precision_recall(comparison: Comparison, *, narrow: bool) -> Plot:
-    """Precision over recall of both sides, the mean over classes, at three IoU thresholds."""
+    """Plot precision over recall of both sides, the mean over classes, at three IoU thresholds."""
     data: list[Trace] = []
     for side, (name, explanation) in enumerate(
         zip(comparison.names, comparison.explanations, strict=True)
@@ -116,7 +116,7 @@ def precision_recall(comparison: Comparison, *, narrow: bool) -> Plot:
 
 
 def training_curves(comparison: Comparison, *, narrow: bool) -> Plot | None:
-    """AP over epochs of the sides whose run is known."""
+    """Plot AP over epochs of the sides whose run is known."""
     data: list[Trace] = []
     for place, (name, side) in enumerate(
         zip(comparison.names, (comparison.a, comparison.b), strict=True)

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: images gained and lost, with what either model found on them."""
+"""Show the images of a comparison, gained and lost, with the detections of either model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from deta.platform.pages.content import Column, Jpeg, Paragraph, Part, Section, 
 from deta.platform.pages.number_format import num_of
 from deta.platform.pages.slideshow import Slide, SlideBox, SlideShow, SlideView
 
-NUM_PICTURES = 20  # gained, and as many lost
+NUM_IMAGES = 20  # gained, and as many lost
 LONGER_PX = 640
 JPEG_QUALITY = 74
-MAX_PICTURE_BYTES = 6_000_000  # of all pictures of a page; those beyond are left out
-MAX_BOXES = 40  # on one picture, the surest and those that changed
+MAX_IMAGE_BYTES = 6_000_000  # of all images of a page; those beyond are left out
+MAX_BOXES = 40  # on one image, those that changed and those of high score
 KEY = (
     ("right", "✓ found"),
-    ("wrong", "✗ wrong: nothing there, or badly framed"),
+    ("wrong", "✗ wrong: nothing there, or an inaccurate box"),
     ("missed", "missed"),
-    ("strong", "thick: the other model did otherwise"),
+    ("strong", "thick: the other model differs here"),
 )
 WORDS = {"right": "✓", "wrong": "✗", "missed": "missed"}
 
 
 def slides_of(comparison: Comparison, folder: Path | None) -> list[Slide]:
-    """The images that changed most and whose files are there."""
+    """Return the images that changed most and whose files exist."""
     slides: list[Slide] = []
     used = 0
     groups = (("Gained", comparison.gained), ("Lost", comparison.lost))
     for group, changes in groups:
-        # Half of the room for those that are lost, at least.
-        limit = MAX_PICTURE_BYTES // 2 if group == "Gained" else MAX_PICTURE_BYTES
-        for change in changes[:NUM_PICTURES]:
+        # At least half of the bytes are for images that are lost.
+        limit = MAX_IMAGE_BYTES // 2 if group == "Gained" else MAX_IMAGE_BYTES
+        for change in changes[:NUM_IMAGES]:
             slide = _slide(comparison, change, group, folder)
             if slide is not None and used + len(slide.jpeg.content) <= limit:
                 used += len(slide.jpeg.content)
@@ -47,7 +47,7 @@ def slides_of(comparison: Comparison, folder: Path | None) -> list[Slide]:
 def _slide(
     comparison: Comparison, change: ImageChange, group: str, folder: Path | None
 ) -> Slide | None:
-    """None where the picture is not there or broken."""
+    """Return a slide, or None if the image is missing or broken."""
     if folder is None or not change.file_name:
         return None
     try:
@@ -76,7 +76,7 @@ def _slide(
 
 
 def _drawn(boxes: Sequence[ShownBox]) -> list[ShownBox]:
-    """At most so many, the changed ones first, then as they came: missed ones are last there."""
+    """Return at most `MAX_BOXES`: changed ones first, others as they come, missed ones last."""
     ordered = sorted(boxes, key=lambda box: not box.is_change)[:MAX_BOXES]
     return sorted(ordered, key=lambda box: box.is_change)  # drawn above the others
 
@@ -95,28 +95,29 @@ def _share(box: ShownBox, size: tuple[int, int]) -> SlideBox:
     )  # fmt: skip
 
 
-def pictures_section(comparison: Comparison, slides: Sequence[Slide]) -> Section:
+def images_section(comparison: Comparison, slides: Sequence[Slide]) -> Section:
+    """Return the section of images gained and lost."""
     scores = [explanation.operating_score for explanation in comparison.explanations]
     text = (
         f"{len(comparison.gained)} images are gained, with fewer errors in B, "
-        f"{len(comparison.lost)} lost, {comparison.num_same} as before. Detections count from a "
+        f"{len(comparison.lost)} lost, {comparison.num_same} unchanged. Detections count from a "
         f"score of {scores[0]:.2f} in A and {scores[1]:.2f} in B, where each has its highest F1."
     )
     parts: list[Part] = [Paragraph(text)]
     if slides:
         parts += [
             Paragraph(
-                "Step with ← and →, J and K, the buttons, or a click on the picture.",
+                "Step with ← and →, J and K, the buttons, or a click on the image.",
                 style="aside",
             ),
             SlideShow("images-shown", slides, KEY),
         ]
     else:
-        parts.append(Paragraph("No pictures were found to show; --images says where they are."))
-    changed = [*comparison.gained[:NUM_PICTURES], *comparison.lost[:NUM_PICTURES]]
+        parts.append(Paragraph("No image files were found; --images FOLDER names their folder."))
+    changed = [*comparison.gained[:NUM_IMAGES], *comparison.lost[:NUM_IMAGES]]
     if changed:
         parts.append(_changes_table(changed))
-    return Section(name="pictures", title="Images gained and lost", parts=parts)
+    return Section(name="images", title="Images gained and lost", parts=parts)
 
 
 def _changes_table(changed: Sequence[ImageChange]) -> Table:

@@ -1,4 +1,4 @@
-"""The page of a comparison: which model is better, by how much, where, and why."""
+"""Write the page of a comparison: which model is better, by how much, where, and why."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from deta.platform.comparison.figures import (
     precision_recall,
     training_curves,
 )
-from deta.platform.comparison.images import pictures_section, slides_of
+from deta.platform.comparison.images import images_section, slides_of
 from deta.platform.comparison.sources import Side
 from deta.platform.pages.content import Column, Figure, Paragraph, Part, Section, Table
 from deta.platform.pages.number_format import duration, num_of, p_value, signed
 from deta.platform.pages.page import write_page
 from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
+from deta.platform.system.short_list import short_list
 
-FEW_IMAGES = 10  # an interval from so few images is worth little
+FEW_IMAGES = 10  # an interval from fewer images is unreliable
 
 
 def write_comparison(path: Path, comparison: Comparison, image_folder: Path | None) -> int:
-    """Write the page, whole or not at all; how many pictures are on it.
+    """Write the page atomically. Returns the number of images on it.
 
     Args:
-        image_folder: where the pictures are that the ground truth names; None for none.
+        image_folder: holds the images that the ground truth names; None for a page without them.
 
     Raises:
         RuntimeError: plotly is not installed.
@@ -40,7 +41,7 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
         _result(comparison),
         _classes(comparison),
         _errors(comparison),
-        pictures_section(comparison, slides),
+        images_section(comparison, slides),
         _curves(comparison),
         _configuration(comparison),
         _cost(comparison),
@@ -51,7 +52,7 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
         path,
         title=f"{comparison.names[0]} (A) and {comparison.names[1]} (B)",
         summary=[
-            *(Paragraph(text, style="verdict") for text in verdict(comparison)),
+            *(Paragraph(text, style="verdict") for text in verdict_sentences(comparison)),
             Paragraph(_facts(comparison), style="facts"),
         ],
         sections=[section for section in sections if section is not None],
@@ -61,8 +62,8 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
     return len(slides)
 
 
-def verdict(comparison: Comparison) -> list[str]:
-    """The answer in a sentence or two, for the page and for a terminal."""
+def verdict_sentences(comparison: Comparison) -> list[str]:
+    """Return the result in a sentence or two, for the page and for a terminal."""
     found = comparison.difference
     if math.isnan(found.difference):
         return ["There is no box to find."]
@@ -75,21 +76,26 @@ def verdict(comparison: Comparison) -> list[str]:
     elif found.high < 0:
         first = f"{b} is worse by {size} ({confidence} {interval})."
     elif found.low == found.high == 0:
-        first = "The two are equal: no image makes a difference."
+        first = "The two are equal on every image."
     else:
         first = (
-            f"The two cannot be told apart on these images: {b} has "
+            f"These images do not distinguish the two: {b} has "
             f"{_points(found.difference)} AP ({confidence} {interval})."
         )
     names = {c["id"]: str(c["name"]) for c in comparison.a.ground_truth["categories"]}
     level = 1 - found.confidence
-    told = [(names[key], one) for key, one in found.per_category.items() if one.p_adjusted < level]
-    better = [name for name, one in told if one.difference > 0]
-    worse = [name for name, one in told if one.difference < 0]
-    if not told:
-        return [first, "No single class is told from chance after correction for their number."]
+    distinct = [
+        (names[key], one) for key, one in found.per_category.items() if one.p_adjusted < level
+    ]
+    better = [name for name, one in distinct if one.difference > 0]
+    worse = [name for name, one in distinct if one.difference < 0]
+    if not distinct:
+        return [
+            first,
+            "No single class differs significantly after correction for the number of classes.",
+        ]
     parts = [
-        f"{word} at {_list(which)}"
+        f"{word} at {_enumeration(which)}"
         for word, which in (("better", better), ("worse", worse))
         if which
     ]
@@ -123,9 +129,9 @@ def _result(comparison: Comparison) -> Section:
         parts.append(
             _forest(
                 "result-figure", "B minus A", shown,
-                "Paired: each resample of the images is the same for both, so what makes an image "
-                "hard for both does not widen the interval. It is about other images of this "
-                "kind, not about other trainings of these models.",
+                "Paired: both models get the same resamples of the images, so images that are hard "
+                "for both do not widen the interval. The interval covers other images of this "
+                "kind, not other trainings of these models.",
             )
         )  # fmt: skip
     return Section(name="result", title="Difference", parts=[*parts, table])
@@ -166,9 +172,9 @@ def _classes(comparison: Comparison) -> Section:
         parts.append(
             _forest(
                 "classes-figure", title, rows,
-                "A filled mark is told from zero after the correction of Benjamini and Hochberg: "
-                "of the classes that are named so, one in twenty at most is expected to be there "
-                "by chance. Intervals are for one class at a time.",
+                "A filled mark differs from zero after the correction of Benjamini and Hochberg: "
+                "at most one in twenty of these classes is expected to be there by chance. "
+                "Intervals are for one class at a time.",
             )
         )  # fmt: skip
     return Section(name="classes", title="Classes", parts=[*parts, table])
@@ -177,9 +183,9 @@ def _classes(comparison: Comparison) -> Section:
 def _errors(comparison: Comparison) -> Section:
     one, other = (explanation.errors for explanation in comparison.explanations)
     table = Table(
-        caption="How much AP50 would rise if just those errors were repaired (TIDE)",
+        caption="How much AP50 would rise if only those errors were repaired (TIDE)",
         columns=[
-            Column(title="Kind"),
+            Column(title="Type"),
             Column(title="A", unit="points", is_number=True),
             Column(title="B", unit="points", is_number=True),
             Column(title="B minus A", unit="points", is_number=True),
@@ -198,10 +204,10 @@ def _errors(comparison: Comparison) -> Section:
     )
     plots = [error_bars(comparison, narrow=narrow) for narrow in (False, True)]
     figure = _figure(
-        "errors-figure", "What errors cost", plots,
-        "Shorter is better. A repair can make room for another, so the kinds do not add up.",
+        "errors-figure", "Cost of each error type", plots,
+        "Shorter is better. One repair can enable another, so costs do not add up.",
     )  # fmt: skip
-    return Section(name="errors", title="Kinds of errors", parts=[figure, table])
+    return Section(name="errors", title="Error types", parts=[figure, table])
 
 
 def _curves(comparison: Comparison) -> Section:
@@ -241,7 +247,7 @@ def _curves(comparison: Comparison) -> Section:
 
 def _configuration(comparison: Comparison) -> Section:
     if not comparison.a.config or not comparison.b.config:
-        text = "The configuration of one side is not known, so there is nothing to compare."
+        text = "The configuration of one side is not known."
         return Section(name="configuration", title="Configuration", parts=[Paragraph(text)])
     num_keys = len(comparison.a.config.keys() | comparison.b.config.keys())
     rows = comparison.configuration
@@ -310,12 +316,12 @@ def _how(comparison: Comparison) -> Section:
     text = Paragraph(
         f"{num_of(found.resamples, 'resample')} of the {num_of(found.num_images, 'image')} with "
         f"replacement, the same for both, seed {found.seed}. AP of a resample is the COCO AP of "
-        "the data set in which each image stands as often as it was drawn; a class that no drawn "
-        "image shows is left out of both. The interval goes from quantile to quantile. Of a class "
-        f"in fewer than {FEW_IMAGES} images, neither interval nor p says much."
+        "the data set in which each image counts as often as it was drawn; a class without a drawn "
+        "image is left out of both. The interval is between quantiles. For a class in fewer than "
+        f"{FEW_IMAGES} images, interval and p are unreliable."
     )
     aside = Paragraph(
-        "This page holds all of its data and its drawing code (plotly.js, MIT license); it "
+        "This page contains all of its data and its drawing code (plotly.js, MIT license); it "
         "fetches nothing.",
         style="aside",
     )
@@ -358,12 +364,12 @@ def _cells(a: float, b: float, difference: float, low: float, high: float) -> li
 
 
 def _points(share: float) -> str:
-    """In points of AP, with its sign."""
+    """Return a difference in points of AP, with its sign."""
     text = signed(100 * share, 1)
     return text if text.startswith("\u2212") or float(text) == 0 else f"+{text}"
 
 
-def _list(names: Sequence[str], most: int = 6) -> str:
+def _enumeration(names: Sequence[str], most: int = 6) -> str:
     if len(names) > most:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
+        return short_list(names, most)
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]

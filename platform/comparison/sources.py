@@ -1,9 +1,9 @@
-"""One side of a comparison: detections with their ground truth, and what is known of their model.
+"""Read one side of a comparison: detections, ground truth, and facts about the model.
 
 | given | detections | configuration, curve and cost |
 |---|---|---|
 | a run's folder | its best evaluation | its run.json and journal |
-| an evaluation's folder | its own | of the evaluation; the run's if it lies in one |
+| an evaluation's folder | its own | of the evaluation; of the run that contains it |
 | models:/NAME@ALIAS, models:/NAME/3 | registered with the version | of the evaluation |
 | an MLflow run's id | its artifact `evaluation` | of the evaluation |
 | a Parquet file or COCO results JSON | the file, with an annotation file | none |
@@ -25,9 +25,11 @@ from deta.platform.evaluation.evaluation_folder import (
     images_fingerprint,
     read_evaluation,
 )
+from deta.platform.pages.number_format import num_of
 from deta.platform.run.journal import read_events
 from deta.platform.run.run_file import RUN_FILE, read_run_file
 from deta.platform.study.trial_record import TrialCost
+from deta.platform.system.short_list import short_list
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 5
@@ -35,10 +37,10 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Side:
-    """What is compared. Empty or None where it is not known."""
+    """One evaluation to compare. Fields are empty or None if not known."""
 
     name: str
-    source: str  # as it was given
+    source: str  # as the user gave it
     ground_truth: dict[str, Any]  # COCO
     results: Sequence[Mapping[str, Any]]  # COCO results
     fingerprint: str  # of images and boxes, `images_fingerprint`
@@ -67,11 +69,11 @@ def open_side(
         source: see the table above.
         annotations: COCO format; for files of detections only.
         run: folder of the run that an evaluation or a file comes from, for curve and cost.
-        mlflow_uri: of the registry and of runs; empty for the usual one.
-        work: an empty folder for what is downloaded; needed for models:/… and MLflow's runs.
+        mlflow_uri: of the registry and of runs; empty for the default one.
+        work: an empty folder for downloads; needed for models:/… and MLflow's runs.
 
     Raises:
-        ValueError: there is no such thing, or it has no evaluation; says what to do.
+        ValueError: there is no such source, or it has no evaluation.
     """
     path = Path(source).expanduser()
     if source.startswith("models:/") or (RUN_ID.fullmatch(source) and not path.exists()):
@@ -99,10 +101,10 @@ def open_side(
 
 
 def refuse_other_images(a: Side, b: Side) -> None:
-    """Two evaluations can be compared only if they are of the same images and boxes.
+    """Check that two evaluations are of the same images and boxes.
 
     Raises:
-        ValueError: they are not; names what differs.
+        ValueError: they are not; the message names what differs.
     """
     if a.fingerprint == b.fingerprint:
         return
@@ -151,9 +153,7 @@ def _boxes(truth: Mapping[str, Any], ids: set[Any]) -> dict[Any, list[str]]:
 def _examples(words: str, ids: set[Any]) -> str:
     if not ids:
         return ""
-    shown = sorted(ids, key=str)[:MAX_NAMED]
-    more = f" and {len(ids) - len(shown)} more" if len(ids) > len(shown) else ""
-    return f" ({words}: {', '.join(map(str, shown))}{more})"
+    return f" ({words}: {short_list(sorted(ids, key=str), MAX_NAMED)})"
 
 
 def _of_evaluation(folder: Path) -> Side:
@@ -224,46 +224,58 @@ def _of_mlflow(source: str, uri: str, work: Path) -> Side:
     return replace(_of_evaluation(folder), name=name, source=source, run_id=source)
 
 
-def _with_run(side: Side, run: Path) -> Side:
-    """With the configuration, learning curve and cost of the run's folder."""
-    described = read_run_file(run)
-    config = _flat(described["config"])
-    mlflow = run / "mlflow.json"
-    try:
-        run_id = json.loads(mlflow.read_text(encoding="utf-8")).get("run_id") or ""
-    except (OSError, ValueError, AttributeError):
-        run_id = ""
-    curve: dict[float, float] = {}
-    speeds: list[float] = []
-    wall_s, began_s, last_s, kwh = 0.0, None, 0.0, 0.0
+@dataclass
+class _History:
+    """What a run's journal records about its course."""
+
+    curve: dict[float, float] = field(default_factory=dict)  # epoch to AP
+    speeds: list[float] = field(default_factory=list)  # images/s
+    wall_s: float = 0.0  # without the time between attempts
+    energy_kwh: float = 0.0
+
+
+def _read_history(run: Path) -> _History:
+    history = _History()
+    began_s, last_s = None, 0.0
     for event, _ in read_events(run):
         time_s, values = float(event.get("time_s", last_s)), event.get("metrics") or {}
         if event["kind"] in ("begin", "starting") and last_s and began_s is not None:
-            wall_s, began_s = wall_s + max(0.0, last_s - began_s), None
+            history.wall_s, began_s = history.wall_s + max(0.0, last_s - began_s), None
         if event["kind"] in ("begin", "starting", "progress", "evaluation", "checkpoint", "end"):
             began_s, last_s = time_s if began_s is None else began_s, time_s
         if event["kind"] == "evaluation" and "val/AP" in values:
-            curve[float(values.get("val/epoch", event["step"]))] = float(values["val/AP"])
+            history.curve[float(values.get("val/epoch", event["step"]))] = float(values["val/AP"])
         elif event["kind"] == "progress" and "train/images_per_s" in values:
-            speeds.append(float(values["train/images_per_s"]))
+            history.speeds.append(float(values["train/images_per_s"]))
         elif event["kind"] == "energy":
-            kwh = max(kwh, float(event["kwh"]))
-    wall_s += max(0.0, last_s - began_s) if began_s is not None else 0.0
+            history.energy_kwh = max(history.energy_kwh, float(event["kwh"]))
+    history.wall_s += max(0.0, last_s - began_s) if began_s is not None else 0.0
+    return history
+
+
+def _with_run(side: Side, run: Path) -> Side:
+    """Add the configuration, learning curve and cost of the run's folder."""
+    config = _flat(read_run_file(run)["config"])
+    try:
+        run_id = json.loads((run / "mlflow.json").read_text(encoding="utf-8")).get("run_id") or ""
+    except (OSError, ValueError, AttributeError):
+        run_id = ""
+    history = _read_history(run)
+    wall_s, steady = history.wall_s, sorted(history.speeds[1:] or history.speeds)
     workers, on_gpu = int(config.get("cluster.num_workers", 1)), bool(config.get("cluster.gpu"))
     cpus = workers * float(config.get("cluster.cpus_per_worker", 1))
-    steady = sorted(speeds[1:] or speeds)
     return replace(
         side,
         config=config,
-        curve=tuple(sorted(curve.items())),
+        curve=tuple(sorted(history.curve.items())),
         cost=TrialCost(
             wall_s=wall_s or None,
             gpu_hours=workers * wall_s / 3600 if wall_s and on_gpu else None,
             cpu_hours=cpus * wall_s / 3600 if wall_s else None,
             images_per_s=steady[len(steady) // 2] if steady else None,
-            energy_kwh=kwh or None,
+            energy_kwh=history.energy_kwh or None,
         ),
-        hardware=f"{workers} {'GPU' if on_gpu else 'CPU'} worker" + ("s" if workers > 1 else ""),
+        hardware=num_of(workers, f"{'GPU' if on_gpu else 'CPU'} worker"),
         run_id=side.run_id or run_id,
         image_folder=side.image_folder or str(config.get("data.val_images") or ""),
     )
