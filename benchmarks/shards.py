@@ -31,9 +31,9 @@ from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import train_loader
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig
-from deta.platform.shards.object_store import Store, is_address
+from deta.platform.shards.object_store import ObjectStore, is_address
 from deta.platform.shards.open_dataset import open_dataset
-from deta.platform.shards.packer import MEGABYTE, pack
+from deta.platform.shards.packer import MEGABYTE, pack_dataset
 from deta.platform.shards.sharded_dataset import ShardedDataset
 
 CACHED_ROW_GROUPS = 8
@@ -62,7 +62,9 @@ def main() -> None:
         loose = CocoDataset.open(arguments.images, arguments.annotations)
         location = arguments.shards or Path(temporary) / "shards"
         began = time.perf_counter()
-        packed = pack(loose, Store(location), shard_bytes=arguments.shard_mb * MEGABYTE)
+        packed = pack_dataset(
+            loose, ObjectStore(location), shard_bytes=arguments.shard_mb * MEGABYTE
+        )
         seconds = time.perf_counter() - began
         sharded = open_dataset(location)
         assert isinstance(sharded, ShardedDataset)

@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""A data set of loose files to Parquet shards, for slow disks, shared storage and object stores.
+"""Pack a data set into Parquet shards, for slow disks, shared storage and object stores.
 
   python jobs/pack.py --images train2017 --annotations instances_train2017.json \\
       --output /data/coco-train
   python jobs/pack.py … --output s3://bucket/coco-train
   python jobs/pack.py --verify s3://bucket/coco-train
 
-The shards hold the files as they are and all annotations, and train exactly as the loose files do:
-give their folder or address as --train-images, and no annotations. Beside the images they take
-under 1 % of space.
+The shards hold the unchanged files and all annotations, and train exactly as the loose files do:
+give their folder or address as --train-images, without annotations. They are less than 1 %
+larger than the images.
 
-A call that was ended, however, goes on when it is given again. Pictures are checked as training
-checks them, by their headers; --decode looks at every pixel, at the cost of decoding all once.
+An interrupted call continues when it is repeated. Images are checked as training
+checks them, by their headers; --decode also decodes every image once.
 
-Credentials of a store come from the environment, never from its address.
+Credentials of an object store come from the environment, never from its address.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import NoReturn
 from deta.jobs.command_line import described_parser, refuse
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
-from deta.platform.shards.manifest import read_manifest, verify_shards
-from deta.platform.shards.object_store import Store
-from deta.platform.shards.packer import MEGABYTE, pack
+from deta.platform.shards.manifest import read_pack_manifest, verify_shards
+from deta.platform.shards.object_store import ObjectStore
+from deta.platform.shards.packer import MEGABYTE, pack_dataset
 
 MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
 
@@ -43,10 +43,10 @@ def main() -> NoReturn:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO format")
     parser.add_argument("--output", metavar="FOLDER", help="new folder, or address of one")
     parser.add_argument("--shard-mb", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--lenient", action="store_true", help="leave out what cannot be used")
-    parser.add_argument("--decode", action="store_true", help="decode every picture first")
+    parser.add_argument("--lenient", action="store_true", help="leave out invalid records")
+    parser.add_argument("--decode", action="store_true", help="decode every image first")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
-                        help="of a picture; default: 50 million")  # fmt: skip
+                        help="of an image; default: 50 million")  # fmt: skip
     parser.add_argument("--verify", metavar="FOLDER", help="compare all checksums of shards")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -58,10 +58,10 @@ def main() -> NoReturn:
     except ValueError as error:
         refuse(error)
     except OSError as error:
-        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        print(f"error: {error}; repeat the command to continue", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        print("\nstopped; repeat the command to continue", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -72,7 +72,7 @@ def _pack(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             parser.error(f"--{option} is missing")
     if not 1 <= arguments.shard_mb <= MAX_SHARD_MB:
         parser.error(f"--shard-mb {arguments.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
-    store = Store(arguments.output)
+    store = ObjectStore(arguments.output)
     dataset = CocoDataset.open(
         arguments.images,
         arguments.annotations,
@@ -80,12 +80,12 @@ def _pack(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         max_pixels=arguments.max_pixels,
         progress=True,
     )
-    # The notes travel with the shards, and paths of this machine say nothing elsewhere.
+    # The notes are stored in the shards, where paths of this machine mean nothing.
     dataset.notes = [
         note.replace(str(arguments.annotations), arguments.annotations.name)
         for note in dataset.notes
     ]
-    packed = pack(
+    packed = pack_dataset(
         dataset,
         store,
         shard_bytes=arguments.shard_mb * MEGABYTE,
@@ -97,14 +97,14 @@ def _pack(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     print(
         f"{store.shown}: {manifest.num_images} images in {len(manifest.shards)} shards "
-        f"({packed.num_found} were there before), {num_bytes / MEGABYTE:,.1f} MB, "
+        f"({packed.num_reused} existed already), {num_bytes / MEGABYTE:,.1f} MB, "
         f"data {manifest.fingerprint[:12]}"
     )
 
 
 def _verify(location: str) -> None:
-    store = Store(location)
-    manifest = read_manifest(store)
+    store = ObjectStore(location)
+    manifest = read_pack_manifest(store)
     verify_shards(store, manifest, progress=True)
     print(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
 

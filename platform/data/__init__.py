@@ -1,1 +1,1 @@
-"""An annotation file and an image folder become samples and batches."""
+"""Annotation files and image folders, read into samples and batches."""

@@ -1,18 +1,18 @@
-"""Annotation file in COCO's format to checked lists, or one error that names every fault.
+"""Read an annotation file in COCO format into checked lists, or raise one error with all faults.
 
-The structure is checked here, field by field; geometry and image files are left to `coco.py`.
-What is asked of the file is narrower than what Python's `json` and pycocotools let pass:
+The structure is checked here, field by field; `coco_dataset.py` checks geometry and image files.
+The rules are stricter than those of Python's `json` and of pycocotools:
 
-- UTF-8, with or without byte order mark. NaN and Infinity are not JSON and refused in any field.
-- All ids are whole numbers of 64 bits, so that tensors hold them; a text "1" is no id. Category
-  ids are not negative, as -1 mostly means "ignore". Gaps, 0 and huge ids are fine.
-- `id`, `name`, `file_name`, `width`, `height`, `image_id`, `category_id` and `bbox` must be there,
-  though ids of annotations are renumbered later: a file that lacks some was cut or merged wrongly.
-  `area` and `iscrowd` may be missing, and mean w * h and 0.
-- Ids are unique. An image record that is there twice, equal in all fields, can be skipped.
+- UTF-8, with or without byte order mark. NaN and Infinity are not JSON: an error in any field.
+- All ids are 64-bit integers, so that they fit into tensors; the string "1" is not an id. Category
+  ids are not negative, because -1 mostly means "ignore". Gaps, 0 and huge ids are allowed.
+- `id`, `name`, `file_name`, `width`, `height`, `image_id`, `category_id` and `bbox` are required,
+  even annotation ids, which are renumbered later: a file without some was cut or merged wrongly.
+  `area` and `iscrowd` are optional; their defaults are w * h and 0.
+- Ids are unique. An image record that is repeated with equal fields can be skipped.
 - A file name is a relative path with `/` and without `..`: see `file_name_fault`.
 
-`segmentation` is dropped while reading, unseen: boxes need no masks, and it is most of the memory.
+`segmentation` is dropped while parsing: boxes need no masks, and masks take most of the memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any
 
 from deta.platform.system.safe_read import read_bounded
 
-NUM_SHOWN = 10  # problems written out in one error
-NUM_IDS_SHOWN = 5  # ids written out in one note
+NUM_SHOWN = 10  # problems listed in one error
+NUM_IDS_SHOWN = 5  # ids listed in one note
 INT64 = range(-(2**63), 2**63)
-MAX_ANNOTATION_BYTES = 4 << 30  # COCO has 0.5 GB, and Objects365, the largest known here, 2.5
+MAX_ANNOTATION_BYTES = 4 << 30  # COCO has 0.5 GB; Objects365, the largest we know, has 2.5 GB
 LARGEST_FLOAT = 1.7976931348623157e308
 
 REPEATED_IMAGE = "image record given twice"
@@ -39,12 +39,12 @@ IMAGE_NOT_LISTED = "annotation of an image that is not listed"
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be used; the message names file, record and field of each fault."""
+    """An unusable data set; the message names file, record and field of each fault."""
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """The three lists of a COCO file, in the order of the file, with only the fields we read."""
+    """The three lists of a COCO file, in file order."""
 
     categories: list[dict[str, Any]]
     images: list[dict[str, Any]]
@@ -53,22 +53,22 @@ class CocoFile:
 
 @dataclass
 class Problems:
-    """What is wrong with one data set, collected so that a single run shows all of it."""
+    """All faults of one data set, collected so that a single run reports all of them."""
 
     path: Path
     errors: list[str] = field(default_factory=list)
     skippable: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
-    def refuse(self, record: str, field_name: str, what: str) -> None:
-        """Note a fault that no mode accepts."""
+    def add_error(self, record: str, field_name: str, what: str) -> None:
+        """Record a fault that is an error in both modes."""
         self.errors.append(f"{record}, {field_name}: {what}")
 
-    def skip(self, kind: str, record_id: int, text: str) -> None:
-        """Note a fault that lenient mode answers by leaving the record out."""
+    def add_skippable(self, kind: str, record_id: int, text: str) -> None:
+        """Record a fault that makes lenient mode skip the record."""
         self.skippable.setdefault(kind, []).append((record_id, text))
 
-    def raise_if_refused(self, lenient: bool) -> None:
-        """Raise one DatasetError for all faults that this mode does not accept."""
+    def raise_errors(self, lenient: bool) -> None:
+        """Raise one DatasetError with all faults that are errors in this mode."""
         skippable = [text for faults in self.skippable.values() for _, text in faults]
         refused = self.errors if lenient else self.errors + skippable
         if not refused:
@@ -89,29 +89,30 @@ class Problems:
         raise DatasetError("\n".join(lines))
 
     def notes(self) -> list[str]:
-        """One line for each kind of skipped record: how many, and the first ids."""
+        """Return a line for each kind of skipped record, with the count and the first ids."""
         return [
-            counted_note(self.path, f"skipped: {kind}", [record_id for record_id, _ in faults])
+            records_note(self.path, f"skipped: {kind}", [record_id for record_id, _ in faults])
             + f"; first: {faults[0][1]}"
             for kind, faults in self.skippable.items()
         ]
 
 
-def counted_note(path: Path, what: str, ids: list[int]) -> str:
+def records_note(path: Path, what: str, ids: list[int]) -> str:
+    """Return one line that counts records and lists the first of their ids."""
     shown = ", ".join(str(i) for i in ids[:NUM_IDS_SHOWN])
     more = ", ..." if len(ids) > NUM_IDS_SHOWN else ""
     return f"{path}: {len(ids)} {_plural('record', len(ids))} {what} (ids {shown}{more})"
 
 
 def read_coco_file(path: Path, problems: Problems) -> CocoFile:
-    """The lists of an annotation file, without records that are broken or given twice.
+    """Read the lists of an annotation file, without broken and repeated records.
 
     Args:
         path: the annotation file.
-        problems: is told of every fault in a record.
+        problems: receives every fault in a record.
 
     Raises:
-        DatasetError: the file cannot be read at all, so that there is nothing to collect.
+        DatasetError: the file cannot be read or parsed.
     """
     document = _parse(path, problems)
     categories = _records(document, "categories", problems)
@@ -119,7 +120,7 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
     annotations = _records(document, "annotations", problems)
     for name in ("categories", "images"):
         if document.get(name) == []:
-            problems.refuse("top level", name, "is empty; at least one is needed")
+            problems.add_error("top level", name, "is empty; at least one is needed")
 
     known_categories = {c.get("id") for c in categories if type(c.get("id")) is int}
     known_images = {i.get("id") for i in images if type(i.get("id")) is int}
@@ -132,24 +133,24 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
     _refuse_shared_ids(images, "image", problems)
     _refuse_shared_ids(annotations, "annotation", problems)
 
-    # Known are the ids of broken records too: a reference to one would only repeat its fault.
+    # Ids of broken records count as known: an error on a reference would only repeat the fault.
     listed = []
     for a in annotations:
         if known_categories and a["category_id"] not in known_categories:
             what = f"{a['category_id']} is not among the ids of `categories`"
-            problems.refuse(f"annotation {a['id']}", "category_id", what)
+            problems.add_error(f"annotation {a['id']}", "category_id", what)
         if a["image_id"] in known_images or not known_images:
             listed.append(a)
         else:
             what = f"annotation {a['id']}, image_id: no image has the id {a['image_id']}"
-            problems.skip(IMAGE_NOT_LISTED, a["id"], what)
+            problems.add_skippable(IMAGE_NOT_LISTED, a["id"], what)
     return CocoFile(categories, images, listed)
 
 
 def _parse(path: Path, problems: Problems) -> dict[str, Any]:
     try:
         content = read_bounded(path, MAX_ANNOTATION_BYTES)
-    except ValueError as error:  # a folder, a device, a giant
+    except ValueError as error:  # a folder, a device, or too large
         raise DatasetError(str(error)) from error
     except (FileNotFoundError, IsADirectoryError, PermissionError, NotADirectoryError) as error:
         raise DatasetError(
@@ -162,17 +163,17 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise DatasetError(
-            f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it in that encoding"
+            f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
         ) from error
     del content  # half a gigabyte for COCO
 
     constants: list[str] = []
 
-    def constant(name: str) -> float:
+    def record_constant(name: str) -> float:
         constants.append(name)
         return float(name)
 
-    def finished(record: dict[str, Any]) -> dict[str, Any]:
+    def check_object(record: dict[str, Any]) -> dict[str, Any]:
         if constants:
             _refuse_constants(record, constants[0], problems)
             constants.clear()
@@ -180,12 +181,12 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
         return record
 
     try:
-        document = json.loads(text, object_hook=finished, parse_constant=constant)
+        document = json.loads(text, object_hook=check_object, parse_constant=record_constant)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path}: is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+    except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         raise DatasetError(f"{path}: cannot be read as JSON: {error}") from error
 
     if isinstance(document, list):
@@ -202,13 +203,13 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
 
 
 def _refuse_constants(record: dict[str, Any], name: str, problems: Problems) -> None:
-    """Tell of NaN and Infinity in fields that no later check reads."""
+    """Report NaN and Infinity in fields that no later check reads."""
     noun = "annotation" if "image_id" in record else "image" if "file_name" in record else "object"
     fields = ANNOTATION_FIELDS | IMAGE_FIELDS | CATEGORY_FIELDS if noun != "object" else {}
     for field_name, value in record.items():
         if field_name not in fields and _holds_constant(value):
             where = f"{noun} {_show(record['id'])}" if "id" in record else f"{noun} without id"
-            problems.refuse(where, field_name, f"holds {name}, which is not JSON")
+            problems.add_error(where, field_name, f"holds {name}, which is not JSON")
 
 
 def _holds_constant(value: object) -> bool:
@@ -219,29 +220,29 @@ def _holds_constant(value: object) -> bool:
 
 def _records(document: dict[str, Any], name: str, problems: Problems) -> list[dict[str, Any]]:
     if name not in document:
-        problems.refuse("top level", name, "is missing")
+        problems.add_error("top level", name, "is missing")
         return []
     records = document[name]
     if not isinstance(records, list):
-        problems.refuse("top level", name, f"is {_show(records)}, not a list")
+        problems.add_error("top level", name, f"is {_show(records)}, not a list")
         return []
     for position, record in enumerate(records):
         if not isinstance(record, dict):
-            problems.refuse(
+            problems.add_error(
                 "top level", name, f"{_show(record)} at position {position} is not an object"
             )
     return [record for record in records if isinstance(record, dict)]
 
 
-# A fault function says what is wrong with a value, or None. Types are compared, not tested by
-# isinstance: True is an int to Python, and no number to us.
+# A fault function describes what is wrong with a value, or returns None. Types are compared, not
+# tested by isinstance: True is an int in Python, but not a valid number here.
 
 
 def _id_fault(value: object) -> str | None:
     if type(value) is not int:
-        return f"is {_show(value)}, not a whole number"
+        return f"is {_show(value)}, not an integer"
     if value not in INT64:
-        return f"is {_show(value)}, which 64 bits do not hold"
+        return f"is {_show(value)}, which does not fit in 64 bits"
     return None
 
 
@@ -253,7 +254,7 @@ def _category_id_fault(value: object) -> str | None:
 
 def _length_fault(value: object) -> str | None:
     if type(value) is not int or value < 1:
-        return f"is {_show(value)}, not a whole number of pixels from 1 up"
+        return f"is {_show(value)}, not an integer number of pixels of at least 1"
     return None
 
 
@@ -279,17 +280,17 @@ def _crowd_fault(value: object) -> str | None:
 
 
 def _text_fault(value: object) -> str | None:
-    return None if type(value) is str else f"is {_show(value)}, not a text"
+    return None if type(value) is str else f"is {_show(value)}, not a string"
 
 
 def file_name_fault(value: object) -> str | None:
-    """Why a `file_name` cannot be a path below the image folder, or None.
+    """Return why a `file_name` cannot be a path below the image folder, or None.
 
-    It comes from a file of unknown origin and ends in `open`, so everything that could lead
-    elsewhere is refused. Links are followed, and refused if they lead out, by `coco.py`.
+    It comes from an untrusted file and is passed to `open`, so everything that could lead out of
+    the folder is refused. `image_folder.py` checks links.
     """
     if type(value) is not str:
-        return f"is {_show(value)}, not a text"
+        return f"is {_show(value)}, not a string"
     if not value:
         return "is empty"
     if "\0" in value:
@@ -297,9 +298,9 @@ def file_name_fault(value: object) -> str | None:
     if "\\" in value:
         return f"{_show(value)} holds a backslash; write folders with /"
     if "://" in value:
-        return f"{_show(value)} is a URL; fetch the file and name it"
+        return f"{_show(value)} is a URL; download the file and give its path"
     if value.startswith("/") or re.match("[A-Za-z]:", value):
-        return f"{_show(value)} is an absolute path; name it relative to the image folder"
+        return f"{_show(value)} is an absolute path; make it relative to the image folder"
     if ".." in value.split("/"):
         return f"{_show(value)} holds .. and could leave the image folder"
     try:
@@ -331,7 +332,7 @@ OPTIONAL_FIELDS = frozenset({"area", "iscrowd"})
 def _checked(
     records: list[dict[str, Any]], fields: Faults, noun: str, problems: Problems
 ) -> list[dict[str, Any]]:
-    """The records without a fault; the others go to `problems`, in the order of the file."""
+    """Return the records without faults; add the others to `problems`, in file order."""
     faults: dict[int, list[tuple[str, str]]] = {}  # position -> (field, what)
     for field_name, fault_of in fields.items():
         for position, record in enumerate(records):
@@ -347,20 +348,20 @@ def _checked(
         record_id = records[position].get("id")
         where = str(record_id) if type(record_id) is int else f"at position {position}"
         for field_name, what in faults[position]:
-            problems.refuse(f"{noun} {where}", field_name, what)
+            problems.add_error(f"{noun} {where}", field_name, what)
     return [record for position, record in enumerate(records) if position not in faults]
 
 
 def _without_repeats(images: list[dict[str, Any]], problems: Problems) -> list[dict[str, Any]]:
     first: dict[int, dict[str, Any]] = {}
-    kept = []
+    unique = []
     for image in images:
         if first.setdefault(image["id"], image) is image or first[image["id"]] != image:
-            kept.append(image)
+            unique.append(image)
         else:
             what = f"image {image['id']}, id: the same record is given twice"
-            problems.skip(REPEATED_IMAGE, image["id"], what)
-    return kept
+            problems.add_skippable(REPEATED_IMAGE, image["id"], what)
+    return unique
 
 
 def _refuse_shared_ids(records: list[dict[str, Any]], noun: str, problems: Problems) -> None:
@@ -368,7 +369,7 @@ def _refuse_shared_ids(records: list[dict[str, Any]], noun: str, problems: Probl
     if len(counts) < len(records):
         for record_id, count in counts.items():
             if count > 1:
-                problems.refuse(f"{noun} {record_id}", "id", f"is used by {count} records")
+                problems.add_error(f"{noun} {record_id}", "id", f"is used by {count} records")
 
 
 def _plural(noun: str, count: int) -> str:
@@ -376,9 +377,9 @@ def _plural(noun: str, count: int) -> str:
 
 
 def _show(value: object) -> str:
-    """A value for a message, cut short: it may be a list of millions, or 4000 digits."""
+    """Return a value for a message, shortened: it may be a list of millions, or 4000 digits."""
     return _SHORT.repr(value)
 
 
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = 120  # a path, whole
+_SHORT.maxstring = 120  # a complete path

@@ -1,24 +1,26 @@
-"""A data set in COCO's format: image folder and annotation file in, one `Sample` per index out.
+"""A data set in COCO format: an image folder and an annotation file, read as `Sample`s.
 
-Everything that can be checked without decoding pixels is checked when the data set is opened, and
-all of it before the first complaint: the annotation file field by field (`coco_json.py`), and of
-each image its path, its header and its size (`image_folder.py`).
+Opening a data set checks everything that needs no decoded pixels, and reports all faults in one
+error: the annotation file field by field (`coco_annotations.py`), and the path, header and size of
+each image (`image_folder.py`).
 
-Two modes. Strict, the default, raises `DatasetError` for any fault. Lenient skips, with one counted
-note per kind: images that are missing, unreadable or of another size, image records given twice,
-and annotations of images that are not listed. Faults of structure (missing fields, wrong types,
-shared ids, unknown categories, numbers that are not finite, paths out of the folder) are errors in
-both, and so is a picture that fails only when its pixels are decoded: then `dataset[i]` raises.
+There are two modes. Strict, the default, raises `DatasetError` for any fault. Lenient skips some
+records and adds a note with a count for each kind: images that are missing, unreadable or of
+another size, repeated image records, and annotations of images that are not listed. Structural
+faults are errors in both modes: missing fields, wrong types, shared ids, unknown categories,
+numbers that are not finite, paths out of the folder. An image that fails only when its pixels are
+decoded is an error in both modes too: then `dataset[i]` raises.
 
-Geometry is no fault, for COCO itself has boxes that overhang and two without area. Training boxes
-are clipped to the image; those without area, outside, or left with a side under 0.01 px are
-dropped with a count. Crowd regions give no training box. The ground truth for evaluation is what
-the file says: every annotation of the images here, crowds and dropped boxes too, unclipped and with
-the file's `area` (even one that contradicts the box), as pycocotools would read the file. Only the
-annotation ids are new, from 1, as pycocotools takes an id of 0 for "no match".
+Odd boxes are not faults: COCO itself has boxes that reach out of the image and two without area.
+Training boxes are clipped to the image. Boxes without area, outside the image, or with a side under
+0.01 px after clipping are dropped and counted. Crowd regions are not training boxes. The ground
+truth for evaluation is as pycocotools would read the file: every annotation of these images,
+including crowds and dropped boxes, unclipped, with the file's `area` (even one that contradicts the
+box). Only the annotation ids are new and start at 1, because pycocotools reads an id of 0 as "no
+match".
 
-A class index is the position among the sorted category ids; every category counts, used or not.
-Images are in the order of their ids, whatever the order of the file.
+A class index is the position among the sorted category ids; unused categories count too.
+Images are sorted by id, whatever the order of the file.
 """
 
 # N training boxes of one image   I images   A annotations of all images
@@ -41,21 +43,23 @@ from PIL import Image
 from torch import Tensor
 
 from deta.platform.data.coco_annotations import DatasetError, Problems, read_coco_file
-from deta.platform.data.coco_tables import make_tables
+from deta.platform.data.coco_tables import make_tables, set_ranges
 from deta.platform.data.image_decoding import MAX_PIXELS, ImageError, decode_bytes, read_file
-from deta.platform.data.image_folder import inspect_images, size_fault
+from deta.platform.data.image_folder import inspect_images, size_mismatch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Category:
+    """A category of the annotation file."""
+
     id: int  # as in the annotation file
     name: str
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image of the data set, not yet decoded."""
 
     image_id: int
@@ -78,9 +82,9 @@ class Sample:
 
 
 class CocoDataset:
-    """Images with boxes, in the order of their ids. Made by `CocoDataset.open`.
+    """Images with boxes, sorted by image id. Made by `CocoDataset.open`.
 
-    `dataset[i]` decodes image i. Cheap to send to workers and safe to share between threads.
+    `dataset[i]` decodes image i. It is cheap to pickle and safe to share between threads.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class CocoDataset:
         notes: list[str],
         max_pixels: int,
     ) -> None:
-        """Tables that `open` has checked: I names, I image rows, A annotation rows."""
+        """Wrap tables that `open` has checked: I names, I image rows, A annotation rows."""
         self.folder = folder
         self.categories = categories
         self.notes = notes
@@ -117,20 +121,20 @@ class CocoDataset:
         Args:
             images: the folder that every `file_name` is relative to; may itself be a link.
             annotations: JSON in COCO's format.
-            lenient: skip, counted in `notes`, what can be skipped.
+            lenient: skip records that can be skipped, and count them in `notes`.
             max_pixels: the largest image to accept, width times height.
             progress: show a bar on stderr if reading the headers takes long.
 
         Raises:
-            DatasetError: with all faults found, each with its record and field.
+            DatasetError: lists all faults, each with its record and field.
         """
         images, annotations = Path(images), Path(annotations)
         if not images.is_dir():
-            raise DatasetError(f"{images}: is no folder of images; check data.images")
+            raise DatasetError(f"{images}: is not a folder; check data.images")
         problems = Problems(annotations)
         coco = read_coco_file(annotations, problems)
         num_bytes = inspect_images(images, coco.images, max_pixels, progress, problems)
-        problems.raise_if_refused(lenient)
+        problems.raise_errors(lenient)
 
         usable = [i for i in coco.images if i["id"] in num_bytes]
         if not usable:
@@ -154,7 +158,7 @@ class CocoDataset:
         return len(self._image_rows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Image `index`, decoded, with its training boxes.
+        """Decode image `index` and return it with its training boxes.
 
         Raises:
             ImageError: the file does not decode completely, or changed since it was checked.
@@ -162,7 +166,7 @@ class CocoDataset:
         record = self.records[index]
         image = decode_bytes(self.content(index), record.path, self.max_pixels)
         if image.size != (record.width, record.height):
-            raise ImageError(size_fault(record.path, image.size, (record.width, record.height)))
+            raise ImageError(size_mismatch(record.path, image.size, (record.width, record.height)))
         return Sample(
             image,
             torch.from_numpy(record.boxes_px),
@@ -172,34 +176,34 @@ class CocoDataset:
         )
 
     def content(self, index: int) -> bytes:
-        """The file of image `index` as it is stored.
+        """Return the stored bytes of image `index`.
 
         Raises:
-            ImageError: it is missing, or cannot be read.
+            ImageError: the file is missing or cannot be read.
         """
         return read_file(self.records[index].path, self.max_pixels)
 
     @property
     def tables(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """File names, image rows and annotation rows (`coco_tables.py`), not to be written to."""
+        """File names, image rows and annotation rows (`coco_tables.py`); do not modify."""
         return self._file_names, self._image_rows, self._annotation_rows
 
     @property
     def num_bytes(self) -> np.ndarray:
-        """Length of each image's file: I int64."""
+        """Size of each image file in bytes: I int64."""
         return self._image_rows["num_bytes"].copy()
 
     @property
-    def records(self) -> Records:
-        """What is known of each image without decoding it."""
-        return Records(self)
+    def records(self) -> ImageRecords:
+        """The record of each image, without decoding it."""
+        return ImageRecords(self)
 
     @property
     def ground_truth(self) -> dict[str, Any]:
-        """COCO dictionary for evaluation, made anew at each call: images, annotations, categories.
+        """COCO dictionary for evaluation, built at each access: images, annotations, categories.
 
-        Holds every annotation of these images, boxes as in the file and category ids as in the
-        file, annotations numbered from 1.
+        It has every annotation of these images, with boxes and category ids as in the file.
+        Annotations are numbered from 1.
         """
         images = [
             {"id": image_id, "file_name": name, "width": width, "height": height}
@@ -238,11 +242,11 @@ class CocoDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what training sees; equal on every machine and in any folder.
+        """SHA-256 (hex) of the training data; the same on every machine and in every folder.
 
-        Covers the categories and, of each image, id, file name, size, length of the file in bytes,
-        training boxes and labels. Pixels are not read: a file exchanged for one of equal length
-        goes unseen.
+        It covers the categories and each image's id, file name, size, file size in bytes,
+        training boxes and labels. It does not cover pixels: a file replaced by another of equal
+        length goes unnoticed.
         """
         digest = hashlib.sha256(b"deta coco 1\n")
         digest.update(_line([[category.id, category.name] for category in self.categories]))
@@ -256,10 +260,10 @@ class CocoDataset:
         return digest.hexdigest()
 
     def first(self, num_images: int) -> CocoDataset:
-        """The images with the lowest ids, as a data set of its own.
+        """Return a data set of the images with the lowest ids.
 
         Raises:
-            ValueError: fewer than one image is asked for, or more than there are.
+            ValueError: `num_images` is below 1 or larger than the data set.
         """
         if not 1 <= num_images <= len(self):
             raise ValueError(
@@ -268,12 +272,12 @@ class CocoDataset:
         return self.subset(range(num_images))
 
     def subset(self, indices: Iterable[int]) -> CocoDataset:
-        """Some of the images, as a data set of its own, in the order of their ids.
+        """Return a data set of some of the images, sorted by id.
 
-        All categories stay, so that class indices keep their meaning.
+        All categories stay, so class indices keep their meaning.
 
         Raises:
-            ValueError: no index, or one twice.
+            ValueError: there is no index, or one is repeated.
             IndexError: an index outside the data set.
         """
         chosen = sorted(operator.index(i) for i in indices)
@@ -287,8 +291,7 @@ class CocoDataset:
             self._annotation_rows[start:end]
             for start, end in zip(image_rows["start"], image_rows["end"], strict=True)
         ]
-        image_rows["end"] = np.cumsum(counts)
-        image_rows["start"] = image_rows["end"] - counts
+        set_ranges(image_rows, counts)
         notes = [*self.notes, f"{len(chosen)} of {len(self)} images were chosen"]
         return self._with_images(chosen, image_rows, np.concatenate(rows), notes)
 
@@ -299,7 +302,7 @@ class CocoDataset:
         annotation_rows: np.ndarray,
         notes: list[str],
     ) -> CocoDataset:
-        """The data set of the images at some indices, whose rows these are."""
+        """Return the data set of the images at some indices, given their rows."""
         return CocoDataset(
             self.folder,
             [self._file_names[i] for i in chosen],
@@ -313,11 +316,11 @@ class CocoDataset:
     def _path(self, index: int) -> Path:
         return self.folder / self._file_names[index]
 
-    def _record(self, index: int) -> Record:
+    def _record(self, index: int) -> ImageRecord:
         image_id, height, width, _, start, end = self._image_rows[index].tolist()
         rows = self._annotation_rows[start:end]
         rows = rows[rows["target"]]
-        return Record(
+        return ImageRecord(
             image_id,
             self._path(index),
             width,
@@ -327,8 +330,8 @@ class CocoDataset:
         )
 
 
-class Records(Sequence[Record]):
-    """The records of a data set, each made when it is asked for."""
+class ImageRecords(Sequence[ImageRecord]):
+    """The records of a data set, each built on access."""
 
     def __init__(self, dataset: CocoDataset) -> None:
         self._dataset = dataset
@@ -337,13 +340,13 @@ class Records(Sequence[Record]):
         return len(self._dataset)
 
     @overload
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> ImageRecord: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
         if isinstance(index, slice):
             return [self._dataset._record(i) for i in range(*index.indices(len(self)))]
-        return self._dataset._record(range(len(self))[index])  # range knows negative indices
+        return self._dataset._record(range(len(self))[index])  # range handles negative indices
 
 
 def _line(values: object) -> bytes:

@@ -1,7 +1,7 @@
-"""Checked COCO lists to two flat tables: one row per image, one per annotation.
+"""Convert checked COCO lists to two flat tables: a row per image and a row per annotation.
 
-Arrays instead of objects: nothing to pickle one by one for a worker, and no reference counts whose
-change would copy the memory of a forked worker page by page.
+Arrays are used instead of objects because they pickle fast, and because they have no reference
+counts, whose updates would copy a forked worker's memory page by page.
 """
 
 # A annotations of all images
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from deta.platform.data.coco_annotations import CocoFile, counted_note
+from deta.platform.data.coco_annotations import CocoFile, records_note
 
-MIN_SIDE_PX = 0.01  # narrower is rounding noise: float32 has steps of 0.0005 at 4096 px
+MIN_SIDE_PX = 0.01  # smaller is rounding noise: float32 has steps of 0.0005 at 4096 px
 
 IMAGE_ROW = np.dtype(
     [
@@ -26,7 +26,7 @@ IMAGE_ROW = np.dtype(
         ("height", "<i8"),
         ("width", "<i8"),
         ("num_bytes", "<i8"),
-        ("start", "<i8"),  # its annotations are rows start to end
+        ("start", "<i8"),  # its annotations are rows start .. end - 1
         ("end", "<i8"),
     ]
 )
@@ -37,7 +37,7 @@ ANNOTATION_ROW = np.dtype(
         ("label", "<i8"),  # class index
         ("crowd", "?"),
         ("box_px", "<f4", 4),  # xyxy, clipped to the image
-        ("target", "?"),  # whether it is trained on
+        ("target", "?"),  # true: a training box
     ]
 )
 
@@ -45,7 +45,7 @@ ANNOTATION_ROW = np.dtype(
 def training_boxes(
     bbox: np.ndarray, size_px: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Boxes clipped to their images, and which of them cannot be trained on.
+    """Clip boxes to their images, and find those that cannot be trained on.
 
     Args:
         bbox: A 4 float64, x, y, width, height in pixels.
@@ -53,11 +53,11 @@ def training_boxes(
 
     Returns:
         A 4 float32, xyxy, clipped; and for each reason to drop a box an A bool mask. A box has
-        one reason at most.
+        at most one reason.
     """
     low = np.zeros(2)
     high = size_px[:, ::-1]  # A 2, (width, height)
-    with np.errstate(over="ignore"):  # a sum beyond float64 is clipped like any other
+    with np.errstate(over="ignore"):  # infinity is clipped like any other value
         top_left = np.clip(bbox[:, :2], low, high)
         bottom_right = np.clip(bbox[:, :2] + bbox[:, 2:], low, high)
     boxes_px = np.concatenate([top_left, bottom_right], axis=1).astype(np.float32)
@@ -72,6 +72,24 @@ def training_boxes(
     }
 
 
+def set_training_boxes(rows: np.ndarray, size_px: np.ndarray) -> dict[str, np.ndarray]:
+    """Fill `box_px` and `target` of annotation rows, and return the masks of `training_boxes`.
+
+    Args:
+        rows: A rows of ANNOTATION_ROW with all other fields.
+        size_px: A 2, (height, width) of each box's image.
+    """
+    rows["box_px"], reasons = training_boxes(rows["bbox"], size_px)
+    rows["target"] = ~rows["crowd"] & ~np.logical_or.reduce(list(reasons.values()))
+    return reasons
+
+
+def set_ranges(image_rows: np.ndarray, num_annotations: np.ndarray) -> None:
+    """Fill `start` and `end` of image rows, given the number of annotations of each image."""
+    image_rows["end"] = np.cumsum(num_annotations)
+    image_rows["start"] = image_rows["end"] - num_annotations
+
+
 def make_tables(
     path: Path,
     coco: CocoFile,
@@ -79,12 +97,12 @@ def make_tables(
     category_ids: list[int],
     num_bytes: dict[int, int],
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Image rows, annotation rows sorted by image, and notes on what is odd in them."""
+    """Return image rows, annotation rows sorted by image, and notes on suspicious records."""
     place_of = {image["id"]: place for place, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     annotations = [a for a in coco.annotations if a["image_id"] in place_of]
     places = np.array([place_of[a["image_id"]] for a in annotations], np.int64)  # A
-    by_image = np.argsort(places, kind="stable")  # the order of the file within an image
+    by_image = np.argsort(places, kind="stable")  # file order within an image
     places = places[by_image]
 
     image_rows = np.zeros(len(images), IMAGE_ROW)
@@ -92,9 +110,7 @@ def make_tables(
     image_rows["height"] = [image["height"] for image in images]
     image_rows["width"] = [image["width"] for image in images]
     image_rows["num_bytes"] = [num_bytes[image["id"]] for image in images]
-    counts = np.bincount(places, minlength=len(images))
-    image_rows["end"] = np.cumsum(counts)
-    image_rows["start"] = image_rows["end"] - counts
+    set_ranges(image_rows, np.bincount(places, minlength=len(images)))
 
     rows = np.zeros(len(annotations), ANNOTATION_ROW)
     numbers = chain.from_iterable(a["bbox"] for a in annotations)
@@ -106,19 +122,18 @@ def make_tables(
     rows = rows[by_image]
 
     size_px = np.stack([image_rows["height"], image_rows["width"]], axis=1)[places]  # A 2
-    rows["box_px"], reasons = training_boxes(rows["bbox"], size_px)
-    rows["target"] = ~rows["crowd"] & ~np.logical_or.reduce(list(reasons.values()))
+    reasons = set_training_boxes(rows, size_px)
 
     notes = []
     for reason, dropped in reasons.items():
         dropped = dropped & ~rows["crowd"]
         if dropped.any():
-            notes.append(counted_note(path, reason, ids[dropped].tolist()))
+            notes.append(records_note(path, reason, ids[dropped].tolist()))
     return image_rows, rows, notes + _warnings(path, coco, image_rows, rows)
 
 
 def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarray) -> list[str]:
-    """Notes on what is allowed but looks like a mistake."""
+    """Return notes on what is allowed but looks like a mistake."""
     notes = []
     name, count = Counter(category["name"] for category in coco.categories).most_common(1)[0]
     if count > 1:
@@ -133,6 +148,6 @@ def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarr
 
 
 def _box_area(bbox: list[float]) -> float:
-    """Area in px² of an annotation that gives none."""
+    """Return the area in px² of an annotation without `area`."""
     area = float(max(bbox[2], 0)) * float(max(bbox[3], 0))
     return min(area, sys.float_info.max)

@@ -1,13 +1,13 @@
-"""Batches in the order of `order.py`, prepared by loader workers that keep no state.
+"""Load batches in the order of `sample_order.py` with stateless loader workers.
 
-A loader worker is asked for (epoch, image index) and returns the same sample whenever and wherever
-it is asked, so the number of loader workers changes the speed and nothing else. Loaders draw
-nothing from the global random generators.
+A loader worker gets a key (epoch, image index) and returns the same sample for it at any time and
+in any process, so the number of loader workers changes only the speed. Loaders draw nothing from
+the global random generators.
 
-A picture that turns out broken while training is replaced by another one of the data set, drawn
-from (seed, epoch, image index), with the augmentation that the broken one would have had. So the
-batches stay a function of the data and the position. `LoadedBatch.replaced` tells of it. In
-evaluation it is an error.
+A broken image is replaced during training by another one of the data set, drawn from (seed, epoch,
+image index), with the augmentation of the broken one. So batches stay a function of the data and
+the position. `LoadedBatch.replaced` lists replaced images. In evaluation a broken image is an
+error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from deta.model.batch import Batch, Target, pad_batch
-from deta.platform.data.coco_dataset import Record, Sample
+from deta.platform.data.coco_dataset import ImageRecord, Sample
 from deta.platform.data.image_decoding import ImageError
-from deta.platform.data.loader_errors import naming_the_dead, undisturbed_by_the_dead
+from deta.platform.data.loader_errors import explain_worker_errors, restore_signal_handler
 from deta.platform.data.sample_order import (
     Draws,
     SampleKey,
@@ -41,22 +41,22 @@ from deta.platform.data.transforms import (
     to_model_input,
 )
 
-MAX_REPLACEMENTS = 8  # tries; where half of all pictures are broken, one of 256 finds none
+MAX_REPLACEMENTS = 8  # tries; if half of all images are broken, all fail for one in 256
 
 
 class ImageDataset(Protocol):
-    """What a loader reads, such as `CocoDataset`."""
+    """The data set interface of a loader, such as `CocoDataset`."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
 
     @property
-    def records(self) -> Sequence[Record]: ...  # read only to tell of a broken picture
+    def records(self) -> Sequence[ImageRecord]: ...  # read only to report a broken image
 
 
-class Replaced(NamedTuple):
-    """A picture that could not be used, and which one stood in for it."""
+class ReplacedImage(NamedTuple):
+    """A broken image, and the one that replaced it."""
 
     image_id: int
     path: str
@@ -66,38 +66,38 @@ class Replaced(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A micro-batch, and whose images it holds."""
+    """A micro-batch and the origin of its images."""
 
-    batch: Batch  # its seeds are `order.sample_seed`; 0 in evaluation, where nothing is random
+    batch: Batch  # its seeds are `sample_seed`; 0 in evaluation, where nothing is random
     image_ids: list[int]
     original_sizes_px: list[tuple[int, int]]  # (height, width) as in the annotation file
-    replaced: list[Replaced] = field(default_factory=list)  # none in evaluation
-    # In training, of the first sample: samples seen before it, whatever the number of ranks. The
-    # others follow without a gap.
+    replaced: list[ReplacedImage] = field(default_factory=list)  # none in evaluation
+    # In training: the number of samples before the first one, over all ranks. The other samples of
+    # the batch follow without a gap.
     first_position: int = 0
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def pin_memory(self) -> LoadedBatch:
-        """Called by the data loader, so that copies to a GPU need not wait."""
+        """Pin the tensors, so that copies to a GPU need not wait. Called by the data loader."""
         return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
 class _ModelInput:
-    """One image on its way into a batch."""
+    """One image as a batch needs it."""
 
     image: Tensor  # 3 H W float32, normalised
     target: Target
     image_id: int
     original_size_px: tuple[int, int]
     seed: int
-    replaced: Replaced | None = None
+    replaced: ReplacedImage | None = None
 
 
 class _TrainingInputs(Dataset[_ModelInput]):
-    """Augmented images by (epoch, image index)."""
+    """Augmented images, by (epoch, image index)."""
 
     def __init__(
         self, dataset: ImageDataset, config: AugmentationConfig, seed: int, replace_broken: bool
@@ -115,7 +115,7 @@ class _TrainingInputs(Dataset[_ModelInput]):
         size_px = sample.original_size_px
         return _ModelInput(image, target, sample.image_id, size_px, own_seed, replaced)
 
-    def _sample(self, key: SampleKey) -> tuple[Sample, Replaced | None]:
+    def _sample(self, key: SampleKey) -> tuple[Sample, ReplacedImage | None]:
         try:
             return self.dataset[key.image_index], None
         except ImageError as error:
@@ -130,11 +130,12 @@ class _TrainingInputs(Dataset[_ModelInput]):
             except ImageError:
                 continue
             record = self.dataset.records[key.image_index]
-            stood_in = sample.image_id
-            return sample, Replaced(record.image_id, str(record.path), str(fault), stood_in)
+            return sample, ReplacedImage(
+                record.image_id, str(record.path), str(fault), by_image_id=sample.image_id
+            )
         raise ImageError(
-            f"{fault}; and the {MAX_REPLACEMENTS} pictures drawn to replace it are broken too: is "
-            "the storage of the images still there?"
+            f"{fault}; the {MAX_REPLACEMENTS} images drawn to replace it are broken too: is the "
+            "storage of the images still reachable?"
         ) from fault
 
 
@@ -158,8 +159,8 @@ def _collate(inputs: list[_ModelInput]) -> LoadedBatch:
         [one.seed for one in inputs],
     )
     if get_worker_info() is not None:
-        # Left to the queue, this would be done by a thread of it, which on failure (no space in
-        # /dev/shm, no file descriptor) drops the batch, and the trainer would wait for ever.
+        # Otherwise a thread of the queue does this, which on failure (no space in /dev/shm, no file
+        # descriptor) drops the batch, and the trainer would wait for ever.
         for tensor in batch_tensors(batch):
             tensor.share_memory_()
     return LoadedBatch(
@@ -171,7 +172,7 @@ def _collate(inputs: list[_ModelInput]) -> LoadedBatch:
 
 
 def batch_tensors(batch: Batch) -> list[Tensor]:
-    """All tensors of a batch."""
+    """Return all tensors of a batch."""
     targets = batch.targets
     return [
         batch.images, batch.padding, targets.boxes, targets.labels, targets.present, batch.seeds
@@ -184,7 +185,7 @@ def _batches(
     num_loader_workers: int,
     pin_memory: bool,
 ) -> Iterator[LoadedBatch]:
-    """One batch for each list of keys, in their order; consumes the keys as it goes."""
+    """Return a batch for each list of keys, in order; keys are consumed lazily."""
     loader = DataLoader(
         inputs,
         batch_sampler=keys,
@@ -193,22 +194,22 @@ def _batches(
         pin_memory=pin_memory,
         # Forked workers start in milliseconds, share the annotations with the trainer and take
         # 160 MB each; with forkserver it was 4.3 s and 480 MB. Each runs torch on one thread
-        # (DataLoader's own rule) and touches no GPU.
+        # (DataLoader's own rule) and does not use the GPU.
         multiprocessing_context="fork" if num_loader_workers > 0 else None,
-        # Every iteration draws a seed for its workers; without a generator of its own it would
-        # draw it from torch's global one, and so change the numbers of the training.
+        # Every iteration draws a seed for its workers. Without this generator it would draw it from
+        # torch's global one, and so change the training.
         generator=torch.Generator(),
     )
-    with undisturbed_by_the_dead():
+    with restore_signal_handler():
         batches = iter(loader)
-    return naming_the_dead(batches)
+    return explain_worker_errors(batches)
 
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """The steps of one rank from `start_step` on; made by `train_loader`.
+    """The micro-batches of one rank from `start_step` on. Made by `train_loader`.
 
-    Every iteration begins again at `start_step`, with new loader workers; these end with it.
+    Every iteration starts again at `start_step` with new loader workers, which exit with it.
     """
 
     inputs: Dataset[_ModelInput]
@@ -226,17 +227,17 @@ class TrainLoader:
         return self.end_step - self.start_step
 
     def keys(self, step: int) -> list[list[SampleKey]]:
-        """Which samples this rank's micro-batches of a step hold."""
+        """Return the keys of the samples in this rank's micro-batches of a step."""
         return [[self.order.sample_at(p) for p in part] for part in self.positions(step)]
 
     def positions(self, step: int) -> list[range]:
-        """The positions of these samples in the stream of all."""
+        """Return the positions of these samples in the stream of all samples."""
         return self.order.micro_batch_positions(
             step, self.rank, self.world_size, self.micro_batch_size
         )
 
     def __iter__(self) -> Iterator[list[LoadedBatch]]:
-        """The micro-batches of every step, of which there is at least one."""
+        """Yield the micro-batches of each step, at least one."""
         steps = range(self.start_step, self.end_step)
         keys = (micro_batch for step in steps for micro_batch in self.keys(step))
         batches = _batches(self.inputs, keys, self.num_loader_workers, self.pin_memory)
@@ -264,26 +265,27 @@ def train_loader(
     pin_memory: bool = False,
     replace_broken: bool = True,
 ) -> TrainLoader:
-    """Steps start_step .. end_step - 1 of one rank, each a list of augmented micro-batches.
+    """Return a loader of one rank's steps start_step .. end_step - 1, each a list of micro-batches.
 
-    What a step holds is a pure function of the data set, `config`, `seed`, `total_batch_size`,
-    `micro_batch_size` and the step: see `TrainingOrder.micro_batch_positions` for how ranks share
-    it.
+    The content of a step is a pure function of the data set, `config`, `seed`, `total_batch_size`,
+    `micro_batch_size` and the step. `TrainingOrder.micro_batch_positions` distributes it over
+    ranks.
 
     Args:
-        replace_broken: let another picture stand in for a broken one, told in
-            `LoadedBatch.replaced`; else a broken one is an error.
+        replace_broken: replace a broken image by another one and list it in
+            `LoadedBatch.replaced`; otherwise a broken image is an error.
 
     Raises:
-        ValueError: the numbers do not fit together; on making the loader.
+        ValueError: the numbers are inconsistent. Raised when the loader is made; the others when
+            the batch is reached, also for errors in a loader worker.
         ImageError: an image cannot be decoded, nor (with `replace_broken`) any of those drawn to
-            replace it; names the file; on reaching its batch, also where a loader worker found it.
-        LoaderWorkerError: a loader worker died, or has no memory to hand over its batches.
+            replace it; names the file.
+        LoaderWorkerError: a loader worker died, or has no memory to send its batches.
     """
     if not 0 <= start_step <= end_step:
         raise ValueError(
             f"start_step={start_step} and end_step={end_step}: "
-            "steps count from 0, and the first must not lie behind the end"
+            "steps count from 0, and start_step must not exceed end_step"
         )
     _check_num_loader_workers(num_loader_workers)
     loader = TrainLoader(
@@ -297,7 +299,7 @@ def train_loader(
         num_loader_workers=num_loader_workers,
         pin_memory=pin_memory,
     )
-    loader.keys(start_step)  # the ranks and sizes that do not fit are told here, not while training
+    loader.keys(start_step)  # raises for inconsistent ranks and sizes, before the training starts
     return loader
 
 
@@ -311,10 +313,10 @@ def evaluation_loader(
     num_loader_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[LoadedBatch]:
-    """One pass over this rank's share of the images, every image once over all ranks.
+    """Return one pass over this rank's share of the images; each image occurs once over all ranks.
 
     Raises:
-        ValueError: the numbers do not fit together.
+        ValueError: the numbers are inconsistent.
         ImageError: an image cannot be decoded.
         LoaderWorkerError: as in `train_loader`.
     """
@@ -326,5 +328,5 @@ def evaluation_loader(
 def _check_num_loader_workers(num_loader_workers: int) -> None:
     if num_loader_workers < 0:
         raise ValueError(
-            f"num_loader_workers={num_loader_workers} must be at least 0 (load in this process)"
+            f"num_loader_workers={num_loader_workers} must be at least 0 (0 loads in this process)"
         )

@@ -1,4 +1,4 @@
-"""Boxes drawn on images, for people: one image, or a sheet of true and predicted boxes."""
+"""Draw boxes on one image, or on a sheet of images with true and predicted boxes."""
 
 # N boxes in one image
 
@@ -28,7 +28,7 @@ MAX_FONT_PX = 40
 GOLDEN_ANGLE = 0.618034  # of the hue circle: neighbouring labels get hues far apart
 
 # The sheet.
-MIN_CELL_PX, MAX_CELL_PX = 320, 480  # longer side of one picture, after scaling
+MIN_CELL_PX, MAX_CELL_PX = 320, 480  # longer side of one image, after scaling
 GAP_PX = 12
 CAPTION_PX = 15  # font
 LINE_PX = CAPTION_PX + 7
@@ -38,7 +38,7 @@ INK: Rgb = (40, 40, 44)
 
 @dataclass(frozen=True)
 class SheetItem:
-    """One image of a validation sheet: what is there, and what was found."""
+    """One image of a validation sheet, with true and predicted boxes."""
 
     image: Image.Image
     true_boxes_px: Boxes  # N 4, xyxy
@@ -50,7 +50,7 @@ class SheetItem:
 
 
 def colour_of(label: int) -> Rgb:
-    """The colour of a class, the same in every picture; bright, to stand out on photographs."""
+    """Return the colour of a class, the same in every image and bright enough for photographs."""
     hue = (0.58 + label * GOLDEN_ANGLE) % 1
     value = (1.0, 0.82)[label // 8 % 2]
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.6)[label // 16 % 2], value)
@@ -66,53 +66,53 @@ def draw_detections(
     *,
     dashed: bool = False,
 ) -> Image.Image:
-    """A copy of the image with its boxes, each with its name and score.
+    """Return a copy of the image with its boxes, each with class name and score.
 
-    Boxes are drawn from the lowest score to the highest, so the surest lies on top, and names
-    above all boxes. Lines and letters grow with the image.
+    Boxes are drawn from the lowest score to the highest, so the highest is on top, and names
+    above all boxes. Line width and font size grow with the image.
 
     Args:
-        boxes_px: N 4, xyxy; parts outside of the image are cut off.
+        boxes_px: N 4, xyxy; clipped to the image.
         labels: N, class indices.
         scores: N, in 0..1, or None for true boxes.
-        names: the name of each class index. A label beyond them is shown as its number.
+        names: the name of each class index. A label without a name is shown as its number.
 
     Raises:
         ValueError: boxes, labels and scores differ in number.
     """
-    boxes = np.asarray(_array(boxes_px), np.float64).reshape(-1, 4)
-    label_of = _array(labels).astype(int)
-    score_of = None if scores is None else _array(scores)
+    boxes = np.asarray(_to_numpy(boxes_px), np.float64).reshape(-1, 4)
+    label_of = _to_numpy(labels).astype(int)
+    score_of = None if scores is None else _to_numpy(scores)
     num_scores = len(boxes) if score_of is None else len(score_of)
     if not len(boxes) == len(label_of) == num_scores:
         raise ValueError(
             f"{len(boxes)} boxes, {len(label_of)} labels and {num_scores} scores: there must be "
-            "one of each for every detection"
+            "one of each per detection"
         )
 
-    picture = image.convert("RGB").copy()
-    draw = ImageDraw.Draw(picture)
-    short_px = min(picture.size)
+    drawn = image.convert("RGB").copy()
+    draw = ImageDraw.Draw(drawn)
+    short_px = min(drawn.size)
     line_px = 1 + round(short_px / 320)
     font = ImageFont.load_default(size=min(MAX_FONT_PX, 9 + short_px / 60))
 
     order = range(len(boxes)) if score_of is None else np.argsort(score_of, kind="stable").tolist()
     for n in order:
         colour = colour_of(int(label_of[n]))
-        _draw_box(draw, picture.size, boxes[n], colour, line_px, dashed)
+        _draw_box(draw, drawn.size, boxes[n], colour, line_px, dashed)
     texts: dict[int, str] = {}
     patches: dict[int, Patch] = {}
-    for n in reversed(order):  # the surest chooses its place first
+    for n in reversed(order):  # the highest score gets its place first
         label = int(label_of[n])
         text = names[label] if 0 <= label < len(names) else str(label)
         if score_of is not None:
             text = f"{text} {score_of[n]:.2f}"
-        texts[n] = shortened(text, picture.width - 4, font)
-        patches[n] = _place_text(texts[n], font, boxes[n], picture.size, list(patches.values()))
+        texts[n] = fit_text(text, drawn.width - 4, font)
+        patches[n] = _place_text(texts[n], font, boxes[n], drawn.size, list(patches.values()))
     for n in order:
         if texts[n]:
             _draw_text(draw, patches[n], texts[n], colour_of(int(label_of[n])), font)
-    return picture
+    return drawn
 
 
 def validation_sheet(
@@ -122,13 +122,13 @@ def validation_sheet(
     columns: int = 2,
     score_threshold: float = 0.3,
 ) -> Image.Image:
-    """A sheet that shows each image twice: true boxes on the left, predicted on the right.
+    """Draw a sheet that shows each image twice: true boxes on the left, predicted on the right.
 
-    Small images are enlarged and large ones reduced, so that boxes and names can be read.
+    Small images are enlarged and large ones reduced, so that boxes and names are readable.
 
     Args:
-        columns: pairs of pictures side by side.
-        score_threshold: predicted boxes of a lower score are not drawn. The sheet says how many.
+        columns: pairs of images side by side.
+        score_threshold: predicted boxes of a lower score are not drawn, but counted in the caption.
 
     Raises:
         ValueError: no items, or fewer than one column.
@@ -160,7 +160,7 @@ def validation_sheet(
             sheet.paste(left, (x, y))
             sheet.paste(right, (x + left.width + GAP_PX // 2, y))
             for number, line in enumerate(lines):
-                text = shortened(line, pair_width, font)
+                text = fit_text(line, pair_width, font)
                 draw.text((x, y + left.height + 4 + number * LINE_PX), text, INK, font)
         y += row_height + GAP_PX
     return sheet
@@ -170,19 +170,19 @@ def write_validation_sheet(
     path: Path,
     dataset: CocoDataset,
     results: Sequence[Mapping[str, Any]],
-    num_pictures: int,
+    num_images: int,
     *,
     score_threshold: float = 0.3,
 ) -> None:
     """Write a sheet of images spread evenly over a data set, the same ones every time.
 
     Args:
-        path: its suffix gives the format; its folder is made. Appears complete or not at all.
+        path: its suffix selects the format; its folder is created. The write is atomic.
         results: COCO results, as for `evaluate_detections`, of any images of the data set.
-        num_pictures: fewer are drawn where the data set has fewer.
+        num_images: an upper limit; all images are drawn if the data set has fewer.
     """
-    num_pictures = min(num_pictures, len(dataset))
-    chosen = [(2 * i + 1) * len(dataset) // (2 * num_pictures) for i in range(num_pictures)]
+    num_images = min(num_images, len(dataset))
+    chosen = [(2 * i + 1) * len(dataset) // (2 * num_images) for i in range(num_images)]
     label_of = {category.id: label for label, category in enumerate(dataset.categories)}
     found: dict[int, list[Mapping[str, Any]]] = {dataset.records[i].image_id: [] for i in chosen}
     for result in results:
@@ -208,11 +208,11 @@ def write_validation_sheet(
         )
     names = [category.name for category in dataset.categories]
     sheet = validation_sheet(items, names, score_threshold=score_threshold)
-    save_whole(sheet, path)
+    save_image(sheet, path)
 
 
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Write a picture, complete or not at all; its folder is made."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image atomically and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         image.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
@@ -221,7 +221,7 @@ def save_whole(image: Image.Image, path: Path) -> None:
 def _pair(
     item: SheetItem, names: Sequence[str], score_threshold: float
 ) -> tuple[Image.Image, Image.Image, list[str]]:
-    """The two pictures of an item at the size of the sheet, and the lines below them."""
+    """Return the two images of an item at the sheet's size, and the caption lines."""
     longer_px = max(item.image.size)
     scale = min(max(longer_px, MIN_CELL_PX), MAX_CELL_PX) / longer_px
     if scale > 1:
@@ -229,10 +229,10 @@ def _pair(
     size = tuple(max(1, round(side * scale)) for side in item.image.size)
     image = item.image.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
-    scores, labels = _array(item.scores), _array(item.labels)
+    scores, labels = _to_numpy(item.scores), _to_numpy(item.labels)
     shown = scores >= score_threshold
-    true_boxes = _array(item.true_boxes_px).reshape(-1, 4)
-    boxes = _array(item.boxes_px).reshape(-1, 4)
+    true_boxes = _to_numpy(item.true_boxes_px).reshape(-1, 4)
+    boxes = _to_numpy(item.boxes_px).reshape(-1, 4)
     left = draw_detections(image, true_boxes * scale, item.true_labels, None, names, dashed=True)
     right = draw_detections(image, boxes[shown] * scale, labels[shown], scores[shown], names)
     counts = f"{len(true_boxes)} true, {shown.sum()} predicted, {(~shown).sum()} below threshold"
@@ -242,7 +242,7 @@ def _pair(
 def _draw_legend(
     draw: ImageDraw.ImageDraw, x: int, y: int, width: int, score_threshold: float
 ) -> None:
-    """What the two halves are; on two lines where one is too short."""
+    """Draw the legend of the two halves, on two lines if one is too short."""
     font = ImageFont.load_default(size=CAPTION_PX)
     swatch_px, end, start = 26, x + width, x
     for dashed, text in (
@@ -254,7 +254,7 @@ def _draw_legend(
         box = np.array([x, y + 2, x + swatch_px, y + 2 + CAPTION_PX])
         _draw_box(draw, (end, y + 100), box, INK, 2, dashed)
         x += swatch_px + 8
-        draw.text((x, y), shortened(text, end - x, font), INK, font)
+        draw.text((x, y), fit_text(text, end - x, font), INK, font)
         x += round(font.getlength(text)) + 3 * GAP_PX
 
 
@@ -266,8 +266,8 @@ def _draw_box(
     line_px: int,
     dashed: bool,
 ) -> None:
-    """The outline of a box, inside of it; dashes leave the picture below to be seen."""
-    x1, y1, x2, y2 = _cut(box_px, size_px)
+    """Draw the outline of a box, inside of it; dashes leave the image below visible."""
+    x1, y1, x2, y2 = _pixel_box(box_px, size_px)
     if not dashed:
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line_px)
         return
@@ -285,8 +285,8 @@ def _draw_box(
 def _place_text(
     text: str, font: Font, box_px: np.ndarray, size_px: tuple[int, int], taken: list[Patch]
 ) -> Patch:
-    """Where the name of a box goes: within the picture, and on no other name if there is a way."""
-    x1, y1, x2, y2 = _cut(box_px, size_px)
+    """Find a place for the name of a box: inside the image, and not on another name if possible."""
+    x1, y1, x2, y2 = _pixel_box(box_px, size_px)
     left, top, right, bottom = font.getbbox(text or " ")
     width, height = math.ceil(right - left) + 4, math.ceil(bottom - top) + 4
     last_x, last_y = max(0, size_px[0] - width), max(0, size_px[1] - height)
@@ -300,7 +300,7 @@ def _place_text(
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, patch: Patch, text: str, colour: Rgb, font: Font) -> None:
-    """Text on a patch of the box's colour, black or white, whichever is easier to read."""
+    """Draw text on a patch of the box's colour, in black or white, whichever is more readable."""
     left, top, _, _ = font.getbbox(text or " ")
     luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]  # ITU-R BT.601
     ink = (0, 0, 0) if luminance > 120 else (255, 255, 255)
@@ -313,8 +313,8 @@ def _overlap(one: Patch, other: Patch) -> bool:
     return not apart
 
 
-def _cut(box_px: np.ndarray, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The first and the last pixels of a box that are in the picture, at least one."""
+def _pixel_box(box_px: np.ndarray, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the first and last pixels of a box inside the image, at least one pixel."""
     width, height = size_px
     x1, y1, x2, y2 = np.nan_to_num(box_px).tolist()
     left, top = min(max(round(x1), 0), width - 1), min(max(round(y1), 0), height - 1)
@@ -325,8 +325,8 @@ def _cut(box_px: np.ndarray, size_px: tuple[int, int]) -> tuple[int, int, int, i
     return left, top, right, bottom
 
 
-def shortened(text: str, width_px: float, font: Font) -> str:
-    """The text, or as much of its beginning as fits."""
+def fit_text(text: str, width_px: float, font: Font) -> str:
+    """Return the text, or as much of its beginning as fits with an ellipsis."""
     if font.getlength(text) <= width_px:
         return text
     while text and font.getlength(text + "…") > width_px:
@@ -334,7 +334,7 @@ def shortened(text: str, width_px: float, font: Font) -> str:
     return text + "…" if text else ""
 
 
-def _array(values: Boxes | Numbers) -> np.ndarray:
+def _to_numpy(values: Boxes | Numbers) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         return values.detach().cpu().float().numpy()
     return np.asarray(values, np.float64)

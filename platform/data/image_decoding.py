@@ -1,21 +1,21 @@
-"""Image file to 8-bit RGB, whole or not at all.
+"""Decode an image file to 8-bit RGB, completely or not at all.
 
-What is accepted, by content and never by name: JPEG (of a multi-picture MPO the first), PNG (of an
-animated one the default picture), BMP, WebP (first frame) and TIFF (first page). All else is
-refused, GIF included: it cannot hold a photograph without loss, and mostly holds a film.
+The format is recognised by content, never by name: JPEG (the first image of an MPO), PNG (the
+default image of an animated one), BMP, WebP (first frame) and TIFF (first page). Every other format
+is refused, GIF too: it cannot store a photograph without loss, and mostly holds an animation.
 
-What becomes of the pixels:
+Pixels are converted as follows:
 
-- Grey, palette and bilevel pictures become RGB. 16-bit grey is divided by 257, as PIL alone would
-  turn it white. CMYK is converted by PIL, which knows that Adobe stores it inverted.
-- Alpha is dropped, not composited: the colours under it are what was annotated.
+- Grey, palette and bilevel images become RGB. 16-bit grey is divided by 257, because PIL alone
+  would turn it white. PIL converts CMYK, and knows that Adobe stores it inverted.
+- Alpha is dropped, not composited: the colours under it were annotated.
 - The EXIF orientation is ignored, as in COCO and DETA, where boxes refer to the stored pixels.
-  A file annotated as shown has other sizes than stored, and the size check of `coco.py` finds it.
-- Float, 32-bit integer and Lab pictures are refused, for they do not say what is white.
+  A file annotated as displayed fails the size check of `image_folder.py`.
+- Float, 32-bit integer and Lab images are refused, because they do not define white.
 
-A file that decodes only in part is an error: a lost end, even of two bytes, a broken scan, or a PNG
-chunk whose checksum is wrong, which PIL does not check for pixels. One thing no decoder here
-reports is a JPEG that was cut and then closed by a valid end marker.
+A file that decodes only in part is an error: a missing end, even of two bytes, a broken scan, or a
+PNG chunk with a wrong checksum, which PIL does not check for pixels. One fault stays undetected: a
+JPEG that was cut and then closed by a valid end marker.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from PIL.WebPImagePlugin import WebPImageFile
 PROGRESS_AFTER_S = 3.0
 
 
-MAX_PIXELS = 50_000_000  # 150 MB as RGB, 600 MB as the float tensor a model eats
+MAX_PIXELS = 50_000_000  # 150 MB as RGB, 600 MB as the float tensor of a model input
 BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA: no accepted file needs more
-OTHER_BYTES = 16 << 20  # what a file may hold beside its pixels: previews, profiles, text
+OTHER_BYTES = 16 << 20  # allowed besides the pixels: previews, profiles, text
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, 32 and 64 bit
 LFS_POINTER = b"version https://git-lfs"
 
-# PIL modes whose values run over the whole of 8 bits, so that convert("RGB") means what it says.
+# PIL modes whose values use the full 8-bit range, so that convert("RGB") is correct.
 EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 
-# Errors of the file system that come back on every attempt: the data set is at fault. Any other,
-# a network that failed for one, is passed on, so that no picture is skipped for it.
-LASTING_ERRORS = frozenset(
+# File system errors that a retry does not fix: the data set is at fault. Any other error, such as a
+# network failure, is passed on, so that no image is skipped because of it.
+PERMANENT_ERRORS = frozenset(
     {
         errno.ENOENT,
         errno.ENOTDIR,
@@ -70,11 +70,11 @@ LASTING_ERRORS = frozenset(
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names the file and the reason."""
+    """An unusable image; the message names the file and the reason."""
 
 
 class Header(NamedTuple):
-    """What is known of an image file before its pixels are decoded."""
+    """Size in pixels and bytes of an image file, read without decoding pixels."""
 
     width: int
     height: int
@@ -82,7 +82,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
-    """Size in pixels and bytes of an image file; no pixel is decoded.
+    """Read the header of an image file; no pixel is decoded.
 
     Raises:
         ImageError: the file is missing, not of an accepted format, has over `max_pixels`, or many
@@ -90,14 +90,14 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
         OSError: the storage failed.
     """
     num_bytes = _file_size(path, max_pixels)
-    with _reading(path), open(path, "rb") as file:
+    with _permanent_errors_as_image_errors(path), open(path, "rb") as file:
         return Header(*_open_header(file, path, max_pixels, num_bytes).size, num_bytes)
 
 
 def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """All pixels of an image file as 8-bit RGB; without EXIF, text and other baggage.
+    """Decode an image file to 8-bit RGB, without EXIF, text and other metadata.
 
-    Safe to call from several threads and after a fork; no file stays open.
+    It is safe to call from several threads and after a fork; no file stays open.
 
     Raises:
         ImageError: as for `read_header`, or the file does not decode completely.
@@ -107,23 +107,23 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
-    """All bytes of an image file, not yet looked into.
+    """Read all bytes of an image file without decoding them.
 
     Raises:
-        ImageError: the file is missing, empty, no file, or larger than `max_pixels` can need.
+        ImageError: the file is missing, empty, not a regular file, or too large for `max_pixels`.
         OSError: the storage failed.
     """
     _file_size(path, max_pixels)
-    with _reading(path):
+    with _permanent_errors_as_image_errors(path):
         return path.read_bytes()
 
 
 def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """As `decode`, of bytes that were read before; `path` is what an error calls them."""
+    """Decode bytes as `decode` does; errors name them by `path`."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so half-decoded pictures would pass "
-            "unseen; find the library that sets it and set it back to False"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so half-decoded images would go "
+            "unnoticed; find the library that sets it and set it back to False"
         )
     if content.startswith(PNG_SIGNATURE):
         _check_png_chunks(content, path)
@@ -133,25 +133,25 @@ def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Im
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # decoders meet malformed bytes with errors of every type
+    except Exception as error:  # decoders raise errors of every type for malformed bytes
         raise ImageError(
-            f"{path}: does not decode completely ({error}); fetch or export the file again"
+            f"{path}: does not decode completely ({error}); download or export the file again"
         ) from error
     return _to_rgb(image, path)
 
 
 def _file_size(path: Path, max_pixels: int) -> int:
-    """Size in bytes of what is a regular file and not absurdly large."""
-    with _reading(path):
+    """Return the size in bytes of a regular file; refuse absurdly large ones."""
+    with _permanent_errors_as_image_errors(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
         raise ImageError(f"{path}: is {kind}, not an image file")
     if status.st_size == 0:
-        raise ImageError(f"{path}: is empty; fetch the file again")
+        raise ImageError(f"{path}: is empty; download the file again")
     if status.st_size > BYTES_PER_PIXEL * max_pixels + OTHER_BYTES:
         raise ImageError(
-            f"{path}: has {status.st_size:,} bytes, more than any picture of "
+            f"{path}: has {status.st_size:,} bytes, more than any image of "
             f"max_pixels={max_pixels:,} needs"
         )
     return status.st_size
@@ -160,29 +160,31 @@ def _file_size(path: Path, max_pixels: int) -> int:
 def _open_header(
     file: BinaryIO, path: Path, max_pixels: int, num_bytes: int
 ) -> ImageFile.ImageFile:
-    """The picture with its header read and no pixel yet.
+    """Return the image with its header read and no pixel decoded.
 
-    Calls the format's class and not `PIL.Image.open`, whose pixel limit is one number for the
-    whole process and, in part, only a warning. Here the caller's limit holds, as an error.
+    This calls the class of the format, not `PIL.Image.open`, whose pixel limit is one number for
+    the whole process and partly only a warning. Here the caller's limit applies, as an error.
     """
     head = file.read(32)
     file.seek(0)
     format_class = _format_class(head)
     if format_class is None and head.startswith(LFS_POINTER):
-        raise ImageError(f"{path}: is a Git LFS pointer, not the picture; run `git lfs pull`")
+        raise ImageError(f"{path}: is a Git LFS pointer, not the image; run `git lfs pull`")
     if format_class is None:
         raise ImageError(
             f"{path}: is not JPEG, PNG, BMP, WebP or TIFF but begins with {head[:12]!r}; "
-            "convert it, or fetch it again"
+            "convert it, or download it again"
         )
     try:
         image = format_class(file)
     except MemoryError:
         raise
-    except Exception as error:  # as for the decoders
+    except Exception as error:  # of every type, as from the decoders
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the storage, not the content
-        raise ImageError(f"{path}: has a broken header ({error}); fetch the file again") from error
+            raise  # a storage error, not a content error
+        raise ImageError(
+            f"{path}: has a broken header ({error}); download the file again"
+        ) from error
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -192,7 +194,7 @@ def _open_header(
     if num_bytes > BYTES_PER_PIXEL * width * height + OTHER_BYTES:
         raise ImageError(
             f"{path}: has {num_bytes:,} bytes, more than {width} x {height} pixels need and "
-            f"{OTHER_BYTES >> 20} MiB beside them; export it again without what else it holds"
+            f"{OTHER_BYTES >> 20} MiB besides them; export it again without metadata and previews"
         )
     return image
 
@@ -212,7 +214,7 @@ def _format_class(head: bytes) -> type[ImageFile.ImageFile] | None:
 
 
 def _check_png_chunks(content: bytes, path: Path) -> None:
-    """Refuse a PNG that ends early or has a wrong checksum. Bytes after its end are ignored.
+    """Refuse a PNG that ends early or has a wrong checksum; ignore bytes after its end.
 
     Source: PNG specification, section 5.3, https://www.w3.org/TR/png-3/#5Chunk-layout
     """
@@ -221,37 +223,39 @@ def _check_png_chunks(content: bytes, path: Path) -> None:
     name = b""
     while name != b"IEND":
         if start + 12 > len(view):
-            raise ImageError(f"{path}: ends before its IEND chunk; fetch the file again")
+            raise ImageError(f"{path}: ends before its IEND chunk; download the file again")
         (length,) = struct.unpack_from(">I", view, start)
         end = start + 8 + length
         if end + 4 > len(view):
-            raise ImageError(f"{path}: ends in the middle of a chunk; fetch the file again")
+            raise ImageError(f"{path}: ends in the middle of a chunk; download the file again")
         name = bytes(view[start + 4 : start + 8])
         (checksum,) = struct.unpack_from(">I", view, end)
         if zlib.crc32(view[start + 4 : end]) != checksum:
-            raise ImageError(f"{path}: chunk {name!r} has a wrong checksum; fetch the file again")
+            raise ImageError(
+                f"{path}: chunk {name!r} has a wrong checksum; download the file again"
+            )
         start = end + 4
 
 
 def _to_rgb(image: ImageFile.ImageFile, path: Path) -> Image.Image:
-    image.info.clear()  # PIL would warn about transparency, and carry EXIF and text along
+    image.info.clear()  # PIL would warn about transparency, and copy EXIF and text
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)  # H W, 0 to 65535 = 255 * 257
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode not in EIGHT_BIT_MODES:
         raise ImageError(
-            f"{path}: has pixels of PIL's mode {image.mode}, whose white is not defined; "
+            f"{path}: has pixels of PIL's mode {image.mode}, which does not define white; "
             "convert it to 8 bits"
         )
     return image.convert("RGB")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn errors of the file system that would come back into ImageError."""
+def _permanent_errors_as_image_errors(path: Path) -> Iterator[None]:
+    """Convert permanent file system errors to ImageError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in LASTING_ERRORS:
+        if error.errno not in PERMANENT_ERRORS:
             raise
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error

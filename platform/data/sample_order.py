@@ -1,21 +1,22 @@
-"""Which sample comes when: a pure function of the seed and the position.
+"""The order of training samples, a pure function of the seed and the position.
 
 Training is one endless stream of samples: all images in the order of epoch 0, then all images in
-the order of epoch 1, and so on. The number of samples taken from it, `samples_seen`, is the
-position in training, and nothing else is: no sampler holds a state, so a run resumed at a position
-sees what the uninterrupted run would have seen, on any number of ranks and of loader workers.
+the order of epoch 1, and so on. The number of samples taken from it, `samples_seen`, is the only
+state: samplers have none. So a run resumed at a position sees what the uninterrupted run would have
+seen, on any number of ranks and loader workers.
 
-The global batch of step s is positions s * T to (s + 1) * T, T = total_batch_size. What follows:
+The global batch of step s has the positions s * T .. (s + 1) * T - 1, with T = total_batch_size.
+Consequences:
 
 * No image is dropped. T need not divide the number of images n, which may even be smaller than T.
-* One batch per epoch may hold the last images of one epoch and the first of the next. An image may
-  then occur twice in it, with two augmentations.
-* An epoch is n / T steps, which need not be whole; epoch e begins with the first step that holds
-  only its samples or later ones, step ceil(e * n / T). For COCO and T = 16 the 12 epochs end after
-  88,716 steps, exactly those of the released code (7,393 an epoch, its last batch padded).
+* One batch per epoch may contain the last images of one epoch and the first of the next. An image
+  may then occur twice in it, with two augmentations.
+* An epoch is n / T steps, not necessarily an integer. Epoch e starts with the first step without
+  samples of earlier epochs, step ceil(e * n / T). For COCO and T = 16, 12 epochs end after
+  88,716 steps, as in the released code (7,393 per epoch, with a padded last batch).
 
-All random numbers come from splitmix64, written out here, because numpy and torch promise the
-stream of their generators only within a version.
+All random numbers come from splitmix64, which is implemented here because numpy and torch guarantee
+the streams of their generators only within a version.
 """
 
 # E samples of one epoch   T samples of one global batch   n images of the data set
@@ -39,16 +40,16 @@ INCREMENT = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 UINT64 = (1 << 64) - 1
 
-# Numbers drawn for one purpose say nothing about those drawn for another.
+# The streams of different purposes are independent.
 PURPOSE_ORDER = 1
 PURPOSE_SAMPLE = 2
 PURPOSE_REPLACEMENT = 3
 
 
 def splitmix64(seed: int, position: int) -> int:
-    """The number at `position` (from 0) of the splitmix64 stream of `seed`, in [0, 2**64).
+    """Return the number at `position` (from 0) of the splitmix64 stream of `seed`, in [0, 2**64).
 
-    For one seed it is one-to-one in the position (both modulo 2**64).
+    For a fixed seed it is one-to-one in the position (both modulo 2**64).
     """
     z = (seed + (position + 1) * INCREMENT) & UINT64
     z = ((z ^ (z >> 30)) * MULTIPLIERS[0]) & UINT64
@@ -57,7 +58,7 @@ def splitmix64(seed: int, position: int) -> int:
 
 
 def splitmix64_table(seed: int, length: int) -> NDArray[np.uint64]:
-    """The first `length` numbers of the stream of `seed`: `splitmix64` for every position."""
+    """Return the first `length` numbers of the stream of `seed`: `splitmix64` of every position."""
     z = np.arange(1, length + 1, dtype=np.uint64)  # arithmetic on uint64 arrays wraps silently
     z = z * np.uint64(INCREMENT) + np.uint64(seed & UINT64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
@@ -66,16 +67,16 @@ def splitmix64_table(seed: int, length: int) -> NDArray[np.uint64]:
 
 
 def _stream_seed(seed: int, purpose: int, epoch: int) -> int:
-    # Each word chooses a number of the stream chosen by the words before it.
+    # Each value selects a number of the stream that the values before it have selected.
     return splitmix64(splitmix64(splitmix64(0, seed), purpose), epoch)
 
 
 def sample_seed(seed: int, epoch: int, image_index: int) -> int:
-    """The seed of everything random about one sample in one epoch, in [0, 2**63).
+    """Return the seed of all randomness of one sample in one epoch, in [0, 2**63).
 
-    It seeds the augmentation (`Draws`) and travels with the batch, for the random subsampling in
-    the assigners. 63 bits, so that it fits a torch int64; a collision within an epoch of COCO has
-    a chance of 1e-9.
+    It seeds the augmentation (`Draws`), and the batch carries it for the random subsampling in
+    the assigners. It has 63 bits to fit a torch int64; the probability of a collision within an
+    epoch of COCO is 1e-9.
     """
     return splitmix64(_stream_seed(seed, PURPOSE_SAMPLE, epoch), image_index) >> 1
 
@@ -83,21 +84,21 @@ def sample_seed(seed: int, epoch: int, image_index: int) -> int:
 def replacement_index(
     seed: int, epoch: int, image_index: int, attempt: int, num_images: int
 ) -> int:
-    """Which image stands in, in one epoch, for one that turned out broken: any but itself.
+    """Return the index of the image that replaces a broken one in one epoch; never its own.
 
     Args:
-        attempt: from 0; the next one where the replacement is broken too.
-        num_images: of the data set, two at least.
+        attempt: from 0; the next one if the replacement is broken too.
+        num_images: size of the data set, at least 2.
     """
     own_seed = splitmix64(_stream_seed(seed, PURPOSE_REPLACEMENT, epoch), image_index)
-    further = 1 + (splitmix64(own_seed, attempt) * (num_images - 1) >> 64)
-    return (image_index + further) % num_images
+    offset = 1 + (splitmix64(own_seed, attempt) * (num_images - 1) >> 64)
+    return (image_index + offset) % num_images
 
 
 class Draws:
     """Random numbers for one sample, drawn one after the other from its seed.
 
-    Two objects made from one seed draw the same, on every machine and for ever.
+    Two objects with the same seed draw the same numbers, on every machine and in every version.
     """
 
     def __init__(self, seed: int) -> None:
@@ -110,11 +111,11 @@ class Draws:
         return number
 
     def fraction(self) -> float:
-        """Uniform in [0, 1), in multiples of 2**-53."""
+        """Draw uniformly from [0, 1), in multiples of 2**-53."""
         return (self._next() >> 11) * 2.0**-53
 
     def integer(self, low: int, high: int) -> int:
-        """Uniform in [low, high], both included (to within 2**-64 times the number of values).
+        """Draw uniformly from [low, high], inclusive (to within 2**-64 times the number of values).
 
         Raises:
             ValueError: low > high.
@@ -124,12 +125,12 @@ class Draws:
         return low + (self._next() * (high - low + 1) >> 64)
 
     def choice(self, values: Sequence[Choice]) -> Choice:
-        """One of the values, each as likely as the others."""
+        """Draw one of the values with equal probability."""
         return values[self.integer(0, len(values) - 1)]
 
 
 class SampleKey(NamedTuple):
-    """Names one sample of a run: which image, and in which epoch (so with which augmentation)."""
+    """The image and epoch of one sample, which also determine its augmentation."""
 
     epoch: int
     image_index: int  # into the data set
@@ -137,10 +138,10 @@ class SampleKey(NamedTuple):
 
 @lru_cache(maxsize=4)  # a batch may straddle two epochs; 1 MB each for COCO
 def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """The order of the images in one epoch: a permutation of 0 .. num_images - 1, read-only.
+    """Return the order of the images in one epoch: a read-only permutation of 0 .. num_images - 1.
 
-    The images sorted by their numbers in the stream of (seed, epoch). Those are all different
-    (`splitmix64` is one-to-one), so there are no ties to break.
+    Images are sorted by their numbers in the stream of (seed, epoch). These are all different
+    (`splitmix64` is one-to-one), so there are no ties.
     """
     numbers = splitmix64_table(_stream_seed(seed, PURPOSE_ORDER, epoch), num_images)
     order = np.argsort(numbers, kind="stable")  # E
@@ -156,7 +157,7 @@ def even_parts(length: int, num_parts: int) -> list[range]:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """The order of all samples of a training run, and each rank's share of it."""
+    """The order of all samples of a training run, and the share of each rank."""
 
     seed: int
     num_images: int  # n
@@ -169,42 +170,41 @@ class TrainingOrder:
             raise ValueError(f"total_batch_size={self.total_batch_size} must be at least 1")
 
     def sample_at(self, position: int) -> SampleKey:
-        """The sample at a position of the stream, that is after `position` samples were seen."""
+        """Return the sample at a position of the stream, after `position` other samples."""
         epoch, place = divmod(position, self.num_images)
         return SampleKey(epoch, int(epoch_order(self.seed, epoch, self.num_images)[place]))
 
     def global_batch(self, step: int) -> list[SampleKey]:
-        """The T samples of a step (from 0), over all ranks, in the order of the ranks."""
+        """Return the T samples of a step (from 0) over all ranks, in rank order."""
         begin = step * self.total_batch_size
         return [self.sample_at(begin + place) for place in range(self.total_batch_size)]
 
     def first_step_of_epoch(self, epoch: int) -> int:
-        """The first step without samples of earlier epochs; also the steps in `epoch` epochs."""
+        """Return the first step without samples of earlier epochs."""
         return -(-epoch * self.num_images // self.total_batch_size)  # rounded up
 
     def micro_batches(
         self, step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> list[list[SampleKey]]:
-        """What one rank computes in a step: the samples at `micro_batch_positions`."""
+        """Return the samples of one rank in a step, at its `micro_batch_positions`."""
         parts = self.micro_batch_positions(step, rank, world_size, micro_batch_size)
         return [[self.sample_at(position) for position in part] for part in parts]
 
     def micro_batch_positions(
         self, step: int, rank: int, world_size: int, micro_batch_size: int
     ) -> list[range]:
-        """Positions in the stream of what one rank computes in a step: at least one micro-batch,
-        none of them empty.
+        """Return the stream positions of one rank's micro-batches in a step; none is empty.
 
         The global batch is cut into the fewest micro-batches of at most `micro_batch_size`
-        samples (but one for each rank at least), and each rank takes consecutive ones. Both cuts
-        are as even as they can be. So for any number of ranks
+        samples (but at least one per rank), and each rank takes consecutive ones. Both cuts are as
+        even as possible. So for any number of ranks
 
-        * the micro-batches of all ranks, one after the other, are the global batch in its order;
-        * as long as there are not more ranks than micro-batches, the micro-batches themselves are
-          the same: the same images are padded together, and a step computes the same numbers up
-          to the order of summation, on 4 ranks, on 3 or on 1.
+        * the micro-batches of all ranks, in rank order, are the global batch in its order;
+        * if there are at most as many ranks as micro-batches, the micro-batches themselves are the
+          same: the same images are padded together, and a step computes the same numbers up to the
+          order of summation, on 4 ranks, on 3 or on 1.
 
-        Ranks may differ by one micro-batch: communicate once per step, not once per micro-batch.
+        Ranks may differ by one micro-batch, so communicate once per step, not per micro-batch.
 
         Raises:
             ValueError: `rank` is not below `world_size`, `micro_batch_size` is below 1, or there
@@ -228,11 +228,11 @@ class TrainingOrder:
 def evaluation_batches(
     num_images: int, batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """The images one rank evaluates: of all batches in order, numbers rank, rank + world_size, …
+    """Return the batches of images that one rank evaluates: numbers rank, rank + world_size, …
 
-    Batches are shared, not images, so the same images are padded together whatever the number of
-    ranks, and detections are the same. Every image occurs exactly once: nothing is padded or
-    repeated, so the last batch may be smaller, and a rank may have no batch at all.
+    Ranks share batches, not images, so the same images are padded together for any number of
+    ranks, and detections are the same. Every image occurs exactly once. Nothing is padded or
+    repeated, so the last batch may be smaller, and a rank may have no batch.
     """
     check_rank(rank, world_size)
     if batch_size < 1:

@@ -1,12 +1,12 @@
-"""A small data set that needs no download: five kinds of shape on textured backgrounds, as COCO.
+"""Draw a small data set in COCO format that needs no download: shapes on textured backgrounds.
 
-It is for the demo, for tests of the whole flow, and for a first look at a new machine. A small
-detector learns it from scratch within minutes. Colour, size, turn and texture say nothing about
-the kind of a shape, shapes overlap and leave the picture, and the pictures differ in aspect ratio,
-so that a batch of them has padding.
+It serves the demo, end-to-end tests, and first tests on a new machine. A small detector learns its
+five kinds of shape from scratch within minutes. Colour, size, rotation and texture are independent
+of the kind, shapes overlap and reach out of the image, and images differ in aspect ratio, so that
+batches have padding.
 """
 
-# H W pixels of a picture   V corners of an outline
+# H W pixels of an image   V corners of an outline
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from PIL import Image, ImageDraw
 CATEGORY_NAMES = ("disc", "square", "triangle", "star", "ring")  # ids 1 to 5
 ASPECT_RATIOS = [(1.0, 1.0), (1.0, 0.875), (0.875, 1.0)]  # width, height
 MAX_SHAPES = 4
-MIN_SIDE, MAX_SIDE = 24 / 128, 62 / 128  # of the box, as a part of size_px
-MIN_VISIBLE = 0.7  # of a shape's area: the rest may be covered or outside of the picture
-MAX_TURN = np.radians(12)
+MIN_SIDE, MAX_SIDE = 24 / 128, 62 / 128  # of a box, as a fraction of size_px
+MIN_VISIBLE = 0.7  # of a shape's area; the rest may be covered or outside of the image
+MAX_ROTATION = np.radians(12)
 SUPERSAMPLING = 4
 RING_HOLE = 0.55  # of the radius
 JPEG_QUALITY = 92
 FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
-MARKER = "shapes.json"  # says how the set was made; written last
-DRAWING_VERSION = 6  # goes up when the same seed gives other pictures
+MARKER = "shapes.json"  # the arguments of the data set; written last
+DRAWING_VERSION = 6  # increases when the same seed gives other images
 
 
 @dataclass(frozen=True)
 class ShapesDataset:
-    """Where the parts of a written data set are."""
+    """The paths of a written data set."""
 
     folder: Path
 
@@ -61,39 +61,38 @@ class ShapesDataset:
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of a picture, with the masks that its box can be checked against."""
+    """One shape of an image, with the masks for checking its box."""
 
     category_id: int
-    box_px: tuple[
-        float, float, float, float
-    ]  # xyxy, of all of it within the picture, covered or not
-    area_px: float  # of the whole shape, what is covered or outside included
-    coverage: np.ndarray  # H W float32 in 0..1, as if it lay on top
-    visible: np.ndarray  # H W float32 in 0..1, less what lies over it
+    # xyxy, of its part within the image, including what other shapes cover
+    box_px: tuple[float, float, float, float]
+    area_px: float  # of the complete shape, including what is covered or outside
+    coverage: np.ndarray  # H W float32 in 0..1, as if the shape were on top
+    visible: np.ndarray  # H W float32 in 0..1, without what other shapes cover
 
 
 def write_shapes(
     folder: Path, *, num_train: int = 1000, num_val: int = 200, size_px: int = 128, seed: int = 0
 ) -> ShapesDataset:
-    """Write pictures and COCO annotations, unless the very same set is there already.
+    """Write images and COCO annotations, unless the same data set exists already.
 
-    The same arguments give the same bytes under the same versions of numpy and Pillow, and the
-    i-th picture of a split does not depend on how many there are. The set appears in one piece or
-    not at all, and several processes may ask for it at once.
+    The same arguments give the same bytes with the same versions of numpy and Pillow, and the i-th
+    image of a split does not depend on the number of images. The write is atomic, and several
+    processes may write the same data set at once.
 
     Args:
-        folder: becomes `train/`, `val/` and `annotations/instances_{train,val}.json`. A set that
-            was written here with other arguments is replaced.
-        size_px: the longer side of every picture.
+        folder: gets `train/`, `val/` and `annotations/instances_{train,val}.json`. A data set of
+            shapes with other arguments is replaced.
+        size_px: the longer side of every image.
 
     Raises:
-        ValueError: the folder holds something else than a set of shapes; or an argument is out of
-            range.
+        ValueError: the folder contains something other than a data set of shapes, or an argument is
+            out of range.
     """
     if num_train < 1 or num_val < 1 or size_px < 32 or seed < 0:
         raise ValueError(
             f"num_train={num_train}, num_val={num_val} must be 1 or more, seed={seed} 0 or more "
-            f"and size_px={size_px} 32 or more, else shapes are too small to tell apart"
+            f"and size_px={size_px} 32 or more, since smaller shapes are not distinguishable"
         )
     recipe = {
         "drawing_version": DRAWING_VERSION,
@@ -107,8 +106,8 @@ def write_shapes(
         return ShapesDataset(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ValueError(
-            f"{folder} holds files, but no {MARKER}, so it is no set of shapes and is left as it "
-            "is; name another folder"
+            f"{folder} has files but no {MARKER}, so it is not a data set of shapes and is not "
+            "overwritten; choose another folder"
         )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ def _move_into_place(unfinished: Path, folder: Path, recipe: dict[str, int]) -> 
         if folder.exists() and any(folder.iterdir()) and not _is_complete(folder, recipe):
             folder.rename(outdated)
         os.replace(unfinished, folder)
-    except OSError:  # another process was faster, and its set is the same
+    except OSError:  # another process was faster and wrote the same data set
         if not _is_complete(folder, recipe):
             raise
     finally:
@@ -156,15 +155,15 @@ def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: 
     for index in range(num_images):
         image_id = FIRST_IMAGE_ID[split] + index
         rng = np.random.default_rng([seed, FIRST_IMAGE_ID[split], index])
-        picture, shapes = draw_scene(rng, size_px)
+        image, shapes = draw_scene(rng, size_px)
         file_name = f"{image_id:07d}.jpg"
-        picture.save(folder / split / file_name, quality=JPEG_QUALITY)
+        image.save(folder / split / file_name, quality=JPEG_QUALITY)
         images.append(
             {
                 "id": image_id,
                 "file_name": file_name,
-                "width": picture.width,
-                "height": picture.height,
+                "width": image.width,
+                "height": image.height,
             }
         )
         for shape in shapes:
@@ -190,10 +189,10 @@ def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: 
 
 
 def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, list[Shape]]:
-    """One picture and its shapes, the lowest first.
+    """Draw one image and return it with its shapes, the lowest first.
 
-    A shape that would hide too much of another, or of itself outside of the picture, is moved
-    elsewhere or left out. So every shape that can be seen has an annotation.
+    A shape that would hide too much of another, or that is too far outside of the image, is drawn
+    elsewhere or left out. So every visible shape has an annotation.
     """
     width_part, height_part = ASPECT_RATIOS[rng.integers(len(ASPECT_RATIOS))]
     width, height = round(width_part * size_px), round(height_part * size_px)
@@ -231,11 +230,11 @@ def _sides(shape: Shape) -> tuple[float, float]:
 
 
 def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> Shape:
-    """A shape of random kind, size, turn and place; it may reach out of the picture."""
+    """Return a shape of random kind, size, rotation and place; it may reach out of the image."""
     category = int(rng.integers(len(CATEGORY_NAMES)))
     name = CATEGORY_NAMES[category]
-    turn = rng.uniform(-MAX_TURN, MAX_TURN)
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     stretch = np.array([1.0, rng.uniform(0.85, 1.0)])
     corners = _outline(name) * stretch @ rotation.T  # V 2, xy around the origin
 
@@ -255,20 +254,20 @@ def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> S
         area *= 1 - RING_HOLE**2
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
 
-    within = _cut_to_picture(corners + centre, height, width)
+    within = _clip_outline(corners + centre, height, width)
     (x1, y1), (x2, y2) = within.min(axis=0).tolist(), within.max(axis=0).tolist()
     return Shape(category + 1, (x1, y1, x2, y2), float(area), coverage, coverage)
 
 
 def _on_canvas(corners: np.ndarray) -> list[tuple[float, float]]:
-    """Corners as ImageDraw wants them."""
+    """Return corners in the form that ImageDraw takes, in pixels of the supersampled canvas."""
     return [(x, y) for x, y in (corners * SUPERSAMPLING).tolist()]
 
 
-def _cut_to_picture(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The corners of the part of an outline that is within the picture: V 2, xy.
+def _clip_outline(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip an outline to the image: V 2, xy.
 
-    Source: Sutherland and Hodgman 1974, one side of the picture after the other.
+    Source: Sutherland and Hodgman 1974, one side of the image after the other.
     """
     for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         depth = sign * (corners[:, axis] - limit)  # V, negative outside
@@ -283,7 +282,7 @@ def _cut_to_picture(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _outline(name: str) -> np.ndarray:
-    """The corners of a shape around the origin: V 2, xy."""
+    """Return the corners of a shape around the origin: V 2, xy."""
     if name == "star":
         radii, num_corners = np.array([1.0, 0.45] * 5), 10
     else:
@@ -297,7 +296,7 @@ def _outline(name: str) -> np.ndarray:
 def _background(
     rng: np.random.Generator, height: int, width: int
 ) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """Clouds and stripes between two dull colours: H W 3 float32 in 0..255, and their mean."""
+    """Return clouds and stripes of two dull colours, H W 3 float32 in 0..255, and their mean."""
     first, second = (
         np.array(
             colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), rng.uniform(0.2, 0.85)),
@@ -318,26 +317,26 @@ def _background(
 
 
 def _stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Soft parallel stripes: H W in 0..1."""
-    turn, wavelength_px = rng.uniform(0, np.pi), rng.uniform(5, 20)
+    """Return soft parallel stripes: H W in 0..1."""
+    angle, wavelength_px = rng.uniform(0, np.pi), rng.uniform(5, 20)
     y, x = np.ogrid[:height, :width]
     wave = 2 * np.pi / wavelength_px
-    phase = (wave * np.cos(turn) * x + wave * np.sin(turn) * y).astype(np.float32)
+    phase = (wave * np.cos(angle) * x + wave * np.sin(angle) * y).astype(np.float32)
     return 0.5 + 0.5 * np.sin(phase)
 
 
 def _paint(
     rng: np.random.Generator, height: int, width: int, background_rgb: tuple[float, float, float]
 ) -> np.ndarray:
-    """What a shape is filled with, unlike its background: H W 3 float32 in 0..255."""
+    """Return the fill of a shape, unlike its background: H W 3 float32 in 0..255."""
     while True:
         hue, saturation, value = rng.random(), rng.uniform(0.3, 1), rng.uniform(0.25, 1)
         colour = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
         if np.abs(colour - background_rgb).max() > 70:
             break
-    turn = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(0, 2 * np.pi)
     y, x = np.ogrid[:height, :width]
-    slope_x, slope_y = 0.25 * float(np.cos(turn)), 0.25 * float(np.sin(turn))
+    slope_x, slope_y = 0.25 * float(np.cos(angle)), 0.25 * float(np.sin(angle))
     light = 1 + slope_x * (x / width - 0.5) + slope_y * (y / height - 0.5)
     light = light.astype(np.float32)  # H W
     if rng.random() < 0.25:

@@ -1,9 +1,9 @@
-"""From a decoded image to what the model eats, and the augmentation on the way.
+"""Augment and resize decoded images, and convert them to the model's input.
 
-Every step maps a `Sample` to a `Sample`: the pixels change, and with them the boxes. Augmentation
-and sizes are those of the released DETA code (DETR's recipe: Carion et al. 2020, appendix A.4),
-with PIL's bilinear resize, since that is what the published weights were trained with. All
-randomness comes from the `Draws` passed in. Sizes in the configurations are in pixels.
+Every transform maps a `Sample` to a `Sample` and changes pixels and boxes alike. Augmentation and
+sizes are those of the released DETA code (DETR's recipe: Carion et al. 2020, appendix A.4), with
+PIL's bilinear resize, as the published weights were trained. All randomness comes from the
+argument `draws`. Sizes in the configurations are in pixels.
 """
 
 # H, W height and width of the image in px   N boxes of one image
@@ -23,35 +23,35 @@ from deta.model.batch import Target
 from deta.platform.data.coco_dataset import Sample
 from deta.platform.data.sample_order import Draws
 
-# Of ImageNet, in RGB order: what the pretrained backbones were trained with.
+# Of ImageNet, in RGB order, as the pretrained backbones were trained.
 PIXEL_MEAN = [0.485, 0.456, 0.406]
 PIXEL_STD = [0.229, 0.224, 0.225]
 
-# The released code resizes without a maximum before it crops, so that an image 1 px high would
-# grow to 400 x 400 times its width. This is out of reach for aspect ratios below 27.
+# The released code has no maximum for the resize before the crop, so that an image 1 px high would
+# grow to 400 x 400 times its width. Aspect ratios below 27 do not reach this maximum.
 MAX_LONG_EDGE_BEFORE_CROP = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """How training images are changed, once an epoch. The defaults are DETA's."""
+    """Augmentation of training images, drawn anew each epoch. The defaults are DETA's."""
 
-    short_edges: Sequence[int] = tuple(range(480, 801, 32))  # each as likely
+    short_edges: Sequence[int] = tuple(range(480, 801, 32))  # equally likely
     max_long_edge: int = 1333
     flip_probability: float = 0.5
-    crop: bool = True  # every second image, at random, is cropped before its final resize
-    crop_pre_short_edges: Sequence[int] = (400, 500, 600)  # of the image that is cropped
+    crop: bool = True  # half of the images, at random, are cropped before the final resize
+    crop_pre_short_edges: Sequence[int] = (400, 500, 600)  # of the image before the crop
     crop_min: int = 384  # width and height of the crop are drawn independently
     crop_max: int = 600
 
     def __post_init__(self) -> None:
-        # A configuration read from JSON brings lists; tuples keep it hashable.
+        # A configuration read from JSON has lists; tuples make it hashable.
         object.__setattr__(self, "short_edges", tuple(self.short_edges))
         object.__setattr__(self, "crop_pre_short_edges", tuple(self.crop_pre_short_edges))
         for name in ("short_edges", "crop_pre_short_edges"):
             edges = getattr(self, name)
             if not edges or min(edges) < 1:
-                raise ValueError(f"{name}={edges} must hold at least one size, all of 1 px or more")
+                raise ValueError(f"{name}={edges} needs at least one size, all of 1 px or more")
         if self.max_long_edge < max(self.short_edges):
             raise ValueError(
                 f"max_long_edge={self.max_long_edge} is smaller than the largest of "
@@ -62,13 +62,13 @@ class AugmentationConfig:
         if not 1 <= self.crop_min <= self.crop_max:
             raise ValueError(
                 f"crop_min={self.crop_min} and crop_max={self.crop_max}: "
-                "they must be at least 1 px, and the smaller one first"
+                "they must be at least 1 px, and crop_min the smaller one"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSize:
-    """The one size at which images are evaluated. The default is DETA's."""
+    """The size at which images are evaluated. The default is DETA's."""
 
     short_edge: int = 800
     max_long_edge: int = 1333
@@ -77,12 +77,12 @@ class EvaluationSize:
         if not 1 <= self.short_edge <= self.max_long_edge:
             raise ValueError(
                 f"short_edge={self.short_edge} and max_long_edge={self.max_long_edge}: "
-                "they must be at least 1 px, and the smaller one first"
+                "they must be at least 1 px, and short_edge the smaller one"
             )
 
 
 def larger_augmentation() -> AugmentationConfig:
-    """DETA with Swin-L (`--bigger`): final sizes times 1.5; the crop before them is unscaled."""
+    """Return the augmentation of DETA with Swin-L (`--bigger`): 1.5 times the final sizes."""
     standard = AugmentationConfig()
     return replace(
         standard, short_edges=[edge * 3 // 2 for edge in standard.short_edges], max_long_edge=2000
@@ -90,12 +90,12 @@ def larger_augmentation() -> AugmentationConfig:
 
 
 def larger_evaluation_size() -> EvaluationSize:
-    """DETA with Swin-L (`--bigger`)."""
+    """Return the evaluation size of DETA with Swin-L (`--bigger`)."""
     return EvaluationSize(short_edge=1200, max_long_edge=2000)
 
 
 def tiny_augmentation() -> AugmentationConfig:
-    """For demonstrations and tests on a CPU: DETA's recipe at about a sixth of its size."""
+    """Return DETA's augmentation at about a sixth of its size, for demos and tests on a CPU."""
     return AugmentationConfig(
         short_edges=(96, 112, 128),
         max_long_edge=160,
@@ -106,18 +106,19 @@ def tiny_augmentation() -> AugmentationConfig:
 
 
 def tiny_evaluation_size() -> EvaluationSize:
-    """The evaluation size that belongs to `tiny_augmentation`."""
+    """Return the evaluation size that belongs to `tiny_augmentation`."""
     return EvaluationSize(short_edge=128, max_long_edge=160)
 
 
 def resized_size(
     height: int, width: int, short_edge: int, max_long_edge: int | None
 ) -> tuple[int, int]:
-    """The (height, width) to which the released code resizes an image.
+    """Return the (height, width) to which the released code resizes an image.
 
-    The short edge becomes `short_edge` and the other follows, truncated. Where it would exceed
-    `max_long_edge`, the short edge is made smaller and *rounded* first, so that the long edge may
-    end on either side of the maximum: 1332 to 1334 px for ordinary images and a maximum of 1333.
+    The short edge becomes `short_edge`, and the long edge is scaled alike and truncated. If it
+    would exceed `max_long_edge`, the short edge is reduced and *rounded* first, so that the long
+    edge may end on either side of the maximum: 1332 to 1334 px for ordinary images and a maximum
+    of 1333.
 
     Ours: an image so thin that its short edge would round to 0 px, an error in the released code,
     becomes 1 px by `max_long_edge`.
@@ -133,34 +134,34 @@ def resized_size(
 
 
 def flip(sample: Sample) -> Sample:
-    """Mirror the sample: left becomes right."""
+    """Flip the sample horizontally."""
     width = sample.image.width
     x1, y1, x2, y2 = sample.boxes_px.unbind(1)
     boxes_px = torch.stack([width - x2, y1, width - x1, y2], dim=1)  # N 4
-    return _changed(sample, functional.horizontal_flip(sample.image), boxes_px)
+    return _with_image(sample, functional.horizontal_flip(sample.image), boxes_px)
 
 
 def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """Keep one part of the image, all in px, and the part of every box that lies in it."""
+    """Crop the image and its boxes; all arguments are in px."""
     image = functional.crop(sample.image, top, left, height, width)
-    return _changed(sample, image, sample.boxes_px - sample.boxes_px.new_tensor([left, top] * 2))
+    return _with_image(sample, image, sample.boxes_px - sample.boxes_px.new_tensor([left, top] * 2))
 
 
 def resize(sample: Sample, short_edge: int, max_long_edge: int | None) -> Sample:
     """Resize the sample to `resized_size`, bilinearly."""
     image = sample.image
     height, width = resized_size(image.height, image.width, short_edge, max_long_edge)
-    # The two edges change by slightly different factors, since each is a whole number of pixels.
+    # The two factors differ slightly, since each edge is a whole number of pixels.
     scale = sample.boxes_px.new_tensor([width / image.width, height / image.height] * 2)
     resized = functional.resize(image, [height, width], interpolation=InterpolationMode.BILINEAR)
-    return _changed(sample, resized, sample.boxes_px * scale)
+    return _with_image(sample, resized, sample.boxes_px * scale)
 
 
-def _changed(sample: Sample, image: Image.Image, boxes_px: Tensor) -> Sample:
-    """The sample with a new image and new boxes: clipped to it, those without area left out.
+def _with_image(sample: Sample, image: Image.Image, boxes_px: Tensor) -> Sample:
+    """Return the sample with a new image and new boxes, clipped to it, without empty ones.
 
-    The released code does both only after a crop; elsewhere only float32 rounding can push a box
-    out or close a sliver, so the difference is below 1e-4 px.
+    The released code clips only after a crop. Otherwise only float32 rounding can move a box out of
+    the image or make it empty, so the difference is below 1e-4 px.
     """
     size_px = boxes_px.new_tensor([image.width, image.height] * 2)
     boxes_px = boxes_px.clamp(min=0).minimum(size_px)  # N 4
@@ -169,7 +170,7 @@ def _changed(sample: Sample, image: Image.Image, boxes_px: Tensor) -> Sample:
 
 
 def augment(sample: Sample, config: AugmentationConfig, draws: Draws) -> Sample:
-    """The sample flipped, cropped and resized at random; it may have lost all its boxes."""
+    """Flip, crop and resize the sample at random; it may lose all its boxes."""
     if draws.fraction() < config.flip_probability:
         sample = flip(sample)
     if config.crop and draws.fraction() < 0.5:
@@ -185,23 +186,23 @@ def augment(sample: Sample, config: AugmentationConfig, draws: Draws) -> Sample:
 
 
 def _crop_length(side_px: int, config: AugmentationConfig, draws: Draws) -> int:
-    # A side shorter than the smallest crop is kept whole (the released code would fail).
+    # A side shorter than the smallest crop is not cropped (the released code would fail).
     return draws.integer(min(config.crop_min, side_px), min(config.crop_max, side_px))
 
 
 def resize_for_evaluation(sample: Sample, size: EvaluationSize) -> Sample:
-    """The sample at its evaluation size."""
+    """Resize the sample to the evaluation size."""
     return resize(sample, size.short_edge, size.max_long_edge)
 
 
 def to_model_input(sample: Sample) -> tuple[Tensor, Target]:
-    """The sample as tensors.
+    """Convert the sample to tensors.
 
     Returns:
-        3 H W float32, normalised with the mean and deviation of ImageNet, and the target, its
-        boxes cxcywh relative to this image.
+        3 H W float32, normalised with the mean and deviation of ImageNet, and the target with
+        boxes in cxcywh relative to this image.
     """
-    # Divided, as the published models were: torchvision's to_dtype multiplies by 1 / 255.
+    # Divide, as in the training of the published models; torchvision's to_dtype multiplies.
     pixels = functional.pil_to_tensor(sample.image).float() / 255  # 3 H W
     pixels = functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
     x1, y1, x2, y2 = sample.boxes_px.unbind(1)

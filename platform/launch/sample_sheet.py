@@ -29,8 +29,8 @@ from deta.platform.data.draw_boxes import (
     PAPER,
     colour_of,
     draw_detections,
-    save_whole,
-    shortened,
+    fit_text,
+    save_image,
 )
 from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
@@ -156,7 +156,7 @@ def training_sheet(
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=CAPTION_PX)
     if title:
-        draw.text((GAP_PX, GAP_PX), shortened(title, width - 2 * GAP_PX, font), INK, font)
+        draw.text((GAP_PX, GAP_PX), fit_text(title, width - 2 * GAP_PX, font), INK, font)
     sheet.paste(legend, (GAP_PX, GAP_PX + title_px))
     y = 2 * GAP_PX + title_px + legend.height
     for row, row_height in zip(rows, row_heights, strict=True):
@@ -164,7 +164,7 @@ def training_sheet(
             x = GAP_PX + column * (cell_width + GAP_PX)
             sheet.paste(drawn[i], (x, y))
             for number, line in enumerate(pictures[i].caption.splitlines()[:2]):
-                text = shortened(line, cell_width, font)
+                text = fit_text(line, cell_width, font)
                 draw.text((x, y + drawn[i].height + 4 + number * LINE_PX), text, INK, font)
         y += row_height
     return sheet
@@ -178,7 +178,7 @@ def write_training_sheet(path: Path, run: Run) -> None:
     """
     names = [category.name for category in run.train_set.categories]
     title = f"{run.config.name}: training pictures as the model sees them in the first epoch"
-    save_whole(training_sheet(first_pictures(run), names, title=title), path)
+    save_image(training_sheet(first_pictures(run), names, title=title), path)
 
 
 def _drawn(picture: SeenPicture, names: Sequence[str], scale: float) -> Image.Image:
@@ -211,7 +211,7 @@ def _legend(counts: Counter[int], names: Sequence[str], width: int) -> Image.Ima
     font = ImageFont.load_default(size=CAPTION_PX)
     places, x, y = [], 0, 0
     for label, count in sorted(counts.items()):
-        text = shortened(f"{names[label]} {count}", width / 2, font)
+        text = fit_text(f"{names[label]} {count}", width / 2, font)
         length = CAPTION_PX + 6 + math.ceil(font.getlength(text))
         if x and x + length > width:
             x, y = 0, y + LINE_PX

@@ -1,1 +1,1 @@
-"""The same data set packed into Parquet files, local or in an object store."""
+"""Data sets packed into Parquet shards, in a local folder or an object store."""

@@ -1,4 +1,4 @@
-"""The tables of a data set to Arrow and back, without a loss."""
+"""Convert the tables of a data set to Arrow and back, without loss."""
 
 # I images   A annotations of all images
 
@@ -10,7 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from deta.platform.data.coco_dataset import Category, CocoDataset
-from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW, training_boxes
+from deta.platform.data.coco_tables import (
+    ANNOTATION_ROW,
+    IMAGE_ROW,
+    set_ranges,
+    set_training_boxes,
+)
 
 BOX = pa.list_(pa.float64(), 4)  # x, y, width, height in px, as in the annotation file
 ANNOTATION_FIELDS = [
@@ -26,8 +31,8 @@ ANNOTATION_FIELDS = [
 ]
 
 
-def table_of(dataset: CocoDataset, images: range) -> pa.Table:
-    """Consecutive images with all their annotations, a row each."""
+def to_arrow(dataset: CocoDataset, images: range) -> pa.Table:
+    """Return an Arrow table with a row for each of some consecutive images."""
     file_names, image_rows, rows = dataset.tables
     image_rows = image_rows[images.start : images.stop]
     rows = rows[image_rows["start"][0] : image_rows["end"][-1]]
@@ -54,8 +59,8 @@ def table_of(dataset: CocoDataset, images: range) -> pa.Table:
     )
 
 
-def tables_of(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Image rows and annotation rows as `make_tables` made them from the annotation file."""
+def from_arrow(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return image rows and annotation rows, equal to those that `make_tables` made."""
 
     def column(name: str) -> Any:
         return table[name].combine_chunks()
@@ -66,8 +71,7 @@ def tables_of(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.nda
     ):  # fmt: skip
         image_rows[name] = table[source].to_numpy()
     counts = np.diff(column("boxes").offsets.to_numpy()).astype(np.int64)
-    image_rows["end"] = np.cumsum(counts)
-    image_rows["start"] = image_rows["end"] - counts
+    set_ranges(image_rows, counts)
 
     rows = np.zeros(int(counts.sum()), ANNOTATION_ROW)
     rows["bbox"] = column("boxes").flatten().flatten().to_numpy().reshape(-1, 4)
@@ -76,6 +80,5 @@ def tables_of(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.nda
     category_ids = np.array([category.id for category in categories], np.int64)
     rows["label"] = np.searchsorted(category_ids, column("category_id").flatten().to_numpy())
     sizes_px = np.stack([image_rows["height"], image_rows["width"]], axis=1)
-    rows["box_px"], reasons = training_boxes(rows["bbox"], np.repeat(sizes_px, counts, axis=0))
-    rows["target"] = ~rows["crowd"] & ~np.logical_or.reduce(list(reasons.values()))
+    set_training_boxes(rows, np.repeat(sizes_px, counts, axis=0))
     return image_rows, rows

@@ -1,4 +1,4 @@
-"""What a packed data set consists of, and whether its files are those that were packed."""
+"""The manifest of a packed data set, and checks that its files are unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pyarrow as pa
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.image_decoding import PROGRESS_AFTER_S
-from deta.platform.shards.object_store import Store
+from deta.platform.shards.object_store import ObjectStore
 
 MANIFEST = "MANIFEST.json"
-UNFINISHED = "PACKING.json"  # the same, of a pack that is not complete
+UNFINISHED = "PACKING.json"  # the manifest of an incomplete pack
 ANNOTATIONS = "annotations.parquet"
 FORMAT = "deta shards"
 VERSION = 1
@@ -25,7 +25,7 @@ REPAIR = "copy it again from where it was packed, or pack the data set again wit
 
 
 class ShardError(DatasetError):
-    """A shard that is missing, cut or altered; the message names it and says what to do."""
+    """A missing, truncated or altered shard; the message names it and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed data set consists of."""
+    """The content of a packed data set: its images, categories, notes and files."""
 
     fingerprint: str
-    num_images: int  # of all shards, when complete
-    shard_bytes: int  # at most, about
+    num_images: int  # of all shards of a complete pack
+    shard_bytes: int  # approximate maximum
     categories: tuple[Category, ...]
     notes: tuple[str, ...]
-    annotations: Shard | None  # none: not complete
+    annotations: Shard | None  # None: incomplete
     shards: tuple[Shard, ...]
 
     def to_json(self) -> bytes:
@@ -55,18 +55,22 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: bytes, name: str) -> Manifest:
-        """Raises ShardError for what is no manifest, or one of a version unknown here."""
+        """Parse a manifest.
+
+        Raises:
+            ShardError: this is not a manifest, is damaged, or has an unknown version.
+        """
         try:
             values = json.loads(content)
         except ValueError as error:
             raise ShardError(f"{name}: is not JSON ({error}); pack the data set again") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ShardError(f"{name}: is not of a data set packed by jobs/pack.py")
+            raise ShardError(f"{name}: is not the manifest of a data set packed by jobs/pack.py")
         version = values.pop("version", None)
         if version != VERSION:
             raise ShardError(
                 f"{name}: has format version {version}, and this code reads version {VERSION}; "
-                "update it, or pack the data set again"
+                "update deta-platform, or pack the data set again"
             )
         try:
             annotations = values["annotations"]
@@ -85,35 +89,35 @@ class Manifest:
             ) from None
         for shard in manifest.shards:
             if not SHARD_NAME.fullmatch(shard.name):
-                raise ShardError(f"{name}: {shard.name!r} is not the name of a shard")
+                raise ShardError(f"{name}: {shard.name!r} is not a shard name")
         return manifest
 
 
-def read_manifest(store: Store) -> Manifest:
-    """The manifest of a complete pack.
+def read_pack_manifest(store: ObjectStore) -> Manifest:
+    """Read the manifest of a complete pack.
 
     Raises:
-        ShardError: there is none, it is damaged, or the pack was not finished.
+        ShardError: there is none, it is damaged, or the pack is incomplete.
     """
     try:
         content = store.read(MANIFEST)
     except FileNotFoundError:
-        what = "holds no MANIFEST.json"
+        what = "has no MANIFEST.json"
         if UNFINISHED in store.sizes():
-            what = "was not packed to its end; give jobs/pack.py the same command again"
+            what = "is an incomplete pack; run the same jobs/pack.py command again to finish it"
         raise ShardError(f"{store.shown}: {what}") from None
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{store.name_of(MANIFEST)}: cannot be read: {error}") from None
     manifest = Manifest.from_json(content, store.name_of(MANIFEST))
     if manifest.annotations is None:
-        raise ShardError(f"{store.name_of(MANIFEST)}: is not complete; {REPAIR}")
+        raise ShardError(f"{store.name_of(MANIFEST)}: is incomplete; {REPAIR}")
     return manifest
 
 
-def check_size(store: Store, shard: Shard, sizes: dict[str, int]) -> None:
-    """Raises ShardError for a file that is missing or of another length than packed."""
+def check_size(store: ObjectStore, shard: Shard, sizes: dict[str, int]) -> None:
+    """Raise ShardError for a file that is missing or has another size than when packed."""
     if shard.name not in sizes:
-        raise ShardError(missing(store, shard.name))
+        raise ShardError(missing_message(store, shard.name))
     if sizes[shard.name] != shard.num_bytes:
         raise ShardError(
             f"{store.name_of(shard.name)}: has {sizes[shard.name]:,} bytes, and "
@@ -121,20 +125,20 @@ def check_size(store: Store, shard: Shard, sizes: dict[str, int]) -> None:
         )
 
 
-def check_sha256(store: Store, shard: Shard, content: bytes) -> None:
-    """Raises ShardError unless these are the bytes packed."""
+def check_sha256(store: ObjectStore, shard: Shard, content: bytes) -> None:
+    """Raise ShardError unless these are the packed bytes."""
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise ShardError(
-            f"{store.name_of(shard.name)}: its SHA-256 is not the one of MANIFEST.json, so it was "
+            f"{store.name_of(shard.name)}: its SHA-256 differs from MANIFEST.json, so it was "
             f"altered; {REPAIR}"
         )
 
 
-def verify_shards(store: Store, manifest: Manifest, progress: bool = False) -> None:
+def verify_shards(store: ObjectStore, manifest: Manifest, progress: bool = False) -> None:
     """Read every file of a pack and compare its SHA-256.
 
     Raises:
-        ShardError: naming all files that are missing, cut or altered.
+        ShardError: names all files that are missing, truncated or altered.
     """
     from tqdm import tqdm
 
@@ -157,5 +161,6 @@ def verify_shards(store: Store, manifest: Manifest, progress: bool = False) -> N
         raise ShardError("\n".join(faults))
 
 
-def missing(store: Store, name: str) -> str:
+def missing_message(store: ObjectStore, name: str) -> str:
+    """Return the error message for a missing file."""
     return f"{store.name_of(name)}: is missing; {REPAIR}"

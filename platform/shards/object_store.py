@@ -1,10 +1,11 @@
-"""Files of one folder, on this machine or in any store that `pyarrow.fs` knows by address.
+"""Read and write the files of one folder, local or in any object store that `pyarrow.fs` supports.
 
-An address is `s3://bucket/path`, `gs://…`, `abfs://…`, `hdfs://…` or `file:///…`, and may carry
-pyarrow's options (`?endpoint_override=…&region=…`). A password in it is refused: addresses end in
-logs and configurations. Credentials come from the environment, as the store's own tools take them.
+An address is `s3://bucket/path`, `gs://…`, `abfs://…`, `hdfs://…` or `file:///…`, with optional
+pyarrow settings (`?endpoint_override=…&region=…`). A password in it is an error, since addresses
+end up in logs and configurations. Credentials come from the environment, as for the object store's
+own tools.
 
-Cheap to send to workers: files are opened by the process that reads them, when it does.
+A store is cheap to pickle: each process opens a file when it first reads it.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ SECRET_WORDS = ("secret", "password", "token", "signature", "account_key")
 
 
 def is_address(location: str | Path) -> bool:
-    """Whether it names a store, not a path."""
+    """Return True for an address of an object store, False for a path."""
     return "://" in str(location)
 
 
-class Store:
-    """One folder of files. Reads are safe from several threads and after a fork."""
+class ObjectStore:
+    """One folder of files. Reads are thread-safe, and safe after a fork."""
 
     def __init__(self, location: str | Path) -> None:
-        """A local folder (it need not exist) or an address.
+        """Open a local folder (it need not exist) or an address.
 
         Raises:
-            DatasetError: an address that pyarrow does not know, or that holds a password.
+            DatasetError: the address contains a password.
         """
         text = str(location)
-        self.shown = text  # for messages: never holds what is secret
+        self.shown = text  # for messages: never contains a secret
         self._local: Path | None = None
         self._address = ""
         if is_address(text):
@@ -53,8 +54,8 @@ class Store:
                 word in key for key in keys for word in SECRET_WORDS
             ):
                 raise DatasetError(
-                    f"{self.shown}: the address holds a password, which would end in logs and "
-                    "configurations; set it in the environment (AWS_ACCESS_KEY_ID and "
+                    f"{self.shown}: the address contains a password, which would end up in logs "
+                    "and configurations; set it in the environment (AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY for S3, or a credentials file)"
                 )
             self._address = text
@@ -71,26 +72,26 @@ class Store:
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("shown", "_local", "_address")
-        return {name: self.__dict__[name] for name in kept}
+        names = ("shown", "_local", "_address")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
 
     def __repr__(self) -> str:
-        return f"Store({self.shown!r})"
+        return f"ObjectStore({self.shown!r})"
 
     @property
     def is_local(self) -> bool:
         return self._local is not None
 
     def name_of(self, file: str) -> str:
-        """How messages call a file."""
+        """Return the name of a file for messages."""
         return f"{self.shown}/{file}"
 
     def sizes(self) -> dict[str, int]:
-        """Name -> length in bytes of all files; none where there is no folder.
+        """Return name -> size in bytes of all files; empty if there is no folder.
 
         Raises:
             DatasetError: the store cannot be listed.
@@ -107,10 +108,10 @@ class Store:
         return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
 
     def read(self, file: str) -> bytes:
-        """A whole file.
+        """Read a complete file.
 
         Raises:
-            OSError: there is none, or the storage failed.
+            OSError: there is no such file, or the storage failed.
         """
         if self._local is not None:
             return (self._local / file).read_bytes()
@@ -119,26 +120,26 @@ class Store:
         return content
 
     def read_at(self, file: str, offset: int, num_bytes: int) -> bytes:
-        """A part of a file; shorter where the file ends before.
+        """Read a part of a file; shorter if the file ends before.
 
-        Local files are read, not mapped: a mapped one that is cut ends the process.
+        Local files are read, not mapped: truncating a mapped file kills the process.
 
         Raises:
             OSError: there is no such file, or the storage failed.
         """
-        opened = self._opened(file)
+        opened = self._open_file(file)
         if self._local is not None:
             return os.pread(opened.fileno(), num_bytes, offset)
         content: bytes = opened.read_at(num_bytes, offset)
         return content
 
     def write(self, file: str, content: bytes | memoryview) -> None:
-        """A file that appears whole or not at all.
+        """Write a file atomically.
 
         Raises:
             OSError: the storage failed.
         """
-        if self._local is None:  # an object store shows an object when it is complete
+        if self._local is None:  # object stores publish only complete objects
             with self._remote().open_output_stream(file) as stream:
                 stream.write(content)
             return
@@ -146,45 +147,46 @@ class Store:
         write_atomic(self._local / file, content, durable=True)
 
     def delete(self, file: str) -> None:
+        """Delete a file."""
         if self._local is not None:
             (self._local / file).unlink(missing_ok=True)
         else:
             self._remote().delete_file(file)
 
-    def _opened(self, file: str) -> Any:
-        """The file, opened once per process; of many, those read last stay open."""
-        self._forget_the_parents()
+    def _open_file(self, file: str) -> Any:
+        """Open a file once per process; the most recently read files stay open."""
+        self._reset_after_fork()
         with self._lock:
             opened = self._open.pop(file, None)
             if opened is None:
                 if self._local is not None:
                     opened = open(self._local / file, "rb", buffering=0)  # noqa: SIM115
                 else:
-                    opened = self._connected().open_input_file(file)
+                    opened = self._connect().open_input_file(file)
                 if len(self._open) >= MAX_OPEN_FILES:
-                    self._open.popitem(last=False)  # closed when its last reader is done
+                    self._open.popitem(last=False)  # its last reader closes it
             self._open[file] = opened
             return opened
 
     def _remote(self) -> fs.FileSystem:
-        self._forget_the_parents()
+        self._reset_after_fork()
         with self._lock:
-            return self._connected()
+            return self._connect()
 
-    def _forget_the_parents(self) -> None:
-        # A forked process must not use its parent's connections, nor a lock that may be held.
+    def _reset_after_fork(self) -> None:
+        # A forked process must not use its parent's connections, or a lock that may be held.
         if self._process != os.getpid():
             self._reset()
 
-    def _connected(self) -> fs.FileSystem:
+    def _connect(self) -> fs.FileSystem:
         if self._filesystem is None:
             try:
                 filesystem, root = fs.FileSystem.from_uri(self._address)
             except (OSError, ValueError, pa.ArrowException, ImportError) as error:
-                # Neither the error's own text nor its cause: they may repeat the whole address.
+                # Leave out the error's text and cause: they may repeat the complete address.
                 raise DatasetError(
-                    f"{self.shown}: pyarrow cannot open this address ({type(error).__name__}); it "
-                    "wants s3://bucket/folder, gs://, abfs://, hdfs:// or file:///folder"
+                    f"{self.shown}: pyarrow cannot open this address ({type(error).__name__}); "
+                    "give s3://bucket/folder, gs://, abfs://, hdfs:// or file:///folder"
                 ) from None
             self._filesystem = fs.SubTreeFileSystem(root, filesystem)
         return self._filesystem

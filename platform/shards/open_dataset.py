@@ -1,4 +1,4 @@
-"""A data set by where it is: loose files, or shards of `jobs/pack.py`."""
+"""Open a data set of loose files, or of shards that `jobs/pack.py` wrote."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
 from deta.platform.shards.manifest import FORMAT, MANIFEST, UNFINISHED
-from deta.platform.shards.object_store import Store, is_address
+from deta.platform.shards.object_store import ObjectStore, is_address
 from deta.platform.shards.sharded_dataset import ShardedDataset
 
 
@@ -26,28 +26,28 @@ def open_dataset(
 
     Args:
         images: folder of image files; or folder or address (s3://bucket/folder) of shards.
-        annotations: JSON in COCO's format; empty for shards, which hold their annotations.
-        lenient: skip, counted in `notes`, what can be skipped.
+        annotations: JSON in COCO format; empty for shards, which contain their annotations.
+        lenient: skip records that can be skipped, and count them in `notes`.
         max_pixels: the largest image to accept, width times height.
-        verify: of shards, read all and compare their SHA-256 first.
-        progress: show a bar on stderr for what takes long.
+        verify: read all shards first and compare their SHA-256.
+        progress: show a bar on stderr if a step takes long.
 
     Raises:
-        DatasetError: names the file, and the record and field, or the shard.
+        DatasetError: names the file with record and field, or the shard.
     """
     if is_address(images) or _holds_shards(Path(images)):
         if str(annotations):
             raise DatasetError(
-                f"{Store(images).shown}: is a data set of shards, which hold their annotations, "
-                f"and the file {annotations} would not be read; leave the annotations empty"
+                f"{ObjectStore(images).shown}: is a data set of shards, which contain their "
+                f"annotations, so {annotations} would not be read; leave the annotations empty"
             )
-        return ShardedDataset.open(
+        return ShardedDataset.open_shards(
             images, lenient=lenient, max_pixels=max_pixels, verify=verify, progress=progress
         )
     if not str(annotations):
         raise DatasetError(
             f"{images}: has no annotations; give the COCO file, or a folder or address of shards "
-            f"written by jobs/pack.py ({MANIFEST} is not here)"
+            f"written by jobs/pack.py (there is no {MANIFEST})"
         )
     return CocoDataset.open(
         Path(images),
@@ -59,13 +59,13 @@ def open_dataset(
 
 
 def _holds_shards(folder: Path) -> bool:
-    """Whether a local folder was written by `jobs/pack.py`, to its end or not."""
+    """Return True for a local folder that `jobs/pack.py` wrote, completely or not."""
     for name in (MANIFEST, UNFINISHED):
         try:
             content = json.loads((folder / name).read_bytes())
         except FileNotFoundError:
             continue
-        except (OSError, ValueError):  # an image folder may hold such a file; a broken one of ours
-            return any(folder.glob("shard-*.parquet"))  # is told of when it is opened
+        except (OSError, ValueError):  # a broken manifest if there are shards: an error on opening
+            return any(folder.glob("shard-*.parquet"))
         return isinstance(content, dict) and content.get("format") == FORMAT
     return any(folder.glob("shard-*.parquet"))

@@ -1,8 +1,8 @@
-"""A data set of loose files to Parquet shards; see `shards.py` for what they are.
+"""Pack a data set of loose files into Parquet shards; `sharded_dataset.py` describes the format.
 
-The plan, which images go into which shard, follows from the files' lengths. A shard appears whole,
-with its checksum noted in PACKING.json, so a pack that was killed goes on behind its last whole
-shard, once these are found as they were written. MANIFEST.json comes last.
+The file sizes determine which images go into which shard. Each shard is written atomically, and
+then its checksum goes into PACKING.json. So an interrupted pack resumes after its last complete
+shard, once the checksums of the earlier ones match. MANIFEST.json is written last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deta.platform.data.coco_annotations import NUM_SHOWN, DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.image_folder import NUM_READERS
-from deta.platform.shards.arrow_tables import ANNOTATION_FIELDS, table_of
+from deta.platform.shards.arrow_tables import ANNOTATION_FIELDS, to_arrow
 from deta.platform.shards.manifest import (
     ANNOTATIONS,
     MANIFEST,
@@ -32,15 +32,15 @@ from deta.platform.shards.manifest import (
     Manifest,
     Shard,
     check_size,
-    read_manifest,
+    read_pack_manifest,
 )
-from deta.platform.shards.object_store import Store
+from deta.platform.shards.object_store import ObjectStore
 
-ROW_GROUP_IMAGES = 32  # for other readers of Parquet; ours reads single images
+ROW_GROUP_IMAGES = 32  # for other Parquet readers; ours reads single images
 ROW_GROUP_BYTES = 64 << 20
 MEGABYTE = 1 << 20
 
-PLACE_FIELDS = [
+LOCATION_FIELDS = [
     pa.field("shard", pa.int32(), nullable=False),
     pa.field("offset", pa.int64(), nullable=False),
     pa.field("crc32", pa.uint32(), nullable=False),
@@ -48,45 +48,45 @@ PLACE_FIELDS = [
 SHARD_SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *ANNOTATION_FIELDS])
 
 
-class Place(NamedTuple):
-    """Where an image lies in its shard."""
+class ImageLocation(NamedTuple):
+    """The position and checksum of an image in its shard."""
 
     offset: int
     crc32: int
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What a call did."""
+class PackedDataset:
+    """The result of `pack_dataset`."""
 
     manifest: Manifest
-    num_found: int  # shards that an earlier call had finished
+    num_reused: int  # shards that an earlier call had finished
 
 
-def pack(
+def pack_dataset(
     dataset: CocoDataset,
-    store: Store,
+    store: ObjectStore,
     *,
     shard_bytes: int,
     decode: bool = False,
     lenient: bool = False,
     progress: bool = False,
-) -> Packed:
-    """Write a data set as shards, or finish what an earlier call began.
+) -> PackedDataset:
+    """Write a data set as shards, or finish an interrupted pack.
 
     Args:
-        shard_bytes: images are added to a shard until it holds as much; it is built in memory.
-        decode: decode every picture first.
-        lenient: leave out those that do not decode; else they are an error.
+        shard_bytes: images are added to a shard up to this size; it is built in memory.
+        decode: decode every image first.
+        lenient: leave out images that do not decode; otherwise they are an error.
         progress: show bars on stderr.
 
     Raises:
-        DatasetError: the folder holds something else, or pictures that do not decode.
+        DatasetError: the folder contains something else, or images do not decode.
         ImageError: an image changed since the data set was opened.
-        OSError: the storage failed; the same call goes on.
+        OSError: the storage failed; the same call resumes the pack.
     """
     if decode:
-        dataset = _decodable(dataset, lenient, progress)
+        dataset = _only_decodable(dataset, lenient, progress)
     plan = consecutive(dataset.num_bytes, shard_bytes, len(dataset))
     empty = Manifest(
         fingerprint=dataset.fingerprint,
@@ -97,14 +97,14 @@ def pack(
         annotations=None,
         shards=(),
     )
-    begun = _begun(store, empty)
-    if begun.annotations is not None:
-        return Packed(begun, len(begun.shards))
+    resumed = _resume_manifest(store, empty)
+    if resumed.annotations is not None:
+        return PackedDataset(resumed, len(resumed.shards))
 
-    earlier = {shard.name: shard for shard in begun.shards}
+    earlier = {shard.name: shard for shard in resumed.shards}
     shards: list[Shard] = []
     tables: list[pa.Table] = []
-    num_found = 0
+    num_reused = 0
     with tqdm(
         total=int(dataset.num_bytes.sum()),
         unit="B",
@@ -115,17 +115,17 @@ def pack(
         for number, images in enumerate(plan):
             name = f"shard-{number:05d}.parquet"
             bar.set_description(f"{name} of {len(plan)}")
-            content = _written(store, earlier.get(name))
+            content = _read_finished(store, earlier.get(name))
             if content is not None:
                 shards.append(earlier[name])
-                num_found += 1
+                num_reused += 1
             else:
-                content = _shard(dataset, images)
+                content = _encode_shard(dataset, images)
                 sha256 = hashlib.sha256(content).hexdigest()
                 store.write(name, content)
                 shards.append(Shard(name, len(images), len(content), sha256))
                 store.write(UNFINISHED, replace(empty, shards=tuple(shards)).to_json())
-            tables.append(_with_places(table_of(dataset, images), number, places_in(content)))
+            tables.append(_add_locations(to_arrow(dataset, images), number, locate_images(content)))
             bar.update(int(dataset.num_bytes[images.start : images.stop].sum()))
 
     sink = pa.BufferOutputStream()
@@ -137,78 +137,79 @@ def pack(
     manifest = replace(empty, annotations=index, shards=tuple(shards))
     store.write(MANIFEST, manifest.to_json())
     store.delete(UNFINISHED)
-    return Packed(manifest, num_found)
+    return PackedDataset(manifest, num_reused)
 
 
 def consecutive(num_bytes: np.ndarray, max_bytes: int, max_images: int) -> list[range]:
-    """Images cut into consecutive ranges: as many as fit, and one at least."""
-    ranges, start, held = [], 0, 0
+    """Cut images into consecutive ranges, each with as many images as fit, at least one."""
+    ranges, start, size = [], 0, 0
     for index, length in enumerate(num_bytes.tolist()):
-        if index > start and (held + length > max_bytes or index - start == max_images):
+        if index > start and (size + length > max_bytes or index - start == max_images):
             ranges.append(range(start, index))
-            start, held = index, 0
-        held += length
+            start, size = index, 0
+        size += length
     ranges.append(range(start, len(num_bytes)))
     return ranges
 
 
-def places_in(shard: bytes) -> list[Place]:
-    """Where the images lie in a shard, in their order. Reads it back as Parquet does."""
-    places: list[Place] = []
+def locate_images(shard: bytes) -> list[ImageLocation]:
+    """Return the locations of the images in a shard, in order, by reading it as Parquet."""
+    locations: list[ImageLocation] = []
     end = 0
     file = pq.ParquetFile(pa.BufferReader(shard), page_checksum_verification=True)
     for batch in file.iter_batches(ROW_GROUP_IMAGES, columns=["image"]):
         for value in batch.column(0):
             image = value.as_py()
-            # Parquet's plain encoding: the length, then the bytes. Between two images there is
-            # nothing, or the header of a page.
+            # Parquet's plain encoding is the length, then the bytes. Between two images there is
+            # nothing or a page header.
             # Source: https://parquet.apache.org/docs/file-format/data-pages/encodings/
             length = struct.pack("<I", len(image))
             found = shard.find(length + image, end)
             if found < 0:
-                raise RuntimeError("an image is not stored in one piece; was the shard compressed?")
-            places.append(Place(found + len(length), zlib.crc32(image)))
+                raise RuntimeError("an image is not stored contiguously; was the shard compressed?")
+            locations.append(ImageLocation(found + len(length), zlib.crc32(image)))
             end = found + len(length) + len(image)
-    return places
+    return locations
 
 
-def _begun(store: Store, empty: Manifest) -> Manifest:
-    """What earlier calls wrote of this very pack; `empty` where there is none."""
+def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
+    """Return the manifest that earlier calls wrote of this pack, or `empty` if there is none."""
     sizes = store.sizes()
     if MANIFEST in sizes:
-        manifest = read_manifest(store)
+        manifest = read_pack_manifest(store)
         if manifest.fingerprint != empty.fingerprint:
             raise DatasetError(
-                f"{store.shown}: holds another data set (fingerprint {manifest.fingerprint[:12]}, "
-                f"this one {empty.fingerprint[:12]}); choose another output"
+                f"{store.shown}: contains another data set (fingerprint "
+                f"{manifest.fingerprint[:12]}, this one {empty.fingerprint[:12]}); "
+                "choose another output"
             )
         for file in (manifest.annotations, *manifest.shards):
             assert file is not None
             check_size(store, file, sizes)
         return manifest
     if UNFINISHED not in sizes:
-        foreign = [name for name in sizes if not name.startswith(".")]
-        if foreign:
+        unknown = [name for name in sizes if not name.startswith(".")]
+        if unknown:
             raise DatasetError(
-                f"{store.shown}: is not empty, and holds no pack that could go on "
-                f"({foreign[0]}); choose another output"
+                f"{store.shown}: is not empty and contains no pack to resume "
+                f"({unknown[0]}); choose another output"
             )
         store.write(UNFINISHED, empty.to_json())
         return empty
-    begun = Manifest.from_json(store.read(UNFINISHED), store.name_of(UNFINISHED))
-    if replace(begun, shards=(), notes=()) != replace(empty, notes=()):
+    resumed = Manifest.from_json(store.read(UNFINISHED), store.name_of(UNFINISHED))
+    if replace(resumed, shards=(), notes=()) != replace(empty, notes=()):
         raise DatasetError(
-            f"{store.shown}: holds the beginning of a pack of another data set, or of other "
+            f"{store.shown}: contains an incomplete pack of another data set, or with another "
             "--shard-mb; delete it, or choose another output"
         )
-    for name in sizes:  # left by a call that was killed
+    for name in sizes:  # left over from a killed call
         if name.startswith(".") and name.endswith(".tmp"):
             store.delete(name)
-    return begun
+    return resumed
 
 
-def _written(store: Store, shard: Shard | None) -> bytes | None:
-    """The content of a shard that an earlier call finished, if it is still what was written."""
+def _read_finished(store: ObjectStore, shard: Shard | None) -> bytes | None:
+    """Return the content of a shard that an earlier call finished, or None if it is not intact."""
     if shard is None:
         return None
     try:
@@ -218,8 +219,8 @@ def _written(store: Store, shard: Shard | None) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == shard.sha256 else None
 
 
-def _shard(dataset: CocoDataset, images: range) -> bytes:
-    """Some images with their annotations as a Parquet file."""
+def _encode_shard(dataset: CocoDataset, images: range) -> bytes:
+    """Encode some images and their annotations as a Parquet file."""
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
         sink,
@@ -238,30 +239,30 @@ def _shard(dataset: CocoDataset, images: range) -> bytes:
             for index, image in zip(group, contents, strict=True):
                 if len(image) != lengths[index]:
                     raise ImageError(
-                        f"{dataset.records[index].path}: has {len(image):,} bytes, and had "
+                        f"{dataset.records[index].path}: has {len(image):,} bytes, but had "
                         f"{lengths[index]:,} when the data set was opened; pack again when "
-                        "nothing writes to it"
+                        "no other process writes to it"
                     )
             column = pa.array(contents, pa.binary())
-            table = table_of(dataset, group).add_column(0, SHARD_SCHEMA.field(0), column)
+            table = to_arrow(dataset, group).add_column(0, SHARD_SCHEMA.field(0), column)
             writer.write_table(table)
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
 
-def _with_places(table: pa.Table, shard: int, places: list[Place]) -> pa.Table:
+def _add_locations(table: pa.Table, shard: int, locations: list[ImageLocation]) -> pa.Table:
     columns = [
-        pa.array([shard] * len(places), pa.int32()),
-        pa.array([place.offset for place in places], pa.int64()),
-        pa.array([place.crc32 for place in places], pa.uint32()),
+        pa.array([shard] * len(locations), pa.int32()),
+        pa.array([place.offset for place in locations], pa.int64()),
+        pa.array([place.crc32 for place in locations], pa.uint32()),
     ]
-    for field, column in zip(PLACE_FIELDS, columns, strict=True):
+    for field, column in zip(LOCATION_FIELDS, columns, strict=True):
         table = table.append_column(field, column)
     return table
 
 
-def _decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> CocoDataset:
-    """The data set, without what does not decode if that may be left out."""
+def _only_decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> CocoDataset:
+    """Return the data set without images that do not decode; raise unless `lenient`."""
 
     def fault(index: int) -> str | None:
         try:
@@ -287,9 +288,9 @@ def _decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> CocoDatas
         lines.append(f"... and {len(faults) - NUM_SHOWN} more")
     if not lenient or len(faults) == len(dataset):
         raise DatasetError(
-            f"{dataset.folder}: {len(faults)} pictures do not decode; repair them, or give "
+            f"{dataset.folder}: {len(faults)} images do not decode; repair them, or use "
             "--lenient to leave them out:\n  " + "\n  ".join(lines)
         )
-    kept = dataset.subset(index for index in range(len(dataset)) if index not in faults)
-    kept.notes.append(f"left out: {len(faults)} pictures that do not decode; first: {lines[0]}")
-    return kept
+    decodable = dataset.subset(index for index in range(len(dataset)) if index not in faults)
+    decodable.notes.append(f"left out: {len(faults)} images that do not decode; first: {lines[0]}")
+    return decodable

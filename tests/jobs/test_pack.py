@@ -70,7 +70,7 @@ def test_a_killed_pack_goes_on_and_verifies(loose, tmp_path, monkeypatch, capsys
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "MANIFEST.json").exists()
-    with pytest.raises(ValueError, match="was not packed to its end"):
+    with pytest.raises(ValueError, match="is an incomplete pack"):
         open_dataset(output)
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("shard-*.parquet")}
 
@@ -81,7 +81,7 @@ def test_a_killed_pack_goes_on_and_verifies(loose, tmp_path, monkeypatch, capsys
     kept = [name for name, time_ns in before.items()
             if (output / name).stat().st_mtime_ns == time_ns]  # fmt: skip
     assert len(kept) >= 2  # the last one may have been written, but not yet noted
-    assert f"{len(kept)} were there before" in said.out
+    assert f"{len(kept)} existed already" in said.out
     whole, packed = CocoDataset.open(images, annotations), open_dataset(output)
     assert packed.fingerprint == whole.fingerprint
     assert all(packed.content(i) == whole.content(i) for i in range(60))
@@ -104,5 +104,5 @@ def test_what_does_not_fit_is_refused_with_code_2(loose, monkeypatch, capsys):
     assert "--output is missing" in capsys.readouterr().err
     assert run(monkeypatch, *given, "--output", "s3://name:hunter2@bucket/shards") == 2
     said = capsys.readouterr()
-    assert "holds a password" in said.err
+    assert "contains a password" in said.err
     assert "hunter2" not in said.err + said.out

@@ -128,7 +128,7 @@ def _scramble(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
         (_change("train", file_names=["../../../etc/passwd"] * 5), "could leave the image folder"),
         (_change("train", file_names=["/etc/passwd"] * 5), "absolute path"),
         (_change("train", file_names=["a.png"]), "file names for"),
-        (_change("train", file_names=[1] * 5), "not a text"),
+        (_change("train", file_names=[1] * 5), "not a string"),
         (_change("train", categories=[]), "point at categories"),
         (_change("train", fingerprint="0" * 64), "fingerprint"),
         (_change("val", shards=[]), "point at shards"),

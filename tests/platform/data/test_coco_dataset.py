@@ -1,4 +1,4 @@
-"""Tests platform/data/coco_dataset.py and what it is made of: coco_json, coco_tables, image_folder."""
+"""Test `coco_dataset.py` with `coco_annotations.py`, `coco_tables.py` and `image_folder.py`."""
 
 from __future__ import annotations
 
@@ -525,7 +525,7 @@ def test_pipes_long_names_and_loops_are_errors_and_do_not_hang(tmp_path: Path) -
 
 def test_missing_folder_or_file_is_a_dataset_error(tmp_path: Path) -> None:
     images, path = write(tmp_path, small_coco())
-    with pytest.raises(DatasetError, match=r"gone: is no folder"):
+    with pytest.raises(DatasetError, match=r"gone: is not a folder"):
         CocoDataset.open(tmp_path / "gone", path)
     with pytest.raises(DatasetError, match=r"gone\.json: cannot be read"):
         CocoDataset.open(images, tmp_path / "gone.json")

@@ -1,4 +1,4 @@
-"""Batches are a function of seed and step: not of loader workers, ranks, or where one resumed."""
+"""Test `data_loader.py`: batches depend on seed and step, not on workers, ranks or resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from deta.model.batch import Batch
-from deta.platform.data.coco_dataset import CocoDataset, Record, Sample
+from deta.platform.data.coco_dataset import CocoDataset, ImageRecord, Sample
 from deta.platform.data.data_loader import LoadedBatch, TrainLoader, evaluation_loader, train_loader
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.loader_errors import LoaderWorkerError
@@ -46,10 +46,10 @@ class DrawnDataset:
         self.broken = broken
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[ImageRecord]:
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         paths = [Path(f"images/{index}.jpg") for index in range(self.num_images)]
-        return [Record(100 + index, path, 1, 1, *nothing) for index, path in enumerate(paths)]
+        return [ImageRecord(100 + index, path, 1, 1, *nothing) for index, path in enumerate(paths)]
 
     def __len__(self) -> int:
         return self.num_images
@@ -185,11 +185,11 @@ def test_a_broken_image_reaches_the_trainer_with_its_file_name(num_loader_worker
         list(loader(broken={7}, num_loader_workers=num_loader_workers, replace_broken=False))
 
 
-# --- Broken pictures -----------------------------------------------------------------------------
+# --- Broken images -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("broken", [{7}, {0, 3, 9}, {1, 4, 5, 8, 10}], ids=len)
-def test_broken_pictures_are_replaced_alike_everywhere(undisturbed, broken):
+def test_broken_images_are_replaced_alike_everywhere(undisturbed, broken):
     alone = list(loader(broken=broken))
     expected = flat(alone)
 
@@ -225,7 +225,7 @@ def test_every_try_draws_another_image_of_the_data_set():
 
 
 @pytest.mark.parametrize("num_images", [1, 11])
-def test_a_data_set_of_broken_pictures_alone_is_an_error(num_images):
+def test_a_data_set_of_broken_images_alone_is_an_error(num_images):
     with pytest.raises(ImageError, match=r"images/\d+\.jpg: cannot be decoded"):
         list(loader(num_images=num_images, broken=set(range(num_images))))
 

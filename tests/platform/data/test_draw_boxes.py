@@ -1,4 +1,4 @@
-"""Pictures for people: what was asked for is drawn, and nothing else changes."""
+"""Test `draw_boxes.py`: boxes and names are drawn where they belong, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def grey(width: int = 128, height: int = 96) -> Image.Image:
 
 
 def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
-    """H W: where two pictures differ."""
+    """Return H W, true where two images differ."""
     return (np.asarray(before) != np.asarray(after)).any(axis=2)
 
 
@@ -42,33 +42,33 @@ def test_a_box_is_drawn_along_its_edges_and_the_input_stays_as_it_was(
     box_px = [30 * unit, 40 * unit, 100 * unit, 90 * unit]
     x1, y1, x2, y2 = box_px
 
-    picture = draw_detections(
+    drawn = draw_detections(
         image, torch.tensor([box_px]).float(), torch.tensor([0]), torch.tensor([0.5]), NAMES
     )
 
-    assert picture.size == size
+    assert drawn.size == size
     assert not changed(image, grey(*size)).any()
-    different = changed(image, picture)
+    different = changed(image, drawn)
     assert different[y1:y2, x1].all()
     assert different[y1:y2, x2 - 1].all()
     assert different[y2 - 1, x1:x2].all()
     assert not different[y1 + 10 * unit : y2 - 10 * unit, x1 + 10 * unit : x2 - 10 * unit].any()
     assert not different[:, x2:].any()  # the text is shorter than the box
     assert not different[y2:].any()
-    assert picture.getpixel((x2 - 1, y2 - 20)) == colour_of(0)
+    assert drawn.getpixel((x2 - 1, y2 - 20)) == colour_of(0)
 
 
 def test_dashes_cover_a_part_of_each_edge() -> None:
-    picture = draw_detections(grey(), [[10, 30, 110, 90]], [0], None, NAMES, dashed=True)
+    drawn = draw_detections(grey(), [[10, 30, 110, 90]], [0], None, NAMES, dashed=True)
 
-    for edge in (changed(grey(), picture)[89, 10:110], changed(grey(), picture)[30:90, 109]):
+    for edge in (changed(grey(), drawn)[89, 10:110], changed(grey(), drawn)[30:90, 109]):
         assert 0.3 < edge.mean() < 0.8
 
 
 def test_no_detections_change_nothing() -> None:
-    picture = draw_detections(grey(), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), NAMES)
+    drawn = draw_detections(grey(), torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), NAMES)
 
-    assert not changed(grey(), picture).any()
+    assert not changed(grey(), drawn).any()
     assert not changed(grey(), draw_detections(grey(), [], [], None, NAMES)).any()
 
 
@@ -89,22 +89,22 @@ def test_any_box_name_and_image_can_be_drawn(mode: str, size: tuple[int, int]) -
         ]
     )
 
-    picture = draw_detections(image, boxes_px, [0, 1, 2, 1, 2, 99, -1], [0.5] * 7, NAMES)
+    drawn = draw_detections(image, boxes_px, [0, 1, 2, 1, 2, 99, -1], [0.5] * 7, NAMES)
 
-    assert picture.size == size
-    assert picture.mode == "RGB"
+    assert drawn.size == size
+    assert drawn.mode == "RGB"
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (112, 0), (0, 84), (112, 84)])
-def test_the_whole_text_is_in_the_picture_wherever_the_box_is(corner: tuple[int, int]) -> None:
+def test_the_whole_text_is_in_the_image_wherever_the_box_is(corner: tuple[int, int]) -> None:
     x, y = corner
     box_px = [x, y, x + 16, y + 12]
 
     in_corner = draw_detections(grey(), [box_px], [0], [0.5], NAMES)
     in_middle = draw_detections(grey(), [[56, 42, 72, 54]], [0], [0.5], NAMES)
 
-    def letters(picture: Image.Image) -> int:
-        return int((np.asarray(picture).sum(axis=2) < 60).sum())  # black ink on a bright patch
+    def letters(drawn: Image.Image) -> int:
+        return int((np.asarray(drawn).sum(axis=2) < 60).sum())  # black ink on a bright patch
 
     assert letters(in_corner) == pytest.approx(letters(in_middle), rel=0.02)
     assert letters(in_corner) > 20
@@ -113,9 +113,9 @@ def test_the_whole_text_is_in_the_picture_wherever_the_box_is(corner: tuple[int,
 def test_two_boxes_at_one_place_have_their_texts_beside_each_other() -> None:
     image, box_px = grey(400, 300), [100, 100, 200, 200]
 
-    picture = draw_detections(image, [box_px, box_px], [0, 3], [0.9, 0.8], ["disc"] * 4)
+    drawn = draw_detections(image, [box_px, box_px], [0, 3], [0.9, 0.8], ["disc"] * 4)
 
-    pixels = np.asarray(picture)
+    pixels = np.asarray(drawn)
     for label in (0, 3):
         assert (pixels == colour_of(label)).all(axis=2).sum() > 300
 
@@ -142,7 +142,7 @@ def item(width: int, height: int, num_boxes: int = 2) -> SheetItem:
 
 @pytest.mark.parametrize("columns", [1, 2, 5])
 @pytest.mark.parametrize("size", [(128, 96), (96, 128), (1000, 750), (3000, 40)])
-def test_a_sheet_has_room_for_every_picture_twice(columns: int, size: tuple[int, int]) -> None:
+def test_a_sheet_has_room_for_every_image_twice(columns: int, size: tuple[int, int]) -> None:
     items = [item(*size), item(*size, num_boxes=0), item(*size, num_boxes=1)]
 
     sheet = validation_sheet(items, NAMES, columns=columns)
@@ -184,9 +184,9 @@ def test_a_sheet_of_a_data_set_is_written_with_and_without_detections(tmp_path: 
     results = [{**annotation, "score": 0.9} for annotation in annotations]
     with_boxes, without = tmp_path / "new" / "with.png", tmp_path / "new" / "without.png"
 
-    write_validation_sheet(with_boxes, dataset, results, num_pictures=3)
-    write_validation_sheet(without, dataset, [], num_pictures=3)
-    write_validation_sheet(tmp_path / "all.png", dataset, results, num_pictures=100)
+    write_validation_sheet(with_boxes, dataset, results, num_images=3)
+    write_validation_sheet(without, dataset, [], num_images=3)
+    write_validation_sheet(tmp_path / "all.png", dataset, results, num_images=100)
 
     with Image.open(with_boxes) as one, Image.open(without) as other:
         assert one.size == other.size

@@ -1,4 +1,4 @@
-"""Tests platform/data/image_decoding.py."""
+"""Test `image_decoding.py`."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_png_with_one_flipped_bit_is_an_error(position: float, tmp_path: Path)
         decode(path)
 
 
-def test_the_first_picture_of_several_is_taken(tmp_path: Path) -> None:
+def test_the_first_image_of_several_is_taken(tmp_path: Path) -> None:
     other = Image.new("RGB", (64, 48))
     for suffix in ("png", "webp", "tif", "mpo"):
         path = tmp_path / f"x.{suffix}"
@@ -216,7 +216,7 @@ def test_the_pixel_limit_is_the_callers_and_not_that_of_pil(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_small_picture_with_much_behind_it_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_a_small_image_with_much_behind_it_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"stuffed.{suffix}"
     photo().save(path)
     content = path.read_bytes()
@@ -238,7 +238,7 @@ def test_decoding_refuses_to_run_where_pil_hides_truncation(
         decode(tmp_path / "x.png")
 
 
-def test_random_bytes_behind_a_signature_are_an_error_or_a_picture(tmp_path: Path) -> None:
+def test_random_bytes_behind_a_signature_are_an_error_or_an_image(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for suffix in ("png", "jpg", "bmp", "webp", "tif"):
         good = BytesIO()

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of seed and position, whatever the number of ranks."""
+"""Test `sample_order.py`: the order depends on seed and position, not on the number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes data set: valid COCO, the same every time, and boxes that fit what is drawn."""
+"""Test `synthetic_shapes.py`: valid COCO files, reproducible, with boxes that fit the shapes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_a_set_is_valid_coco(tmp_path: Path) -> None:
         assert len(sizes) == count
         assert [category["name"] for category in coco["categories"]] == list(CATEGORY_NAMES)
         for image in coco["images"]:
-            with Image.open(images_folder / image["file_name"]) as picture:
-                assert picture.size == sizes[image["id"]]
-                assert picture.mode == "RGB"
+            with Image.open(images_folder / image["file_name"]) as opened:
+                assert opened.size == sizes[image["id"]]
+                assert opened.mode == "RGB"
         assert len({a["id"] for a in coco["annotations"]}) == len(coco["annotations"]) > count
         for annotation in coco["annotations"]:
             x, y, width, height = annotation["bbox"]
@@ -64,7 +64,7 @@ def test_a_set_is_valid_coco(tmp_path: Path) -> None:
         perfect = [{**a, "score": 0.5} for a in coco["annotations"]]
         assert evaluate_detections(coco, perfect).AP > 0.99
     assert len(set(image_ids)) == 40
-    assert len({picture.size for picture, _ in scenes(40)}) == 3
+    assert len({scene.size for scene, _ in scenes(40)}) == 3
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     assert all(first[name] != other[name] for name in first)
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
     few = write_shapes(tmp_path / "few", num_train=2, num_val=1).train_images
     many = write_shapes(tmp_path / "many", num_train=5, num_val=3).train_images
 
@@ -86,7 +86,7 @@ def test_a_picture_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("index", range(0, 120, 20))
 def test_a_box_fits_the_mask_that_is_drawn(index: int) -> None:
-    for picture, shapes in scenes(120)[index : index + 20]:
+    for scene, shapes in scenes(120)[index : index + 20]:
         for shape in shapes:
             rows = np.flatnonzero(shape.coverage.max(axis=1) > 0)
             columns = np.flatnonzero(shape.coverage.max(axis=0) > 0)
@@ -95,7 +95,7 @@ def test_a_box_fits_the_mask_that_is_drawn(index: int) -> None:
             # tip that is thinner than a quarter of a pixel is not, so up to 0.1 smaller.
             assert np.abs(np.subtract(shape.box_px, drawn)).max() <= 1.15
             assert shape.coverage.sum() <= shape.area_px * 1.1
-            assert picture.size == shape.coverage.shape[::-1]
+            assert scene.size == shape.coverage.shape[::-1]
 
 
 def test_every_shape_can_be_seen_well_enough() -> None:
@@ -108,7 +108,7 @@ def test_every_shape_can_be_seen_well_enough() -> None:
             over = shape.coverage + over * (1 - shape.coverage)
 
 
-def test_shapes_overlap_and_leave_the_picture_and_all_kinds_are_common() -> None:
+def test_shapes_overlap_and_leave_the_image_and_all_kinds_are_common() -> None:
     shapes = [shape for _, drawn in scenes(150) for shape in drawn]
 
     covered = [shape.visible.sum() < 0.95 * shape.coverage.sum() for shape in shapes]

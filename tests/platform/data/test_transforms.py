@@ -1,4 +1,4 @@
-"""Augmentation against the released code's results, and what must hold for every image."""
+"""Test `transforms.py` against results of the released code, and properties of all images."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def test_parity_of_a_chain_of_transforms(folder, number, case):
     assert target.labels.tolist() == case["after_normalize"]["labels"]
 
 
-def test_parity_with_a_published_preprocessing_of_a_picture_of_cats():
+def test_parity_with_a_published_preprocessing_of_an_image_of_cats():
     folder = SHARED / "data" / "coco_cats"
     path = folder / "expected_hf_deta_preprocess.json"
     if not path.exists():
-        pytest.skip("no shared picture of cats")
+        pytest.skip("no shared image of cats")
     expected = json.loads(path.read_text())
     tolerance = expected["tolerance"]
     annotation_file = next(iter(sorted((folder / "annotations").glob("*.json"))))

@@ -1,4 +1,4 @@
-"""Shards hold what the loose files held, and nothing altered comes out of them."""
+"""Test `shards/`: shards equal the loose files, and altered shards are errors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import batch_tensors, evaluation_loader, train_loader
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.shards.manifest import ShardError, read_manifest, verify_shards
-from deta.platform.shards.object_store import Store
+from deta.platform.shards.manifest import ShardError, read_pack_manifest, verify_shards
+from deta.platform.shards.object_store import ObjectStore
 from deta.platform.shards.open_dataset import open_dataset
-from deta.platform.shards.packer import consecutive, pack, places_in
+from deta.platform.shards.packer import consecutive, locate_images, pack_dataset
 from deta.platform.shards.sharded_dataset import ShardedDataset
 
 SHARED = Path(
@@ -80,7 +80,7 @@ def loose(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 def folder(loose: CocoDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of several shards; not to be written to."""
     path = tmp_path_factory.mktemp("packed") / "shards"
-    manifest = pack(loose, Store(path), shard_bytes=60_000).manifest
+    manifest = pack_dataset(loose, ObjectStore(path), shard_bytes=60_000).manifest
     assert len(manifest.shards) > 2
     return path
 
@@ -130,8 +130,8 @@ def test_shards_of_a_real_data_set_equal_it(path, tmp_path):
     if not (path.parents[1] / split).is_dir():
         split = split.partition("_")[0]
     dataset = CocoDataset.open(path.parents[1] / split, path)
-    pack(dataset, Store(tmp_path / "shards"), shard_bytes=1 << 20)
-    assert_equal(ShardedDataset.open(tmp_path / "shards"), dataset)
+    pack_dataset(dataset, ObjectStore(tmp_path / "shards"), shard_bytes=1 << 20)
+    assert_equal(ShardedDataset.open_shards(tmp_path / "shards"), dataset)
 
 
 def test_subsets_of_shards_are_subsets_of_the_data_set(folder, loose):
@@ -215,7 +215,7 @@ def test_no_flipped_bit_goes_unseen(folder, tmp_path_factory, data):
 
     whole = open_dataset(folder)
     try:
-        opened = ShardedDataset.open(harmed)
+        opened = ShardedDataset.open_shards(harmed)
         for index in range(len(whole)):  # a flip beside the images harms nothing
             assert opened.content(index) == whole.content(index)
         assert opened.fingerprint == whole.fingerprint
@@ -227,7 +227,7 @@ def test_no_flipped_bit_goes_unseen(folder, tmp_path_factory, data):
     assert fault is None or str(harmed) in str(fault)
     if name.startswith("shard-"):
         with pytest.raises(ShardError, match=name):
-            ShardedDataset.open(harmed, verify=True)
+            ShardedDataset.open_shards(harmed, verify=True)
 
 
 def test_a_shard_that_is_missing_or_cut_is_named_when_opening(own):
@@ -255,7 +255,7 @@ def test_a_shard_harmed_while_training_ends_it_by_name(own):
     shard = own / "shard-00001.parquet"
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
-    # Not replaced as a single broken picture would be.
+    # It is not replaced, as a single broken image would be.
     with pytest.raises(ShardError, match=r"shard-00001\.parquet: .* was cut since"):
         list(steps)
 
@@ -265,9 +265,9 @@ def test_all_harmed_shards_are_named_at_once(own):
         content = bytearray((own / name).read_bytes())
         content[500] ^= 1
         (own / name).write_bytes(content)
-    store = Store(own)
+    store = ObjectStore(own)
     with pytest.raises(ShardError, match=r"(?s)shard-00000.*shard-00002") as caught:
-        verify_shards(store, read_manifest(store))
+        verify_shards(store, read_pack_manifest(store))
     assert "shard-00001" not in str(caught.value)
 
 
@@ -275,15 +275,15 @@ def test_all_harmed_shards_are_named_at_once(own):
     ("change", "message"),
     [
         ({"version": 2}, "has format version 2"),
-        ({"format": "other"}, "not of a data set packed"),
+        ({"format": "other"}, "not the manifest of a data set packed"),
         ({"shards": 1}, "is damaged"),
         ({"more": 1}, "is damaged"),
         ({"fingerprint": "0" * 64}, "fingerprint"),
         ({"categories": [{"id": 2, "name": "other"}]}, "fingerprint|damaged"),
-        ({"annotations": None}, "is not complete"),
+        ({"annotations": None}, "is incomplete"),
         (
             {"shards": [{"name": "../x", "num_images": 1, "num_bytes": 1, "sha256": ""}]},
-            "not the name of a shard",
+            "is not a shard name",
         ),
     ],
 )
@@ -291,16 +291,16 @@ def test_a_manifest_that_does_not_fit_is_refused(own, change, message):
     path = own / "MANIFEST.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DatasetError, match=message):
-        ShardedDataset.open(own)
+        ShardedDataset.open_shards(own)
 
 
-def test_what_is_no_data_set_is_told_apart(own, folder, loose, tmp_path):
+def test_other_files_and_addresses_are_distinguished_from_data_sets(own, folder, loose, tmp_path):
     with pytest.raises(DatasetError, match="has no annotations; give the COCO file"):
         open_dataset(loose.folder)
     with pytest.raises(DatasetError, match="would not be read; leave the annotations empty"):
         open_dataset(folder, "annotations.json")
     (own / "MANIFEST.json").rename(own / "PACKING.json")
-    with pytest.raises(ShardError, match="was not packed to its end"):
+    with pytest.raises(ShardError, match="is an incomplete pack"):
         open_dataset(own)
 
 
@@ -343,7 +343,7 @@ def test_ranges_hold_all_images_in_order_and_no_more_than_fits(lengths, max_byte
 
 
 def test_the_same_data_set_packs_to_the_same_bytes(folder, loose, tmp_path):
-    pack(loose, Store(tmp_path), shard_bytes=60_000)
+    pack_dataset(loose, ObjectStore(tmp_path), shard_bytes=60_000)
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
     for name in names:
@@ -359,39 +359,41 @@ def test_packing_goes_on_with_whole_shards_and_writes_harmed_ones_again(folder, 
     (own / "shard-00000.parquet").write_bytes(b"cut")
     (own / ".shard-00002.parquet.123.tmp").write_bytes(b"half")
 
-    packed = pack(loose, Store(own), shard_bytes=60_000)
+    packed = pack_dataset(loose, ObjectStore(own), shard_bytes=60_000)
 
-    assert packed.num_found == len(manifest["shards"]) - 2
+    assert packed.num_reused == len(manifest["shards"]) - 2
     assert sorted(path.name for path in own.iterdir()) == sorted(
         path.name for path in folder.iterdir()
     )
     for path in folder.iterdir():
         assert (own / path.name).read_bytes() == path.read_bytes()
-    again = pack(loose, Store(own), shard_bytes=60_000)
-    assert (again.num_found, again.manifest) == (len(manifest["shards"]), packed.manifest)
+    again = pack_dataset(loose, ObjectStore(own), shard_bytes=60_000)
+    assert (again.num_reused, again.manifest) == (len(manifest["shards"]), packed.manifest)
 
 
 def test_a_folder_of_something_else_is_left_alone(folder, loose, own, tmp_path):
-    with pytest.raises(DatasetError, match="holds another data set"):
-        pack(loose.first(3), Store(folder), shard_bytes=60_000)
+    with pytest.raises(DatasetError, match="contains another data set"):
+        pack_dataset(loose.first(3), ObjectStore(folder), shard_bytes=60_000)
     with pytest.raises(DatasetError, match="is not empty"):
-        pack(loose, Store(loose.folder), shard_bytes=60_000)
+        pack_dataset(loose, ObjectStore(loose.folder), shard_bytes=60_000)
     manifest = json.loads((own / "MANIFEST.json").read_text())
     (own / "MANIFEST.json").unlink()
     (own / "PACKING.json").write_text(json.dumps(manifest | {"annotations": None}))
-    with pytest.raises(DatasetError, match="other --shard-mb"):
-        pack(loose, Store(own), shard_bytes=50_000)
+    with pytest.raises(DatasetError, match="another --shard-mb"):
+        pack_dataset(loose, ObjectStore(own), shard_bytes=50_000)
 
 
-def test_pictures_that_do_not_decode_are_refused_or_left_out(tmp_path):
+def test_images_that_do_not_decode_are_refused_or_left_out(tmp_path):
     dataset = write_loose(tmp_path, 12)
     broken = dataset.records[5].path
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    with pytest.raises(DatasetError, match=f"(?s)1 pictures do not decode.*{broken.name}"):
-        pack(dataset, Store(tmp_path / "a"), shard_bytes=60_000, decode=True)
+    with pytest.raises(DatasetError, match=f"(?s)1 images do not decode.*{broken.name}"):
+        pack_dataset(dataset, ObjectStore(tmp_path / "a"), shard_bytes=60_000, decode=True)
     assert not (tmp_path / "a").exists()
-    pack(dataset, Store(tmp_path / "a"), shard_bytes=60_000, decode=True, lenient=True)
+    pack_dataset(
+        dataset, ObjectStore(tmp_path / "a"), shard_bytes=60_000, decode=True, lenient=True
+    )
     expected = dataset.subset(i for i in range(12) if i != 5)
     assert open_dataset(tmp_path / "a").fingerprint == expected.fingerprint
 
@@ -400,8 +402,8 @@ def test_an_image_that_changes_while_packing_is_an_error(tmp_path):
     dataset = write_loose(tmp_path, 12)
     path = dataset.records[5].path
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match=f"{path.name}: has .* bytes, and had"):
-        pack(dataset, Store(tmp_path / "a"), shard_bytes=60_000)
+    with pytest.raises(ValueError, match=f"{path.name}: has .* bytes, but had"):
+        pack_dataset(dataset, ObjectStore(tmp_path / "a"), shard_bytes=60_000)
 
 
 def test_images_are_found_where_one_is_the_beginning_of_another(tmp_path):
@@ -417,9 +419,9 @@ def test_images_are_found_where_one_is_the_beginning_of_another(tmp_path):
     names, image_rows, annotation_rows = dataset.tables
     image_rows["num_bytes"] = [len(content) for content in contents]
     drawn = Bytes(dataset.folder, names, image_rows, annotation_rows, dataset.categories, [], 10**6)
-    pack(drawn, Store(tmp_path / "shards"), shard_bytes=1000)
+    pack_dataset(drawn, ObjectStore(tmp_path / "shards"), shard_bytes=1000)
     shard = (tmp_path / "shards" / "shard-00000.parquet").read_bytes()
-    places = places_in(shard)
-    for (offset, _), content in zip(places, contents, strict=True):
+    locations = locate_images(shard)
+    for (offset, _), content in zip(locations, contents, strict=True):
         assert shard[offset : offset + len(content)] == content
-    assert [offset for offset, _ in places] == sorted({offset for offset, _ in places})
+    assert [offset for offset, _ in locations] == sorted({offset for offset, _ in locations})
