@@ -27,7 +27,7 @@ from deta.platform.checkpoint.local import Snapshot, take_snapshot
 from deta.platform.learning.distributed import Worker
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
-from deta.platform.training.train_state import Learner, make_learner
+from deta.platform.training.train_state import TrainState, make_train_state
 
 QUIET_STEPS = 4  # between two saves
 GOAL_PERCENT = 0.5
@@ -48,8 +48,8 @@ def main() -> None:
 
 def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: float) -> None:
     run = drawn_run(folder)
-    learner = make_learner(run, Worker(), None)
-    step = Step(run.config, learner, [one_batch(size)])
+    train_state = make_train_state(run, Worker(), None)
+    step = Step(run.config, train_state, [one_batch(size)])
     writer = CheckpointWriter(run.checkpoints)
     print(f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     step.seconds()  # moments are made, allocators warm up
@@ -57,7 +57,7 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
     for save in range(saves + 1):
         quiet += [step.seconds() for _ in range(QUIET_STEPS)]
         began_s = time.perf_counter()
-        writer.save(lambda into: snapshot_of(run, learner, step.count, into))
+        writer.save(lambda into: snapshot_of(run, train_state, step.count, into))
         waited_s = time.perf_counter() - began_s
         during = []
         while writer.is_busy:
@@ -75,7 +75,7 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
             blocked.append(waited_s)
             written.append(outcome.seconds)
             beside += during[:-1] or during
-    in_place = [torch_save(folder / "torch.pt", learner) for _ in range(2)][-1]
+    in_place = [torch_save(folder / "torch.pt", train_state) for _ in range(2)][-1]
 
     step_s, beside_s = statistics.median(quiet), statistics.median(beside)
     ratio = beside_s / step_s
@@ -96,16 +96,16 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
     print(f"\nwaiting {share:.2f} % of the time; goal ≤ {GOAL_PERCENT} %: {word}")
 
 
-def snapshot_of(run: Run, learner: Learner, step: int, into: Snapshot | None) -> Snapshot:
+def snapshot_of(run: Run, train_state: TrainState, step: int, into: Snapshot | None) -> Snapshot:
     return take_snapshot(
         RunState(step=step, samples_seen=step, epoch=0.0), run.config, run.train_set.categories,
-        learner.evaluated.state_dict(), learner.training_state(), into,
+        train_state.eval_model.state_dict(), train_state.training_state(), into,
     )  # fmt: skip
 
 
-def torch_save(path: Path, learner: Learner) -> float:
+def torch_save(path: Path, train_state: TrainState) -> float:
     """The same tensors, forced to disk as well."""
-    state = {"model": learner.evaluated.state_dict(), "training": learner.training_state()}
+    state = {"model": train_state.eval_model.state_dict(), "training": train_state.training_state()}
     began_s = time.perf_counter()
     with path.open("wb") as file:
         torch.save(state, file)

@@ -24,7 +24,7 @@ from published_step import Step, drawn_run, one_batch
 
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import trainable
-from deta.platform.training.train_state import make_learner
+from deta.platform.training.train_state import make_train_state
 
 WARM_UP = 2  # steps of each kind
 
@@ -67,10 +67,10 @@ def work(
     steps = {}
     for exact in (False, True):
         run = drawn_run(folder / f"{rank}-{exact}", ema_decay=None, exact_sum=exact)
-        learner = make_learner(run, Worker(rank, num_workers, device), None)
+        train_state = make_train_state(run, Worker(rank, num_workers, device), None)
         batches = [one_batch(size)] * num_micro_batches
-        steps[exact] = Step(run.config, learner, batches, num_workers)
-    num_weights = sum(p.numel() for p in trainable(steps[True].learner.model.parameters()))
+        steps[exact] = Step(run.config, train_state, batches, num_workers)
+    num_weights = sum(p.numel() for p in trainable(steps[True].train_state.model.parameters()))
     took_s: dict[bool, list[float]] = {False: [], True: []}
     for count in range(WARM_UP + num_steps):
         for exact, step in steps.items():

@@ -17,7 +17,7 @@ from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.learning.train_step import train_step
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
-from deta.platform.training.train_state import Learner
+from deta.platform.training.train_state import TrainState
 
 NUM_OBJECTS = 8  # in an image
 
@@ -54,26 +54,26 @@ class Step:
     """A step with these micro-batches, and the average that a run keeps."""
 
     def __init__(
-        self, config: RunConfig, learner: Learner, batches: list[Batch], num_workers: int = 1
+        self, config: RunConfig, train_state: TrainState, batches: list[Batch], num_workers: int = 1
     ) -> None:
-        self.config, self.learner, self.batches = config, learner, batches
+        self.config, self.train_state, self.batches = config, train_state, batches
         self.num_boxes = NUM_OBJECTS * len(batches) * num_workers
-        self.device = next(learner.model.parameters()).device
+        self.device = next(train_state.model.parameters()).device
         self.criterion = make_criterion(config.criterion, config.model)
         self.count = 0
-        learner.model.train()
+        train_state.model.train()
 
     def seconds(self) -> float:
         synchronize(self.device)
         began_s = time.perf_counter()
         train_step(
-            self.learner.parallel, self.criterion, self.batches, self.learner.optimizer,
+            self.train_state.parallel, self.criterion, self.batches, self.train_state.optimizer,
             num_boxes=self.num_boxes, seeds=[self.count] * len(self.batches),
             max_grad_norm=self.config.optim.max_grad_norm, precision=torch.float32,
-            device=self.device, gradients=self.learner.gradients,
+            device=self.device, gradients=self.train_state.gradients,
         )  # fmt: skip
-        if self.learner.average is not None:
-            self.learner.average.update_parameters(self.learner.model)
+        if self.train_state.ema is not None:
+            self.train_state.ema.update_parameters(self.train_state.model)
         synchronize(self.device)
         self.count += 1
         return time.perf_counter() - began_s

@@ -53,7 +53,7 @@ from deta.platform.tracking.mlflow_server import (
     USER,
     MlflowServer,
     check_hosts,
-    password,
+    ensure_password_file,
     start_mlflow_server,
 )
 
@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with ExitStack() as started:
         try:
             services = _start_all(arguments, storage, folder, uri, started)
-            echo("press Ctrl-C to stop them")
+            echo("Ctrl-C stops them")
             return _wait(services)
         finally:  # no signal interrupts the shutdown
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -112,7 +112,7 @@ def _start_all(
     if uri.startswith(("http://", "https://")):
         pages = _without_user(uri)
         if not is_loopback(arguments.host):
-            password_file = password(folder)  # for the leaderboard
+            password_file = ensure_password_file(folder)  # for the leaderboard
         echo(f"MLflow       {redact(uri)} (MLFLOW_TRACKING_URI; it is not started here)")
     else:
         mlflow = _start_mlflow(arguments, folder, uri)

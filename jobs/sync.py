@@ -93,7 +93,9 @@ def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
     return 0 if is_all_sent else 1
 
 
-def _reap(runs: list[Path], stores: dict[str, TrackingStore], arguments: argparse.Namespace) -> bool:
+def _reap(
+    runs: list[Path], stores: dict[str, TrackingStore], arguments: argparse.Namespace
+) -> bool:
     from deta.platform.tracking.mlflow_store import MlflowStore, reap
 
     experiments = set(arguments.experiment or ())

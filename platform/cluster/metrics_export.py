@@ -68,7 +68,7 @@ class RunExport:
     def _follow(self) -> None:
         while True:
             try:
-                self._meter.look()
+                self._meter.poll()
             except Exception:  # it shows a run, and must never end one
                 logger.exception("the run's numbers could not be shown; trying again")
             if self._stop.wait(LOOK_EVERY_S):

@@ -40,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             run,
             worker,
             on_evaluation=_report,
-            is_losing_a_node=_is_losing_a_node,
+            is_preemption_announced=_is_preemption_announced,
             on_step=meter,
         )
     except FencedOffError:  # another group has taken over; the run is its business
@@ -55,7 +55,7 @@ def _report(metrics: dict[str, float]) -> None:
     ray.train.report({name: value for name, value in metrics.items() if math.isfinite(value)})
 
 
-def _is_losing_a_node() -> bool:
+def _is_preemption_announced() -> bool:
     return ray.train.get_preemption_info() is not None
 
 

@@ -1,9 +1,9 @@
-"""MLflow's own server over the runs of a folder: its web pages, and its REST interface.
+"""Starts MLflow's own server, with its web pages and REST interface, in a safe configuration.
 
-Stock, it lets any page of the web read it (names that begin like private addresses pass its check
-of hosts), asks nobody for a password, and starts eight helpers that a tracking server has no use
-for. Here it answers to exact names only, refuses to be framed, and off this machine it wants a
-password, which is generated once and kept in a file of its owner alone.
+By default any web page can read it (names that begin like private addresses pass its check of
+hosts), it has no password, and it starts eight helper processes that a tracking server does not
+need. Here it answers to exact host names only and cannot be framed. Beyond loopback it requires a
+password, which is generated once and stored in a file that only its owner can read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from deta.platform.system.child_server import (
 
 PORT = 5000
 USER = "admin"
-WITHIN_S = 600.0  # it takes 10, and minutes where all cores are busy; one that ends is seen at once
-# A name or an address, and a port: no patterns, which MLflow would understand.
+START_WITHIN_S = 600.0  # it takes 10 s, or minutes if all cores are busy; an exit is seen at once
+# A name or an address, and a port. No patterns, since MLflow would interpret them.
 EXACT_HOST = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)
 
 
@@ -40,13 +40,13 @@ class MlflowServer:
     """A running server of MLflow."""
 
     address: str  # for browsers, such as http://127.0.0.1:5000
-    inner: str  # where this machine reaches it
+    inner: str  # the address for this machine
     service: ChildServer
     allowed_hosts: tuple[str, ...]
-    password_file: Path | None  # of the user `admin`; none where no password is asked for
+    password_file: Path | None  # of the user `admin`; None without a password
 
     def is_healthy(self) -> bool:
-        return self.service.is_alive() and answers(self.inner)
+        return self.service.is_alive() and is_mlflow_at(self.inner)
 
     def stop(self) -> None:
         self.service.stop()
@@ -59,29 +59,30 @@ def start_mlflow_server(
     host: str = "127.0.0.1",
     port: int = PORT,
     allowed_hosts: Sequence[str] = (),
-    within_s: float = WITHIN_S,
+    within_s: float = START_WITHIN_S,
 ) -> MlflowServer:
-    """Start it and wait until it answers.
+    """Start the server and wait until it answers.
 
     Args:
-        uri: of the database with the runs, such as sqlite:////runs/mlflow.db.
-        folder: where logs, new artifacts and, off loopback, the password are kept.
-        port: another one is taken where this one is not free.
-        allowed_hosts: off loopback, what people write into their browsers, exactly: "gpu1:5000".
-            Needed where `host` is not itself such a name (0.0.0.0). A proxy passes one of them on.
+        uri: database with the runs, such as sqlite:////runs/mlflow.db.
+        folder: for logs, new artifacts and, beyond loopback, the password.
+        port: on loopback, another one is used if this one is taken.
+        allowed_hosts: beyond loopback, the exact addresses that people enter in their browsers,
+            such as "gpu1:5000". Needed if `host` is not such a name (0.0.0.0). A proxy must forward
+            one of them.
 
     Raises:
         ValueError: an address that cannot be used, a pattern for a host, or a password file that
             others can read.
-        ChildServerError: the server does not come up.
+        ChildServerError: the server does not start.
     """
     if uri.startswith(("http://", "https://")):
-        raise ValueError(f"{uri}: is a server already; open it, there is none to start")
+        raise ValueError(f"{uri} is a running server already; open it in a browser")
     wanted, port = port, free_port(host, port)
     own = [f"127.0.0.1:{port}", f"localhost:{port}"]
     names = own if is_loopback(host) else check_hosts(host, port, allowed_hosts)
     if port != wanted and not is_loopback(host):
-        raise ValueError(f"port {wanted} of {host} is taken; say which other one, with --port")
+        raise ValueError(f"port {wanted} of {host} is taken; choose another one with --port")
     password_file = None
     env = {
         "MLFLOW_BACKEND_STORE_URI": uri,  # not in the command: it may hold a password
@@ -93,35 +94,35 @@ def start_mlflow_server(
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_TRACKING_URI": "",  # the server is its own
-        "FORWARDED_ALLOW_IPS": "",  # nobody may say for another where a request came from
+        "FORWARDED_ALLOW_IPS": "",  # trust no X-Forwarded-For header
     }
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
     command += ["--workers", "1"]
     if not is_loopback(host):
-        password_file = password(folder)
+        password_file = ensure_password_file(folder)
         env |= _auth_settings(password_file.parent)
         command += ["--app-name", "basic-auth"]
     env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(names)
     inner = f"http://{_reachable(host)}:{port}"
     service = start_child_server(
-        "MLflow", command, folder / "mlflow-server.log", lambda: answers(inner),
+        "MLflow", command, folder / "mlflow-server.log", lambda: is_mlflow_at(inner),
         env=env, within_s=within_s,
     )  # fmt: skip
     return MlflowServer(f"http://{names[0]}", inner, service, tuple(names), password_file)
 
 
 def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
-    """The names under which a server off loopback may be asked for.
+    """Return the host names that a server beyond loopback answers to.
 
     Raises:
-        ValueError: none is given and the address is no name, or one is not exact.
+        ValueError: none is given and `host` is not a name, or a name is not exact.
     """
     if not allowed and host not in ("0.0.0.0", "::", ""):
         allowed = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     if not allowed:
         raise ValueError(
-            f"--host {host} is every address of this machine; say with --allow-host NAME:{port} "
-            "which names people open it under"
+            f"--host {host} is every address of this machine; give the names that people use in "
+            f"their browsers with --allow-host NAME:{port}"
         )
     for name in allowed:
         if not EXACT_HOST.fullmatch(name):
@@ -129,8 +130,8 @@ def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
     return list(allowed)
 
 
-def password(folder: Path) -> Path:
-    """The file with the password, which is made if there is none.
+def ensure_password_file(folder: Path) -> Path:
+    """Return the file with the password; create it if there is none.
 
     Raises:
         ValueError: others can read it, or its folder.
@@ -141,8 +142,8 @@ def password(folder: Path) -> Path:
     if not path.exists():
         if (place / "users.db").exists():
             raise ValueError(
-                f"{path}: is gone, and {place / 'users.db'} knows the password as a hash only; "
-                "put it back, or remove that file for a new password"
+                f"{path}: is missing, and {place / 'users.db'} has only a hash of the password; "
+                "restore it, or remove that file for a new password"
             )
         _write_secret(path, secrets.token_urlsafe(24))
     for one in (place, path):
@@ -150,14 +151,14 @@ def password(folder: Path) -> Path:
         if mode & 0o077 or one.stat().st_uid != os.getuid():
             raise ValueError(
                 f"{one}: others can read it (mode {mode:04o}); chmod go-rwx it, and make a new "
-                "password if somebody may have"
+                "password if somebody may have read it"
             )
     return path
 
 
-def answers(address: str, timeout_s: float = 2.0) -> bool:
-    """Whether MLflow's server is up there."""
-    # Not through a proxy of the environment: it is this machine.
+def is_mlflow_at(address: str, timeout_s: float = 2.0) -> bool:
+    """Return whether MLflow's server answers at an address."""
+    # Not through a proxy of the environment, since it is this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{address}/health", timeout=timeout_s) as response:
@@ -173,8 +174,8 @@ def _auth_settings(place: Path) -> dict[str, str]:
     """
     if importlib.util.find_spec("flask_wtf") is None:
         raise ValueError(
-            "off loopback MLflow asks for a password, which needs pip install 'mlflow[auth]'; or "
-            "leave --host out"
+            "beyond loopback MLflow requires a password, which needs pip install 'mlflow[auth]'; "
+            "install it, or leave --host out"
         )
     settings = place / "basic_auth.ini"
     users = (place / "users.db").resolve()
@@ -185,7 +186,7 @@ def _auth_settings(place: Path) -> dict[str, str]:
         f"database_uri = sqlite:///{users}\n"
         f"admin_username = {USER}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        # A page of MLflow asks ten times; without, each costs a slow hash of the password.
+        # A page of MLflow makes ten requests; without a cache, each computes a slow password hash.
         "auth_cache_ttl_seconds = 60\n",
     )
     key = place / "session-key"
@@ -200,12 +201,12 @@ def _auth_settings(place: Path) -> dict[str, str]:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read from the first byte on."""
+    """Write a file that only its owner can read, from the first byte on."""
     write_atomic(path, text, mode=0o600)
 
 
 def _reachable(host: str) -> str:
-    """Where this machine itself reaches a server that listens there."""
+    """Return the host by which this machine reaches a server that listens on `host`."""
     if host in ("0.0.0.0", ""):
         return "127.0.0.1"
     if host == "::":

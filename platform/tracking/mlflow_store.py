@@ -1,15 +1,11 @@
-"""A run in MLflow: parameters, metrics over steps, data sets, pictures, the best checkpoint.
+"""Stores a run in MLflow: parameters, metrics over steps, data sets, images, the best checkpoint.
 
-    python -m deta.platform.tracking.mlflow_store FOLDER [--follow] [--sweep]
-
-sends what a run's folder holds; with --follow until the run has ended, with --sweep for all runs in
-the folder. Training writes a journal and never talks to MLflow, so that no state of MLflow's server
-can slow it, stop it or lose a number.
+The uploader process uses it (`uploader_main.py`). Training itself writes a journal and never calls
+MLflow, so the state of MLflow's server cannot slow it down, stop it or lose a value.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -18,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Waiting and trying again is the uploader's, which knows what is to be done meanwhile; MLflow's own
-# would hold a call for minutes, and make a second run where the answer to the first was lost.
+# The uploader retries, since it knows what else to do meanwhile. MLflow's own retries would block
+# a call for minutes, and create a second run if the answer to the first call was lost.
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -46,14 +41,9 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
-from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.atomic_write import replacing
 from deta.platform.system.redaction import REDACTED, redact, redact_value
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
-from deta.platform.tracking.upload_process import uri_of
-from deta.platform.tracking.uploader import Follower, stop_on_signals
-
-__all__ = ["MlflowStore", "main", "reap", "tracking_uri"]
 
 T = TypeVar("T")
 
@@ -61,18 +51,18 @@ logger = logging.getLogger(__name__)
 
 PARAMS_PER_CALL = 100  # limit of MLflow's REST interface
 MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 4000
-TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer where MLflow is slow
+TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer if MLflow is slow
 FILE_TIMEOUT_S = 60
 MAX_MASKED_BYTES = 2_000_000
 TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
 HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
 DEAD_AFTER_S = 120.0
-# A number that every event of the kind has.
+# A metric that every event of the kind has.
 SENTINELS = {"progress": "train/epoch", "evaluation": "val/epoch"}
 
 
 class MlflowStore:
-    """MLflow as the uploader uses it. A call may fail in any way and can then be made again."""
+    """MLflow behind the interface `TrackingStore`. A call may raise anything; it can be retried."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.shown_uri = uri, redact(uri)
@@ -83,15 +73,15 @@ class MlflowStore:
     def open(
         self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
     ) -> str:
-        """The id of the MLflow run of this folder, which is made if there is none.
+        """Return the id of this folder's run in MLflow; create the run if there is none.
 
         Args:
-            run_id: as it was known; empty if it was not.
-            needs_parent: wait for the sweep's run rather than make a run outside it.
+            run_id: the id from an earlier call, or empty.
+            needs_parent: do not create a run before the run of its sweep exists.
 
         Raises:
-            LookupError: the sweep's run is not there yet.
-            RuntimeError: somebody deleted the run in MLflow.
+            LookupError: the run of the sweep does not exist yet.
+            RuntimeError: the run was deleted in MLflow.
         """
         if run_id:
             try:
@@ -108,15 +98,15 @@ class MlflowStore:
         if not mine:
             self._create(experiment, folder, description, key, needs_parent)
             mine = self._runs_of(experiment, key)
-        # Where the answer to an earlier call was lost and the search came too early, there are two:
-        # the oldest is the run, for everybody who looks.
+        # If the answer to an earlier call was lost and the search came too early, there are two
+        # runs. All readers use the oldest one.
         for twin in mine[1:]:
             if not twin.data.metrics:
                 self._call(self._connect().delete_run, twin.info.run_id)
         return mine[0].info.run_id
 
     def describe(self, run_id: str, description: dict[str, Any]) -> None:
-        """What is known before the first step; what MLflow has already is left as it is."""
+        """Send what is known before the first step; do not change what MLflow has already."""
         client = self._connect()
         run = self._call(client.get_run, run_id)
         params = [
@@ -137,7 +127,7 @@ class MlflowStore:
                 self._call(client.log_text, run_id, text, f"{name}.json")
 
     def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
-        """Of each kind of event, the steps that MLflow has, and the time of each in ms."""
+        """Return, for each kind of event, the steps that MLflow has and their times in ms."""
         client = self._connect()
         known: dict[str, dict[int, int]] = {}
         for kind, name in SENTINELS.items():
@@ -146,7 +136,7 @@ class MlflowStore:
         return known
 
     def send(self, run_id: str, rows: list[UploadRow]) -> int:
-        """Send numbers; how many of them MLflow refused as invalid."""
+        """Send metric values; return how many of them MLflow rejected as invalid."""
         refused = 0
         for begin in range(0, len(rows), ROWS_PER_CALL):
             refused += self._send_call(run_id, rows[begin : begin + ROWS_PER_CALL])
@@ -160,7 +150,7 @@ class MlflowStore:
             if math.isfinite(row.value)
         ]
         try:
-            # Sent again after a fault, a row is still there once: MLflow drops an equal
+            # A row that is sent again after a failure is stored once: MLflow drops an equal
             # (key, value, time, step).
             self._call(client.log_batch, run_id, metrics=metrics)
         except MlflowException as error:
@@ -197,7 +187,7 @@ class MlflowStore:
         self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
 
     def send_file(self, run_id: str, path: Path, folder: str) -> None:
-        """Send a file; without its secrets where it is text."""
+        """Send a file; redact secrets if it is text."""
         client = self._connect()
         with tempfile.TemporaryDirectory(prefix="deta-") as clean:
             if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_MASKED_BYTES:
@@ -209,10 +199,10 @@ class MlflowStore:
             )
 
     def fetch_folder(self, run_id: str, name: str, to: Path) -> tuple[str, Path]:
-        """Copy a folder of a run's artifacts; the run's name, and where the folder is then.
+        """Copy a folder of a run's artifacts; return the run's name and the path of the copy.
 
         Raises:
-            ValueError: there is no such run, or it has no such folder.
+            ValueError: the run does not exist, or it has no such folder.
         """
         client = self._connect()
         try:
@@ -227,11 +217,11 @@ class MlflowStore:
         return run.info.run_name or run_id, Path(path)
 
     def shorten_timeouts(self) -> None:
-        """There is little time left: short calls from now on."""
+        """Use short timeouts from now on, because little time is left."""
         self._is_in_a_hurry = True
 
     def find_running(self, experiment: str) -> list[Run]:
-        """The runs of an experiment that MLflow holds for running."""
+        """Return the runs of an experiment that have the status RUNNING in MLflow."""
         client = self._connect()
         found = self._call(client.get_experiment_by_name, experiment)
         if found is None:
@@ -245,8 +235,8 @@ class MlflowStore:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            with _alone_at(self.uri):  # the first one makes the tables
-                _make_database(self.uri)
+            with _locked_database(self.uri):  # the first process creates the tables
+                _create_database(self.uri)
                 client = MlflowClient(tracking_uri=self.uri)
                 self._call(client.search_experiments, max_results=1)
             self._client = client
@@ -255,7 +245,7 @@ class MlflowStore:
     def _call(
         self, function: Callable[..., T], *args: Any, at_least_s: int = 0, **kwargs: Any
     ) -> T:
-        """Call MLflow, and learn how patient one has to be with it."""
+        """Call MLflow, and adapt the timeout to how fast it answers."""
         timeout_s = max(self._timeout_s, at_least_s)
         if self._is_in_a_hurry:
             timeout_s = LAST_TIMEOUT_S
@@ -284,13 +274,13 @@ class MlflowStore:
             try:
                 self._call(client.create_experiment, name, artifact_location=location)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # by another run, just now
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # created by another run
                     raise
             found = self._call(client.get_experiment_by_name, name)
         if found.lifecycle_stage != "active":
             raise RuntimeError(
-                f"experiment {name!r} was deleted in MLflow; restore it there "
-                f"(mlflow experiments restore -x {found.experiment_id}) and the run is sent"
+                f"experiment {name!r} was deleted in MLflow; restore it with `mlflow experiments "
+                f"restore -x {found.experiment_id}`, then the run will be sent"
             )
         return found
 
@@ -302,7 +292,9 @@ class MlflowStore:
         key: str,
         needs_parent: bool,
     ) -> None:
-        tags = {str(k): redact_value(str(k), str(v)) for k, v in (description.get("tags") or {}).items()}
+        tags = {
+            str(k): redact_value(str(k), str(v)) for k, v in (description.get("tags") or {}).items()
+        }
         tags |= {
             "mlflow.source.name": description.get("source") or "deta",
             "mlflow.source.type": "JOB",
@@ -341,7 +333,7 @@ class MlflowStore:
             raise
 
     def _runs_of(self, experiment: Experiment, key: str) -> list[Run]:
-        """Oldest first."""
+        """Return the runs with this key, oldest first."""
         runs = self._search([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{_safe(key)}'")
         return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
@@ -358,10 +350,10 @@ class MlflowStore:
 
 
 def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
-    """Mark runs KILLED that say to be running, whose heart stopped, and whose folder is not here.
+    """Mark runs KILLED that are RUNNING, have no recent heartbeat, and whose folder is not here.
 
     Returns:
-        Id and name of each.
+        The id and name of each.
     """
     dead = []
     for run in store.find_running(experiment):
@@ -370,17 +362,17 @@ def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[
             continue
         folder = run.data.tags.get(FOLDER_TAG, "")
         if folder and REDACTED not in folder and Path(folder).is_dir():
-            continue  # jobs/sync.py knows better from there
+            continue  # jobs/sync.py reads the status from the folder
         dead.append((run.info.run_id, run.info.run_name))
         if not dry_run:
             when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
-            store.mark_killed(run.info.run_id, f"nothing was heard of it since {when}")
+            store.mark_killed(run.info.run_id, f"no heartbeat since {when}")
     return dead
 
 
 @contextmanager
-def _alone_at(uri: str) -> Iterator[None]:
-    """Two processes that make the tables of one database file at once would both fail."""
+def _locked_database(uri: str) -> Iterator[None]:
+    """Lock a database file: two processes that create its tables at once would both fail."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -391,10 +383,10 @@ def _alone_at(uri: str) -> Iterator[None]:
         yield
 
 
-def _make_database(uri: str) -> None:
-    """Make a database file whole or not at all: half a one, of a killed process, stays broken.
+def _create_database(uri: str) -> None:
+    """Create a database file atomically: a partial one, from a killed process, stays broken.
 
-    In memory first, since MLflow makes its tables in hundreds of writes to the disk.
+    It is made in memory first, since MLflow creates its tables in hundreds of disk writes.
     """
     database = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or database.exists():
@@ -411,13 +403,13 @@ def _make_database(uri: str) -> None:
 def _require_active(run: Run) -> None:
     if run.info.lifecycle_stage != "active":
         raise RuntimeError(
-            f"the run {run.info.run_id} was deleted in MLflow; restore it there "
-            f"(mlflow runs restore --run-id {run.info.run_id}) and the rest is sent"
+            f"the run {run.info.run_id} was deleted in MLflow; restore it with `mlflow runs "
+            f"restore --run-id {run.info.run_id}`, then the rest will be sent"
         )
 
 
 def _key(folder: Path, description: dict[str, Any]) -> str:
-    """What tells this run from all others; runs of older versions have none in their file."""
+    """Return the unique key of a run; run files of older versions have none, so it is derived."""
     if key := description.get("key"):
         return str(key)
     text = f"{folder.resolve()} {description.get('train_fingerprint')}"
@@ -429,7 +421,7 @@ def _safe(key: str) -> str:
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value by its dotted key, as `config.flatten` has it of a configuration."""
+    """Return every value by its dotted key, as `config.flatten` does for a configuration."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -463,41 +455,3 @@ def _dataset_input(context: str, data: dict[str, Any]) -> DatasetInput:
         profile=redact(json.dumps(profile))[:60_000],
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="of a run, or of runs")
-    parser.add_argument("--follow", action="store_true", help="until the run has ended")
-    parser.add_argument("--sweep", action="store_true", help="all runs in it, also later ones")
-    parser.add_argument("--behind", type=int, default=0, metavar="BYTES", help=argparse.SUPPRESS)
-    parser.add_argument("--parent", type=int, metavar="PROCESS", help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    store = MlflowStore(uri_of(parsed.folder))
-    follower = Follower(
-        parsed.folder,
-        store,
-        sweep=parsed.sweep,
-        behind_bytes=parsed.behind,
-        parent=parsed.parent,
-    )
-    if not parsed.follow:
-        error = follower.send_new()
-        if error:
-            logger.error("%s", redact(error))
-        return 1 if error else 0
-    os.nice(5)  # training goes first
-    stop_on_signals(follower.stop, follower.write_stopped)
-    is_complete = follower.follow()
-    follower.write_stopped()
-    return 0 if is_complete else 1
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # MLflow's threads have nothing left to do

@@ -1,12 +1,12 @@
-"""Prometheus and Grafana beside the runs of this machine: found, configured, started on loopback.
+"""Finds, configures and starts Prometheus and Grafana on loopback for the runs of this machine.
 
-Neither is a Python package, and neither is needed to train: a run exports its numbers whether
-anybody reads them or not (platform/training/run_metrics.py). This starts the programs that are installed, with
-the files of `dashboards/`, and says where to get those that are not.
+Neither is a Python package, and training needs neither: a run exports its metrics
+(`training/run_metrics.py`) even if nothing reads them. This file starts the installed programs with
+the files of `dashboards/`; if one is missing, the error tells where to get it.
 
-Every local run may have a Ray cluster of its own, which lists its metrics ports in a file and
-renews it while it lives. `SessionFollower` keeps the lists of those that are alive where Prometheus
-looks, so that runs come and go while one Prometheus shows them all.
+Every local run may have its own Ray cluster. A cluster lists its metrics ports in a file and
+renews that file while it runs. `SessionFollower` copies the lists of running clusters to where
+Prometheus looks for targets, so one Prometheus shows all runs as they come and go.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from deta.platform.system.places import PROJECT_ROOT
 DASHBOARDS = PROJECT_ROOT / "deta" / "dashboards"
 TARGETS_FILE = "prom_metrics_service_discovery.json"  # in the folder of a Ray session
 TARGETS = "targets"  # beside prometheus.yml, which names it
-# The head of a cluster renews its list every 5 s; one this old belongs to a cluster that is gone,
-# whose ports may be another's by now.
+# The head node renews its list every 5 s. A list this old belongs to a cluster that has ended, and
+# another process may use its ports by now.
 STALE_S = 60.0
-LOOK_EVERY_S = 5.0
+POLL_EVERY_S = 5.0
 START_WITHIN_S = 60.0
 KEEP_DAYS, KEEP_SIZE = 30, "4GB"
 
 PROMETHEUS_MISSING = (
-    "Prometheus is not installed. Debian and Ubuntu: apt-get install prometheus (its service can "
-    "stay off: systemctl disable --now prometheus); elsewhere https://prometheus.io/download. A "
-    "binary that is not on the PATH is named by DETA_PROMETHEUS=/path/to/prometheus"
+    "Prometheus is not installed. On Debian and Ubuntu: apt-get install prometheus (its service is "
+    "not needed: systemctl disable --now prometheus); elsewhere https://prometheus.io/download. If "
+    "it is not on the PATH, set DETA_PROMETHEUS=/path/to/prometheus"
 )
 GRAFANA_MISSING = (
-    "Grafana is not installed, and comes with no package here because of its licence (AGPL). Get "
-    "it from https://grafana.com/grafana/download and name it by DETA_GRAFANA=/path/to/grafana, "
-    "where it is not on the PATH; its dashboards are in dashboards/grafana. Until then, Prometheus "
-    "draws any of their queries"
+    "Grafana is not installed; this package does not include it because of its licence (AGPL). Get "
+    "it from https://grafana.com/grafana/download. If it is not on the PATH, set "
+    "DETA_GRAFANA=/path/to/grafana. The dashboards are in dashboards/grafana. Without Grafana, "
+    "Prometheus can draw each of their queries"
 )
 
 
 class NotInstalledError(RuntimeError):
-    """A program is not on this machine; says where to get it."""
+    """A program is not on this machine; the message tells where to get it."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A program that answers on loopback until it is closed, or this process ends."""
+    """A server on loopback that runs until it is closed or this process ends."""
 
     service: ChildServer
     url: str
@@ -68,32 +68,32 @@ class Server:
 
 
 def find_prometheus() -> Path:
-    """`DETA_PROMETHEUS`, or the one on the PATH.
+    """Return the path of Prometheus: `DETA_PROMETHEUS`, or the one on the PATH.
 
     Raises:
-        NotInstalledError: says where to get it.
+        NotInstalledError: there is none.
     """
     return _find("DETA_PROMETHEUS", ("prometheus",), PROMETHEUS_MISSING)
 
 
 def find_grafana() -> Path:
-    """`DETA_GRAFANA`, or the one on the PATH, by its present name or its former one.
+    """Return the path of Grafana: `DETA_GRAFANA`, or the one on the PATH, also by its old name.
 
     Raises:
-        NotInstalledError: says where to get it.
+        NotInstalledError: there is none.
     """
     return _find("DETA_GRAFANA", ("grafana", "grafana-server"), GRAFANA_MISSING)
 
 
 def ray_folders() -> list[Path]:
-    """Where Ray clusters of this machine keep their sessions."""
+    """Return the folders in which Ray clusters of this machine have their sessions."""
     own = os.environ.get("RAY_TMPDIR")
     found = [Path(own), Path(own) / "ray"] if own else []
     return [*found, Path(tempfile.gettempdir()) / "ray"]
 
 
 def write_prometheus_config(folder: Path) -> Path:
-    """prometheus.yml in a folder of its own, with room for targets beside it; returns its path."""
+    """Write prometheus.yml and a folder for its targets; return the path of prometheus.yml."""
     (folder / TARGETS).mkdir(parents=True, exist_ok=True)
     path = folder / "prometheus.yml"
     shutil.copyfile(DASHBOARDS / "prometheus" / "prometheus.yml", path)
@@ -101,23 +101,23 @@ def write_prometheus_config(folder: Path) -> Path:
 
 
 class SessionFollower:
-    """Keeps the lists of metrics ports, of the Ray clusters that are alive, in a folder.
+    """Copies the lists of metrics ports of all running Ray clusters to a folder.
 
-    A session is alive while its list is renewed. Use it as a context, or call `look` yourself.
+    A session is alive while its list is renewed. Use it as a context manager, or call `poll`.
     """
 
     def __init__(self, targets: Path, ray_folders: Sequence[Path]) -> None:
         """
         Args:
-            targets: where the lists go; made by `write_prometheus_config`.
-            ray_folders: those that hold `session_…` folders, or a session itself.
+            targets: the folder for the lists, from `write_prometheus_config`.
+            ray_folders: folders that contain `session_…` folders, or a session itself.
         """
         self.targets, self.ray_folders = targets, list(ray_folders)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> SessionFollower:
-        self.look()
+        self.poll()
         self._thread.start()
         return self
 
@@ -125,14 +125,14 @@ class SessionFollower:
         self._stop.set()
         self._thread.join()
 
-    def look(self) -> list[str]:
-        """Bring the folder up to date; returns the names of the sessions that are alive."""
+    def poll(self) -> list[str]:
+        """Update the folder; return the names of the sessions that are alive."""
         alive = self._alive()
         for name, content in alive.items():
             path = self.targets / f"{name}.json"
             if not path.exists() or path.read_text(encoding="utf-8") != content:
                 write_atomic(path, content)
-        for path in self.targets.glob("session_*.json"):  # others may be somebody's own
+        for path in self.targets.glob("session_*.json"):  # other files may be the user's
             if path.stem not in alive:
                 path.unlink()
         return sorted(alive)
@@ -144,7 +144,7 @@ class SessionFollower:
                 session = path.resolve().parent.name  # session_latest is a link to one of them
                 try:
                     status = path.stat()
-                    # Anybody may write to /tmp; what is scraped is this user's own.
+                    # Anybody may write to /tmp, so only this user's files are used.
                     if status.st_uid == os.getuid() and time.time() - status.st_mtime < STALE_S:
                         content = path.read_text(encoding="utf-8")
                         json.loads(content)
@@ -154,23 +154,23 @@ class SessionFollower:
         return found
 
     def _follow(self) -> None:
-        while not self._stop.wait(LOOK_EVERY_S):
-            self.look()
+        while not self._stop.wait(POLL_EVERY_S):
+            self.poll()
 
 
 def start_prometheus(folder: Path, *, port: int = 9090) -> Server:
-    """Start Prometheus with the configuration in a folder, which also holds what it gathers.
+    """Start Prometheus with the configuration in a folder; its data is stored there too.
 
-    It answers on loopback only. It knows no passwords, so pages of other origins, which a browser
-    on this machine may show, cannot read its answers.
+    It listens on loopback only. It has no passwords, so web pages of other origins must not read
+    its answers: only its own origin is allowed.
 
     Args:
-        folder: with prometheus.yml, from `write_prometheus_config`.
-        port: where it answers.
+        folder: contains prometheus.yml, from `write_prometheus_config`.
+        port: the port it listens on.
 
     Raises:
-        NotInstalledError: says where to get it.
-        ChildServerError: it did not start, with what it said; the port may be taken.
+        NotInstalledError: there is no Prometheus.
+        ChildServerError: it did not start, with its output; the port may be taken.
     """
     url = f"http://127.0.0.1:{port}"
     command = [str(find_prometheus()), f"--config.file={folder / 'prometheus.yml'}"]
@@ -183,15 +183,15 @@ def start_prometheus(folder: Path, *, port: int = 9090) -> Server:
 
 
 def write_grafana_config(folder: Path, *, port: int = 3000) -> Path:
-    """grafana.ini of `dashboards/grafana`, with the paths of this machine and secrets of its own.
+    """Write a copy of `dashboards/grafana/grafana.ini` with local paths and secrets.
 
-    The password of `admin` is in `<folder>/admin-password`, which its owner alone may read. It
-    stays the same from start to start.
+    The password of `admin` is in `<folder>/admin-password`, which only its owner may read. It
+    stays the same over restarts.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("admin-password", "secret-key"):
-        _keep_secret(folder / name)
-    # Its values hold $ and %, which mean something to Grafana and nothing here.
+        _create_secret(folder / name)
+    # Its values contain $ and %, which have a meaning for Grafana but not here.
     config = configparser.ConfigParser(interpolation=None)
     config.read(DASHBOARDS / "grafana" / "grafana.ini", encoding="utf-8")
     config["server"]["http_port"] = str(port)
@@ -209,15 +209,15 @@ def write_grafana_config(folder: Path, *, port: int = 3000) -> Path:
 def start_grafana(folder: Path, prometheus_url: str, *, port: int = 3000) -> Server:
     """Start Grafana on loopback, with the dashboards of `dashboards/grafana`.
 
-    Whoever looks signs in as `admin` with the password in `<folder>/admin-password`.
+    Users sign in as `admin` with the password in `<folder>/admin-password`.
 
     Args:
-        folder: for its configuration and data; made where it is missing.
-        prometheus_url: where its numbers are, as `Server.url` of Prometheus says.
+        folder: for its configuration and data; created if it is missing.
+        prometheus_url: `Server.url` of Prometheus.
 
     Raises:
-        NotInstalledError: says where to get it.
-        ChildServerError: it did not start, with what it said.
+        NotInstalledError: there is no Grafana.
+        ChildServerError: it did not start, with its output.
     """
     program = find_grafana()
     config = write_grafana_config(folder.absolute(), port=port)
@@ -236,7 +236,7 @@ def _find(variable: str, names: Sequence[str], missing: str) -> Path:
     if named:
         if os.access(named, os.X_OK) and Path(named).is_file():
             return Path(named)
-        raise NotInstalledError(f"{variable}={named} is no program. {missing}")
+        raise NotInstalledError(f"{variable}={named} is not a program. {missing}")
     for name in names:
         found = shutil.which(name)
         if found:
@@ -245,13 +245,13 @@ def _find(variable: str, names: Sequence[str], missing: str) -> Path:
 
 
 def _grafana_home(program: Path) -> Path:
-    """What Grafana was installed with: beside it in its archive, in /usr/share from packages."""
+    """Return Grafana's own files: beside the program in an archive, in /usr/share for packages."""
     beside = program.resolve().parent.parent
     return beside if (beside / "conf").is_dir() else Path("/usr/share/grafana")
 
 
-def _keep_secret(path: Path) -> None:
-    """A random word in a file of its owner's alone; one that is there stays."""
+def _create_secret(path: Path) -> None:
+    """Write a random secret to a file that only its owner can read; leave an existing one."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

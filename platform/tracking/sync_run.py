@@ -1,4 +1,4 @@
-"""Send to MLflow what runs still have, and mark the end of runs whose supervisor died.
+"""Sends the rest of runs to MLflow, and marks the end of runs whose supervisor died.
 
 python -m deta.platform.tracking.sync_run RUN      what the orphan reaper of a run starts
 """
@@ -24,7 +24,7 @@ PATIENCE_S = 30.0  # how long to retry while MLflow takes nothing
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What came of sending one run."""
+    """The result of sending one run."""
 
     is_complete: bool
     is_unreachable: bool  # the retries were given up

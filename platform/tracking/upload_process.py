@@ -1,7 +1,7 @@
-"""The uploader as its supervisor sees it: a process to start, to look at and to end.
+"""Starts, observes and ends the uploader process of a run.
 
-Knows no MLflow: that is platform/tracking/mlflow_store.py, in a process of its own, so that nothing MLflow does
-can hold a training.
+This file does not import MLflow. Only the uploader process does (`uploader_main.py`), so MLflow
+cannot block a training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deta.platform.run.journal import JOURNAL_FILE
 from deta.platform.run.run_file import RUN_FILE, tracking_uri
 from deta.platform.system.places import child_environment
 from deta.platform.system.redaction import REDACTED
-from deta.platform.tracking.upload_plan import read_record, count_unsent
+from deta.platform.tracking.upload_plan import count_unsent, read_record
 
 STATE_FILE = "uploader.json"
 LOG_FILE = "uploader.log"
@@ -95,8 +95,8 @@ def start_uploader(
     """
     journal = folder / JOURNAL_FILE
     behind_bytes = journal.stat().st_size if journal.exists() else 0
-    command = [sys.executable, "-m", "deta.platform.tracking.mlflow_store", str(folder), "--follow"]
-    command += [f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
+    command = [sys.executable, "-m", "deta.platform.tracking.uploader_main"]
+    command += [str(folder), "--follow", f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
     if sweep:
         command.append("--sweep")
     log = _open_log(folder / LOG_FILE)

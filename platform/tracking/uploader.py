@@ -1,7 +1,7 @@
 """Sends journals to a tracking store that may be unreachable, slow or broken.
 
-Nothing here is lost or sent twice by dying: see platform/tracking/upload_plan.py. Two uploaders of one run
-take turns by a lock in its folder.
+If an uploader dies, nothing is lost or sent twice: see `upload_plan.py`. A lock in the run's folder
+admits one uploader at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WAIT_FOR_PARENT_S = 60.0
 
 
 class TrackingStore(Protocol):
-    """MLflow, as far as a run needs it; see platform/tracking/mlflow_store.py. Any call may raise anything."""
+    """What the uploader needs from MLflow; see `mlflow_store.py`. Any call may raise anything."""
 
     shown_uri: str  # without its password
     call_s: float  # how long the last call took
@@ -269,7 +269,9 @@ class RunUploader:
             logger.warning("%s: cannot be written now: %s", self.folder / "mlflow.json", error)
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._last_heartbeat_s >= HEARTBEAT_S or not self._last_heartbeat_s
+        return (
+            time.monotonic() - self._last_heartbeat_s >= HEARTBEAT_S or not self._last_heartbeat_s
+        )
 
     def _journal_bytes(self) -> int:
         try:

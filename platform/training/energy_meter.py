@@ -1,4 +1,4 @@
-"""The energy that the GPUs of a node use, read from their driver (NVML)."""
+"""Measures the energy that the GPUs of a node use, with their driver's library (NVML)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ log = logging.getLogger(__name__)
 
 
 class EnergyMeter:
-    """Energy that GPUs of this node take up, as their driver counts it.
+    """A meter of the energy that GPUs of this node use.
 
         with EnergyMeter([uuid]) as meter:
             train()
-        meter.kwh()  # None where no driver counts
+        meter.kwh()  # None if the driver does not measure it
 
-    Recent NVIDIA GPUs (Volta and later) count millijoules; of others the power is sampled every
-    few seconds. It is the whole board's energy, whoever uses it; processors and cooling are not in
-    it. Without a GPU, or the package nvidia-ml-py, there is nothing to report.
+    Recent NVIDIA GPUs (Volta and later) count millijoules; the power of older ones is sampled every
+    few seconds. The value is the energy of the whole board, for all processes that use it. It does
+    not include CPUs and cooling. Without a GPU or the package nvidia-ml-py the result is None.
     """
 
     def __init__(self, device_uuids: Iterable[str], sample_s: float = 2.0) -> None:
         """
         Args:
-            device_uuids: as the driver names them, "GPU-…", wherever CUDA numbers them.
+            device_uuids: names in the driver, "GPU-…"; they do not depend on CUDA's numbering.
         """
         self._wanted = list(device_uuids)
         self._sample_s = sample_s
@@ -45,8 +45,8 @@ class EnergyMeter:
             import pynvml  # type: ignore[import-untyped,unused-ignore]
 
             pynvml.nvmlInit()
-        except Exception as error:  # no package, no driver: nothing to measure
-            log.debug("no energy is measured: %s", error)
+        except Exception as error:  # no package or no driver
+            log.debug("energy is not measured: %s", error)
             return self
         self._nvml = pynvml
         try:
@@ -54,11 +54,11 @@ class EnergyMeter:
             try:
                 self._began_mj = self._counters()
             except pynvml.NVMLError:
-                self._power_w()  # if the driver does not know this either, there is no meter
+                self._power_w()  # raises if the driver does not measure power either
                 self._thread = threading.Thread(target=self._sample, daemon=True)
                 self._thread.start()
         except pynvml.NVMLError as error:
-            log.debug("no energy is measured: %s", error)
+            log.debug("energy is not measured: %s", error)
             self._devices = []
         return self
 
@@ -74,7 +74,7 @@ class EnergyMeter:
         self._nvml = None
 
     def kwh(self) -> float | None:
-        """So far, or in all once the meter is closed; none where no driver counts."""
+        """Return the energy so far, or the total once the meter is closed; None if unknown."""
         if self._nvml is None or not self._devices:
             return self._kwh
         if self._began_mj is None:
@@ -85,7 +85,7 @@ class EnergyMeter:
         return spent_mj / 3.6e9
 
     def _counters(self) -> list[int]:
-        """Millijoules of each device since its driver was loaded."""
+        """Return the millijoules of each device since its driver was loaded."""
         return [self._nvml.nvmlDeviceGetTotalEnergyConsumption(device) for device in self._devices]
 
     def _power_w(self) -> float:

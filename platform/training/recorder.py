@@ -1,6 +1,6 @@
-"""What is kept of a run while it trains: its journal and its checkpoints. Rank 0 does it for all.
+"""Writes the journal and the checkpoints of a run while it trains. Only rank 0 writes.
 
-The other ranks have a keeper too, which keeps nothing, so that the loop is the same on all.
+The other ranks have a recorder that does nothing, so the loop is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.checkpoint.format import Checkpoint, CheckpointError
 from deta.platform.checkpoint.local import clean_leftovers, newest_checkpoint, take_snapshot
 from deta.platform.run.fence import Fence, FencedOffError
-from deta.platform.run.journal import FILE_NAME, Journal, read_events
+from deta.platform.run.journal import JOURNAL_FILE, Journal, read_events
 from deta.platform.run.run import STOP_FILE, Run
 from deta.platform.run.run_state import RunState
-from deta.platform.training.train_state import Learner
+from deta.platform.training.train_state import TrainState
 
-LOOK_FOR_STOP_EVERY_S = 0.5
-TRIES_AT_THE_END, SECONDS_BETWEEN_TRIES = 5, 10.0  # for the last checkpoint on a full disk
-TAIL_BYTES = 1 << 16  # of a journal: enough for what happened last
+POLL_STOP_FILE_EVERY_S = 0.5
+FINAL_RETRIES, FINAL_RETRY_WAIT_S = 5, 10.0  # for the last checkpoint on a full disk
+TAIL_BYTES = 1 << 16  # of a journal; enough for its latest events
 
 
-class Keeper:
-    """Of one group of workers. From when it is made, no earlier group can write any more."""
+class Recorder:
+    """Writes the journal and checkpoints of one worker group.
+
+    Creating it fences off all earlier groups: they cannot write any more.
+    """
 
     def __init__(self, run: Run, *, leads: bool) -> None:
         self.run = run
         self.blocked_s = 0.0  # how long the training has waited for saves
         self._journal: Journal | None = None
         self._writer: CheckpointWriter | None = None
-        self._saved_s = self._looked_s = time.monotonic()
-        self._owed = False  # a checkpoint, by `checkpoint.every_steps`
-        # A run that is cut off more often than it saves would never get on; so it saves sooner.
+        self._saved_s = self._polled_s = time.monotonic()
+        self._is_owed = False  # a checkpoint, by `checkpoint.every_steps`
+        # A run that fails more often than it saves would make no progress, so it saves sooner.
         self._starts_here = 1
         if leads:
             fence = Fence.acquire(run.folder, f"{socket.gethostname()}:{os.getpid()}")
@@ -43,19 +46,22 @@ class Keeper:
             self._writer = CheckpointWriter(run.checkpoints, keep=keep, store=store, fence=fence)
 
     def open_newest(self) -> Checkpoint | None:
-        """What the run goes on from; only of rank 0."""
-        newest = newest_checkpoint(self.run.checkpoints, lambda m: self.tell("damaged", message=m))
-        self.tell("starting", step=newest.state.step if newest is not None else 0)
+        """Return the checkpoint to resume from, and log the start; on rank 0 only."""
+        newest = newest_checkpoint(
+            self.run.checkpoints, lambda message: self.log_event("damaged", message=message)
+        )
+        self.log_event("starting", step=newest.state.step if newest is not None else 0)
         return newest
 
     # The journal
 
-    def tell(self, kind: str, **values: object) -> None:
+    def log_event(self, kind: str, **values: object) -> None:
+        """Append an event to the journal; on other ranks do nothing."""
         if self._journal is not None:
             self._journal.write(kind, **values)
 
-    def tell_begin(self, state: RunState, world_size: int, num_parameters: int) -> None:
-        """That the first step follows, and what the start has cost if something was lost.
+    def log_begin(self, state: RunState, world_size: int, num_parameters: int) -> None:
+        """Log that the first step follows, and how many steps and seconds a restart has cost.
 
         Args:
             num_parameters: of the model, trained or not.
@@ -63,7 +69,7 @@ class Keeper:
         if self._journal is None:
             return
         step = state.step
-        path = self.run.folder / FILE_NAME
+        path = self.run.folder / JOURNAL_FILE
         tail = max(0, path.stat().st_size - TAIL_BYTES) if path.exists() else 0
         last, starts_here = None, 0
         for event, _ in read_events(self.run.folder, tail):
@@ -78,7 +84,7 @@ class Keeper:
                 "wasted_steps": max(0, last["step"] - step),
                 "restart_s": time.time() - last["time_s"],
             }
-        self.tell(
+        self.log_event(
             "begin",
             step=step,
             num_steps=self.run.num_steps,
@@ -88,29 +94,30 @@ class Keeper:
             **lost,
         )
 
-    def is_asked_to_stop(self) -> bool:
+    def is_stop_requested(self) -> bool:
         now_s = time.monotonic()
-        if self._journal is None or now_s - self._looked_s <= LOOK_FOR_STOP_EVERY_S:
+        if self._journal is None or now_s - self._polled_s <= POLL_STOP_FILE_EVERY_S:
             return False
-        self._looked_s = now_s
+        self._polled_s = now_s
         return (self.run.folder / STOP_FILE).exists()
 
     # Checkpoints
 
     def is_save_due(self, *, at_once: bool) -> bool:
-        """Whether this worker wants the state to be saved before the next step."""
+        """Return whether this worker wants the state to be saved before the next step."""
         if self._writer is None or self._writer.is_busy:
             return False
         every_s = 60 * (self.run.config.checkpoint.every_minutes or float("inf"))
         is_time = time.monotonic() - self._saved_s >= every_s / 4.0 ** (self._starts_here - 1)
-        return at_once or self._owed or is_time
+        return at_once or self._is_owed or is_time
 
-    def note_step(self, step: int) -> None:
+    def count_step(self, step: int) -> None:
+        """Register a finished step, after which `checkpoint.every_steps` may demand a save."""
         every_steps = self.run.config.checkpoint.every_steps
-        self._owed = self._owed or bool(every_steps and step % every_steps == 0)
+        self._is_owed = self._is_owed or bool(every_steps and step % every_steps == 0)
 
-    def save(self, learner: Learner, state: RunState, *, wait: bool) -> None:
-        """Copy the state and write it beside the training; with `wait`, until it is written."""
+    def save(self, train_state: TrainState, state: RunState, *, wait: bool) -> None:
+        """Copy the state and write it in the background; with `wait`, block until it is written."""
         if self._writer is None:
             return
         began_s = time.perf_counter()
@@ -119,54 +126,54 @@ class Keeper:
                 state,
                 self.run.config,
                 self.run.train_set.categories,
-                learner.evaluated.state_dict(),
-                learner.training_state(),
+                train_state.eval_model.state_dict(),
+                train_state.training_state(),
                 into,
             ),
             wait=wait,
         )
         if is_taken:
-            self._saved_s, self._owed = time.monotonic(), False
+            self._saved_s, self._is_owed = time.monotonic(), False
         self.blocked_s += time.perf_counter() - began_s
 
-    def save_evaluated(self, learner: Learner, state: RunState) -> None:
-        """Save what was evaluated. The last state must not be lost: try for a while.
+    def save_evaluated(self, train_state: TrainState, state: RunState) -> None:
+        """Save the evaluated state. The last state must not be lost, so it is retried for a while.
 
         Raises:
-            CheckpointError: the run is at its end, and its last state cannot be written.
+            CheckpointError: the run has ended, and its last state cannot be written.
         """
         is_last = self.run.is_done(state)
-        self.save(learner, state, wait=True)
-        error = self.tell_saved()
-        for _ in range(TRIES_AT_THE_END if is_last else 0):
+        self.save(train_state, state, wait=True)
+        error = self.log_saves()
+        for _ in range(FINAL_RETRIES if is_last else 0):
             if not error:
                 return
-            time.sleep(SECONDS_BETWEEN_TRIES)
-            self.save(learner, state, wait=True)
-            error = self.tell_saved()
+            time.sleep(FINAL_RETRY_WAIT_S)
+            self.save(train_state, state, wait=True)
+            error = self.log_saves()
         if error and is_last:
             raise CheckpointError(
-                f"the training is done, but its last checkpoint cannot be written: {error}. Make "
-                "room, and --resume goes on from the one before."
+                f"the training is done, but its last checkpoint cannot be written: {error}. Free "
+                "some disk space, then use --resume; it continues from the checkpoint before."
             )
 
-    def tell_saved(self) -> str:
-        """What the writer has done since, into the journal; returns why the last save failed.
+    def log_saves(self) -> str:
+        """Log what the checkpoint writer has finished; return why the last save failed, if it did.
 
         Raises:
-            FencedOffError: another group of workers has taken the run over.
+            FencedOffError: another worker group has taken over the run.
         """
         error = ""
         for outcome in self._writer.poll() if self._writer is not None else ():
             if outcome.fenced_off:
                 raise FencedOffError(outcome.error)
             if outcome.error is not None:
-                self.tell("checkpoint_failed", step=outcome.step, message=outcome.error)
-            if outcome.place == "store":  # the disk has it; the copy is made up for later
+                self.log_event("checkpoint_failed", step=outcome.step, message=outcome.error)
+            if outcome.place == "store":  # the disk has it; the copy is retried later
                 continue
             error = outcome.error or ""
             if outcome.path is not None:
-                self.tell(
+                self.log_event(
                     "checkpoint",
                     step=outcome.step,
                     path=str(outcome.path.relative_to(self.run.folder)),
@@ -176,9 +183,9 @@ class Keeper:
         return error
 
     def close(self, timeout_s: float) -> None:
-        """Wait for what is being written or copied to a store, but not for longer."""
+        """Wait for unfinished writes and copies to a store, but at most `timeout_s`."""
         if self._writer is not None:
             self._writer.close(timeout_s)
-            self.tell_saved()
+            self.log_saves()
         if self._journal is not None:
             self._journal.close()

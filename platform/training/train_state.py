@@ -1,4 +1,4 @@
-"""What learns: the model, the average of its weights, and the optimizer."""
+"""Training state: model, EMA weights and optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.platform.checkpoint.format import Checkpoint
 from deta.platform.learning.distributed import Worker
-from deta.platform.learning.gradient_sum import GradientSum, batch_statistics
+from deta.platform.learning.gradient_sum import GradientSum, batch_norm_statistics
 from deta.platform.learning.optimizer import (
     freeze,
     load_optimizer_state,
@@ -27,31 +27,32 @@ from deta.platform.weights.initial_weights import load_backbone, load_initial_we
 
 
 @dataclass(frozen=True)
-class Learner:
-    """On one worker; the weights are the same on all."""
+class TrainState:
+    """The training state of one worker. The weights are the same on all workers."""
 
     model: Detector
     parallel: nn.Module  # the model, or DistributedDataParallel around it
-    gradients: GradientSum | None  # none: as PyTorch sums them
-    statistics: list[Tensor]  # of a BatchNorm that trains
-    average: AveragedModel | None
+    gradients: GradientSum | None  # None: PyTorch sums the gradients
+    statistics: list[Tensor]  # running statistics of each BatchNorm that trains
+    ema: AveragedModel | None
     optimizer: AdamW
 
     @property
-    def evaluated(self) -> nn.Module:
-        return self.model if self.average is None else self.average.module
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate: the EMA if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     def training_state(self) -> dict[str, Tensor]:
-        """All that is not in the weights that are evaluated; `make_learner` takes it back."""
+        """Return all tensors besides the evaluated weights; `make_train_state` restores them."""
         tensors = optimizer_state(self.optimizer, self.model)
-        if self.average is not None:
+        if self.ema is not None:
             tensors |= {f"weights/{n}": t for n, t in self.model.state_dict().items()}
-            tensors["num_averaged"] = self.average.n_averaged
+            tensors["num_averaged"] = self.ema.n_averaged
         return tensors
 
 
-def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learner:
-    """A new one, from the weights that the configuration names, or one that goes on."""
+def make_train_state(run: Run, worker: Worker, resumed: Checkpoint | None) -> TrainState:
+    """Make a new state from the configured weights, or restore that of a checkpoint."""
     config, device = run.config, worker.device
     torch.manual_seed(config.seed)  # all workers start from the same weights
     is_filled = bool(resumed or config.init_checkpoint or config.init_backbone)
@@ -64,14 +65,14 @@ def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learne
         load_backbone(model, Path(config.init_backbone))
     freeze(model, config.optim.freeze)
     model.to(device)
-    average = None
+    ema = None
     if config.ema_decay is not None:
-        average = AveragedModel(
+        ema = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
         )
     optimizer = make_optimizer(model, config.optim, config.optim.lr_for(config.total_batch_size))
     if resumed is not None:
-        _load(resumed, model, average, optimizer)
+        _restore(resumed, model, ema, optimizer)
     parallel: nn.Module = model
     gradients = None
     if config.optim.exact_sum:
@@ -80,17 +81,17 @@ def make_learner(run: Run, worker: Worker, resumed: Checkpoint | None) -> Learne
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None
         )
-    return Learner(model, parallel, gradients, batch_statistics(model), average, optimizer)
+    return TrainState(model, parallel, gradients, batch_norm_statistics(model), ema, optimizer)
 
 
-def _load(
-    resumed: Checkpoint, model: nn.Module, average: AveragedModel | None, optimizer: AdamW
+def _restore(
+    resumed: Checkpoint, model: nn.Module, ema: AveragedModel | None, optimizer: AdamW
 ) -> None:
     tensors = resumed.training_state()
     evaluated = resumed.model_state()
     own = {n[len("weights/") :]: t for n, t in tensors.items() if n.startswith("weights/")}
     model.load_state_dict(own or evaluated)
-    if average is not None:
-        average.module.load_state_dict(evaluated)
-        average.n_averaged.copy_(tensors["num_averaged"])
+    if ema is not None:
+        ema.module.load_state_dict(evaluated)
+        ema.n_averaged.copy_(tensors["num_averaged"])
     load_optimizer_state(optimizer, model, tensors)

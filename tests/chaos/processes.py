@@ -26,7 +26,7 @@ ROLES = {
     "raylet": ("raylet/raylet",),
     "gcs": ("gcs_server",),
     "attempt": ("-m deta.platform.cluster.driver",),
-    "uploader": ("-m deta.platform.tracking.mlflow_store",),
+    "uploader": ("-m deta.platform.tracking.uploader_main",),
 }
 TIDYING = ("deta.platform.launch.orphan_reaper", "deta.platform.tracking.sync_run")
 

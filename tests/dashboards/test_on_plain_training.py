@@ -99,7 +99,7 @@ def test_every_query_of_the_training_dashboard_has_an_answer(tmp_path: Path):
             run_meter = RunMeter(folder, export)
             deadline_s = time.monotonic() + WITHIN_S
             while time.monotonic() < deadline_s and training.is_alive():
-                run_meter.look()
+                run_meter.poll()
                 values = {
                     f"{q.panel.title} | {q.legend}": [v for _, v in answer(prometheus, q.text)]
                     for q in queries

@@ -13,7 +13,7 @@ from deta.platform.checkpoint import async_writer as checkpoint_writer
 from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.artifact_names import artifact_fault
-from deta.platform.tracking.upload_plan import Record
+from deta.platform.tracking.upload_plan import UploadRecord
 from deta.platform.tracking.uploader import MAX_FILES_BYTES, RunUploader
 
 HOSTILE = [
@@ -59,9 +59,9 @@ class Store:
 
 def sent(folder: Path, events: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What reaches MLflow of the files that a journal names."""
-    record = Record()
+    record = UploadRecord()
     for number, event in enumerate(events):
-        record.take({"time_s": 1.0, "step": 0, **event}, number + 1)
+        record.add({"time_s": 1.0, "step": 0, **event}, number + 1)
     store = Store()
     uploader = RunUploader(folder, store)  # type: ignore[arg-type]
     try:

@@ -42,7 +42,7 @@ from deta.platform.run.config import DataConfig, RunConfig, to_json
 from deta.platform.run.run_file import write_run_file
 from deta.platform.run.run_state import RunState
 from deta.platform.system.safe_read import file_sha256
-from deta.platform.tracking.upload_plan import RECORD_FILE, Record
+from deta.platform.tracking.upload_plan import RECORD_FILE, UploadRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 # Two processors' worth of noise must not decide a test.
@@ -83,7 +83,7 @@ class World:
                 "environment": {"python": "3.11", "packages": [f"torch=={torch.__version__}"]},
             },
         )
-        record = json.dumps(asdict(Record(uri=self.uri, run_id=run_id)))
+        record = json.dumps(asdict(UploadRecord(uri=self.uri, run_id=run_id)))
         (folder / RECORD_FILE).write_text(record, encoding="utf-8")
         sha256 = file_sha256(checkpoint / "model.safetensors")
         self.evaluate(folder / "evaluations" / "best", sha256, quality, seed)
@@ -246,7 +246,7 @@ def test_an_evaluation_of_other_weights_is_refused(world: World):
 
 def test_a_run_that_mlflow_does_not_know_is_refused(world: World):
     run = world.run(140, BASE)
-    record = Record(uri=world.uri, run_id="0" * 32)
+    record = UploadRecord(uri=world.uri, run_id="0" * 32)
     (run / RECORD_FILE).write_text(json.dumps(asdict(record)), encoding="utf-8")
 
     with pytest.raises(ValueError, match="is not in MLflow"):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from datetime import UTC, datetime
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deta.platform.study.cost import PRICES, CostPoint, Price, estimate, pareto, price_of
-from deta.platform.training.energy_meter import EnergyMeter
 
 few = settings(max_examples=40, deadline=None)  # the machine may be busy
 
@@ -104,23 +101,3 @@ def test_a_point_without_a_number_is_left_out():
     good = CostPoint("a", 50.0, 1.0)
 
     assert pareto([CostPoint("b", math.nan, 1.0), good, CostPoint("c", 60.0, math.inf)]) == [good]
-
-
-def test_energy_is_none_where_no_driver_counts():
-    for uuids in ([], ["GPU-00000000-0000-0000-0000-000000000000"]):
-        with EnergyMeter(uuids) as meter:
-            assert meter.kwh() is None
-        assert meter.kwh() is None
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_at_work_takes_up_energy():
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    with EnergyMeter([uuid]) as meter:
-        end_s = time.monotonic() + 2
-        while time.monotonic() < end_s:
-            x = torch.randn(4096, 4096, device="cuda")
-            (x @ x).sum().item()
-    kwh = meter.kwh()
-    assert kwh is not None
-    assert 1e-5 < kwh < 1e-2  # 2 s at 18 W to 18 kW

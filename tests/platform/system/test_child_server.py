@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import stat
@@ -21,7 +20,6 @@ from deta.platform.system.child_server import (
     start_child_server,
 )
 from deta.platform.system.places import child_environment
-from deta.platform.tracking.mlflow_server import check_hosts, password
 
 ROOT = Path(__file__).resolve().parents[3]
 # Serves until it is told to end twice, and has a child that is told nothing.
@@ -121,32 +119,3 @@ def test_a_taken_port_is_replaced_by_a_free_one():
 )  # fmt: skip
 def test_what_only_this_machine_reaches(host: str, expected: bool):
     assert is_loopback(host) is expected
-
-
-@pytest.mark.parametrize("name", ["*", "gpu1:*", "10.*:5000", "gpu1", "gpu1:5000,evil:1", "a b:1"])
-def test_only_exact_names_are_allowed(name: str):
-    with pytest.raises(ValueError, match="exact"):
-        check_hosts("10.0.0.5", 5000, [name])
-
-
-def test_every_address_of_a_machine_needs_a_name():
-    with pytest.raises(ValueError, match="allow-host"):
-        check_hosts("0.0.0.0", 5000, [])
-    assert check_hosts("10.0.0.5", 5000, []) == ["10.0.0.5:5000"]
-
-
-def test_the_password_is_made_once_and_its_owners_alone(tmp_path: Path):
-    path = password(tmp_path)
-    word = path.read_text()
-    assert len(word) >= 24
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert password(tmp_path).read_text() == word
-    path.chmod(0o644)
-    with pytest.raises(ValueError, match="others can read it"):
-        password(tmp_path)
-    path.unlink()
-    (path.parent / "users.db").touch()
-    with pytest.raises(ValueError, match="is gone"):
-        password(tmp_path)
-    assert os.listdir(path.parent) == ["users.db"]

@@ -24,7 +24,7 @@ import deta.platform.tracking.mlflow_store as tracking
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import write_run_file
 from deta.platform.tracking.mlflow_store import MlflowStore, reap
-from deta.platform.tracking.upload_plan import RECORD_FILE, metric_name, read_record, what_is_left
+from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent, metric_name, read_record
 from deta.platform.tracking.upload_process import (
     UploadState,
     finish_uploader,
@@ -218,7 +218,7 @@ def upload(folder: Path, uri: str, within_s: float = 60.0) -> RunUploader:
     deadline_s = time.monotonic() + within_s
     while True:
         try:
-            uploader.turn()
+            uploader.send_new()
             uploader.close()
             return uploader
         except Exception:
@@ -336,7 +336,7 @@ def test_a_black_hole_costs_ten_seconds_at_the_end_and_no_row(
     assert took_s < 10.5
     assert not state.is_complete
     assert state.error
-    assert state.left_rows == what_is_left(folder)[0] == 40 * 3 + 2 * 3 + 1  # best/AP
+    assert state.left_rows == count_unsent(folder)[0] == 40 * 3 + 2 * 3 + 1  # best/AP
     proxy.set("pass")
     upload(folder, proxy.uri)
     assert require_every_row_once(client, folder).info.status == "KILLED"
@@ -362,15 +362,15 @@ def test_a_slow_mlflow_is_waited_for_longer(
     uploader = RunUploader(folder, MlflowStore(proxy.uri))
     journal = Journal(folder)
     train(journal, 0, 10)
-    uploader.turn()
+    uploader.send_new()
     proxy.set("slow", latency_s=1.5)  # longer than a call may take at first
     train(journal, 10, 30)
     end(journal)
     with pytest.raises(Exception, match="time"):
-        uploader.turn()
+        uploader.send_new()
     while not uploader.is_complete():
         try:
-            uploader.turn()
+            uploader.send_new()
         except Exception:
             time.sleep(0.1)
     require_every_row_once(client, folder)
@@ -450,11 +450,11 @@ def test_sigterm_ends_it_even_in_a_black_hole(proxy: Proxy, folder: Path):
 def test_two_uploaders_of_one_run_take_turns(proxy: Proxy, folder: Path):
     Journal(folder).write("begin", step=0, num_steps=10)
     first, second = (RunUploader(folder, MlflowStore(proxy.uri)) for _ in range(2))
-    first.turn()
+    first.send_new()
     with pytest.raises(BusyError):
-        second.turn()
+        second.send_new()
     first.close()
-    second.turn()
+    second.send_new()
     second.close()
 
 
@@ -489,7 +489,7 @@ def test_a_sweep_has_one_parent_and_a_child_for_each_trial(
     journal.write("begin", step=0, num_steps=2)
     (sweep / "report.html").write_text("<html>")
     follower = Follower(sweep, MlflowStore(proxy.uri), sweep=True)
-    assert follower.turn() is None
+    assert follower.send_new() is None
     for number in range(2):
         trial = new_run(
             sweep / "trials" / f"t{number}", parent=key,

@@ -72,10 +72,10 @@ def test_clusters_that_are_alive_are_followed_and_others_forgotten(tmp_path: Pat
     (ray / "session_latest").symlink_to(ray / "session_1")
     (targets / "own.json").write_text("[]")  # a person's
     follower = SessionFollower(targets, [ray, ray / "session_1", tmp_path / "none"])
-    assert follower.look() == ["session_1"]
+    assert follower.poll() == ["session_1"]
     assert (targets / "session_1.json").read_text() == TARGET
     os.utime(alive, (0, 0))
-    assert follower.look() == []
+    assert follower.poll() == []
     assert [path.name for path in targets.glob("*")] == ["own.json"]
 
 
@@ -83,9 +83,9 @@ def test_a_list_that_changes_is_taken_over(tmp_path: Path):
     follower = SessionFollower(tmp_path / "targets", [tmp_path / "ray"])
     (tmp_path / "targets").mkdir()
     path = session(tmp_path / "ray", "session_1", TARGET)
-    follower.look()
+    follower.poll()
     path.write_text("[]")
-    follower.look()
+    follower.poll()
     assert (tmp_path / "targets" / "session_1.json").read_text() == "[]"
 
 
@@ -94,7 +94,7 @@ def test_what_other_users_put_into_tmp_is_not_scraped(tmp_path: Path):
     path = session(tmp_path / "ray", "session_1", TARGET)
     os.chown(path, 65534, 65534)
     (tmp_path / "targets").mkdir()
-    assert SessionFollower(tmp_path / "targets", [tmp_path / "ray"]).look() == []
+    assert SessionFollower(tmp_path / "targets", [tmp_path / "ray"]).poll() == []
 
 
 def test_prometheus_reads_the_folder_beside_its_configuration(tmp_path: Path):
@@ -146,7 +146,7 @@ def test_programs_that_are_missing_say_where_to_get_them(
     with pytest.raises(NotInstalledError, match=r"grafana\.com/grafana/download"):
         start_grafana(tmp_path, "http://127.0.0.1:9090")
     monkeypatch.setenv("DETA_GRAFANA", str(tmp_path / "nothing"))
-    with pytest.raises(NotInstalledError, match=r"DETA_GRAFANA=.*nothing is no program"):
+    with pytest.raises(NotInstalledError, match=r"DETA_GRAFANA=.*nothing is not a program"):
         find_grafana()
 
 

@@ -1,4 +1,4 @@
-"""A whole training run on a tiny drawn data set: the same on one worker or two, resumed or not."""
+"""Complete training runs on a tiny synthetic data set: one or two workers, resumed or not."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import Run
-from deta.platform.training import loop as training
-from deta.platform.training import recorder as keeper
+from deta.platform.training import recorder
 from deta.platform.training.loop import train
+from deta.platform.training.train_events import BrokenImagesError
 
 
 def tiny_config() -> RunConfig:
@@ -91,7 +91,7 @@ def make_run(drawn: ShapesDataset, folder: Path, **changes: object) -> Run:
 
 
 def losses_of(folder: Path) -> dict[int, float]:
-    """By step; the last word on a step that was done twice."""
+    """Return the loss of each step; of a step that was repeated, the last one."""
     return {
         event["step"]: event["metrics"]["train/loss"]
         for event, _ in read_events(folder)
@@ -123,7 +123,7 @@ dist.destroy_process_group()
 
 
 def train_on(world_size: int, run: Run) -> None:
-    """In processes of their own, without a cluster."""
+    """Train in separate processes, without a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -192,7 +192,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_an_averaged_run_resumes_bit_for_bit_too(drawn: ShapesDataset, tmp_path: Path):
+def test_a_run_with_ema_resumes_bit_for_bit_too(drawn: ShapesDataset, tmp_path: Path):
     whole = make_run(drawn, tmp_path / "whole", ema_decay=0.9, num_pictures=0)
     train(whole, Worker())
     parts = make_run(drawn, tmp_path / "parts", ema_decay=0.9, num_pictures=0)
@@ -211,7 +211,7 @@ def test_loader_workers_change_nothing(drawn: ShapesDataset, undisturbed: Run, t
     assert losses_of(run.folder) == losses_of(undisturbed.folder)
 
 
-def test_a_run_leaves_what_it_promises(undisturbed: Run):
+def test_a_run_writes_its_events_checkpoints_and_images(undisturbed: Run):
     events = [event for event, _ in read_events(undisturbed.folder)]
     kinds = [event["kind"] for event in events]
     assert kinds[:2] == ["starting", "begin"]
@@ -229,7 +229,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Run):
     assert newest.state.data_fingerprint == undisturbed.train_set.fingerprint
 
 
-def test_the_evaluation_that_a_run_keeps_is_that_of_its_checkpoint(undisturbed: Run):
+def test_the_saved_evaluation_is_that_of_the_checkpoint(undisturbed: Run):
     newest = checkpoint.newest_checkpoint(undisturbed.checkpoints)
     kept = read_evaluation(undisturbed.folder / "evaluations" / newest.path.name)
     weights = (newest.path / "model.safetensors").read_bytes()
@@ -238,12 +238,12 @@ def test_the_evaluation_that_a_run_keeps_is_that_of_its_checkpoint(undisturbed: 
     assert kept.metrics.percent() == newest.state.metrics
     assert kept.metrics == evaluate_detections(kept.ground_truth, kept.results)
     assert (kept.folder / "report.html").is_file()
-    (told,) = [e for e, _ in read_events(undisturbed.folder) if e["kind"] == "evaluation"]
-    assert {"val/error_missed", "val/explain_seconds"} <= told["metrics"].keys()
+    (events,) = [e for e, _ in read_events(undisturbed.folder) if e["kind"] == "evaluation"]
+    assert {"val/error_missed", "val/explain_seconds"} <= events["metrics"].keys()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *bad_steps: int) -> dict[int, int]:
-    """One image of each of these steps becomes NaN; returns its id by step, as it happens."""
+    """Make one image of each of these steps NaN; return a dict that fills with its id by step."""
     poisoned: dict[int, int] = {}
     count = itertools.count()
 
@@ -269,16 +269,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     skipped = [e for e, _ in read_events(run.folder) if e["kind"] == "skipped"]
     assert [(e["step"], e["in_a_row"], e["total"]) for e in skipped] == [(3, 1, 1), (6, 1, 2)]
     assert all(poisoned[e["step"]] in e["images"] and "loss" in e["not_finite"] for e in skipped)
-    looks = [e for e, _ in read_events(run.folder) if e["kind"] == "progress"]
-    assert [loss is None for e in looks for loss in e["losses"]] == [
+    progress = [e for e, _ in read_events(run.folder) if e["kind"] == "progress"]
+    assert [loss is None for e in progress for loss in e["losses"]] == [
         step in (3, 6) for step in range(1, 21)
     ]
-    assert all(math.isfinite(e["metrics"]["train/loss"]) for e in looks)
+    assert all(math.isfinite(e["metrics"]["train/loss"]) for e in progress)
     newest = checkpoint.newest_checkpoint(run.checkpoints)
     assert newest is not None
     assert (newest.state.skipped_steps, newest.state.skipped_in_a_row) == (2, 0)
     assert all(tensor.isfinite().all() for tensor in newest.model_state().values())
-    # Neither the optimizer nor the average has counted the skipped steps.
+    # Neither the optimizer nor the EMA has counted the skipped steps.
     state = newest.training_state()
     assert {int(t) for name, t in state.items() if name.startswith("optimizer/step/")} == {18}
     assert int(state["num_averaged"]) == 18
@@ -297,12 +297,12 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_images(
     assert checkpoint.newest_checkpoint(run.checkpoints) is None
 
 
-def test_asked_to_stop_a_run_saves_and_goes_on_with_the_same_bits(
+def test_a_stopped_run_saves_and_resumes_with_the_same_bits(
     drawn: ShapesDataset, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(keeper, "LOOK_FOR_STOP_EVERY_S", 0.0)
+    monkeypatch.setattr(recorder, "POLL_STOP_FILE_EVERY_S", 0.0)
     run = make_run(drawn, tmp_path, num_pictures=0)
-    stop = run.folder / keeper.STOP_FILE
+    stop = run.folder / recorder.STOP_FILE
 
     def write(self: Journal, kind: str, **values: object) -> None:
         real(self, kind, **values)
@@ -328,17 +328,17 @@ def test_asked_to_stop_a_run_saves_and_goes_on_with_the_same_bits(
     assert begins == [0, 7]
 
 
-def test_broken_pictures_are_replaced_up_to_a_limit(drawn: ShapesDataset, tmp_path: Path):
+def test_broken_images_are_replaced_up_to_a_limit(drawn: ShapesDataset, tmp_path: Path):
     images = tmp_path / "images"
     shutil.copytree(drawn.train_images, images)
     run = make_run(drawn, tmp_path / "run", num_pictures=0)
     run = replace(run, train_set=CocoDataset.open(images, drawn.train_annotations))
     broken = sorted(images.iterdir())[:2]
     broken[0].write_bytes(broken[0].read_bytes()[:200])
-    train(run, Worker())  # one is always borne
-    told = [e for e, _ in read_events(run.folder) if e["kind"] == "replaced"]
-    assert len(told) == 1
-    assert broken[0].name in told[0]["images"][0]["reason"]
+    train(run, Worker())  # one is always tolerated
+    events = [e for e, _ in read_events(run.folder) if e["kind"] == "replaced"]
+    assert len(events) == 1
+    assert broken[0].name in events[0]["images"][0]["reason"]
     newest = checkpoint.newest_checkpoint(run.checkpoints)
     assert newest is not None
     assert len(newest.state.broken_images) == 1
@@ -346,5 +346,5 @@ def test_broken_pictures_are_replaced_up_to_a_limit(drawn: ShapesDataset, tmp_pa
     again = replace(run, folder=tmp_path / "again")
     again.folder.mkdir()
     broken[1].write_bytes(b"")
-    with pytest.raises(training.BrokenImagesError, match=broken[1].name):
+    with pytest.raises(BrokenImagesError, match=broken[1].name):
         train(again, Worker())

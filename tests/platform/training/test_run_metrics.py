@@ -1,4 +1,4 @@
-"""What a run shows of itself: the worker's steps, the journal's story, what MLflow lacks."""
+"""Live metrics: a worker's steps, the state in the journal, and the backlog of MLflow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Shown:
-    """Keeps what is exported, added up or as it was last."""
+    """Stores what is exported: sums for counters, the last value for gauges."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, str], float] = {}
@@ -66,7 +66,7 @@ def begin(step: int, useful_s: float, **more: float) -> tuple[str, dict[str, obj
     return "begin", {**values, **more}
 
 
-def test_every_name_is_one_that_prometheus_takes():
+def test_prometheus_accepts_every_name():
     names = [metric.name for metric in METRICS]
     assert len(set(names)) == len(names)
     for metric in METRICS:
@@ -80,13 +80,14 @@ def test_every_name_is_one_that_prometheus_takes():
 
 def test_reading_names_imports_neither_ray_nor_torch_nor_mlflow():
     code = (
-        "import sys, deta.platform.training.run_metrics, deta.platform.tracking.prometheus_grafana; "
+        "import sys, deta.platform.training.run_metrics; "
+        "import deta.platform.tracking.prometheus_grafana; "
         "assert not {'ray', 'torch', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_a_worker_counts_its_images_and_its_waiting():
+def test_a_worker_counts_its_images_and_its_wait_for_data():
     shown = Shown()
     meter = WorkerMeter(shown, 3, on_gpu=False)
     meter(StepTimes(num_images=2, data_wait_s=0.25, update_s=1.0))
@@ -98,7 +99,7 @@ def test_a_worker_counts_its_images_and_its_waiting():
     }
 
 
-def test_the_journal_says_how_a_run_stands(folder: Path):
+def test_the_journal_gives_the_state_of_a_run(folder: Path):
     write_events(
         folder,
         ("starting", {"step": 0}),
@@ -166,15 +167,17 @@ def test_goodput_of_a_resumed_run_is_that_of_its_present_launch():
     assert found["deta_goodput"] == pytest.approx(0.5)
 
 
-def test_the_backlog_is_what_the_journal_has_and_mlflow_has_not(folder: Path):
+def test_the_backlog_is_what_the_journal_has_and_mlflow_lacks(folder: Path):
     meter = RunMeter(folder, shown := Shown())
-    write_events(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0, lr=0.1), progress(4, 2.0, loss=2.0))
+    write_events(
+        folder, begin(0, 0.0), progress(2, 1.0, loss=3.0, lr=0.1), progress(4, 2.0, loss=2.0)
+    )
     meter.poll()
     assert shown["mlflow_backlog_rows"] == count_unsent(folder)[0] == 3
 
     sent_bytes = (folder / JOURNAL_FILE).stat().st_size
     write_json(folder / RECORD_FILE, {"offset_bytes": sent_bytes})
-    state = {"last_success_s": 1000.0, "call_s": 0.2, "error": "away"}
+    state = {"last_success_s": 1000.0, "call_s": 0.2, "error": "unreachable"}
     write_json(folder / STATE_FILE, state)
     write_events(folder, progress(6, 3.0, loss=1.0, lr=0.1, epoch=1.0))
     meter.poll()
@@ -189,7 +192,7 @@ def test_the_backlog_is_what_the_journal_has_and_mlflow_has_not(folder: Path):
     assert shown["mlflow_backlog_rows"] == 0
 
 
-def test_a_journal_that_was_begun_anew_is_read_from_its_start(folder: Path):
+def test_a_new_journal_is_read_from_its_start(folder: Path):
     meter = RunMeter(folder, shown := Shown())
     write_events(folder, begin(0, 0.0), progress(2, 1.0, loss=3.0), progress(40, 2.0, loss=2.0))
     meter.poll()
@@ -207,14 +210,14 @@ def test_a_journal_that_was_begun_anew_is_read_from_its_start(folder: Path):
     json.dumps({"kind": "replaced", "time_s": 1, "images": [3]}),
     json.dumps({"kind": "evaluation", "time_s": 1, "metrics": []}),
 ])  # fmt: skip
-def test_events_that_others_wrote_end_nothing(folder: Path, content: str):
+def test_malformed_events_raise_nothing(folder: Path, content: str):
     (folder / JOURNAL_FILE).write_text(content + "\n")
     (folder / RECORD_FILE).write_text("[]")
     (folder / STATE_FILE).write_text("{")
     RunMeter(folder, Shown()).poll()
 
 
-def test_a_run_that_has_no_folder_yet_shows_nothing(tmp_path: Path):
+def test_a_run_without_a_folder_exports_nothing(tmp_path: Path):
     shown = Shown()
     RunMeter(tmp_path / "none", shown).poll()
     assert not shown.values

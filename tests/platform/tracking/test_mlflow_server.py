@@ -1,0 +1,40 @@
+"""The MLflow server answers to exact names, and its password is its owner's alone."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from deta.platform.tracking.mlflow_server import check_hosts, ensure_password_file
+
+
+@pytest.mark.parametrize("name", ["*", "gpu1:*", "10.*:5000", "gpu1", "gpu1:5000,evil:1", "a b:1"])
+def test_only_exact_names_are_allowed(name: str):
+    with pytest.raises(ValueError, match="exact"):
+        check_hosts("10.0.0.5", 5000, [name])
+
+
+def test_every_address_of_a_machine_needs_a_name():
+    with pytest.raises(ValueError, match="allow-host"):
+        check_hosts("0.0.0.0", 5000, [])
+    assert check_hosts("10.0.0.5", 5000, []) == ["10.0.0.5:5000"]
+
+
+def test_the_password_is_made_once_and_its_owners_alone(tmp_path: Path):
+    path = ensure_password_file(tmp_path)
+    word = path.read_text()
+    assert len(word) >= 24
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert ensure_password_file(tmp_path).read_text() == word
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match="others can read it"):
+        ensure_password_file(tmp_path)
+    path.unlink()
+    (path.parent / "users.db").touch()
+    with pytest.raises(ValueError, match="is missing"):
+        ensure_password_file(tmp_path)
+    assert os.listdir(path.parent) == ["users.db"]
