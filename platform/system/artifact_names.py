@@ -1,7 +1,7 @@
-"""Names that become paths somewhere: in a run's folder, in MLflow, on the disk of its server.
+"""Check names that become paths: in the folder of a run, in MLflow, on the disk of its server.
 
-MLflow's servers have been made to read and write elsewhere by such names, time and again. So what
-leaves a run has a name of plain characters, whatever the store behind it would make of others.
+Crafted artifact names have made MLflow servers read and write outside their folder more than once.
+So every artifact that leaves a run has a name of plain characters, whatever the server accepts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ MAX_PARTS = 8
 
 
 def artifact_fault(path: object) -> str | None:
-    """Why a value cannot be the path of an artifact, relative and with `/`; None if it can."""
+    """Return why a value is not a valid relative artifact path; None if it is valid."""
     if not isinstance(path, str):
-        return f"{path!r:.80} is no text"
+        return f"{path!r:.80} is not text"
     parts = path.split("/")
     if len(parts) > MAX_PARTS:
         return f"{path[:80]!r} has over {MAX_PARTS} folders"
     for part in parts:
         if part in (".", "..") or not PART.fullmatch(part):
             return (
-                f"{path[:80]!r} is no path of letters, digits, '.', '_' and '-', with at most 128 "
-                "in each of its parts"
+                f"{path[:80]!r} is not a path of letters, digits, '.', '_' and '-', with at most "
+                "128 in each of its parts"
             )
     return None

@@ -1,9 +1,9 @@
-"""A server of somebody else's, such as MLflow's, as a child that never outlives whoever started it.
+"""Run a third-party server, such as MLflow's, as a child that never outlives its parent.
 
-Between the two stands a small keeper process: `python -m deta.platform.system.child_server -- COMMAND`. It
-holds the other end of a pipe; when that closes, because the parent said so or was killed, it ends
-the server and all that the server started. Ctrl-C at a terminal reaches neither, so that the parent
-ends its servers in its own order.
+A small guard process, `python -m deta.platform.system.child_server -- COMMAND`, starts the server
+and reads a pipe from the parent. The pipe closes when the parent closes it or dies. The guard then
+terminates the server and everything that the server started. Ctrl-C at a terminal reaches neither
+of them, so the parent stops its servers in its own order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 from deta.platform.system.places import child_environment
 from deta.platform.system.redaction import redact
 
-GRACE_S = 8.0  # between asking a server to end and ending it
+GRACE_S = 8.0  # between SIGTERM and SIGKILL
 MAX_LOG_BYTES = 5_000_000
-TAIL_LINES = 8  # of the log, in the message about a server that did not come up
+TAIL_LINES = 8  # of the log, in the error about a server that did not start
 
 
 class ChildServerError(RuntimeError):
-    """A server did not come up, or is gone; says which, and what its log says."""
+    """A server did not start, or has exited. Names it and quotes the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class ChildServer:
 
     name: str
     log: Path
-    process: subprocess.Popen[bytes]  # its keeper
+    process: subprocess.Popen[bytes]  # the guard
 
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
     def stop(self) -> None:
-        """End it, in order if it can; it has ended when this returns. May be called twice."""
+        """Stop the server, cleanly if possible, and wait for it. May be called twice."""
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
@@ -56,7 +56,7 @@ class ChildServer:
             self.process.wait()
 
     def log_tail(self) -> str:
-        """The end of its log, without secrets."""
+        """Return the end of the log, without secrets."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -76,12 +76,14 @@ def start_child_server(
     """Start a server and wait until it answers.
 
     Args:
-        log: of what it prints; made for its owner alone.
-        env: variables besides those of this process. Secrets belong here, not in the command,
-            which every user of the machine can read.
+        log: file for its output; readable for its owner alone.
+        is_ready: returns True once the server answers.
+        env: variables besides those of this process. Put secrets here: every user of the machine
+            can read a command line.
+        within_s: time limit for the start.
 
     Raises:
-        ChildServerError: it ended, or does not answer within this time; it is ended then.
+        ChildServerError: it exited, or does not answer in time. It is stopped then.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
@@ -99,26 +101,28 @@ def start_child_server(
         )
     finally:
         os.close(output)
-    service = ChildServer(name, log, process)
+    server = ChildServer(name, log, process)
     deadline_s = time.monotonic() + within_s
     try:
         while not is_ready():
-            if not service.is_alive():
-                raise ChildServerError(f"{name} ended at once; {log} says:\n{service.log_tail()}")
+            if not server.is_alive():
+                raise ChildServerError(
+                    f"{name} exited at once; {log} ends with:\n{server.log_tail()}"
+                )
             if time.monotonic() > deadline_s:
                 raise ChildServerError(
-                    f"{name} does not answer after {within_s:.0f} s; {log} says:\n"
-                    f"{service.log_tail()}"
+                    f"{name} does not answer after {within_s:.0f} s; {log} ends with:\n"
+                    f"{server.log_tail()}"
                 )
             time.sleep(0.1)
     except BaseException:
-        service.stop()
+        server.stop()
         raise
-    return service
+    return server
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Return whether only this machine can reach a server that listens on `host`."""
     if host == "localhost":
         return True
     try:
@@ -128,7 +132,7 @@ def is_loopback(host: str) -> bool:
 
 
 def free_port(host: str, wanted: int) -> int:
-    """This port if it is free at this address, else another one that is.
+    """Return the wanted port if it is free on this address, else another free port.
 
     Raises:
         ValueError: the machine has no such address.
@@ -142,7 +146,7 @@ def free_port(host: str, wanted: int) -> int:
                 if port == 0:
                     raise ValueError(
                         f"--host {host}: nothing can listen there ({error}); give an address of "
-                        "this machine, or leave it out for this machine alone"
+                        "this machine, or omit --host to serve this machine alone"
                     ) from error
                 continue
             return int(probe.getsockname()[1])
@@ -150,11 +154,11 @@ def free_port(host: str, wanted: int) -> int:
 
 
 def run_guarded(command: Sequence[str]) -> int:
-    """The keeper: run the command until it ends, or until standard input does."""
+    """Run the command until it exits or standard input closes. This is the guard process."""
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    # A group of its own, and so of all that it starts.
+    # A process group of its own, which everything that it starts joins.
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def watch() -> None:
@@ -176,7 +180,7 @@ def run_guarded(command: Sequence[str]) -> int:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """False if none of the group is left."""
+    """Signal a process group; return False if the group has no process left."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):

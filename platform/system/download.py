@@ -1,12 +1,12 @@
-"""A file from the web: whole and as it was pinned, or an error that says what is wrong.
+"""Download a file: complete and with the pinned hash, or an error that names the problem.
 
-What has arrived is kept, so a download that was cut goes on where it stopped, in the next attempt
-or the next process. In the cache folder, each URL has a folder of its own:
+Received bytes are kept, so an interrupted download resumes in the next attempt or the next
+process. In the cache folder, each URL has a folder of its own:
 
-    weights.pth             the file, once it is whole and has the pinned hash
+    weights.pth             the file, once it is complete and has the pinned hash
     weights.pth.json        its URL, size and SHA-256
-    .weights.pth.part       what has arrived of it
-    .weights.pth.part.json  which version of the file that is (ETag, date, size)
+    .weights.pth.part       the bytes received so far
+    .weights.pth.part.json  the version of the file that they belong to (ETag, date, size)
     .lock                   held by the process that downloads
 """
 
@@ -37,20 +37,20 @@ from deta.platform.system.safe_read import file_sha256
 
 MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB
 CHUNK_BYTES = 2**20
-ATTEMPTS = 4  # in a row without a byte; any progress starts the count again
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a new attempt; doubles each time
+ATTEMPTS = 4  # in a row without a byte; any progress resets the count
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # backoff before a retry; doubles each time
 TIMEOUT_S = 30.0  # without a byte
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 _PIN = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
 class DownloadError(RuntimeError):
-    """The file could not be had. Says which URL, what happened, and what to do next."""
+    """A download failed. The message has the URL, the reason and what to do next."""
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Which content of a URL a part belongs to."""
+    """The version of a file at a URL that received bytes belong to."""
 
     etag: str
     modified: str
@@ -58,16 +58,16 @@ class _Version:
 
     @property
     def validator(self) -> str:
-        """What a server can compare the part with; a weak ETag says too little for that."""
+        """Return the value for `If-Range`; a weak ETag does not identify the bytes."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
 
-class _Cut(Exception):
+class _ConnectionCut(Exception):
     """The connection ended before the file did."""
 
 
-class _Changed(Exception):
-    """The server has another version of the file than the part is of."""
+class _VersionChanged(Exception):
+    """The server has another version of the file than the received bytes."""
 
 
 def is_url(text: str) -> bool:
@@ -75,10 +75,10 @@ def is_url(text: str) -> bool:
 
 
 def fetch(text: str, folder: Path | None = None, echo: Callable[[str], None] = print) -> Path:
-    """The file that a path or URL means; a URL is downloaded unless it was before.
+    """Return the local file of a path or URL; download the URL unless it is cached.
 
     Raises:
-        ValueError: as `download`; a DownloadError becomes one, since it is for the same person.
+        ValueError: as `download`. A DownloadError becomes a ValueError: the user gave the URL.
     """
     if not is_url(text):
         return Path(text).expanduser()
@@ -89,7 +89,7 @@ def fetch(text: str, folder: Path | None = None, echo: Callable[[str], None] = p
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/deta-platform`, by default below ~/.cache."""
+    """Return the folder of downloads: in `$XDG_CACHE_HOME/deta-platform`, default ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "deta-platform" / "downloads"
 
@@ -104,17 +104,17 @@ def download(
     first_wait_s: float = FIRST_WAIT_S,
     timeout_s: float = TIMEOUT_S,
 ) -> Path:
-    """The file of a URL, on this machine.
+    """Download a URL unless it is cached; return the local file.
 
     Args:
         url: http or https. `#sha256=` and 64 digits at its end pin the content.
         folder: the cache, see `cache_folder`.
-        echo: is told the hash of a file that is not pinned, and of waiting.
+        echo: receives the hash of a file that is not pinned, and notes about waiting.
 
     Raises:
-        ValueError: no such URL is allowed.
-        DownloadError: there is no connection, no such file, it is too large, or it is another one
-            than was pinned; nothing that arrived is deleted.
+        ValueError: such a URL is not allowed.
+        DownloadError: no connection, no such file, too large, or not the pinned content. Received
+            bytes are never deleted.
     """
     address, pinned = _split(url)
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name
@@ -133,7 +133,7 @@ def download(
 
 
 def _split(url: str) -> tuple[str, str | None]:
-    """The URL without its fragment, and the SHA-256 that this pins."""
+    """Return the URL without its fragment, and the SHA-256 that the fragment pins."""
     parts = urllib.parse.urlsplit(url)
     shown = parts._replace(query="", fragment="").geturl()
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -151,7 +151,7 @@ def _split(url: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _locked(place: Path, url: str, echo: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of a process that died."""
+    """Hold the lock of one URL; the system releases the lock of a process that dies."""
     with (place / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,16 +162,16 @@ def _locked(place: Path, url: str, echo: Callable[[str], None]) -> Iterator[None
 
 
 def _finish(job: _Download, path: Path, pinned: str | None) -> None:
-    """Give the part its name, if it is what was pinned."""
+    """Rename the received file to its final name if it has the pinned hash."""
     found = file_sha256(job.part)
     if pinned is not None and found != pinned:
         kept = path.with_name(f"{path.name}.not-{pinned[:8]}")
         os.replace(job.part, kept)
-        job.notes.unlink(missing_ok=True)
+        job.version_file.unlink(missing_ok=True)
         raise DownloadError(
-            f"{_shown(job.url)}: its SHA-256 is {found}, pinned is {pinned}; what arrived "
-            f"({kept.stat().st_size:,} bytes) is kept as {kept} and not used. The file was "
-            "replaced, or something between here and there changed it: ask its publisher"
+            f"{_shown(job.url)}: its SHA-256 is {found}, pinned is {pinned}. The "
+            f"received file ({kept.stat().st_size:,} bytes) is kept as {kept} and not used. It was "
+            "replaced at its source or changed on the way: ask its publisher"
         )
     record = {"url": job.url, "bytes": job.part.stat().st_size, "sha256": found}
     record_path = path.with_name(f"{path.name}.json")
@@ -179,26 +179,26 @@ def _finish(job: _Download, path: Path, pinned: str | None) -> None:
     with job.part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(job.part, path)
-    job.notes.unlink(missing_ok=True)
+    job.version_file.unlink(missing_ok=True)
 
 
 def _verify(url: str, path: Path, pinned: str | None, echo: Callable[[str], None]) -> None:
-    """Compare what lies in the cache with the pin, or say how to pin it."""
+    """Compare the cached file with the pin, or print how to pin it."""
     found = file_sha256(path)
     if pinned is None:
         echo(
             f"{_shown(url)}: {path}, {path.stat().st_size:,} bytes. Its content is not pinned; to "
-            f"get the same or an error, append #sha256={found}"
+            f"get the same file or an error, append #sha256={found}"
         )
     elif found != pinned:
         raise DownloadError(
-            f"{path}: its SHA-256 is {found}, pinned is {pinned}; the file was changed or another "
-            "one was downloaded before. Move it away to download it again"
+            f"{path}: its SHA-256 is {found}, pinned is {pinned}; the file was changed, or "
+            "another version was downloaded before. Move it away to download it again"
         )
 
 
 class _Download:
-    """One file on its way into its part."""
+    """The download of one file."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class _Download:
     ) -> None:
         self.url, self.echo, self.max_bytes, self.timeout_s = url, echo, max_bytes, timeout_s
         self.part = path.with_name(f".{path.name}.part")
-        self.notes = path.with_name(f".{path.name}.part.json")
+        self.version_file = path.with_name(f".{path.name}.part.json")
         self.opener = urllib.request.build_opener(_WebRedirects)
 
     def run(self, attempts: int, first_wait_s: float) -> None:
@@ -220,31 +220,31 @@ class _Download:
             try:
                 self._receive()
                 return
-            except _Changed:
-                self._start_again()
-                problem = "the server has another version of the file than what had arrived"
+            except _VersionChanged:
+                self._discard_part()
+                problem = "the server has another version of the file than the received bytes"
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED:
                     self._refuse_answer(error)
                 problem = f"the server answers {error.code} {error.reason}"
-                told_s = _seconds(error.headers.get("Retry-After"))
-                wait_s = max(wait_s, min(told_s, LONGEST_WAIT_S))
-            except (_Cut, OSError, http.client.HTTPException) as error:
+                retry_after_s = _seconds(error.headers.get("Retry-After"))
+                wait_s = max(wait_s, min(retry_after_s, LONGEST_WAIT_S))
+            except (_ConnectionCut, OSError, http.client.HTTPException) as error:
                 problem = _reason(error)
             failures = 0 if self._num_bytes() > furthest else failures + 1
             furthest = max(furthest, self._num_bytes())
             if failures >= attempts:
                 raise DownloadError(
                     f"{_shown(self.url)}: {problem}, {failures} times in a row; "
-                    f"{self._num_bytes():,} bytes have arrived and are kept. Check the connection "
-                    "and the address and try again: it goes on from there. Without a connection, "
-                    "copy the file here by other means and give its path"
+                    f"{self._num_bytes():,} bytes were received and are kept. Check the connection "
+                    "and the address and try again: the download resumes there. Without a "
+                    "connection, copy the file here by other means and give its path"
                 )
             self.echo(f"{_shown(self.url)}: {problem}; trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
 
     def _receive(self) -> None:
-        """One answer of the server, from where the part ends."""
+        """Request the rest of the file once and write it."""
         known, start = self._known_version(), self._num_bytes()
         request = urllib.request.Request(
             self.url, headers={"User-Agent": "deta-platform", "Accept-Encoding": "identity"}
@@ -258,26 +258,26 @@ class _Download:
             total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range") or "")
             if error.code == 416 and start:
                 if total and int(total[1]) == start and _same(known, _version(error, start)):
-                    return  # it had arrived whole
-                raise _Changed from error
+                    return  # it was complete already
+                raise _VersionChanged from error
             raise
         with response:
             if response.status == 206:
                 first, total_bytes = _range(response.headers.get("Content-Range") or "")
                 version = _version(response, total_bytes)
                 if first != start or not _same(known, version):
-                    raise _Changed
-            else:  # the whole file, whatever was asked for
+                    raise _VersionChanged
+            else:  # the whole file, whatever range was requested
                 start = 0
                 version = _version(response, _length(response.headers.get("Content-Length")))
             self._check(response, version, start)
-            self.notes.write_text(json.dumps(asdict(version)), encoding="utf-8")
+            self.version_file.write_text(json.dumps(asdict(version)), encoding="utf-8")
             self._copy(response, version.total_bytes, start)
 
     def _copy(self, response: IO[bytes], total_bytes: int | None, start: int) -> None:
         with (
             self.part.open("r+b" if start else "wb") as file,
-            # disable=None: no bar where nobody watches
+            # disable=None: no bar unless stderr is a terminal
             tqdm(
                 total=total_bytes,
                 initial=start,
@@ -297,14 +297,14 @@ class _Download:
                 file.write(chunk)
                 bar.update(len(chunk))
         if total_bytes is not None and arrived < total_bytes:
-            raise _Cut(f"the connection ended after {arrived:,} of {total_bytes:,} bytes")
+            raise _ConnectionCut(f"the connection ended after {arrived:,} of {total_bytes:,} bytes")
 
     def _check(self, response: http.client.HTTPResponse, version: _Version, start: int) -> None:
-        """Refuse before anything is written what cannot become the file."""
+        """Refuse a wrong or oversized response before writing anything."""
         if (response.headers.get_content_type() or "") == "text/html":
             raise DownloadError(
-                f"{_shown(self.url)}: gives a web page, not a file, as addresses do that want a "
-                "log-in or a click; download it with a browser and give the file's path"
+                f"{_shown(self.url)}: returns a web page, not a file; such an address needs a "
+                "log-in or a click. Download it with a browser and give the file's path"
             )
         if version.total_bytes is None:
             return
@@ -319,25 +319,25 @@ class _Download:
 
     def _refuse_size(self, num_bytes: int) -> NoReturn:
         raise DownloadError(
-            f"{_shown(self.url)}: {num_bytes:,} bytes or more, the limit is {self.max_bytes:,}; "
-            "if it is right, download it by other means and give its path"
+            f"{_shown(self.url)}: has {num_bytes:,} bytes or more, the limit is "
+            f"{self.max_bytes:,}; if this is right, download it by other means and give its path"
         )
 
     def _refuse_answer(self, error: urllib.error.HTTPError) -> NoReturn:
         advice = {
-            401: "it wants a log-in; download it with a browser and give the file's path",
-            403: "it wants a log-in; download it with a browser and give the file's path",
+            401: "it needs a log-in; download it with a browser and give the file's path",
+            403: "it needs a log-in; download it with a browser and give the file's path",
             404: "there is no such file; check the address",
-            410: "the file was taken away; look for another address",
+            410: "the file was removed; look for another address",
         }.get(error.code, "check the address")
         raise DownloadError(
             f"{_shown(self.url)}: the server answers {error.code} {error.reason}: {advice}"
         ) from error
 
     def _known_version(self) -> _Version | None:
-        """Of the part, if a server can be asked to go on with it."""
+        """Return the version of the received bytes if a download of it can be resumed."""
         try:
-            version = _Version(**json.loads(self.notes.read_text(encoding="utf-8")))
+            version = _Version(**json.loads(self.version_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         return version if version.validator else None
@@ -345,19 +345,19 @@ class _Download:
     def _num_bytes(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _start_again(self) -> None:
+    def _discard_part(self) -> None:
         self.part.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
+        self.version_file.unlink(missing_ok=True)
 
 
 class _WebRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows from http to https, never back and nowhere else."""
+    """Follow redirects within a scheme and from http to https, never back."""
 
     def redirect_request(self, request, fp, code, message, headers, new_url):
         scheme = urllib.parse.urlsplit(new_url).scheme
         if scheme != "https" and scheme != urllib.parse.urlsplit(request.full_url).scheme:
             raise DownloadError(
-                f"{_shown(request.full_url)}: the server sends on to {_shown(new_url)}, which is "
+                f"{_shown(request.full_url)}: the server redirects to {_shown(new_url)}, which is "
                 "less safe; give that address yourself if it is right"
             )
         return super().redirect_request(request, fp, code, message, headers, new_url)
@@ -371,7 +371,7 @@ def _version(
 
 
 def _same(known: _Version | None, answer: _Version) -> bool:
-    """Whether an answer goes on with the part; what the server does not say is not compared."""
+    """Return whether two versions match in every field that both of them have."""
     return known is not None and all(
         not theirs or not ours or theirs == ours
         for theirs, ours in zip(asdict(answer).values(), asdict(known).values(), strict=True)
@@ -405,5 +405,5 @@ def _reason(error: BaseException) -> str:
 
 
 def _shown(url: str) -> str:
-    """Without its query, which may hold a key."""
+    """Return a URL without its query, which may hold a key."""
     return urllib.parse.urlsplit(url)._replace(query="", fragment="").geturl()

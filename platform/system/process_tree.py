@@ -1,7 +1,8 @@
-"""Ending all processes of a run, also those that Ray started and that belong to no family any more.
+"""Kill every process of a run, including orphans that Ray started.
 
-Every process that a run starts inherits a mark in its environment, whoever its parent is by then.
-A mark names the session it was made in: that one, a person's shell perhaps, is never the run's own.
+Every process that a run starts inherits a mark in its environment and keeps it when its parent
+exits. A mark contains the id of the session that created it, often a user's shell, so that this
+session is never killed.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-RUN_MARK = "DETA_RUN_MARK"  # of all that a supervisor starts
-ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # of the Ray driver, and of a cluster that it started
-EXIT_GRACE_S = 2.0  # a Ray driver whose supervisor let go of it, or is gone
+RUN_MARK = "DETA_RUN_MARK"  # on everything that a supervisor starts
+ATTEMPT_MARK = "DETA_ATTEMPT_MARK"  # on the Ray driver and a cluster that it started
+EXIT_GRACE_S = 2.0  # for a Ray driver to exit after its supervisor closed its input or died
 
 
 def new_mark() -> str:
-    """A value for `RUN_MARK` or `ATTEMPT_MARK`, different each time."""
+    """Return a new unique value for `RUN_MARK` or `ATTEMPT_MARK`."""
     return f"{uuid.uuid4().hex}@{os.getsid(0)}"
 
 
 def marked_processes(name: str, value: str) -> list[int]:
-    """Ids of the processes that carry a mark, and of all in sessions that such a process began.
+    """Return ids of processes that carry a mark, or whose session a marked process started.
 
-    A process that changes its title, as Ray's agents do, overwrites its environment; then only its
-    session tells whose it is. Those that have ended are left out, and this process.
+    A process that changes its title, as Ray's agents do, overwrites its environment; only its
+    session then shows which run it belongs to. Excludes exited processes and this process.
     """
     home = int(value.rpartition("@")[2])
     wanted = f"{name}={value}".encode()
@@ -43,9 +44,9 @@ def marked_processes(name: str, value: str) -> list[int]:
             sessions[int(folder.name)] = int(fields[3])
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
-        except OSError:  # it ended meanwhile, or is somebody else's
+        except OSError:  # it exited meanwhile, or belongs to another user
             continue
-    # Began by a marked process: its leader is one, or is gone and left the session to its children.
+    # Sessions started by a marked process: their leader carries the mark, or has exited.
     began = {
         sessions[pid] for pid in found if sessions[pid] in found or sessions[pid] not in sessions
     } - {home, os.getsid(0)}
@@ -57,7 +58,7 @@ def marked_processes(name: str, value: str) -> list[int]:
 
 
 def kill_marked(name: str, value: str, within_s: float = 10.0) -> int:
-    """Kill all that carry a mark, and what they start meanwhile; returns how many are left."""
+    """Kill marked processes and those that they start meanwhile; return how many are left."""
     deadline_s = time.monotonic() + within_s
     while (alive := marked_processes(name, value)) and time.monotonic() < deadline_s:
         for pid in alive:
@@ -70,9 +71,9 @@ def kill_marked(name: str, value: str, within_s: float = 10.0) -> int:
 
 
 def terminate(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End a process that was started with `ATTEMPT_MARK`, and all that came of it.
+    """Terminate a process that was started with `ATTEMPT_MARK`, and all its descendants.
 
-    It is asked first, by the end of its input, and killed if it does not go.
+    Closing its input asks it to exit. It is killed if it does not.
     """
     assert process.stdin is not None
     process.stdin.close()
@@ -86,10 +87,10 @@ def terminate(process: subprocess.Popen[bytes], mark: str) -> None:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Work from a folder that stays, and so do the processes that are started from here.
+    """Change to a folder that will not be removed, also for processes started in the block.
 
-    A job's own may go: two Ray nodes on one machine unpack it to one place, the second over the
-    first.
+    The working directory of a Ray job can disappear: two nodes on one machine unpack it to the
+    same place, and the second replaces the files of the first.
     """
     try:
         before = os.getcwd()

@@ -1,8 +1,7 @@
-"""Text without its secrets, for what leaves a run: parameters, tags, reasons, configurations.
+"""Redact secrets in text that leaves a run: parameters, tags, reasons, configurations.
 
-A secret is known by the name it stands under, by how it looks, or because a variable of this
-process that has such a name holds it. Too much masked costs a parameter in a table; too little
-costs an account.
+A value is a secret if its name says so, if it looks like a key, or if an environment variable with
+such a name holds it. Redacting too much costs a parameter in a table; too little costs an account.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 
 REDACTED = "***"
 
-# A name is a secret's if one of its words is: hf_token, aws.secretAccessKey, MLFLOW_..._PASSWORD.
+# A name is secret if one of its words is: hf_token, aws.secretAccessKey, MLFLOW_..._PASSWORD.
 _WORDS = {
     "token", "secret", "secrets", "password", "passwd", "passphrase", "pwd", "credential",
     "credentials", "apikey", "authorization", "bearer", "cookie", "signature",
@@ -37,7 +36,7 @@ _SHAPES = re.compile(
     re.DOTALL,
 )
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s\"'?#]+@")
-# name=value, "name": "value", --name value; a value ends with its quotes or its word
+# name=value, "name": "value", --name value; a value ends at its quote or its last character
 _ASSIGNED = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]{0,60}(?i:token|secret|passw|passphrase|pwd|credential|bearer"""
     r"""|authorization|cookie|signature|(?:api|access|private|account|shared|encryption|auth"""
@@ -55,30 +54,30 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact_value(name: str, value: str) -> str:
-    """The value of a parameter, tag or key of this name, as it may be shown."""
+    """Return the value of a parameter, tag or key of this name, redacted if it is a secret."""
     if value and is_secret_name(name) and value not in ("None", "True", "False"):
         return REDACTED
     return redact(value)
 
 
 def redact(text: str) -> str:
-    """Text with every secret in it replaced by ***; the rest, and its layout, as it was."""
+    """Replace every secret in a text by ***; leave the rest and the layout unchanged."""
     for secret in _own_secrets():
         text = text.replace(secret, REDACTED)
     text = _USER_IN_URL.sub(f"{REDACTED}@", text)
     text = _SHAPES.sub(REDACTED, text)
     text = _AUTHORIZATION.sub(rf"\1 {REDACTED}", text)
     lines = text.split("\n")
-    text = "\n".join(  # looking for a word alone is far quicker
+    text = "\n".join(  # searching for a single word first is far faster
         _ASSIGNED.sub(_without_value, line) if _HINT.search(line) else line for line in lines
     )
     return _LONG.sub(lambda found: REDACTED if _is_random(found[0]) else found[0], text)
 
 
 def holds_secret(text: str) -> bool:
-    """Whether text surely holds a secret: an address a password, or what has the form of a key.
+    """Return whether a text certainly holds a secret: a password in a URL, or a known key format.
 
-    For refusing what a person gave; so it does not guess, as `redact` does.
+    Used to refuse user input, so it does not guess as `redact` does.
     """
     parts = _USER_IN_URL.search(text)
     return (
@@ -90,8 +89,8 @@ def holds_secret(text: str) -> bool:
 
 def _without_value(found: re.Match[str]) -> str:
     name, sign, value = found["name"], found["sign"], found["value"]
-    if sign == " " and found.string[max(0, found.start() - 2) : found.start()] != "--":
-        return found[0]  # words of a sentence, not an option and its value
+    if sign == " " and not name.startswith("--"):
+        return found[0]  # words of a sentence, not an option with its value
     if value in ("None", "null", "none", '""', "''", REDACTED):
         return found[0]
     if not is_secret_name(name):  # "tokenizer: password=…"
@@ -102,17 +101,17 @@ def _without_value(found: re.Match[str]) -> str:
 
 def _own_secrets() -> list[str]:
     found = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k)}
-    # A path to a file of tokens, or a switch, is no secret itself.
+    # The path of a token file, or a switch, is not a secret.
     return sorted((v for v in found if not v.startswith("/")), key=len, reverse=True)
 
 
 def _is_random(text: str) -> bool:
-    """As keys look: capitals, small letters and digits, changing at every other character.
+    """Return whether text looks like a key: upper case, lower case and digits alternate often.
 
-    Hashes in hex, paths and the names of people's files change less often.
+    Hex hashes, paths and ordinary file names alternate less often.
     """
     kinds = [0 if c.isupper() else 1 if c.islower() else 2 if c.isdigit() else 3 for c in text]
     if not {0, 1, 2} <= set(kinds):
         return False
     changes = sum(one != other for one, other in itertools.pairwise(kinds))
-    return changes > 0.45 * len(text)  # 0.65 on average where all 64 characters are as likely
+    return changes > 0.45 * len(text)  # 0.65 on average if all 64 characters are equally likely

@@ -1,7 +1,7 @@
-"""Files that may have come from anywhere, read whole only if they are as small as they should be.
+"""Read untrusted files with limits on size and nesting.
 
-A path can be a device that never ends, JSON can be a million open brackets, and a kilobyte of gzip
-can be a gigabyte of zeros. Each becomes an error that names the file, before memory is taken.
+A path can be an endless device, JSON can be a million open brackets, and a kilobyte of gzip can
+expand to a gigabyte of zeros. Each raises an error that names the file, before memory is used.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 64 << 20  # of what describes something: a run, a checkpoint, an evaluation
+MAX_JSON_BYTES = 64 << 20  # of a file that describes a run, a checkpoint or an evaluation
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """All of a regular file.
+    """Return the content of a regular file.
 
     Raises:
-        ValueError: it is no file, or larger.
-        OSError: it is not there, or cannot be read.
+        ValueError: it is not a regular file, or larger than `max_bytes`.
+        OSError: it does not exist, or cannot be read.
     """
-    kind = path.stat().st_mode  # before it is opened: a pipe would wait for a writer
+    kind = path.stat().st_mode  # before opening: a pipe would wait for a writer
     if not stat.S_ISREG(kind):
         what = "a folder" if stat.S_ISDIR(kind) else "a device or pipe"
         raise ValueError(f"{path}: is {what}, not a file")
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise ValueError(f"{path}: has over {max_bytes:,} bytes, more than such a file may have")
+        raise ValueError(f"{path}: has over {max_bytes:,} bytes, the limit for such a file")
     return content
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
         ValueError: as for `read_bounded`; or it is not UTF-8, not JSON, or nested too deeply.
-        OSError: it is not there, or cannot be read.
+        OSError: it does not exist, or cannot be read.
     """
     try:
         return json.loads(read_bounded(path, max_bytes).decode())
@@ -48,23 +48,24 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def gunzip(content: bytes, max_bytes: int) -> bytes:
-    """What was packed by gzip, in one member.
+    """Decompress a single gzip member.
 
     Raises:
-        ValueError: it is damaged, or larger than `max_bytes` when unpacked.
+        ValueError: it is damaged, or larger than `max_bytes` when decompressed.
     """
     unpacker = zlib.decompressobj(wbits=31)
     try:
         unpacked = unpacker.decompress(content, max_bytes + 1)
     except zlib.error as error:
-        raise ValueError(f"is no intact gzip ({error})") from error
+        raise ValueError(f"is not intact gzip data ({error})") from error
     if len(unpacked) > max_bytes:
-        raise ValueError(f"holds over {max_bytes:,} bytes when unpacked")
+        raise ValueError(f"holds over {max_bytes:,} bytes when decompressed")
     if not unpacker.eof:
-        raise ValueError("is no intact gzip: it ends too early")
+        raise ValueError("is not intact gzip data: it ends too early")
     return unpacked
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

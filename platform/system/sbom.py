@@ -1,8 +1,8 @@
-"""What a run is made of: every installed package, as a bill of materials in CycloneDX's JSON.
+"""Software bill of materials: every installed package, as CycloneDX JSON.
 
-For whoever has to say which versions a model was trained with, look them up in a list of known
-faults, or see that what is installed is what was: each package carries the SHA-256 of its own list
-of files (its RECORD), and `altered_files` compares the files with it.
+It records which versions a model was trained with, so that they can be looked up in a list of
+vulnerabilities. Each package carries the SHA-256 of its list of files (its RECORD).
+`altered_files` compares the installed files with that list.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MAX_LICENCE_CHARACTERS = 100  # some packages put the whole text there
 
 
 def bill_of_materials(packages: Iterable[Distribution] | None = None) -> dict[str, Any]:
-    """CycloneDX: this project as the subject, everything that is installed as its components.
+    """Return a CycloneDX document: this project, with all installed packages as components.
 
     Args:
-        packages: by default those of this Python.
+        packages: default: those of this Python.
     """
     found = {canonical(p.name): p for p in packages or distributions() if p.metadata["Name"]}
     parts = [_component(found[name]) for name in sorted(found) if name != OURS]
@@ -46,7 +46,7 @@ def bill_of_materials(packages: Iterable[Distribution] | None = None) -> dict[st
 
 
 def altered_files(packages: Iterable[Distribution] | None = None) -> Iterator[str]:
-    """Paths of installed files that are not as their package came, or are gone."""
+    """Yield a line for each installed file that differs from its package or is missing."""
     for package in packages or distributions():
         for file in package.files or ():
             if file.hash is None or file.suffix == ".pyc":
@@ -63,14 +63,14 @@ def altered_files(packages: Iterable[Distribution] | None = None) -> Iterator[st
 
 
 def hash_lines(report: Mapping[str, Any]) -> list[str]:
-    """Requirements with the SHA-256 of each file, for `pip install --require-hashes`.
+    """Return requirements with the SHA-256 of each file, for `pip install --require-hashes`.
 
     Args:
-        report: of `pip install --dry-run --ignore-installed --report`. Where the files came from is
-            not taken over.
+        report: output of `pip install --dry-run --ignore-installed --report`. The addresses in it
+            are ignored.
 
     Raises:
-        ValueError: a package was not taken from a file with a known hash.
+        ValueError: the report has no hash for a package.
     """
     lines = []
     for item in report["install"]:
@@ -79,13 +79,13 @@ def hash_lines(report: Mapping[str, Any]) -> list[str]:
             continue
         sha256 = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
         if not sha256:
-            raise ValueError(f"{name} {version}: pip names no SHA-256; install it from an index")
+            raise ValueError(f"{name} {version}: pip reports no SHA-256; install it from an index")
         lines.append(f"{name}=={version} --hash=sha256:{sha256}")
     return sorted(lines)
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a package's name. Source: PEP 503."""
+    """Return the normalized name of a package. Source: PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -153,7 +153,7 @@ def test_a_cut_download_goes_on_where_it_stopped(get, server):
 
 def test_another_process_goes_on_with_what_has_arrived(get, server, tmp_path):
     server.cut_after = [300_000] + [0] * 10
-    with pytest.raises(DownloadError, match="300,000 bytes have arrived and are kept"):
+    with pytest.raises(DownloadError, match="300,000 bytes were received and are kept"):
         get(attempts=2)
     assert [part.stat().st_size for part in parts(tmp_path)] == [300_000]
     server.cut_after = []
@@ -253,7 +253,7 @@ def test_a_file_in_the_cache_that_was_changed_is_refused(get):
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [(404, "there is no such file"), (403, "wants a log-in"), (410, "taken away"), (418, "418")],
+    [(404, "there is no such file"), (403, "needs a log-in"), (410, "was removed"), (418, "418")],
 )
 def test_an_answer_that_will_not_change_is_final(get, server, code, says):
     server.codes = [code]
@@ -274,7 +274,7 @@ def test_a_busy_server_is_asked_again(get, server):
 def test_a_web_page_is_no_file(get, server):
     server.content_type = "text/html; charset=utf-8"
 
-    with pytest.raises(DownloadError, match="gives a web page"):
+    with pytest.raises(DownloadError, match="returns a web page"):
         get()
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
 from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
     ATTEMPT_MARK,
@@ -66,19 +64,6 @@ def test_who_ends_when_its_input_does_is_not_killed():
     assert polite.returncode == 7
 
 
-def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
-    mark = new_mark()
-    left = start(RUN_MARK, mark, 300)
-    guardian = start_guardian(mark, tmp_path)
-    assert guardian.stdin is not None
-    time.sleep(0.5)
-    assert len(marked_processes(RUN_MARK, mark)) == 2
-    guardian.stdin.close()  # as when the supervisor was killed
-    left.wait(60)
-    guardian.wait(120)
-    assert marked_processes(RUN_MARK, mark) == []
-
-
 LEADER = """
 import os, subprocess, sys
 if os.fork():
@@ -109,16 +94,6 @@ def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it
     assert kill_marked(RUN_MARK, mark) == 0
     assert Path("/proc", bystander).exists()
     leader.stdin.close()
-
-
-def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
-    mark = new_mark()
-    left = start(RUN_MARK, mark, 300)
-    guardian = start_guardian(mark, tmp_path)
-    guardian.communicate(ALL_IS_WELL, timeout=60)
-    assert len(marked_processes(RUN_MARK, mark)) == 2
-    kill_marked(RUN_MARK, mark)
-    left.wait(60)
 
 
 def test_work_goes_on_where_the_folder_it_began_in_is_replaced(
