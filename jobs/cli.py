@@ -1,4 +1,4 @@
-"""The `deta` command: what a shell needs besides the recipes themselves."""
+"""The `deta` command, which submits recipes as jobs to a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ DESCRIPTION = """\
 Train and compare detection transformers on a Ray cluster.
 
 A recipe is a script: `python jobs/deta_r50.py …` trains on this machine or on the cluster that
-RAY_ADDRESS names, `deta submit jobs/deta_r50.py …` hands it to a cluster and may leave."""
+RAY_ADDRESS names. `deta submit jobs/deta_r50.py …` submits it to a cluster as a job."""
 
 SUBMIT = """\
 Run a script as a job on a Ray cluster, show its output, and exit with its exit code.
 
   deta submit jobs/deta_r50.py --train-images /data/train2017 … optim.lr=1e-4
-  deta submit --no-wait jobs/deta_r50.py …        prints the job's id and leaves
+  deta submit --no-wait jobs/deta_r50.py …        prints the job's id and exits
 
-Options of `deta submit` come before the script. What follows the script is the script's own."""
+Options of `deta submit` come before the script. Arguments after the script go to the script."""
 
 SUBMIT_DETAILS = """\
 where      --address, else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS if it is http, else
-           http://127.0.0.1:8265. A cluster with token authentication wants RAY_AUTH_MODE=token and
+           http://127.0.0.1:8265. A cluster with token authentication needs RAY_AUTH_MODE=token and
            RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN), as for every command of Ray.
-what       The project travels: the nearest folder above the script with pyproject.toml or .git. The
-           job runs in a copy of it, so edited code is what runs, committed or not. Left out is what
-           git or .rayignore ignores, .git, environments, runs/, MLflow's files, keys and .env.
-paths      The job runs elsewhere, so relative paths are made absolute, as seen from the current
-           folder, and shown: folders and files of data, init_… and storage always; of the
-           other arguments those that name a file which exists, or a folder which exists and is
-           written with a slash. Python files stay as they are: they travel. On other machines the
-           paths must exist too, so give shared storage. --keep-paths changes none.
+what       The project is uploaded: the nearest folder above the script with pyproject.toml or .git.
+The
+           job runs in a copy of it, so it runs your edited code, committed or not. Not uploaded is
+           what git or .rayignore ignores, .git, environments, runs/, MLflow's files, keys and .env.
+paths      The job runs in another folder, so relative paths are made absolute, as seen from the
+current
+           folder, and shown: folders and files of data, init_… and storage always; of the other
+           arguments those that name an existing file, or an existing folder if they are written
+           with a slash. Python files stay relative: they are uploaded. On other machines the paths
+           must exist too, so give shared storage. --keep-paths changes none.
 variables  DETA_COMMIT (the commit of the project), MLFLOW_TRACKING_* and MLFLOW_REGISTRY_URI, and
-           what --env names. Values are not printed here, but Ray writes them into a log on the
-           cluster's nodes (runtime_env_agent.log): a password is better set where Ray is started.
-Ctrl-C     stops watching; the job goes on, and the commands to follow and to stop it are shown. A
-           stopped job has 30 s to write its state.
+           the variables of --env. Their values are not printed here, but Ray writes them into a log
+           on the cluster's nodes (runtime_env_agent.log): a password is better set where Ray is
+           started.
+Ctrl-C     stops following; the job continues, and the commands to follow and to stop it are shown.
+A
+           stopped job has 30 s to save its state.
 exit code  the script's own; 143 for a job that was stopped, 130 after Ctrl-C, 2 if the input was
            refused, 1 if the cluster was not reached or the job did not start."""
 
-# Of the recipes and of `platform/run/config.py`: their values are paths, whether they exist or not.
+# Configuration keys and recipe options whose values are paths, whether they exist or not.
 PATH_KEYS = (
     "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations",
     "init_checkpoint", "init_backbone", "storage",
@@ -55,7 +59,7 @@ PATH_OPTIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the command line, do what it says; the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="deta",
         description=DESCRIPTION,
@@ -78,15 +82,13 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("--address", metavar="URL", help="of the cluster's dashboard")
     parser.add_argument(
-        "--working-dir", type=Path, metavar="FOLDER", help="travels instead of the project"
+        "--working-dir", type=Path, metavar="FOLDER", help="upload this instead of the project"
     )
-    parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and exit")
     parser.add_argument(
         "--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job as well"
     )
-    parser.add_argument(
-        "--keep-paths", action="store_true", help="leave relative paths as they are"
-    )
+    parser.add_argument("--keep-paths", action="store_true", help="keep relative paths")
     parser.add_argument(
         "--env",
         action="append",
@@ -102,7 +104,7 @@ def _add_submit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="a Python file of the project")
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="…", help="go to the script as they are"
+        "arguments", nargs=argparse.REMAINDER, metavar="…", help="passed to the script unchanged"
     )
     parser.set_defaults(run=_submit)
 
@@ -111,9 +113,9 @@ def _submit(parsed: argparse.Namespace) -> int:
     # Ray is slow to import, and --help needs none of it.
     from deta.platform.cluster.submit_job import ClusterError, submit_job
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # what its client tells of its own packing
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its client logs the upload
     arguments = list(parsed.arguments)
-    if arguments[:1] == ["--"]:  # as `ray job submit` wants it
+    if arguments[:1] == ["--"]:  # as `ray job submit` requires
         del arguments[0]
     if not parsed.keep_paths:
         arguments = with_absolute_paths(arguments, Path.cwd())
@@ -139,16 +141,17 @@ def _submit(parsed: argparse.Namespace) -> int:
         _note(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _note("\nstopped before the cluster had the job")
+        _note("\nstopped before the job was submitted")
         return 130
 
 
 def with_absolute_paths(arguments: Sequence[str], folder: Path) -> list[str]:
-    """The arguments of a script for a process that runs in another folder.
+    """Make the paths in a script's arguments absolute, for a process in another folder.
 
-    Made absolute are the values of `PATH_OPTIONS` and `PATH_KEYS`, and whatever else, as a whole or
-    after its first `=`, names a file that exists or, with a slash, a folder that exists. A bare
-    word that happens to be a folder stays (`--variant small`), and so do URLs, `~` and .py files.
+    This covers the values of `PATH_OPTIONS` and `PATH_KEYS`, and any other argument that, as a
+    whole or after its first `=`, names an existing file or, with a slash, an existing folder. A
+    bare word that happens to be a folder stays as it is (`--variant small`), as do URLs, `~` and
+    .py files.
     """
     result: list[str] = []
     for argument in arguments:
@@ -171,7 +174,7 @@ def _is_relative_path(value: str, folder: Path, *, certain: bool) -> bool:
     path = folder / value
     try:
         return path.suffix != ".py" and (path.is_file() or ("/" in value and path.is_dir()))
-    except (OSError, ValueError):  # a text too long, or with a character no path can have
+    except (OSError, ValueError):  # too long, or a character that no path can have
         return False
 
 

@@ -1,27 +1,28 @@
 #!/usr/bin/env python
-"""Published weights to ours and back, with an account of every tensor.
+"""Convert published weights to our layout and back, with a report on every tensor.
 
-  python jobs/convert.py deta_checkpoint0011.pth                    only the account
+  python jobs/convert.py deta_checkpoint0011.pth                    print the report only
   python jobs/convert.py deta_checkpoint0011.pth --to ours          deta_checkpoint0011.safetensors
   python jobs/convert.py ~/deta-runs/my-run --to official           my-run.official.pth
   python jobs/convert.py --list                                     where published files are
 
 SOURCE is a file of the official code, of detrex or of Hugging Face (.pth, .pt, .bin, .safetensors);
-a run or checkpoint of ours, or what this tool wrote; a backbone as published configurations name it
+a run or checkpoint of ours, or a file that this tool wrote; a backbone of a published configuration
 (detectron2's torchvision R-50.pkl, torchvision's and the Swin repository's .pth); or the address of
-such a file, which is downloaded and kept: https://…, with #sha256=… to pin it. Its layout is found.
-No code in a pickle is run.
+such a file, which is downloaded and cached: https://…, with #sha256=… to pin it. The layout is
+detected. Code in a pickle is never run.
 
-`--to ours` writes one safetensors file that knows its model, its classes and the SHA-256 of its
-source; jobs/evaluate.py, jobs/predict.py and init_checkpoint take it as it is. The other layouts
-are for the other codes: `.pth` holds {"model": …} as official and detrex load it. They hold no
-names of classes and no configuration.
+`--to ours` writes one safetensors file with its model, its classes and the SHA-256 of its source;
+jobs/evaluate.py, jobs/predict.py and init_checkpoint read it. The other layouts are for the other
+implementations: `.pth` holds {"model": …} as official and detrex load it. They have no class names
+and no configuration.
 
-What the tensors show is found: the layout, ResNet or Swin, classes, levels, layers, channels. What
-they do not, such as queries, how proposals are chosen, image size and suppression, is --variant's.
+The tensors show the layout, ResNet or Swin, and the numbers of classes, levels, layers and
+channels. --variant gives the rest: number of queries, choice of proposals, image size and
+suppression.
 
-A tensor that is missing, left over or of another shape is an error, unless it is allowed by name.
-Ours are meant by --allow-missing, the file's by --allow-unused; * stands for any text.
+A tensor that is missing, unused or of another shape is an error, unless it is allowed by name.
+--allow-missing takes names of our model, --allow-unused names of the file; * matches any text.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ CONVERSION_KEYS = ("model.", "postprocess.", "data.evaluation_size.")
 
 @dataclass(frozen=True)
 class _Weights:
-    """What is to be written."""
+    """The weights to write."""
 
     tensors: dict[str, Tensor]  # under our names
     config: RunConfig
-    classes: FileClasses | None  # of a backbone none
+    classes: FileClasses | None  # none for a backbone
     source: dict[str, str]
 
 
@@ -76,42 +77,42 @@ def main() -> NoReturn:
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="default: named by SOURCE, here"
     )
-    parser.add_argument("--variant", metavar="NAME", help="default: by what the tensors are of")
+    parser.add_argument("--variant", metavar="NAME", help="default: chosen by the tensors")
     parser.add_argument(
         "--classes",
         metavar="FILE",
         type=Path,
-        help="what the rows of SOURCE stand for: annotations in COCO format, a config.json of "
-        "Hugging Face, or text with a name a line",
+        help="the classes of the rows of SOURCE: annotations in COCO format, a config.json of "
+        "Hugging Face, or a text file with one name per line",
     )
     parser.add_argument(
         "--for-data",
         metavar="FILE",
         type=Path,
-        help="annotations in COCO format: keep their classes, found by name; others start as new",
+        help="annotations in COCO format: keep their classes, matched by name; new ones are random",
     )
     parser.add_argument(
         "--init-classes",
         choices=("by_name", "in_order", "drop"),
         default="by_name",
-        help="how --for-data finds them, default by_name",
+        help="how --for-data matches classes, default by_name",
     )
     for name, whose in (("missing", "our"), ("unused", "the file's")):
         parser.add_argument(
             f"--allow-{name}", metavar="PATTERN", action="append", default=[],
             help=f"{whose} names that may be {name}; may be given more than once",
         )  # fmt: skip
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write the account as JSON")
-    parser.add_argument("--list", action="store_true", help="where published files are, and stop")
+    parser.add_argument("--report", metavar="FILE", type=Path, help="write the report as JSON")
+    parser.add_argument("--list", action="store_true", help="list the published files and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the variant")
     arguments = parser.parse_intermixed_args()
     if arguments.list:
-        from deta.platform.weights.published_catalogue import listing
+        from deta.platform.weights.published_catalogue import format_catalogue
 
-        echo(listing())
+        echo(format_catalogue())
         raise SystemExit(0)
     if arguments.source is None:
-        parser.error("name a SOURCE, or --list for where published files are")
+        parser.error("name a SOURCE, or use --list to see the published files")
     run_tool(lambda: _prepare(arguments), lambda weights: _write(weights, arguments))
 
 
@@ -141,7 +142,7 @@ def _prepare(arguments: argparse.Namespace) -> _Weights:
 def _open(
     path: Path, tensors: dict[str, Tensor] | None, arguments: argparse.Namespace
 ) -> ModelFile:
-    """With the configuration of a variant, the one that fits where none is named."""
+    """Open a detector with the configuration of the named variant, or of the best match."""
     from dataclasses import replace
 
     from deta.jobs.recipes import find_variant
@@ -154,14 +155,16 @@ def _open(
     changes = known_changes(arguments.overrides, CONVERSION_KEYS)
     if tensors is None or is_converted(path):
         if arguments.variant is not None:
-            raise ValueError("--variant says what a published file holds; this one knows it")
+            raise ValueError(
+                "--variant is for published files; this file holds its own configuration"
+            )
         file = open_model_file(path, find_variant("deta_r50"))
     else:
         is_swin = any("relative_position_bias_table" in name for name in tensors)
         likely = "anchor_detr_r50" if is_anchor_detr(tensors) else "deta_r50"
         variant = arguments.variant or ("deta_swin_l" if is_swin else likely)
         file = identify(path, tensors, find_variant(variant))
-        echo(f"variant: {variant}, for what the tensors do not show")
+        echo(f"variant: {variant}, for everything that the tensors do not show")
     file = replace(file, config=override(file.config, changes))
     if arguments.classes is not None:
         classes = listed_classes(arguments.classes, file.classes.num_rows)
@@ -173,7 +176,11 @@ def _prepare_detector(
     file: ModelFile, arguments: argparse.Namespace, source: dict[str, str]
 ) -> _Weights:
     from deta.platform.inference.predictor import read_listing
-    from deta.platform.weights.conversion_report import account, complete_state, for_data_set
+    from deta.platform.weights.conversion_report import (
+        adapt_classes,
+        compare_with_model,
+        complete_state,
+    )
 
     model = file.config.model
     echo(f"layout: {file.layout}, sha256 {source['sha256']}")
@@ -183,7 +190,7 @@ def _prepare_detector(
         f"{model.num_queries} queries, logit_eps {model.logit_eps:g}"
     )
     echo(f"classes: {file.classes.origin}\n")
-    report = account(file, arguments.allow_missing, arguments.allow_unused)
+    report = compare_with_model(file, arguments.allow_missing, arguments.allow_unused)
     echo(report.table() + "\n")
     if arguments.report is not None:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +198,9 @@ def _prepare_detector(
     state, config, classes = complete_state(file, report), file.config, file.classes
     if arguments.for_data is not None:
         categories, _ = read_listing(arguments.for_data)
-        state, config, classes, plan = for_data_set(file, state, categories, arguments.init_classes)
+        state, config, classes, plan = adapt_classes(
+            file, state, categories, arguments.init_classes
+        )
         for line in plan.lines:
             echo(line)
     return _Weights(state, config, classes, source | {"layout": file.layout})
@@ -211,7 +220,9 @@ def _prepare_backbone(
     echo(f"layout: a backbone of {layout}, sha256 {source['sha256']}")
     echo(f"{len(renamed)} tensors; not used: {', '.join(unused) or 'none'}")
     if arguments.to not in (None, "ours"):
-        raise ValueError(f"{path}: is a backbone alone, which is written as ours only")
+        raise ValueError(
+            f"{path}: holds a backbone alone, which can only be written with --to ours"
+        )
     return _Weights(renamed, find_variant("deta_r50"), None, source | {"layout": layout})
 
 
@@ -221,12 +232,12 @@ def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
     from deta.platform.weights.weight_files import write_torch_file, write_weights
 
     if arguments.to is None:
-        echo("complete; --to writes it")
+        echo("complete; use --to to write it")
         return 0
     output, model = _output(arguments), weights.config.model
     if weights.classes is None:
         write_weights(output, weights.tensors, {"source": str(weights.source)})
-        echo(f"{output}: give it as init_backbone")
+        echo(f"{output}: use it as init_backbone")
         return 0
     if arguments.to == "ours":
         write_converted(output, weights.tensors, weights.config, weights.classes, weights.source)
@@ -246,14 +257,14 @@ def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
 
 
 def _notes(config: RunConfig, layout: str) -> list[str]:
-    """What the other code takes for granted."""
+    """Return notes on what the other implementation assumes."""
     notes = []
     rows = config.model.num_classes
     if layout == "official" and rows != 91:
-        notes.append(f"note: official code takes rows for COCO ids, 91 of them; these are {rows}")
+        notes.append(f"note: official code reads rows as the 91 COCO ids; this file has {rows}")
     if layout == "detrex" and config.model.logit_eps != 1e-3:
         notes.append(
-            f"note: detrex computes with a logit epsilon of 1e-3, these were trained with "
+            f"note: detrex uses a logit epsilon of 1e-3, these weights were trained with "
             f"{config.model.logit_eps:g}; boxes at the border move by up to 1.2e-3 of the image"
         )
     if layout == "huggingface":
@@ -272,7 +283,7 @@ def _output(arguments: argparse.Namespace) -> Path:
     kind = "" if arguments.to == "ours" else f".{arguments.to}"
     output = Path(f"{stem}{kind}{SUFFIXES[arguments.to][0]}")
     if output.exists():
-        raise ValueError(f"{output}: is there already; name another with --output")
+        raise ValueError(f"{output}: already exists; choose another with --output")
     return output
 
 

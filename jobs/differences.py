@@ -1,4 +1,4 @@
-"""Our configuration beside the published one, field by field."""
+"""Compare our configuration with the published one, key by key."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 from deta.jobs.published import Published
 from deta.platform.run.config import RunConfig, flatten
 
-# Keys that say where and how a run is carried out; published code has other ways, or none.
+# Keys that say where and how a run is executed, which published code does differently or not at
+# all.
 OF_THE_RUN = (
     "name", "storage", "experiment", "cluster.gpu", "cluster.cpus_per_worker",
     "cluster.max_failures", "data.train_", "data.val_", "data.lenient", "data.max_pixels",
-    "data.loader_workers", "log_every_steps", "evaluate_every_epochs", "num_pictures",
+    "data.loader_workers", "evaluation.", "log_every_steps", "evaluate_every_epochs",
+    "num_pictures",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Row:
+class DifferenceRow:
     """One key of the configuration."""
 
     key: str
@@ -42,13 +44,13 @@ class Row:
         return self.why or "DIFFERS, NOT EXPLAINED"
 
 
-def compare(config: RunConfig, published: Published) -> list[Row]:
-    """Every key that was published, and every other one that the recipe sets.
+def compare_configs(config: RunConfig, published: Published) -> list[DifferenceRow]:
+    """Compare every key that was published, and every other key that the recipe sets.
 
-    A key that nobody published has to keep its default, which means "as published code does".
+    A key that is not published must keep its default, which means "as published code does".
 
     Raises:
-        KeyError: a fact names a key that the configuration has not; the table is wrong.
+        KeyError: the table of published values names an unknown key.
     """
     ours = flatten(config)
     own_model = {f"model.{key}": value for key, value in flatten(type(config.model)()).items()}
@@ -57,9 +59,9 @@ def compare(config: RunConfig, published: Published) -> list[Row]:
     for key, fact in published.facts.items():
         if key not in ours:
             raise KeyError(f"published.py has a fact for {key!r}, which is no key of this model")
-        rows.append(Row(key, ours[key], fact.value, fact.source, fact.why))
+        rows.append(DifferenceRow(key, ours[key], fact.value, fact.source, fact.why))
     rows += [
-        Row(key, value, defaults.get(key), "no published counterpart; our default", "")
+        DifferenceRow(key, value, defaults.get(key), "no published counterpart; our default", "")
         for key, value in ours.items()
         if key not in published.facts
         and not key.startswith(OF_THE_RUN)
@@ -69,23 +71,28 @@ def compare(config: RunConfig, published: Published) -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.key))
 
 
-def unexplained(rows: Sequence[Row]) -> list[str]:
-    """The keys that differ without a reason."""
+def unexplained(rows: Sequence[DifferenceRow]) -> list[str]:
+    """Return the keys that differ without a reason."""
     return [row.key for row in rows if not row.is_explained]
 
 
-def as_text(rows: Sequence[Row], published: Published) -> str:
-    """For a terminal: differences first, then what is the same."""
+def as_text(rows: Sequence[DifferenceRow], published: Published) -> str:
+    """Format the comparison for a terminal: differences first, then equal values."""
     lines = [f"{published.system} ({published.origin}, {published.url})", ""]
     different = [row for row in rows if not row.is_same]
     width = max(len(row.key) for row in rows)
     for row in different:
         lines += [
-            f"{row.key:<{width}}  ours {show(row.ours)}, published {show(row.published)}",
+            f"{row.key:<{width}}  ours {format_value(row.ours)}, "
+            f"published {format_value(row.published)}",
             f"{'':<{width}}  {row.verdict} [{row.source}]",
         ]
     lines += ["", f"the same ({len(rows) - len(different)}):"]
-    lines += [f"{row.key:<{width}}  {show(row.ours)} [{row.source}]" for row in rows if row.is_same]
+    lines += [
+        f"{row.key:<{width}}  {format_value(row.ours)} [{row.source}]"
+        for row in rows
+        if row.is_same
+    ]
     lines += ["", "beyond the configuration:"]
     lines += [
         f"- published: {remark.published}\n  ours: {remark.ours} [{remark.source}]"
@@ -94,12 +101,12 @@ def as_text(rows: Sequence[Row], published: Published) -> str:
     return "\n".join(lines)
 
 
-def show(value: Any) -> str:
-    """A value as a person writes it."""
+def format_value(value: Any) -> str:
+    """Format a value for people."""
     if value is None:
         return "none"
     if isinstance(value, (tuple, list)):
-        return ", ".join(map(show, value)) or "nothing"
+        return ", ".join(map(format_value, value)) or "nothing"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

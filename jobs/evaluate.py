@@ -7,7 +7,7 @@
 WEIGHTS is a run's folder (its best checkpoint) or one checkpoint in it; a file that
 jobs/convert.py wrote; a file of published weights (official, detrex or Hugging Face; .safetensors,
 .pth, .pt or .bin); or the address of a file, https://…#sha256=…, which is downloaded and cached; or
-registered version, models:/deta@champion or models:/deta/3 (jobs/register.py). A checkpoint
+a registered version, models:/deta@champion or models:/deta/3 (jobs/register.py). A checkpoint
 holds its model, classes and image size; the data set must have the same classes. A
 converted file holds the same; the data set may have some of its classes. A published file has
 only its tensors; --variant gives the rest. With COCO's number of rows its classes are
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from deta.platform.inference.predictor import Predictor
 
 EVALUATION_KEYS = (
-    *PREDICTION_KEYS, "data.lenient", "data.loader_workers", "micro_batch_size", "num_pictures",
+    *PREDICTION_KEYS, "data.lenient", "data.loader_workers", "evaluation.engine", "micro_batch_size",
+    "num_pictures",
 )  # fmt: skip
 
 
@@ -62,8 +63,8 @@ def main() -> NoReturn:
     parser = model_parser(
         __doc__,
         "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
-        "data.lenient,\ndata.loader_workers, data.max_pixels, precision, micro_batch_size, "
-        "num_pictures and model.*",
+        "data.lenient,\ndata.loader_workers, data.max_pixels, evaluation.engine (hotcoco or "
+        "pycocotools), precision,\nmicro_batch_size, num_pictures and model.*",
     )
     parser.add_argument(
         "--images",
@@ -198,6 +199,7 @@ def _write_folder(
         image_folder=str(arguments.images),
         weights_sha256=predictor.weights_sha256,
         config=flatten(predictor.config),
+        engine=predictor.config.evaluation.engine,
         seconds={"evaluation": elapsed_s, "explanation": explanation.seconds},
     )
     write_evaluation(out, ground_truth, evaluation.results, evaluation.metrics, origin)

@@ -63,14 +63,14 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
     import torch
 
     from deta.platform.launch.finetune_plan import machine_plan, schedule_plan
-    from deta.platform.launch.prepare_run import prepare
+    from deta.platform.launch.prepare_run import prepare_run
 
     given = frozenset(changes)
     try:
         machine = machine_plan(
             config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
         )
-        run = prepare(override(config, machine.changes), resume=parsed.resume)
+        run = prepare_run(override(config, machine.changes), resume=parsed.resume)
         schedule = schedule_plan(
             run.config, len(run.train_set), given=given, samples=parsed.samples
         )
@@ -196,10 +196,10 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
 
 def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
     """Prepare a new run, report on its data, then train unless `only_look`. Exits."""
-    from deta.platform.launch.prepare_run import prepare
+    from deta.platform.launch.prepare_run import prepare_run
 
     try:
-        run = prepare(config)
+        run = prepare_run(config)
     except ValueError as error:
         refuse(error)
     train_with_a_look(run, only_look=only_look, probe=probe)
@@ -216,12 +216,12 @@ def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = 
                 run,
                 resume=resume,
                 echo=echo,
-                first_look=lambda run: _look(run, run.folder, probe),
+                preview=lambda run: _look(run, run.folder, probe),
             )
         )
     folder = run.folder.parent / "first-looks" / run.folder.name
     try:
-        Console(run, echo).introduce()
+        Console(run, echo).print_start()
         _look(run, folder, probe, refuses=False)
     except ValueError as error:
         refuse(error)
@@ -240,7 +240,7 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     """
     import torch
 
-    from deta.platform.launch.dataset_report import look_at
+    from deta.platform.launch.dataset_report import summarize_datasets
     from deta.platform.launch.memory_probe import suggest_micro_batch, worst_batch
     from deta.platform.launch.sample_sheet import write_training_sheet
     from deta.platform.run.journal import Journal
@@ -253,7 +253,7 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
         echo(line)
 
     print_line("")
-    for line in look_at(run.train_set, run.val_set, config.data).lines():
+    for line in summarize_datasets(run.train_set, run.val_set, config.data).lines():
         print_line(line)
     share = -(-config.total_batch_size // config.cluster.num_workers)
     num_images = min(config.micro_batch_size, share)

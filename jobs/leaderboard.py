@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""The leaderboard of the runs in MLflow: best AP, interval, cost, recipe, data, champions.
+"""Show a leaderboard of the runs in MLflow: best AP, interval, cost, recipe, data, champions.
 
   python jobs/leaderboard.py ~/deta-runs                       a page on http://127.0.0.1:5050
-  python jobs/leaderboard.py ~/deta-runs --out leaderboard.html   one file, to keep or send
+  python jobs/leaderboard.py ~/deta-runs --out leaderboard.html   one self-contained file
 
-The page is live: it shows the best runs at once, the others as MLflow gives them, and follows what
-is new. `make dashboards` starts it together with MLflow, Prometheus and Grafana.
+The page is live: it shows the best runs at once, the others as MLflow returns them, and follows
+new runs. `make dashboards` starts it together with MLflow, Prometheus and Grafana.
 
-MLflow is the one of MLFLOW_TRACKING_URI, else the database file in the folder of the runs. Links
-lead to MLflow's pages, if it is a server or --mlflow says where they are.
+MLFLOW_TRACKING_URI names MLflow; the default is the database file in the folder of the runs. Links
+lead to MLflow's pages if it is a server, or to the address of --mlflow.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ CACHE_FILE = "leaderboard.json.gz"
 def main() -> NoReturn:
     parser = described_parser(__doc__)
     add_storage_argument(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write one file and leave")
-    parser.add_argument("--mlflow", metavar="ADDRESS", default="", help="where links lead")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write one file and exit")
+    parser.add_argument("--mlflow", metavar="ADDRESS", default="", help="where links point")
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}")
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME:PORT",
-        help="off loopback: what people write into their browsers, exactly",
+        help="off loopback: the exact address that people type into their browsers",
     )  # fmt: skip
     parser.add_argument(
-        "--password-file", type=Path, metavar="FILE", help="off loopback: of the user admin"
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="off loopback: password of the user admin",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -108,8 +111,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         hosts = check_hosts(arguments.host, port, arguments.allow_host)
         if arguments.password_file is None:
             raise ValueError(
-                f"--host {arguments.host}: others reach this address, so --password-file is "
-                "needed; `make dashboards` makes one, together with MLflow's"
+                f"--host {arguments.host}: others can reach it, so it needs --password-file; "
+                "`make dashboards` creates one, together with MLflow's"
             )
         password = arguments.password_file.read_text(encoding="ascii").strip()
         if len(password) < 16:
@@ -128,7 +131,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         password=password,
     )
     stop = threading.Event()
-    # Importing MLflow takes seconds; what the cache has is shown meanwhile.
+    # Importing MLflow takes seconds; meanwhile the page shows the cache.
     follower = threading.Thread(target=_follow, args=(board, uri, stop), daemon=True)
     follower.start()
     moved = "" if port == arguments.port else f" (port {arguments.port} is taken)"

@@ -27,7 +27,7 @@ PREDICTION_KEYS = (
 
 
 def model_parser(doc: str | None, epilog: str) -> argparse.ArgumentParser:
-    """A parser for a tool that takes weights."""
+    """Return a parser for a job that takes weights."""
     variants = "\n  ".join(VARIANTS)
     parser = described_parser(doc, f"{epilog}\n\nvariants:\n  {variants}")
     parser.add_argument(
@@ -36,7 +36,7 @@ def model_parser(doc: str | None, epilog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant",
         metavar="NAME",
-        help=f"the model in a published file, default {next(iter(VARIANTS))}",
+        help=f"model of a published file, default {next(iter(VARIANTS))}",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if any"
@@ -66,10 +66,10 @@ def open_predictor(
     changes: Mapping[str, str],
     categories: tuple[Category, ...] | None = None,
 ) -> Predictor:
-    """The model that a command line names.
+    """Open the model that a command line names.
 
     Args:
-        categories: of a published file; a checkpoint has its own.
+        categories: for a published file; a checkpoint has its own.
 
     Raises:
         ValueError: the weights, the changes or the device cannot be used.
@@ -92,8 +92,8 @@ def open_predictor(
         )
     if arguments.variant is not None:
         raise ValueError(
-            "--variant says what a published file holds; a checkpoint or a file of jobs/convert.py "
-            "knows it, so leave it out"
+            "--variant is for published files; a checkpoint or a file of jobs/convert.py "
+            "holds its own configuration, so leave it out"
         )
     if weights.is_file():
         return Predictor.from_published(weights, RunConfig(), categories, device, changes)
@@ -102,10 +102,10 @@ def open_predictor(
 
 
 def local_weights(weights: str | Path) -> Path:
-    """The path that WEIGHTS means; an address, or a version of the registry, is downloaded first.
+    """Return the path that WEIGHTS means; download an address or a registered version first.
 
     Raises:
-        ValueError: the file could not be had, or is not the one that was pinned or registered.
+        ValueError: the download failed, or the file is not the pinned or registered one.
     """
     from deta.platform.system.download import fetch
 

@@ -1,25 +1,25 @@
 #!/usr/bin/env python
-"""What a model sees in pictures: boxes drawn on each, and one list of all detections.
+"""Detect objects in images: draw their boxes and list all detections.
 
   python jobs/predict.py ~/deta-runs/deta-r50-12ep holiday.jpg street/ --output found
 
-WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Pictures are
-files, folders, whose pictures are taken with those in folders below, or patterns in quotes, such as
-'street/**/*.jpg'. Into --output go
+WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Images are
+files, folders (with all folders below them), or patterns in quotes, such as
+'street/**/*.jpg'. The files in --output are
 
-  pictures/           each picture with its boxes, of a score of --threshold or more
-  results.json        all detections, up to 100 a picture whatever their score, as COCO results
-  images.json         which image_id is which file, as COCO images and categories
+  pictures/           each image with its boxes, with a score of at least --threshold
+  results.json        all detections of any score, up to 100 per image, as COCO results
+  images.json         the file of each image_id, as COCO images and categories
   detections.parquet  the same detections as a table (platform/evaluation/detections_parquet.py)
 
-Detections do not depend on --batch-size, up to the order of float32 sums: only pictures of one size
-go through the model together, so none is padded to the size of another.
+Detections do not depend on --batch-size, up to the order of float32 sums: only images of equal size
+form a batch, so none is padded.
 
---annotations names a COCO file that lists the pictures and so gives their ids. Of a published file
-with a row for every COCO id it also gives names; without it, classes are shown as row numbers.
+--annotations names a COCO file that lists the images and so gives their ids. For a published file
+with a row for every COCO id it also gives class names; otherwise classes are shown as row numbers.
 
-A picture whose header is broken stops everything before the start. One that turns out damaged later
-is told of, listed in images.json as unreadable, and makes the exit code 1.
+An image with a broken header is an error before anything runs. An image that turns out damaged
+later is reported, listed in images.json as unreadable, and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     path: Path
     name: str  # below the folder that was given
     image_id: int
-    target: Path  # where it goes with its boxes
+    target: Path  # of the image with its boxes
 
 
 @dataclass(frozen=True)
 class _Inputs:
     predictor: Predictor
-    pictures: list[_Picture]
+    pictures: list[_Image]
 
 
 def main() -> NoReturn:
@@ -70,12 +70,16 @@ def main() -> NoReturn:
     parser.add_argument(
         "pictures",
         nargs="+",
-        metavar="PICTURE",
-        help="file, folder or quoted pattern; key=value is a setting",
+        metavar="IMAGE",
+        help="file, folder or quoted pattern; key=value changes the configuration",
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
     parser.add_argument(
-        "--threshold", metavar="SCORE", type=float, default=0.3, help="of drawn boxes, default 0.3"
+        "--threshold",
+        metavar="SCORE",
+        type=float,
+        default=0.3,
+        help="least score to draw, default 0.3",
     )
     parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO format")
     parser.add_argument(
@@ -83,9 +87,11 @@ def main() -> NoReturn:
         metavar="N",
         type=int,
         default=1,
-        help="pictures at a time; of one size, so no answer depends on it; default 1",
+        help="images of equal size per batch; does not change the results; default 1",
     )
-    parser.add_argument("--no-pictures", action="store_true", help="draw none, which is faster")
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="draw no images, which is faster"
+    )
     arguments = parser.parse_intermixed_args()
     run_tool(lambda: _prepare(arguments), lambda inputs: _predict(inputs, arguments))
 
@@ -102,7 +108,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     changes = known_changes(settings, PREDICTION_KEYS)
     texts = [text for text in arguments.pictures if text not in settings]
     if not texts:
-        raise ValueError("no pictures are given; name files or folders")
+        raise ValueError("no images are given; name files or folders")
     named_files = _find_pictures(texts, arguments.output)
 
     categories, image_ids = None, None
@@ -133,10 +139,10 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     images: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     num_width = len(str(len(pictures)))
-    # disable=None: no bar where nobody watches
-    bar = tqdm(total=len(pictures), unit=" pictures", file=sys.stderr, disable=None)
+    # disable=None: no progress bar without a terminal
+    bar = tqdm(total=len(pictures), unit=" images", file=sys.stderr, disable=None)
 
-    def tell(text: str) -> None:
+    def print_line(text: str) -> None:
         number = len(images) + len(unreadable)
         bar.write(f"{number:>{num_width}}/{len(pictures)}  {text}", file=sys.stdout)
         sys.stdout.flush()
@@ -145,7 +151,7 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     def on_unreadable(path: Path, error: ImageError) -> None:
         picture = by_path[path]
         unreadable.append(_entry(picture) | {"reason": str(error)})
-        tell(f"not readable: {error}")
+        print_line(f"not readable: {error}")
 
     began_s = time.perf_counter()
     table = DetectionTable(
@@ -161,7 +167,7 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
             table.add(str(path), picture.image_id, found)
             images.append(_entry(picture) | {"width": width, "height": height})
             shown = found.labels[found.scores >= arguments.threshold].tolist()
-            tell(f"{picture.name}  {_counts(shown, predictor.names)}")
+            print_line(f"{picture.name}  {_counts(shown, predictor.names)}")
     elapsed_s = time.perf_counter() - began_s
 
     categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
@@ -175,18 +181,18 @@ def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     write_json(arguments.output / "results.json", results)
     echo("")
     echo(
-        f"{len(images)} pictures, {len(images) / elapsed_s:.1f} images/s on "
+        f"{len(images)} images, {len(images) / elapsed_s:.1f} images/s on "
         f"{predictor.device.type}: {arguments.output}"
     )
     if unreadable:
-        echo(f"{len(unreadable)} of {len(pictures)} pictures could not be read, see above")
+        echo(f"{len(unreadable)} of {len(pictures)} images could not be read, see above")
     return 1 if unreadable else 0
 
 
 def _draw(
-    picture: _Picture, found: Detections, predictor: Predictor, arguments: argparse.Namespace
+    picture: _Image, found: Detections, predictor: Predictor, arguments: argparse.Namespace
 ) -> tuple[int, int]:
-    """Draw the picture with its boxes, if wanted. Returns its (width, height)."""
+    """Draw an image with its boxes unless --no-pictures. Returns its (width, height)."""
     from deta.platform.data.draw_boxes import draw_detections
     from deta.platform.data.image_decoding import decode, read_header
 
@@ -194,7 +200,7 @@ def _draw(
     if arguments.no_pictures:
         header = read_header(picture.path, max_pixels)
         return header.width, header.height
-    # Decoded once more: pictures are large, and detections only need their size.
+    # Decoded again: images are large, and detections only need their size.
     image = decode(picture.path, max_pixels)
     shown = found.scores >= arguments.threshold
     drawing = draw_detections(
@@ -206,19 +212,17 @@ def _draw(
 
 
 def _find_pictures(texts: Sequence[str], output: Path) -> list[tuple[str, Path]]:
-    """Each picture file once, with its name; none of those that this tool writes."""
+    """Find each image file once, with its name, except those that this job writes."""
     from deta.platform.inference.image_paths import find_pictures
 
     for text in texts:
         if "=" in text and not glob.has_magic(text) and not Path(text).exists():
-            raise ValueError(
-                f"{text}: there is no such file or folder, nor a key of the configuration"
-            )
+            raise ValueError(f"{text}: there is no such file, folder or configuration key")
     found = find_pictures(texts, echo)
     own = output.resolve()
     if inside := [file.path for file in found if file.path.resolve().is_relative_to(own)]:
         raise ValueError(
-            f"{inside[0]}: lies in --output {output}, where it could be written over; choose "
+            f"{inside[0]}: lies in --output {output}, where it could be overwritten; choose "
             "another folder"
         )
     return [(file.name, file.path) for file in found]
@@ -229,8 +233,8 @@ def _number(
     output: Path,
     annotations: Path | None,
     image_ids: dict[str, int] | None,
-) -> list[_Picture]:
-    """Give each picture its id, by name where there are annotations, and its target."""
+) -> list[_Image]:
+    """Give each image its id (by name if there are annotations) and its output path."""
     if image_ids is None:
         ids = list(range(1, len(named_files) + 1))
     else:
@@ -249,35 +253,35 @@ def _number(
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise ValueError(
-                f"{annotations}: does not say which images {', '.join(missing[:5])}{more} are; "
-                "leave --annotations out, or those pictures"
+                f"{annotations}: does not list the images {', '.join(missing[:5])}{more}; "
+                "leave out --annotations, or these images"
             )
     pictures = []
-    by_target: dict[Path, _Picture] = {}
-    by_id: dict[int, _Picture] = {}
+    by_target: dict[Path, _Image] = {}
+    by_id: dict[int, _Image] = {}
     for (name, path), image_id in zip(named_files, ids, strict=True):
         target = output / "pictures" / name
         if target.suffix.lower() not in WRITTEN_SUFFIXES:
             target = target.with_name(target.name + ".png")
-        picture = _Picture(path, name, image_id, target)
+        picture = _Image(path, name, image_id, target)
         other = by_target.setdefault(target, picture)
         if other is picture:
             other = by_id.setdefault(image_id, picture)
         if other is not picture:
             raise ValueError(
-                f"{other.path} and {path} have the same name, so one would replace the other; give "
-                "the folder above them, or make two calls"
+                f"{other.path} and {path} have the same name: one would overwrite the other; give "
+                "the folder above them, or run the job twice"
             )
         pictures.append(picture)
     return pictures
 
 
-def _entry(picture: _Picture) -> dict[str, Any]:
+def _entry(picture: _Image) -> dict[str, Any]:
     return {"id": picture.image_id, "file_name": picture.name}
 
 
 def _counts(labels: Sequence[int], names: Sequence[str]) -> str:
-    """3 objects: 2 disc, 1 star."""
+    """Return, for example, "3 objects: 2 disc, 1 star"."""
     objects = "object" if len(labels) == 1 else "objects"
     counts = Counter(labels).most_common()
     kinds = ", ".join(f"{count} {names[label]}" for label, count in counts)

@@ -1,26 +1,25 @@
 #!/usr/bin/env python
-"""Make a registered version the champion, if it is better: models:/NAME@champion.
+"""Promote a registered version to champion (models:/NAME@champion) if it is better.
 
-  python jobs/promote.py 3 --dry-run                what would be decided, criterion by criterion
-  python jobs/promote.py 3                          decide; the champion changes if all pass
-  python jobs/promote.py 3 min_gain=0.005 --floor rivet=0.4
-  python jobs/promote.py 3 --force --reason "the old one misses the new rivets altogether"
-  python jobs/promote.py history                    every decision: who, when, why, figures
-  python jobs/promote.py rollback --reason "false alarms at night"
-  python jobs/promote.py repair                     the alias as the history says, whoever moved it
+  python jobs/promote.py 3 --dry-run                show the decision, criterion by criterion python
+  jobs/promote.py 3                          decide; the champion changes if all criteria pass
+  python jobs/promote.py 3 min_gain=0.005 --floor rivet=0.4 python jobs/promote.py 3 --force
+  --reason "the old one misses the new rivets altogether" python jobs/promote.py history
+  every decision: who, when, why, metrics python jobs/promote.py rollback --reason "false alarms at
+  night" python jobs/promote.py repair                     set the alias to what the history records
 
-A challenger passes if its files are those that were registered and evaluated, its lineage is
-complete, it was evaluated on the same images as the champion, the bootstrap interval of the
-difference in AP over these images lies above min_gain, no class falls too far, latency and size are
-within limits, and the exported form finds what the model finds. The first champion has nobody to
-beat; for it only what is absolute counts. --show prints the policy: every line of it is a key that
-can be given, and every decision records it.
+A challenger passes if its files are the registered and evaluated ones, its lineage is
+complete, it was evaluated on the champion's images, the bootstrap interval of the
+difference in AP over these images lies above min_gain, no class drops too far, latency and size are
+within limits, and the exported form agrees with the model. The first champion has no one to
+beat, so only absolute criteria apply. --show prints the policy: every line is a key that
+you can change, and every decision records the policy.
 
-Any number of promotions may run at once: each is held against the champion that is there when it
-is entered. Decisions are kept in MLflow, as the registered model NAME-history.
+Any number of promotions may run at once: each is compared with the champion at the time it
+is recorded. Decisions are stored in MLflow, as the registered model NAME-history.
 
-The exit code is 0 if the version is champion (or would be), 3 if the gate refuses it, 2 for a
-command line that cannot be, 1 if something fails, or if the history was tampered with.
+The exit code is 0 if the version is (or would be) champion, 3 if the gate refuses it, 2 for an
+invalid command line, 1 if something fails or the history was tampered with.
 """
 
 from __future__ import annotations
@@ -50,23 +49,27 @@ def main() -> NoReturn:
     )  # fmt: skip
     parser.add_argument("policy", nargs="*", metavar="key=value", help="change the policy")
     parser.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
-    parser.add_argument("--dry-run", action="store_true", help="change nothing, only say")
-    parser.add_argument("--reason", default="", metavar="TEXT", help="kept in the history")
-    parser.add_argument("--force", action="store_true", help="whatever the gate says")
-    parser.add_argument("--to", type=int, metavar="NUMBER", help="of a rollback; default: the last")
-    parser.add_argument("--by", metavar="WHO", help="default: the user, and this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print the decision, change nothing")
+    parser.add_argument("--reason", default="", metavar="TEXT", help="recorded in the history")
+    parser.add_argument("--force", action="store_true", help="override the gate")
     parser.add_argument(
-        "--floor", action="append", default=[], metavar="CLASS=AP", help="of one class, 0..1"
+        "--to", type=int, metavar="NUMBER", help="version for a rollback; default: the previous one"
+    )
+    parser.add_argument("--by", metavar="WHO", help="default: the user and this machine")
+    parser.add_argument(
+        "--floor", action="append", default=[], metavar="CLASS=AP", help="least AP of a class, 0..1"
     )
     parser.add_argument(
         "--evaluation", action="append", default=[], type=Path, metavar="FOLDER",
-        help="of either version, in place of the one that was registered",
+        help="evaluation of either version, instead of the registered one",
     )  # fmt: skip
     parser.add_argument(
         "--measure", choices=("cpu", "cuda"), metavar="DEVICE",
         help="measure the latency of both here, on cpu or cuda",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the history, one line an entry")
+    parser.add_argument(
+        "--json", action="store_true", help="print the history as JSON, one line per entry"
+    )
     parser.add_argument("--show", action="store_true", help="print the policy and stop")
     arguments = parser.parse_intermixed_args()
     run_tool(lambda: _prepare(arguments), lambda policy: _run(policy, arguments))
@@ -81,7 +84,7 @@ def _prepare(arguments: argparse.Namespace) -> Policy:
         arguments.policy.insert(0, arguments.what)
         arguments.what = None
     if arguments.what is None and not arguments.show:
-        raise ValueError("say which version, or history, rollback or repair; --help has examples")
+        raise ValueError("name a version, or history, rollback or repair; --help has examples")
     if is_model_address(arguments.what or ""):
         address = parse_address(arguments.what)
         if address.version is None:
@@ -117,7 +120,7 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
         return 0
     from deta.platform.registry.mlflow_registry import Registry
 
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it tells of what is tried again
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
     registry = Registry(registry_uri())
     if arguments.what == HISTORY:
         return _history(registry, arguments)
@@ -126,7 +129,7 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
     if arguments.what == REPAIR:
         registry.log(arguments.name).require_intact()
         log = registry.settle(arguments.name)
-        echo(f"champion: {log.champion}, as the history of {len(log.entries)} decisions says")
+        echo(f"champion: {log.champion}, by the history of {len(log.entries)} decisions")
         return 0
     if not str(arguments.what).isdigit():
         raise ValueError(
@@ -194,7 +197,7 @@ def _history(registry: Registry, arguments: argparse.Namespace) -> int:
         if log.entries:
             echo(f"last: {log.head_line}")
         if log.entries and alias != log.champion:
-            echo(f"but MLflow's alias says {alias}; jobs/promote.py repair sets it again")
+            echo(f"but MLflow's alias is {alias}; jobs/promote.py repair corrects it")
         for problem in log.problems:
             echo(f"TAMPERED: {problem}")
     return 1 if log.problems else 0

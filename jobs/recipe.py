@@ -52,20 +52,20 @@ def run_recipe(
         "Every number of the configuration is a key: --show prints them all, with the values "
         "that the\narguments give. Example: optim.lr=1e-4 total_batch_size=8 "
         "cluster.num_workers=2\n\n"
-        "From a checkpoint to a data set of your own: the word finetune in front; see "
+        "To fine-tune a checkpoint on your own data set, put the word finetune in front; see "
         "finetune --help",
     )
     parser.add_argument("--variant", choices=names, default=names[0], metavar="NAME")
     add_data_options(parser)
     parser.add_argument("--name", help="of the run; its folder is storage/name")
-    parser.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    parser.add_argument("--resume", action="store_true", help="continue the run of this name")
     parser.add_argument(
         "--force", action="store_true", help="resume although data or configuration have changed"
     )
     add_look_options(parser)
-    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument("--show", action="store_true", help="print the configuration and exit")
     parser.add_argument(
-        "--compare", action="store_true", help="print it beside the published one and stop"
+        "--compare", action="store_true", help="compare it with the published one and exit"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the configuration"
@@ -103,12 +103,12 @@ def run_recipe(
 
 
 def _comparison(variant: str, config: RunConfig) -> str:
-    from deta.jobs.differences import as_text, compare
+    from deta.jobs.differences import as_text, compare_configs
     from deta.jobs.published import PUBLISHED
 
     if variant not in PUBLISHED:
         return f"{variant} follows no published system"
-    return as_text(compare(config, PUBLISHED[variant]), PUBLISHED[variant])
+    return as_text(compare_configs(config, PUBLISHED[variant]), PUBLISHED[variant])
 
 
 def train_and_exit(

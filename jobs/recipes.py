@@ -1,4 +1,4 @@
-"""All training recipes by name, for the tools that are told of a variant."""
+"""All training recipes by name, for jobs that take a variant."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ VARIANTS: Mapping[str, Callable[[], RunConfig]] = {
 
 
 def find_variant(name: str) -> RunConfig:
-    """The configuration of a variant.
+    """Return the configuration of a variant.
 
     Args:
         name: `recipe.variant`; `recipe` alone, for its first variant; or a variant that only one
             recipe has.
 
     Raises:
-        ValueError: there is no such variant, or more than one; names the nearest.
+        ValueError: there is no such variant, or more than one; suggests the nearest.
     """
     if name in VARIANTS:
         return VARIANTS[name]()

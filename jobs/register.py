@@ -79,9 +79,7 @@ def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
     registry = Registry(uri_of(run_folder(checkpoint.path)))
     version = register(registry, arguments.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
-    where = (
-        "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
-    )
+    where = "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
     echo(f"next: {where}jobs/promote.py {version.number} --name {version.name} --dry-run")
     return 0
 

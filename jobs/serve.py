@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""A model behind HTTP: a picture in, what is in it out, as JSON.
+"""Serve a model over HTTP: send an image, get its detections as JSON.
 
   python jobs/serve.py models:/deta@champion
   curl --data-binary @street.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/v1/detect
 
 MODEL is models:/NAME@ALIAS or models:/NAME/NUMBER in MLflow's registry, a run's folder, or one
-checkpoint. Who names an alias gets each new version within seconds of its promotion, and no request
-is dropped for it. The page at / shows the boxes of a picture that is dropped on it; /openapi.json
-describes the interface; /health and /ready are for whoever watches over the service, and /metrics
-for Prometheus (under Ray, at the address that is printed).
+checkpoint. A service of an alias loads each new version within seconds of its promotion, and no
+request is dropped. The page at / shows the boxes of an image that you drop on it; /openapi.json
+describes the API; /health and /ready are for health checks, and /metrics for Prometheus (under Ray,
+at the address that is printed).
 
-Runs on Ray Serve: on the cluster that RAY_ADDRESS names, or on one started here. --without-ray runs
-one process alone, with the same interface.
+The service runs on Ray Serve: on the cluster that RAY_ADDRESS names, or on one started here.
+--without-ray runs a single process with the same API.
 
-Only this machine can reach the service, unless --host says otherwise; then each request must bring
-a token, which is read from --token-file or from the variable DETA_SERVE_TOKEN. There is no TLS
-here: between machines, put a proxy with TLS before it.
+Only this machine can reach the service, unless you set --host; then each request needs
+a token, which is read from --token-file or from the variable DETA_SERVE_TOKEN. There is no
+TLS: between machines, use a proxy with TLS.
 """
 
 from __future__ import annotations
@@ -44,33 +44,38 @@ class _Inputs:
 def main() -> NoReturn:
     parser = described_parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="models:/deta@champion, run or checkpoint")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at, %(default)s")
-    parser.add_argument("--port", type=int, default=8000, help="%(default)s; alone also 0: any")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, %(default)s")
     parser.add_argument(
-        "--token-file", metavar="FILE", type=Path, help="with the token that requests must bring"
+        "--port",
+        type=int,
+        default=8000,
+        help="%(default)s; with --without-ray also 0: any free port",
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=Path, help="holds the token that requests need"
     )
     parser.add_argument(
         "--allow-host",
         metavar="NAME",
         action="append",
         default=[],
-        help="answer to requests for this Host only; may be given more than once",
+        help="answer only requests with this Host; may be given more than once",
     )
-    parser.add_argument("--tracking-uri", help="of MLflow; default MLFLOW_TRACKING_URI")
+    parser.add_argument("--tracking-uri", help="address of MLflow; default MLFLOW_TRACKING_URI")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--without-ray", action="store_true", help="one process, no cluster")
+    parser.add_argument("--without-ray", action="store_true", help="a single process, no cluster")
     parser.add_argument("--replicas", type=int, default=1, help="processes on the cluster, 1")
-    parser.add_argument("--cpus", type=float, default=1.0, help="of each replica, 1")
+    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs of each replica, 1")
     limits = parser.add_argument_group("limits")
     for option, kind, text in (
-        ("max-batch", int, "pictures that the model sees at once"),
-        ("batch-wait", float, "seconds that the first of a batch waits for others"),
-        ("max-requests", int, "at a time in one process; others get 503 and Retry-After"),
-        ("max-bytes", int, "of a picture"),
-        ("max-pixels", int, "of a picture"),
-        ("read-timeout", float, "seconds for a picture to arrive"),
+        ("max-batch", int, "images per batch"),
+        ("batch-wait", float, "seconds that the first image of a batch waits for others"),
+        ("max-requests", int, "concurrent requests of a process; others get 503 and Retry-After"),
+        ("max-bytes", int, "of an image"),
+        ("max-pixels", int, "of an image"),
+        ("read-timeout", float, "seconds for an image to arrive"),
         ("answer-timeout", float, "seconds for an answer"),
-        ("poll", float, "seconds between two looks at an alias"),
+        ("poll", float, "seconds between two checks of an alias"),
     ):
         limits.add_argument(f"--{option}", type=kind, metavar="N", help=text)
     arguments = parser.parse_args()
@@ -94,7 +99,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     token = read_token(arguments.token_file)
     if not token and not is_loopback(arguments.host):
         raise ValueError(
-            f"--host {arguments.host}: others can reach the service there, so it needs a token; "
+            f"--host {arguments.host}: other machines can reach the service, so it needs a token; "
             f"give --token-file, or set {TOKEN_VARIABLE} (openssl rand -hex 32)"
         )
     hosts = tuple(name.lower() for name in arguments.allow_host)
@@ -112,7 +117,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     }
     given = {key: value for key, value in named.items() if value is not None}
     config = ServingConfig(token_sha256=token_hash(token) if token else "", hosts=hosts, **given)
-    os.environ.pop(TOKEN_VARIABLE, None)  # not for the processes that are started from here
+    os.environ.pop(TOKEN_VARIABLE, None)  # child processes must not inherit it
     source = model_source(arguments.model, arguments.tracking_uri, arguments.device)
     return _Inputs(source, config)
 
@@ -121,7 +126,7 @@ def _serve(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     if arguments.without_ray:
         from deta.platform.serving.uvicorn_server import serve_alone
 
-        serve_alone(inputs.source, inputs.config, arguments.host, arguments.port, _tell)
+        serve_alone(inputs.source, inputs.config, arguments.host, arguments.port, _print_addresses)
         return 0
     try:
         from deta.platform.serving.ray_serve import (
@@ -142,17 +147,17 @@ def _serve(inputs: _Inputs, arguments: argparse.Namespace) -> int:
         device=arguments.device,
     )
     with service_on_ray(inputs.source, inputs.config, placement, echo) as address:
-        _tell(address)
+        _print_addresses(address)
         for metrics in metrics_addresses():
             echo(f"metrics: {metrics}")
         number = wait_for_a_signal()
-        echo("ending, when the requests at hand are answered")
+        echo("stopping when the current requests are answered")
     return 0 if number == 2 else 128 + number
 
 
-def _tell(address: str) -> None:
+def _print_addresses(address: str) -> None:
     echo(f"page: {address}")
-    echo(f"pictures: POST {address}v1/detect")
+    echo(f"images: POST {address}v1/detect")
     sys.stdout.flush()
 
 

@@ -3,17 +3,17 @@
 
 detrex publishes 50.0 AP with total batch 8 and 49.4 with 16 for DETA R50, 12 epochs. These two runs
 differ in more than the batch, and each was run once. Here the batch is crossed with the rate, over
-several seeds and equal samples seen, with the published pair beside it as named cells.
+several seeds and equal samples seen; the published pair is added as named cells.
 
   python jobs/study_batch_lr.py --plan                 # cells, seeds and power; trains nothing
   python jobs/study_batch_lr.py --plan --sd 0.15 --hours-per-trial 16.3
   python jobs/study_batch_lr.py --variant demo         # drawn shapes, two CPU cores
-  python jobs/study_batch_lr.py --estimate --train-images train2017 … # measures what it will take
+  python jobs/study_batch_lr.py --estimate --train-images train2017 … # measures the cost
   python jobs/study_batch_lr.py --train-images train2017 \\
       --train-annotations annotations/instances_train2017.json --val-images val2017 \\
       --val-annotations annotations/instances_val2017.json
 
-The same command goes on with a study that was stopped or killed; with more --seeds it adds them.
+The same command continues a study that was stopped or killed; more --seeds extend it.
 The report is in storage/name/report.html.
 """
 
@@ -48,7 +48,7 @@ METHOD = (
     "Total batch crossed with the learning rate. Every cell is trained with the same seeds on "
     "equally many samples, so that differences are taken within seeds."
 )
-# Of the demo: one core a trial, and as long as it takes to learn something.
+# For the demo: one core per trial, and just enough samples to learn something.
 DEMO_SIZE: Mapping[str, Any] = MappingProxyType(
     {
         "cluster.num_workers": 1,
@@ -90,7 +90,7 @@ PUBLISHED_QUESTION = Question("16 vs 8 as published by detrex", BS16, BS8, "16",
 
 
 def coco_design(seeds: tuple[int, ...] = SEEDS) -> Design:
-    """detrex's recipe for batch 8, crossed with batch and rate; the published pair beside it.
+    """Cross detrex's recipe for batch 8 with batch and rate, and add the published pair.
 
     The published run with batch 8 is one of the crossed cells, so it is not trained twice.
     """
@@ -111,7 +111,7 @@ COCO_PATH = (
 
 
 def demo_design(seeds: tuple[int, ...] = SEEDS, *, published_pair: bool = False) -> Design:
-    """The same question for the demo model on drawn shapes: minutes a trial on two CPU cores.
+    """Ask the same question of the demo model on drawn shapes: minutes per trial on two CPU cores.
 
     Args:
         published_pair: add two cells that differ as the published pair does, in batch, weight decay
@@ -139,7 +139,7 @@ DEMO_PATH = (
 
 
 def changes_to(base: RunConfig, recipe: RunConfig) -> dict[str, Any]:
-    """What turns the base into a recipe, but for how many images a worker takes at once."""
+    """Return the changes that turn the base into a recipe, apart from the micro-batch size."""
     ours, theirs = numbers_of(base), numbers_of(recipe)
     return {
         key: value
@@ -180,7 +180,7 @@ def demo_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTH
 def _changed(design: Design, changes: Mapping[str, Any]) -> Design:
     varied = {key for factor in design.factors for key in factor.keys} & set(changes)
     if varied:
-        raise ValueError(f"{', '.join(sorted(varied))} is what this study varies")
+        raise ValueError(f"{', '.join(sorted(varied))} cannot be set: the study varies it")
     return replace(design, base=override(design.base, changes))
 
 
@@ -191,9 +191,13 @@ def main() -> None:
     listing = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in VARIANTS.items())
     parser = described_parser(f"{(__doc__ or '').strip()}\n\nvariants:\n{listing}")
     parser.add_argument("--variant", choices=VARIANTS, default="coco", metavar="NAME")
-    parser.add_argument("--plan", action="store_true", help="what it needs; trains nothing")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of each cell")
-    parser.add_argument("--sd", type=float, default=0.2, help="seed sd to expect, in points of AP")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the study needs, train nothing"
+    )
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds per cell")
+    parser.add_argument(
+        "--sd", type=float, default=0.2, help="expected standard deviation over seeds, in AP"
+    )
     parser.add_argument("--hours-per-trial", type=float, help="wall time of one training")
     parser.add_argument("--gpu", default="", help="name of the GPU, for the price")
     add_sweep_options(parser)
@@ -212,13 +216,13 @@ def main() -> None:
             changes = with_drawn_data(demo_study(seeds).base, changes, write_shapes)
         return VARIANTS[arguments.variant](seeds, changes)
 
-    if arguments.estimate:  # the cost is measured below; this is what it would buy
+    if arguments.estimate:  # the cost is measured below; this prints what it would buy
         print(_plan(VARIANTS[arguments.variant](seeds), arguments))
     run_sweep_and_exit(arguments, make)
 
 
 def _plan(study: Sweep, arguments: argparse.Namespace) -> str:
-    """Cells, trials and cost, and which differences so many seeds would find."""
+    """Describe cells, trials, cost, and the differences that the seeds can detect."""
     assert study.design is not None
     design, trial = study.design, None
     if arguments.hours_per_trial is not None:

@@ -29,31 +29,39 @@ from deta.platform.sweep.search_space import Sweep
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser)
     parser.add_argument("--name", help="of the sweep; its folder is storage/name")
-    parser.add_argument("--storage", metavar="FOLDER", help="where; seen by all nodes")
     parser.add_argument(
-        "--estimate", action="store_true", help="measure the speed, say what it takes, and stop"
+        "--storage", metavar="FOLDER", help="where it is stored; all nodes must see it"
     )
     parser.add_argument(
-        "--report-only", action="store_true", help="write the report of what there is, and stop"
-    )
-    parser.add_argument("--yes", action="store_true", help="do not ask whether to go on")
-    parser.add_argument("--no-probe", action="store_true", help="begin without an estimate")
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="try trials again that have failed"
+        "--estimate", action="store_true", help="measure the speed, print the cost, and exit"
     )
     parser.add_argument(
-        "--price", type=float, metavar="PER_HOUR", help="of a GPU, or a worker without one, in EUR"
+        "--report-only",
+        action="store_true",
+        help="write the report of the existing trials, and exit",
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask whether to continue")
+    parser.add_argument("--no-probe", action="store_true", help="start without an estimate")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
+    parser.add_argument(
+        "--price",
+        type=float,
+        metavar="PER_HOUR",
+        help="price of a GPU, or of a worker without one, in EUR",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change the base of all trials"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change the base configuration of all trials",
     )
 
 
 def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line changes of the base, by dotted key.
+    """Return what the command line changes in the base configuration, by dotted key.
 
     Raises:
-        ValueError: an argument that is no key=value.
+        ValueError: an argument is not of the form key=value.
     """
     changes: dict[str, Any] = {**read_changes(arguments.overrides), **data_changes(arguments)}
     for key in ("name", "storage"):
@@ -65,7 +73,7 @@ def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def with_drawn_data(
     config: RunConfig, changes: Mapping[str, Any], draw: Callable[[Path], ShapesDataset]
 ) -> dict[str, Any]:
-    """The changes, with a data set of drawn shapes where none is given."""
+    """Add a data set of drawn shapes to the changes if none is given."""
     config = override(config, changes)
     if config.data.train_images:
         return dict(changes)
@@ -76,7 +84,7 @@ def with_drawn_data(
 
 
 def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep]) -> NoReturn:
-    """Make the sweep and do with it what the options say; exit codes as of a recipe."""
+    """Create the sweep and do what the options say. Exits with the codes of a recipe."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         sweep = make()
@@ -103,8 +111,8 @@ def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep])
             price=None if arguments.price is None else Price(arguments.price),
         )
 
-    exit_after(run, again="the same command goes on")
+    exit_after(run, again="repeat the command to continue")
 
 
 def _ask(_estimate: str) -> bool:
-    return input("go on? [Y/n] ").strip().lower() in ("", "y", "yes")
+    return input("continue? [Y/n] ").strip().lower() in ("", "y", "yes")

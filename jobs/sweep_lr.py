@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Which learning rate, batch and weight decay? A search, with bad trials stopped early.
+"""Search for learning rate, batch size and weight decay, and stop bad trials early.
 
   python jobs/sweep_lr.py                              # 12 random trials, ASHA; drawn shapes
   python jobs/sweep_lr.py --search optuna --objectives AP,cpu_hours
-  python jobs/sweep_lr.py --to-the-end                 # without ASHA, to see what it saves
+  python jobs/sweep_lr.py --to-the-end                 # without ASHA, for comparison
   python jobs/sweep_lr.py --variant small --train-images images --train-annotations train.json \\
       --val-images images --val-annotations val.json
 
-An example to copy: a space over the dotted keys of the configuration, and how it is searched. The
-same command goes on with a sweep that was stopped or killed.
+An example to copy: a space over dotted configuration keys and a search through it. The
+same command continues a sweep that was stopped or killed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GRID: dict[str, Domain] = {
     "total_batch_size": Choice((4, 8)),
 }
 BASES = {"demo": demo, "small": small}
-# Of the demo: one core a trial, minutes each.
+# For the demo: one core and a few minutes per trial.
 DEMO_SIZE = {
     "cluster.num_workers": 1,
     "data.train_first": 400,
@@ -63,10 +63,14 @@ def main() -> None:
     parser = described_parser(__doc__)
     parser.add_argument("--variant", choices=BASES, default="demo", metavar="NAME")
     parser.add_argument("--search", choices=("random", "grid", "optuna"), default="random")
-    parser.add_argument("--trials", type=int, default=12, help="of a random search or Optuna")
-    parser.add_argument("--search-seed", type=int, default=0, help="another one, other trials")
     parser.add_argument(
-        "--objectives", default="AP", help="of Optuna: AP, or AP and a cost: AP,gpu_hours"
+        "--trials", type=int, default=12, help="number of trials of a random search or Optuna"
+    )
+    parser.add_argument(
+        "--search-seed", type=int, default=0, help="another seed gives other trials"
+    )
+    parser.add_argument(
+        "--objectives", default="AP", help="for Optuna: AP, or AP and a cost: AP,gpu_hours"
     )
     parser.add_argument("--to-the-end", action="store_true", help="stop no trial early")
     add_sweep_options(parser)
@@ -91,7 +95,7 @@ def sweep(base: RunConfig, arguments: argparse.Namespace) -> Sweep:
     elif arguments.search == "optuna":
         objectives = tuple(arguments.objectives.split(","))
         search = Optuna(arguments.trials, objectives, arguments.search_seed)
-    # The first look is at the second evaluation of the demo; then at three times as many samples.
+    # ASHA first decides at the demo's second evaluation, then at three times as many samples.
     images = base.data.train_first or 1000
     several = isinstance(search, Optuna) and len(search.objectives) > 1
     stops = not arguments.to_the_end and not several

@@ -1,4 +1,4 @@
-"""What a total batch other than the recipe's means for its learning rate."""
+"""Relate a total batch other than the recipe's to the learning rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ KEY, RULE_KEY, BASE_KEY = "total_batch_size", "optim.lr_rule", "optim.lr_base_ba
 
 
 def with_base_batch(recipe: RunConfig, changes: Mapping[str, str]) -> dict[str, str]:
-    """The changes, and beside a rule for the learning rate the total batch that it starts from.
+    """Add the total batch from which a learning-rate rule starts.
 
-    That is the recipe's. It is written into the configuration, so that MLflow shows it and a run
-    that goes on knows it.
+    It is the recipe's. The configuration holds it, so that MLflow shows it and a resumed run
+    knows it.
     """
     completed = dict(changes)
     if completed.get(RULE_KEY, "none") != "none":
@@ -24,9 +24,9 @@ def with_base_batch(recipe: RunConfig, changes: Mapping[str, str]) -> dict[str, 
 
 
 def batch_notes(recipe: RunConfig, config: RunConfig, changes: Mapping[str, str]) -> list[str]:
-    """Lines for a person: what differs from the recipe because the total batch does.
+    """Describe what differs from the recipe because the total batch does.
 
-    Nothing where the total batch is the recipe's. An explicit rule is told of in one line.
+    Empty if the total batch is the recipe's. An explicit rule takes one line.
     """
     ours, theirs = config.total_batch_size, recipe.total_batch_size
     optim = config.optim
@@ -45,11 +45,11 @@ def batch_notes(recipe: RunConfig, config: RunConfig, changes: Mapping[str, str]
     )
     ratio = theirs / ours
     return [
-        f"This is not the recipe any more: total batch {ours} instead of {theirs}.",
+        f"This is no longer the recipe: total batch {ours} instead of {theirs}.",
         f"  {ratio:.3g} times as many updates an epoch, each from {ours / theirs:.3g} times as "
-        "many images, so the AP of the recipe cannot be expected",
+        "many images, so do not expect the AP of the recipe",
         f"  the learning rate stays {rate:.3g}, and clipping and weight decay act "
         f"{ratio:.3g} times as often",
-        f"  optim.lr_rule=… lets the rate follow the batch ({others}); optim.lr_rule=none says "
-        "that it is meant to stay",
+        f"  optim.lr_rule=… scales the rate with the batch ({others}); optim.lr_rule=none confirms "
+        "that it stays",
     ]

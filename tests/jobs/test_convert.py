@@ -31,7 +31,7 @@ from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
 from deta.platform.weights.class_mapping import published_classes
-from deta.platform.weights.conversion_report import account, complete_state
+from deta.platform.weights.conversion_report import compare_with_model, complete_state
 from deta.platform.weights.converted_file import read_converted, write_converted
 from deta.platform.weights.initial_weights import load_initial_weights
 from deta.platform.weights.model_file import identify
@@ -110,7 +110,7 @@ def test_parity_of_a_round_trip_of_every_published_table(table, noise):
     published = random_tensors(table, noise)
 
     file = identify(Path("a.pth"), published, find_variant("deta_r50"))
-    report = account(file)
+    report = compare_with_model(file)
     ours = complete_state(file, report)
     back = pretrained.to_published(ours, file.config.model, file.layout)
 
@@ -205,7 +205,7 @@ def test_the_account_is_a_table_and_a_file(state, run, tmp_path):
     rows = {line.split()[0]: line.split() for line in told.splitlines() if line}
     assert rows["class_heads"][1:] == ["4", "330", "8", "0", "0"]
     assert rows["all"][1] == str(len(state))
-    assert "complete; --to writes it" in told
+    assert "complete; use --to to write it" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "report.json"]
 
 
@@ -318,7 +318,7 @@ def test_what_is_written_evaluates_predicts_and_starts_runs(state, run, tmp_path
     assert load_initial_weights(model, path, categories) == []
     assert_same(dict(model.state_dict()), state)
     code, told = run(evaluate_job, path, *data, "--variant", "deta_r50")
-    assert (code, "knows it" in told) == (2, True)
+    assert (code, "holds its own" in told) == (2, True)
 
 
 def test_ids_do_not_choose_classes_of_a_published_file(run, tmp_path, shapes):
@@ -357,7 +357,7 @@ def test_a_backbone_becomes_ours_and_is_no_detector(state, run, tmp_path):
     ours = {n: t for n, t in state.items() if n.startswith("pyramid.backbone.")}
     assert_same(found, ours)
     code, told = run(convert_job, "R-18.pkl", "--to", "official")
-    assert (code, "written as ours only" in told) == (2, True)
+    assert (code, "only be written with --to ours" in told) == (2, True)
     code, told = run(convert_job, "R-18.safetensors")
     assert code == 0, told
 

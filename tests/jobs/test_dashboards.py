@@ -116,7 +116,9 @@ def test_at_sigterm_nothing_is_left(dashboards: Dashboards):
     assert marked_processes(RUN_MARK, dashboards.mark)
     dashboards.process.send_signal(signal.SIGTERM)
     assert dashboards.process.wait(WITHIN_S) == 143
-    assert not [p for p in marked_processes(RUN_MARK, dashboards.mark) if p != dashboards.process.pid]
+    assert not [
+        p for p in marked_processes(RUN_MARK, dashboards.mark) if p != dashboards.process.pid
+    ]
     for address in dashboards.addresses.values():
         with pytest.raises(OSError, match="refused"):
             urllib.request.urlopen(address, timeout=5)

@@ -217,7 +217,7 @@ def test_a_damaged_picture_is_told_of_and_the_others_are_predicted(tmp_path, tra
 
     assert done.returncode == 1, done.stderr
     assert "1 other file left out (1 .txt)" in done.stdout
-    assert "1 of 3 pictures could not be read" in done.stdout
+    assert "1 of 3 images could not be read" in done.stdout
     assert f"not readable: {folder / 'b.JPG'}" in done.stdout
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     assert written == {
@@ -318,16 +318,16 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
         return refusal(predict_job, trained.run, *arguments, "--output", output)
 
     assert "absent.jpg: there is no such" in refused(pictures, tmp_path / "absent.jpg")
-    assert "nor a key" in refused(pictures, "postprocess.nms=0.5")
+    assert "or configuration key" in refused(pictures, "postprocess.nms=0.5")
     assert "changes nothing" in refused(pictures, "optim.lr=1")
-    assert "no pictures are given" in refused("precision=fp32")
+    assert "no images are given" in refused("precision=fp32")
     assert "no file is of this pattern" in refused(pictures / "*.gif")
     assert "no file in it ends in" in refused(tmp_path / "empty")
     assert "bad.jpg: is not JPEG" in refused(one, tmp_path / "bad.jpg")
     assert "have the same name" in refused(one, tmp_path / one.name)
     assert "not in 0..1" in refused(one, "--threshold", "30")
     bad = ["--annotations", trained.own_annotations]
-    assert "bad.jpg are" in refused(one, tmp_path / "bad.jpg", *bad)
+    assert "bad.jpg; leave out" in refused(one, tmp_path / "bad.jpg", *bad)
     assert not output.exists()
     output.mkdir()
     (output / "a.jpg").write_bytes(one.read_bytes())

@@ -311,7 +311,7 @@ def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatc
     )  # fmt: skip
 
     assert code == 1
-    assert "model.pt2: NOT KEPT" in "\n".join(said)
+    assert "model.pt2: DELETED" in "\n".join(said)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -332,8 +332,8 @@ def test_refused_exports_say_what_is_wrong_and_write_nothing(tmp_path, exported,
     to = ["--output", tmp_path / "out"]
     checked = ["--check-images", exported.pictures]
 
-    assert "say --unverified" in refusal(exported.run, *to)
-    assert "say --unverified" in refusal(exported.run, *to, "--unverified", *checked)
+    assert "add --unverified" in refusal(exported.run, *to)
+    assert "add --unverified" in refusal(exported.run, *to, "--unverified", *checked)
     assert "no such" in refusal(exported.run, *to, "--check-images", tmp_path / "absent.jpg")
     assert "of this pattern" in refusal(exported.run, *to, "--check-images", tmp_path / "*.jpg")
     assert "no such" in refusal(tmp_path / "absent", *to, *checked)

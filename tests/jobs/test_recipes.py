@@ -269,11 +269,11 @@ def test_an_encoder_computed_again_gives_the_same_gradients():
 
 
 def test_an_assignment_that_does_not_fit_the_model_is_refused_before_anything_is_read():
-    from deta.platform.launch.prepare_run import prepare
+    from deta.platform.launch.prepare_run import prepare_run
 
     config = override(VARIANTS["anchor_detr_r50.official_r50"](), {"criterion.assignment": "iou"})
     with pytest.raises(ValueError, match=r"criterion\.assignment=one_to_one"):
-        prepare(config)
+        prepare_run(config)
 
 
 def test_published_anchor_detr_weights_start_a_run_and_predict(tmp_path: Path):

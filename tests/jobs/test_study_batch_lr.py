@@ -137,4 +137,4 @@ def test_what_the_study_varies_cannot_be_changed_beside_it(tmp_path: Path):
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert refused.returncode == 2
-    assert "optim.lr is what this study varies" in refused.stderr
+    assert "optim.lr cannot be set: the study varies it" in refused.stderr

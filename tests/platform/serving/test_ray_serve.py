@@ -66,7 +66,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     reader.start()
     try:
         began_s = time.monotonic()
-        while not any("pictures: POST" in line for line in lines):
+        while not any("images: POST" in line for line in lines):
             assert process.poll() is None, "".join(lines)
             assert time.monotonic() - began_s < WITHIN_S, "".join(lines)
             time.sleep(0.2)
