@@ -34,7 +34,7 @@ install: $(VENV)/.installed-all
 # NAME=my-run names the run; ARGS="schedule.epochs=2 …" changes its configuration.
 NAME ?= demo-$(RUN_STAMP)
 demo: $(VENV)/.installed-all
-	$(BIN)/python jobs/deta_r50.py --variant demo --name $(NAME) storage=runs $(ARGS)
+	$(BIN)/python jobs/deta_r50.py --variant demo --name $(NAME) $(ARGS)
 
 dashboards: $(VENV)/.installed-all
 	$(BIN)/python jobs/dashboards.py

@@ -70,7 +70,7 @@ def main() -> NoReturn:
         "--mlflow",
         metavar="URI",
         default="",
-        help="address of MLflow; default: MLFLOW_TRACKING_URI",
+        help="address of MLflow; default: that of B's run",
     )
     parser.add_argument(
         "--mlflow-run", metavar="ID", default="", help="log the page to this run; default: B's"
@@ -143,9 +143,11 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     if run_id and not arguments.no_mlflow:
         from deta.platform.registry.mlflow_registry import registry_uri
         from deta.platform.tracking.mlflow_store import MlflowStore
+        from deta.platform.tracking.upload_process import uri_of
 
-        uri = arguments.mlflow or registry_uri()
         try:
+            folder = inputs.b.run_folder
+            uri = arguments.mlflow or (uri_of(folder) if folder else registry_uri())
             MlflowStore(uri).send_file(run_id, inputs.out, "comparisons")
         except Exception as error:  # the page is written; MLflow raises many kinds of errors
             echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")

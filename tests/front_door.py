@@ -1,6 +1,6 @@
 """Type every command of the README, shortened, in the environment that the README installs.
 
-    .venv/bin/python tests/front_door.py [--log FOLDER]
+    .venv/bin/python tests/front_door.py
 
 The commands are those of the `sh` blocks, in their order. Trainings get fewer images and one epoch;
 COCO's folders become the drawn data of the demo; servers run until they answer. A command fails if
@@ -11,10 +11,8 @@ for the pages that the commands promise.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -36,13 +34,13 @@ SERVERS = {  # how it begins: what it answers under
     "python jobs/dashboards.py": "http://127.0.0.1:5050/",
     "python jobs/leaderboard.py": "http://127.0.0.1:5050/",
 }
-DATA = "runs/data/demo"
+HOME = ROOT / "runs" / "front-door"  # the home folder of the commands, so that yours is untouched
+DATA = f"{HOME}/deta-runs/data/demo"
 STANDS_FOR = {  # in the README: here
     "train2017": f"{DATA}/train",
     "val2017": f"{DATA}/val",
     "annotations/instances_train2017.json": f"{DATA}/annotations/instances_train.json",
     "annotations/instances_val2017.json": f"{DATA}/annotations/instances_val.json",
-    "~/deta-runs": "runs",
 }
 FEW_IMAGES = ["data.train_first=48", "data.val_first=16"]
 SHORT = [*FEW_IMAGES, "schedule.epochs=1"]
@@ -72,20 +70,16 @@ def shortened(command: str) -> str:
         command = re.sub(rf"(?<![\w/]){re.escape(long)}(?![\w.])", short, command)
     if command.startswith("make demo"):
         return f'{command} ARGS="{" ".join(SHORT)}"'
-    words = shlex.split(command)
+    words = command.split()
     job = Path(words[1]).name if words[0] == "python" and len(words) > 1 else ""
-    trains = job.startswith(("deta_", "anchor_", "improved_")) and not {
-        "--help", "--show", "--compare", "--resume",
-    } & set(words)  # fmt: skip
-    if "submit" in words[:3] or words[0] == "ray":
-        return command
-    if trains and words[2:3] == ["finetune"]:
-        words += ["--samples", "48", *FEW_IMAGES]
-    elif trains:
-        words += ([] if "--variant" in words else ["--variant", "small"]) + SHORT
-    elif job.startswith(("sweep_", "study_")):
-        words += ["--yes", "--no-probe", *SHORT]
-    return shlex.join(words)
+    trains = job.startswith(("deta_", "anchor_", "improved_"))
+    if not trains or {"--help", "--show", "--compare", "--resume"} & set(words):
+        shorter = [] if not job.startswith(("sweep_", "study_")) else ["--no-probe", *SHORT]
+    elif words[2] == "finetune":
+        shorter = ["--samples", "48", *FEW_IMAGES]
+    else:
+        shorter = SHORT if "--variant" in words else ["--variant small", *SHORT]
+    return " ".join([command, *shorter])
 
 
 def run(command: str, log: Path) -> str:
@@ -148,14 +142,15 @@ class Server:
 def environment() -> dict[str, str]:
     """Return this process's variables without those that lead to other clusters and servers."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "DETA_"))}
-    return env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return env | {
+        "HOME": str(HOME),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--log", type=Path, default=ROOT / "runs" / "front-door")
-    logs = parser.parse_args().log
-    shutil.rmtree(logs, ignore_errors=True)
+    shutil.rmtree(HOME, ignore_errors=True)
+    logs = HOME / "logs"
     logs.mkdir(parents=True)
     outcomes: list[Outcome] = []
     server: Server | None = None
@@ -179,7 +174,7 @@ def main() -> None:
             print(log.read_text(encoding="utf-8", errors="replace")[-3000:], flush=True)
     if server is not None:
         outcomes.append(Outcome("Ctrl-C", 0.0, server.stop()))
-    reports = sorted((ROOT / "runs").glob("*/evaluations/*/report.html"))
+    reports = sorted((HOME / "deta-runs").glob("*/evaluations/*/report.html"))
     outcomes.append(Outcome("report.html in a run", 0.0, "" if reports else "there is none"))
     failed = [one for one in outcomes if one.fault]
     for one in failed:

@@ -52,6 +52,7 @@ class Side:
     cost: TrialCost | None = None
     hardware: str = ""
     run_id: str = ""  # of MLflow
+    run_folder: Path | None = None
     data_fingerprint: str = ""
 
 
@@ -277,6 +278,7 @@ def _with_run(side: Side, run: Path) -> Side:
         ),
         hardware=num_of(workers, f"{'GPU' if on_gpu else 'CPU'} worker"),
         run_id=side.run_id or run_id,
+        run_folder=run,
         image_folder=side.image_folder or str(config.get("data.val_images") or ""),
     )
 
