@@ -1,7 +1,7 @@
-"""What figures for plotly have in common: colours of series, points, lines, labels beside them.
+"""Build plotly figures from shared parts: colours of series, points, lines, labels, forest plots.
 
-Everything is plotly's JSON form as plain dictionaries. A colour is a name in the page's palette
-(`page_look.py`); a text that a person chose goes through `figure_text` first.
+Figures are plotly's JSON form as plain dictionaries. A colour is a name in the page's palette
+(`theme.py`). A text that a person chose goes through `figure_text` first.
 """
 
 from __future__ import annotations
@@ -14,22 +14,18 @@ from deta.platform.pages.number_format import Interval, common_decimals, interva
 from deta.platform.pages.safe_text import figure_text
 from deta.platform.pages.theme import NUM_COLORS, NUM_STEPS
 
-LETTERS_WIDE, LETTERS_NARROW = 56, 46
-NARROW_ROW_PX = 50
-
-
-ROW_PX = 34  # of a forest plot
-
+LETTERS_WIDE, LETTERS_NARROW = 56, 46  # of a name in a forest plot
+ROW_PX, NARROW_ROW_PX = 34, 50
 
 Trace = dict[str, Any]
 Plot = dict[str, Any]  # {"data": [...], "layout": {...}}
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
-LABEL_PX = 16  # height of a label, with its share of the gap
+LABEL_PX = 16  # height of a label with its part of the gap
 LETTER_PX = 7.6  # about the width of a letter of a label, in DejaVu Sans, the widest usual font
 MAX_LETTERS = 34
-LOG_RATIO = 20  # positive numbers that differ by more stand on a logarithmic axis
+LOG_RATIO = 20  # positive numbers with a larger ratio get a logarithmic axis
 
 
 def color_of(index: int) -> str:
@@ -49,17 +45,17 @@ def symbol_of(index: int) -> str:
 
 
 def step_color(share: float) -> str:
-    """A step of quantity; 0 is pale, 1 strong."""
+    """Return the colour of a quantity; 0 is pale, 1 strong."""
     return f"@s{round(min(1.0, max(0.0, share)) * (NUM_STEPS - 1))}"
 
 
 def shortened(name: str, letters: int = MAX_LETTERS) -> str:
-    """A name for a label, cut with an ellipsis where it is long."""
+    """Return a name for a label, cut with an ellipsis if it is long."""
     return figure_text(name if len(name) <= letters else name[: letters - 1] + "…")
 
 
 def label_px(names: Sequence[str], letters: int = MAX_LETTERS) -> int:
-    """The room that labels beside a figure need."""
+    """Return the width that labels beside a figure need."""
     longest = max((min(len(name), letters) for name in names), default=0)
     return round(longest * LETTER_PX) + 16
 
@@ -76,7 +72,7 @@ def points(
     texts: Sequence[str] = (),
     axes: int = 1,
 ) -> Trace:
-    """Marks; `texts` (made safe already) appear under the pointer."""
+    """Return marks; `texts` (already made safe) appear under the pointer."""
     return _on(axes) | {
         "type": "scatter",
         "mode": "markers",
@@ -105,7 +101,7 @@ def line(
     axes: int = 1,
     **shape: str,
 ) -> Trace:
-    """A line through points. `shape="hv"` makes it a staircase."""
+    """Return a line through points. `shape="hv"` makes it a staircase."""
     return _on(axes) | {
         "type": "scatter",
         "mode": "lines",
@@ -120,7 +116,7 @@ def line(
 def band(
     x: Sequence[float], low: Sequence[float], high: Sequence[float], *, color: str, axes: int = 1
 ) -> Trace:
-    """The area between two lines."""
+    """Return the area between two lines."""
     return _on(axes) | {
         "type": "scatter",
         "mode": "lines",
@@ -136,7 +132,7 @@ def band(
 def label(
     text: str, x: Any, y: Any, *, color: str = "@ink", anchor: str = "left", **more: Any
 ) -> dict[str, Any]:
-    """Text in a figure, in the units of its axes unless `more` says otherwise."""
+    """Return text in a figure, in the units of its axes unless `more` has others."""
     return {
         "text": text,
         "x": x,
@@ -151,7 +147,7 @@ def label(
 
 
 def rule(*, x: float | None = None, y: float | None = None, dash: str = "solid") -> dict[str, Any]:
-    """A line through the whole figure at one value."""
+    """Return a line across the figure at one value."""
     across = {"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
     along = {"y0": y, "y1": y, "xref": "paper", "x0": 0, "x1": 1}
     return {
@@ -167,7 +163,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 
 def spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights for labels, as near to where they belong as `gap` between any two allows."""
+    """Return heights of labels, as near to their own as `gap` between any two allows."""
     order = sorted(heights, key=lambda name: heights[name])
     groups: list[tuple[list[str], float]] = []  # names, and the middle of them
     for name in order:
@@ -189,7 +185,7 @@ def spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
-    """The range of an axis that shows the values with some air."""
+    """Return the range of an axis that shows the values with some space around them."""
     low, high = min(values), max(values)
     air = (high - low) * share or max(abs(high), 1.0) * 0.05
     return low - air, high + air
@@ -212,49 +208,23 @@ class ForestRow:
     name: str
     estimate: float
     interval: Interval | None
-    values: tuple[tuple[str, float], ...] = ()  # what it was made from, each with its name
-    is_distinct: bool = False  # told from zero, after correction; drawn filled
+    values: tuple[tuple[str, float], ...] = ()  # that it is the mean of, each with its name
+    is_distinct: bool = False  # differs from zero after correction; drawn filled
     color: str = "@c0"
 
 
 def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -> Plot:
-    """Estimates below one another, each with its interval and the values it comes from."""
+    """Plot estimates below one another, each with its interval and the values it comes from."""
     data: list[Trace] = []
     notes, numbers = [], []
-    halves = [row.interval.half_width for row in rows if row.interval]
-    decimals = common_decimals(halves)
+    decimals = common_decimals([row.interval.half_width for row in rows if row.interval])
     shown = [0.0] * zero
     for place, row in enumerate(rows):
-        low, high = (row.interval.low, row.interval.high) if row.interval else (None, None)
         number = interval_text(row.estimate, row.interval, decimals)
         numbers.append(number)
         shown += [row.estimate, *(value for _, value in row.values)]
         shown += [row.interval.low, row.interval.high] if row.interval else []
-        if row.values:
-            texts = [f"{figure_text(name)}: {signed(value, 2)}" for name, value in row.values]
-            data.append(
-                points(
-                    [value for _, value in row.values],
-                    [place] * len(row.values),
-                    color="@muted",
-                    size=6,
-                    opacity=0.55,
-                    texts=texts,
-                )
-            )
-        if low is not None:
-            data.append(line([low, high], [place, place], color=row.color, width=2.5))
-        text = f"{figure_text(row.name)}<br>{number}"
-        data.append(
-            points(
-                [row.estimate],
-                [place],
-                color=row.color,
-                is_hollow=not row.is_distinct,
-                size=11,
-                texts=[text],
-            )
-        )
+        data += _forest_marks(row, place, number)
         if narrow:
             name = f"{shortened(row.name, LETTERS_NARROW)}<br>{number}"
             notes.append(label(name, 0, place, xref="paper", yanchor="bottom", yshift=7))
@@ -282,3 +252,27 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool, narrow: bool) -
         "annotations": notes,
     }
     return {"data": data, "layout": layout}
+
+
+def _forest_marks(row: ForestRow, place: int, number: str) -> list[Trace]:
+    """Return the values of a row, its interval, and its estimate on top."""
+    data: list[Trace] = []
+    if row.values:
+        texts = [f"{figure_text(name)}: {signed(value, 2)}" for name, value in row.values]
+        values = [value for _, value in row.values]
+        places = [place] * len(row.values)
+        data.append(points(values, places, color="@muted", size=6, opacity=0.55, texts=texts))
+    if row.interval is not None:
+        ends = [row.interval.low, row.interval.high]
+        data.append(line(ends, [place, place], color=row.color, width=2.5))
+    data.append(
+        points(
+            [row.estimate],
+            [place],
+            color=row.color,
+            is_hollow=not row.is_distinct,
+            size=11,
+            texts=[f"{figure_text(row.name)}<br>{number}"],
+        )
+    )
+    return data

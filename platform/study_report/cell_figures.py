@@ -1,13 +1,14 @@
-"""Figures of a study: its cells, their differences, its effects and interactions.
+"""Plot a study: its cells, their differences, its effects and interactions.
 
-Each is made twice, for a wide window with labels beside the marks, and for a narrow one with the
-labels above them. Numbers that cannot be had are left out of a figure; the table names them.
+Each figure is made twice: with labels beside the marks for a wide window, and above them for a
+narrow one. Missing numbers are left out of a figure; the table names them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from deta.platform.pages.number_format import signed
 from deta.platform.pages.plotly_parts import (
@@ -32,7 +33,7 @@ MAX_PANEL_COLUMNS = 3
 
 
 def cell_rows(analysis: Analysis) -> list[ForestRow]:
-    """The cells with a mean, in the order of the design."""
+    """Return the cells with a mean, in the order of the design."""
     return [
         ForestRow(
             cell.cell.key,
@@ -48,7 +49,7 @@ def cell_rows(analysis: Analysis) -> list[ForestRow]:
 
 
 def difference_rows(analysis: Analysis, differences: Sequence[CellDifference]) -> list[ForestRow]:
-    """Differences with an estimate and an interval, each with that of every seed."""
+    """Return the differences with an estimate and an interval, each with its seeds."""
     rows = []
     for item in differences:
         if item.estimate is None or item.interval is None:
@@ -69,6 +70,7 @@ def difference_rows(analysis: Analysis, differences: Sequence[CellDifference]) -
 
 
 def effect_rows(analysis: Analysis) -> list[ForestRow]:
+    """Return the effects with an estimate."""
     alpha = 1 - analysis.confidence
     return [
         ForestRow(
@@ -83,7 +85,7 @@ def effect_rows(analysis: Analysis) -> list[ForestRow]:
 
 
 def neighbours(analysis: Analysis) -> list[CellDifference]:
-    """Differences between cells that differ in one factor, and all with a named cell."""
+    """Return differences between cells that differ in one factor, and all with a named cell."""
     labels = {cell.cell.key: cell.cell.labels for cell in analysis.cells}
     return [
         item
@@ -97,8 +99,34 @@ def neighbours(analysis: Analysis) -> list[CellDifference]:
     ]
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """One panel of the interaction figure: a factor along x, lines for levels of another."""
+
+    cells: Sequence[CellSummary]
+    across: str
+    lines: str  # "" for a single line
+    number: int  # of the panel, from 1
+    narrow: bool
+    metric: str
+
+    @property
+    def axis_number(self) -> str:
+        return "" if self.number == 1 else str(self.number)
+
+    @property
+    def levels(self) -> list[str]:
+        return list(dict.fromkeys(cell.cell.labels[self.across] for cell in self.cells))
+
+    @property
+    def series(self) -> list[str]:
+        if not self.lines:
+            return [""]
+        return list(dict.fromkeys(cell.cell.labels[self.lines] for cell in self.cells))
+
+
 def interactions(analysis: Analysis, *, narrow: bool) -> Plot | None:
-    """Mean over cells at each level of one factor, a line for each level of another.
+    """Plot the mean over cells at each level of one factor, a line for each level of another.
 
     Returns:
         None where no factor has two levels with values.
@@ -120,77 +148,96 @@ def interactions(analysis: Analysis, *, narrow: bool) -> Plot | None:
         "height": num_rows * (300 if narrow else 360),
         "margin": {"l": 56, "r": 8 if narrow else 24, "t": 34, "b": 48},
     }
-    seen = [value for cell in crossed for value in cell.values.values()]
     for place, (across, lines) in enumerate(pairs):
-        row, column = divmod(place, columns)
-        number = "" if place == 0 else str(place + 1)
-        width, height = 1 / columns, 1 / num_rows
-        top = 1 - row * height
-        levels = list(dict.fromkeys(cell.cell.labels[across] for cell in crossed))
-        series = list(dict.fromkeys(cell.cell.labels[lines] for cell in crossed)) if lines else [""]
-        layout[f"xaxis{number}"] = axis(
-            figure_text(across),
+        panel = _Panel(crossed, across, lines, place + 1, narrow, analysis.metric)
+        layout |= _panel_axes(panel, divmod(place, columns), columns, num_rows)
+        ends = {}
+        for index, level in enumerate(panel.series):
+            traces, end = _panel_line(panel, index, level)
+            data += traces
+            if lines and end is not None:
+                ends[level] = end
+        layout["annotations"] += _panel_labels(panel, ends)
+    return {"data": data, "layout": layout}
+
+
+def _range_of(panel: _Panel) -> tuple[float, float]:
+    return padded([value for cell in panel.cells for value in cell.values.values()], 0.1)
+
+
+def _panel_axes(panel: _Panel, place: tuple[int, int], columns: int, num_rows: int) -> Plot:
+    """Return the axes of a panel, by its row and column."""
+    (row, column), number, levels = place, panel.axis_number, panel.levels
+    width, height = 1 / columns, 1 / num_rows
+    top = 1 - row * height
+    return {
+        f"xaxis{number}": axis(
+            figure_text(panel.across),
             domain=[column * width + (0.03 if column else 0), (column + 1) * width - 0.05],
             anchor=f"y{number}",
             tickvals=list(range(len(levels))),
             ticktext=[shortened(level, 16) for level in levels],
-            range=[-0.25, len(levels) - 0.45 + (0.35 if lines else 0)],
+            range=[-0.25, len(levels) - 0.45 + (0.35 if panel.lines else 0)],
             fixedrange=True,
-        )
-        layout[f"yaxis{number}"] = axis(
-            f"{analysis.metric} (mean)" if column == 0 else "",
+        ),
+        f"yaxis{number}": axis(
+            f"{panel.metric} (mean)" if column == 0 else "",
             domain=[top - height * (0.74 if num_rows > 1 else 1), top],
             anchor=f"x{number}",
-            range=list(padded(seen, 0.1)),
+            range=list(_range_of(panel)),
             showticklabels=column == 0,
+        ),
+    }
+
+
+def _panel_line(
+    panel: _Panel, index: int, level: str
+) -> tuple[list[Trace], tuple[float, float, str] | None]:
+    """Return the traces of one line, and its last point with its colour."""
+    across, lines, levels = panel.across, panel.lines, panel.levels
+    chosen = [c for c in panel.cells if not lines or c.cell.labels[lines] == level]
+    means = {
+        x: [c.mean for c in chosen if c.cell.labels[across] == name and c.mean is not None]
+        for x, name in enumerate(levels)
+    }
+    x = [x for x, values in means.items() if values]
+    y = [sum(means[i]) / len(means[i]) for i in x]
+    if not x:
+        return [], None
+    nudge = (index - (len(panel.series) - 1) / 2) * 0.05
+    color = color_of(index)
+    texts = [
+        figure_text(f"{across} {levels[i]}" + (f", {lines} {level}" if lines else ""))
+        + f"<br>{signed(value, 2)}"
+        for i, value in zip(x, y, strict=True)
+    ]
+    shifted = [i + nudge for i in x]
+    marks = points(shifted, y, color=color, symbol=symbol_of(index), texts=texts, axes=panel.number)
+    traces = [
+        _seeds_of(chosen, across, levels, nudge, color, panel.number),
+        line(shifted, y, color=color, axes=panel.number),
+        marks,
+    ]
+    return traces, (shifted[-1], y[-1], color)
+
+
+def _panel_labels(panel: _Panel, ends: Mapping[str, tuple[float, float, str]]) -> list[Plot]:
+    """Label the lines of a panel at their ends, spread so that no two overlap."""
+    low, high = _range_of(panel)
+    gap = (high - low) * LABEL_PX / (240 if not panel.narrow else 180)
+    heights = spread({name: y for name, (_, y, _) in ends.items()}, gap)
+    return [
+        label(
+            f"{shortened(panel.lines, 12)} {shortened(level, 12)}",
+            ends[level][0],
+            height,
+            color=ends[level][2],
+            xref=f"x{panel.axis_number}",
+            yref=f"y{panel.axis_number}",
+            xshift=10,
         )
-        ends = {}
-        for index, level in enumerate(series):
-            chosen = [c for c in crossed if not lines or c.cell.labels[lines] == level]
-            means = {
-                x: [c.mean for c in chosen if c.cell.labels[across] == name and c.mean is not None]
-                for x, name in enumerate(levels)
-            }
-            x = [x for x, values in means.items() if values]
-            y = [sum(means[i]) / len(means[i]) for i in x]
-            if not x:
-                continue
-            nudge = (index - (len(series) - 1) / 2) * 0.05
-            color = color_of(index)
-            data.append(_seeds_of(chosen, across, levels, nudge, color, place + 1))
-            data.append(line([i + nudge for i in x], y, color=color, axes=place + 1))
-            texts = [
-                figure_text(f"{across} {levels[i]}" + (f", {lines} {level}" if lines else ""))
-                + f"<br>{signed(value, 2)}"
-                for i, value in zip(x, y, strict=True)
-            ]
-            data.append(
-                points(
-                    [i + nudge for i in x],
-                    y,
-                    color=color,
-                    symbol=symbol_of(index),
-                    texts=texts,
-                    axes=place + 1,
-                )
-            )
-            if lines:
-                ends[level] = (x[-1] + nudge, y[-1], color)
-        low, high = padded(seen, 0.1)
-        gap = (high - low) * LABEL_PX / (240 if not narrow else 180)
-        for level, y_label in spread({name: end[1] for name, end in ends.items()}, gap).items():
-            layout["annotations"].append(
-                label(
-                    f"{shortened(lines, 12)} {shortened(level, 12)}",
-                    ends[level][0],
-                    y_label,
-                    color=ends[level][2],
-                    xref=f"x{number}",
-                    yref=f"y{number}",
-                    xshift=10,
-                )
-            )
-    return {"data": data, "layout": layout}
+        for level, height in heights.items()
+    ]
 
 
 def _seeds_of(
@@ -201,7 +248,7 @@ def _seeds_of(
     color: str,
     axes: int,
 ) -> Trace:
-    """A small mark for every seed of every cell behind a line."""
+    """Return a small mark for every seed of every cell behind a line."""
     x, y, texts = [], [], []
     for cell in cells:
         for seed, value in cell.values.items():

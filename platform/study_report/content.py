@@ -1,4 +1,4 @@
-"""What the report of a study or a sweep is made from."""
+"""The content of the report of a study or a sweep."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyReport:
-    """All that a report tells. Without an analysis it is that of a sweep: trials and no verdict
-    of statistics."""
+    """Everything that a report shows. A sweep has trials but no statistical analysis."""
 
     title: str
     trials: Sequence[TrialRecord]
@@ -51,7 +50,7 @@ class StudyReport:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """The sentences at the top; those of the analysis where there are any."""
+        """Return the sentences at the top."""
         if found := (*self.summary, *(self.analysis.verdicts if self.analysis else ())):
             return tuple(_sentence(text) for text in found)
         finished = [t for t in self.trials if t.status == "finished" and t.ap is not None]
@@ -65,14 +64,14 @@ class StudyReport:
 
     @property
     def cell_names(self) -> list[str]:
-        """In the order of the design; of a sweep, in the order of its trials."""
+        """Return the cells in the order of the design, or in that of a sweep's trials."""
         if self.analysis:
             return [cell.cell.key for cell in self.analysis.cells]
         return list(dict.fromkeys(trial.cell for trial in self.trials))
 
     @property
     def pilot(self) -> PilotPlan | None:
-        """The noise of this study, for the next one."""
+        """Return what the noise of this study means for the next one."""
         if self.analysis is None:
             return None
         try:
@@ -83,6 +82,6 @@ class StudyReport:
 
 
 def _sentence(text: str) -> str:
-    """With a capital and a full stop, and no line break within "± 0.3" or "p < 0.001"."""
+    """Add a capital and a full stop, and prevent line breaks within "± 0.3" or "p < 0.001"."""
     whole = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
     return re.sub(r"(?<=[±<=]) | (?=[±<=])|(?<=\d) (?=AP\b|seeds?\b)", "\u00a0", whole)

@@ -1,4 +1,4 @@
-"""The report of a study or a sweep: one HTML page, and a summary in Markdown."""
+"""Write the report of a study or a sweep: one HTML page, and a summary in Markdown."""
 
 from __future__ import annotations
 
@@ -26,57 +26,54 @@ from deta.platform.study_report.cell_figures import (
     neighbours,
 )
 from deta.platform.study_report.content import StudyReport
-from deta.platform.study_report.curve_figures import (
-    CostMark,
-    cost_against_ap,
-    learning_curves,
-    mean_curves,
-    power_curve,
-)
-from deta.platform.study_report.markdown_report import summary
+from deta.platform.study_report.cost_figures import CostMark, cost_against_ap, power_curve
+from deta.platform.study_report.curve_figures import learning_curves, mean_learning_curves
+from deta.platform.study_report.markdown_report import markdown_summary
 from deta.platform.study_report.parallel_coordinates import parallel_axes, parallel_coordinates
-from deta.platform.study_report.tables import (
+from deta.platform.study_report.result_tables import (
     anchors_table,
     cells_table,
-    changed_table,
-    cost_kind,
-    cost_table,
     curve_table,
     design_table,
     differences_table,
     effects_table,
-    facts,
-    failures_table,
-    how_table,
-    power_rows,
-    searched_table,
     steps_table,
     terms_table,
+)
+from deta.platform.study_report.trial_tables import (
+    changed_table,
+    cost_kind,
+    cost_table,
+    facts_line,
+    failures_table,
+    how_table,
+    required_seeds_table,
+    searched_table,
     trials_table,
 )
 
 MANY_PAIRS = 21  # above it, the figure shows pairs of cells that differ in one factor
-NUM_AXES_WORTH = 2  # parallel coordinates of one parameter would be the table again
+MIN_AXES = 2  # parallel coordinates of one parameter would repeat the table
 HTML_NAME, MARKDOWN_NAME = "report.html", "report.md"
 
 
-def write_report(folder: Path, report: StudyReport) -> tuple[Path, Path]:
-    """Write report.html and report.md, each whole or not at all. Returns their paths.
+def write_study_report(folder: Path, report: StudyReport) -> tuple[Path, Path]:
+    """Write report.html and report.md, each atomically. Returns their paths.
 
     Raises:
-        RuntimeError: plotly is not installed; the summary has been written then.
+        RuntimeError: plotly is not installed; the summary is written all the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     page_path, summary_path = folder / HTML_NAME, folder / MARKDOWN_NAME
-    summary_path.write_text(summary(report), encoding="utf-8")
+    summary_path.write_text(markdown_summary(report), encoding="utf-8")
     top = [Paragraph(sentence, "verdict") for sentence in report.verdicts]
-    top.append(Paragraph(facts(report), "facts"))
+    top.append(Paragraph(facts_line(report), "facts"))
     write_page(page_path, title=report.title, summary=top, sections=sections(report))
     return page_path, summary_path
 
 
 def sections(report: StudyReport) -> list[Section]:
-    """The parts of the page in their order; a part that has nothing to show is missing."""
+    """Return the sections of the page in their order, without those that would be empty."""
     analysis = report.analysis
     found = [_design(report)]
     if analysis:
@@ -128,7 +125,7 @@ def _differences(analysis: Analysis) -> Section | None:
     parts: list[Part] = []
     percent = f"{100 * analysis.confidence:g} %"
     unit = f"difference in {analysis.metric}, points"
-    drawn = "A filled mark is told from zero after Holm's correction, a hollow one is not."
+    drawn = "A filled mark differs from zero after Holm's correction, a hollow one does not."
     if analysis.answers:
         parts.append(
             differences_table(
@@ -173,15 +170,15 @@ def _effects(analysis: Analysis) -> Section | None:
                 "with one line for each level of another. The numbers are in the table of cells.",
                 wide=plot,
                 narrow=interactions(analysis, narrow=True) or {},
-                note="Parallel lines mean that the factors add; lines that part or cross, that "
-                "the effect of one depends on the other. Small marks are seeds.",
+                note="Parallel lines mean that the factors add. Lines that diverge or cross mean "
+                "that the effect of one depends on the other. Small marks are seeds.",
             )
         )
     if rows := effect_rows(analysis):
         parts.append(
             _forest_figure(
                 "effects-figure", "Effects", rows, f"effect on {analysis.metric}, points",
-                note="A filled mark is told from zero after Holm's correction, a hollow one is "
+                note="A filled mark differs from zero after Holm's correction, a hollow one does "
                 "not. An interaction is the difference of two differences.",
             )
         )  # fmt: skip
@@ -209,8 +206,8 @@ def _curves(report: StudyReport) -> Section | None:
         wide=plots[0],
         narrow=plots[1] or {},
         note="Lines are means over seeds; bands reach from the lowest seed to the highest."
-        + (" Dotted lines are trials that did not finish; they are in no mean." * unfinished),
-        table=curve_table(mean_curves(report.trials), report.metric),
+        + (" Dotted lines are trials that did not finish; no mean includes them." * unfinished),
+        table=curve_table(mean_learning_curves(report.trials), report.metric),
     )
     return Section(name="curves", title="Learning curves", parts=[figure])
 
@@ -249,7 +246,7 @@ def _cost(report: StudyReport) -> Section | None:
                 narrow=plots[1],
                 note="Filled marks are on the Pareto front: nothing is both cheaper and better. "
                 + ("Large marks are means, small ones seeds; the front is that of the means, "
-                   "because one of single trials would be drawn by luck." if several else ""),
+                   "because a front of single trials would favour lucky ones." if several else ""),
             )
         )  # fmt: skip
     return Section(name="cost", title="Cost", parts=parts)
@@ -260,7 +257,7 @@ def _parameters(report: StudyReport) -> Section | None:
         return None
     table = trials_table(report)
     axes = parallel_axes(report.trials, report.metric)
-    if len(axes) < NUM_AXES_WORTH:
+    if len(axes) < MIN_AXES:
         return Section(name="parameters", title="Trials and their parameters", parts=[table])
     figure = Figure(
         name="parallel-figure",
@@ -282,13 +279,13 @@ def _power(report: StudyReport) -> Section | None:
     noise, metric = report.analysis.noise, report.metric
     pilot = report.pilot
     if pilot is None:
-        why = noise.note or "it needs two seeds at least"
+        why = noise.note or "it needs at least two seeds"
         text = f"The noise of this study could not be estimated: {why}."
         return Section(name="power", title="What more seeds would show", parts=[Paragraph(text)])
     worst = noise.interval.high if noise.interval else pilot.cautious.sd
     text = (
-        f"Within a seed, one training scatters by {pilot.estimate.sd:.2f} {metric} (standard "
-        f"deviation, at most {worst:.2f} with {100 * report.analysis.confidence:g} % confidence)."
+        f"The standard deviation of one training within a seed is {pilot.estimate.sd:.2f} {metric} "
+        f"(at most {worst:.2f} with {100 * report.analysis.confidence:g} % confidence)."
     )
     seeds_now = len(report.analysis.seeds)
     plots = [
@@ -297,18 +294,18 @@ def _power(report: StudyReport) -> Section | None:
     ]
     figure = Figure(
         name="power-figure",
-        title="The smallest difference that is found, by seeds",
-        description="The smallest true difference that is told from noise with 80 % power, over "
-        "the number of seeds of each cell. The table above says what given differences need.",
+        title="The smallest difference that is detected, by seeds",
+        description="The smallest true difference that is detected with 80 % power, over the "
+        "number of seeds of each cell. The table above has the seeds for given differences.",
         wide=plots[0],
         narrow=plots[1],
-        note="Found means: told from noise four times in five. For one comparison; several at "
-        "once, with Holm's correction, need more.",
+        note="Detected means: significant four times in five. This is for one comparison; several "
+        "at once, with Holm's correction, need more.",
     )
     return Section(
         name="power",
         title="What more seeds would show",
-        parts=[Paragraph(text), power_rows(report, pilot), figure],
+        parts=[Paragraph(text), required_seeds_table(report, pilot), figure],
     )
 
 
@@ -337,7 +334,7 @@ def _how(report: StudyReport) -> Section:
         parts.append(Paragraph(Link("The run of this sweep in MLflow", how.run_url)))
     parts.append(
         Paragraph(
-            "This page holds all of its data and its drawing code (plotly.js, MIT license); it "
+            "This page contains all of its data and its drawing code (plotly.js, MIT license); it "
             "fetches nothing.",
             style="aside",
         )

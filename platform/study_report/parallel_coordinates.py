@@ -1,4 +1,4 @@
-"""The parameters of a sweep and what came of them: one line for each trial through all axes."""
+"""Plot the parameters and results of a sweep: one line for each trial through all axes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from deta.platform.pages.plotly_parts import (
 from deta.platform.pages.safe_text import figure_text
 from deta.platform.study.trial_record import TrialRecord
 
-MAX_AXES = 9  # parameters that are drawn; the table has all of them
+MAX_AXES = 9  # parameters that are plotted; the table has all of them
 
 
 @dataclass(frozen=True)
 class ParallelAxis:
-    """One quantity of every trial: places from 0 to 1, and what stands at some of them."""
+    """One quantity of every trial: places from 0 to 1, and ticks at some of them."""
 
     name: str
     places: Mapping[str, float]  # by name of the trial; missing where it has no value
@@ -35,9 +35,9 @@ class ParallelAxis:
 
 
 def parallel_axes(trials: Sequence[TrialRecord], metric: str) -> list[ParallelAxis]:
-    """The parameters that differ between trials, in their order, and the AP of those that finished.
+    """Return the parameters that differ between trials, and the AP of those that finished.
 
-    The seed is none of them: it was not searched, and the AP says how much it does.
+    The seed is left out: it was not searched, and the AP shows its influence.
     """
     keys = dict.fromkeys(key for t in trials for key in t.parameters if key != "seed")
     axes = []
@@ -70,7 +70,7 @@ def _axis_of(name: str, values: Mapping[str, Any]) -> ParallelAxis:
             {trial: place(value) for trial, value in numbers.items()},
             {short(float(f"{low:.3g}")): 0.0, short(float(f"{high:.3g}")): 1.0},
         )
-    # Few values, or words: one place each, numbers in their order, with words behind them.
+    # Few values, or words: one place each, numbers in their order, then words.
     levels = sorted(
         {repr(value): value for value in values.values()}.values(),
         key=lambda v: (0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)),
@@ -92,11 +92,39 @@ def _is_number(value: Any) -> bool:
 def parallel_coordinates(
     trials: Sequence[TrialRecord], axes: Sequence[ParallelAxis], *, narrow: bool
 ) -> Plot:
-    """A line for each trial through its values on parallel axes; darker is a higher AP.
+    """Plot a line for each trial through its values on parallel axes; darker is a higher AP.
 
-    Drawn from plain lines: plotly's own kind wants WebGL and to compile code, which the page
-    forbids. In a narrow window the axes lie, one below the other.
+    The lines are plain: plotly's own parallel coordinates need WebGL and compile code, which the
+    page forbids. In a narrow window the axes are horizontal, one below the other.
     """
+    notes, shapes = [], []
+    for i, item in enumerate(axes):
+        ends = {"x0": 0, "x1": 1, "y0": i, "y1": i} if narrow else {
+            "x0": i, "x1": i, "y0": 0, "y1": 1}  # fmt: skip
+        shapes.append(
+            {"type": "line", "layer": "below", "line": {"color": "@muted", "width": 1}, **ends}
+        )
+        notes += _axis_labels(i, item, narrow, alternates=len(axes) > 5)
+    count = len(axes) - 1
+    left_px = max(label_px(list(axes[0].ticks), 14), 8 + _half_px(axes[0].name))
+    hidden = {"showticklabels": False, "ticks": "", "showline": False, "showgrid": False,
+              "fixedrange": True}  # fmt: skip
+    layout = {
+        "height": 60 + 74 * len(axes) if narrow else 420,
+        "margin": {"l": 8, "r": 8, "t": 24, "b": 24} if narrow
+        else {"l": left_px, "r": 12 + _half_px(axes[-1].name), "t": 64, "b": 16},
+        "xaxis": hidden | {"range": [-0.04, 1.04] if narrow else [-0.05, count + 0.05]},
+        "yaxis": hidden | {"range": [count + 0.3, -0.4] if narrow else [-0.05, 1.05]},
+        "shapes": shapes,
+        "annotations": notes,
+    }  # fmt: skip
+    return {"data": _trial_lines(trials, axes, narrow), "layout": layout}
+
+
+def _trial_lines(
+    trials: Sequence[TrialRecord], axes: Sequence[ParallelAxis], narrow: bool
+) -> list[Trace]:
+    """Return the lines, those of low AP first, so that the best are on top."""
     results = [t.ap for t in trials if t.ap is not None and t.status == "finished"]
     low, high = padded(results, 0) if results else (0.0, 1.0)
     data: list[Trace] = []
@@ -104,9 +132,9 @@ def parallel_coordinates(
     for number, trial in enumerate(ordered):
         along = [(i, item.places[trial.name]) for i, item in enumerate(axes)
                  if trial.name in item.places]  # fmt: skip
-        # A little aside, so that trials with the same values can be told apart.
-        aside = ((number * 0.618) % 1 - 0.5) * 0.05
-        across = [place + (aside if i < len(axes) - 1 else 0) for i, place in along]
+        # Shifted a little, so that trials with the same values are distinguishable.
+        shift = ((number * 0.618) % 1 - 0.5) * 0.05
+        across = [place + (shift if i < len(axes) - 1 else 0) for i, place in along]
         steps: list[float] = [i for i, _ in along]
         x, y = (across, steps) if narrow else (steps, across)
         result = "no AP" if trial.ap is None else signed(trial.ap, 2)
@@ -122,43 +150,34 @@ def parallel_coordinates(
                 texts=[f"{figure_text(trial.name)}<br>{result} ({trial.status})"] * len(x),
             )
         )
-    notes, shapes = [], []
-    for i, item in enumerate(axes):
-        ends = {"x0": 0, "x1": 1, "y0": i, "y1": i} if narrow else {
-            "x0": i, "x1": i, "y0": 0, "y1": 1}  # fmt: skip
-        shapes.append(
-            {"type": "line", "layer": "below", "line": {"color": "@muted", "width": 1}, **ends}
-        )
-        title = f"<b>{shortened(item.name, 40 if narrow else 22)}</b>"
-        notes.append(
-            label(title, 0, i, yanchor="bottom", yshift=7, bgcolor="@paper")
-            if narrow
-            else label(title, i, 1, anchor="center", yanchor="bottom",
-                       yshift=26 if i % 2 and len(axes) > 5 else 9)
-        )  # fmt: skip
+    return data
+
+
+def _axis_labels(i: int, item: ParallelAxis, narrow: bool, *, alternates: bool) -> list[Plot]:
+    """Return the title of an axis and its ticks.
+
+    Args:
+        alternates: every second title is higher, since titles of many axes would overlap.
+    """
+    title = f"<b>{shortened(item.name, 40 if narrow else 22)}</b>"
+    if narrow:
+        notes = [label(title, 0, i, yanchor="bottom", yshift=7, bgcolor="@paper")]
         for text, place in item.ticks.items():
+            anchor = "left" if place < 0.1 else "right" if place > 0.9 else "center"
             notes.append(
                 label(shortened(text, 14), place, i, color="@muted", yanchor="top", yshift=-4,
-                      anchor="left" if place < 0.1 else "right" if place > 0.9 else "center",
-                      bgcolor="@paper")
-                if narrow
-                else label(shortened(text, 14), i, place, color="@muted", anchor="right", xshift=-6,
-                           bgcolor="@paper")
+                      anchor=anchor, bgcolor="@paper")
             )  # fmt: skip
-    count = len(axes) - 1
-    left_px = max(label_px(list(axes[0].ticks), 14), 8 + _half_px(axes[0].name))
-    hidden = {"showticklabels": False, "ticks": "", "showline": False, "showgrid": False,
-              "fixedrange": True}  # fmt: skip
-    layout = {
-        "height": 60 + 74 * len(axes) if narrow else 420,
-        "margin": {"l": 8, "r": 8, "t": 24, "b": 24} if narrow
-        else {"l": left_px, "r": 12 + _half_px(axes[-1].name), "t": 64, "b": 16},
-        "xaxis": hidden | {"range": [-0.04, 1.04] if narrow else [-0.05, count + 0.05]},
-        "yaxis": hidden | {"range": [count + 0.3, -0.4] if narrow else [-0.05, 1.05]},
-        "shapes": shapes,
-        "annotations": notes,
-    }  # fmt: skip
-    return {"data": data, "layout": layout}
+        return notes
+    height = 26 if i % 2 and alternates else 9
+    return [
+        label(title, i, 1, anchor="center", yanchor="bottom", yshift=height),
+        *(
+            label(shortened(text, 14), i, place, color="@muted", anchor="right", xshift=-6,
+                  bgcolor="@paper")
+            for text, place in item.ticks.items()
+        ),
+    ]  # fmt: skip
 
 
 def _half_px(title: str) -> int:

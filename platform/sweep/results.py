@@ -21,7 +21,7 @@ from deta.platform.study.design import Trial
 from deta.platform.study.study_types import Analysis, Decomposition
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import Provenance, StudyReport
-from deta.platform.study_report.html_report import HTML_NAME, MARKDOWN_NAME, write_report
+from deta.platform.study_report.html_report import HTML_NAME, MARKDOWN_NAME, write_study_report
 from deta.platform.sweep.search_space import Sweep
 from deta.platform.sweep.sweep_folder import TRIAL_FILE, TRIALS_FOLDER, base_of, read_sweep
 from deta.platform.sweep.trial_folder import TrialFolder
@@ -113,7 +113,7 @@ def write_results(
     )
     try:
         if with_page:
-            write_report(folder, report)
+            write_study_report(folder, report)
     except RuntimeError as error:  # without plotly there is the summary
         logger.warning("%s is not written: %s", HTML_NAME, error)
     return report
