@@ -1,1 +1,1 @@
-"""Weight files, ours and published, read without running their code."""
+"""Weight files, ours and published, read without running code from them."""

@@ -1,11 +1,11 @@
-"""Weights of a backbone alone, as published detectors start from.
+"""Read weights of a backbone alone, from which published detectors start.
 
   R-50.pkl               detectron2://ImageNetPretrained/torchvision/R-50.pkl and R-101.pkl
   resnet50-*.pth         torchvision, V1 weights of ImageNet-1k
   swin_*_22k.pth         the Swin repository, also its ImageNet-1k ones
 
-Not the R-50.pkl of MSRA, which detectron2 uses by default: that network takes blue before red,
-values of 0 to 255, and strides in its 1x1 convolutions; with our input it would compute nonsense.
+The R-50.pkl of MSRA, which detectron2 uses by default, is refused: that network expects blue before
+red, values of 0 to 255, and strides in its 1x1 convolutions. Our input would give wrong features.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from deta.model.anchor_detr import AnchorDETRConfig
 from deta.model.architectures import DetectorConfig
 from deta.model.published_names import STEPS
 from deta.model.published_sizes import BODY
+from deta.platform.system.short_list import short_list
 from deta.platform.weights.model_file import shapes_of
 from deta.platform.weights.weight_files import WeightsError, read_weights
 
-# How a name of one of ours begins, and what stands before such a name in a whole detector.
+# For each layout, how a tensor name begins, and the prefix of such a name in a complete detector.
 _LAYOUTS = {
     "detectron2": (re.compile(r"stem\.conv1\.|res2\.0\."), "backbone."),
     "torchvision or Swin": (
@@ -33,17 +34,17 @@ _LAYOUTS = {
     ),
 }
 _CAFFE2 = re.compile(r"(res_)?conv1_|res\d_\d+_branch")
-# The classifier, and in Swin what follows from the window.
-_WITHOUT_USE = re.compile(r"(stem\.)?fc\.|head\.|norm\.(weight|bias)$|.*\.attn_mask$")
+# The classifier, and in Swin the masks that the window size determines.
+_UNUSED = re.compile(r"(stem\.)?fc\.|head\.|norm\.(weight|bias)$|.*\.attn_mask$")
 
 
 def read_backbone(path: Path, model: DetectorConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's tensors under our names, and what to say of them.
+    """Return the backbone's tensors under our names, and lines about them to print.
 
-    Output norms that DETA adds to a Swin are in no such file: they are not among the tensors.
+    The output norms that DETA adds to a Swin are not in such files, nor in the result.
 
     Raises:
-        ValueError: the file is refused, of another network, or of one with another input.
+        ValueError: the file is refused, or is for another network or another input.
     """
     tensors = read_weights(path)
     try:
@@ -51,13 +52,12 @@ def read_backbone(path: Path, model: DetectorConfig) -> tuple[dict[str, Tensor],
         state = _fit_backbone(renamed, model)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
-    shown = f", not used: {', '.join(unused[:6])}" if unused else ""
-    line = f"backbone from {path} ({layout} layout): {len(state)} tensors{shown}"
-    return state, [line + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")]
+    rest = f", not used: {short_list(unused, 6)}" if unused else ""
+    return state, [f"backbone from {path} ({layout} layout): {len(state)} tensors{rest}"]
 
 
 def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are names of a backbone alone, known or refused."""
+    """Return True for the names of a backbone alone, readable or refused."""
     return (
         any(_CAFFE2.match(name) for name in tensors)
         or all(name.startswith(BODY) for name in tensors)
@@ -68,15 +68,15 @@ def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
 def rename_backbone(
     tensors: Mapping[str, Tensor],
 ) -> tuple[str, dict[str, Tensor], list[str]]:
-    """The layout, the tensors under our names, and the names of those without use here.
+    """Return the layout, the tensors under our names, and the names of unused tensors.
 
     Raises:
-        ValueError: no layout has these names, or the network has another input than ours.
+        ValueError: the layout is unknown, or the network expects another input than ours.
     """
     if any(_CAFFE2.match(name) for name in tensors):
         raise ValueError(
-            "has Caffe2's names, so it is a network of MSRA or Detectron: it takes blue before "
-            "red, values of 0 to 255 and strides in its 1x1 convolutions, which ours does not. Use "
+            "has Caffe2 names, so it is a network of MSRA or Detectron: it expects blue before "
+            "red, values of 0 to 255 and strides in its 1x1 convolutions, unlike ours. Use "
             "detectron2's torchvision/R-50.pkl (jobs/convert.py --list) or timm's weights"
         )
     if all(name.startswith(BODY) for name in tensors):
@@ -86,12 +86,14 @@ def rename_backbone(
         some = ", ".join(list(tensors)[:5])
         raise ValueError(
             f"{some}: not the names of a ResNet or Swin of detectron2, torchvision or the Swin "
-            "repository. For a whole detector use init_checkpoint"
+            "repository. For a complete detector use init_checkpoint"
         )
     prefix = _LAYOUTS[layout][1]
-    unused = [name for name in tensors if _WITHOUT_USE.match(name)]
-    whole = {prefix + name: tensor for name, tensor in tensors.items() if name not in set(unused)}
-    renamed = pretrained.trace_published(whole)
+    unused = [name for name in tensors if _UNUSED.match(name)]
+    prefixed = {
+        prefix + name: tensor for name, tensor in tensors.items() if name not in set(unused)
+    }
+    renamed = pretrained.trace_published(prefixed)
     if renamed.unknown:
         names = [name.removeprefix(prefix) for name in renamed.unknown]
         raise ValueError(f"{', '.join(names[:10])}: no such tensor in a {layout} backbone")
@@ -106,7 +108,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[str, Tensor]:
-    """Every tensor of the model's backbone but its output norms, in its shape, under its names."""
+    """Return the tensors of the model's backbone, except output norms, under its names."""
     ours = BODY.removeprefix("pyramid.") if isinstance(model, AnchorDETRConfig) else BODY
     expected = {
         name: shape
@@ -128,6 +130,6 @@ def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[
     if problems:
         raise ValueError(
             f"is not backbone {model.backbone.name}: {'; '.join(problems)}. Set "
-            "model.backbone.name to the network that the file is of"
+            "model.backbone.name to the network of the file"
         )
     return {name: state[name] for name in expected}

@@ -1,7 +1,7 @@
-"""Which row of a file's class heads becomes which class of a data set, and what to say of it.
+"""Match the rows of a weight file's class heads with the classes of a data set.
 
-Names decide, never ids: two data sets number the same classes differently and give the same number
-to different ones.
+Classes are matched by name, never by id: data sets give different ids to the same class, and the
+same id to different classes.
 """
 
 from __future__ import annotations
@@ -17,28 +17,46 @@ from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES
 from deta.platform.data.coco_dataset import Category
 from deta.platform.system.safe_read import read_bounded
 from deta.platform.system.short_list import short_list
-from deta.platform.weights.coco_class_names import COCO_CATEGORIES, NUM_ID_ROWS
 
-# "by_name": a class of the data set starts from the file's class of that name, or as new.
-# "in_order": the file's rows are the data set's classes, in the order of their ids.
-# "drop": all class heads start as new, as the official code fine-tunes from Objects365.
+# "by_name": a class of the data set starts from the file's class of that name, or untrained.
+# "in_order": the file's rows are the data set's classes, sorted by id.
+# "drop": all class heads start untrained, as the official code fine-tunes from Objects365.
 InitClasses = Literal["by_name", "in_order", "drop"]
-NUM_SHOWN = 12  # classes written out in one line
+NUM_SHOWN = 12  # classes listed in one line
+# COCO's 80 classes by the ids of its annotations, which have gaps. Source: cocodataset.org.
+COCO_NAMES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
+    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
+    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
+    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
+    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
+    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
+    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
+    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
+    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
+    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
+    89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+COCO_CATEGORIES = tuple(Category(id_, name) for id_, name in COCO_NAMES.items())
+NUM_ID_ROWS = 91  # of a class head whose rows are these ids
 
 
 @dataclass(frozen=True)
 class FileClasses:
-    """What the rows of a file's class heads stand for."""
+    """The classes of the rows of a file's class heads."""
 
     num_rows: int
-    by_row: Mapping[int, Category]  # rows that stand for nothing are left out; empty: not known
-    origin: str  # how that is known, for people
+    by_row: Mapping[int, Category]  # without unused rows; empty: classes unknown
+    origin: str  # the source of this information, for messages
 
     @property
     def rows_and_categories(self) -> tuple[list[int], tuple[Category, ...]]:
-        """Those that stand for something, in ascending order of the categories' ids.
+        """Used rows and their categories, sorted by category id.
 
-        Where nothing is known, all rows, with their numbers for names.
+        If the classes are unknown, all rows, named by their numbers.
         """
         known = self.by_row or {row: Category(row, str(row)) for row in range(self.num_rows)}
         rows = sorted(known, key=lambda row: known[row].id)
@@ -47,10 +65,10 @@ class FileClasses:
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """For each class of a data set the row of the file that it starts from, or none."""
+    """For each class of a data set, the row of the file that it starts from, or None."""
 
     rows: tuple[int | None, ...]
-    lines: tuple[str, ...]  # for people: what was matched, what is new, what is dropped
+    lines: tuple[str, ...]  # to print: matched, new and dropped classes
 
     @property
     def new(self) -> int:
@@ -58,7 +76,7 @@ class ClassPlan:
 
 
 def published_classes(num_rows: int) -> FileClasses:
-    """Of a published file, which holds no names: COCO's where the number of rows is COCO's."""
+    """Return the classes of a published file without names: COCO's if the number of rows fits."""
     if num_rows == NUM_ID_ROWS:
         by_row = {category.id: category for category in COCO_CATEGORIES}
         return FileClasses(num_rows, by_row, f"{num_rows} rows, so they are COCO's ids")
@@ -71,16 +89,16 @@ def published_classes(num_rows: int) -> FileClasses:
 
 
 def own_classes(categories: Sequence[Category], origin: str) -> FileClasses:
-    """Of weights that were trained here: a row for each category."""
+    """Return the classes of weights trained here, which have a row for each category."""
     return FileClasses(len(categories), dict(enumerate(categories)), origin)
 
 
 def listed_classes(path: Path, num_rows: int) -> FileClasses:
-    """From a file that a person gives: what the rows of class heads stand for.
+    """Read the classes of the rows of class heads from a file of the user.
 
     Args:
-        path: annotations in COCO's format; a `config.json` of Hugging Face, with `id2label`; or
-            text with a name on each line, where `-` is a row that stands for nothing.
+        path: annotations in COCO format; a `config.json` of Hugging Face with `id2label`; or
+            text with a name on each line, where `-` marks an unused row.
 
     Raises:
         ValueError: the file cannot be read, or does not fit the number of rows.
@@ -115,7 +133,7 @@ def listed_classes(path: Path, num_rows: int) -> FileClasses:
     raise ValueError(
         f"{path}: lists {len(categories)} categories with ids up to "
         f"{categories[-1].id if categories else 'none'}; the class heads have {num_rows} rows, "
-        "which fits neither one row for each nor rows that are ids"
+        "which fits neither one row per category nor one row per id"
     )
 
 
@@ -133,15 +151,16 @@ def _from_hugging_face(path: Path, labels: Mapping[str, object], num_rows: int) 
 def plan_classes(
     file: FileClasses, categories: Sequence[Category], how: InitClasses = "by_name"
 ) -> ClassPlan:
-    """Which row each class of a data set starts from.
+    """Choose the row that each class of a data set starts from.
 
     Raises:
-        ValueError: the file's classes have no names, or in_order does not fit; says what else can
-            be done.
+        ValueError: the file's classes have no names, or in_order does not fit; names the
+            alternatives.
     """
     if how == "drop":
         line = (
-            f"classes: all {len(categories)} start as new, the file's {file.num_rows} are dropped"
+            f"classes: all {len(categories)} start untrained; "
+            f"{file.num_rows} of the file are dropped"
         )
         return ClassPlan((None,) * len(categories), (line,))
     if how == "in_order":
@@ -156,9 +175,9 @@ def plan_classes(
         )
     if not file.by_row:
         raise ValueError(
-            f"the file has {file.origin}. Give them, with jobs/convert.py --classes FILE; or start "
-            "the class heads as new with init_classes=drop; or say that the rows are the data "
-            "set's classes in order with init_classes=in_order"
+            f"the file has {file.origin}. Give them with jobs/convert.py --classes FILE; or start "
+            "with untrained class heads, init_classes=drop; or use the rows as the data set's "
+            "classes in order, init_classes=in_order"
         )
     return _match(file, categories)
 
@@ -166,7 +185,7 @@ def plan_classes(
 def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
     by_exact = {category.name: row for row, category in file.by_row.items()}
     rows: list[int | None] = [by_exact.get(category.name) for category in categories]
-    left: dict[str, list[int]] = defaultdict(list)  # rows that no class has the very name of
+    left: dict[str, list[int]] = defaultdict(list)  # rows without an exactly equal name
     for row, category in file.by_row.items():
         if row not in rows:
             left[normalized_name(category.name)].append(row)
@@ -193,7 +212,7 @@ def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
 
 
 def normalized_name(name: str) -> str:
-    """What of a name is compared: without case, and with spaces for `_` and `-`."""
+    """Return a name for comparison: without case, and with spaces for `_` and `-`."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 

@@ -1,4 +1,4 @@
-"""From one layout of weights to another, with an account of every tensor."""
+"""Convert weights from one layout to another, with a report on every tensor."""
 
 from __future__ import annotations
 
@@ -24,33 +24,35 @@ from deta.platform.weights.model_file import (
     shapes_of,
 )
 
-SEED = 0  # of tensors that are missing by permission, and of new classes
-NUM_SHOWN = 40  # names written out in the report for people; the JSON has all
+SEED = 0  # for initialising tensors that may be missing, and new classes
+NUM_SHOWN = 40  # names listed in the printed report; the JSON has all
 
 
 @dataclass(frozen=True)
-class Report:
-    """What became of each tensor. Names of ours, but those left over, which have none."""
+class ConversionReport:
+    """The result for each tensor, under our names; unused ones have names of the file."""
 
     layout: str
-    used: dict[str, list[str]]  # ours -> the file's names that it was made of, copies included
-    computed: list[str]  # the file's: compared with what we compute, or without effect
+    used: dict[str, list[str]]  # our name -> its source names in the file, including copies
+    computed: list[str]  # names of the file: computed here and compared, or without effect
     missing: list[str]
     allowed_missing: list[str]
     left_over: list[str]
     allowed_unused: list[str]
     wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # found, expected
-    num_values: dict[str, int] = field(default_factory=dict)  # of each tensor used
+    num_values: dict[str, int] = field(default_factory=dict)  # of each used tensor
 
     @property
     def is_complete(self) -> bool:
+        """True if no tensor is missing, unused or of another shape, except allowed ones."""
         return not (self.missing or self.left_over or self.wrong_shape)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return asdict(self)
 
     def table(self) -> str:
-        """Counts by part of the model, then the names of all that was not simply used."""
+        """Return a text with counts per part of the model, then the names of all other tensors."""
         absent = [*self.missing, *self.allowed_missing]
         parts = dict.fromkeys(map(part_of, [*self.used, *absent, *self.wrong_shape]))
         rows: list[tuple[str, list[int]]] = []
@@ -74,24 +76,24 @@ class Report:
         ]
         for title, names in (
             ("computed here, or without effect", self.computed),
-            ("missing, allowed: start as new", self.allowed_missing),
+            ("missing, allowed: start untrained", self.allowed_missing),
             ("left over, allowed: not used", self.allowed_unused),
             ("MISSING", self.missing),
             ("LEFT OVER", self.left_over),
             ("OTHER SHAPE", shapes),
         ):
-            lines += _listed(title, names, all_of_them=title.isupper())
+            lines += _section(title, names, show_all=title.isupper())
         return "\n".join(lines)
 
 
-def account(
+def compare_with_model(
     file: ModelFile, allow_missing: Sequence[str] = (), allow_unused: Sequence[str] = ()
-) -> Report:
-    """Compare a file with the model that it is of.
+) -> ConversionReport:
+    """Compare the tensors of a file with those of its model.
 
     Args:
-        allow_missing: patterns, `*` for any text, of our names that may be absent.
-        allow_unused: patterns of the file's names that may be left over.
+        allow_missing: patterns of our names that may be missing; `*` matches any text.
+        allow_unused: patterns of the file's names that may be unused.
     """
     expected = shapes_of(file.config.model)
     own_extra = [name for name in file.tensors if name not in expected and not name.endswith(STEPS)]
@@ -103,7 +105,7 @@ def account(
         for name, tensor in file.tensors.items()
         if name in expected and tuple(tensor.shape) == tuple(expected[name])
     }
-    return Report(
+    return ConversionReport(
         layout=file.layout,
         used={name: file.sources[name] for name in fits},
         computed=[*file.computed, *counters],
@@ -120,8 +122,8 @@ def account(
     )
 
 
-def complete_state(file: ModelFile, report: Report) -> dict[str, Tensor]:
-    """Every tensor of the model under our names; those missing by permission start as new.
+def complete_state(file: ModelFile, report: ConversionReport) -> dict[str, Tensor]:
+    """Return every tensor of the model under our names; allowed missing ones start untrained.
 
     Raises:
         ValueError: the report is not complete.
@@ -133,7 +135,7 @@ def complete_state(file: ModelFile, report: Report) -> dict[str, Tensor]:
         }  # fmt: skip
         counts = [f"{len(names)} tensors {kind}" for kind, names in what.items() if names]
         raise ValueError(
-            f"{file.path}: {', '.join(counts)}, named above. Where that is right, allow them by "
+            f"{file.path}: {', '.join(counts)}, listed above. If that is correct, allow them by "
             "name with --allow-missing and --allow-unused; a tensor of another shape needs another "
             "--variant or model.* setting"
         )
@@ -147,32 +149,32 @@ def complete_state(file: ModelFile, report: Report) -> dict[str, Tensor]:
     return fit(state, file.config.model)
 
 
-def for_data_set(
+def adapt_classes(
     file: ModelFile, state: Mapping[str, Tensor], categories: Sequence[Category], how: InitClasses
 ) -> tuple[dict[str, Tensor], RunConfig, FileClasses, ClassPlan]:
-    """The same weights for other classes.
+    """Adapt the weights to the classes of a data set.
 
     Returns:
-        The tensors, their configuration and classes, and what became of which class.
+        The tensors, their configuration and classes, and the origin of each class.
 
     Raises:
-        ValueError: the file's classes have no names, or do not fit as they are asked to.
+        ValueError: the file's classes have no names, or do not fit `how`.
     """
     plan = plan_classes(file.classes, categories, how)
     config = _with_classes(file.config, len(categories))
     model = config.model
-    fresh = {name: t for name, t in _new_model(config).items() if is_class_head(name)}
+    untrained = {name: t for name, t in _new_model(config).items() if is_class_head(name)}
     if how == "drop":
-        changed = {**state, **fresh}
+        changed = {**state, **untrained}
     else:
-        changed = select_classes(state, plan.rows, fresh, model)
+        changed = select_classes(state, plan.rows, untrained, model)
     origin = f"the {len(categories)} classes of a data set"
     classes = FileClasses(len(categories), dict(enumerate(categories)), origin)
     return fit(changed, model), config, classes, plan
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a tensor of ours belongs to."""
+    """Return the part of the model that a tensor belongs to, given our name of it."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "pyramid" else parts[0]
 
@@ -191,9 +193,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _listed(title: str, names: Sequence[str], *, all_of_them: bool) -> list[str]:
+def _section(title: str, names: Sequence[str], *, show_all: bool) -> list[str]:
     if not names:
         return []
-    shown = names if all_of_them else names[:NUM_SHOWN]
+    shown = names if show_all else names[:NUM_SHOWN]
     more = [f"  … and {len(names) - len(shown)} more"] if len(shown) < len(names) else []
     return ["", f"{title}: {len(names)}", *(f"  {name}" for name in shown), *more]

@@ -1,10 +1,10 @@
-"""Weights of ours in one file that travels: what jobs/convert.py writes.
+"""Read and write weights with their model configuration in one file, as jobs/convert.py does.
 
-A safetensors file whose metadata hold the configuration, the classes and where the weights came
-from. Not a checkpoint folder: that is the state of a run, with a step, an optimizer and metrics,
-none of which converted weights have, and a run could be resumed from it. One file can be pinned by
-one hash, put behind one address and registered. Since the format has no checksum, the metadata hold
-one over all tensors and the other metadata, which is compared when it is read.
+It is a safetensors file with configuration, classes and source in its metadata. It is not a
+checkpoint folder, which is the state of a run with a step, an optimizer and metrics: converted
+weights have none of these, and no run may resume from them. One file can be pinned by one hash,
+published under one address and registered. The format has no checksum, so the metadata contain one
+over all tensors and the other metadata, which is checked on reading.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ DIGEST_KEY = "content_sha256"
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A file of ours that has been verified."""
+class ConvertedFile:
+    """A converted file whose checksum matched."""
 
     path: Path
     config: RunConfig
     classes: FileClasses
-    source: dict[str, str]  # name, layout and SHA-256 of the file that it was made of
+    source: dict[str, str]  # name, layout and SHA-256 of the source file
     tensors: dict[str, Tensor]
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a file was written by `write_converted`; not verified."""
+    """Return True if `write_converted` wrote a file; its content is not verified."""
     return path.suffix == ".safetensors" and path.is_file() and FORMAT_KEY in read_metadata(path)
 
 
@@ -55,12 +55,12 @@ def write_converted(
     classes: FileClasses,
     source: Mapping[str, str],
 ) -> None:
-    """Write a file that knows its model, its classes and where it came from.
+    """Write weights with configuration, classes and source.
 
     Args:
         tensors: under our names.
-        config: of the model; what else it says of training is the variant's, not the file's.
-        source: for people; `file`, `sha256` and `layout`.
+        config: of the model; its training settings are the variant's, not the file's.
+        source: `file`, `sha256` and `layout`, for people.
     """
     rows = {str(row): asdict(category) for row, category in classes.by_row.items()}
     metadata = {
@@ -75,11 +75,11 @@ def write_converted(
     write_weights(path, tensors, metadata)
 
 
-def read_converted(path: Path) -> Converted:
-    """Read what `write_converted` wrote.
+def read_converted(path: Path) -> ConvertedFile:
+    """Read a file of `write_converted`.
 
     Raises:
-        WeightsError: it was changed since it was written, or is of a newer version.
+        WeightsError: the file was changed since it was written, or has a newer version.
     """
     metadata = read_metadata(path)
     try:
@@ -89,7 +89,7 @@ def read_converted(path: Path) -> Converted:
     if version > FORMAT_VERSION:
         raise WeightsError(
             f"{path}: has format {version}; this version of deta-platform reads up to "
-            f"{FORMAT_VERSION}, so it needs a newer one"
+            f"{FORMAT_VERSION}; update deta-platform"
         )
     tensors = read_weights(path)
     if metadata.pop(DIGEST_KEY, "") != _digest(tensors, metadata):
@@ -99,7 +99,7 @@ def read_converted(path: Path) -> Converted:
     config = from_json(RunConfig, metadata["config"])
     classes = json.loads(metadata["classes"])
     by_row = {int(row): Category(**category) for row, category in classes["rows"].items()}
-    return Converted(
+    return ConvertedFile(
         path,
         config,
         FileClasses(classes["num_rows"], by_row, classes["origin"]),

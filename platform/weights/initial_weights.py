@@ -1,4 +1,4 @@
-"""The weights a run starts from: of a whole detector, or of its backbone alone."""
+"""Load the initial weights of a run, for a complete detector or its backbone alone."""
 
 from __future__ import annotations
 
@@ -30,66 +30,66 @@ def load_initial_weights(
     categories: tuple[Category, ...],
     how: InitClasses = "by_name",
 ) -> list[str]:
-    """Fill the model.
+    """Load weights into a model.
 
     Args:
-        model: freshly made; classes that the weights do not know keep its rows.
-        path: a checkpoint folder of ours, a file that jobs/convert.py wrote, or a published file.
-        categories: of the data set. The weights may know others: see `how`.
-        how: which classes start from which rows of the file.
+        model: newly made; classes without weights in the file keep its rows.
+        path: a checkpoint folder, a file that jobs/convert.py wrote, or a published file.
+        categories: of the data set; those of the weights may differ, see `how`.
+        how: how the rows of the file are matched with the categories.
 
     Returns:
-        What became of the classes, for people; nothing where they are the same.
+        Lines about matched, new and dropped classes; empty if the classes are the same.
 
     Raises:
-        ValueError: the file does not fit the model; names what is missing or left over.
+        ValueError: the file does not fit the model; names missing and unused tensors.
     """
     file = open_model_file(path, RunConfig(model=model.config))
-    fresh = {name: tensor for name, tensor in model.state_dict().items() if is_class_head(name)}
-    state, plan = _initial_state(file, model.config, categories, how, fresh)
+    untrained = {name: tensor for name, tensor in model.state_dict().items() if is_class_head(name)}
+    state, plan = _initial_state(file, model.config, categories, how, untrained)
     model.load_state_dict(state)
     return list(plan.lines)
 
 
 def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -> list[str]:
-    """What `load_initial_weights` and `load_backbone` will do, without a model.
+    """Check what `load_initial_weights` and `load_backbone` will read, without a model.
 
     Returns:
-        Lines for people.
+        Lines to print.
 
     Raises:
-        ValueError: what the two would raise, before a run has begun.
+        ValueError: the errors of these two functions, before the run starts.
     """
     lines: list[str] = []
     model = replace(config.model, num_classes=len(categories))
     if config.init_checkpoint is not None:
         path = Path(config.init_checkpoint)
         file = open_model_file(path, replace(config, model=model))
-        fresh = {
+        untrained = {
             name: torch.zeros(shape)
             for name, shape in shapes_of(model).items()
             if is_class_head(name)
         }
-        _, plan = _initial_state(file, model, categories, config.init_classes, fresh)
+        _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
         lines += [f"starts from {file.path} ({file.layout} layout)", *plan.lines]
     if config.init_backbone is not None:
-        _, told = read_backbone(Path(config.init_backbone), model)
-        lines += told
+        _, backbone_lines = read_backbone(Path(config.init_backbone), model)
+        lines += backbone_lines
     return lines
 
 
 def load_backbone(model: Detector, path: Path) -> list[str]:
-    """Fill the backbone of a fresh model, and nothing else of it.
+    """Load weights into the backbone of a new model only.
 
     Args:
         path: `.pkl` of detectron2, `.pth` of torchvision or of the Swin repository, or a file
-            that jobs/convert.py made of one.
+            that jobs/convert.py made from one.
 
     Returns:
-        What was used, for people.
+        Lines about the used tensors, to print.
 
     Raises:
-        ValueError: the file is none of these, or of another network; names what does not fit.
+        ValueError: the file is none of these, or is for another network; names what does not fit.
     """
     state, lines = read_backbone(path, model.config)
     model.load_state_dict({**model.state_dict(), **state})
@@ -101,9 +101,9 @@ def _initial_state(
     model: DetectorConfig,
     categories: tuple[Category, ...],
     how: InitClasses,
-    fresh: Mapping[str, Tensor],
+    untrained: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], ClassPlan]:
-    """Under our names, with a row for each category."""
+    """Return the state under our names with a row for each category, and the origin of the rows."""
     try:
         file.require_known()
         rows, own = file.classes.rows_and_categories
@@ -112,11 +112,11 @@ def _initial_state(
         else:
             plan = plan_classes(file.classes, categories, how)
         if how == "drop":
-            kept = {
+            others = {
                 name: tensor for name, tensor in file.tensors.items() if not is_class_head(name)
             }
-            return fit({**kept, **fresh}, model), plan
-        state = select_classes(file.tensors, plan.rows, fresh, model)
+            return fit({**others, **untrained}, model), plan
+        state = select_classes(file.tensors, plan.rows, untrained, model)
         return fit(state, model), plan
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error

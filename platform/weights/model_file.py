@@ -1,7 +1,7 @@
-"""Weights with what is known of them: the model that they are of, and their classes.
+"""Open weights together with their model configuration and classes.
 
-Four kinds of file or folder come to one form: a checkpoint of ours, a file that jobs/convert.py
-wrote, a published file, and a bare file of tensors under our names.
+Four kinds of files are read into one form: a checkpoint folder, a file that jobs/convert.py wrote,
+a published file, and a plain file of tensors under our names.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from deta.model.published_sizes import with_sizes_of
 from deta.platform.checkpoint.format import MANIFEST, read_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
+from deta.platform.system.short_list import short_list
 from deta.platform.weights.class_mapping import (
     FileClasses,
     listed_classes,
@@ -38,32 +39,32 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class ModelFile:
-    """Weights under our names, complete or not, for a model of a configuration."""
+    """Weights under our names, complete or not, with the configuration of their model."""
 
     path: Path
     layout: str  # ours, official, detrex or huggingface
-    config: RunConfig  # its own; of a published file the given one with the sizes that show
+    config: RunConfig  # its own; for a published file the given one with the sizes of its tensors
     tensors: dict[str, Tensor]  # under our names
     classes: FileClasses
-    # Of a published file, under its names; of ours, each name is its own source.
+    # The following use the names of a published file; in ours, each name is its own source.
     sources: dict[str, list[str]]
     computed: list[str]
     unknown: list[str]
-    knows_config: bool  # otherwise what tensors do not show is as the caller gave it
+    knows_config: bool  # False: the caller gave what the tensors do not show
 
     @property
     def origin(self) -> str:
-        """For people."""
+        """The source of these weights, for messages."""
         return f"{self.path} ({self.layout} layout, {self.classes.origin})"
 
     def rows_of(
         self, categories: Sequence[Category] | None
     ) -> tuple[list[int], tuple[Category, ...]]:
-        """The rows of the class heads that stand for some categories.
+        """Return the rows of the class heads for some categories.
 
         Args:
-            categories: found by name; where the file names none, as many as it has rows. None: all
-                of the file's.
+            categories: matched by name; if the file has no names, one per row. None: all
+                categories of the file.
 
         Raises:
             ValueError: a category is not among the file's classes.
@@ -73,25 +74,24 @@ class ModelFile:
         if not self.classes.by_row:
             if len(categories) != self.classes.num_rows:
                 raise ValueError(
-                    f"has {self.classes.origin}, and {len(categories)} are asked for. Give them "
-                    "with jobs/convert.py --classes FILE and use what it writes"
+                    f"has {self.classes.origin}, but {len(categories)} are needed. Name them "
+                    "with jobs/convert.py --classes FILE and use the converted file"
                 )
             return list(range(len(categories))), tuple(categories)
         plan = plan_classes(self.classes, categories)
         unknown = [c.name for c, row in zip(categories, plan.rows, strict=True) if row is None]
         if unknown:
             raise ValueError(
-                f"has {self.classes.origin}; among them are no {', '.join(unknown[:10])}"
-                f"{f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''}. Use a data set "
-                "of its classes, or train it on this one first (init_checkpoint)"
+                f"has {self.classes.origin}; among them are no {short_list(unknown, 10)}. Use a "
+                "data set of its classes, or fine-tune it on this one first (init_checkpoint)"
             )
         return [row for row in plan.rows if row is not None], tuple(categories)
 
     def state_of(self, rows: Sequence[int], model: DetectorConfig) -> dict[str, Tensor]:
-        """The tensors for a model that has these rows of the class heads.
+        """Return the tensors for a model with these rows of the class heads.
 
         Raises:
-            ValueError: a tensor is missing, left over or of another shape.
+            ValueError: a tensor is missing, unused or of another shape.
         """
         self.require_known()
         every = list(rows) == list(range(self.classes.num_rows))
@@ -100,27 +100,25 @@ class ModelFile:
         )
 
     def require_known(self) -> None:
-        """Raises ValueError if there are tensors that have no place in the detector."""
+        """Raise ValueError if there are tensors that the detector does not have."""
         if self.unknown:
-            shown = ", ".join(self.unknown[:10])
-            more = f" and {len(self.unknown) - 10} more" if len(self.unknown) > 10 else ""
             raise ValueError(
-                f"{shown}{more}: no such tensor in this detector as {self.layout} stores it; if "
-                "they are known to be unused, convert the file with jobs/convert.py "
+                f"{short_list(self.unknown, 10)}: no such tensor in this detector in {self.layout} "
+                "layout; if they are known to be unused, convert the file with jobs/convert.py "
                 "--allow-unused PATTERN first"
             )
 
 
 def open_model_file(path: Path, base: RunConfig) -> ModelFile:
-    """Read weights, whatever they are.
+    """Read weights of any kind.
 
     Args:
-        path: a checkpoint's folder, or a file.
-        base: for a published file, whose tensors do not show all: the backbone where it is none
-            of the published ones, heads, points, queries, image size, suppression.
+        path: a checkpoint folder, or a file.
+        base: for a published file: settings that its tensors do not show, such as heads, points,
+            queries, image size, suppression, and a backbone that is not a published one.
 
     Raises:
-        ValueError: there is nothing, or it is refused; says which file and what to do.
+        ValueError: there is no such file, or it is refused; names the file and a remedy.
     """
     if path.is_dir() and (path / MANIFEST).is_file():
         checkpoint = read_checkpoint(path)
@@ -138,7 +136,7 @@ def open_model_file(path: Path, base: RunConfig) -> ModelFile:
 
 
 def identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelFile:
-    """`open_model_file` for tensors that have been read from a file that knows nothing else."""
+    """Do as `open_model_file` does, for tensors read from a file without other information."""
     try:
         return _identify(path, tensors, base)
     except WeightsError:
@@ -156,7 +154,7 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
         config = replace(base, model=model)
         return _ours(path, config, tensors, classes, knows_config=False)
     if isinstance(model, ModelConfig) and pretrained_anchor.is_anchor_detr(tensors):
-        raise ValueError("holds the weights of an Anchor DETR; give --variant with one of those")
+        raise ValueError("contains weights of an Anchor DETR; choose an Anchor DETR with --variant")
     renamed = trace_published(tensors, model)
     if isinstance(model, AnchorDETRConfig):
         known = {name: tensors[name] for names in renamed.sources.values() for name in names}
@@ -183,7 +181,7 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
 
 
 def _with_labels(labels: Path, classes: FileClasses) -> FileClasses:
-    """The names in a configuration of Hugging Face, if it has any."""
+    """Return the classes named in a configuration of Hugging Face, or `classes` if it has none."""
     try:
         listed = listed_classes(labels, classes.num_rows)
     except ValueError:
@@ -192,6 +190,7 @@ def _with_labels(labels: Path, classes: FileClasses) -> FileClasses:
 
 
 def has_our_names(names: Mapping[str, object]) -> bool:
+    """Return True if tensors have our names, not those of a published layout."""
     return "level_embedding" in names or "class_head.bias" in names
 
 
@@ -248,7 +247,7 @@ def to_published(
 
 
 def is_class_head(name: str) -> bool:
-    """Whether a tensor of ours has a row for each class."""
+    """Return True if a tensor has a row for each class, given our name of it."""
     return name.startswith(("class_heads.", "class_head."))
 
 

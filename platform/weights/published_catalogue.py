@@ -1,4 +1,4 @@
-"""Where published weights can be had. No publisher of these states a SHA-256."""
+"""List published weights and their addresses. No publisher of these states a SHA-256."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ _HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class PublishedFile:
+    """A published file of weights."""
+
     name: str
     url: str
     layout: str
-    ap: float | None  # box AP on COCO val2017 that the publisher states, in 0..100
+    ap: float | None  # box AP on COCO val2017 as published, in 0..100
     note: str = ""
-    is_page: bool = False  # a page for a browser, not the file
+    is_page: bool = False  # the address is a page for a browser, not the file
 
 
 # Sources: the READMEs of jozhang97/DETA, detrex projects/deta, detectron2 MODEL_ZOO.md and
@@ -110,8 +112,8 @@ PUBLISHED_FILES = (
 )  # fmt: skip
 
 
-def listing() -> str:
-    """All of them, for people."""
+def format_catalogue() -> str:
+    """Return the list of published files as text."""
     lines = []
     for file in PUBLISHED_FILES:
         ap = f", AP {file.ap}" if file.ap is not None else ""
@@ -122,6 +124,6 @@ def listing() -> str:
             lines.append(f"  {file.note}")
     lines.append(
         "\nNo publisher states a SHA-256 of these. The first download prints it: append it to the "
-        "address as\n#sha256=… and a later download gives the same bytes or an error."
+        "address as\n#sha256=… so that later downloads give the same bytes or an error."
     )
     return "\n".join(lines)

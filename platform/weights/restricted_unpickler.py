@@ -1,9 +1,9 @@
-"""A pickle machine without the means to do anything.
+"""A restricted unpickler that runs no code from the file.
 
-A pickle is a program: it names functions, and loading it calls them. Here every name that a file of
-weights needs stands for a function of this file, which notes what was asked for and nothing else;
-any other name is refused. So nothing is imported and nothing of torch or numpy is called while a
-pickle is read, and no instruction takes memory before the bytes that it claims are there.
+A pickle is a program: it names functions, and loading it calls them. Here every name that weight
+files need maps to a function of this file that only records its arguments; every other name is
+refused. So reading a pickle imports nothing and calls nothing of torch or numpy. No instruction
+allocates memory before the bytes that it declares are known to exist.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _NUMPY_TYPES = {
 }
 
 
-class RefusedName(Exception):
-    """A pickle names something that is not among what weights need."""
+class RefusedNameError(Exception):
+    """A pickle names a function or class that weights do not need."""
 
 
-class Unreadable(Exception):
-    """A pickle or its file is damaged, or claims what is not there."""
+class UnreadableError(Exception):
+    """A pickle or its file is damaged, or declares more data than it has."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of a torch file that several tensors may share."""
+    """A block of bytes in a torch file that several tensors may share."""
 
     key: str
     dtype: torch.dtype
@@ -61,8 +61,8 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class TensorNote:
-    """What a torch file says of a tensor whose bytes have not been read."""
+class TensorRecord:
+    """Metadata of a tensor in a torch file, whose bytes have not been read."""
 
     storage: Storage
     offset: int  # in elements
@@ -71,8 +71,8 @@ class TensorNote:
 
 
 @dataclass
-class ArrayNote:
-    """A numpy array in a pickle; its bytes are in memory, since they are part of the pickle."""
+class ArrayRecord:
+    """A numpy array in a pickle, with its bytes, which are part of the pickle."""
 
     dtype: torch.dtype | None = None
     shape: tuple[int, ...] = ()
@@ -82,26 +82,28 @@ class ArrayNote:
 
 @dataclass
 class _Dtype:
+    """A numpy type, by its code."""
+
     code: str
 
 
-class _Anything:
-    """Stands for what weights do not need, such as the command line of a run or a path."""
+class _Ignored:
+    """An object that weights do not need, such as the command line of a run or a path."""
 
 
-class Bounded(io.RawIOBase):
-    """A file that refuses to read further than it goes, before it takes memory for that."""
+class BoundedReader(io.RawIOBase):
+    """A file reader that refuses to read past the end, before it allocates memory."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._left = file, size
 
     @classmethod
-    def of(cls, content: bytearray) -> Bounded:
+    def of(cls, content: bytearray) -> BoundedReader:
         return cls(io.BytesIO(content), len(content))
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self._left:
-            raise Unreadable("it is cut off, or claims more bytes than it has")
+            raise UnreadableError("it is cut off, or declares more bytes than it has")
         self._left -= size
         return self._file.read(size)
 
@@ -112,12 +114,12 @@ class Bounded(io.RawIOBase):
 
     def skip(self, size: int) -> None:
         if not 0 <= size <= self._left:
-            raise Unreadable("it is cut off, or claims more bytes than it has")
+            raise UnreadableError("it is cut off, or declares more bytes than it has")
         self._left -= size
         self._file.seek(size, io.SEEK_CUR)
 
 
-# What the names in a pickle stand for.
+# The functions that replace the names in a pickle.
 
 
 def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
@@ -133,14 +135,14 @@ def _set(*items: Any) -> frozenset[Any]:
 
 
 def _no_bytes(*arguments: object) -> bytes:
-    """How pickles of Python 3 in protocol 2 write that there are none."""
+    """Return empty bytes, as Python 3 pickles them in protocol 2."""
     if arguments:
-        raise Unreadable("it makes bytes from what is none")
+        raise UnreadableError("it makes bytes from something else")
     return b""
 
 
-def _anything(*_: Any) -> _Anything:
-    return _Anything()
+def _ignored(*_: Any) -> _Ignored:
+    return _Ignored()
 
 
 def _size(dimensions: Any) -> tuple[Any, ...]:
@@ -149,23 +151,23 @@ def _size(dimensions: Any) -> tuple[Any, ...]:
 
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: Any, stride: Any, *_: object
-) -> TensorNote:
-    """The rest is whether it is trained, its hooks and its metadata."""
+) -> TensorRecord:
+    """Record a tensor; ignore `requires_grad`, hooks and metadata."""
     if not isinstance(storage, Storage):
-        raise Unreadable("one of its tensors has no storage")
-    return TensorNote(storage, int(offset), _whole_numbers(shape), _whole_numbers(stride))
+        raise UnreadableError("one of its tensors has no storage")
+    return TensorRecord(storage, int(offset), _integers(shape), _integers(stride))
 
 
 def _rebuild_parameter(data: object, *_: object) -> object:
     return data
 
 
-def _reconstruct(*_: object) -> ArrayNote:
-    return ArrayNote()
+def _reconstruct(*_: object) -> ArrayRecord:
+    return ArrayRecord()
 
 
-def _from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> ArrayNote:
-    return ArrayNote(_numpy_type(dtype), _whole_numbers(shape), bytes(data), order == "F")
+def _from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> ArrayRecord:
+    return ArrayRecord(_numpy_type(dtype), _integers(shape), bytes(data), order == "F")
 
 
 def _dtype(code: object, *_: object) -> _Dtype:
@@ -173,37 +175,37 @@ def _dtype(code: object, *_: object) -> _Dtype:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How pickles of Python 3 in protocol 2 write bytes."""
+    """Return bytes, as Python 3 pickles them in protocol 2."""
     if encoding not in ("latin1", "latin-1"):
-        raise Unreadable(f"it has bytes in the encoding {encoding!r}")
+        raise UnreadableError(f"it has bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _numpy_type(dtype: object) -> torch.dtype:
     code = dtype.code if isinstance(dtype, _Dtype) else ""
     if code.lstrip("<|=") not in _NUMPY_TYPES:
-        raise Unreadable(f"it has an array of numpy's type {code!r}, which no weights are of")
+        raise UnreadableError(f"it has an array of numpy's type {code!r}, which weights do not use")
     return _NUMPY_TYPES[code.lstrip("<|=")]
 
 
-def _whole_numbers(values: Any) -> tuple[int, ...]:
+def _integers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
     if not all(isinstance(number, int) for number in numbers):
-        raise Unreadable(f"it has a shape or stride {numbers}")
+        raise UnreadableError(f"it has a shape or stride {numbers}")
     return numbers
 
 
-_CALLED: dict[tuple[str, str], Callable[..., object]] = {
+_FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "Counter"): _counter,
     ("builtins", "set"): _set,
     ("__builtin__", "set"): _set,
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
-    ("argparse", "Namespace"): _anything,
-    ("pathlib", "PosixPath"): _anything,
-    ("pathlib", "WindowsPath"): _anything,
-    ("torch", "device"): _anything,
+    ("argparse", "Namespace"): _ignored,
+    ("pathlib", "PosixPath"): _ignored,
+    ("pathlib", "WindowsPath"): _ignored,
+    ("torch", "device"): _ignored,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -216,13 +218,13 @@ _CALLED: dict[tuple[str, str], Callable[..., object]] = {
         for core in ("core", "_core")
         for module, name, function in (
             ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _anything),
+            ("multiarray", "scalar", _ignored),
             ("numeric", "_frombuffer", _from_buffer),
         )
     },
 }
-# These are only handed on, as the type of a storage or array.
-_MENTIONED: dict[tuple[str, str], object] = {
+# Names that a pickle passes on as the type of a storage or array, and never calls.
+_TYPE_NAMES: dict[tuple[str, str], object] = {
     ("numpy", "ndarray"): None,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
     **{("torch.storage", name): dtype for name, dtype in _STORAGES.items()},
@@ -231,88 +233,88 @@ _MENTIONED: dict[tuple[str, str], object] = {
         for dtype in {*_STORAGES.values(), *_NUMPY_TYPES.values()}
     },
 }
-_CALLABLE = frozenset(_CALLED.values())
+_CALLABLE = frozenset(_FUNCTIONS.values())
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: its memory does not grow with a claim
-    """A pickle machine without the means to do anything."""
+class _RestrictedUnpickler(pickle._Unpickler):  # in Python: allocates no declared sizes
+    """An unpickler that calls only the functions of this file."""
 
-    def __init__(self, file: Bounded) -> None:
+    def __init__(self, file: BoundedReader) -> None:
         super().__init__(file, encoding="latin1")
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        for table in (_CALLED, _MENTIONED):
+        for table in (_FUNCTIONS, _TYPE_NAMES):
             if (module, name) in table:
                 return table[module, name]
-        raise RefusedName(f"{module}.{name}")
+        raise RefusedNameError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, num_elements = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or pid[5:] not in ((), (None,)):
-            raise Unreadable(f"it refers to {str(kind)[:40]!r}, not to a plain storage")
+            raise UnreadableError(f"it refers to {str(kind)[:40]!r}, not to a plain storage")
         if not isinstance(num_elements, int) or num_elements < 0:
-            raise Unreadable(f"its storage {key!s:.40} claims {num_elements!r:.40} elements")
+            raise UnreadableError(f"its storage {key!s:.40} declares {num_elements!r:.40} elements")
         storage = Storage(str(key), dtype, num_elements)
         if self.storages.setdefault(storage.key, storage) != storage:
-            raise Unreadable(f"its storage {key!s:.40} is described twice, differently")
+            raise UnreadableError(f"its storage {key!s:.40} is described twice, differently")
         return storage
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
         if function not in _CALLABLE:
-            raise Unreadable("it calls what is no function of weights")
+            raise UnreadableError("it calls something that weights do not need")
         self.stack[-1] = function(*arguments)  # type: ignore[attr-defined]
 
     def load_build(self) -> None:
-        """Fill in an object; what is not an array or its type needs no filling in."""
+        """Set the state of an array or its type; ignore the state of other objects."""
         state, built = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
-        if isinstance(built, ArrayNote):
+        if isinstance(built, ArrayRecord):
             _, shape, dtype, fortran, data = state
-            built.dtype, built.shape = _numpy_type(dtype), _whole_numbers(shape)
+            built.dtype, built.shape = _numpy_type(dtype), _integers(shape)
             built.data = data.encode("latin1") if isinstance(data, str) else bytes(data)
             built.fortran = bool(fortran)
         elif isinstance(built, _Dtype):
             built.code = {"<": "<", "|": "|", "=": "="}[state[1]] + built.code.lstrip("<|=")
 
     def load_bytearray8(self) -> None:
-        """As bytes: the original makes room first and looks for the content afterwards."""
+        """Read a bytearray as bytes; the original allocates memory before it reads the content."""
         num_bytes = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
         self.append(self.read(num_bytes))  # type: ignore[attr-defined]
 
     def load_forbidden(self) -> None:
-        raise Unreadable("it uses a pickle instruction that no file of weights needs")
+        raise UnreadableError("it uses a pickle instruction that weight files do not need")
 
 
 _INSTRUCTIONS: dict[int, Callable[[Any], None]] = {
-    pickle.REDUCE[0]: _Reader.load_reduce,
-    pickle.NEWOBJ[0]: _Reader.load_reduce,
-    pickle.BUILD[0]: _Reader.load_build,
-    pickle.BYTEARRAY8[0]: _Reader.load_bytearray8,
+    pickle.REDUCE[0]: _RestrictedUnpickler.load_reduce,
+    pickle.NEWOBJ[0]: _RestrictedUnpickler.load_reduce,
+    pickle.BUILD[0]: _RestrictedUnpickler.load_build,
+    pickle.BYTEARRAY8[0]: _RestrictedUnpickler.load_bytearray8,
     **{
-        instruction[0]: _Reader.load_forbidden
+        instruction[0]: _RestrictedUnpickler.load_forbidden
         for instruction in (
             pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
             pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
         )
     },
 }  # fmt: skip
-_Reader.dispatch = {**pickle._Unpickler.dispatch, **_INSTRUCTIONS}
+_RestrictedUnpickler.dispatch = {**pickle._Unpickler.dispatch, **_INSTRUCTIONS}
 
 
-def read_pickle(file: Bounded) -> tuple[object, dict[str, Storage]]:
-    """The next pickle of a file: what it holds, and by key the storages that it refers to.
+def read_pickle(file: BoundedReader) -> tuple[object, dict[str, Storage]]:
+    """Read the next pickle of a file and return its content and its storages by key.
 
     Raises:
-        RefusedName: it names a function or class that weights do not need.
-        Unreadable: it is damaged, or claims what is not there.
+        RefusedNameError: it names a function or class that weights do not need.
+        UnreadableError: it is damaged, or declares more data than it has.
     """
-    reader = _Reader(file)
+    reader = _RestrictedUnpickler(file)
     try:
         return reader.load(), reader.storages
-    except (RefusedName, Unreadable):
+    except (RefusedNameError, UnreadableError):
         raise
-    except Exception as error:  # damaged pickles fail in as many ways as there are instructions
-        raise Unreadable(
-            f"it is damaged, cut off, or no pickle ({type(error).__name__}: {error})"
+    except Exception as error:  # damaged pickles raise errors of every type
+        raise UnreadableError(
+            f"it is damaged, cut off, or not a pickle ({type(error).__name__}: {error})"
         ) from error

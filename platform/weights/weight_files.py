@@ -1,4 +1,4 @@
-"""Files of weights, read without running the code that a pickle can carry."""
+"""Read and write weight files without running code that a pickle may contain."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from torch import Tensor
 
 from deta.platform.system.atomic_write import replacing
 from deta.platform.weights.restricted_unpickler import (
-    ArrayNote,
-    RefusedName,
-    TensorNote,
-    Unreadable,
+    ArrayRecord,
+    RefusedNameError,
+    TensorRecord,
+    UnreadableError,
 )
 from deta.platform.weights.torch_files import read_pickled_weights
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
-# Where training code puts the weights among other things; the first that is there counts.
+# Keys under which training code stores the weights; the first existing one is read.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "ema", "blobs")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# What the field `format` of a safetensors file says, wherever it is there.
+# Valid values of the optional field `format` of a safetensors file.
 FRAMEWORKS = frozenset({"pt", "np", "tf", "flax", "jax", "mlx", "paddle"})
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the format's own library has it
-NUM_SHOWN = 10  # names written out in one message
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of the format's own library
+NUM_SHOWN = 10  # names listed in one message
 CHECKED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class WeightsError(ValueError):
-    """A file of weights that is refused. Says which file, what it is, and what to do next."""
+    """A refused weight file; the message names the file, the reason and a remedy."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU, by name.
+    """Read the tensors of a file by name, on the CPU.
 
-    A checkpoint that holds more than weights gives those under `model`, `state_dict`,
-    `model_state_dict`, `ema` or `blobs`, in this order and nested if need be; the rest is not
+    From a checkpoint with other content, the tensors under `model`, `state_dict`,
+    `model_state_dict`, `ema` or `blobs` are read, in this order, also nested; the rest is not
     read. A prefix `module.` or `_orig_mod.` that all names share is removed.
 
     Args:
-        path: `.safetensors`; what `torch.save` wrote: `.pth`, `.pt` or `.bin`; or a pickle of
+        path: `.safetensors`; a file of `torch.save`: `.pth`, `.pt` or `.bin`; or a pickle of
             numpy arrays, `.pkl`.
 
     Raises:
-        WeightsError: there is no such file, it is damaged, would need code to be run, claims more
-            than it has, or holds something else than finite tensors.
+        WeightsError: there is no such file, it is damaged, would run code, declares more data than
+            it has, or contains something other than finite tensors.
     """
     _require_file(path)
     if path.suffix == ".safetensors":
@@ -62,22 +62,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     _require_weights_inside(path)
     try:
         tensors = read_pickled_weights(path, lambda content: _unwrap(path, content))
-    except RefusedName as error:
+    except RefusedNameError as error:
         raise WeightsError(
             f"{path}: refused, because reading it would run the code of {error}. Where its "
-            "origin is trusted, keep nothing but its tensors: safetensors.torch.save_file("
+            "origin is trusted, save its tensors alone: safetensors.torch.save_file("
             "torch.load(path, weights_only=False)['model'], new_path)"
         ) from error
-    except Unreadable as error:
+    except UnreadableError as error:
         raise WeightsError(
             f"{path}: damaged, or not written by torch.save: {error}. Copy or download it again, "
-            "or rename it to .safetensors if it is that"
+            "or rename it to .safetensors if it is one"
         ) from error
     return _without_prefixes(_require_finite(path, tensors))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_weights` was given along with the weights; empty for files of other origin.
+    """Read the metadata of `write_weights`; empty for other files.
 
     Raises:
         WeightsError: there is no such file, or it is damaged.
@@ -100,15 +100,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_weights(
     path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, complete or not at all.
+    """Write a safetensors file atomically.
 
-    Tensors that share memory are written out one by one.
+    Tensors that share memory are written separately.
 
     Raises:
         WeightsError: the name does not end in .safetensors.
     """
     if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: weights are written as safetensors; end the name in that")
+        raise WeightsError(
+            f"{path}: weights are written as safetensors; end the name in .safetensors"
+        )
     tensors = {}
     storages = set()
     for name, tensor in state.items():
@@ -120,14 +122,14 @@ def write_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=True) as unfinished:
         unfinished.touch()
-        mode = unfinished.stat().st_mode  # safetensors would let nobody else read the file
-        # Hugging Face's loader wants to read which framework wrote the tensors.
+        mode = unfinished.stat().st_mode  # safetensors would deny other users to read it
+        # Hugging Face's loader requires the framework that wrote the tensors.
         save_file(tensors, unfinished, {**(metadata or {}), "format": "pt"})
         unfinished.chmod(mode)
 
 
 def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
-    """Write what torch.load reads, complete or not at all; for other codes, not for ours."""
+    """Write a file for torch.load atomically, for other implementations."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=True) as unfinished:
         torch.save(content, unfinished)
@@ -143,13 +145,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_header(path: Path) -> None:
-    """The header must lie within the file, so that nobody makes room for a claim."""
+    """Check that the header fits in the file, before memory is allocated for it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         beginning = file.read(8)
-    claimed = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else size
-    if claimed > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(path, f"its header claims {claimed} bytes, the file has {size}")
+    declared = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else size
+    if declared > min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(path, f"its header declares {declared} bytes, the file has {size}")
 
 
 def _unwrap(path: Path, content: object) -> dict[str, object]:
@@ -159,19 +161,19 @@ def _unwrap(path: Path, content: object) -> dict[str, object]:
             break
         content = wrapped[0]
     if not isinstance(content, Mapping) or not content:
-        kind = "Tensor" if isinstance(content, TensorNote) else type(content).__name__
+        kind = "Tensor" if isinstance(content, TensorRecord) else type(content).__name__
         raise WeightsError(
-            f"{path}: holds {kind} and no weights by name; save a model's state_dict(), not the "
+            f"{path}: contains {kind} and no named weights; save a model's state_dict(), not the "
             "model"
         )
     others = [
         str(name)
         for name, value in content.items()
-        if not isinstance(value, TensorNote | ArrayNote)
+        if not isinstance(value, TensorRecord | ArrayRecord)
     ]
     if others:
         raise WeightsError(
-            f"{path}: {len(others)} of {len(content)} entries are no tensors "
+            f"{path}: {len(others)} of {len(content)} entries are not tensors "
             f"({', '.join(others[:NUM_SHOWN])}); save a model's state_dict() alone or under 'model'"
         )
     return {str(name): value for name, value in content.items()}
@@ -185,9 +187,9 @@ def _require_finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     ]
     if bad:
         raise WeightsError(
-            f"{path}: {len(bad)} of {len(state)} tensors hold values that are not finite "
-            f"({', '.join(bad[:NUM_SHOWN])}); the training that wrote it had diverged, or it is "
-            "damaged; use an earlier checkpoint"
+            f"{path}: {len(bad)} of {len(state)} tensors contain values that are not finite "
+            f"({', '.join(bad[:NUM_SHOWN])}); its training had diverged, or it is damaged; "
+            "use an earlier checkpoint"
         )
     return state
 
@@ -204,12 +206,12 @@ def _require_file(path: Path) -> None:
         if (path / ".metadata").exists() or any(path.glob("*.distcp")):
             raise WeightsError(
                 f"{path}: a distributed checkpoint of torch, which runs code when it is loaded; "
-                "convert it where it was written, with torch.distributed.checkpoint.format_utils."
-                "dcp_to_torch_save, and give the file"
+                "convert it on the machine that wrote it, with torch.distributed.checkpoint."
+                "format_utils.dcp_to_torch_save, and use that file"
             )
         raise WeightsError(f"{path}: a folder; give the file of weights inside it")
     if path.is_symlink() and not path.exists():
-        raise WeightsError(f"{path}: a link to {os.readlink(path)}, where there is no file")
+        raise WeightsError(f"{path}: a link to {os.readlink(path)}, which does not exist")
     if not path.exists():
         raise WeightsError(f"{path}: no such file")
     if not path.is_file():
@@ -217,7 +219,7 @@ def _require_file(path: Path) -> None:
 
 
 def _require_weights_inside(path: Path) -> None:
-    """Name what people most often have in the place of weights."""
+    """Raise an error that names common files that are not weights."""
     with path.open("rb") as file:
         beginning = file.read(512)
     text = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -226,11 +228,11 @@ def _require_weights_inside(path: Path) -> None:
         what = "an empty file; copy or download it again"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
         what = (
-            "a web page, not weights, as a link gives that wants a log-in or a click; open it in a "
-            "browser and download again"
+            "a web page, not weights, from a link that needs a login or a confirmation; open it in "
+            "a browser and download again"
         )
     elif text.startswith(b"version https://git-lfs"):
-        what = "a pointer of git-lfs, not the weights; run `git lfs pull` where it was cloned"
+        what = "a pointer of git-lfs, not the weights; run `git lfs pull` in its clone"
     elif beginning[257:262] == b"ustar":
         what = (
             "a tar archive; unpack it, or if torch.save wrote it long before 1.0, load and save it "
@@ -241,7 +243,7 @@ def _require_weights_inside(path: Path) -> None:
     ):
         what = "a compressed archive; unpack it first"
     elif path.suffix == ".safetensors" and beginning.startswith((b"PK\x03\x04", b"\x80")):
-        what = "what torch.save wrote, not a safetensors file; rename it to .pth"
+        what = "a file of torch.save, not a safetensors file; rename it to .pth"
     if what:
         raise WeightsError(f"{path}: {what}")
 

@@ -232,7 +232,7 @@ def test_missing_and_left_over_tensors_are_errors_unless_allowed_by_name(state, 
     allowed += ["--allow-missing", "level_*", "--allow-unused", "query_embed.weight"]
     code, told = run(*command, *allowed)
     assert code == 0, told
-    assert "missing, allowed: start as new: 2" in told
+    assert "missing, allowed: start untrained: 2" in told
     assert "left over, allowed: not used: 2" in told
     found = read_converted(tmp_path / "b.safetensors").tensors
     assert found.keys() == state.keys()
@@ -392,7 +392,7 @@ def test_any_flipped_bit_of_a_file_of_ours_is_noticed(tmp_path):
         (["a.pth", "--variant", "deta_r101"], "there is no variant"),
         (["ftp://host/a.pth"], "only http and https"),
         (["https://host/a.pth#sha256=1"], "is not #sha256="),
-        (["other.safetensors"], "not one name of a DETA"),
+        (["other.safetensors"], "no name of a DETA"),
         (["a.pth", "--classes", "absent.txt"], "cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Names decide which row of a file becomes which class; what is not known is said."""
+"""Test `class_mapping.py`: classes are matched by name, and unknown classes are reported."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from deta.platform.data.coco_dataset import Category
 from deta.platform.weights.class_mapping import (
+    COCO_CATEGORIES,
     FileClasses,
     listed_classes,
     own_classes,
     plan_classes,
     published_classes,
 )
-from deta.platform.weights.coco_class_names import COCO_CATEGORIES
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared")

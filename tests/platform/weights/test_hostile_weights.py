@@ -1,7 +1,7 @@
-"""Hostile and broken files of weights: nothing of them runs, each is refused by name, everywhere.
+"""Test that hostile and broken weight files are refused by name, and that none of their code runs.
 
-Every kind is tried on the reader and through each tool that takes weights. What can carry code
-carries it: it would make a folder.
+Each kind of file is given to the reader and to each tool that takes weights. Kinds that can contain
+code contain code that would create a folder.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def pickled_code_by_opcodes_of_protocol_0(folder, trace):
     )
 
 
-@kind("instruction that no file of weights needs", _unpickle)
+@kind("instruction that weight files do not need", _unpickle)
 def pickled_code_by_the_inst_opcode(folder, trace):
     return _written(folder / "a.pkl", f"(V{trace}\nios\nmkdir\n.".encode())
 
@@ -184,12 +184,12 @@ def a_distributed_checkpoint(folder, trace):
     return folder / "dcp"
 
 
-@kind("header claims")
+@kind("header declares")
 def a_safetensors_header_longer_than_the_file(folder, trace):
     return _written(folder / "a.safetensors", struct.pack("<Q", 2**62) + b"{}")
 
 
-@kind("header claims")
+@kind("header declares")
 def a_safetensors_header_of_a_gigabyte(folder, trace):
     path = _written(folder / "a.safetensors", struct.pack("<Q", 2**30) + b"{")
     os.truncate(path, 2**30 + 8)  # a hole, so it takes no disk
@@ -269,8 +269,8 @@ def weights_that_are_nan(folder, trace):
     return folder / "a.safetensors"
 
 
-@kind("claims")
-def a_storage_that_claims_terabytes(folder, trace):
+@kind("declares")
+def a_storage_that_declares_terabytes(folder, trace):
     """The old format, where torch.load makes room for what the pickle says."""
     torch.save({"a": torch.zeros(7)}, folder / "a.pth", _use_new_zipfile_serialization=False)
     content = (folder / "a.pth").read_bytes()
@@ -282,38 +282,38 @@ def a_storage_that_claims_terabytes(folder, trace):
     return _written(folder / "a.pth", content)
 
 
-@kind("claims shape")
+@kind("declares shape")
 def a_tensor_that_is_one_number_a_billion_times(folder, trace):
     torch.save({"a": torch.zeros(1).expand(2**20, 2**20)}, folder / "a.pth")
     return folder / "a.pth"
 
 
-@kind("claims more bytes than it has")
-def a_pickle_that_claims_terabytes(folder, trace):
+@kind("declares more bytes than it has")
+def a_pickle_that_declares_terabytes(folder, trace):
     return _written(folder / "a.pkl", b"\x80\x05\x96" + struct.pack("<Q", 2**43) + b"abc")
 
 
-@kind("claims .* bytes, packed into")
+@kind("declares .* bytes, compressed into")
 def a_zip_bomb(folder, trace):
     members = _members(folder)
     storage = next(name for name in members if "/data/" in name)
     return _zip_of(folder / "a.pth", members | {storage: bytes(2**24)}, zipfile.ZIP_DEFLATED)
 
 
-@kind("claims 24 bytes of a storage of 4|elements")
+@kind("declares 24 bytes of a storage of 4|elements")
 def a_storage_shorter_than_its_tensor(folder, trace):
     members = _members(folder)
     storage = next(name for name in members if "/data/" in name)
     return _zip_of(folder / "a.pth", members | {storage: b"1234"})
 
 
-@kind("no weights by name|entries are no tensors")
+@kind("no named weights|entries are not tensors")
 def things_that_are_no_tensors(folder, trace):
     torch.save({"model": {"a": argparse.Namespace(b=1), "c": "text"}}, folder / "a.pth")
     return folder / "a.pth"
 
 
-@kind("where there is no file")
+@kind("which does not exist")
 def a_link_into_nothing(folder, trace):
     (folder / "a.pth").symlink_to(folder / "elsewhere.pth")
     return folder / "a.pth"

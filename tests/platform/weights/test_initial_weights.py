@@ -1,4 +1,4 @@
-"""What a run starts from: whose classes become whose, and backbones alone."""
+"""Test `initial_weights.py`: the matching of classes, and backbones alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run_state import RunState
-from deta.platform.weights.class_mapping import published_classes
-from deta.platform.weights.coco_class_names import COCO_NAMES
+from deta.platform.weights.class_mapping import COCO_NAMES, published_classes
 from deta.platform.weights.converted_file import write_converted
 from deta.platform.weights.initial_weights import (
     check_initial_weights,
@@ -136,7 +135,7 @@ def test_dropped_heads_start_as_new_and_the_rest_is_kept(source, trained):
     for name, tensor in model.state_dict().items():
         expected = fresh if name.startswith("class_heads.") else trained.state_dict()
         assert torch.equal(tensor, expected[name]), name
-    assert "all 3 start as new" in lines[0]
+    assert "all 3 start untrained" in lines[0]
 
 
 def test_the_same_classes_are_taken_as_they_are(tmp_path):

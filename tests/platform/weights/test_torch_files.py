@@ -1,4 +1,4 @@
-"""What torch.save and pickle.dump write is read as they wrote it, without either."""
+"""Test `torch_files.py` with `restricted_unpickler.py` on files of torch.save and pickle.dump."""
 
 from __future__ import annotations
 
