@@ -1,6 +1,6 @@
-"""What the workers of a group settle among themselves, so that all do the same at the same step.
+"""Collectives of a worker group, so that all workers act alike at the same step.
 
-One sum a step carries all of it: each worker says what it knows, and all read what is true of any.
+One all_reduce per step: flags are ORed, counts are summed.
 """
 
 from __future__ import annotations
@@ -13,39 +13,51 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Worker:
+    """The rank of this process, the size of its group, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_leader(self) -> bool:
+        """Return whether this is rank 0, which logs and writes for all."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
 class StepVote:
-    """What one worker has to say at a step, or what is true of the group."""
+    """The counts and flags of one worker at a step, or their totals over the group."""
 
     num_boxes: int = 0  # in the micro-batches of the step
-    stop: bool = False  # somebody was asked to leave
+    stop: bool = False  # a worker was asked to stop
     save: bool = False
-    ask_cluster: bool = False  # whether it is about to take a node away
-    num_replaced: int = 0  # images that were broken
+    check_preemption: bool = False  # time to ask the cluster about a preemption
+    num_replaced: int = 0  # broken images that were replaced
 
 
 class DriftError(RuntimeError):
-    """Workers whose weights must be equal have different ones: a fault of memory or a link."""
+    """The weights of workers differ although they must be equal: faulty memory or link."""
 
 
-def sum_votes(word: StepVote, worker: Worker) -> StepVote:
-    """The sums and the ors over all workers. Waits for all of them."""
+def sum_votes(vote: StepVote, worker: Worker) -> StepVote:
+    """Return the totals over all workers. Blocks until all of them call it."""
     if worker.world_size == 1:
-        return word
-    own = [word.num_boxes, word.stop, word.save, word.ask_cluster, word.num_replaced]
+        return vote
+    own = [vote.num_boxes, vote.stop, vote.save, vote.check_preemption, vote.num_replaced]
     total = torch.tensor(own, dtype=torch.int64, device=worker.device)
     dist.all_reduce(total)
-    num_boxes, stop, save, ask_cluster, num_replaced = total.tolist()
-    return StepVote(num_boxes, stop > 0, save > 0, ask_cluster > 0, num_replaced)
+    num_boxes, stop, save, check_preemption, num_replaced = total.tolist()
+    return StepVote(num_boxes, stop > 0, save > 0, check_preemption > 0, num_replaced)
 
 
 def broadcast_from_leader(value: T, worker: Worker) -> T:
-    """Rank 0's value, on every worker."""
+    """Return the value of rank 0 on every worker."""
     if worker.world_size == 1:
         return value
     box = [value]
@@ -54,7 +66,7 @@ def broadcast_from_leader(value: T, worker: Worker) -> T:
 
 
 def gather_from_all(value: T, worker: Worker) -> list[T]:
-    """Every worker's value, by rank, on every worker."""
+    """Return the values of all workers, by rank, on every worker."""
     if worker.world_size == 1:
         return [value]
     values: list[T] = [value] * worker.world_size
@@ -64,10 +76,10 @@ def gather_from_all(value: T, worker: Worker) -> list[T]:
 
 @torch.no_grad()
 def first_different_tensor(model: nn.Module, worker: Worker) -> str | None:
-    """The first parameter or buffer of which not all workers hold the same bits; none: all equal.
+    """Return the first parameter or buffer whose bits differ between workers; None if none does.
 
-    Compares one 64-bit sum a tensor, over its bits taken as integers: any single flipped bit
-    changes it. Costs one pass over the weights and two small exchanges.
+    Compares one 64-bit checksum per tensor, the sum of its bits read as integers: any single
+    flipped bit changes it. Costs one pass over the weights and two small all_reduce calls.
     """
     if worker.world_size == 1:
         return None
@@ -84,17 +96,3 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
     widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(-1).view(widths[tensor.element_size()])
     return bits.sum(dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Which of how many processes this is, and what it computes on."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = CPU
-
-    @property
-    def is_leader(self) -> bool:
-        """Rank 0 speaks for all."""
-        return self.rank == 0

@@ -1,9 +1,9 @@
-"""Gradients of a step, summed so that the sum does not depend on how the batch was cut.
+"""Sum the gradients of a step independently of how the batch is split.
 
-Floating-point sums depend on their order, and the order on the number of workers. One last bit is
-enough for another proposal to be taken, and then two runs part: after 30 steps losses differed by
-2 % between 4 workers and 3. Summed in float64 and rounded once, the result is the same for any
-number of workers, but where a sum lies within 1e-16 of the middle between two float32 values.
+A floating-point sum depends on its order, and the order on the number of workers. One different
+last bit is enough to select another proposal, and then two runs diverge: after 30 steps, losses
+differed by 2 % between 4 workers and 3. A sum in float64 that is rounded once is the same for any
+number of workers, unless it lies within 1e-16 of the midpoint between two float32 values.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class GradientSum:
-    """Of these parameters, over the micro-batches of all workers."""
+    """Accumulates gradients in float64 over the micro-batches of all workers."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], num_workers: int) -> None:
         """
         Args:
-            num_workers: that meet in `share`; 1 needs no process group.
+            num_workers: how many call `all_reduce`; 1 needs no process group.
         """
         self.parameters = list(parameters)
         self.num_workers = num_workers
         device = self.parameters[0].device
         sizes = [parameter.numel() for parameter in self.parameters]
-        # One block, so that it is one exchange; at its end, how many have had each gradient at all.
+        # One block, so one all_reduce. It ends with counts of the gradients that existed.
         self._block = torch.zeros(sum(sizes) + len(sizes), dtype=torch.float64, device=device)
         *parts, self._given = self._block.split([*sizes, len(sizes)])
         self._sums = [
@@ -36,7 +36,7 @@ class GradientSum:
         ]
 
     def add(self) -> None:
-        """Take the gradients of a backward pass off the parameters, and add them."""
+        """Move the gradients of a backward pass from the parameters to the sum."""
         is_given = [parameter.grad is not None for parameter in self.parameters]
         for parameter, total in zip(self.parameters, self._sums, strict=True):
             if parameter.grad is not None:
@@ -45,9 +45,9 @@ class GradientSum:
         self._given += torch.tensor(is_given, dtype=torch.float64).to(self._block.device)
 
     def all_reduce(self) -> None:
-        """Give the parameters the sum over all workers, and begin anew.
+        """Set the parameters' gradients to the sum over all workers, and reset the sum.
 
-        A parameter that no micro-batch of any worker has used gets none, as without workers.
+        A parameter that no micro-batch of any worker used gets no gradient, as with one worker.
         """
         if self.num_workers > 1:
             dist.all_reduce(self._block)
@@ -59,14 +59,14 @@ class GradientSum:
 
 
 def broadcast_statistics(statistics: Sequence[Tensor], num_workers: int) -> None:
-    """Give all workers those of the first one; each has seen its own images alone."""
+    """Copy the statistics of rank 0 to all workers; each has only seen its own images."""
     if num_workers > 1:
         for statistic in statistics:
             dist.broadcast(statistic, 0)
 
 
 def batch_norm_statistics(model: nn.Module) -> list[Tensor]:
-    """What a BatchNorm that trains remembers of its batches."""
+    """Return the buffers of all BatchNorm layers that track statistics."""
     return [
         buffer
         for module in model.modules()

@@ -1,9 +1,9 @@
-"""Whether a worker still gets on, seen from a thread of its own.
+"""Hang watchdog: a thread that detects when its worker makes no progress.
 
-A worker that waits for another one that hangs cannot tell so itself. This thread can: it writes the
-stacks of all threads to the run's folder and ends the process. The watchdogs of its peers see that
-and do the same, so that also the stacks of the one that was waited for are there. The group is
-started again from the last checkpoint. Another file tells the supervisor that a worker is alive.
+A worker that waits for a hung peer cannot report that itself. This thread writes the stacks of all
+threads to the folder of the run and exits the process. The watchdogs of its peers see the file and
+do the same, so the stacks of the hung peer are recorded too. The group then restarts from the last
+checkpoint. A heartbeat file shows the supervisor that a worker is alive.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Literal
 from deta.platform.system.atomic_write import write_json
 
 Phase = Literal["starting", "data", "step", "evaluating", "saving"]
-# How long a phase may take, in units of the hang time-out. Steps have a rule of their own. What
-# waits for data may wait for a slow disk, where starting again would help nobody.
+# Time limit of a phase, in multiples of the hang timeout. Steps have a rule of their own. A wait
+# for data may be due to a slow disk, which a restart would not make faster.
 PHASE_LIMITS: dict[Phase, float] = {
     "starting": 20, "data": 10, "step": 1, "evaluating": 40, "saving": 40,
 }  # fmt: skip
-USUAL_STEPS_LIMIT = 10  # a step may take this many times the usual
-EXIT_CODE = 70  # of a process that its watchdog ended
+USUAL_STEPS_LIMIT = 10  # a step may take this many times the median
+EXIT_CODE = 70  # of a process that its watchdog exited
 STACKS, HEARTBEATS = "stacks", "heartbeats"
 
 
 class Watchdog:
-    """Watches the thread that calls `beat`."""
+    """Watches the thread that calls `heartbeat`."""
 
     def __init__(self, run_folder: Path, rank: int, hang_timeout_s: float) -> None:
         self._folder, self._rank, self._timeout_s = run_folder, rank, hang_timeout_s
@@ -46,7 +46,7 @@ class Watchdog:
         self._thread.start()
 
     def heartbeat(self, phase: Phase) -> None:
-        """Something was done, and this comes next. Costs less than a microsecond."""
+        """Record progress and the phase that begins now. Costs less than a microsecond."""
         now_s = time.monotonic()
         if self._phase == "step":
             self._steps_s.append(now_s - self._since_s)
@@ -58,10 +58,10 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
-        """How long the present phase may take."""
+        """Return the time limit of the current phase."""
         limit_s = PHASE_LIMITS[self._phase] * self._timeout_s
         if self._phase == "step":
-            if self._num_steps < 3:  # kernels are chosen and memory is laid out
+            if self._num_steps < 3:  # kernels are selected and memory is allocated
                 return limit_s * 10
             usual_s = statistics.median(self._steps_s)
             return max(limit_s, USUAL_STEPS_LIMIT * usual_s)
@@ -73,23 +73,25 @@ class Watchdog:
         written_s = -float("inf")
         while not self._ended.wait(min(1.0, self._timeout_s / 5)):
             now_s = time.monotonic()
-            stood_s, limit_s, phase = now_s - self._since_s, self.limit_s, self._phase
+            idle_s, limit_s, phase = now_s - self._since_s, self.limit_s, self._phase
             if now_s - written_s > 5:
                 written_s = now_s
                 self._write(path, phase)
-            if stood_s > limit_s:
-                self._end(f"nothing done for {stood_s:.0f} s while in phase {phase!r}")
+            if idle_s > limit_s:
+                self._exit(f"no progress for {idle_s:.0f} s in phase {phase!r}")
             if stack_files(self._folder) - self._old_stacks:
-                self._end(f"a peer ended, and this one was in phase {phase!r} for {stood_s:.0f} s")
+                self._exit(
+                    f"a peer exited; this rank had been in phase {phase!r} for {idle_s:.0f} s"
+                )
 
     def _write(self, path: Path, phase: str) -> None:
-        said = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": host()}
+        content = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": host()}
         try:
-            write_json(path, said)
-        except OSError:  # a full disk stops no training
+            write_json(path, content)
+        except OSError:  # a full disk must not stop the training
             return
 
-    def _end(self, what: str) -> None:
+    def _exit(self, what: str) -> None:
         try:
             folder = self._folder / STACKS
             folder.mkdir(exist_ok=True)
@@ -97,7 +99,7 @@ class Watchdog:
             with (folder / name).open("w", encoding="utf-8") as file:
                 file.write(
                     f"rank {self._rank}, process {os.getpid()} on {host()}: {what}. "
-                    "The stacks of its threads:\n\n"
+                    "Stacks of its threads:\n\n"
                 )
                 file.flush()
                 faulthandler.dump_traceback(file)
@@ -106,7 +108,7 @@ class Watchdog:
 
 
 def stack_files(run_folder: Path) -> frozenset[Path]:
-    """What watchdogs have written at the end of their processes, of this start and of others."""
+    """Return the stack files that watchdogs of this run wrote, also in earlier attempts."""
     return frozenset((run_folder / STACKS).glob("rank-*.txt"))
 
 

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate of every step."""
+"""The optimizer, the learning-rate schedule, early stopping and frozen parts."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 LrRule = Literal["none", "sqrt", "linear"]
-# Exponents of the ratio of total batches.
+# Exponent of the ratio of the total batch to lr_base_batch.
 LR_RULES: Mapping[LrRule, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW as the official code sets it up."""
+    """Options of AdamW. Defaults: as the official code sets it up."""
 
     lr: float = 2e-4
-    # How `lr` follows the total batch: "linear" with its ratio to `lr_base_batch`, "sqrt" with the
-    # root of that, "none" not at all. The rate is worked out when the optimizer is made; `lr` stays
-    # what it is, so that a run that goes on cannot scale it twice.
+    # How the rate scales with the total batch: "linear" with its ratio to `lr_base_batch`, "sqrt"
+    # with the root of that ratio, "none" not at all. The rate is computed when the optimizer is
+    # made; `lr` itself does not change, so that a resumed run cannot scale it twice.
     lr_rule: LrRule = "none"
-    lr_base_batch: int | None = None  # images an update that `lr` is meant for
+    lr_base_batch: int | None = None  # images per update that `lr` is meant for
     backbone_lr_factor: float = 0.1
-    # Of the layers that predict where deformable attention looks.
+    # For the layers that predict the sampling offsets of deformable attention.
     sampling_lr_factor: float = 0.1
     weight_decay: float = 1e-4
     decay_norms: bool = True  # official decays norms and biases alike; detrex leaves norms out
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = 0.1  # L2 over all weights; detrex does not clip
     # Sum gradients in float64 over micro-batches and workers, so that any number of workers gives
-    # the same bits. Takes 8 bytes a weight, and the exchange follows the backward pass; without, it
-    # is DistributedDataParallel's, which goes on beside it.
+    # the same bits. Takes 8 bytes per weight, and the all_reduce follows the backward pass. Without
+    # it, DistributedDataParallel overlaps its all_reduce with the backward pass.
     exact_sum: bool = True
-    # Parts that do not train, besides `model.backbone.frozen_parts`: names as in the model's
-    # parameters, such as backbone, encoder, decoder.layers.0; or all-but-heads.
+    # Frozen parts, besides `model.backbone.frozen_parts`: names as in the model's parameters, such
+    # as backbone, encoder, decoder.layers.0; or all-but-heads.
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class OptimConfig:
             raise ValueError(f"optim.max_grad_norm={self.max_grad_norm} must be positive, or none")
 
     def lr_for(self, total_batch_size: int) -> float:
-        """The learning rate of an update over so many images, before the schedule."""
+        """Return the learning rate for a total batch size, before the schedule."""
         if self.lr_base_batch is None:
             return self.lr
         return self.lr * (total_batch_size / self.lr_base_batch) ** LR_RULES[self.lr_rule]
@@ -67,15 +67,15 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How long to train, and the learning rate on the way, in epochs of the training set."""
+    """Length of training and learning-rate schedule, in epochs of the training set."""
 
     epochs: int = 12
-    lr_drop_epochs: tuple[float, ...] = (10.0,)  # the rate falls tenfold at the end of each
+    lr_drop_epochs: tuple[float, ...] = (10.0,)  # the rate drops tenfold at the end of each
     lr_drop_factor: float = 0.1
-    warmup_epochs: float = 0.0  # linear from nothing; official has none
-    # "step": drops at lr_drop_epochs. "cosine": falls to nothing at the end.
+    warmup_epochs: float = 0.0  # linear from zero; official has none
+    # "step": drops at lr_drop_epochs. "cosine": falls to zero at the end.
     shape: str = "step"
-    # Early stopping: after so many evaluations in a row without a better AP; none: never.
+    # Early stopping: after this many evaluations in a row without a better AP; none: never.
     patience: int | None = None
     min_delta: float = 0.0  # better means by more than this, in points of AP (0..100)
 
@@ -101,11 +101,11 @@ class ScheduleConfig:
             raise ValueError(f"schedule.min_delta={self.min_delta} cannot be negative")
 
     def is_exhausted(self, aps: Sequence[float]) -> bool:
-        """Whether early stopping ends a run with these APs, of all its evaluations in order."""
+        """Return whether early stopping ends a run whose evaluations, in order, had these APs."""
         return self.patience is not None and num_without_gain(aps, self.min_delta) >= self.patience
 
     def lr_factor(self, epoch: float) -> float:
-        """What the rate is multiplied by after `epoch` epochs, a fraction as a rule."""
+        """Return the factor of the learning rate after `epoch` epochs, which may be a fraction."""
         factor = 1.0
         if self.warmup_epochs > 0:
             factor = min(1.0, epoch / self.warmup_epochs)
@@ -117,7 +117,7 @@ class ScheduleConfig:
 
 
 def num_without_gain(aps: Sequence[float], min_delta: float) -> int:
-    """How many of the last APs were not better, by more than min_delta, than the best before."""
+    """Count the last APs that did not exceed the best before them by more than min_delta."""
     best, count = -math.inf, 0
     for ap in aps:
         if ap > best + min_delta:
@@ -128,18 +128,18 @@ def num_without_gain(aps: Sequence[float], min_delta: float) -> int:
 
 
 class FixedStatsBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that keeps its statistics, and uses them, also while the model trains."""
+    """BatchNorm that always uses its running statistics and never updates them."""
 
     def train(self, mode: bool = True) -> FixedStatsBatchNorm2d:
         return super().train(False)
 
 
 def freeze(model: nn.Module, parts: Iterable[str]) -> None:
-    """Let some parts of a model keep their weights; before an optimizer or DDP sees them.
+    """Freeze parts of a model. Call it before the optimizer and DDP are made.
 
     Args:
-        parts: each a name, or several joined by dots, within the names of parameters; or
-            `all-but-heads`, which leaves only the class and box heads to train.
+        parts: each is one or more dot-separated components of parameter names; or
+            `all-but-heads`, which trains only the class and box heads.
 
     Raises:
         ValueError: the model has no such part, or nothing would be left to train.
@@ -153,8 +153,8 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
         if not chosen:
             known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
             raise ValueError(
-                f"optim.freeze: the model has no part {part!r}; its parts are {known}, and what "
-                "they hold; or all-but-heads"
+                f"optim.freeze: the model has no part {part!r}; use one of {known}, a part inside "
+                "one of them, or all-but-heads"
             )
         for name in chosen:
             names[name].requires_grad_(False)
@@ -166,7 +166,7 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
             if type(module) not in (nn.BatchNorm2d, FixedStatsBatchNorm2d):
                 raise ValueError(
                     f"optim.freeze: {name} is a {type(module).__name__}, whose statistics cannot "
-                    "be kept still; use model.backbone.norm=frozen"
+                    "be frozen; use model.backbone.norm=frozen"
                 )
             module.__class__ = FixedStatsBatchNorm2d
             module.eval()
@@ -177,12 +177,12 @@ def _is_of_head(name: str) -> bool:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = None) -> AdamW:
-    """AdamW with the published groups: backbone, sampling offsets, all else.
+    """Return AdamW with the published parameter groups: backbone, sampling offsets, all others.
 
     Args:
-        lr: in place of `config.lr`, where a rule has worked it out; see `OptimConfig.lr_for`.
+        lr: replaces `config.lr`, for example by the result of `OptimConfig.lr_for`.
 
-    Each group keeps the learning rate it starts from as `base_lr`; `set_lr` multiplies it.
+    Each group stores its initial learning rate as `base_lr`; `set_lr` multiplies it.
     """
     norms = {
         id(parameter)
@@ -209,12 +209,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = Non
             for (lr, decay), parameters in groups.items()
         ],
         betas=config.betas,
-        fused=True,  # without it, a fifth of a small model's step on a CPU
+        fused=True,  # unfused, it takes a fifth of a small model's step on a CPU
     )
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
-    """Give every group its base rate times the schedule's factor."""
+    """Set the rate of every group to its base rate times the factor of the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
@@ -246,4 +246,5 @@ def load_optimizer_state(
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
     return [parameter for parameter in parameters if parameter.requires_grad]

@@ -23,13 +23,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step on this worker."""
+    """The result of a step on this worker."""
 
-    # Detached, on the device: each loss of the whole global batch where there is one worker, this
-    # worker's part of it times the number of workers otherwise (so their mean is the whole),
-    # `loss`, their weighted total, and `grad_norm`, before clipping.
+    # Detached, on the device: each loss, `loss` (their weighted total) and `grad_norm` (before
+    # clipping). With one worker, losses are those of the global batch. With more, each is this
+    # worker's part times the number of workers, so that their mean is that of the global batch.
     scalars: dict[str, Tensor]
-    updated: bool  # the same on all workers; false where something was not finite on any of them
+    updated: bool  # equal on all workers; False if any of them had a value that is not finite
 
 
 def train_step(
@@ -47,24 +47,25 @@ def train_step(
 ) -> StepResult:
     """Update the weights once, from all micro-batches of all workers.
 
-    The result does not depend on how the global batch is cut among workers and micro-batches,
-    but for rounding: every loss is a sum over images, divided by the number of boxes in the whole
+    Apart from rounding, the result does not depend on how the global batch is split among workers
+    and micro-batches: every loss is a sum over images, divided by the number of boxes in the
     global batch.
 
-    A loss that is not finite turns this worker's gradients into NaN. Gradients are shared among
-    the workers, so all of them see it, without another exchange, and none updates its weights.
+    A loss that is not finite turns this worker's gradients into NaN. The all_reduce of gradients
+    carries that to all workers, without another collective, and none updates its weights.
 
     Args:
-        model: the detector, as it is or in DistributedDataParallel.
+        model: the detector, bare or wrapped in DistributedDataParallel.
         micro_batches: this worker's share of the global batch, on the host; at least one.
         num_boxes: in the global batch, over all workers.
-        seeds: one for each micro-batch, of all that the model draws in it; below 2**64.
+        seeds: one for each micro-batch, for all random numbers of the model; below 2**64.
         precision: torch.float32, or torch.bfloat16 for autocast.
-        gradients: sums them, over the workers too; none: PyTorch does, in DistributedDataParallel.
+        gradients: sums them over micro-batches and workers. None: PyTorch and
+            DistributedDataParallel do.
     """
     is_parallel = isinstance(model, DistributedDataParallel)
-    num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel's mean
-    # At least one box in the whole batch, not on each worker as in released code: otherwise a
+    num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel averages
+    # At least one box in the global batch, not on each worker as in released code: otherwise a
     # batch with hardly any boxes would weigh less on more workers.
     divisor = torch.tensor(max(num_boxes, 1) / num_averaged, dtype=torch.float32).to(device)
     optimizer.zero_grad(set_to_none=True)
@@ -89,14 +90,14 @@ def train_step(
         sums = {name: part * gradients.num_workers for name, part in sums.items()}
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     sums["grad_norm"] = clip_grad_norm_(trainable(model.parameters()), limit)
-    updated = bool(sums["grad_norm"].isfinite())  # waits for the device, as the matching does
+    updated = bool(sums["grad_norm"].isfinite())  # blocks on the device, as the matching does
     if updated:
         optimizer.step()
     return StepResult(sums, updated)
 
 
 def _without_exchange(model: nn.Module, unless: bool) -> contextlib.AbstractContextManager:
-    """Gradients of all but the last micro-batch stay local; the last one sends their sum."""
+    """Skip the all_reduce of DistributedDataParallel for all but the last micro-batch."""
     if unless or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

@@ -42,7 +42,9 @@ def make(step: int, ap: float | None = None) -> Snapshot:
     return take_snapshot(state, RunConfig(), (Category(1, "disc"),), {"w": weights}, {})
 
 
-def train(run: Path, store: CheckpointStore | str | Path, aps: dict[int, float | None], keep: int = 2):
+def train(
+    run: Path, store: CheckpointStore | str | Path, aps: dict[int, float | None], keep: int = 2
+):
     """Save and copy steps one after another."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "run.json").exists():

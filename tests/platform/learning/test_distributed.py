@@ -1,4 +1,4 @@
-"""What workers settle among themselves, in two processes that really exchange."""
+"""Collectives between two real processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _in_a_group(rank: int, port: int, act: Callable[[Worker], Any], answers: Any
 
 
 def on_two(act: Callable[[Worker], Any]) -> list[Any]:
-    """What each of two workers answers, by rank."""
+    """Run `act` on two workers; return their results by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,9 +48,11 @@ def on_two(act: Callable[[Worker], Any]) -> list[Any]:
     return [found[0], found[1]]
 
 
-def test_what_one_says_all_know():
+def test_flags_are_ored_and_counts_are_summed():
     def act(worker: Worker) -> StepVote:
-        return sum_votes(StepVote(3 + worker.rank, stop=worker.rank == 1, num_replaced=worker.rank), worker)
+        return sum_votes(
+            StepVote(3 + worker.rank, stop=worker.rank == 1, num_replaced=worker.rank), worker
+        )
 
     one, other = on_two(act)
     assert one == other == StepVote(7, stop=True, num_replaced=1)
@@ -58,9 +60,11 @@ def test_what_one_says_all_know():
     assert sum_votes(alone, Worker()) == alone
 
 
-def test_values_travel():
+def test_values_are_broadcast_and_gathered():
     def act(worker: Worker) -> Any:
-        return broadcast_from_leader(f"from {worker.rank}", worker), gather_from_all(worker.rank, worker)
+        return broadcast_from_leader(f"from {worker.rank}", worker), gather_from_all(
+            worker.rank, worker
+        )
 
     assert on_two(act) == [("from 0", [0, 1]), ("from 0", [0, 1])]
 

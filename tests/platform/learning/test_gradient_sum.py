@@ -1,4 +1,4 @@
-"""Sums of gradients that do not depend on how the batch is cut."""
+"""The sum of gradients does not depend on how the batch is split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def layers() -> nn.Module:
 
 
 def summed(order: list[int], exact: bool) -> torch.Tensor:
-    """The gradient over eight parts of very different size, taken in that order."""
+    """Return the gradient over parts of very different scale, added in this order."""
     model = layers()
     gradients = GradientSum(model.parameters(), 1)
     for part in order:
@@ -33,12 +33,12 @@ def test_the_order_of_the_parts_does_not_matter():
     assert not torch.equal(summed(first, exact=False), summed(second, exact=False))
 
 
-def test_it_is_the_sum():
+def test_the_result_is_the_sum():
     order = list(range(8))
     assert torch.allclose(summed(order, exact=True), summed(order, exact=False), rtol=1e-4)
 
 
-def test_a_step_begins_with_nothing_of_the_one_before():
+def test_a_step_begins_with_an_empty_sum():
     model = layers()
     gradients = GradientSum(model.parameters(), 1)
     for _ in range(2):
@@ -51,7 +51,7 @@ def test_a_step_begins_with_nothing_of_the_one_before():
         assert found.item() == 1.0
 
 
-def test_what_nothing_used_has_no_gradient_and_so_does_not_decay():
+def test_an_unused_parameter_gets_no_gradient_and_so_does_not_decay():
     model = layers()
     unused = nn.Parameter(torch.ones(3))
     gradients = GradientSum([*model.parameters(), unused], 1)
@@ -62,7 +62,7 @@ def test_what_nothing_used_has_no_gradient_and_so_does_not_decay():
     assert model[0].weight.grad is not None
 
 
-def test_what_is_not_finite_stays_so():
+def test_a_value_that_is_not_finite_stays_so():
     model = layers()
     gradients = GradientSum(model.parameters(), 1)
     for factor in (1.0, float("nan")):

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from deta.model.architectures import make_detector
 from deta.model.backbone import BackboneConfig
@@ -22,15 +21,11 @@ from deta.platform.checkpoint.local import all_checkpoints, best_checkpoint, new
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.launch.claim_folder import refuse_if_done
+from deta.platform.launch.resume_check import refuse_if_finished
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import (
-    FixedStatsBatchNorm2d,
     OptimConfig,
     ScheduleConfig,
-    freeze,
-    make_optimizer,
-    num_without_gain,
 )
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import read_events
@@ -39,29 +34,6 @@ from deta.platform.run.run_file import RunExistsError
 from deta.platform.run.run_state import RunState
 from deta.platform.training import loop as training
 from deta.platform.training.loop import train
-
-
-@pytest.mark.parametrize(
-    ("aps", "min_delta", "expected"),
-    [
-        ([], 0.0, 0),
-        ([0.0], 0.0, 0),
-        ([10, 20, 30], 0.0, 0),
-        ([10, 10, 10], 0.0, 2),  # equal is not better
-        ([10, 30, 20, 29], 0.0, 2),
-        ([10, 10.4, 10.8], 0.5, 0),  # small steps add up to a gain over the best that counted
-        ([10, 10.4, 10.5], 0.5, 2),
-        ([0, 0, 0, 5], 0.0, 0),
-    ],
-)
-def test_evaluations_without_gain_are_counted_from_the_best(aps, min_delta, expected):
-    assert num_without_gain(aps, min_delta) == expected
-
-
-def test_without_patience_nothing_stops():
-    assert not ScheduleConfig().is_exhausted([5.0] * 100)
-    assert ScheduleConfig(patience=3).is_exhausted([5.0] * 4)
-    assert not ScheduleConfig(patience=3).is_exhausted([5.0] * 3)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +140,7 @@ def test_a_run_stops_when_patience_ends_and_keeps_its_best(datasets, tmp_path: P
     assert "stopped early after step 10 of 16" in events[-1]["reason"]
     assert "stopped early" in run.reason_to_stop(newest.state)
     with pytest.raises(RunExistsError, match="stopped early"):
-        refuse_if_done(run)  # what `--resume` says
+        refuse_if_finished(run)  # what `--resume` says
 
 
 @pytest.mark.parametrize("stops_after_epochs", [2, 4])
@@ -218,7 +190,7 @@ def test_with_more_patience_a_stopped_run_goes_on(datasets, tmp_path: Path, scri
     run = make_run(datasets, tmp_path)
     train(run, Worker())
     patient = replace(run, config=override(run.config, {"schedule.patience": "none"}))
-    refuse_if_done(patient)
+    refuse_if_finished(patient)
     train(patient, Worker())
     newest = newest_checkpoint(run.checkpoints)
     assert newest is not None
@@ -247,65 +219,6 @@ def test_a_checkpoint_from_before_early_stopping_is_read(datasets, tmp_path: Pat
     content = json.loads((path / "state.json").read_text())
     del content["ap_history"]
     assert RunState(**{k: v for k, v in content.items() if k != "categories"}).ap_history == []
-
-
-# What does not train.
-
-
-def frozen_model(parts: tuple[str, ...], norm: str = "group") -> nn.Module:
-    torch.manual_seed(0)
-    backbone = replace(TINY_MODEL.backbone, norm=norm)  # type: ignore[arg-type]
-    model = make_detector(replace(TINY_MODEL, backbone=backbone))
-    freeze(model, parts)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("parts", "trains", "rests"),
-    [
-        (("backbone",), ["encoder", "decoder", "class_heads", "pyramid.projections"],
-         ["pyramid.backbone"]),
-        (("backbone", "encoder"), ["first_stage", "decoder"], ["pyramid.backbone", "encoder"]),
-        (("decoder.layers.0",), ["encoder", "box_heads"], ["decoder.layers.0"]),
-        (("all-but-heads",), ["class_heads", "box_heads"],
-         ["pyramid", "encoder", "first_stage", "decoder", "level_embedding"]),
-    ],
-)  # fmt: skip
-def test_the_parts_that_are_named_do_not_train(parts, trains, rests):
-    model = frozen_model(parts)
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(rests)):
-            assert not parameter.requires_grad, name
-        if name.startswith(tuple(trains)):
-            assert parameter.requires_grad, name
-    optimizer = make_optimizer(model, OptimConfig())
-    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert listed == {id(p) for p in model.parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (("backbon",), "no part 'backbon'; its parts are .*pyramid.*all-but-heads"),
-        (("pyramid", "encoder", "first_stage", "decoder", "level_embedding", "class_heads",
-          "box_heads"), "leaves nothing to train"),
-    ],
-)  # fmt: skip
-def test_a_part_that_is_not_there_is_refused_by_name(parts, message):
-    with pytest.raises(ValueError, match=message):
-        frozen_model(parts)
-
-
-def test_frozen_batch_norm_keeps_its_statistics_while_the_model_trains():
-    model = frozen_model(("backbone",), norm="batch")
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    model(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool))
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms
-    assert all(isinstance(norm, FixedStatsBatchNorm2d) and not norm.training for norm in norms)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-    assert model.state_dict().keys() == frozen_model((), norm="batch").state_dict().keys()
 
 
 FROZEN_WORKER = """

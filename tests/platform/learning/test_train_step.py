@@ -1,0 +1,104 @@
+"""One update: independent of the split into micro-batches, skipped if not finite, clipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deta.model.batch import Batch, Target, pad_targets
+from deta.platform.learning.gradient_sum import GradientSum
+from deta.platform.learning.train_step import StepResult, train_step
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    """One number per image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 4 * 4, 1)
+
+    def forward(self, images: Tensor, padding: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))  # B 1
+
+
+class Criterion(nn.Module):
+    """A sum over images, divided by the number of boxes, as the detectors' losses are."""
+
+    def forward(self, outputs: Tensor, batch: Batch, num_boxes: Tensor) -> dict[str, Tensor]:
+        return {"square": outputs.square().sum() / num_boxes, "size": outputs.sum() / num_boxes}
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        return 2 * losses["square"] + losses["size"]
+
+
+def batch_of(images: Tensor) -> Batch:
+    one = Target(torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([0]))
+    size = len(images)
+    return Batch(
+        images,
+        torch.zeros(size, 4, 4, dtype=torch.bool),
+        pad_targets([one] * size),
+        torch.arange(size),
+    )
+
+
+def step(images: list[Tensor], max_grad_norm: float | None = None) -> tuple[Model, StepResult]:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = train_step(
+        model,
+        Criterion(),  # type: ignore[arg-type]
+        [batch_of(part) for part in images],
+        optimizer,
+        num_boxes=sum(len(part) for part in images),
+        seeds=range(len(images)),
+        max_grad_norm=max_grad_norm,
+        precision=torch.float32,
+        device=CPU,
+        gradients=GradientSum(model.parameters(), 1),
+    )
+    return model, result
+
+
+def images_of(size: int) -> Tensor:
+    return torch.randn(size, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 2, 3], [1] * 6])
+def test_the_update_does_not_depend_on_the_micro_batches(sizes: list[int]):
+    whole, expected = step([images_of(6)])
+    model, result = step(list(images_of(6).split(sizes)))
+
+    assert result.updated
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, whole.get_parameter(name), msg=name)
+    for name, value in expected.scalars.items():
+        torch.testing.assert_close(result.scalars[name], value, msg=name)
+    assert set(result.scalars) == {"square", "size", "loss", "grad_norm"}
+    assert not any(value.requires_grad for value in result.scalars.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_no_weight(bad: float):
+    images = images_of(4)
+    images[2, 0, 0, 0] = bad
+    model, result = step([images[:2], images[2:]])
+
+    assert not result.updated
+    assert not result.scalars["loss"].isfinite()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, Model().get_parameter(name)), name
+
+
+def test_gradients_are_clipped_and_reported_before_clipping():
+    _, free = step([images_of(4)])
+    model, clipped = step([images_of(4)], max_grad_norm=0.01)
+
+    assert clipped.scalars["grad_norm"] == free.scalars["grad_norm"] > 0.01
+    moved = [p - Model().get_parameter(name) for name, p in model.named_parameters()]
+    length = torch.cat([part.flatten() for part in moved]).norm()
+    assert length.item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate times limit
