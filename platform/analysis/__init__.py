@@ -1,1 +1,1 @@
-"""Why a model is as good as it is: TIDE errors, label errors, the evaluation report."""
+"""The analysis of an evaluation: TIDE errors, label errors, calibration, the report."""

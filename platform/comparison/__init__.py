@@ -1,1 +1,1 @@
-"""Two models compared on the same images."""
+"""The comparison of two models on the same images."""

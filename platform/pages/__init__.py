@@ -1,1 +1,1 @@
-"""Parts of self-contained HTML pages: templates, theme, plotly figures, number formats."""
+"""Self-contained HTML pages: templates, theme, plotly figures, number formats."""

@@ -84,6 +84,7 @@ class Table:
                 )
 
     def cell_class(self, row: int, column: int) -> str:
+        """Return the CSS class of a cell."""
         kind, cell = self.columns[column].css_class, self.rows[row][column]
         is_long = kind == "word" and isinstance(cell, str) and len(cell) > MAX_LETTERS_IN_A_LINE
         return "word long" if is_long else kind

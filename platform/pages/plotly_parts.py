@@ -29,10 +29,12 @@ LOG_RATIO = 20  # positive numbers with a larger ratio get a logarithmic axis
 
 
 def color_of(index: int) -> str:
+    """Return the colour of a series."""
     return f"@c{index % NUM_COLORS}"
 
 
 def band_of(index: int) -> str:
+    """Return the translucent colour of a series."""
     return f"@b{index % NUM_COLORS}"
 
 
@@ -159,6 +161,7 @@ def rule(*, x: float | None = None, y: float | None = None, dash: str = "solid")
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:
+    """Return an axis of a layout."""
     return {"title": {"text": title}, **more}
 
 

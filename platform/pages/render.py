@@ -71,7 +71,7 @@ def render_page(
     policy: str | None = None,
     **values: Any,
 ) -> str:
-    """Return a whole page.
+    """Return a complete page.
 
     Args:
         template: extends `pages/base.html.j2`.
@@ -129,6 +129,7 @@ def style_source(styles: Sequence[str]) -> str:
 
 
 def script_source(name: str) -> str:
+    """Return the text of a script, or of plotly.js."""
     return plotly_source() if name == PLOTLY else read_asset(name)
 
 

@@ -1,1 +1,1 @@
-"""A study or a sweep as HTML and Markdown."""
+"""The report of a study or a sweep, as HTML and Markdown."""

@@ -67,7 +67,7 @@ def mean_learning_curves(trials: Sequence[TrialRecord]) -> Mapping[str, MeanCurv
 
 @dataclass(frozen=True)
 class _Curves:
-    """The curves of a figure, with what decides their look."""
+    """The curves of a figure, with what decides their colour and labels."""
 
     trials: Sequence[TrialRecord]
     cells: Sequence[str]

@@ -51,6 +51,7 @@ from deta.platform.study_report.trial_tables import (
     searched_table,
     trials_table,
 )
+from deta.platform.system.atomic_write import write_atomic
 
 MANY_PAIRS = 21  # above it, the figure shows pairs of cells that differ in one factor
 MIN_AXES = 2  # parallel coordinates of one parameter would repeat the table
@@ -65,7 +66,7 @@ def write_study_report(folder: Path, report: StudyReport) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     page_path, summary_path = folder / HTML_NAME, folder / MARKDOWN_NAME
-    summary_path.write_text(markdown_summary(report), encoding="utf-8")
+    write_atomic(summary_path, markdown_summary(report))
     top = [Paragraph(sentence, "verdict") for sentence in report.verdicts]
     top.append(Paragraph(facts_line(report), "facts"))
     write_page(page_path, title=report.title, summary=top, sections=sections(report))
