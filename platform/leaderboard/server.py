@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from deta.platform.leaderboard.cache import Board
 from deta.platform.leaderboard.page import live_page, live_policy
-from deta.platform.pages.html import plotly_source
+from deta.platform.pages.render import plotly_source
 
 logger = logging.getLogger(__name__)
 

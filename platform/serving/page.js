@@ -1,82 +1,6 @@
-"""How the drop-a-picture page looks beyond the common style, and the script that drives it."""
-
-from __future__ import annotations
-
-from deta.platform.pages.theme import DARK, LIGHT, NUM_COLORS
-
-
-def _colors(colors: dict[str, str]) -> str:
-    return " ".join(f"--c{i}: {colors[f'c{i}']};" for i in range(NUM_COLORS))
-
-
-PAGE_STYLE = (
-    f":root {{ {_colors(LIGHT)} --error: #a3220f; }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {_colors(DARK)} --error: #ff9b87; }} }}\n"
-    """
-body.serving { display: block; max-width: 76rem; padding-top: 2rem; }
-.serving header { padding-bottom: 1rem; }
-.serving h1 { font-size: 1.4rem; color: var(--ink); margin: 0 0 .2rem; }
-#model { color: var(--muted); margin: 0; max-width: none; }
-[hidden] { display: none !important; }
-
-#drop { position: relative; border: 2px dashed var(--muted); border-radius: 8px;
-  background: var(--shade); margin-bottom: 1rem; }
-#drop label { display: block; padding: 1.3rem 1.2rem; cursor: pointer; text-align: center; }
-#drop strong { color: var(--accent); text-decoration: underline; text-underline-offset: .2em; }
-/* Out of sight but not out of the keyboard's reach. */
-#drop input { position: absolute; opacity: 0; inset: 0; width: 100%; height: 100%;
-  cursor: pointer; }
-#drop:focus-within, #drop.over { outline: 3px solid var(--accent); outline-offset: 2px; }
-#drop.over { border-style: solid; }
-
-#token-row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center;
-  margin-bottom: 1rem; }
-#token { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--muted);
-  border-radius: 4px; padding: .3rem .5rem; width: 20rem; max-width: 100%; }
-
-#error { color: var(--error); border-left: 4px solid var(--error); padding: .4rem .8rem;
-  max-width: none; }
-#status { color: var(--muted); min-height: 1.55em; margin-bottom: .6rem; }
-
-#result { display: grid; grid-template-columns: minmax(0, 1fr) 19rem; gap: 1.5rem;
-  align-items: start; }
-#shown { position: relative; margin: 0; width: fit-content; max-width: 100%; }
-#shown img { display: block; max-width: 100%; max-height: 78vh; }
-.box { position: absolute; border: 2px solid var(--color); pointer-events: none;
-  box-shadow: 0 0 0 1px rgba(0, 0, 0, .55), inset 0 0 0 1px rgba(0, 0, 0, .55); }
-.box span { position: absolute; left: -2px; bottom: 100%; padding: 0 .35rem; font-size: .75rem;
-  line-height: 1.4; white-space: nowrap; background: var(--color); color: var(--paper); }
-.box.top span { bottom: auto; top: 0; }
-.box.right span { left: auto; right: -2px; }
-.box.strong { border-width: 4px; z-index: 2; }
-.dim .box:not(.strong) { opacity: .25; }
-.k0 { --color: var(--c0); } .k1 { --color: var(--c1); } .k2 { --color: var(--c2); }
-.k3 { --color: var(--c3); } .k4 { --color: var(--c4); } .k5 { --color: var(--c5); }
-
-.slider label, .slider output { font-variant-numeric: tabular-nums; }
-.slider input { display: block; width: 100%; margin: .3rem 0 1rem; accent-color: var(--accent);
-  min-height: 1.6rem; }
-#found { list-style: none; padding: 0; margin: 0 0 1rem; max-height: 60vh; overflow-y: auto; }
-#found li { margin: 0; border-bottom: 1px solid var(--rule); }
-#found button { display: flex; width: 100%; gap: .6rem; align-items: baseline; padding: .4rem .3rem;
-  text-decoration: none; text-align: left; }
-#found button::before { content: ""; flex: none; width: .7rem; height: .7rem;
-  background: var(--color); }
-#found .name { flex: 1; overflow-wrap: anywhere; }
-#found .score { font-variant-numeric: tabular-nums; color: var(--muted); }
-#found button:hover, #found button[aria-pressed=true] { background: var(--shade);
-  color: var(--ink); }
-#found button:focus-visible { outline-offset: -2px; }
-
-@media (max-width: 46rem) {
-  #result { grid-template-columns: minmax(0, 1fr); }
-  #shown img { max-height: none; }
-  #found { max-height: none; }
-}
-"""
-)
-
-PAGE_SCRIPT = """
+// Sends the chosen image to the service and shows its detections.
+//
+// Everything from a model or a file is set as text, never as HTML.
 "use strict";
 const part = (id) => document.getElementById(id);
 const drop = part("drop"), file = part("file"), shown = part("shown"), score = part("score");
@@ -277,4 +201,3 @@ addEventListener("paste", (event) => {
   if (event.clipboardData.files.length > 0) take(event.clipboardData.files);
 });
 introduce();
-"""

@@ -1,18 +1,7 @@
-"""The leaderboard's script: it fills the table, sorts, filters, draws, and asks for what is new.
-
-Whatever comes from MLflow is set as text, never as HTML; links are built from addresses that this
-project made. The state (filters, order) stands in the page's address, so that it can be sent.
-"""
-
-from __future__ import annotations
-
-import json
-
-from deta.platform.pages.theme import PALETTES
-
-BOARD_SCRIPT = (
-    f"const PALETTES = {json.dumps(PALETTES)};"
-    + """
+// Fills the leaderboard's table, sorts, filters, draws the figure, and polls for changes.
+//
+// Everything from MLflow is set as text, never as HTML. Links are built from addresses that the
+// server made. The page's address holds the filters and the order, so that a view can be shared.
 "use strict";
 const part = (id) => document.getElementById(id);
 const setup = JSON.parse(part("setup").textContent);
@@ -60,7 +49,7 @@ function element(name, text, className) {
 
 /* Addresses in MLflow, from ids that MLflow made. */
 function address(row, path) {
-  if (!/^https?:\\/\\//.test(setup.mlflow)) return "";
+  if (!/^https?:\/\//.test(setup.mlflow)) return "";
   const run = `${setup.mlflow}/#/experiments/${encodeURIComponent(row.experiment_id)}` +
     `/runs/${encodeURIComponent(row.id)}`;
   if (path === undefined) return run;
@@ -83,7 +72,7 @@ function take(content) {
   for (const values of content.rows) {
     const row = Object.fromEntries(content.columns.map((name, i) => [name, values[i]]));
     row.search = [row.name, row.recipe, row.data, row.experiment, row.models, row.commit, row.id]
-      .join("\\n").toLowerCase();
+      .join("\n").toLowerCase();
     rows.set(row.id, row);
   }
   for (const id of content.removed) rows.delete(id);
@@ -95,7 +84,7 @@ function take(content) {
 }
 
 function matches(row, but) {
-  const words = state.text.toLowerCase().split(/\\s+/);
+  const words = state.text.toLowerCase().split(/\s+/);
   return words.every((word) => row.search.includes(word))
     && SELECTS.every((key) => key === but || !state[key] || row[key] === state[key])
     && (!state.registered || row.models);
@@ -270,8 +259,8 @@ function renderFigure() {
     + (left > 0 ? ` Shown are the lines and the ${whole.format(MAX_POINTS)} best of`
       + ` ${whole.format(points.length)} runs.` : "");
   if (!window.Plotly) return;
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const palette = dark ? PALETTES.dark : PALETTES.light;
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const palette = isDark ? setup.palettes.dark : setup.palettes.light;
   const kept = new Set(points.slice().sort((a, b) => b.ap - a.ap).slice(0, MAX_POINTS));
   const traces = [];
   const hover = (list) => list.map((r) => `${shownText(r.name)}<br>${shownText(r.recipe)}`);
@@ -403,5 +392,3 @@ fromHash();
 render();
 performance.mark("first-rows");
 if (setup.is_live) poll();
-"""
-)
