@@ -1,7 +1,7 @@
-"""All the numbers of a run, their dotted names, and the flat form that MLflow records.
+"""The configuration of a run, its dotted keys, and the flat form that MLflow records.
 
-The same dotted key, such as `optim.lr`, is the override on the command line, the sample of a
-sweep and the parameter in MLflow. Every part checks itself when it is made.
+A dotted key, such as `optim.lr`, is the same on the command line, in the search space of a sweep
+and as a parameter in MLflow. Every part validates itself when it is made.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
 
 Config = TypeVar("Config")
+Engine = Literal["hotcoco", "pycocotools"]
 
-MAX_JSON_CHARACTERS = 1_000_000  # of a configuration: the largest here has 4,000
+MAX_JSON_CHARACTERS = 1_000_000  # of a configuration; the largest one here has 4,000
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -36,13 +37,13 @@ class DataConfig:
     train_annotations: str = ""
     val_images: str = ""
     val_annotations: str = ""
-    lenient: bool = False  # skip records that cannot be used, with counts, instead of refusing
-    max_pixels: int = 50_000_000  # of one image; a larger one is refused from its header
-    train_first: int | None = None  # use the first so many images only; also to overfit a few
+    lenient: bool = False  # skip and count unusable records instead of refusing the data set
+    max_pixels: int = 50_000_000  # per image; the header of a larger one is enough to refuse it
+    train_first: int | None = None  # use only this many images, for example to overfit a few
     val_first: int | None = None
-    loader_workers: int = 2  # processes for each training worker; changes the speed alone
-    # Pictures that turn out broken while training are replaced by others, counted and listed. The
-    # run stops where they are more than this share of the training images (one is always borne).
+    loader_workers: int = 2  # processes per training worker; affects speed only
+    # An image that proves broken during training is replaced by another, counted and listed. The
+    # run stops if more than this share of the training images is broken (one is always tolerated).
     max_broken_share: float = 0.01
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluation_size: EvaluationSize = field(default_factory=EvaluationSize)
@@ -59,19 +60,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """What the run asks of the Ray cluster."""
+    """Resources that a run requests from the Ray cluster, and limits for hangs and restarts."""
 
     num_workers: int = 8
-    gpu: bool = True  # one GPU a worker and NCCL; otherwise CPUs and gloo
-    cpus_per_worker: float = 4  # these must exist; loader workers share them
-    # Go on with as few as these while the cluster has no more; none: wait for num_workers. The
-    # total batch, the order of images and the rate stay the same, fewer workers accumulate.
+    gpu: bool = True  # one GPU per worker and NCCL; otherwise CPUs and gloo
+    cpus_per_worker: float = 4  # must be available; loader workers share them
+    # Continue with as few as this while the cluster has no more; none: wait for num_workers. The
+    # total batch, the image order and the learning rate stay the same: fewer workers accumulate.
     min_workers: int | None = None
-    # A worker whose training stands still for so long is taken for hung: stacks are written and
-    # the group starts again. Longer where steps are: at least ten times the usual step.
+    # A worker without progress for this long counts as hung: stacks are written and the group
+    # restarts. Slow steps get more time: at least ten times the median step.
     hang_timeout_s: float = 20.0
-    # What is lost is started again, from the last checkpoint, for as long as the run gets further;
-    # after so many starts in a row that got no further it stops.
+    # After a failure, the run restarts from the last checkpoint as long as it makes progress. It
+    # stops after this many attempts in a row without progress.
     max_fruitless_starts: int = 3
 
     def __post_init__(self) -> None:
@@ -94,13 +95,13 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state of a run is kept, besides at every evaluation, and where."""
+    """When and where to save checkpoints, besides at every evaluation."""
 
-    every_minutes: float | None = 5.0  # written beside the training, which goes on
+    every_minutes: float | None = 5.0  # written asynchronously, while training continues
     every_steps: int | None = None
-    keep: int = 2  # the newest ones; the best is kept besides
-    # A second place for them: a folder, or an address that pyarrow knows, such as s3://bucket/runs.
-    # With it a run can be resumed where the folder itself is gone.
+    keep: int = 2  # how many of the newest; the best is kept too
+    # A second location: a folder, or an address that pyarrow knows, such as s3://bucket/runs. A run
+    # can be resumed from it if its own folder is lost.
     store: str | None = None
 
     def __post_init__(self) -> None:
@@ -117,11 +118,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The program that computes AP. Both give the same numbers; the tests compare them."""
+
+    engine: Engine = "hotcoco"
+
+    def __post_init__(self) -> None:
+        if self.engine not in typing.get_args(Engine):
+            raise ValueError(
+                f"evaluation.engine={self.engine!r} is not one of "
+                f"{', '.join(typing.get_args(Engine))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A training run. Defaults are DETA R50 5-scale, 12 epochs, as published."""
+    """The configuration of a training run. Defaults: DETA R50 5-scale, 12 epochs, as published."""
 
     name: str = "deta-r50"
-    storage: str = "~/deta-runs"  # runs are folders in here; shared by all nodes of the cluster
+    storage: str = "~/deta-runs"  # folder of all runs; shared by all nodes of the cluster
     experiment: str = "deta"  # in MLflow
     seed: int = 42  # official
     model: ModelConfig | AnchorDETRConfig = field(default_factory=ModelConfig)
@@ -132,28 +147,29 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    # Images an update, over all workers. What a worker cannot take at once it accumulates.
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # Images per update, over all workers. A worker accumulates micro-batches to reach its share.
     total_batch_size: int = 16
-    micro_batch_size: int = 2  # images a worker takes at once
+    micro_batch_size: int = 2  # images per forward pass of a worker
     precision: Literal["fp32", "bf16"] = "fp32"
-    ema_decay: float | None = None  # of an averaged copy of the weights, evaluated in their place
-    # Start from these weights: a run, a checkpoint, a published file or one that jobs/convert.py
-    # wrote, or the address of a file, https://…#sha256=…
+    ema_decay: float | None = None  # decay of the EMA weights, which are evaluated instead
+    # Initial weights: a run, a checkpoint, a published file, a file that jobs/convert.py wrote, or
+    # the address of a file, https://…#sha256=…
     init_checkpoint: str | None = None
-    # Which classes start from which rows of those weights, if theirs are others: those of the same
-    # name ("by_name"), row for row ("in_order"), or none ("drop": all class heads start as new, as
-    # official DETA is fine-tuned from Objects365).
+    # How classes map to those weights if their classes differ: by name ("by_name"), row for row
+    # ("in_order"), or not at all ("drop": all class heads start anew, as official DETA is
+    # fine-tuned from Objects365).
     init_classes: Literal["by_name", "in_order", "drop"] = "by_name"
-    # Weights of the backbone alone, in place of timm's: a path or address of detectron2's
-    # torchvision R-50.pkl, of a .pth of torchvision or of the Swin repository.
+    # Weights of the backbone alone, instead of timm's: a path or address of detectron2's
+    # torchvision R-50.pkl, or of a .pth of torchvision or the Swin repository.
     init_backbone: str | None = None
-    # Updates whose loss or gradient is not finite are skipped, on all workers alike, and counted;
-    # so many in a row end the run.
+    # An update whose loss or gradient is not finite is skipped on all workers, and counted. This
+    # many in a row end the run.
     max_skipped_steps: int = 10
-    compare_weights_every_steps: int = 100  # of all workers with one another; they must be equal
+    compare_weights_every_steps: int = 100  # weights must be equal on all workers
     log_every_steps: int = 50
-    evaluate_every_epochs: int = 1  # and always at the end; a checkpoint is kept each time
-    num_pictures: int = 12  # validation pictures with true and predicted boxes, each evaluation
+    evaluate_every_epochs: int = 1  # and always at the end; each saves a checkpoint
+    num_pictures: int = 12  # validation images drawn with true and predicted boxes per evaluation
 
     def __post_init__(self) -> None:
         if not RUN_NAME.fullmatch(self.name):
@@ -189,7 +205,7 @@ class RunConfig:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Every value by its dotted key. Sequences stay whole."""
+    """Return every value by its dotted key. Sequences are not split."""
     flat: dict[str, Any] = {}
     for part in fields(config):
         value = getattr(config, part.name)
@@ -201,14 +217,15 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def to_json(config: Any) -> str:
+    """Return a configuration as JSON, for `from_json`."""
     return json.dumps(asdict(config), indent=2, default=list)
 
 
 def from_json(kind: type[Config], text: str) -> Config:
-    """Read what `to_json` wrote.
+    """Read a configuration that `to_json` wrote.
 
     Raises:
-        ValueError: a key that this version does not know, or a value that a check refuses.
+        ValueError: an unknown key, or a value that a check refuses.
     """
     if len(text) > MAX_JSON_CHARACTERS:
         raise ValueError(f"a configuration has at most {MAX_JSON_CHARACTERS:,} characters")
@@ -236,15 +253,15 @@ def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Co
 
 
 def _part(kind: Any, values: Any, key: str) -> type | None:
-    """The dataclass that a value is written for, or none if it is not written for one.
+    """Return the dataclass for a value, or None if the field is not a dataclass.
 
-    Of several, the one whose `architecture` it names; the first where it names none, as was
-    written while there was only one.
+    Among several, the `architecture` of the value decides. A value without one, from when there
+    was only one architecture, gets the first.
     """
     kinds: list[Any] = [one for one in (typing.get_args(kind) or (kind,)) if is_dataclass(one)]
     if len(kinds) <= 1:
         return kinds[0] if kinds else None
-    by_name = {one.architecture: one for one in kinds}  # a default, so the class has it
+    by_name = {one.architecture: one for one in kinds}  # it has a default, so the class has it
     name = values.get("architecture", kinds[0].architecture)
     if name not in by_name:
         raise ValueError(f"{key}.architecture={name!r} is not one of {', '.join(by_name)}")
@@ -252,22 +269,22 @@ def _part(kind: Any, values: Any, key: str) -> type | None:
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The same configuration with some values changed.
+    """Return a copy of a configuration with some values changed.
 
     Args:
-        changes: dotted key to value. A value that is text is read as its field's type, so what
-            comes from a command line needs no quotes: `optim.lr=1e-4`, `model.backbone.norm=group`,
+        changes: dotted key to value. Text is parsed as the type of its field, so values from a
+            command line need no quotes: `optim.lr=1e-4`, `model.backbone.norm=group`,
             `data.augmentation.short_edges=[480,512]`, `ema_decay=none`.
 
     Raises:
-        ValueError: an unknown key (with the nearest known ones), a value of another type, or one
-            that a check refuses; names the key.
+        ValueError: an unknown key (suggests the nearest known ones), a value of the wrong type,
+            or one that a check refuses. The message names the key.
     """
     known = flatten(config)
     for key in changes:
         if key not in known:
             raise _unknown(key, list(known))
-    # All at once, so that two values which only fit together can be changed together.
+    # All at once: two values may only be valid together.
     return _override(config, changes, "")
 
 
@@ -301,7 +318,7 @@ def _unknown(key: str, known: Sequence[str]) -> ValueError:
 
 
 def _parse(value: Any, kind: Any, key: str) -> Any:
-    """A value of the given type from text or from a value of that type already."""
+    """Parse text as a type, or check a value that already has it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):

@@ -1,12 +1,13 @@
-"""The data of a run as they were checked when it began, kept in its folder.
+"""Snapshot of a run's data sets, as validated at its start, in the folder of the run.
 
-The Ray driver reads them, so that no attempt has to check a large data set again. And a run that is
-resumed needs them where pictures have broken since: training bears some, but a data set cannot be
-opened with a picture that is not there.
+The Ray driver reads it, so that no attempt validates a large data set again. A resumed run also
+needs it if images have broken since: training tolerates some, but a data set with a missing image
+cannot be opened.
 
-The folder may lie where others can write, or have come from elsewhere with the run. So the file is
-tables of numbers and JSON in safetensors, which can carry no code, and what is read is checked as
-an annotation file is: names lead nowhere else, rows point at each other, and the fingerprint fits.
+Others may be able to write to the folder, or the run may come from elsewhere. So the file holds
+tables of numbers and JSON in safetensors, which cannot carry code. Reading it checks the same as
+for an annotation file: names stay inside the folder, rows refer to existing rows, and the
+fingerprint matches.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from deta.platform.system.safe_read import file_sha256
 
 logger = logging.getLogger(__name__)
 
-DATA_FILE = "data.safetensors"  # readable for its owner alone: it names people's files
+DATA_FILE = "data.safetensors"  # readable for its owner alone: it lists file names
 FORMAT = 1
 Split = Literal["train", "val"]
 
 
 class SnapshotError(ValueError):
-    """What is kept of a run's data is damaged, or was not written by `keep_data`."""
+    """The snapshot is damaged, or `write_dataset_snapshot` did not write it."""
 
 
 def write_dataset_snapshot(run: Run) -> None:
-    """Write the run with its data into its folder."""
+    """Write the snapshot of a run and its data sets into the folder of the run."""
     data = run.config.data
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -77,11 +78,11 @@ def write_dataset_snapshot(run: Run) -> None:
 
 
 def read_run_snapshot(folder: Path) -> Run:
-    """The run of a folder, as `keep_data` left it.
+    """Read the run of a folder, as `write_dataset_snapshot` wrote it.
 
     Raises:
-        KeptDataError: the file is damaged, or holds what `keep_data` would not write.
-        OSError: it is gone, or the storage failed.
+        SnapshotError: the file is damaged, or has content that is never written.
+        OSError: it does not exist, or the storage failed.
     """
     about, rows = _read(folder)
     try:
@@ -91,11 +92,13 @@ def read_run_snapshot(folder: Path) -> Run:
         notes = tuple(str(note) for note in about["notes"])
         return Run(config, folder, train_set, val_set, str(about["code_commit"]), notes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SnapshotError(f"{folder / DATA_FILE}: is not the data of a run: {error}") from error
+        raise SnapshotError(
+            f"{folder / DATA_FILE}: is not a data-set snapshot of a run: {error}"
+        ) from error
 
 
 def read_dataset_snapshot(folder: Path, split: Split, annotations: str) -> CocoDataset | None:
-    """The data set that a run began with; none if it is not known or its annotations differ."""
+    """Return the data set that a run started with; None if unknown or if annotations changed."""
     try:
         about, _ = _read(folder)
         if not annotations or about["annotations_sha256"][split] != _annotations_sha256(
@@ -106,7 +109,7 @@ def read_dataset_snapshot(folder: Path, split: Split, annotations: str) -> CocoD
     except OSError:
         return None
     except (SnapshotError, KeyError, TypeError) as error:
-        logger.warning("%s; it is passed over", error)
+        logger.warning("%s; it is ignored", error)
         return None
     return run.train_set if split == "train" else run.val_set
 
@@ -120,17 +123,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise SnapshotError(f"{path}: is damaged: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise SnapshotError(f"{path}: was not written by this version; resume with the one it was")
+        raise SnapshotError(f"{path}: has another format; resume with the version that wrote it")
     return about, rows
 
 
 def _dataset(
     about: dict[str, Any], rows: dict[str, np.ndarray], split: Split, images: str
 ) -> CocoDataset:
-    """One of the two data sets; its pictures are where the configuration says.
+    """Return one of the two data sets. The configuration says where its images are.
 
     Raises:
-        ValueError, TypeError, KeyError: something in it is not as `keep_data` writes it.
+        ValueError, TypeError, KeyError: some content is not as it is written.
     """
     names = list(about["file_names"])
     image_rows = _table(rows[f"{split}.images"], IMAGE_ROW)
@@ -144,7 +147,7 @@ def _dataset(
         raise ValueError(f"{len(names)} file names for {len(image_rows)} images")
     start, end = image_rows["start"], image_rows["end"]
     if (start < 0).any() or (start > end).any() or (end > len(annotation_rows)).any():
-        raise ValueError("images point at annotations that are not there")
+        raise ValueError("images point at annotations that do not exist")
     _require_within(annotation_rows["label"], len(categories), "categories")
 
     max_pixels = int(about["max_pixels"])
@@ -158,17 +161,17 @@ def _dataset(
         shards = tuple(Shard(**shard) for shard in about["shards"])
         for shard in shards:
             if not SHARD_NAME.fullmatch(shard.name):
-                raise ValueError(f"{shard.name!r} is no name of a shard")
+                raise ValueError(f"{shard.name!r} is not the name of a shard")
         if len(places) != len(image_rows):
             raise ValueError(f"{len(places)} places for {len(image_rows)} images")
         _require_within(places["shard"], len(shards), "shards")
         dataset = ShardedDataset.from_tables(
-            ObjectStore(images), shards, places, names, image_rows, annotation_rows, categories, notes,
-            max_pixels,
+            ObjectStore(images), shards, places, names, image_rows, annotation_rows, categories,
+            notes, max_pixels,
         )  # fmt: skip
     if dataset.fingerprint != about["fingerprint"]:
         raise ValueError(
-            f"the {split} data set does not have the fingerprint that it was kept with"
+            f"the {split} data set does not have the fingerprint that it was stored with"
         )
     return dataset
 
@@ -179,7 +182,7 @@ def _table(content: np.ndarray, row: np.dtype) -> np.ndarray:
 
 def _require_within(numbers: np.ndarray, count: int, what: str) -> None:
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < count):
-        raise ValueError(f"rows point at {what} that are not there")
+        raise ValueError(f"rows point at {what} that do not exist")
 
 
 def _annotations_sha256(annotations: str) -> str:

@@ -23,12 +23,12 @@ TICKETS_KEPT = 16
 
 
 class FencedOffError(RuntimeError):
-    """Another worker group writes this run by now."""
+    """Another worker group writes this run now."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """The right to write a run's checkpoints and journal: the newest group has it."""
+    """The right to write the checkpoints and journal of a run. Only the newest group has it."""
 
     folder: Path
     number: int
@@ -36,10 +36,10 @@ class Fence:
 
     @classmethod
     def acquire(cls, folder: Path, owner: str) -> Fence:
-        """Fence off everybody who has claimed before.
+        """Fence off all earlier groups; return the fence of a new one.
 
         Args:
-            owner: for people who read the file, such as host and process.
+            owner: such as host and process; for people who read the file.
 
         Raises:
             OSError: the folder cannot be written.
@@ -47,7 +47,7 @@ class Fence:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             number = _newest_number(folder) + 1
-            # One who slept before taking a ticket may get one that was given away and removed.
+            # A process that slept here may get an old number whose ticket was removed.
             if _take_ticket(folder, number) and _newest_number(folder) < number + TICKETS_KEPT:
                 break
         fence = cls(folder, number, owner)
@@ -61,23 +61,23 @@ class Fence:
         return fence
 
     def check(self) -> None:
-        """Return if nobody has claimed since.
+        """Return if this is still the newest group.
 
         Raises:
-            FencedOffError: somebody has; this process must not write to the run any more.
+            FencedOffError: it is not; this process must not write to the run any more.
         """
         newest = _newest_number(self.folder)
         if newest == self.number:
             return
         raise FencedOffError(
             f"{self.folder}: worker group {self.number} ({self.owner}) has been replaced by group "
-            f"{newest} ({_fence_record(self.folder).get('owner', 'unknown')}), which goes on from "
-            "the last checkpoint; this one ends"
+            f"{newest} ({_fence_record(self.folder).get('owner', 'unknown')}), which continues "
+            "from the last checkpoint; this one exits"
         )
 
 
 def _newest_number(folder: Path) -> int:
-    """By the tickets; the record alone may be of one who was slow to write it."""
+    """Return the newest number. The record alone may come from a slow, older group."""
     recorded = _fence_record(folder).get("number", 0)
     names = [name.removeprefix(".fence-") for name in os.listdir(folder)]
     tickets = [int(name) for name in names if name.isdecimal()]

@@ -1,9 +1,9 @@
-"""The run's own record: one line of JSON an event, appended and never changed.
+"""The journal of a run: an append-only file with one event of JSON per line.
 
-Training writes here and nowhere else, so that a tracking server that is slow or away can neither
-stop it nor lose a number. Whoever shows or uploads the run reads the file from where they stopped.
-A disk that is full or gone does not stop it either: what cannot be written is kept, and written
-when the disk takes it again.
+Training writes events only here, so a slow or unreachable tracking server can neither stop it nor
+lose a metric. Readers, such as the console and the uploader, continue from their last offset. A
+full or missing disk does not stop training either: events are buffered in memory and written once
+the disk accepts them again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from deta.platform.run.fence import Fence
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.jsonl"
-MAX_BUFFERED_BYTES = 50_000_000  # of what the disk did not take: days of training
-# After these a run may be gone with its machine, so they do not wait for the system's own time.
+MAX_BUFFERED_BYTES = 50_000_000  # events that the disk did not accept: days of training
+# These are followed by an fsync: the machine may disappear right after them.
 FORCED_TO_DISK = ("checkpoint", "end", "ended")
 
 
 class Journal:
-    """Appends events: rank 0 its own, the supervisor and jobs/sync.py theirs."""
+    """Appends events. Writers are rank 0, the supervisor and jobs/sync.py."""
 
     def __init__(self, run_folder: Path, fence: Fence | None = None) -> None:
         """
         Args:
-            fence: asked before each line; what it raises goes on to the caller, and nothing is
-                written, so that a worker that was given up cannot write behind its successor.
+            fence: checked before each event. Its error reaches the caller and nothing is written,
+                so that a replaced worker group cannot write after its successor.
         """
         if not run_folder.is_dir():
             raise FileNotFoundError(f"{run_folder}: there is no such run")
@@ -50,17 +50,17 @@ class Journal:
 
     @property
     def buffered_bytes(self) -> int:
-        """What waits for the disk."""
+        """Return the number of bytes that wait for the disk."""
         return self._buffered_bytes
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append an event; it is with the system when this returns, or kept for the next call.
+        """Append an event. It is written when this returns, or buffered for the next call.
 
-        Numbers that are not finite are left out of mappings and noted by name, since JSON has no
-        word for them and a NaN in a leaderboard sorts as it pleases; elsewhere they become null.
+        JSON has no NaN, and a NaN in a leaderboard has no order. So numbers that are not finite
+        are removed from mappings, and their names are recorded; elsewhere they become null.
 
         Raises:
-            What the fence raises. Never for the sake of the disk.
+            FencedOffError: another worker group writes this run now. Disk errors never raise.
         """
         if self._fence is not None:
             self._fence.check()
@@ -72,11 +72,11 @@ class Journal:
                     row[f"{name}_not_finite"] = bad
                     value = {k: v for k, v in value.items() if k not in bad}
             row[name] = value
-        self._keep(kind, _line(row))
+        self._add_to_buffer(kind, _line(row))
         self._flush()
 
     def close(self) -> None:
-        """Write what is kept, if the disk takes it now, and force all to the disk."""
+        """Write the buffer, if the disk accepts it, and force everything to the disk."""
         if self._buffer and self._fence is not None:
             self._fence.check()
         self._flush()
@@ -88,7 +88,7 @@ class Journal:
             self._force_to_disk()
             self._release()
 
-    def _keep(self, kind: str, line: bytes) -> None:
+    def _add_to_buffer(self, kind: str, line: bytes) -> None:
         self._buffer.append((kind, line))
         self._buffered_bytes += len(line)
         while self._buffered_bytes > MAX_BUFFERED_BYTES and len(self._buffer) > 1:
@@ -100,7 +100,9 @@ class Journal:
         force = False
         try:
             if self._num_lost:
-                message = f"the disk took nothing for so long that {self._num_lost} events are lost"
+                message = (
+                    f"the disk accepted nothing for too long: {self._num_lost} events are lost"
+                )
                 lost = {"kind": "journal_lost", "time_s": time.time(), "message": message}
                 self._append(_line(lost))
                 self._num_lost = 0
@@ -113,26 +115,26 @@ class Journal:
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "%s cannot be written (%s); the run goes on and events are kept in memory, up "
+                    "%s cannot be written (%s); the run continues and keeps events in memory, up "
                     "to %d MB. Make room on the disk.",
                     self._path,
                     error,
                     MAX_BUFFERED_BYTES // 1_000_000,
                 )
             self._is_failing = True
-            self._release()  # a disk that comes back may want the file opened anew
+            self._release()  # a disk that comes back may need the file reopened
             return
         if self._is_failing:
-            logger.warning("%s is written again, nothing of it is missing", self._path)
+            logger.warning("%s is written again, with all buffered events", self._path)
             self._is_failing = False
         if force:
             self._force_to_disk()
 
     def _append(self, line: bytes) -> None:
-        """One write for one line, so that lines of two processes never mix.
+        """Write a line in one call, so that lines of two processes never mix.
 
         Raises:
-            OSError: the line is not in the file, or only a part that readers pass over.
+            OSError: the line is not in the file, or only a part, which readers skip.
         """
         if self._descriptor is None:
             self._descriptor = os.open(
@@ -140,9 +142,9 @@ class Journal:
             )
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # a process died within its line, or the disk was full within it
+            line = b"\n" + line  # a process died, or the disk was full, within a line
         written = os.write(self._descriptor, line)
-        if written < len(line) - 1:  # without its end alone it is whole; the next line adds that
+        if written < len(line) - 1:  # if only its newline is missing, the next line adds it
             raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written")
 
     def _release(self) -> None:
@@ -160,10 +162,10 @@ class Journal:
 
 
 def read_events(run_folder: Path, offset_bytes: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Events from an offset on, each with the offset behind it.
+    """Yield events from an offset on, each with the offset of its end.
 
-    A line half written is left for later; one that is no event, because a process or the machine
-    died within it, is passed over. Every event has `kind` and `time_s`.
+    An incomplete last line is left for the next call. A line that is not an event, because a
+    process or the machine died while writing it, is skipped. Every event has `kind` and `time_s`.
     """
     try:
         file = (run_folder / JOURNAL_FILE).open("rb")
@@ -182,9 +184,9 @@ def read_events(run_folder: Path, offset_bytes: int = 0) -> Iterator[tuple[dict[
 
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
-        # A machine that lost its power may leave a hole of zeros before a good line.
+        # A power failure may leave zeros before an intact line.
         event = json.loads(line.lstrip(b"\0"))
-    except (ValueError, RecursionError):  # no JSON, or not even UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not even UTF-8
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
@@ -197,7 +199,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 def _line(row: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(row, allow_nan=False)
-    except ValueError:  # deeper within lists and mappings
+    except ValueError:  # a nested number is not finite
         text = json.dumps(_without_not_finite(row), allow_nan=False)
     return text.encode() + b"\n"
 

@@ -1,4 +1,4 @@
-"""What the workers of a run are given, and where its evaluations and its end lie."""
+"""A run: configuration, data sets and folder; when it evaluates, and when it stops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Run:
     train_set: CocoDataset
     val_set: CocoDataset
     code_commit: str = ""
-    notes: tuple[str, ...] = ()  # what to say of the weights that it starts from
+    notes: tuple[str, ...] = ()  # about the initial weights, for the log
 
     @property
     def checkpoints(self) -> Path:
@@ -46,13 +46,13 @@ class Run:
         return step * self.config.total_batch_size / len(self.train_set)
 
     def evaluation_steps(self) -> set[int]:
-        """After how many steps the model is evaluated."""
+        """Return the step numbers after which the model is evaluated."""
         epochs, every = self.config.schedule.epochs, self.config.evaluate_every_epochs
         ends = {self.order.first_step_of_epoch(epoch) for epoch in range(every, epochs + 1, every)}
         return ends | {self.num_steps}
 
     def reason_to_stop(self, state: RunState) -> str:
-        """Why a run in this state ends before its last step; nothing while it goes on."""
+        """Return why early stopping ends a run in this state; empty if it does not."""
         schedule = self.config.schedule
         if state.step >= self.num_steps or not schedule.is_exhausted(state.ap_history):
             return ""
@@ -63,7 +63,7 @@ class Run:
         )
 
     def is_done(self, state: RunState) -> bool:
-        """Whether nothing is left to do from this state on, not even an evaluation."""
+        """Return whether nothing is left to do in this state, not even an evaluation."""
         if state.step in self.evaluation_steps() and not state.metrics:
             return False
         return state.step >= self.num_steps or bool(self.reason_to_stop(state))
@@ -86,6 +86,6 @@ class RunResult:
     metrics: dict[str, float]  # of the last evaluation, in 0..100
     best_checkpoint: Path | None
     mlflow_uri: str
-    mlflow_run_id: str  # empty where MLflow was never reached
-    goodput: float  # share of this launch spent in steps and evaluations that were not done twice
-    rows_left: int  # of the journal, that MLflow has not taken yet
+    mlflow_run_id: str  # empty if MLflow was never reached
+    goodput: float  # share of this launch spent in steps and evaluations that were not repeated
+    rows_left: int  # of the journal, not yet sent to MLflow

@@ -1,7 +1,7 @@
-"""What a run is, in its folder: run.json, written by the supervisor before anything begins.
+"""run.json: the description of a run, which the supervisor writes before anything starts.
 
-Everything that MLflow is told of a run before its first step is in here, so that the process that
-tells it needs neither the data nor torch.
+It holds everything that MLflow receives before the first step, so that the uploader needs neither
+the data nor torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from deta.platform.system.atomic_write import write_json
 
-# Where a run goes on although these differ from when it began: they do not change what is learnt.
+# A run can be resumed with other values of these: they do not change what the model learns.
 FREE_TO_CHANGE = (
-    "name", "storage", "experiment", "cluster.", "checkpoint.", "data.loader_workers",
-    "data.max_broken_share", "log_every_steps", "num_pictures", "data.train_images",
-    "data.train_annotations", "data.val_images", "data.val_annotations", "micro_batch_size",
-    "max_skipped_steps", "compare_weights_every_steps", "schedule.patience", "schedule.min_delta",
+    "name", "storage", "experiment", "cluster.", "checkpoint.", "evaluation.",
+    "data.loader_workers", "data.max_broken_share", "log_every_steps", "num_pictures",
+    "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations",
+    "micro_batch_size", "max_skipped_steps", "compare_weights_every_steps",
+    "schedule.patience", "schedule.min_delta",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from deta.platform.run.run import Run
 
 RUN_FILE = "run.json"
-RECIPE_TAG = "deta.recipe"  # of a run in MLflow: "deta_r50.demo"
+RECIPE_TAG = "deta.recipe"  # a tag of the MLflow run, such as "deta_r50.demo"
 
 
 def describe_run(
@@ -42,14 +43,14 @@ def describe_run(
     parent: str | None = None,
     tags: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What run.json holds.
+    """Return the content of run.json.
 
     Args:
-        before: what it held, where the run is resumed: its key, time, parent and tags stay.
-        parent: key of the sweep that this is a trial of, or the id of its MLflow run.
+        before: its content when the run is resumed: key, time, parent and tags are kept.
+        parent: key of the sweep of this trial, or the id of its MLflow run.
         tags: further tags of the MLflow run.
     """
-    from deta.platform.run.config import to_json  # here: readers of the file need no torch
+    from deta.platform.run.config import to_json  # here, so that readers of the file need no torch
 
     before = before or {}
     data = run.config.data
@@ -73,20 +74,21 @@ def describe_run(
 
 
 def write_run_file(folder: Path, description: dict[str, Any]) -> None:
-    """Replace run.json, as a whole."""
+    """Replace run.json atomically."""
     write_json(folder / RUN_FILE, description, indent=2, durable=True)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
-    """
+    """Read run.json.
+
     Raises:
-        FileNotFoundError: the folder holds no run.
+        FileNotFoundError: the folder does not hold a run.
         ValueError: the file is damaged.
     """
     path = folder / RUN_FILE
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ValueError(f"{path}: is damaged, it holds no run")
+        raise ValueError(f"{path}: is damaged, it does not describe a run")
     return content
 
 
@@ -114,9 +116,9 @@ def _environment() -> dict[str, Any]:
 
 
 class RunExistsError(ValueError):
-    """The name is taken, or cannot be resumed like this."""
+    """A run of this name exists and cannot be resumed with this configuration."""
 
 
 def tracking_uri(storage: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or a database file beside the runs."""
+    """Return `MLFLOW_TRACKING_URI`, or the address of a database file beside the runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.resolve() / 'mlflow.db'}"

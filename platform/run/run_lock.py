@@ -1,14 +1,10 @@
-"""Who may use a run's folder: one supervisor at a time, and of its worker groups the newest.
+"""The lock of a run: one supervisor at a time may use the folder of the run.
 
-Both are files in the folder, so that they hold on every machine that sees it. What has to happen
-once happens by creating a file that must not exist yet, which local and network disks both do
-for one process alone.
+The lock is a file in that folder, so that it holds on every machine that sees the folder. Files
+are created exclusively, which local and network file systems allow to one process alone.
 
-    run.lock           who supervises: host, process, when it began. Its time of change is the
-                       heartbeat.
-    .run.lock-after-T  who took over from the supervisor T, which had died
-    fence.json         the newest worker group: number and owner
-    .fence-N           number N has been given away
+    run.lock           the owner: host, process, start. Its modification time is the heartbeat.
+    .run.lock-after-T  the owner that took over from the dead owner with token T
 """
 
 from __future__ import annotations
@@ -27,11 +23,9 @@ from pathlib import Path
 from types import TracebackType
 
 LOCK_FILE = "run.lock"
-FENCE_FILE = "fence.json"
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
-TAKEOVER_RECORDS_S = 3600.0  # far longer than anybody takes from reading a lock to acting on it
-TICKETS_KEPT = 16
+TAKEOVER_RECORDS_S = 3600.0  # far longer than any process takes from reading a lock to acting on it
 
 
 class RunLockedError(ValueError):
@@ -40,12 +34,12 @@ class RunLockedError(ValueError):
 
 @dataclass(frozen=True)
 class _Owner:
-    """Who holds a lock. Two processes with the same `machine` can see one another."""
+    """The owner of a lock. Processes with the same `machine` can see each other."""
 
     host: str
     machine: str  # host, boot and process namespace
     pid: int
-    process_start: str  # since a number is given to another process later; empty if unknown
+    process_start: str  # pids are reused; empty if unknown
     token: str
     since_s: float
 
@@ -62,7 +56,7 @@ class _Owner:
 
 
 class RunLock:
-    """The right to supervise a run, kept alive by a thread. Ends with `release` or the process.
+    """The right to supervise a run, with a heartbeat thread. Ends with `release` or the process.
 
     with RunLock.acquire(folder):
         ...
@@ -76,7 +70,7 @@ class RunLock:
         self._owner, self._descriptor, self._on_lost = owner, descriptor, on_lost
         self._lost = self._released = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="run-lock", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -86,17 +80,17 @@ class RunLock:
         stale_after_s: float = STALE_AFTER_S,
         on_lost: Callable[[], None] | None = None,
     ) -> RunLock:
-        """Take the lock of a run's folder, also from an owner that is dead.
+        """Acquire the lock of a run's folder, also from a dead owner.
 
-        On this machine a dead process is known at once; elsewhere by a heartbeat that has been
-        missing for `stale_after_s`.
+        A dead owner on this machine is detected at once; on another machine, when its heartbeat
+        is older than `stale_after_s`.
 
         Args:
-            on_lost: called once, from a thread, if somebody takes this lock over because this
-                process was suspended for too long.
+            on_lost: called once, from a thread, if another process takes this lock over because
+                this process was suspended for too long.
 
         Raises:
-            RunLockedError: it is held; says by whom, since when, and what to do.
+            RunLockedError: it is held; says by which process, since when, and what to do.
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,28 +102,28 @@ class RunLock:
         if lock.lost:  # a file system that lets two processes create one file
             lock.release()
             raise RunLockedError(_refusal(folder, *_holder(folder), stale_after_s))
-        _forget_takeovers(folder)
+        _delete_old_takeovers(folder)
         return lock
 
     @property
     def lost(self) -> bool:
-        """Whether somebody else has taken the lock over, or removed it."""
+        """Return whether another process has taken the lock over or removed it."""
         if not self._lost and not self._released:
             try:
                 self._lost = not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
             except FileNotFoundError:
                 self._lost = True
-            except OSError:  # a disk that does not answer says nothing about the lock
+            except OSError:  # a disk that does not answer proves nothing about the lock
                 return False
         return self._lost
 
     def release(self) -> None:
-        """Give the lock back. A second time, or in a child process, nothing happens."""
+        """Release the lock. Does nothing the second time, or in a child process."""
         if self._ended.is_set() or os.getpid() != self._owner.pid:
             return
         self._ended.set()
         if not self.lost:
-            with contextlib.suppress(OSError):  # a disk that is read-only by now; it goes stale
+            with contextlib.suppress(OSError):  # the disk is read-only now; the lock becomes stale
                 self.path.unlink(missing_ok=True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -147,27 +141,27 @@ class RunLock:
     ) -> None:
         self.release()
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             if self.lost:
                 if self._on_lost is not None and not self._ended.is_set():
                     self._on_lost()
                 return
-            with contextlib.suppress(OSError):  # of the file itself: never another owner's
+            with contextlib.suppress(OSError):  # by descriptor: never the file of another owner
                 os.utime(self._descriptor)
 
 
 def is_alive(folder: Path, stale_after_s: float = STALE_AFTER_S) -> bool:
-    """Whether a process supervises the run in this folder."""
+    """Return whether a process supervises the run in this folder."""
     owner, age_s = _holder(folder)
     return age_s is not None and not _is_dead(owner, age_s, stale_after_s)
 
 
 def _take_over(folder: Path, owner: _Owner, stale_after_s: float) -> int:
-    """The lock of an owner that is dead, as a descriptor.
+    """Take the lock over from a dead owner; return its descriptor.
 
-    Only one process can create the record that it follows that very owner, so of several that
-    see a dead owner one goes on.
+    Only one process can create the record of following that owner, so exactly one of several
+    processes that see a dead owner succeeds.
     """
     deadline_s = time.monotonic() + 2
     while True:
@@ -192,7 +186,7 @@ def _take_over(folder: Path, owner: _Owner, stale_after_s: float) -> int:
     assert descriptor is not None
     try:
         now, _ = _holder(folder)
-        if _token(now) != owner.token:  # others have come and gone since the victim was read
+        if _token(now) != owner.token:  # others took over and released since the victim was read
             raise RunLockedError(_refusal(folder, now, 0.0, stale_after_s))
         os.replace(temporary, folder / LOCK_FILE)
     except BaseException:
@@ -204,10 +198,10 @@ def _take_over(folder: Path, owner: _Owner, stale_after_s: float) -> int:
 
 
 def _holder(folder: Path) -> tuple[_Owner | str, float | None]:
-    """Who holds the lock, whoever took it over included, and the age of its last heartbeat.
+    """Return the owner of the lock, after all takeovers, and the age of its last heartbeat.
 
-    The owner is a mere token where the file cannot be parsed, since it is being written or its
-    writer died. The age is None where there is no lock.
+    The owner is only a token if the file cannot be parsed, because it is being written or its
+    writer died. The age is None if there is no lock.
     """
     owner, age_s = _read(folder / LOCK_FILE)
     while age_s is not None:
@@ -244,7 +238,7 @@ def _is_dead(owner: _Owner | str, age_s: float, stale_after_s: float) -> bool:
 
 
 def _create(path: Path, owner: _Owner) -> int | None:
-    """Create a file that says who we are, and return its descriptor; none if it exists."""
+    """Create a file that names the owner; return its descriptor, or None if it exists."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -267,7 +261,7 @@ def _token(owner: _Owner | str) -> str:
     return owner.token if isinstance(owner, _Owner) else owner
 
 
-def _forget_takeovers(folder: Path) -> None:
+def _delete_old_takeovers(folder: Path) -> None:
     now_s = _time_of_disk(folder)
     for path in folder.glob(f".{LOCK_FILE}-*"):
         with contextlib.suppress(OSError):
@@ -277,17 +271,18 @@ def _forget_takeovers(folder: Path) -> None:
 
 def _refusal(folder: Path, owner: _Owner | str, age_s: float | None, stale_after_s: float) -> str:
     if isinstance(owner, str):
-        return f"{folder}: another process is taking this run just now; try again in a minute"
+        return f"{folder}: another process is starting this run right now; try again in a minute"
     since = datetime.fromtimestamp(owner.since_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return (
-        f"{folder}: is in use by process {owner.pid} on host {owner.host} since {since} (last sign "
-        f"of life {age_s or 0:.0f} s ago). Wait for that run, end it (touch {folder / 'stop'}), or "
-        f"choose another name=. If that machine is gone, try again after {stale_after_s:.0f} s."
+        f"{folder}: is in use by process {owner.pid} on host {owner.host} since {since} (last "
+        f"heartbeat {age_s or 0:.0f} s ago). Wait for that run, stop it (touch {folder / 'stop'}), "
+        "or choose another name=. If that machine is lost, try again after "
+        f"{stale_after_s:.0f} s."
     )
 
 
 def _machine() -> str:
-    """What two processes share if the number of one means the same process to the other."""
+    """Return a text that is equal for processes with a common space of process ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -297,14 +292,14 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since boot.
+    """Return when a process of this machine started, in ticks since boot.
 
-    None if there is no such process; empty where the system does not say when it began.
+    None if there is no such process; empty if the system does not report its start.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]  # a zombie has ended
-    except (OSError, IndexError):  # another system, or one that hides other people's processes
+        return None if fields[0] in "ZX" else fields[19]  # a zombie has exited
+    except (OSError, IndexError):  # no /proc, or it hides processes of other users
         return "" if _exists(pid) else None
 
 
@@ -319,7 +314,7 @@ def _exists(pid: int) -> bool:
 
 
 def _time_of_disk(folder: Path) -> float:
-    """Now, by the clock that dates the files in a folder: a server's, on a network disk."""
+    """Return the time by the clock that dates files in a folder; on a network disk, a server's."""
     probe = folder / f".clock-{secrets.token_hex(8)}"
     try:
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

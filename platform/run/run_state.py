@@ -9,23 +9,22 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands."""
+    """The state of a run besides its tensors."""
 
     step: int  # updates made
-    samples_seen: int  # the position in training; all that is random follows from it
+    samples_seen: int  # the position in training, which determines all randomness
     epoch: float
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # AP and its kin in 0..100, if evaluated
+    # AP and related metrics in 0..100, if evaluated.
+    metrics: dict[str, float] = field(default_factory=dict)
     best_ap: float | None = None  # of this run so far, in 0..100
-    # Of every evaluation of this run so far, in order; early stopping follows from it alone.
+    # AP of every evaluation so far, in order; early stopping depends on nothing else.
     ap_history: list[float] = field(default_factory=list)
     data_fingerprint: str = ""
     code_commit: str = ""
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-    skipped_in_a_row: int = 0  # of these, the last ones
-    # Image id, as text, to what is wrong with the picture; others are shown in their place.
+    skipped_steps: int = 0  # with a loss or gradient that was not finite
+    skipped_in_a_row: int = 0  # how many of the last steps in a row
+    # Image id, as text, to its fault; other images replace them.
     broken_images: dict[str, str] = field(default_factory=dict)
-    useful_s: float = 0.0  # seconds of training up to here, without what had to be done again
+    useful_s: float = 0.0  # seconds of training so far, without repeated work
     config_sha256: str = ""
     format_version: int = FORMAT_VERSION

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
@@ -45,6 +47,7 @@ def test_text_becomes_the_type_of_its_field(key: str, text: str, value: object):
         ("optim.lr", "-1", "must be positive"),
         ("schedule.epochs", "5", "lie outside the 5 epochs"),
         ("name", "../x", "is not a run name"),
+        ("evaluation.engine", "coco", "is not one of hotcoco, pycocotools"),
         ("cluster.gpu", "maybe", "is not of type bool"),
         ("model.dim", "100", "multiple"),
     ],
@@ -62,6 +65,12 @@ def test_two_values_that_only_fit_together_can_be_changed_together():
 def test_json_gives_back_the_same_configuration():
     config = override(RunConfig(), {"optim.lr": "3e-5", "ema_decay": "0.9", "seed": "7"})
     assert from_json(RunConfig, to_json(config)) == config
+
+
+def test_json_from_before_the_choice_of_an_engine_means_hotcoco():
+    values = json.loads(to_json(RunConfig()))
+    assert values.pop("evaluation") == {"engine": "hotcoco"}
+    assert from_json(RunConfig, json.dumps(values)) == RunConfig()
 
 
 def test_json_with_a_key_of_another_version_is_refused_by_name():

@@ -1,278 +1,96 @@
-"""A run ends where its AP has ceased to grow, at the same step whether it was resumed or not."""
+"""When a run evaluates, when it stops, and what run.json says of it."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from deta.model.architectures import make_detector
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
-from deta.platform.checkpoint.format import read_checkpoint
-from deta.platform.checkpoint.local import all_checkpoints, best_checkpoint, newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.launch.resume_check import refuse_if_finished
-from deta.platform.learning.distributed import Worker
-from deta.platform.learning.optimizer import (
-    OptimConfig,
-    ScheduleConfig,
-)
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
-from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run
-from deta.platform.run.run_file import RunExistsError
+from deta.platform.run.run_file import describe_run, read_run_file, tracking_uri, write_run_file
 from deta.platform.run.run_state import RunState
-from deta.platform.training import loop as training
-from deta.platform.training.loop import train
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [("schedule.patience", "0"), ("schedule.min_delta", "-1")]
-)
-def test_senseless_patience_is_refused_by_name(key: str, value: str):
-    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        override(RunConfig(), {key: value})
-
-
-TINY_MODEL = ModelConfig(
-    backbone=BackboneConfig(
-        name="resnet10t", pretrained=False, norm="group", frozen_parts=(), width=0.25
-    ),
-    num_classes=5,
-    num_levels=4,
-    dim=16,
-    num_heads=2,
-    num_points=1,
-    encoder_layers=1,
-    decoder_layers=1,
-    ffn_dim=16,
-    num_queries=10,
-)
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[CocoDataset, CocoDataset]:
-    drawn = write_shapes(tmp_path_factory.mktemp("shapes"), num_train=8, num_val=2, size_px=48)
-    return (
-        CocoDataset.open(drawn.train_images, drawn.train_annotations),
-        CocoDataset.open(drawn.val_images, drawn.val_annotations),
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ten training images, total batch 4: two and a half steps per epoch."""
+    shapes = write_shapes(tmp_path_factory.mktemp("shapes"), num_train=10, num_val=2, size_px=48)
+    data = DataConfig(
+        train_images=str(shapes.train_images), train_annotations=str(shapes.train_annotations)
+    )
+    config = RunConfig(data=data, cluster=ClusterConfig(num_workers=1), total_batch_size=4)
+    return Run(
+        override(config, {"schedule.epochs": 4, "schedule.lr_drop_epochs": "[]"}),
+        shapes.train_images.parent,
+        CocoDataset.open(shapes.train_images, shapes.train_annotations),
+        CocoDataset.open(shapes.val_images, shapes.val_annotations),
+        code_commit="abc",
     )
 
 
-def make_run(datasets: tuple[CocoDataset, CocoDataset], folder: Path, **changes: Any) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = RunConfig(
-        model=TINY_MODEL,
-        data=DataConfig(
-            loader_workers=0,
-            augmentation=AugmentationConfig(short_edges=(48,), max_long_edge=64, crop=False),
-            evaluation_size=EvaluationSize(short_edge=48, max_long_edge=64),
-        ),
-        optim=OptimConfig(lr=1e-3),
-        schedule=ScheduleConfig(epochs=8, lr_drop_epochs=(), patience=2, min_delta=0.5),
-        cluster=ClusterConfig(num_workers=1, gpu=False, cpus_per_worker=1),
-        total_batch_size=4,
-        micro_batch_size=2,
-        log_every_steps=1,
-        num_pictures=0,
-    )
+def with_config(run: Run, **changes: Any) -> Run:
     flat = {key.replace("__", "."): value for key, value in changes.items()}
-    return Run(override(config, flat), folder, *datasets)
+    return replace(run, config=override(run.config, flat))
 
 
-# After each epoch of two steps. The third is the best; the fifth is the second without a gain.
-APS = [10.0, 20.0, 30.0, 30.4, 29.0, 90.0, 91.0, 92.0]
+def state_at(step: int, **values: Any) -> RunState:
+    return RunState(step=step, samples_seen=4 * step, epoch=step * 0.4, **values)
 
 
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations give the APs above, by the step, instead of looking at the model."""
-
-    class Metrics:
-        def __init__(self, ap: float) -> None:
-            self.ap, self.ap_per_category = ap, {}
-
-        def percent(self) -> dict[str, float]:
-            return {"AP": self.ap}
-
-        def table(self, categories: object) -> str:
-            return f"AP {self.ap}"
-
-    def evaluate_and_save(self: Any, on_evaluation: Any) -> dict[str, float]:
-        ap = APS[self.state.step // 2 - 1]
-
-        def evaluation(*_: object, **__: object) -> Any:
-            return training.Evaluation(Metrics(ap), [])  # type: ignore[arg-type]
-
-        monkeypatch.setattr(training, "evaluate_model", evaluation)
-        return real(self, on_evaluation)
-
-    real = training._Loop._evaluate_and_save
-    monkeypatch.setattr(training._Loop, "_evaluate_and_save", evaluate_and_save)
+def test_steps_follow_from_epochs_images_and_batch(drawn: Run):
+    assert drawn.num_steps == 10
+    assert drawn.evaluation_steps() == {3, 5, 8, 10}
+    assert with_config(drawn, evaluate_every_epochs=3).evaluation_steps() == {8, 10}
+    assert drawn.epoch_at(5) == 2.0
 
 
-def test_a_run_stops_when_patience_ends_and_keeps_its_best(datasets, tmp_path: Path, scripted):
-    run = make_run(datasets, tmp_path)
-    metrics = train(run, Worker())
-    assert metrics["AP"] == 29.0
-    newest = newest_checkpoint(run.checkpoints)
-    assert newest is not None
-    assert newest.state.step == 10  # of 16
-    assert newest.state.ap_history == APS[:5]
-    best = best_checkpoint(run.checkpoints)
-    assert best is not None
-    # The best on disk is by AP alone: 30.4 is more than 30, though no gain that patience counts.
-    assert read_checkpoint(best).state.metrics["AP"] == 30.4
-    assert len(all_checkpoints(run.checkpoints)) == 2  # the newest two, the best among them
-    events = [event for event, _ in read_events(run.folder)]
-    assert events[-1]["kind"] == "end"
-    assert events[-1]["step"] == 10
-    assert "stopped early after step 10 of 16" in events[-1]["reason"]
-    assert "stopped early" in run.reason_to_stop(newest.state)
-    with pytest.raises(RunExistsError, match="stopped early"):
-        refuse_if_finished(run)  # what `--resume` says
+def test_a_run_is_done_after_its_last_evaluation_or_early_stopping(drawn: Run):
+    assert not drawn.is_done(state_at(8, metrics={"AP": 1.0}))
+    assert not drawn.is_done(state_at(10))  # not evaluated yet
+    assert drawn.is_done(state_at(10, metrics={"AP": 1.0}))
+
+    patient = with_config(drawn, schedule__patience=1)
+    stopped = state_at(5, metrics={"AP": 1.0}, ap_history=[2.0, 1.0])
+    assert "stopped early after step 5 of 10" in patient.reason_to_stop(stopped)
+    assert patient.is_done(stopped)
+    assert not drawn.is_done(stopped)
 
 
-@pytest.mark.parametrize("stops_after_epochs", [2, 4])
-def test_a_resumed_run_stops_at_the_same_step(
-    datasets, tmp_path: Path, scripted, stops_after_epochs: int
+def test_the_run_file_describes_the_run_and_survives_a_resume(drawn: Run, tmp_path: Path):
+    first = describe_run(drawn, tags={"a": "1"}, parent="sweep")
+    write_run_file(tmp_path, first)
+    again = describe_run(drawn, read_run_file(tmp_path), tags={"b": "2"})
+
+    for key in ("key", "created_s", "parent"):
+        assert again[key] == first[key]
+    assert again["tags"] == {"a": "1", "b": "2"}
+    assert again["train_fingerprint"] == drawn.train_set.fingerprint
+    assert again["data"]["training"]["num_images"] == 10
+    assert any(package.startswith("torch==") for package in again["environment"]["packages"])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": 1}', "{"])
+def test_a_damaged_run_file_is_a_value_error(tmp_path: Path, content: str):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"damaged|Expecting"):
+        read_run_file(tmp_path)
+
+
+def test_mlflow_is_that_of_the_environment_or_a_file_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = make_run(datasets, tmp_path / "whole")
-    train(whole, Worker())
-    parts = make_run(datasets, tmp_path / "parts")
-    train(
-        replace(parts, config=override(parts.config, {"schedule.epochs": stops_after_epochs})),
-        Worker(),
-    )
-    train(parts, Worker())
-    one, other = (newest_checkpoint(run.checkpoints) for run in (whole, parts))
-    assert one is not None
-    assert other is not None
-    assert replace(one.state, useful_s=0) == replace(other.state, useful_s=0)
-    assert all(torch.equal(t, other.model_state()[name]) for name, t in one.model_state().items())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert tracking_uri(tmp_path) == "http://host:5000"
 
 
-def test_a_stopped_run_that_is_started_again_makes_no_step(datasets, tmp_path: Path, scripted):
-    run = make_run(datasets, tmp_path)
-    train(run, Worker())
-    count = sum(event["kind"] == "progress" for event, _ in read_events(run.folder))
-    train(run, Worker())
-    events = [event for event, _ in read_events(run.folder)]
-    assert sum(event["kind"] == "progress" for event in events) == count
-    assert "stopped early" in events[-1]["reason"]
-
-
-def test_a_damaged_last_checkpoint_is_evaluated_again_and_counts_once(
-    datasets, tmp_path: Path, scripted
-):
-    run = make_run(datasets, tmp_path)
-    train(run, Worker())
-    newest = all_checkpoints(run.checkpoints)[-1]
-    (newest / "model.safetensors").write_bytes(b"")
-    train(run, Worker())
-    again = newest_checkpoint(run.checkpoints)
-    assert again is not None
-    assert again.state.ap_history == APS[:5]
-    assert again.state.step == 10
-
-
-def test_with_more_patience_a_stopped_run_goes_on(datasets, tmp_path: Path, scripted):
-    run = make_run(datasets, tmp_path)
-    train(run, Worker())
-    patient = replace(run, config=override(run.config, {"schedule.patience": "none"}))
-    refuse_if_finished(patient)
-    train(patient, Worker())
-    newest = newest_checkpoint(run.checkpoints)
-    assert newest is not None
-    assert newest.state.ap_history == APS
-
-
-def test_a_run_that_reached_its_end_was_not_stopped(datasets, tmp_path: Path, scripted):
-    run = make_run(datasets, tmp_path, schedule__epochs=5)
-    train(run, Worker())
-    last = [event for event, _ in read_events(run.folder)][-1]
-    assert (last["step"], last["reason"]) == (10, "")
-
-
-def test_a_validation_set_without_boxes_stops_nothing(datasets, tmp_path: Path):
-    schedule = ScheduleConfig(patience=1)
-    state = RunState(step=4, samples_seen=16, epoch=2.0, ap_history=[])
-    run = make_run(datasets, tmp_path)
-    run = replace(run, config=replace(run.config, schedule=schedule))
-    assert run.reason_to_stop(state) == ""
-
-
-def test_a_checkpoint_from_before_early_stopping_is_read(datasets, tmp_path: Path, scripted):
-    run = make_run(datasets, tmp_path, schedule__epochs=1)
-    train(run, Worker())
-    (path,) = all_checkpoints(run.checkpoints)
-    content = json.loads((path / "state.json").read_text())
-    del content["ap_history"]
-    assert RunState(**{k: v for k, v in content.items() if k != "categories"}).ap_history == []
-
-
-FROZEN_WORKER = """
-import pickle, sys
-import torch, torch.distributed as dist
-from deta.platform.learning.distributed import Worker
-from deta.platform.training.loop import train
-
-rank, port, file = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group(
-    "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-)
-with open(file, "rb") as pickled:
-    train(pickle.load(pickled), Worker(rank, 2))
-dist.destroy_process_group()
-"""
-
-
-def test_two_workers_train_what_is_not_frozen_and_nothing_else(datasets, tmp_path: Path):
-    import pickle
-
-    run = make_run(
-        datasets,
-        tmp_path,
-        optim__freeze=("backbone", "encoder"),
-        schedule__epochs=1,
-        cluster__num_workers=2,
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    file = tmp_path / "run.pickle"
-    file.write_bytes(pickle.dumps(run))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", FROZEN_WORKER, str(rank), str(port), str(file)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=200)
-        assert worker.returncode == 0, errors
-    newest = newest_checkpoint(run.checkpoints)
-    assert newest is not None
-    torch.manual_seed(run.config.seed)
-    start = make_detector(run.config.model).state_dict()
-    for name, tensor in newest.model_state().items():
-        if name.startswith(("pyramid.backbone", "encoder")):
-            assert torch.equal(tensor, start[name]), name
-    trained = [name for name, t in newest.model_state().items() if not torch.equal(t, start[name])]
-    assert any(name.startswith("decoder") for name in trained)
-    assert any(name.startswith("class_heads") for name in trained)
-    resting = [name for name in newest.training_state() if "/pyramid.backbone" in name]
-    assert not resting  # no moments of what does not train
+def test_a_state_is_plain_data():
+    state = state_at(3, metrics={"AP": 1.0})
+    assert RunState(**json.loads(json.dumps(vars(state)))) == state

@@ -1,4 +1,4 @@
-"""S5: what a run keeps of its data in its folder carries no code and leads nowhere else."""
+"""S5: the data-set snapshot of a run carries no code and stays inside its folders."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
 
 @pytest.fixture
 def run(drawn: ShapesDataset, tmp_path: Path) -> Run:
-    """Of loose files for training, and of shards for validation."""
+    """A run with files for training and shards for validation."""
     shards = tmp_path / "shards"
     val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
     pack_dataset(val_set, ObjectStore(shards), shard_bytes=10**6)
@@ -67,7 +67,7 @@ def run(drawn: ShapesDataset, tmp_path: Path) -> Run:
     )
 
 
-def test_what_is_kept_comes_back(run: Run):
+def test_a_snapshot_gives_back_the_same_data(run: Run):
     write_dataset_snapshot(run)
     again = read_run_snapshot(run.folder)
 
@@ -92,7 +92,7 @@ def test_a_pickle_in_a_run_folder_is_not_opened(run: Run, tmp_path: Path):
     trace = tmp_path / "trace"
     bomb = pickle.dumps(Bomb(trace))
     annotations = run.config.data.train_annotations
-    (run.folder / "data.pickle").write_bytes(bomb)  # where versions before kept the data
+    (run.folder / "data.pickle").write_bytes(bomb)  # where earlier versions stored the data
     assert read_run_snapshot(run.folder).code_commit == "abc"
     for content in (bomb, pickle.dumps((Bomb(trace), {})), b"", b"\0" * 100):
         (run.folder / DATA_FILE).write_bytes(content)
@@ -100,7 +100,7 @@ def test_a_pickle_in_a_run_folder_is_not_opened(run: Run, tmp_path: Path):
             read_run_snapshot(run.folder)
         assert read_dataset_snapshot(run.folder, "train", annotations) is None
     assert not trace.exists()
-    pickle.loads(bomb)  # the plant is alive
+    pickle.loads(bomb)  # the payload works
     assert trace.exists()
 
 
@@ -133,14 +133,14 @@ def _scramble(about: dict[str, Any], rows: dict[str, np.ndarray]) -> None:
         (_change("train", fingerprint="0" * 64), "fingerprint"),
         (_change("val", shards=[]), "point at shards"),
         (_change("val", shards=[{"name": "../x", "num_images": 1, "num_bytes": 1, "sha256": ""}]),
-         "no name of a shard"),
+         "not the name of a shard"),
         (_change("config", nme="x"), "nme"),
         (_cut("train.images"), "multiple"),
         (_cut("val.places"), "multiple"),
         (_scramble, "point at annotations"),
     ],
 )  # fmt: skip
-def test_what_was_altered_is_refused(run: Run, change: Any, says: str):
+def test_an_altered_snapshot_is_refused(run: Run, change: Any, says: str):
     write_dataset_snapshot(run)
     path = run.folder / DATA_FILE
     rows = load(path.read_bytes())
@@ -153,8 +153,8 @@ def test_what_was_altered_is_refused(run: Run, change: Any, says: str):
         read_run_snapshot(run.folder)
 
 
-def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
-    """Of the rows; JSON has its own checks."""
+def test_a_flipped_bit_of_a_table_is_detected(run: Run):
+    """In the tables; the JSON has checks of its own."""
     write_dataset_snapshot(run)
     path = run.folder / DATA_FILE
     content = path.read_bytes()
@@ -171,10 +171,10 @@ def test_no_flipped_bit_that_matters_goes_unseen(run: Run):
                     again.val_set.content(index)
             except ValueError:
                 continue
-            pytest.fail(f"{name}: a flipped bit at {position} went unseen")
+            pytest.fail(f"{name}: a flipped bit at {position} was not detected")
 
 
-def test_other_annotations_are_not_those_of_the_beginning(run: Run, tmp_path: Path):
+def test_a_snapshot_of_other_annotations_is_not_used(run: Run, tmp_path: Path):
     write_dataset_snapshot(run)
     annotations = Path(run.config.data.train_annotations)
     kept = read_dataset_snapshot(run.folder, "train", str(annotations))
@@ -183,4 +183,7 @@ def test_other_annotations_are_not_those_of_the_beginning(run: Run, tmp_path: Pa
     other = tmp_path / "other.json"
     other.write_text(annotations.read_text() + "\n")
     assert read_dataset_snapshot(run.folder, "train", str(other)) is None
-    assert read_dataset_snapshot(replace(run, folder=tmp_path).folder, "train", str(annotations)) is None
+    assert (
+        read_dataset_snapshot(replace(run, folder=tmp_path).folder, "train", str(annotations))
+        is None
+    )
