@@ -66,12 +66,3 @@ PALETTES = {
     "light": _palette(LIGHT, "#c3d3e2", "#003e75"),
     "dark": _palette(DARK, "#3b4a5a", "#a8dcff"),
 }
-
-
-# For pages that are not templates yet.
-def __getattr__(name: str) -> str:
-    from deta.platform.pages.render import read_asset
-
-    if name == "STYLE":
-        return read_asset("pages/theme.css")
-    raise AttributeError(name)
