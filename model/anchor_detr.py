@@ -1,7 +1,7 @@
-"""Anchor DETR: queries that are points on the image, and attention along rows and columns.
+"""Anchor DETR: queries are anchor points, and attention is decoupled into rows and columns.
 
 Source: Anchor DETR, Wang et al. 2021, https://arxiv.org/abs/2109.07107, and its released code
-(megvii-research/AnchorDETR). Only what differs from DETA is written here.
+(megvii-research/AnchorDETR). This file holds only what differs from DETA.
 """
 
 # B images   H W height and width of the feature map   D channels   Q queries   A heads
@@ -24,12 +24,12 @@ from deta.model.position import encode_boxes
 from deta.model.transformer import BoxHead, FeedForward
 
 STRIDE = 32  # C5; the same map is twice as fine where the backbone is dilated (DC5)
-FIRST_SIZE_LOGIT = -2.0  # every box begins at 0.12 of the image. Released code
+FIRST_SIZE_LOGIT = -2.0  # every box starts at 0.12 of the image; released code
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorDETRConfig:
-    """Defaults are Anchor DETR R50 C5 as published."""
+    """Configuration of Anchor DETR. The defaults are Anchor DETR R50 C5 as published."""
 
     architecture: Literal["anchor_detr"] = "anchor_detr"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -41,11 +41,11 @@ class AnchorDETRConfig:
     ffn_dim: int = 1024
     dropout: float = 0.0
     num_points: int = 300
-    num_patterns: int = 3  # several objects can lie around one point
-    # "learned": wherever training moves them. "grid": evenly, the nearest square number of them.
+    num_patterns: int = 3  # one point may have several objects around it
+    # "learned": training moves them. "grid": fixed and evenly spaced, the nearest square number.
     points: Literal["learned", "grid"] = "learned"
-    # Keys are averages over a column or row of the feature map. Released code counts padding in,
-    # so that a prediction depends on what an image shares its batch with; false leaves it out.
+    # Keys are averages over a column or row of the feature map. Released code includes padding, so
+    # a prediction depends on the other images of the batch; false excludes it.
     average_padding: bool = True
     logit_eps: float = 1e-5  # official; detrex trained its weights with 1e-3
 
@@ -75,7 +75,7 @@ class AnchorDETRConfig:
 
 @dataclass(frozen=True)
 class Map:
-    """What the transformer knows about the feature map besides its content."""
+    """Positions and padding of a feature map, for the transformer."""
 
     along_x: Tensor  # B W D, where each column is
     along_y: Tensor  # B H D, where each row is
@@ -83,7 +83,11 @@ class Map:
     averaged: Tensor  # B H W, true where a pixel counts in the average of its row and column
 
     def keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """B H W D -> B W D and B H D: what each column and each row holds, and where it is."""
+        """Return the keys of columns (B W D) and rows (B H D): mean features plus positions.
+
+        Args:
+            memory: B H W D.
+        """
         counted = self.averaged[..., None].to(memory.dtype)
         total = memory * counted
         columns = total.sum(1) / counted.sum(1).clamp(min=1)
@@ -92,7 +96,7 @@ class Map:
 
 
 class RowColumnAttention(nn.Module):
-    """Attention to a map as the product of attention to its columns and attention to its rows.
+    """Attention to a map: the product of attention to its columns and attention to its rows.
 
     A query weighs the W columns and, by another dot product, the H rows; pixel (h, w) gets the
     product of the two. So the weights of a query are H + W numbers instead of H·W.
@@ -103,8 +107,8 @@ class RowColumnAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        # One below the other: queries for x, for y, keys for x, for y, values. A single matrix, as
-        # in the released code, since that is what the rule for its first values looks at.
+        # Stacked: queries for x, queries for y, keys for x, keys for y, values. One matrix, as in
+        # the released code, because Xavier initialisation depends on the shape of the matrix.
         self.in_weight = nn.Parameter(torch.empty(5 * dim, dim))
         self.in_bias = nn.Parameter(torch.zeros(5 * dim))
         self.out_projection = nn.Linear(dim, dim)
@@ -121,7 +125,7 @@ class RowColumnAttention(nn.Module):
         values: Tensor,
         padding: Tensor,
     ) -> Tensor:
-        """Read the map.
+        """Attend to the map.
 
         Args:
             queries_x: B Q D, compared with the columns.
@@ -129,7 +133,8 @@ class RowColumnAttention(nn.Module):
             keys_x: B W D, one for each column.
             keys_y: B H D, one for each row.
             values: B H W D.
-            padding: B H W, true where there is no image: whole rows below and columns to the right.
+            padding: B H W, true where there is no image: complete rows at the bottom, and complete
+                columns at the right.
 
         Returns:
             B Q D.
@@ -144,8 +149,8 @@ class RowColumnAttention(nn.Module):
         weights_x = self._weigh(query_x, key_x, padding[:, 0])  # B A Q W
         weights_y = self._weigh(query_y, key_y, padding[:, :, 0])  # B A Q H
         height, width = values.shape[1:3]
-        # The longer side is summed first, so that what is kept for each query is short. An
-        # exported program has to be one and the same for every shape.
+        # Sum over the longer side first, which makes the intermediate result smaller. An exported
+        # program must be the same for every shape, so it always sums over columns first.
         if height < width and not torch.compiler.is_exporting():
             by_column = value.permute(0, 3, 2, 1, 4).flatten(3)  # B A W (H D/A)
             read = _sum(weights_y, (weights_x @ by_column).unflatten(3, (height, -1)))
@@ -155,19 +160,19 @@ class RowColumnAttention(nn.Module):
         return self.out_projection(read.transpose(1, 2).flatten(2))
 
     def _weigh(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
-        """B Q A d, B N A d and B N -> B A Q N, shares that sum to one over N."""
+        """Return attention weights that sum to 1 over N. B Q A d, B N A d, B N -> B A Q N."""
         scaled = queries.transpose(1, 2) * queries.shape[-1] ** -0.5
         similarity = scaled @ keys.permute(0, 2, 3, 1)
         return self.dropout(similarity.masked_fill(padding[:, None, None], -torch.inf).softmax(-1))
 
 
 def _sum(weights: Tensor, values: Tensor) -> Tensor:
-    """B A Q N and B A Q N d -> B A Q d."""
+    """Return the weighted sum over N. B A Q N and B A Q N d -> B A Q d."""
     return (weights[..., None, :] @ values).squeeze(-2)
 
 
 class AnchorEncoderLayer(nn.Module):
-    """Every pixel reads from the whole map."""
+    """An encoder layer: every pixel attends to the whole map."""
 
     def __init__(self, config: AnchorDETRConfig) -> None:
         super().__init__()
@@ -177,7 +182,7 @@ class AnchorEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, memory: Tensor, map_: Map) -> Tensor:
-        """B H W D -> B H W D."""
+        """Update the memory, B H W D."""
         attended = self.attention(
             (memory + map_.along_x[:, None]).flatten(1, 2),
             (memory + map_.along_y[:, :, None]).flatten(1, 2),
@@ -190,7 +195,7 @@ class AnchorEncoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class QueryPosition:
-    """Where the queries' points are, as vectors, B Q D each."""
+    """Position embeddings of the queries' points, B Q D each."""
 
     xy: Tensor
     x: Tensor
@@ -198,7 +203,7 @@ class QueryPosition:
 
 
 class AnchorDecoderLayer(nn.Module):
-    """Every query reads from the other queries, then from the map."""
+    """A decoder layer: every query attends to the other queries, then to the map."""
 
     def __init__(self, config: AnchorDETRConfig) -> None:
         super().__init__()
@@ -219,7 +224,7 @@ class AnchorDecoderLayer(nn.Module):
         memory: Tensor,
         padding: Tensor,
     ) -> Tensor:
-        """B Q D -> B Q D; keys as `Map.keys` makes them from the memory, B H W D."""
+        """Update the queries, B Q D. `keys` are those of `Map.keys` for the memory, B H W D."""
         positioned = queries + position.xy
         mixed, _ = self.self_attention(positioned, positioned, queries, need_weights=False)
         queries = self.self_attention_norm(queries + self.dropout(mixed))
@@ -230,13 +235,15 @@ class AnchorDecoderLayer(nn.Module):
 
 
 class PositionMLP(nn.Sequential):
-    """Sines of a place to what queries and keys are told of it."""
+    """An MLP from the sine encoding of a position to its embedding."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
 
 class AnchorDETR(nn.Module):
+    """The complete Anchor DETR model."""
+
     def __init__(self, config: AnchorDETRConfig) -> None:
         super().__init__()
         self.config = config
@@ -262,7 +269,7 @@ class AnchorDETR(nn.Module):
         nn.init.constant_(correction.bias[2:], FIRST_SIZE_LOGIT)  # type: ignore[index]
 
     def forward(self, images: Tensor, padding: Tensor) -> Predictions:
-        """Detect.
+        """Detect objects.
 
         Args:
             images: B 3 H W, normalised, zero where padded.
@@ -272,7 +279,7 @@ class AnchorDETR(nn.Module):
         return self.detect(self.input_projection(feature), padding)
 
     def detect(self, feature: Tensor, padding: Tensor) -> Predictions:
-        """From the projected feature map, B D h w, and the images' padding, B H W."""
+        """Detect objects, from the projected feature map (B D h w) and the padding (B H W)."""
         map_ = self._map(
             F.interpolate(padding[None].float(), size=feature.shape[-2:])[0].bool(), feature.dtype
         )
@@ -289,12 +296,12 @@ class AnchorDETR(nn.Module):
         for layer in self.decoder:
             queries = layer(queries, position, keys, memory, map_.padding)
             logits.append(self.class_head(queries).float())
-            # Every layer starts from the point anew: nothing is refined from layer to layer.
+            # Every layer starts from the point again: boxes are not refined from layer to layer.
             boxes.append(self.box_head(queries, point_logits).sigmoid())
         return Predictions(logits=torch.stack(logits), boxes=torch.stack(boxes))
 
     def _map(self, padding: Tensor, dtype: torch.dtype) -> Map:
-        """Positions run from 0 to 1 over the unpadded part of the map."""
+        """Build the `Map`. Positions run from 0 to 1 over the unpadded part of the map."""
         along = []
         for inside in (~padding[:, 0], ~padding[:, :, 0]):  # B W, then B H
             count = inside.float().cumsum(1)
@@ -304,7 +311,7 @@ class AnchorDETR(nn.Module):
         return Map(along[0], along[1], padding, averaged)
 
     def _query_position(self, points: Tensor, dtype: torch.dtype) -> QueryPosition:
-        """Of points B Q 2."""
+        """Return the position embeddings of points, B Q 2."""
         return QueryPosition(
             xy=self.position_xy(self._encode(points.flip(-1), dtype)),  # y before x, as published
             x=self.position_1d(self._encode(points[..., :1], dtype)),
@@ -312,19 +319,19 @@ class AnchorDETR(nn.Module):
         )
 
     def _encode(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """B N n, relative -> B N D, sines with D / n features for each of the n numbers."""
+        """Encode n relative coordinates as sines, D / n features each. B N n -> B N D."""
         return encode_boxes(places, self.config.dim // places.shape[-1]).to(dtype)
 
 
 def _grid(num_points: int) -> Tensor:
-    """T 2, (x, y): the centres of a square of cells, as many as come nearest to the number."""
+    """Return the cell centres of a square grid with about `num_points` cells. T 2, (x, y)."""
     side = round(math.sqrt(num_points))
     centres = (torch.arange(side) + 0.5) / side
     return torch.cartesian_prod(centres, centres)
 
 
 def _copies(layers: list) -> nn.ModuleList:
-    """All layers start as copies of the first, as in the released code."""
+    """Initialise all layers as copies of the first, as in the released code."""
     for layer in layers[1:]:
         layer.load_state_dict(layers[0].state_dict())
     return nn.ModuleList(layers)

@@ -1,6 +1,6 @@
-"""The detectors there are. A configuration's type says which one; nothing else asks.
+"""The detector architectures. The type of a configuration selects one; only this file checks it.
 
-A third detector is a file beside `anchor_detr.py` and a line in each function here.
+To add a detector, write a file beside `anchor_detr.py` and add a branch to each function here.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ DetectorCriterion = Criterion | OneToOneCriterion
 
 
 def make_detector(config: DetectorConfig) -> Detector:
-    """The model, with freshly drawn weights but for the backbone's, if those are pretrained."""
+    """Build the detector. Its weights are random, except those of a pretrained backbone."""
     if isinstance(config, AnchorDETRConfig):
         return AnchorDETR(config)
     return DETA(config)
 
 
 def make_criterion(config: CriterionConfig, model: DetectorConfig) -> DetectorCriterion:
-    """What a model of this configuration learns from.
+    """Build the training losses for a model of this configuration.
 
     Raises:
-        ValueError: the assignment needs a first stage, which the model has not.
+        ValueError: the assignment needs a first stage, which the model does not have.
     """
     if isinstance(model, AnchorDETRConfig):
         return OneToOneCriterion(config)
@@ -35,5 +35,5 @@ def make_criterion(config: CriterionConfig, model: DetectorConfig) -> DetectorCr
 
 
 def without_download(config: DetectorConfig) -> DetectorConfig:
-    """The model without pretrained backbone weights, for one that is about to be filled anyway."""
+    """Turn off pretrained backbone weights, for a model whose weights will be loaded anyway."""
     return replace(config, backbone=replace(config.backbone, pretrained=False))

@@ -1,11 +1,11 @@
-"""Which prediction answers for which object.
+"""Assignment of predictions to ground-truth objects.
 
-DETA assigns by IoU, several predictions to an object; the baseline matches one to one. Both give
-the same type, padded to the same size for all images, so that the losses need no loop and no
-waiting for the device.
+DETA assigns by IoU, several predictions per object; the baseline matches one to one. Both return
+the same type, padded to the same size for all images. So the losses need no loop and no
+synchronisation with the device.
 """
 
-# B images   N objects, padded   Q predictions   M matches an object, at most   C classes
+# B images   N objects, padded   Q predictions   M matches per object, at most   C classes
 # K decoder layers
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # its parts when they are asked for: half a second, which DETA does not need
+import scipy  # loads its modules on first use: half a second that DETA does not need
 import torch
 from torch import Tensor
 
@@ -23,31 +23,31 @@ from deta.model.boxes import cxcywh_to_xyxy, pairwise_generalized_iou, pairwise_
 
 @dataclass(frozen=True)
 class Matches:
-    """For every object the predictions that answer for it."""
+    """The predictions that are assigned to each object."""
 
     predictions: Tensor  # B N M, int64
     valid: Tensor  # B N M, bool
 
     def pairs(self, image: int) -> tuple[Tensor, Tensor]:
-        """(prediction, object) indices of one image, objects ascending. Waits for the device."""
+        """Return (prediction, object) indices of one image, by object. Waits for the device."""
         objects, _ = self.valid[image].nonzero(as_tuple=True)
         return self.predictions[image][self.valid[image]], objects
 
 
 @dataclass(frozen=True, kw_only=True)
 class IouAssignerConfig:
-    """The three repairs are off by default: published numbers were reached without them."""
+    """Configuration of the IoU assigner. The defaults are those of all published results."""
 
     positive_iou: float
-    max_positives: int  # an image; more are thinned out at random
+    max_positives: int  # per image; more are subsampled at random
     max_per_object: int = 4  # DETA, released code; the paper's table 6 varies it
-    # A prediction chosen by two objects answers only for the one it overlaps more. Released code
-    # lets the class of one of them win and counts both boxes (issue 8 there).
+    # A prediction assigned to two objects keeps only the one that it overlaps more. Released code
+    # uses the class of one of them and counts both boxes (issue 8 of jozhang97/DETA).
     exclusive: bool = False
-    # An object that nothing overlaps stays without a match. Released code makes every prediction
+    # An object that no prediction overlaps stays unmatched. Released code makes every prediction
     # without overlap positive for it.
     require_overlap: bool = False
-    # Thin out at random above max_positives, as released code does. Off: keep all.
+    # Subsample at random above max_positives, as released code does. Off: keep all.
     subsample: bool = True
 
     def __post_init__(self) -> None:
@@ -61,9 +61,9 @@ class IouAssignerConfig:
 
 
 def random_priority(seeds: Tensor, length: int) -> Tensor:
-    """Random numbers that are a pure function of each image's seed.
+    """Return random numbers that are a pure function of each image's seed.
 
-    So neither the number of workers nor the order of images changes what is thinned out.
+    So neither the number of workers nor the order of images changes the subsampling.
 
     Args:
         seeds: B, int64.
@@ -71,7 +71,7 @@ def random_priority(seeds: Tensor, length: int) -> Tensor:
     Returns:
         B length, int64, at least 0.
 
-    Source: the finalizer of SplitMix64 (Steele et al. 2014), with arithmetic that wraps.
+    Source: the finalizer of SplitMix64 (Steele et al. 2014), with wrapping arithmetic.
     """
     index = torch.arange(1, length + 1, device=seeds.device)
     x = seeds[:, None] + index * -7046029254386353131
@@ -84,24 +84,25 @@ def random_priority(seeds: Tensor, length: int) -> Tensor:
 def assign_by_iou(
     boxes: Tensor, targets: Targets, priority: Tensor, config: IouAssignerConfig
 ) -> Matches:
-    """Give each object the predictions that overlap it most, as many as chose it.
+    """Assign to each object the predictions that overlap it most, as many as chose it.
 
-    A prediction chooses the object that it overlaps most, if by `positive_iou` or if no other
-    prediction overlaps that object more. An object that c predictions chose gets the
-    min(c, max_per_object) predictions that overlap it most, whoever they chose.
+    A prediction chooses the object that it overlaps most, provided that their IoU is at least
+    `positive_iou` or that no other prediction overlaps that object more. An object chosen by c
+    predictions gets the min(c, max_per_object) predictions that overlap it most, whichever object
+    those chose.
 
     Args:
         boxes: B Q 4, cxcywh, relative: proposals or anchors.
-        priority: B Q; where positives are thinned out, those with the lowest stay.
+        priority: B Q; subsampling keeps the positives with the lowest priority.
 
     Source: DETA, Ouyang-Zhang et al. 2022, section 3.2, and the released code, which differs from
-        the paper in the low-quality matches and in the thinning out.
+        the paper in the low-quality matches and in the subsampling.
     """
     num_boxes = boxes.shape[1]
     iou = pairwise_iou(cxcywh_to_xyxy(targets.boxes), cxcywh_to_xyxy(boxes))  # B N Q
     iou = iou.masked_fill(~targets.present[..., None], -1)
 
-    best_iou, chosen = iou.max(1)  # B Q; of equal ones, the first object
+    best_iou, chosen = iou.max(1)  # B Q; ties go to the first object
     highest = iou.amax(2, keepdim=True)  # B N 1
     is_highest = (iou == highest) & targets.present[..., None]
     if config.require_overlap:
@@ -124,7 +125,7 @@ def assign_by_iou(
 
 
 def _keep_best_owner(predictions: Tensor, iou: Tensor, valid: Tensor, num_boxes: int) -> Tensor:
-    """Drop a match whose prediction another object overlaps more; of equals the first stays."""
+    """Drop each match whose prediction overlaps another object more; ties keep the first."""
     num_images = len(predictions)
     flat, flat_iou = predictions.flatten(1), iou.masked_fill(~valid, -1).flatten(1)
     best = flat_iou.new_full((num_images, num_boxes), -1).scatter_reduce(1, flat, flat_iou, "amax")
@@ -138,10 +139,10 @@ def _keep_best_owner(predictions: Tensor, iou: Tensor, valid: Tensor, num_boxes:
 
 
 def predicted_object(matches: Matches, num_predictions: int) -> Tensor:
-    """B Q, the object that each prediction answers for in classification, -1 for none.
+    """Return the object whose class each prediction is trained on, -1 for none. B Q.
 
-    Of several objects the last one wins. Released code leaves this to the order in which a GPU
-    happens to write; here it is the same on every device.
+    If a prediction has several objects, the last one wins. In released code the winner depends on
+    the order of the GPU's writes; here it is the same on every device.
     """
     num_images, num_objects, num_matches = matches.predictions.shape
     objects = torch.arange(num_objects, device=matches.predictions.device)
@@ -153,7 +154,7 @@ def predicted_object(matches: Matches, num_predictions: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingCost:
-    """Weights of the one-to-one matching. Deformable DETR, released code."""
+    """Cost weights of the one-to-one matching, as in the released code of Deformable DETR."""
 
     class_: float = 2.0
     l1: float = 5.0
@@ -164,7 +165,7 @@ class MatchingCost:
 def match_one_to_one(
     logits: Tensor, boxes: Tensor, targets: Targets, cost: MatchingCost
 ) -> list[Matches]:
-    """The cheapest one-to-one matching, of each layer by itself (Carion et al. 2020).
+    """Find the cheapest one-to-one matching for each layer (Hungarian; Carion et al. 2020).
 
     The assignment problem is solved on the host, so this waits for the device once.
 
@@ -173,7 +174,7 @@ def match_one_to_one(
         boxes: K B Q 4, cxcywh, relative.
 
     Returns:
-        One for each layer; with more objects than predictions, some objects stay unmatched.
+        One for each layer. With more objects than predictions, some objects stay unmatched.
     """
     num_layers, num_images, num_predictions, _ = logits.shape
     labels = targets.labels[None, :, None].expand(num_layers, -1, num_predictions, -1)
@@ -183,7 +184,7 @@ def match_one_to_one(
     l1 = torch.cdist(boxes, targets.boxes.expand(num_layers, -1, -1, -1), p=1)
     giou = pairwise_generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets.boxes))
     total = cost.class_ * (positive - negative) + cost.l1 * l1 - cost.giou * giou
-    # A prediction that is not finite must reach the loss, which stops the run and names the images.
+    # A non-finite prediction must reach the loss, which stops the run and names the images.
     costs = total.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
     counts = targets.present.sum(1).tolist()
 

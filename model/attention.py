@@ -15,7 +15,7 @@ from deta.ops.ms_deform_attn import ms_deform_attn_fused
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Each query reads P points on every level, at offsets that it predicts itself.
+    """Attention in which each query samples P points per level, at offsets that it predicts.
 
     Source: Deformable DETR, Zhu et al. 2021, section 4.1, https://arxiv.org/abs/2010.04159
     """
@@ -32,7 +32,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """At first head h looks 1, 2, … P units into direction h of a full turn."""
+        """Initialise head h to sample 1, 2, … P units in direction h of a full turn."""
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)  # H 2
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -56,17 +56,17 @@ class MultiScaleDeformableAttention(nn.Module):
         shapes: Sequence[tuple[int, int]],
         padding: Tensor,
     ) -> Tensor:
-        """Attend.
+        """Attend to the memory.
 
         Args:
             queries: B Q D.
-            references: B Q L 2, (x, y) where each query looks from, relative to the padded level;
-                offsets are then in pixels. Or B Q L 4, its box (cx, cy, w, h) in the same frame;
-                P units of offset are then half the box. Never below float32: half precision moves
-                a sample by whole pixels.
-            memory: B S D, the features that are read.
+            references: B Q L 2, (x, y) of each query's reference point, relative to the padded
+                level; offsets are then in pixels. Or B Q L 4, its reference box (cx, cy, w, h) in
+                the same frame; P units of offset are then half the box. At least float32: half
+                precision moves a sample by several pixels.
+            memory: B S D, the features to sample.
             shapes: (height, width) of each level.
-            padding: B S, true where there is no image; such features read as zero.
+            padding: B S, true where there is no image; features there count as zero.
 
         Returns:
             B Q D.

@@ -1,4 +1,4 @@
-"""Images to feature maps at strides 8, 16 and 32, by any network that timm can build."""
+"""Backbone: any timm network that has feature maps at strides 8, 16 and 32."""
 
 # B images   H W height and width   C channels of a feature map
 
@@ -16,27 +16,29 @@ from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerSt
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's, before the expansion
-STRIDES = (8, 16, 32)  # DETA builds its further levels from the last of these
+RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's values, before the expansion
+STRIDES = (8, 16, 32)  # DETA builds its extra levels from the last of these
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
+    """Configuration of the backbone. The defaults are those of DETA R50."""
+
     name: str = "resnet50.tv_in1k"  # any timm network with features at strides 8, 16 and 32
-    pretrained: bool = True  # start from timm's weights of that name; needs a network once
-    # "frozen": BatchNorm with its statistics and weights fixed, as all published DETA R50 have it.
-    # "batch": BatchNorm that trains; its result depends on how a batch is split among workers.
-    # "group": GroupNorm in its place, to learn from scratch; independent of the split.
-    # "own": whatever the network has, untouched.
+    pretrained: bool = True  # start from timm's weights of that name; downloads them once
+    # "frozen": BatchNorm with fixed statistics and weights, as in all published DETA R50.
+    # "batch": trainable BatchNorm; its result depends on how a batch is split among workers.
+    # "group": GroupNorm instead, for training from scratch; independent of the split.
+    # "own": the norms of the network, unchanged.
     norm: Literal["frozen", "batch", "group", "own"] = "frozen"
-    frozen_parts: tuple[str, ...] = ("conv1", "bn1", "layer1")  # do not train; names as in timm
-    output_norm: bool = False  # a LayerNorm after each output, as DETA gives Swin
-    drop_path: float = 0.0  # stochastic depth of the last block; less in those before it
-    window: int | None = None  # of a Swin, if not the one in its name
+    frozen_parts: tuple[str, ...] = ("conv1", "bn1", "layer1")  # not trained; names as in timm
+    output_norm: bool = False  # a LayerNorm after each output, as in DETA with Swin
+    drop_path: float = 0.0  # stochastic depth rate of the last block; lower in earlier ones
+    window: int | None = None  # window size of a Swin, if not the one in its name
     width: float = 1.0  # of a ResNet or Swin from scratch: 0.5 halves the channels everywhere
     dilated: bool = False  # the last stage of a ResNet at stride 16 instead of 32 ("DC5")
-    # Keep only what enters a block and compute its inside again on the way back: less memory, more
-    # time, the same gradients. Official DETA does so in Swin.
+    # Store only the input of each block and recompute the rest in the backward pass: less memory,
+    # more time, the same gradients. Official DETA does so in Swin.
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
@@ -52,9 +54,9 @@ class BackboneConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, but a group with a single value is its bias, not an error.
+    """torch's GroupNorm, but a group with a single value gives the bias instead of an error.
 
-    Such groups are the coarsest level of a tiny image that is alone in its batch.
+    Such groups occur on the coarsest level of a tiny image that is alone in its batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Backbone(nn.Module):
-    """B 3 H W -> one map B C h w for each stride, finest first."""
+    """The backbone network: B 3 H W -> one map B C h w for each stride, finest first."""
 
     def __init__(self, config: BackboneConfig, strides: tuple[int, ...] = STRIDES) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Backbone(nn.Module):
         for feature, channels, norm in zip(
             self.body(images), self.channels, self.norms, strict=True
         ):
-            if feature.shape[1] != channels and feature.shape[-1] == channels:  # as Swin gives it
+            if feature.shape[1] != channels and feature.shape[-1] == channels:  # Swin
                 feature = norm(feature).permute(0, 3, 1, 2)
             elif not isinstance(norm, nn.Identity):
                 feature = norm(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -105,13 +107,12 @@ def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
         if not config.name.startswith("resnet"):
             raise ValueError(f"backbone.dilated is for ResNets, not for {config.name}")
         options["output_stride"] = 16
-    with torch.device("meta"):  # only to ask it for its strides
+    with torch.device("meta"):  # built only to read its strides
         probe = timm.create_model(config.name, pretrained=False, features_only=True)
     strides = _features(probe).reduction()
     if not set(wanted) <= set(strides):
         raise ValueError(
-            f"backbone {config.name} gives features at strides {strides}; the detector needs "
-            f"{wanted}"
+            f"backbone {config.name} has features at strides {strides}; the detector needs {wanted}"
         )
     if config.width != 1:
         options |= _narrowed(config, channels=_features(probe).channels())
@@ -128,8 +129,8 @@ def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
             raise
         raise RuntimeError(
             f"the pretrained weights of backbone {config.name} could not be loaded ({error}). "
-            "Without a network, put them into the Hugging Face cache of this machine first, give "
-            "a file of them with `init_backbone=FILE` or a whole detector with "
+            "Without network access, copy them into the Hugging Face cache of this machine, give "
+            "a file of them with `init_backbone=FILE` or a complete detector with "
             "`init_checkpoint=FILE`, or train from scratch with `model.backbone.pretrained=false "
             "model.backbone.norm=group model.backbone.frozen_parts=[]`."
         ) from error
@@ -142,13 +143,13 @@ def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
         for module in network.modules():
             if isinstance(module, SwinTransformerStage):
                 module.grad_checkpointing = True
-    elif config.checkpoint_activations:  # stage by stage, as timm cuts any network
+    elif config.checkpoint_activations:  # stage by stage, as timm divides any network
         network.set_grad_checkpointing(True)  # type: ignore[operator]
     return network
 
 
 def _narrowed(config: BackboneConfig, channels: list[int]) -> dict:
-    """What timm calls the channels of every stage, times `width`."""
+    """Return timm's options that set the channels of every stage, scaled by `width`."""
     if config.name.startswith("resnet"):
         return {
             "channels": tuple(int(c * config.width) for c in RESNET_CHANNELS),
@@ -166,7 +167,7 @@ def _features(network: nn.Module) -> FeatureInfo:
 
 
 class _PaddedSwinBlock(SwinTransformerBlock):
-    """timm's block, padded to whole windows before the shift instead of after it.
+    """timm's Swin block, but padded to whole windows before the shift instead of after it.
 
     The order decides which pixels share a window at the right and bottom edges; the published
     weights were trained with this one.
@@ -180,9 +181,10 @@ class _PaddedSwinBlock(SwinTransformerBlock):
 
 
 def _replace_batch_norm(network: nn.Module) -> None:
-    """Put a GroupNorm of 16 channels a group, as nearly as they divide, for every BatchNorm.
+    """Replace every BatchNorm by a GroupNorm with about 16 channels per group.
 
-    Few channels a group would make it an instance norm, which forgets how strong a feature is.
+    With few channels per group it would act as an instance norm, which discards the magnitude of a
+    feature.
     """
     for module in list(network.modules()):
         for name, child in list(module.named_children()):

@@ -1,4 +1,4 @@
-"""What a model eats: images padded to one size, and the targets to learn from."""
+"""Model inputs: images padded to one size, and their targets."""
 
 # B images   H W height and width of the largest image   N boxes, padded to the most in one image
 
@@ -42,14 +42,14 @@ class Batch:
     images: Tensor  # B 3 H W, normalised, zero where padded
     padding: Tensor  # B H W, bool, true where there is no image
     targets: Targets
-    seeds: Tensor  # B, int64: all that is random about an image follows from its seed
+    seeds: Tensor  # B, int64: an image's seed determines all its random choices
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def num_boxes(self) -> int:
-        """Of all images. Call it before the batch goes to a device: it reads the tensor."""
+        """The boxes of all images. Read it before the batch is on a device: it would wait."""
         return int(self.targets.present.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -61,7 +61,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        """Called by the data loader, so that copies to a GPU need not wait."""
+        """Copy to pinned memory, so that copies to a GPU are asynchronous; for the data loader."""
         return Batch(
             self.images.pin_memory(),
             self.padding.pin_memory(),
@@ -75,7 +75,7 @@ class Batch:
 
 
 def pad_targets(targets: Sequence[Target]) -> Targets:
-    """One row an image. At least one column, so that a maximum over objects always exists."""
+    """Pad to one row per image, and at least one column, so that `max` over objects works."""
     num_boxes = max(1, *(len(target.labels) for target in targets))
     boxes = torch.zeros(len(targets), num_boxes, 4)
     labels = torch.zeros(len(targets), num_boxes, dtype=torch.int64)
@@ -94,11 +94,11 @@ def pad_batch(
 
     Args:
         images: each 3 h w, normalised.
-        targets: one an image.
-        seeds: one an image, of 63 bits at most; 0, 1, 2, … if left out.
+        targets: one per image.
+        seeds: one per image, of at most 63 bits; 0, 1, 2, … by default.
 
     Raises:
-        ValueError: no images, or not as many targets or seeds as images.
+        ValueError: there are no images, or the number of targets or seeds is another.
     """
     seeds = range(len(images)) if seeds is None else seeds
     if not images or len(images) != len(targets) or len(images) != len(seeds):

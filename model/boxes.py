@@ -13,25 +13,25 @@ from torch import Tensor
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """… 4 -> … 4."""
+    """Convert boxes from centre and size to corners, … 4 -> … 4."""
     centre, half_size = boxes[..., :2], 0.5 * boxes[..., 2:]
     return torch.cat([centre - half_size, centre + half_size], -1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """… 4 -> … 4."""
+    """Convert boxes from corners to centre and size, … 4 -> … 4."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """… 4 xyxy -> …"""
+    """Return the area of each box, … 4 xyxy -> …"""
     size = boxes[..., 2:] - boxes[..., :2]
     return size[..., 0] * size[..., 1]
 
 
 def _intersection_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Of boxes that broadcast against each other."""
+    """Return intersection and union of boxes that broadcast against each other."""
     low = torch.maximum(boxes1[..., :2], boxes2[..., :2])
     high = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
     size = (high - low).clamp(min=0)
@@ -40,7 +40,7 @@ def _intersection_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]
 
 
 def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Intersection over union of every pair.
+    """Return the intersection over union of every pair of boxes.
 
     Args:
         boxes1: … N 4, xyxy, in any unit.
@@ -48,22 +48,22 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Returns:
         … N M, in 0..1. No epsilon, as in the official code: detrex adds 1e-6 to the union, which
-        changes the assignment of small boxes. A pair without any area gives 0 rather than NaN.
+        changes the assignment of small boxes. A pair without area gives 0 instead of NaN.
     """
     intersection, union = _intersection_union(boxes1[..., :, None, :], boxes2[..., None, :, :])
     return torch.where(union > 0, intersection / union, 0)
 
 
 def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalized IoU of boxes that broadcast against each other.
+    """Return the generalized IoU of boxes that broadcast against each other.
 
     Args:
         boxes1: … 4, xyxy, in any unit.
         boxes2: … 4, xyxy, in the same unit.
 
     Returns:
-        …, in (-1, 1]; 1 for equal boxes, below 0 for boxes far apart. Two boxes without any area
-        give 0 for their IoU and no NaN, in value and in gradient.
+        …, in (-1, 1]; 1 for equal boxes, below 0 for boxes far apart. The IoU of two boxes
+        without area counts as 0, so neither the value nor the gradient is NaN.
 
     Source: Rezatofighi et al. 2019, algorithm 1, https://arxiv.org/abs/1902.09630
     """
@@ -77,12 +77,12 @@ def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def pairwise_generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """… N 4 and … M 4 xyxy -> … N M."""
+    """Return the generalized IoU of every pair, … N 4 and … M 4 xyxy -> … N M."""
     return generalized_iou(boxes1[..., :, None, :], boxes2[..., None, :, :])
 
 
 def box_logits(boxes: Tensor, eps: float) -> Tensor:
-    """Inverse sigmoid with both x and 1 - x kept at or above `eps`.
+    """Return the inverse sigmoid, with both x and 1 - x clamped to at least `eps`.
 
     Not `torch.logit(eps=…)`, which clamps x to [eps, 1 - eps]: in float32 the two differ at the
     ends, and published weights were trained with this one.

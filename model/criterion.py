@@ -1,7 +1,7 @@
 """Focal, L1 and GIoU losses over every stage, and their weighted total."""
 
 # B images   Q queries   S pixels of all levels   C classes   N objects, padded
-# M matches an object   K decoder layers
+# M matches per object   K decoder layers
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2  # Lin et al. 2017, and all published DETA co
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionConfig:
-    # "iou": several predictions an object, by overlap (DETA).
+    """Configuration of the losses and of the assignment of predictions to objects."""
+
+    # "iou": several predictions per object, by overlap (DETA).
     # "one_to_one": the cheapest matching of each layer (improved Deformable DETR).
     assignment: Literal["iou", "one_to_one"] = "iou"
-    class_weight: float = 1.0  # all DETA configurations; Deformable DETR had 2
+    class_weight: float = 1.0  # as in all DETA configurations; Deformable DETR uses 2
     l1_weight: float = 5.0
     giou_weight: float = 2.0
     first_stage_iou: float = 0.7  # DETA, released code
     second_stage_iou: float = 0.6  # DETA, released code
     max_per_object: int = 4
-    exclusive: bool = False  # the repairs, see IouAssignerConfig
+    exclusive: bool = False  # these three: see IouAssignerConfig
     require_overlap: bool = False
     subsample: bool = True
     matching_cost: MatchingCost = field(default_factory=MatchingCost)
@@ -51,6 +53,7 @@ class CriterionConfig:
         self.assigner(self.second_stage_iou, 1)
 
     def assigner(self, positive_iou: float, max_positives: int) -> IouAssignerConfig:
+        """Return the configuration of the IoU assigner for one stage."""
         return IouAssignerConfig(
             positive_iou=positive_iou,
             max_positives=max_positives,
@@ -66,7 +69,7 @@ SECOND_STAGE_SHARE = 0.25  # of the queries may be positive, DETA, released code
 
 
 def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Sigmoid focal loss of each logit, not summed.
+    """Return the sigmoid focal loss of each logit, unreduced.
 
     Args:
         logits: …
@@ -83,11 +86,11 @@ def focal_loss(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 class Criterion:
-    """Outputs and targets to losses. Holds no weights."""
+    """The losses of a detector with two stages (DETA). It has no weights."""
 
     def __init__(self, config: CriterionConfig, num_queries: int) -> None:
         self.config = config
-        # Released code rounds the share of fewer than four queries to none: nothing is learned.
+        # Released code allows no positive with fewer than four queries, so nothing is learned.
         max_positives = max(1, int(SECOND_STAGE_SHARE * num_queries))
         self.second_stage = config.assigner(config.second_stage_iou, max_positives)
         self.first_stage = config.assigner(config.first_stage_iou, FIRST_STAGE_POSITIVES)
@@ -95,11 +98,11 @@ class Criterion:
     def __call__(
         self, outputs: Outputs, batch: Batch, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """Every loss, unweighted.
+        """Compute every loss, unweighted.
 
         Args:
-            num_boxes: what sums are divided by: the number of objects (not of matches) in the
-                whole global batch, over the number of workers; at least 1 in total.
+            num_boxes: the divisor of all sums: the number of objects (not of matches) in the
+                global batch, at least 1, divided by the number of workers.
 
         Returns:
             Scalars `class`, `l1` and `giou` of the last decoder layer, and the same with `_0`,
@@ -107,7 +110,7 @@ class Criterion:
         """
         targets = batch.targets
         losses = _decoder_losses(outputs, targets, self.match_decoder(outputs, batch), num_boxes)
-        # The first stage learns "any object": every object has class 0, the other columns nothing.
+        # The first stage learns "any object": every object has class 0; no object has another.
         anything = replace(targets, labels=torch.zeros_like(targets.labels))
         return losses | _losses(
             outputs.encoder_logits,
@@ -119,7 +122,7 @@ class Criterion:
         )
 
     def match_decoder(self, outputs: Outputs, batch: Batch) -> list[Matches]:
-        """One for each decoder layer. By IoU they are all the same: made from the proposals."""
+        """Match each decoder layer. IoU uses the proposals, so its matches are all the same."""
         if self.config.assignment == "one_to_one":
             return match_one_to_one(
                 outputs.logits, outputs.boxes, batch.targets, self.config.matching_cost
@@ -129,6 +132,7 @@ class Criterion:
         return [matches] * len(outputs.logits)
 
     def match_encoder(self, outputs: Outputs, batch: Batch) -> Matches:
+        """Match the pixels of the memory, for the first stage."""
         if self.config.assignment == "one_to_one":
             anything = replace(batch.targets, labels=torch.zeros_like(batch.targets.labels))
             return match_one_to_one(
@@ -137,7 +141,7 @@ class Criterion:
                 anything,
                 self.config.matching_cost,
             )[0]
-        # Another stream than the decoder's, so that the two stages do not thin out alike.
+        # Not the decoder's random numbers, so that the stages subsample independently.
         priority = random_priority(~batch.seeds, outputs.anchors.shape[1])
         return assign_by_iou(outputs.anchors, batch.targets, priority, self.first_stage)
 
@@ -147,20 +151,20 @@ class Criterion:
 
 
 class OneToOneCriterion:
-    """The losses of a detector without a first stage, each layer matched one to one (DETR)."""
+    """The losses of a detector without a first stage; each layer is matched one to one (DETR)."""
 
     def __init__(self, config: CriterionConfig) -> None:
         if config.assignment != "one_to_one":
             raise ValueError(
                 f"criterion.assignment={config.assignment} compares objects with the proposals of "
-                "a first stage, which this model has not; set criterion.assignment=one_to_one"
+                "a first stage, which this model does not have; set criterion.assignment=one_to_one"
             )
         self.config = config
 
     def __call__(
         self, outputs: Predictions, batch: Batch, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """As `Criterion`, without the losses of the first stage."""
+        """Compute every loss, unweighted, as `Criterion` does for the decoder."""
         cost = self.config.matching_cost
         matches = match_one_to_one(outputs.logits, outputs.boxes, batch.targets, cost)
         return _decoder_losses(outputs, batch.targets, matches, num_boxes)
@@ -200,7 +204,7 @@ def _losses(
     num_boxes: Tensor | float,
     suffix: str,
 ) -> dict[str, Tensor]:
-    """Of one stage: logits B Q C and boxes B Q 4, Q standing for queries or pixels."""
+    """Compute the losses of one stage. Logits B Q C, boxes B Q 4; Q counts queries or pixels."""
     owner = predicted_object(matches, logits.shape[1])  # B Q
     label = targets.labels.gather(1, owner.clamp(min=0)).masked_fill(owner < 0, -1)
     positive = label[..., None] == torch.arange(logits.shape[2], device=logits.device)
@@ -209,8 +213,8 @@ def _losses(
         1, matches.predictions.flatten(1)[..., None].expand(-1, -1, 4)
     ).unflatten(1, matches.predictions.shape[1:])  # B N M 4
     wanted = targets.boxes[:, :, None]
-    # Matches that are only padding are compared with their own target, so that nothing that is
-    # not finite can come back through them; then they count as zero.
+    # Compare matches that are padding with their own target, so that no non-finite gradient flows
+    # through them. They count as zero below.
     matched = torch.where(matches.valid[..., None], matched, wanted)
     l1 = (matched - wanted).abs().sum(-1)
     giou = 1 - generalized_iou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(wanted))

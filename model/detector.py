@@ -1,4 +1,4 @@
-"""DETA, the whole model in one forward pass.
+"""DETA: the complete model in one forward pass.
 
 Source: NMS Strikes Back, Ouyang-Zhang et al. 2022, https://arxiv.org/abs/2212.06137. With
 `proposal_selection="highest"` the same network is the improved Deformable DETR of that paper.
@@ -30,12 +30,12 @@ from deta.model.transformer import (
     Levels,
 )
 
-PRIOR_PROBABILITY = 0.01  # of every class at the start (focal loss, Lin et al. 2017, section 4.1)
+PRIOR_PROBABILITY = 0.01  # of every class, initially (focal loss, Lin et al. 2017, section 4.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Defaults are DETA R50 5-scale as published."""
+    """Configuration of DETA. The defaults are DETA R50 5-scale as published."""
 
     architecture: Literal["deta"] = "deta"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -49,11 +49,11 @@ class ModelConfig:
     ffn_dim: int = 2048
     dropout: float = 0.0
     num_queries: int = 900
-    # "spread": per-level candidates, NMS and a share for each level (DETA).
-    # "highest": the best scores, wherever they are (improved Deformable DETR).
+    # "spread": per-level candidates, NMS and a quota for each level (DETA).
+    # "highest": the highest scores of all levels (improved Deformable DETR).
     proposal_selection: Literal["spread", "highest"] = "spread"
     logit_eps: float = 1e-5  # official and Hugging Face; detrex trained its weights with 1e-3
-    # Keep only what enters an encoder layer and compute its inside again on the way back.
+    # Store only the input of each encoder layer and recompute the rest in the backward pass.
     checkpoint_encoder: bool = False
 
     def __post_init__(self) -> None:
@@ -63,7 +63,10 @@ class ModelConfig:
                 "least 1"
             )
         if self.num_levels < len(STRIDES):
-            raise ValueError(f"num_levels={self.num_levels} is less than the {len(STRIDES)} maps")
+            raise ValueError(
+                f"num_levels={self.num_levels} must be at least {len(STRIDES)}, the number of maps "
+                "that the backbone gives"
+            )
         if self.dim % 4 or self.dim % self.num_heads:
             raise ValueError(
                 f"dim={self.dim} must be a multiple of 4 and of {self.num_heads} heads"
@@ -76,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What every detector gives, whatever its architecture; in float32."""
+    """The predictions that every detector returns, in float32."""
 
     logits: Tensor  # K B Q C, of each decoder layer
     boxes: Tensor  # K B Q 4, cxcywh, relative to the unpadded image
@@ -84,7 +87,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Outputs(Predictions):
-    """And what DETA's losses need besides, in float32."""
+    """The predictions of DETA, and what its losses need in addition, in float32."""
 
     proposals: Tensor  # B Q 4, where the decoder started; detached
     encoder_logits: Tensor  # B S C
@@ -93,7 +96,7 @@ class Outputs(Predictions):
 
 
 class InputProjection(nn.Sequential):
-    """A backbone map, or the level before, to D channels."""
+    """A projection of a backbone map, or of the level before, to D channels."""
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int, stride: int) -> None:
         convolution = nn.Conv2d(
@@ -105,7 +108,7 @@ class InputProjection(nn.Sequential):
 
 
 class FeaturePyramid(nn.Module):
-    """Images to L maps of D channels: strides 8, 16, 32, and further ones made from the last."""
+    """Images -> L maps of D channels: strides 8, 16, 32, and extra ones made from the last."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ class FeaturePyramid(nn.Module):
             projection(feature)
             for projection, feature in zip(self.projections[:num_maps], features, strict=True)
         ]
-        coarsest = features[-1]  # raw: the first extra level is made from it, not from its level
+        coarsest = features[-1]  # the first extra level is made from this, not from its projection
         for projection in self.projections[num_maps:]:
             coarsest = projection(coarsest)
             levels.append(coarsest)
@@ -138,7 +141,7 @@ class FeaturePyramid(nn.Module):
 
 
 class RecomputedEncoderLayer(EncoderLayer):
-    """An encoder layer that keeps only its input, and computes the rest again on the way back."""
+    """An encoder layer that stores only its input and recomputes the rest for the backward pass."""
 
     def forward(self, memory: Tensor, position: Tensor, centres: Tensor, levels: Levels) -> Tensor:
         if not torch.is_grad_enabled():
@@ -147,7 +150,7 @@ class RecomputedEncoderLayer(EncoderLayer):
 
 
 class FirstStage(nn.Module):
-    """Scores and boxes for every pixel of the memory, and queries from the chosen ones."""
+    """The layers that make features to score every pixel, and queries from the selected pixels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -159,17 +162,19 @@ class FirstStage(nn.Module):
         self.content_norm = nn.LayerNorm(dim)
 
     def describe(self, memory: Tensor, used: Tensor) -> Tensor:
-        """B S D -> B S D, what the first-stage heads see; alike for all unused pixels."""
+        """Return the input of the first-stage heads, B S D; the same for all unused pixels."""
         return self.memory_norm(self.memory_projection(memory.masked_fill(~used[..., None], 0)))
 
     def make_queries(self, proposals: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals B Q 4 and their features B Q D -> queries and query positions, B Q D each."""
+        """Make queries and their positions, B Q D, from proposals (B Q 4) and features (B Q D)."""
         encoded = encode_boxes(proposals, features.shape[-1] // 2)  # B Q 2·D
         position, content = self.box_norm(self.box_projection(encoded)).chunk(2, -1)
         return content + self.content_norm(self.content_projection(features)), position
 
 
 class DETA(nn.Module):
+    """The complete DETA model."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -198,7 +203,7 @@ class DETA(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """As in the official code; backbone and input projections have their own rules."""
+        """Initialise as the official code does. Backbone and projections initialise themselves."""
         for part in (self.encoder, self.first_stage, self.decoder):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
@@ -214,7 +219,7 @@ class DETA(nn.Module):
             nn.init.constant_(class_head.bias, prior_logit)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, padding: Tensor) -> Outputs:
-        """Detect.
+        """Detect objects.
 
         Args:
             images: B 3 H W, normalised, zero where padded.
@@ -223,7 +228,7 @@ class DETA(nn.Module):
         return self.detect(self.pyramid(images), padding)
 
     def detect(self, features: list[Tensor], padding: Tensor) -> Outputs:
-        """From the L levels of the pyramid, B D h w, and the images' padding, B H W."""
+        """Detect objects, from the L levels of the pyramid (B D h w) and the padding (B H W)."""
         levels = Levels.of(
             [
                 F.interpolate(padding[None].float(), size=level.shape[-2:])[0].bool()
@@ -270,7 +275,7 @@ class DETA(nn.Module):
         )
 
     def _positions(self, levels: Levels) -> Tensor:
-        """B S D: where each pixel is, and on which level."""
+        """Return the embedding of each pixel's position and level, B S D."""
         paddings = levels.padding.split([h * w for h, w in levels.shapes], 1)
         return torch.cat(
             [
@@ -285,5 +290,5 @@ class DETA(nn.Module):
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """B S D at B Q -> B Q D."""
+    """Select rows B S D at the indices B Q -> B Q D."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

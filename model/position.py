@@ -1,4 +1,4 @@
-"""Sine encodings: of pixels on a feature map and of box coordinates."""
+"""Sine encodings of pixel positions on a feature map and of box coordinates."""
 
 # B images   H W height and width of a feature map   Q boxes   D features
 
@@ -9,12 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-TEMPERATURE = 10_000  # DETA, all published code
+TEMPERATURE = 10_000  # as in all published DETA code
 _EPS = 1e-6
 
 
 def _sines(angles: Tensor, num_features: int) -> Tensor:
-    """… -> … D: sine and cosine of each angle at D / 2 frequencies, interleaved."""
+    """Return sine and cosine of each angle at D / 2 frequencies, interleaved. … -> … D."""
     index = torch.arange(num_features, dtype=torch.float32, device=angles.device)
     wavelengths = TEMPERATURE ** (2 * (index // 2) / num_features)
     phases = angles[..., None] / wavelengths
@@ -22,11 +22,11 @@ def _sines(angles: Tensor, num_features: int) -> Tensor:
 
 
 def encode_pixels(padding: Tensor, dim: int) -> Tensor:
-    """Where each pixel lies in its image, as a vector.
+    """Encode the position of each pixel in its image.
 
     Args:
         padding: B H W, true where there is no image.
-        dim: features a pixel, even: half for y, then half for x.
+        dim: features per pixel, even: half for y, then half for x.
 
     Returns:
         B H W dim, float32. Positions run from 0 to 2π over the unpadded part.
@@ -44,11 +44,11 @@ def encode_pixels(padding: Tensor, dim: int) -> Tensor:
 
 
 def encode_boxes(boxes: Tensor, dim: int) -> Tensor:
-    """Where a box lies, as a vector.
+    """Encode the coordinates of each box.
 
     Args:
         boxes: B Q 4, cxcywh, relative.
-        dim: features a coordinate, even.
+        dim: features per coordinate, even.
 
     Returns:
         B Q 4·dim, float32, in the order cx, cy, w, h.

@@ -1,4 +1,4 @@
-"""Outputs to detections in pixels."""
+"""Postprocessing of model outputs into detections in pixels."""
 
 # B images   Q queries   C classes   N detections in one image
 
@@ -17,20 +17,25 @@ from deta.model.suppression import best_surviving
 
 @dataclass(frozen=True, kw_only=True)
 class PostprocessConfig:
-    nms_iou: float | None = 0.7  # within a class; none for the one-to-one baseline
-    max_candidates: int = 10_000  # (query, class) pairs that enter the suppression
-    max_detections: int = 100  # COCO counts no more
+    """Configuration of the postprocessing. The defaults are DETA's."""
+
+    nms_iou: float | None = 0.7  # within a class; None for the one-to-one baseline
+    max_candidates: int = 10_000  # (query, class) pairs that enter NMS
+    max_detections: int = 100  # per image; COCO counts no more
 
     def __post_init__(self) -> None:
         if self.nms_iou is not None and not 0 < self.nms_iou <= 1:
             raise ValueError(f"nms_iou={self.nms_iou} is not in (0, 1]")
         if self.max_candidates < 1 or self.max_detections < 1:
-            raise ValueError("max_candidates and max_detections must be at least 1")
+            raise ValueError(
+                f"max_candidates={self.max_candidates} and max_detections={self.max_detections} "
+                "must be at least 1"
+            )
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first."""
+    """The detections in one image, best first."""
 
     scores: Tensor  # N, in 0..1
     labels: Tensor  # N, int64, class index
@@ -44,7 +49,7 @@ class Detections:
 def detect_objects(
     outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
 ) -> list[Detections]:
-    """The last decoder layer's predictions, suppressed and scaled to each image.
+    """Apply NMS to the last decoder layer's predictions and scale them to each image.
 
     Every (query, class) pair is a candidate, so one query may give several detections.
 
@@ -58,7 +63,7 @@ def detect_objects(
     for image in range(len(scores)):
         kept = torch.arange(scores.shape[1], device=scores.device)
         if config.nms_iou is not None:
-            # float64, because classes are kept apart by shifting their boxes
+            # float64, because batched_nms separates classes by shifting their boxes
             kept = batched_nms(
                 boxes_px[image].double(), scores[image].double(), labels[image], config.nms_iou
             )
@@ -73,11 +78,11 @@ def detect_objects(
 def detect_fixed_number(
     outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The detections of `detect_objects` in tensors of fixed shape, for export.
+    """Return the detections of `detect_objects` as tensors of fixed shape, for export.
 
     Returns:
-        Scores (B N), labels (B N) and boxes (B N 4, xyxy, in pixels), N being `max_detections`, or
-        fewer where the model has not as many candidates. Best first; after the last detection of
+        Scores (B N), labels (B N) and boxes (B N 4, xyxy, in pixels), best first. N is
+        `max_detections`, or the number of candidates if that is less. After the last detection of
         an image, scores and boxes are 0 and labels -1.
     """
     scores, labels, boxes_px = _candidates(outputs, sizes_px, config)
@@ -97,7 +102,7 @@ def detect_fixed_number(
 def _candidates(
     outputs: Predictions, sizes_px: Tensor, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B N), labels (B N) and boxes (B N 4) of the pairs that enter, best first."""
+    """Return scores (B N), labels (B N) and boxes (B N 4) of the best pairs, best first."""
     scores = outputs.logits[-1].sigmoid()  # B Q C
     sizes_px = sizes_px.to(scores.device)
     scale = sizes_px.flip(1).repeat(1, 2).to(scores.dtype)  # B 4, width height width height
@@ -109,5 +114,5 @@ def _candidates(
 
 
 def _gather(boxes: Tensor, index: Tensor) -> Tensor:
-    """B Q 4 at B N -> B N 4."""
+    """Select boxes B Q 4 at the indices B N -> B N 4."""
     return boxes.gather(1, index[..., None].expand(-1, -1, 4))

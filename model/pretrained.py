@@ -1,4 +1,7 @@
-"""Published weights under our names and back, with their classes; the names are in another file."""
+"""Conversion of published DETA weights to our tensor names and back, and selection of classes.
+
+The names themselves are in `published_names.py`.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,22 @@ from deta.model.published_names import (
 
 @dataclass(frozen=True)
 class Renamed:
-    """Published weights under our names, and what became of each of theirs."""
+    """Published weights under our names, and the origin of each tensor."""
 
     layout: str
     tensors: dict[str, Tensor]  # by our names
-    sources: dict[str, list[str]]  # ours -> the published names it was made of, copies included
-    computed: list[str]  # published names of what follows from the rest, and was compared with it
-    unknown: list[str]  # published names that have no place in DETA
+    sources: dict[str, list[str]]  # our name -> its published names, copies included
+    computed: list[str]  # published names of tensors that follow from others, and were checked
+    unknown: list[str]  # published names of tensors that DETA does not have
 
 
 def detect_format(names: Iterable[str]) -> Format:
-    """Which of the published layouts these names belong to.
+    """Return the published layout that these names belong to.
 
-    Of names that several layouts share, the first layout; such names mean the same in all.
+    If several layouts share the names, return the first; such names mean the same in all of them.
 
     Raises:
-        ValueError: none of them.
+        ValueError: the names belong to no published layout.
     """
     names = list(names)
     formats: tuple[Format, ...] = get_args(Format)
@@ -49,24 +52,23 @@ def detect_format(names: Iterable[str]) -> Format:
     num_ours = sum(bool(rows_of(name, "ours")) for name in names)
     if num_ours > num_known[best]:
         raise ValueError(
-            "these weights already have this project's names; give them to load_state_dict as "
+            "these weights already have this project's names; pass them to load_state_dict as "
             "they are"
         )
     if num_known[best] == 0:
         raise ValueError(
-            f"{_listing(names)}: not one name of a DETA as official, detrex or Hugging Face store "
-            "it. Remove a prefix that all names share; weights of other detectors cannot be "
-            "converted"
+            f"{listing(names)}: no name of a DETA in the official, detrex or Hugging Face layout. "
+            "If all names share a prefix, remove it; weights of other detectors cannot be converted"
         )
     return best
 
 
 def published_logit_eps(format_: Format) -> float:
-    """`ModelConfig.logit_eps` that weights of this layout were most likely trained with.
+    """Return the `logit_eps` that weights of this layout were most likely trained with.
 
     detrex trains with 1e-3, all others with 1e-5. Official weights that someone converted to
-    detrex's names want 1e-5, but nothing in the names tells them apart: set `model.logit_eps`
-    yourself for those. The wrong value moves boxes at the border by up to 1.2e-3 of the image.
+    detrex's names need 1e-5, but their names do not show it: set `model.logit_eps` yourself for
+    those. The wrong value moves boxes at the border by up to 1.2e-3 of the image.
     """
     return 1e-3 if format_ == "detrex" else 1e-5
 
@@ -74,15 +76,15 @@ def published_logit_eps(format_: Format) -> float:
 def from_published(
     state: Mapping[str, Tensor], config: ModelConfig, class_rows: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Published weights under our names, complete, ready for `load_state_dict`.
+    """Convert published weights to our names, complete and ready for `load_state_dict`.
 
     Args:
         state: the tensors of a file in any of the three layouts.
-        config: of the model that they are for.
-        class_rows: which of the file's classes the model has, in its order; see `select_classes`.
+        config: the configuration of the model that they are for.
+        class_rows: the file's classes that the model has, in its order; see `select_classes`.
 
     Raises:
-        ValueError: a tensor is missing, left over, of another shape, or unlike its copy.
+        ValueError: a tensor is missing, left over, of another shape, or differs from its copy.
     """
     renamed = rename_from_published(state)
     if class_rows is not None:
@@ -93,10 +95,10 @@ def from_published(
 def to_published(
     state: Mapping[str, Tensor], config: ModelConfig, format_: Format
 ) -> dict[str, Tensor]:
-    """Our weights under the names of a published layout, with all the copies that it stores.
+    """Convert our weights to the names of a published layout, with all copies that it stores.
 
-    Copies share memory. The class heads keep their rows: code that takes rows for COCO ids
-    (official, Hugging Face) needs a model with 91 classes.
+    Copies share memory. The class heads keep their rows: code whose rows are COCO ids (official,
+    Hugging Face) needs a model with 91 classes.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape, or the backbone is neither
@@ -106,27 +108,28 @@ def to_published(
 
 
 def rename_from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights under our names, for a model of any size; some may be missing.
+    """Rename published weights to our names, for a model of any size; some may be missing.
 
     Copies of a tensor become one; separate query, key and value weights become one.
 
     Raises:
-        ValueError: a tensor has no place, lacks its siblings, or is unlike its copy.
+        ValueError: a tensor is unknown, lacks its siblings, or differs from its copy.
     """
     renamed = trace_published(state)
     if renamed.unknown:
         raise ValueError(
-            f"{_listing(renamed.unknown)}: no such tensor in DETA as {renamed.layout} stores it; "
-            "remove what is known to be unused, weights of other networks cannot be converted"
+            f"{listing(renamed.unknown)}: no such tensor in DETA in the {renamed.layout} layout. "
+            "Remove tensors that are known to be unused; weights of other networks cannot be "
+            "converted"
         )
     return renamed.tensors
 
 
 def trace_published(state: Mapping[str, Tensor]) -> Renamed:
-    """As `rename_from_published`, but tells where each tensor came from and what has no place.
+    """Rename as `rename_from_published`, and list each tensor's origin and the unknown tensors.
 
     Raises:
-        ValueError: a tensor lacks its siblings, or is unlike its copy.
+        ValueError: a tensor lacks its siblings, or differs from its copy.
     """
     layout = detect_format(state)
     tensors: dict[str, Tensor] = {}
@@ -141,15 +144,15 @@ def trace_published(state: Mapping[str, Tensor]) -> Renamed:
         parts = fill(getattr(row, layout), values)
         absent = [part for part in parts if part not in state]
         if absent:
-            raise ValueError(f"{_listing(absent)}: missing, although {name} is there")
+            raise ValueError(f"{listing(absent)}: missing, although {name} is present")
         if name != parts[0]:
-            continue  # done with the first part
+            continue  # handled together with the first part
         (ours,) = fill(row.ours, values)
         tensor = state[name] if len(parts) == 1 else torch.cat([state[part] for part in parts])
         if not torch.equal(tensors.setdefault(ours, tensor), tensor):
             raise ValueError(
                 f"{name} and {sources[ours][0]} differ, but DETA uses one tensor for both; these "
-                "are the weights of another model, or damaged"
+                "are the weights of another model, or they are damaged"
             )
         sources.setdefault(ours, []).extend(parts)
     kept = _without_bias_index(tensors)
@@ -158,7 +161,7 @@ def trace_published(state: Mapping[str, Tensor]) -> Renamed:
 
 
 def rename_to_published(state: Mapping[str, Tensor], format_: Format) -> dict[str, Tensor]:
-    """The inverse of `rename_from_published`, with all copies that the layout stores.
+    """Invert `rename_from_published`, with all copies that the layout stores.
 
     Raises:
         ValueError: a tensor has no published name.
@@ -176,8 +179,8 @@ def rename_to_published(state: Mapping[str, Tensor], format_: Format) -> dict[st
             published.update(zip(parts, tensor.chunk(len(parts)), strict=True))
     if unknown:
         raise ValueError(
-            f"{_listing(unknown)}: no name in published weights, which know plain ResNets and "
-            "Swins with output norms only; keep this model under this project's names"
+            f"{listing(unknown)}: no name in published layouts, which have only plain ResNets and "
+            "Swins with output norms; keep this model under this project's names"
         )
     return published
 
@@ -187,25 +190,26 @@ def select_classes(
     rows: Sequence[int | None],
     fresh: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Keep some classes of a model, give them another order, or put new ones among them.
+    """Select, reorder or add classes of a model.
 
-    For example, the rows of official weights are COCO ids, 91 with gaps; the ids of the 80
-    categories as `rows` give a model for the data set as it is read here.
+    For example, the rows of official weights are COCO ids, 91 with gaps. With the ids of the 80
+    categories as `rows`, the result fits the COCO data set as this project reads it.
 
-    The last head belongs to the first stage, whose column 0 ranks the proposals and stands for
-    "any object", whatever class has that number elsewhere. So its row 0 always stays first; its
-    other columns, which training only ever pushes down, are filled with other rows of it.
-    Detections of the kept classes do not change; they only move up into places among the best
-    100 that dropped classes took.
+    The last head belongs to the first stage. Its column 0 ranks the proposals and means "any
+    object", whatever class has that number elsewhere. So its row 0 always stays first. Its other
+    columns, which training only pushes down, are filled with its other rows. Detections of the
+    kept classes do not change; they only move up into places among the best 100 that dropped
+    classes took.
 
     Args:
         state: under our names.
         rows: the old class of each new one, without repetition; None for a class that the old
-            model does not know.
-        fresh: a new model's tensors, whose rows unknown classes get; at least its class heads.
+            model does not have.
+        fresh: a newly initialised model's tensors, which provide the rows for None; at least its
+            class heads.
 
     Raises:
-        ValueError: there is no such row, or one is asked for twice.
+        ValueError: a row does not exist or is given twice.
     """
     rows = list(rows)
     known = [row for row in rows if row is not None]
@@ -216,7 +220,7 @@ def select_classes(
     }
     if not heads:
         raise ValueError(
-            "these weights have no class_heads.*; bring them under this project's names first, "
+            "these weights have no class_heads.*; convert them to this project's names first, "
             "with rename_from_published"
         )
     num_classes = min(len(state[name]) for name in heads)
@@ -227,8 +231,8 @@ def select_classes(
         or (len(known) < len(rows) and fresh is None)
     ):
         raise ValueError(
-            f"class rows {rows}: give at least one, each once, from 0 to {num_classes - 1}, which "
-            "are the classes of these weights"
+            f"class rows {rows}: give at least one, each only once, from 0 to {num_classes - 1}, "
+            "which are the classes of these weights"
         )
     ranking_rows = [0] + [rows[0] if row == 0 else row for row in rows[1:]]
     first_stage = max(heads.values())
@@ -240,7 +244,7 @@ def select_classes(
 
 
 def rows_or_fresh(tensor: Tensor, rows: Sequence[int | None], fresh: Tensor | None) -> Tensor:
-    """Row by row one of the tensor, or for None the row at this place of the fresh one."""
+    """Select rows of the tensor; for None, take the row at the same place of `fresh`."""
     picked = tensor[[row or 0 for row in rows]].clone()
     for place, row in enumerate(rows):
         if row is None:
@@ -250,13 +254,13 @@ def rows_or_fresh(tensor: Tensor, rows: Sequence[int | None], fresh: Tensor | No
 
 
 def fit(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state as the model of this config wants it: every tensor, in its shape, and no other.
+    """Check that the state has exactly this model's tensors, and return them in its order.
 
     Raises:
-        ValueError: a tensor is missing, left over, of another shape or of whole numbers.
+        ValueError: a tensor is missing, left over, of another shape, or of an integer type.
     """
     expected = shapes_of(config)
-    # Counters of a BatchNorm may be absent or too many: they change nothing.
+    # Counters of a BatchNorm may be missing or extra: they change no result.
     fitted = {
         name: tensor
         for name, tensor in state.items()
@@ -270,7 +274,7 @@ def fit(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     extra = [name for name in fitted if name not in expected]
     if missing or extra:
         problems = [
-            f"{_listing(names)} {which}"
+            f"{listing(names)} {which}"
             for names, which in ((missing, "missing"), (extra, "left over"))
             if names
         ]
@@ -283,10 +287,10 @@ def fit(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     if wrong and all(name.startswith("class_heads.") for name in wrong):
         num_classes = len(fitted[wrong[0]])
         raise ValueError(
-            f"these weights know {num_classes} classes, the model {config.num_classes}. Set "
-            f"model.num_classes={num_classes}, or pick the rows of the classes in common "
-            "(class_rows; for official COCO weights they are the category ids), or leave the "
-            "class_heads.* out and train them anew"
+            f"these weights have {num_classes} classes, the model {config.num_classes}. Set "
+            f"model.num_classes={num_classes}, or select the rows of the common classes "
+            "(class_rows; for official COCO weights they are the category ids), or omit the "
+            "class_heads.* and train them from scratch"
         )
     if wrong:
         shapes = [
@@ -294,32 +298,32 @@ def fit(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
             for name in wrong
         ]
         raise ValueError(
-            f"{_listing(shapes)}: wrong shape for this model. Choose the model.* settings that "
+            f"{listing(shapes)}: wrong shape for this model. Choose the model.* settings that "
             "the weights were trained with"
         )
-    whole = [
+    integers = [
         f"{name} ({str(fitted[name].dtype).removeprefix('torch.')})"
         for name in expected
         if not fitted[name].is_floating_point() and not name.endswith(STEPS)
     ]
-    if whole:
+    if integers:
         raise ValueError(
-            f"{_listing(whole)}: whole numbers, which are no weights of a DETA; use a file that "
-            "was not quantised"
+            f"{listing(integers)}: integers, but the weights of a DETA are floating-point numbers; "
+            "use a file that is not quantised"
         )
     return {name: fitted[name] for name in expected}
 
 
 @lru_cache(maxsize=4)  # a Swin takes a second
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of every tensor of the model of this config, which is built without memory."""
+    """Return the shape of every tensor of this model, without allocating memory for it."""
     with torch.device("meta"):
         model = DETA(replace(config, backbone=replace(config.backbone, pretrained=False)))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _without_bias_index(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check Swin's stored position indices, which we compute, and leave them out."""
+    """Check Swin's stored position indices against the computed ones, and remove them."""
     for name, index in state.items():
         table = state.get(name.replace(BIAS_INDEX, BIAS_TABLE))
         if name.endswith(BIAS_INDEX) and not (
@@ -327,7 +331,7 @@ def _without_bias_index(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ):
             raise ValueError(
                 f"{name}: not the positions in a square window, row by row, that Swin uses; "
-                "these are the weights of another network, or damaged"
+                "these are the weights of another network, or they are damaged"
             )
     return {name: tensor for name, tensor in state.items() if not name.endswith(BIAS_INDEX)}
 
@@ -342,15 +346,15 @@ def _with_bias_index(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _bias_index(table: Tensor) -> Tensor:
-    """P P, P pixels of a window: the table's row for the way from one to another."""
-    reach = math.isqrt(len(table))  # from one side of the window to the other and back
+    """Return the table's row for each pair of pixels in a window. P P for P pixels."""
+    reach = math.isqrt(len(table))  # the number of offsets along one axis
     window = (reach + 1) // 2
     y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
     down, right = y[:, None] - y + window - 1, x[:, None] - x + window - 1
     return down * reach + right
 
 
-def _listing(names: Sequence[str]) -> str:
-    """At most ten of them."""
+def listing(names: Sequence[str]) -> str:
+    """Join at most ten names for a message."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return f"{', '.join(names[:10])}{more}" if names else "no tensors"

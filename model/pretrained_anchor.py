@@ -1,8 +1,8 @@
-"""The names used in published Anchor DETR weights, mapped to ours; the only file that knows them.
+"""Conversion of published Anchor DETR weights to our tensor names and back.
 
-Two layouts are in circulation, alike but for the input projection: `official`
-(megvii-research/AnchorDETR) and `detrex` (IDEA-Research/detrex, projects/anchor_detr). Written
-down from the modules in their public code; not yet tried on a published file.
+Two layouts are in use, which differ only in the input projection: `official`
+(megvii-research/AnchorDETR) and `detrex` (IDEA-Research/detrex, projects/anchor_detr). The names
+follow the modules in their public code; they have not been tried on a published file yet.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig
-from deta.model.pretrained import Renamed, rows_or_fresh
+from deta.model.pretrained import Renamed, listing, rows_or_fresh
 
 Format = Literal["official", "detrex"]
 
-# Published beginnings of names and ours; `{i}` is a number. What follows them is the same.
+# Published prefixes of names and ours; `{i}` is a number. The rest of the name is the same.
 _PREFIXES = {
     "transformer.encoder_layers.{i}.": "encoder.{i}.",
     "transformer.decoder_layers.{i}.": "decoder.{i}.",
@@ -29,7 +29,7 @@ _PREFIXES = {
     "transformer.position.weight": "points",
     "transformer.adapt_pos2d.": "position_xy.",
     "transformer.adapt_pos1d.": "position_1d.",
-    # Stored once for each decoder layer, though all layers share one head.
+    # Stored once per decoder layer, although all layers share one head.
     "transformer.class_embed.{i}.": "class_head.",
     "transformer.bbox_embed.{i}.layers.0.": "box_head.mlp.0.",
     "transformer.bbox_embed.{i}.layers.1.": "box_head.mlp.2.",
@@ -37,7 +37,7 @@ _PREFIXES = {
     "backbone.body.": "backbone.body.",
 }
 _INPUT_PROJECTION = {"official": "input_proj.0.", "detrex": "input_proj."}
-# And what follows, inside the layers.
+# The second part of the names in the layers.
 _IN_LAYERS = {
     "encoder": {
         "self_attn.in_proj_": "attention.in_",
@@ -53,15 +53,15 @@ _IN_LAYERS = {
     },
 }
 _FFN = {"ffn.linear1.": "ffn.linear1.", "ffn.linear2.": "ffn.linear2.", "ffn.norm2.": "ffn.norm."}
-# Counters of a profiler that official files carry, and how often a BatchNorm was updated.
+# Counters of a profiler in official files, and counters of BatchNorm updates.
 _WITHOUT_EFFECT = ("total_ops", "total_params", "num_batches_tracked")
 
 
 def detect_format(names: Iterable[str]) -> Format:
-    """Which of the two layouts these names belong to.
+    """Return the published layout that these names belong to.
 
     Raises:
-        ValueError: neither.
+        ValueError: the names belong to neither layout.
     """
     names = list(names)
     if is_anchor_detr(names):
@@ -69,28 +69,28 @@ def detect_format(names: Iterable[str]) -> Format:
             return "official"
         return "detrex"
     raise ValueError(
-        f"{_listing(names)}: not the names of an Anchor DETR as official or detrex store it. "
+        f"{listing(names)}: not the names of an Anchor DETR in the official or detrex layout. "
         "Weights of other detectors cannot be converted"
     )
 
 
 def is_anchor_detr(names: Iterable[str]) -> bool:
-    """Whether these are names that only a published Anchor DETR has."""
+    """Return whether these are names that only a published Anchor DETR has."""
     return any(name.startswith("transformer.encoder_layers.") for name in names)
 
 
 def from_published(
     state: Mapping[str, Tensor], config: AnchorDETRConfig, class_rows: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Published weights under our names, complete, ready for `load_state_dict`.
+    """Convert published weights to our names, complete and ready for `load_state_dict`.
 
     Args:
         state: the tensors of a file in either layout.
-        config: of the model that they are for.
-        class_rows: which of the file's classes the model has, in its order; all if left out.
+        config: the configuration of the model that they are for.
+        class_rows: the file's classes that the model has, in its order; by default all.
 
     Raises:
-        ValueError: a tensor is missing, left over, of another shape, or unlike its copy.
+        ValueError: a tensor is missing, left over, of another shape, or differs from its copy.
     """
     renamed = rename_from_published(state)
     if class_rows is not None:
@@ -99,7 +99,7 @@ def from_published(
 
 
 def fit(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> dict[str, Tensor]:
-    """The state as the model of this config wants it: every tensor, in its shape, and no other.
+    """Check that the state has exactly this model's tensors, and return them in its order.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
@@ -110,8 +110,8 @@ def fit(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> dict[str, Tens
     if missing or extra:
         raise ValueError(
             f"these weights do not fit Anchor DETR with backbone {config.backbone.name} and "
-            f"{config.encoder_layers}+{config.decoder_layers} layers: {_listing(missing)} missing, "
-            f"{_listing(extra)} left over. Choose the model.* settings that they were trained with"
+            f"{config.encoder_layers}+{config.decoder_layers} layers: {listing(missing)} missing, "
+            f"{listing(extra)} left over. Choose the model.* settings that they were trained with"
         )
     wrong = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
@@ -120,7 +120,7 @@ def fit(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> dict[str, Tens
     ]
     if wrong:
         raise ValueError(
-            f"{_listing(wrong)}: wrong shape for this model. Choose the model.* settings that the "
+            f"{listing(wrong)}: wrong shape for this model. Choose the model.* settings that the "
             "weights were trained with"
         )
     return {name: state[name] for name in expected}
@@ -129,7 +129,7 @@ def fit(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> dict[str, Tens
 def to_published(
     state: Mapping[str, Tensor], config: AnchorDETRConfig, format_: Format
 ) -> dict[str, Tensor]:
-    """Our weights under the names of a published layout, with the copies that it stores."""
+    """Convert our weights to the names of a published layout, with the copies that it stores."""
     published: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(_WITHOUT_EFFECT):
@@ -143,30 +143,30 @@ def to_published(
                 published[theirs.replace("{i}", str(layer)) + tail] = tensor
             break
         else:
-            raise ValueError(f"{name}: has no name in published Anchor DETR weights")
+            raise ValueError(f"{name}: no name in published Anchor DETR weights")
     return published
 
 
 def rename_from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights under our names, for a model of any size; some may be missing.
+    """Rename published weights to our names, for a model of any size; some may be missing.
 
     Raises:
-        ValueError: a tensor has no place, or is unlike its copy.
+        ValueError: a tensor is unknown, or differs from its copy.
     """
     renamed = trace_published(state)
     if renamed.unknown:
         raise ValueError(
-            f"{_listing(renamed.unknown)}: no such tensor in Anchor DETR; weights of other "
+            f"{listing(renamed.unknown)}: no such tensor in Anchor DETR; weights of other "
             "networks cannot be converted"
         )
     return renamed.tensors
 
 
 def trace_published(state: Mapping[str, Tensor]) -> Renamed:
-    """As `rename_from_published`, but tells where each tensor came from and what has no place.
+    """Rename as `rename_from_published`, and list each tensor's origin and the unknown tensors.
 
     Raises:
-        ValueError: a tensor is unlike its copy.
+        ValueError: a tensor differs from its copy.
     """
     layout = detect_format(state)
     names = _names(layout)
@@ -187,7 +187,7 @@ def trace_published(state: Mapping[str, Tensor]) -> Renamed:
         if not torch.equal(tensors.setdefault(place, tensor), tensor):
             raise ValueError(
                 f"{name}: differs from its copy in another layer, but Anchor DETR uses one tensor "
-                "for both; these are the weights of another model, or damaged"
+                "for both; these are the weights of another model, or they are damaged"
             )
         sources.setdefault(place, []).append(name)
     return Renamed(layout, tensors, sources, computed, unknown)
@@ -198,15 +198,16 @@ def select_classes(
     rows: Sequence[int | None],
     fresh: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Keep some classes of a model, give them another order, or put new ones among them.
+    """Select, reorder or add classes of a model.
 
     Args:
         state: under our names.
-        rows: the old class of each new one; None for a class that the old model does not know.
-        fresh: a new model's tensors, whose rows unknown classes get; at least its class head.
+        rows: the old class of each new one; None for a class that the old model does not have.
+        fresh: a newly initialised model's tensors, which provide the rows for None; at least its
+            class head.
 
     Raises:
-        ValueError: there is no such row, or one is asked for twice.
+        ValueError: a row does not exist or is given twice.
     """
     num_classes = len(state["class_head.bias"])
     known = [row for row in rows if row is not None]
@@ -227,18 +228,18 @@ def select_classes(
 
 
 def with_sizes_of(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> AnchorDETRConfig:
-    """The configuration with what the published tensors show, and the layout's `logit_eps`.
+    """Return the configuration with the sizes of the tensors, and the layout's `logit_eps`.
 
-    detrex trained its weights with 1e-3; official ones that someone converted to detrex's names
-    want 1e-5, but nothing in the names tells them apart.
+    detrex trained its weights with 1e-3. Official ones that someone converted to detrex's names
+    need 1e-5, but their names do not show it.
 
     Raises:
-        ValueError: these are not the weights of a whole Anchor DETR.
+        ValueError: these are not the weights of a complete Anchor DETR.
     """
     ours = rename_from_published(state)
     needed = ("class_head.bias", "patterns", "encoder.0.ffn.linear1.bias")
     if absent := [name for name in needed if name not in ours]:
-        raise ValueError(f"{_listing(absent)}: missing, so this is not a whole Anchor DETR")
+        raise ValueError(f"{listing(absent)}: missing, so this is not a complete Anchor DETR")
 
     def num_layers(part: str) -> int:
         return len({name.split(".")[1] for name in ours if name.startswith(f"{part}.")})
@@ -258,7 +259,7 @@ def with_sizes_of(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> Anch
 
 
 def _names(format_: Format) -> list[tuple[str, str]]:
-    """(published, ours), beginnings of names; the first that fits is meant."""
+    """Return pairs of prefixes, (published, ours); the first that fits a name applies."""
     rows = []
     for theirs, ours in {**_PREFIXES, _INPUT_PROJECTION[format_]: "input_projection."}.items():
         part = ours.split(".")[0]
@@ -270,9 +271,9 @@ def _names(format_: Format) -> list[tuple[str, str]]:
     return rows
 
 
-def _rest(beginning: str, name: str) -> tuple[int | None, str] | None:
-    """The number for `{i}` and what follows; none if the name begins otherwise."""
-    pattern = re.escape(beginning).replace(re.escape("{i}"), r"(\d+)")
+def _rest(prefix: str, name: str) -> tuple[int | None, str] | None:
+    """Return the number for `{i}` and the rest of the name; None if the prefix does not fit."""
+    pattern = re.escape(prefix).replace(re.escape("{i}"), r"(\d+)")
     found = re.match(pattern, name)
     if found is None:
         return None
@@ -281,12 +282,7 @@ def _rest(beginning: str, name: str) -> tuple[int | None, str] | None:
 
 @lru_cache(maxsize=4)
 def shapes_of(config: AnchorDETRConfig) -> dict[str, torch.Size]:
+    """Return the shape of every tensor of this model, without allocating memory for it."""
     with torch.device("meta"):
         model = AnchorDETR(replace(config, backbone=replace(config.backbone, pretrained=False)))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _listing(names: Sequence[str]) -> str:
-    """At most ten of them."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"{', '.join(names[:10])}{more}" if names else "no tensors"

@@ -1,4 +1,4 @@
-"""First stage: encoder outputs to the boxes that the decoder starts from."""
+"""First stage: anchors, and the selection of the proposals that the decoder starts from."""
 
 # B images   S pixels of all levels, flattened   L levels   Q proposals
 
@@ -14,19 +14,20 @@ from deta.model.boxes import cxcywh_to_xyxy
 from deta.model.suppression import surviving
 from deta.model.transformer import Levels
 
-ANCHOR_SIZE = 0.05  # of the image, on the finest level; doubles with each level. All published code
-ANCHOR_MARGIN = 0.01  # an anchor this close to the border, or this small, is not used. Likewise
+# Both as in all published code, relative to the image.
+ANCHOR_SIZE = 0.05  # on the finest level; doubles with each level
+ANCHOR_MARGIN = 0.01  # an anchor this close to the border, or this small, is not used
 CANDIDATES_PER_LEVEL = 1000  # DETA, released code
 PROPOSAL_NMS_IOU = 0.9  # DETA, released code
 
 
 def make_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
-    """One box a pixel, the prior of the first stage.
+    """Make one anchor per pixel, the prior of the first stage.
 
     Returns:
         Anchors as logits of relative cxcywh, B S 4, and whether they are used, B S. An unused one
-        (padding, too close to the border) is infinite, so its box is (1, 1, 1, 1) and stays so
-        whatever is added to it.
+        (padding, or too close to the border) is infinite, so its box is (1, 1, 1, 1) and stays so
+        whatever correction is added.
     """
     centres = levels.pixel_centres()
     sizes = ANCHOR_SIZE * 2.0 ** levels.index.float()  # S
@@ -36,7 +37,7 @@ def make_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
 
 
 def select_highest(scores: Tensor, num_proposals: int) -> Tensor:
-    """The pixels with the highest score, B S -> B Q, best first (Deformable DETR)."""
+    """Select the pixels with the highest scores, best first (Deformable DETR). B S -> B Q."""
     return scores.topk(_at_most(num_proposals, scores.shape[1]), 1).indices
 
 
@@ -44,11 +45,12 @@ def select_highest(scores: Tensor, num_proposals: int) -> Tensor:
 def select_spread(
     scores: Tensor, boxes: Tensor, shapes: Sequence[tuple[int, int]], num_proposals: int
 ) -> Tensor:
-    """High-scoring pixels that do not repeat each other, from every level (DETA).
+    """Select high-scoring pixels from every level, without near duplicates (DETA).
 
-    The best 1000 of each level pass a non-maximum suppression of their level; each level then
-    gives its best Q / L, and the best of what is left fills up. An image in which fewer than Q
-    survive gives its plain best, as in the released code.
+    The best 1000 pixels of each level go through non-maximum suppression (NMS) within the level.
+    Each level then contributes its best Q / L pixels, and the best of the rest fill the remaining
+    places. If fewer than Q pixels of an image survive, the highest scores are taken without NMS,
+    as in the released code.
 
     Args:
         scores: B S, logits.
@@ -74,7 +76,7 @@ def select_spread(
         for start, size, level_scores in zip(
             starts, level_sizes, scores.split(level_sizes, 1), strict=True
         )
-    ]  # of each level B C
+    ]  # for each level B C
     survives = _survivors(scores, boxes_xyxy, candidates, level_index)  # B S
 
     too_few = survives.sum(1, keepdim=True) < num_proposals
@@ -83,7 +85,7 @@ def select_spread(
     alive = survives.gather(1, ranking)  # B S, best first from here on
     of_level = level_index[ranking, None] == torch.arange(len(shapes), device=scores.device)
     rank_in_level = ((of_level & alive[..., None]).cumsum(1) * of_level).sum(-1)  # from 1
-    # Where the plain best are taken, levels have no share.
+    # Without NMS, levels have no quota.
     share = alive & ((rank_in_level <= num_proposals // len(shapes)) & ~too_few)
     rest = alive & ~share
     room = num_proposals - share.sum(1, keepdim=True)
@@ -93,9 +95,9 @@ def select_spread(
 
 
 def _at_most(num_proposals: int, num_pixels: int) -> int:
-    """As many proposals as there are pixels for.
+    """Limit the number of proposals to the number of pixels.
 
-    An exported program has a fixed number of queries, which keeps it simple, and so a least size.
+    An exported program has a fixed number of queries, and therefore a minimum image size.
     """
     if torch.compiler.is_exporting():
         torch._check(num_pixels >= num_proposals)
@@ -106,7 +108,7 @@ def _at_most(num_proposals: int, num_pixels: int) -> int:
 def _survivors(
     scores: Tensor, boxes_xyxy: Tensor, candidates: list[Tensor], level_index: Tensor
 ) -> Tensor:
-    """B S, bool: the candidates that the suppression of their level leaves."""
+    """Return which candidates survive the NMS of their level, B S, bool."""
     survives = torch.zeros_like(scores, dtype=torch.bool)
     if torch.compiler.is_exporting():
         for of_level in candidates:
@@ -117,8 +119,8 @@ def _survivors(
     of_image = torch.cat(candidates, 1)
     for image in range(scores.shape[0]):
         chosen = of_image[image]
-        # float64: suppression shifts levels apart by adding to the coordinates, which in float32
-        # would cost the last bits of the overlap.
+        # float64: batched_nms separates levels by an offset to the coordinates, which in float32
+        # would cost the last bits of the IoU.
         kept = batched_nms(
             boxes_xyxy[image, chosen].double(),
             scores[image, chosen].double(),

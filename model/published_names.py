@@ -1,9 +1,9 @@
-"""The names used in published weights, beside ours; the only file that knows them.
+"""A table of the tensor names in published DETA weights and in ours.
 
-Three layouts are in circulation: `official` (jozhang97/DETA), `detrex` (IDEA-Research/detrex on
-detectron2) and `huggingface` (transformers, models/deprecated/deta). They hold the same numbers.
-Backbones alone are stored under the same names without what stands before them: by torchvision and
-the Swin repository as in `official`, by detectron2 as in `detrex`.
+Three layouts are in use: `official` (jozhang97/DETA), `detrex` (IDEA-Research/detrex on
+detectron2) and `huggingface` (transformers, models/deprecated/deta). They have the same tensors.
+Files of a backbone alone have the same names without the prefix: those of torchvision and of the
+Swin repository as in `official`, those of detectron2 as in `detrex`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Format = Literal["official", "detrex", "huggingface"]
 
 
 class Row(NamedTuple):
-    """The names of one thing.
+    """The names of one kind of tensor, in our layout and in each published one.
 
-    `{i}` is a number, `{i+1}` the same number counted from another start, `*` what a module calls
-    its tensors, `(q|k|v)` three tensors that lie one under the other in a single one of ours.
+    `{i}` is a number and `{i+1}` the same number with an offset. `*` is a tensor of a module, such
+    as weight or bias. `(q|k|v)` stands for three tensors that are stacked in one of ours.
     """
 
     ours: str
@@ -101,7 +101,7 @@ _FIRST_STAGE = _under(
     ("content_norm.*", *("pix_trans_norm.*",) * 3),
 )
 
-# Every head is stored twice: by itself and inside the decoder that refines with it.
+# Every head is stored twice: on its own, and in the decoder, which refines boxes with it.
 _HEADS = [
     row
     for prefixes in (
@@ -117,7 +117,7 @@ _HEADS = [
     )
 ]
 
-# detrex counts the levels made from backbone maps and the further ones apart.
+# detrex numbers the levels made from backbone maps and the extra levels separately.
 _PROJECTIONS = [
     row
     for prefixes in (
@@ -204,20 +204,21 @@ _ROWS = [
     *_RESNET,
     *_SWIN,
 ]
-STEPS = "num_batches_tracked"  # how often a BatchNorm was updated; changes no result
+STEPS = "num_batches_tracked"  # a BatchNorm's counter of updates; changes no result
 _SLOT = re.compile(r"\{(\w)([+-]\d+)?\}|\*")
 _TENSOR = f"weight|bias|running_mean|running_var|{STEPS}"
 _PARTS = re.compile(r"\(([\w|]+)\)")
 
 
 def rows_of(name: str, column: str) -> list[tuple[Row, dict[str, str]]]:
+    """Return the rows that match the name in a column, each with the values of its slots."""
     return [
         (row, values) for row in _ROWS if (values := match(getattr(row, column), name)) is not None
     ]
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
-    """What the template's slots stand for in this name, or None if it is not of this kind."""
+    """Return the values of the template's slots in this name, or None if it does not match."""
     pattern, shifts = _pattern(template)
     found = pattern.fullmatch(name)
     if found is None:
@@ -232,7 +233,7 @@ def match(template: str, name: str) -> dict[str, str] | None:
 
 
 def fill(template: str, values: Mapping[str, str]) -> list[str]:
-    """The name with these values, or the names of the several parts of one tensor of ours."""
+    """Fill in the slots. Return one name, or several for the parts of one of our tensors."""
     name = _SLOT.sub(
         lambda slot: str(int(values[slot[1]]) + int(slot[2] or 0)) if slot[1] else values["tensor"],
         template,

@@ -1,4 +1,4 @@
-"""What the tensors of a DETA show of its configuration."""
+"""Inference of the configuration of a DETA from its tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from deta.model.backbone import Backbone, BackboneConfig
 from deta.model.detector import ModelConfig
 from deta.model.published_names import BIAS_TABLE, STEPS
 
-BACKBONE = "pyramid.backbone."  # its tensors' names begin with this
-BODY = f"{BACKBONE}body."  # those of the network without the output norms that DETA adds
+BACKBONE = "pyramid.backbone."  # prefix of the names of its tensors
+BODY = f"{BACKBONE}body."  # the same, without the output norms that DETA adds
 
-# By blocks in each stage and whether a block has three convolutions.
+# The key: blocks per stage, and whether a block has three convolutions.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18.tv_in1k",
     ((3, 4, 6, 3), False): "resnet34.tv_in1k",
@@ -26,29 +26,29 @@ _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 23, 3), True): "resnet101.tv_in1k",
     ((3, 8, 36, 3), True): "resnet152.tv_in1k",
 }
-# By channels of the first stage and blocks in each.
+# The key: channels of the first stage, and blocks per stage.
 _SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "tiny",
     (96, (2, 2, 18, 2)): "small",
     (128, (2, 2, 18, 2)): "base",
     (192, (2, 2, 18, 2)): "large",
 }
-_SWIN_IMAGE_PX = {7: 224, 12: 384}  # by window, as timm names them
+_SWIN_IMAGE_PX = {7: 224, 12: 384}  # by window size, as in timm's names
 
 
 def with_sizes_of(state: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
-    """The configuration with the sizes that the tensors, under our names, show for certain.
+    """Return the configuration with the sizes that the tensors, under our names, determine.
 
-    Heads and points show only as their product, so they stay as configured: a wrong guess could
-    fit, and give wrong boxes. The number of queries and how they are chosen do not show at all. A
-    tensor that is missing is told of when the model is filled.
+    The tensors show only the product of heads and points, so both stay as configured: a wrong
+    guess could fit, and give wrong boxes. They show neither the number of queries nor how these
+    are selected. A missing tensor is reported later, when the weights are loaded.
 
     Raises:
         ValueError: there are no class heads.
     """
     sizes: dict[str, int] = {}
     if (heads := state.get("class_heads.0.bias")) is None:
-        raise ValueError("holds no class heads, so it is not a whole DETA")
+        raise ValueError("has no class heads, so it is not a complete DETA")
     sizes["num_classes"] = len(heads)
     if (levels := state.get("level_embedding")) is not None:
         sizes["num_levels"], sizes["dim"] = levels.shape
@@ -61,10 +61,10 @@ def with_sizes_of(state: Mapping[str, Tensor], config: ModelConfig) -> ModelConf
 
 
 def backbone_of(state: Mapping[str, Tensor], config: BackboneConfig) -> BackboneConfig:
-    """The configuration if the tensors fit it, else that of the ResNet or Swin that they are of.
+    """Return the configuration if the tensors fit it, else that of their own ResNet or Swin.
 
-    A network that is none of the published ones stays as configured, and is told of when the model
-    is filled.
+    Tensors of any other network leave the configuration unchanged; the mismatch is reported later,
+    when the weights are loaded.
     """
     found = {
         name.removeprefix(BACKBONE): tensor.shape
@@ -90,10 +90,10 @@ def backbone_of(state: Mapping[str, Tensor], config: BackboneConfig) -> Backbone
 
 @lru_cache(maxsize=8)  # a Swin takes a second
 def backbone_shapes(config: BackboneConfig) -> dict[str, torch.Size]:
-    """Of every tensor of a backbone, without counters, which is built without memory.
+    """Return the shape of every tensor of a backbone but its counters, without allocating memory.
 
     Raises:
-        RuntimeError, ValueError: timm knows no such network, or it has other strides.
+        RuntimeError, ValueError: timm has no such network, or it has other strides.
     """
     with torch.device("meta"):
         tensors = Backbone(config).state_dict()
@@ -120,7 +120,7 @@ def _swin_name(shapes: Mapping[str, torch.Size]) -> str | None:
 
 
 def _blocks(shapes: Mapping[str, torch.Size], pattern: str) -> tuple[int, ...]:
-    """How many blocks each stage has, for a pattern with the numbers of stage and block."""
+    """Count the blocks of each stage. The pattern captures the numbers of stage and block."""
     blocks = {
         (int(found[1]), int(found[2])) for name in shapes if (found := re.match(pattern, name))
     }

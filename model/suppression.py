@@ -1,9 +1,9 @@
-"""Non-maximum suppression for whole batches, in operations of fixed shape.
+"""Batched non-maximum suppression (NMS) in operations of fixed shape, for exported programs.
 
-torchvision's suppression gives as many rows as survive, image by image, so a program that is
-exported for any batch size cannot hold it. These functions make the same decisions, overlaps in
-float64 included, on masks instead: standard operations and a loop, which `torch.export` and ONNX
-both have. Training and prediction here keep torchvision's, which is faster.
+torchvision's NMS returns as many rows as survive, image by image, so a program that is exported for
+any batch size cannot contain it. These functions make the same decisions on masks, with IoU in
+float64. They need only standard operations and a loop, which `torch.export` and ONNX both have.
+Training and prediction use torchvision's NMS, which is faster.
 """
 
 # B images   N boxes, best first   K detections
@@ -18,11 +18,11 @@ from torch._higher_order_ops.while_loop import while_loop
 
 
 def surviving(boxes: Tensor, max_iou: float) -> Tensor:
-    """Which boxes stay when every one removes those after it that overlap it by more.
+    """Return which boxes survive when each removes the later ones with an IoU above `max_iou`.
 
-    Whether a box stays depends on earlier ones alone, so applying the rule to all boxes at once,
-    to the outcome of the last time, settles at least one more box each time; it ends, when nothing
-    changes, after as many times as the longest chain of removals.
+    Whether a box survives depends only on earlier boxes. So each pass applies the rule to all boxes
+    at once, starting from the result of the last pass, and settles at least one more box. The loop
+    ends when nothing changes, after as many passes as the longest chain of removals.
 
     Args:
         boxes: B N 4, xyxy, float64, best first.
@@ -32,7 +32,7 @@ def surviving(boxes: Tensor, max_iou: float) -> Tensor:
     """
     num_boxes = boxes.shape[1]
     later = torch.ones(num_boxes, num_boxes, dtype=torch.bool, device=boxes.device).triu(1)
-    # One array for each coordinate: arithmetic on the last, short dimension is many times slower.
+    # One tensor per coordinate: arithmetic on the last, short dimension is many times slower.
     sides = boxes.unbind(-1)  # 4 times B N
     iou = _iou([side[:, :, None] for side in sides], [side[:, None] for side in sides])
     removes = (iou > max_iou) & later  # B N N
@@ -49,17 +49,17 @@ def surviving(boxes: Tensor, max_iou: float) -> Tensor:
 
 
 def best_surviving(boxes: Tensor, labels: Tensor, max_iou: float, num_best: int) -> Tensor:
-    """The first boxes that stay when each removes later ones of its class that overlap it by more.
+    """Return the best boxes that survive when each removes later ones of its class, as above.
 
-    Takes one box of each image at a time, so it costs K passes over N boxes and no N by N matrix.
+    Each pass selects one box per image, so this takes K passes over N boxes and no N by N matrix.
 
     Args:
         boxes: B N 4, xyxy, float64, best first.
         labels: B N.
 
     Returns:
-        B K, int64, places among the N, best first, then -1 where fewer stay; the beginning of what
-        `torchvision.ops.batched_nms` gives.
+        B K, int64, indices into the N boxes, best first, then -1 if fewer survive: the first K
+        results of `torchvision.ops.batched_nms`.
     """
     num_boxes = boxes.shape[1]
     place = torch.arange(num_boxes, device=boxes.device)
@@ -89,7 +89,7 @@ def best_surviving(boxes: Tensor, labels: Tensor, max_iou: float, num_best: int)
 
 
 def _iou(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Of boxes, each as x1, y1, x2, y2, that broadcast; the arithmetic of torchvision's kernel.
+    """Return the IoU of boxes (x1, y1, x2, y2) that broadcast, computed as torchvision does.
 
     Two boxes without area give NaN, which is not greater than any limit.
     """
@@ -108,7 +108,7 @@ def _repeat(
     step: Callable[..., tuple[Tensor, ...]],
     state: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """Take steps while the condition holds; in an exported program, as its own loop."""
+    """Repeat the step while the condition holds; under export, as a loop of the program."""
     if torch.compiler.is_exporting():
         return while_loop(condition, step, state)
     while condition(*state):

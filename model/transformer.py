@@ -1,4 +1,4 @@
-"""Encoder and decoder, layer by layer.
+"""Encoder and decoder of the deformable transformer.
 
 Source: Deformable DETR (Zhu et al. 2021, https://arxiv.org/abs/2010.04159), as DETA uses it.
 """
@@ -18,17 +18,17 @@ from deta.model.boxes import box_logits
 
 @dataclass(frozen=True)
 class Levels:
-    """The feature pyramid, flattened: what all parts of the transformer know about it."""
+    """Shapes and padding of the flattened feature pyramid, for all parts of the transformer."""
 
     shapes: list[tuple[int, int]]  # (height, width) of each level
     padding: Tensor  # B S, true where there is no image
     index: Tensor  # S, the level that a pixel belongs to
-    valid_size: Tensor  # B L 2, (columns, rows) of each level that hold image
-    valid_ratio: Tensor  # B L 2, (x, y): the share of each level that holds image
+    valid_size: Tensor  # B L 2, (columns, rows) of each level that contain image
+    valid_ratio: Tensor  # B L 2, (x, y): the share of each level that contains image
 
     @staticmethod
     def of(paddings: list[Tensor]) -> Levels:
-        """From each level's padding, B h w."""
+        """Build from the padding of each level, B h w."""
         shapes = [(padding.shape[1], padding.shape[2]) for padding in paddings]
         device = paddings[0].device
         sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32).to(
@@ -53,7 +53,7 @@ class Levels:
         )
 
     def pixel_centres(self) -> Tensor:
-        """B S 2, (x, y) of each pixel relative to the unpadded part of its level."""
+        """Return (x, y) of each pixel, relative to the unpadded part of its level. B S 2."""
         centres = []
         for level, (height, width) in enumerate(self.shapes):
             y = torch.arange(height, device=self.padding.device, dtype=torch.float32) + 0.5
@@ -64,7 +64,7 @@ class Levels:
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between, the residual and its norm."""
+    """Two linear layers with a ReLU between, a residual connection and a norm."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -79,6 +79,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward block."""
+
     def __init__(
         self,
         dim: int,
@@ -100,15 +102,15 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Every pixel of every level reads from all levels."""
+    """The encoder: every pixel of every level attends to all levels."""
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, features: Tensor, position: Tensor, levels: Levels) -> Tensor:
-        """B S D and B S D -> B S D, the memory."""
-        # A pixel's own place, carried into the padded frame of each level that it reads.
+        """Encode features and their positions, B S D each, as the memory, B S D."""
+        # Each pixel's own position, converted to the padded frame of every level that it samples.
         centres = levels.pixel_centres()[:, :, None] * levels.valid_ratio[:, None]  # B S L 2
         memory = features
         for layer in self.layers:
@@ -117,6 +119,8 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention, deformable attention to the memory, and a feed-forward block."""
+
     def __init__(
         self,
         dim: int,
@@ -144,7 +148,7 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         levels: Levels,
     ) -> Tensor:
-        """B Q D -> B Q D; reference boxes are B Q 4, cxcywh relative to the unpadded image."""
+        """Update the queries, B Q D. Boxes are B Q 4, cxcywh relative to the unpadded image."""
         positioned = queries + query_position
         mixed, _ = self.self_attention(positioned, positioned, queries, need_weights=False)
         queries = self.self_attention_norm(queries + self.dropout(mixed))
@@ -161,7 +165,7 @@ class BoxHead(nn.Module):
     """Correct each query's reference box.
 
     The correction is added in logit space, so a box stays inside the image however large it is
-    (Deformable DETR, section 4.2). It starts at zero: at first every box is its reference.
+    (Deformable DETR, section 4.2). It starts at zero: initially every box is its reference.
     """
 
     def __init__(self, dim: int) -> None:
@@ -174,12 +178,12 @@ class BoxHead(nn.Module):
         )
 
     def forward(self, queries: Tensor, reference_logits: Tensor) -> Tensor:
-        """B Q D and B Q 4 logits -> B Q 4, logits of cxcywh, never below float32."""
+        """Return the corrected boxes as logits of cxcywh, B Q 4, at least float32."""
         return self.mlp(queries).float() + reference_logits
 
 
 class Decoder(nn.Module):
-    """Queries read the memory around their reference boxes, which every layer corrects."""
+    """The decoder: queries attend to the memory around their boxes, which each layer refines."""
 
     def __init__(self, layers: list[DecoderLayer], logit_eps: float) -> None:
         super().__init__()
@@ -195,16 +199,16 @@ class Decoder(nn.Module):
         levels: Levels,
         box_heads: nn.ModuleList,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Refine.
+        """Refine queries and boxes, layer by layer.
 
         Returns:
-            Of each layer: the queries (B Q D) and the boxes (B Q 4, cxcywh, relative). Gradients
-            reach only the layer's own box head: a reference is detached before it is corrected,
-            and there is no look-forward-twice.
+            The queries (B Q D) and the boxes (B Q 4, cxcywh, relative) of each layer. Gradients
+            of a layer's boxes reach only its own box head: references are detached, and there is
+            no look-forward-twice.
         """
         all_queries, all_boxes = [], []
         reference = proposals
-        # strict is off: one head more belongs to the first stage.
+        # Not strict: there is one more head, which belongs to the first stage.
         for layer, box_head in zip(self.layers, box_heads, strict=False):
             queries = layer(queries, query_position, reference, memory, levels)
             boxes = box_head(queries, box_logits(reference, self.logit_eps)).sigmoid()

@@ -299,7 +299,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(state):
 def test_another_number_of_classes_is_explained(state):
     published = to_published(state, SMALL, "official")
 
-    with pytest.raises(ValueError, match=r"know 12 classes, the model 5\. Set model\.num_classes"):
+    with pytest.raises(ValueError, match=r"have 12 classes, the model 5\. Set model\.num_classes"):
         from_published(published, replace(SMALL, num_classes=5))
 
     fewer = from_published(published, replace(SMALL, num_classes=2), class_rows=[4, 9])
@@ -342,7 +342,7 @@ def test_a_backbone_without_published_names_cannot_be_exported():
 def test_names_that_are_no_published_ones_are_refused(state):
     with pytest.raises(ValueError, match="already have this project's names"):
         detect_format(state)
-    with pytest.raises(ValueError, match=r"rpn\.head\.weight: not one name of a DETA"):
+    with pytest.raises(ValueError, match=r"rpn\.head\.weight: no name of a DETA"):
         detect_format(["rpn.head.weight"])
     with pytest.raises(ValueError, match="no tensors"):
         detect_format([])
