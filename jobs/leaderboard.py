@@ -87,12 +87,12 @@ def _write(arguments: argparse.Namespace) -> int:
     if arguments.out.is_dir():
         raise ValueError(f"{arguments.out}: is a folder; name the file to write")
     from deta.platform.leaderboard.cache import Board
-    from deta.platform.leaderboard.mlflow_source import Source
+    from deta.platform.leaderboard.mlflow_source import MlflowSource
     from deta.platform.leaderboard.page import whole_page
     from deta.platform.system.atomic_write import write_atomic
 
     board = Board(uri)
-    board.read_all(Source(uri))
+    board.read_all(MlflowSource(uri))
     text = whole_page(board.changes(0), arguments.mlflow or _server_of(uri))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.out, text)
@@ -145,9 +145,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _follow(board: Board, uri: str, stop: threading.Event) -> None:
-    from deta.platform.leaderboard.mlflow_source import Source
+    from deta.platform.leaderboard.mlflow_source import MlflowSource
 
-    board.follow(Source(uri), stop)
+    board.follow(MlflowSource(uri), stop)
 
 
 def _server_of(uri: str) -> str:

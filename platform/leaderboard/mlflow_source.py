@@ -1,8 +1,8 @@
-"""What the leaderboard asks of MLflow: runs page by page, and the registry's champions.
+"""Read the leaderboard's data from MLflow: runs page by page, and the registry's champions.
 
-MLflow has no "what has changed since": a run's start may be in its past (a journal that is sent
-later), and its tags and numbers may change after its end. So a leaderboard asks often for what is
-likely new (`recent`), and now and then for everything (`pages`).
+MLflow has no query for changes. A run can start in the past (its journal is uploaded later), and
+its tags and metrics can change after its end. So a leaderboard often reads what is likely new
+(`recent`), and sometimes everything (`pages`).
 """
 
 from __future__ import annotations
@@ -11,75 +11,74 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the board asks again by itself
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the board itself retries
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing here is stored as one
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no pickles are stored
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
-from deta.platform.leaderboard.rows import Promotion, Row, row_of
-from deta.platform.registry import decision_log as decision_log
+from deta.platform.leaderboard.rows import LeaderboardRow, Promotion, make_row
+from deta.platform.registry import decision_log
 from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-# As in platform/registry/mlflow_registry.py, which needs torch: 400 MB and seconds that a leaderboard has no use
-# for. Only the registry itself checks the history for what was changed in it.
+# As in platform/registry/mlflow_registry.py. That file needs torch: 400 MB and seconds that a
+# leaderboard has no use for. Only the registry itself checks its history for modifications.
 CHAMPION, HISTORY_SUFFIX, ENTRY_TAG = "champion", "-history", "deta.entry"
-# The first page is small, so that something is there at once; pages hold whole runs in memory,
-# with all their parameters and numbers.
+# The first page is small, so that it arrives at once. Pages hold complete runs in memory, with all
+# their parameters and metrics.
 FIRST_PAGE, NEXT_PAGES = 50, 200
 TIMEOUT_S = "60"  # of one page
 ORDER = ["metrics.`best/AP` DESC", "attributes.start_time DESC"]
-KIND_TAG = "deta.kind"  # of a sweep's or study's own run, which is no training
+KIND_TAG = "deta.kind"  # of the parent run of a sweep or study, which is no training
 
 
 @dataclass(frozen=True)
-class Models:
-    """What the registry says of runs."""
+class RegisteredModels:
+    """What the registry records about runs."""
 
     versions: dict[str, list[str]] = field(default_factory=dict)  # by run id
     champions: frozenset[str] = frozenset()  # ids of their runs
     promotions: tuple[Promotion, ...] = ()  # the newest first
 
 
-class Source:
-    """MLflow, as the leaderboard reads it. Every call may raise whatever MLflow raises."""
+class MlflowSource:
+    """The runs and registered models of one MLflow. Every call may raise any MLflow error."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._experiments: dict[str, str] = {}
 
-    def pages(self) -> Iterator[list[Row]]:
-        """All runs, the best first, in pages as they come."""
+    def pages(self) -> Iterator[list[LeaderboardRow]]:
+        """Yield all runs in pages, highest AP first."""
         self._look_up_experiments()
         yield from self._search("")
 
-    def recent(self, since_s: float) -> Iterator[list[Row]]:
-        """Runs that are running, and those that began or ended since.
+    def recent(self, since_s: float) -> Iterator[list[LeaderboardRow]]:
+        """Yield runs that are running, and those that began or ended since.
 
         Args:
             since_s: seconds since 1970.
         """
         self._look_up_experiments()
         since_ms = int(since_s * 1000)
-        for what in (
+        for condition in (
             "attributes.status = 'RUNNING'",
             f"attributes.start_time >= {since_ms}",
             f"attributes.end_time >= {since_ms}",
         ):
-            yield from self._search(what)
+            yield from self._search(condition)
 
-    def one(self, run_id: str) -> Row | None:
-        """A run as it is now; none if it is gone."""
+    def get_run(self, run_id: str) -> LeaderboardRow | None:
+        """Return the row of a run as it is now; None if the run was deleted."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S
         try:
             run = self._client.get_run(run_id)
@@ -89,8 +88,8 @@ class Source:
             raise
         return self._row(run) if run.info.lifecycle_stage == "active" else None
 
-    def models(self) -> Models:
-        """Registered versions by the run they came of, and who was champion when."""
+    def models(self) -> RegisteredModels:
+        """Return the registered versions by run, and the history of champions."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S
         models = _all(lambda token: self._client.search_registered_models(page_token=token))
         aliases = {
@@ -106,13 +105,13 @@ class Source:
             for version in self._versions(name):
                 number, run_id = int(version.version), version.run_id or ""
                 runs[name, number] = run_id
-                own = sorted(alias for alias, of in aliases[name].items() if of == number)
+                own = sorted(alias for alias, target in aliases[name].items() if target == number)
                 text = " ".join([name, str(number), *(f"@{alias}" for alias in own)])
                 versions[run_id].append(redact(text))
                 if CHAMPION in own:
                     champions.add(run_id)
         promotions: list[Promotion] = []
-        for name, of_model in aliases.items():
+        for name, model_aliases in aliases.items():
             if f"{name}{HISTORY_SUFFIX}" in aliases:
                 promotions += self._history(name, runs)
             else:
@@ -125,12 +124,12 @@ class Source:
                         champion_after=number,
                         run_id=runs.get((name, number), ""),
                     )
-                    for alias, number in of_model.items()
+                    for alias, number in model_aliases.items()
                     if alias == CHAMPION
                 ]
         versions.pop("", None)
         newest = sorted(promotions, key=lambda one: one.time, reverse=True)
-        return Models(dict(versions), frozenset(champions - {""}), tuple(newest))
+        return RegisteredModels(dict(versions), frozenset(champions - {""}), tuple(newest))
 
     def _history(self, name: str, runs: dict[tuple[str, int], str]) -> list[Promotion]:
         rows = [
@@ -152,7 +151,7 @@ class Source:
         ]
 
     def _versions(self, name: str) -> list[Any]:
-        """Of a registered model, oldest first."""
+        """Return the versions of a registered model, oldest first."""
         quoted = name.replace("'", "''")
         found = _all(
             lambda token: self._client.search_model_versions(
@@ -166,7 +165,7 @@ class Source:
         found = _all(lambda token: self._client.search_experiments(page_token=token))
         self._experiments = {one.experiment_id: one.name for one in found}
 
-    def _search(self, what: str) -> Iterator[list[Row]]:
+    def _search(self, condition: str) -> Iterator[list[LeaderboardRow]]:
         if not self._experiments:
             return
         token: str | None = None
@@ -174,7 +173,7 @@ class Source:
         while True:
             page = self._client.search_runs(
                 list(self._experiments),
-                what,
+                condition,
                 run_view_type=ViewType.ACTIVE_ONLY,
                 max_results=size,
                 order_by=ORDER,
@@ -185,9 +184,9 @@ class Source:
             if not token:
                 return
 
-    def _row(self, run: Run) -> Row:
+    def _row(self, run: Run) -> LeaderboardRow:
         info = run.info
-        return row_of(
+        return make_row(
             run_id=info.run_id,
             experiment_id=info.experiment_id,
             experiment=self._experiments.get(info.experiment_id, ""),
@@ -202,12 +201,8 @@ class Source:
         )
 
 
-def today() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def _validation_set(run: Run) -> tuple[str, str, int]:
-    """Name, fingerprint and number of images of the data that a run was evaluated on."""
+    """Return name, fingerprint and number of images of a run's validation set."""
     for given in run.inputs.dataset_inputs if run.inputs else []:
         if any(tag.value == "validation" for tag in given.tags):
             try:
@@ -220,12 +215,12 @@ def _validation_set(run: Run) -> tuple[str, str, int]:
     return "", "", 0
 
 
-def _all(ask: Any) -> list[Any]:
-    """All pages of something that there is little of."""
+def _all(read_page: Callable[[str | None], Any]) -> list[Any]:
+    """Return the items of all pages; for queries with few results."""
     found: list[Any] = []
     token: str | None = None
     while True:
-        page = ask(token)
+        page = read_page(token)
         found += page
         token = page.token
         if not token:

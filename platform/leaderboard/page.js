@@ -3,12 +3,13 @@
 // Everything from MLflow is set as text, never as HTML. Links are built from addresses that the
 // server made. The page's address holds the filters and the order, so that a view can be shared.
 "use strict";
-const part = (id) => document.getElementById(id);
-const setup = JSON.parse(part("setup").textContent);
+const byId = (id) => document.getElementById(id);
+const setup = JSON.parse(byId("setup").textContent);
 const STEP = 100, MAX_POINTS = 1500, POLL_MS = 1000, IDLE_MS = 15000, NUM_COLORS = 6;
 const rows = new Map();
-let revision = 0, promotions = [], shown = STEP, visible = [], timer = 0;
-let recency = {}, empty = new Set();
+let revision = 0, promotions = [], numShown = STEP, visible = [], timer = 0;
+let latest = {};  // the last answer of the server
+let empty = new Set();  // keys of columns without a value
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fixed = (digits) => (value) => value.toFixed(digits);
@@ -29,11 +30,11 @@ const COLUMNS = [
   { key: "status", title: "Status", text: (value) => value.toLowerCase(), minor: true },
   { key: "started_s", title: "Began", best: "descending", minor: true },
   { key: "models", title: "Registered" },
-  { key: "report", title: "Opens", minor: true },
+  { key: "report", title: "Links", minor: true },
 ];
 const X_AXES = { gpu_hours: "GPU-hours of the training", cpu_hours: "CPU-hours of the training",
   hours: "hours of the training", parameters: "parameters of the model",
-  latency_ms: "latency, ms per picture", images_per_s: "images/s of the evaluation" };
+  latency_ms: "latency, ms per image", images_per_s: "images/s of the evaluation" };
 const MORE_IS_BETTER = new Set(["images_per_s"]);
 const SELECTS = ["recipe", "data", "status"];
 const START = { text: "", recipe: "", data: "", status: "", registered: "", sort: "ap",
@@ -41,13 +42,13 @@ const START = { text: "", recipe: "", data: "", status: "", registered: "", sort
 let state = { ...START };
 
 function element(name, text, className) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
+  const node = document.createElement(name);
+  if (text !== undefined) node.textContent = text;
+  if (className) node.className = className;
+  return node;
 }
 
-/* Addresses in MLflow, from ids that MLflow made. */
+/* The address of a run in MLflow, or of one of its artifacts; empty without a server. */
 function address(row, path) {
   if (!/^https?:\/\//.test(setup.mlflow)) return "";
   const run = `${setup.mlflow}/#/experiments/${encodeURIComponent(row.experiment_id)}` +
@@ -58,17 +59,17 @@ function address(row, path) {
 
 function link(text, to) {
   if (!to) return element("span", text);
-  const made = element("a", text);
-  made.href = to;
-  made.rel = "noopener noreferrer";
-  return made;
+  const anchor = element("a", text);
+  anchor.href = to;
+  anchor.rel = "noopener noreferrer";
+  return anchor;
 }
 
-function when(seconds) {
+function dateTime(seconds) {
   return seconds ? new Date(1000 * seconds).toISOString().slice(0, 16).replace("T", " ") : "";
 }
 
-function take(content) {
+function merge(content) {
   for (const values of content.rows) {
     const row = Object.fromEntries(content.columns.map((name, i) => [name, values[i]]));
     row.search = [row.name, row.recipe, row.data, row.experiment, row.models, row.commit, row.id]
@@ -79,18 +80,18 @@ function take(content) {
   const isNew = content.rows.length || content.removed.length || content.revision !== revision;
   revision = content.revision;
   promotions = content.promotions;
-  recency = content;
+  latest = content;
   return isNew;
 }
 
-function matches(row, but) {
+function matches(row, except) {
   const words = state.text.toLowerCase().split(/\s+/);
   return words.every((word) => row.search.includes(word))
-    && SELECTS.every((key) => key === but || !state[key] || row[key] === state[key])
+    && SELECTS.every((key) => key === except || !state[key] || row[key] === state[key])
     && (!state.registered || row.models);
 }
 
-/* What is not known comes last, whichever way the order goes. */
+/* Unknown values come last in either order. */
 function compare(key, order) {
   const sign = order === "ascending" ? 1 : -1;
   return (a, b) => {
@@ -102,7 +103,7 @@ function compare(key, order) {
   };
 }
 
-function kinds(column) {
+function columnClasses(column) {
   const least = column.least && !(column.key === "cpu_hours" && empty.has("gpu_hours"));
   return (column.number ? "number" : "word") + (column.minor ? " minor" : "")
     + (least ? " least" : "");
@@ -110,30 +111,30 @@ function kinds(column) {
 
 function cell(row, column) {
   const value = row[column.key];
-  const made = element(column.key === "name" ? "th" : "td", undefined, kinds(column));
-  made.dataset.key = column.key;
+  const node = element(column.key === "name" ? "th" : "td", undefined, columnClasses(column));
+  node.dataset.key = column.key;
   if (column.key === "name") {
-    made.scope = "row";
-    made.append(link(value, address(row)));
+    node.scope = "row";
+    node.append(link(value, address(row)));
   } else if (column.key === "low") {
     if (value !== null) {
-      made.append(`${value.toFixed(1)} – ${row.high.toFixed(1)} `,
+      node.append(`${value.toFixed(1)} – ${row.high.toFixed(1)} `,
         element("span", row.interval, "by"));
     }
   } else if (column.key === "started_s") {
-    made.textContent = when(value);
-    made.classList.add("tight");
+    node.textContent = dateTime(value);
+    node.classList.add("tight");
   } else if (column.key === "report") {
-    made.classList.add("tight");
-    if (value) made.append(link("report", address(row, value)), " ");
-    made.append(link("files", setup.mlflow ? address(row) + "/artifacts" : ""));
-    if (!setup.mlflow) made.textContent = "";
+    node.classList.add("tight");
+    if (value) node.append(link("report", address(row, value)), " ");
+    node.append(link("files", setup.mlflow ? address(row) + "/artifacts" : ""));
+    if (!setup.mlflow) node.textContent = "";
   } else if (value !== null && value !== "") {
-    made.textContent = column.text ? column.text(value) : value;
-    if (column.key === "ap") made.classList.add("ap");
-    if (column.key === "status") made.classList.add("tight");
+    node.textContent = column.text ? column.text(value) : value;
+    if (column.key === "ap") node.classList.add("ap");
+    if (column.key === "status") node.classList.add("tight");
   }
-  return made;
+  return node;
 }
 
 function renderTable() {
@@ -141,39 +142,39 @@ function renderTable() {
   visible.sort(compare(state.sort, state.order));
   const known = (key) => [...rows.values()].some((row) => row[key] !== null && row[key] !== "");
   empty = new Set(rows.size ? COLUMNS.map((c) => c.key).filter((key) => !known(key)) : []);
-  empty.delete("report");  /* it leads to a run's files, too */
+  empty.delete("report");  /* that column also links to a run's files */
   const used = COLUMNS.filter((column) => !empty.has(column.key));
   const body = document.createDocumentFragment();
-  for (const row of visible.slice(0, shown)) {
+  for (const row of visible.slice(0, numShown)) {
     const line = element("tr", undefined, row.is_champion ? "champion" : "");
     line.append(...used.map((column) => cell(row, column)));
     body.append(line);
   }
-  part("rows").replaceChildren(body);
-  for (const head of part("heads").children) {
+  byId("rows").replaceChildren(body);
+  for (const head of byId("heads").children) {
     const column = COLUMNS.find((one) => one.key === head.dataset.key);
     head.hidden = empty.has(column.key);
-    head.className = kinds(column);
+    head.className = columnClasses(column);
     head.setAttribute("aria-sort", column.key === state.sort ? state.order : "none");
   }
-  const left = visible.length - Math.min(shown, visible.length);
-  part("more").hidden = left <= 0;
-  part("more").textContent = `Show ${Math.min(STEP, left)} more of ${whole.format(left)}`;
-  part("empty").hidden = visible.length > 0 || !recency.is_complete && rows.size === 0;
-  part("empty").textContent = rows.size
-    ? "No run fits these filters." : "There are no runs in MLflow yet.";
+  const left = visible.length - Math.min(numShown, visible.length);
+  byId("more").hidden = left <= 0;
+  byId("more").textContent = `Show ${Math.min(STEP, left)} more of ${whole.format(left)}`;
+  byId("empty").hidden = visible.length > 0 || !latest.is_complete && rows.size === 0;
+  byId("empty").textContent = rows.size
+    ? "No run matches these filters." : "There are no runs in MLflow yet.";
 }
 
 function renderNote() {
   const all = `${whole.format(rows.size)} ${rows.size === 1 ? "run" : "runs"}`;
   const count = visible.length === rows.size ? all : `${whole.format(visible.length)} of ${all}`;
   const data = new Set(visible.filter((row) => row.ap !== null).map((row) => row.data)).size;
-  part("note").textContent = count
-    + (recency.is_complete ? `, as of ${when(recency.refreshed_s)} UTC` : "; reading more …")
+  byId("note").textContent = count
+    + (latest.is_complete ? `, as of ${dateTime(latest.refreshed_s)} UTC` : "; loading more …")
     + (data > 1 ? `. AP on different data sets cannot be compared: there are ${data} here.` : ".");
-  part("error").hidden = !recency.error;
-  part("error").textContent = recency.error
-    ? `MLflow does not answer, so this may be old: ${recency.error}` : "";
+  byId("error").hidden = !latest.error;
+  byId("error").textContent = latest.error
+    ? `Refreshing failed, so this may be outdated: ${latest.error}` : "";
 }
 
 function renderSelects() {
@@ -183,14 +184,14 @@ function renderSelects() {
       if (row[key] && matches(row, key)) counts.set(row[key], (counts.get(row[key]) || 0) + 1);
     }
     if (state[key] && !counts.has(state[key])) counts.set(state[key], 0);
-    const made = [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
-    const select = part(key);
-    const text = JSON.stringify(made);
-    if (select.dataset.made !== text) {
-      select.dataset.made = text;
+    const options = [...counts].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
+    const select = byId(key);
+    const text = JSON.stringify(options);
+    if (select.dataset.options !== text) {
+      select.dataset.options = text;
       const all = element("option", "all");
       all.value = "";
-      select.replaceChildren(all, ...made.map(([value, count]) => {
+      select.replaceChildren(all, ...options.map(([value, count]) => {
         const option = element("option", `${value} (${whole.format(count)})`);
         option.value = value;
         return option;
@@ -201,7 +202,7 @@ function renderSelects() {
 }
 
 function renderPromotions() {
-  part("champions").hidden = promotions.length === 0;
+  byId("champions").hidden = promotions.length === 0;
   const lines = promotions.map((one) => {
     const line = element("tr");
     const row = rows.get(one.run_id);
@@ -216,13 +217,13 @@ function renderPromotions() {
     line.append(head, ...cells.map((text, i) => element("td", text, kind(i))), run);
     return line;
   });
-  part("promotions").replaceChildren(...lines);
+  byId("promotions").replaceChildren(...lines);
 }
 
-/* Plotly reads a few tags in labels. */
-const shownText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+/* Plotly interprets a few HTML tags in labels. */
+const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-function front(points, key) {
+function paretoFront(points, key) {
   const sign = MORE_IS_BETTER.has(key) ? -1 : 1;
   const best = [];
   for (const row of [...points].sort((a, b) => sign * (a[key] - b[key]) || b.ap - a.ap)) {
@@ -233,16 +234,16 @@ function front(points, key) {
 
 function renderFigure() {
   const keys = Object.keys(X_AXES).filter((key) => visible.some((r) => r[key] && r.ap !== null));
-  const select = part("x");
-  if (select.dataset.made !== keys.join()) {
-    select.dataset.made = keys.join();
+  const select = byId("x");
+  if (select.dataset.options !== keys.join()) {
+    select.dataset.options = keys.join();
     select.replaceChildren(...keys.map((key) => {
       const option = element("option", X_AXES[key]);
       option.value = key;
       return option;
     }));
   }
-  part("figure").hidden = keys.length === 0;
+  byId("figure").hidden = keys.length === 0;
   if (!keys.length) return;
   const key = keys.includes(state.x) ? state.x : keys[0];
   select.value = key;
@@ -254,28 +255,28 @@ function renderFigure() {
   }
   const sets = [...by].sort((a, b) => b[1].length - a[1].length);
   const left = points.length - MAX_POINTS;
-  part("figure-note").textContent = "On the line nothing is both better and cheaper"
+  byId("figure-note").textContent = "No run is both better and cheaper than one on the line"
     + (sets.length > 1 ? "; one line for each data set." : ".")
-    + (left > 0 ? ` Shown are the lines and the ${whole.format(MAX_POINTS)} best of`
+    + (left > 0 ? ` The figure shows the lines and the ${whole.format(MAX_POINTS)} best of`
       + ` ${whole.format(points.length)} runs.` : "");
   if (!window.Plotly) return;
   const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
   const palette = isDark ? setup.palettes.dark : setup.palettes.light;
   const kept = new Set(points.slice().sort((a, b) => b.ap - a.ap).slice(0, MAX_POINTS));
   const traces = [];
-  const hover = (list) => list.map((r) => `${shownText(r.name)}<br>${shownText(r.recipe)}`);
+  const hover = (list) => list.map((r) => `${escaped(r.name)}<br>${escaped(r.recipe)}`);
   sets.forEach(([data, all], i) => {
-    const color = palette[`c${i % NUM_COLORS}`], best = front(all, key);
+    const color = palette[`c${i % NUM_COLORS}`], best = paretoFront(all, key);
     const rest = all.filter((row) => kept.has(row) && !best.includes(row));
     traces.push({ type: "scatter", mode: "markers", x: rest.map((r) => r[key]),
       y: rest.map((r) => r.ap), text: hover(rest), hoverinfo: "text+x+y", showlegend: false,
       marker: { color, size: 5, opacity: .3 } });
     traces.push({ type: "scatter", mode: "lines+markers", x: best.map((r) => r[key]),
       y: best.map((r) => r.ap), text: hover(best), hoverinfo: "text+x+y",
-      name: shownText(data || "unknown"), line: { color, width: 2, shape: "hv" },
+      name: escaped(data || "unknown"), line: { color, width: 2, shape: "hv" },
       marker: { color, size: 8 } });
   });
-  const box = part("pareto"), width = box.clientWidth;
+  const box = byId("pareto"), width = box.clientWidth;
   const axis = { gridcolor: palette.rule, linecolor: palette.muted, showline: true, zeroline: false,
     ticks: "outside", automargin: true };
   const legend_px = sets.length > 1 ? 22 * (width < 640 ? Math.min(sets.length, 6) : 1) : 0;
@@ -296,34 +297,34 @@ function render() {
   renderSelects();
   renderNote();
   renderPromotions();
-  /* After the table is on the screen. */
+  /* After the browser has shown the table. */
   clearTimeout(render.later);
   render.later = setTimeout(renderFigure, 60);
 }
 
 function toHash() {
-  const told = Object.entries(state).filter(([key, value]) => value !== START[key]);
-  history.replaceState(null, "", told.length ? `#${new URLSearchParams(told)}` : "#");
+  const changed = Object.entries(state).filter(([key, value]) => value !== START[key]);
+  history.replaceState(null, "", changed.length ? `#${new URLSearchParams(changed)}` : "#");
 }
 
 function fromHash() {
-  const told = new URLSearchParams(location.hash.slice(1));
-  state = Object.fromEntries(Object.entries(START).map(([k, v]) => [k, told.get(k) ?? v]));
+  const given = new URLSearchParams(location.hash.slice(1));
+  state = Object.fromEntries(Object.entries(START).map(([k, v]) => [k, given.get(k) ?? v]));
   if (!COLUMNS.some((column) => column.key === state.sort)) state.sort = START.sort;
   if (state.order !== "ascending") state.order = "descending";
-  part("text").value = state.text;
-  part("registered").checked = Boolean(state.registered);
+  byId("text").value = state.text;
+  byId("registered").checked = Boolean(state.registered);
 }
 
-function change(what) {
-  state = { ...state, ...what };
-  shown = STEP;
+function change(values) {
+  state = { ...state, ...values };
+  numShown = STEP;
   toHash();
   render();
 }
 
 for (const column of COLUMNS) {
-  const head = element("th", undefined, kinds(column));
+  const head = element("th", undefined, columnClasses(column));
   const button = element("button", column.title);
   head.scope = "col";
   head.dataset.key = column.key;
@@ -334,60 +335,60 @@ for (const column of COLUMNS) {
     change({ sort: column.key, order: state.sort === column.key ? other : first });
   });
   head.append(button);
-  part("heads").append(head);
+  byId("heads").append(head);
 }
 for (const key of SELECTS) {
-  part(key).addEventListener("change", () => change({ [key]: part(key).value }));
+  byId(key).addEventListener("change", () => change({ [key]: byId(key).value }));
 }
-part("x").addEventListener("change", () => change({ x: part("x").value }));
-part("registered").addEventListener("change",
-  () => change({ registered: part("registered").checked ? "1" : "" }));
-part("text").addEventListener("input", () => {
+byId("x").addEventListener("change", () => change({ x: byId("x").value }));
+byId("registered").addEventListener("change",
+  () => change({ registered: byId("registered").checked ? "1" : "" }));
+byId("text").addEventListener("input", () => {
   clearTimeout(timer);
-  timer = setTimeout(() => change({ text: part("text").value.trim() }), 120);
+  timer = setTimeout(() => change({ text: byId("text").value.trim() }), 120);
 });
-part("clear").addEventListener("click", () => {
-  part("text").value = "";
-  part("registered").checked = false;
+byId("clear").addEventListener("click", () => {
+  byId("text").value = "";
+  byId("registered").checked = false;
   change({ ...START });
 });
-part("more").addEventListener("click", () => {
-  const before = shown;
-  shown += STEP;
+byId("more").addEventListener("click", () => {
+  const before = numShown;
+  numShown += STEP;
   renderTable();
-  /* The keyboard goes on where it was. */
-  part("rows").children[before]?.querySelector("a, button")?.focus();
+  /* Keep the keyboard focus at the first new row. */
+  byId("rows").children[before]?.querySelector("a, button")?.focus();
 });
 addEventListener("keydown", (event) => {
   if (event.key === "/" && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
     event.preventDefault();
-    part("text").focus();
+    byId("text").focus();
   }
 });
 addEventListener("hashchange", () => { fromHash(); render(); });
 addEventListener("resize", () => { clearTimeout(render.later);
   render.later = setTimeout(renderFigure, 150); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", renderFigure);
-part("plotly")?.addEventListener("load", renderFigure);
+byId("plotly")?.addEventListener("load", renderFigure);
 addEventListener("load", renderFigure);
 
 async function poll() {
   let wait = IDLE_MS;
   try {
     const answer = await fetch(`rows?since=${revision}&of=${setup.of}`, { cache: "no-store" });
-    if (!answer.ok) throw new Error(`the leaderboard answers ${answer.status}`);
+    if (!answer.ok) throw new Error(`the leaderboard answered with status ${answer.status}`);
     const content = await answer.json();
-    if (content.of !== setup.of) return location.reload();  /* it was started again */
-    if (take(content)) render(); else renderNote();
+    if (content.of !== setup.of) return location.reload();  /* the server was restarted */
+    if (merge(content)) render(); else renderNote();
     if (!content.is_complete) wait = POLL_MS;
   } catch (error) {
-    recency = { ...recency, error: String(error.message || error) };
+    latest = { ...latest, error: String(error.message || error) };
     renderNote();
   }
   setTimeout(poll, wait);
 }
 
-take(setup.content);
+merge(setup.content);
 fromHash();
 render();
 performance.mark("first-rows");

@@ -1,7 +1,7 @@
-"""The rows of the leaderboard, without MLflow: what a row holds, and what several say together.
+"""The rows of the leaderboard, without MLflow, and intervals over runs of several seeds.
 
-Runs that differ in nothing but their seed are one experiment done several times; together they say
-how far an AP scatters, which a single run cannot.
+Runs that differ in their seed alone repeat one experiment. Together they show the variance of an
+AP, which a single run cannot.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 from deta.platform.system.redaction import redact
 
-# Parameters in which two runs may differ that are the same experiment.
-OF_NO_EFFECT = (
+# Parameters that may differ between runs of one experiment.
+IGNORED_PARAMETERS = (
     "seed", "name", "experiment", "storage", "num_pictures", "log_every", "cluster.", "checkpoint.",
-    "data.loader_workers", "data.val_", "data.train_",  # places; the fingerprints tell the data
+    "data.loader_workers", "data.val_", "data.train_",  # paths; fingerprints identify the data
 )  # fmt: skip
 MAX_TEXT = 300  # characters of a name in a table
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near.
@@ -29,41 +29,42 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One run. AP is 0..100; numbers that nobody recorded are None."""
+class LeaderboardRow:
+    """One run. AP is 0..100; a number that was not recorded is None."""
 
     id: str  # of the MLflow run
     experiment_id: str
     name: str
     experiment: str = ""
     recipe: str = ""
-    data: str = ""  # name of the validation set, and the beginning of its fingerprint
-    status: str = ""  # of the run, as MLflow has it
-    ap: float | None = None  # of its best checkpoint; while it runs, the last one
+    data: str = ""  # name of the validation set, and the first digits of its fingerprint
+    status: str = ""  # as MLflow reports it
+    ap: float | None = None  # of the best checkpoint; of the last one while the run lasts
     low: float | None = None  # 95 % interval, by `interval`
     high: float | None = None
-    interval: str = ""  # "images": bootstrap over images; "3 seeds": of their mean, by Student's t
+    interval: str = ""  # "images": bootstrap over images; "3 seeds": of the mean, by Student's t
     ap50: float | None = None
     gpu_hours: float | None = None
     cpu_hours: float | None = None
     hours: float | None = None  # of wall time
-    parameters: float | None = None  # numbers in the model
-    latency_ms: float | None = None  # of one picture, where somebody measured it
-    images_per_s: float | None = None  # evaluated, all work included
+    parameters: float | None = None  # of the model, a count
+    latency_ms: float | None = None  # per image, if it was measured
+    images_per_s: float | None = None  # throughput of the whole evaluation
     started_s: float = 0.0  # since 1970
-    ended_s: float = 0.0  # 0: it has not
-    models: str = ""  # registered versions of it: "deta 3 @champion"
+    ended_s: float = 0.0  # 0: not ended
+    models: str = ""  # its registered versions: "deta 3 @champion"
     is_champion: bool = False
-    sweep: str = ""  # id of the MLflow run that it is a trial of
-    report: str = ""  # path of its page among its artifacts
+    sweep: str = ""  # MLflow run id of the sweep, if this is a trial
+    report: str = ""  # artifact path of the evaluation report
     commit: str = ""
     group: str = ""  # equal for runs that differ in their seed alone
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Row:
-        """
+    def from_json(cls, content: Mapping[str, Any]) -> LeaderboardRow:
+        """Return the row that `to_json` wrote.
+
         Raises:
-            TypeError: another version wrote it.
+            TypeError: another version of this program wrote it.
         """
         return cls(**content)
 
@@ -71,7 +72,7 @@ class Row:
         return asdict(self)
 
 
-COLUMNS = tuple(part.name for part in fields(Row))
+COLUMNS = tuple(part.name for part in fields(LeaderboardRow))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +81,15 @@ class Promotion:
 
     model: str
     version: int
-    time: str  # UTC, ISO 8601; empty where it is not known
-    action: str  # accept, refuse, force, rollback; "alias": somebody set it by hand
+    time: str  # UTC, ISO 8601; empty if unknown
+    action: str  # accept, refuse, force, rollback; "alias": set by hand
     by: str = ""
     reason: str = ""
     champion_after: int | None = None
     run_id: str = ""
 
 
-def row_of(
+def make_row(
     *,
     run_id: str,
     experiment_id: str,
@@ -101,12 +102,11 @@ def row_of(
     params: Mapping[str, str],
     tags: Mapping[str, str],
     data: tuple[str, str, int],
-) -> Row:
-    """What a leaderboard shows of a run.
+) -> LeaderboardRow:
+    """Return the row of a run.
 
     Args:
-        data: of the validation set: its name, its fingerprint, and how many images it has, 0 where
-            that is not known.
+        data: name, fingerprint and number of images of the validation set; 0 if unknown.
     """
 
     def number(*names: str) -> float | None:
@@ -117,16 +117,16 @@ def row_of(
     fingerprint = fingerprint or tags.get("deta.val_fingerprint", "")
     seconds, wall_s = number("val/seconds"), number("cost/wall_s")
     if wall_s is None and start_ms and end_ms and end_ms > start_ms:
-        wall_s = (end_ms - start_ms) / 1000  # runs of before costs were logged
+        wall_s = (end_ms - start_ms) / 1000  # of runs from before costs were logged
     gpu_hours, cpu_hours = number("cost/gpu_hours"), number("cost/cpu_hours")
     low, high = number("best/AP_low"), number("best/AP_high")
-    return Row(
+    return LeaderboardRow(
         id=run_id,
         experiment_id=experiment_id,
-        experiment=_text(experiment),
-        name=_text(name),
-        recipe=_text(tags.get("deta.recipe") or tags.get("mlflow.source.name", "")),
-        data=_text(f"{data_name} {fingerprint.removeprefix('sha256:')[:8]}".strip()),
+        experiment=_display_text(experiment),
+        name=_display_text(name),
+        recipe=_display_text(tags.get("deta.recipe") or tags.get("mlflow.source.name", "")),
+        data=_display_text(f"{data_name} {fingerprint.removeprefix('sha256:')[:8]}".strip()),
         status=status,
         ap=number("best/AP", "val/AP"),
         low=low if high is not None else None,
@@ -142,20 +142,20 @@ def row_of(
         started_s=(start_ms or 0) / 1000,
         ended_s=(end_ms or 0) / 1000,
         sweep=tags.get("mlflow.parentRunId", ""),
-        report=_text(tags.get("deta.report", "")),
-        commit=_text(tags.get("mlflow.source.git.commit", "")[:12]),
-        group=_group(params, tags, fingerprint),
+        report=_display_text(tags.get("deta.report", "")),
+        commit=_display_text(tags.get("mlflow.source.git.commit", "")[:12]),
+        group=_group_key(params, tags, fingerprint),
     )
 
 
-def with_seed_intervals(rows: Iterable[Row]) -> list[Row]:
-    """The rows; those without an interval of their own with that of their seeds' mean.
+def with_seed_intervals(rows: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Return the rows; those without an interval over images get one over seeds.
 
-    It is the mean's, over all finished runs that differ in the seed alone, so a single one of them
-    may lie outside of it.
+    That is the interval of the mean AP of all finished runs that differ in the seed alone, so the
+    AP of a single run can be outside of it.
     """
     rows = list(rows)
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[LeaderboardRow]] = defaultdict(list)
     for row in rows:
         if row.group and row.ap is not None and row.status == "FINISHED":
             groups[row.group].append(row)
@@ -181,13 +181,13 @@ def with_seed_intervals(rows: Iterable[Row]) -> list[Row]:
 
 
 def with_models(
-    rows: Iterable[Row], versions: Mapping[str, list[str]], champions: frozenset[str]
-) -> list[Row]:
-    """The rows, with the registered versions that came of them.
+    rows: Iterable[LeaderboardRow], versions: Mapping[str, list[str]], champions: frozenset[str]
+) -> list[LeaderboardRow]:
+    """Return the rows with the versions that were registered from them.
 
     Args:
         versions: by run id.
-        champions: ids of the runs that the present champions came of.
+        champions: ids of the runs that produced the current champions.
     """
     result = []
     for row in rows:
@@ -198,15 +198,17 @@ def with_models(
     return result
 
 
-def _group(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str) -> str:
+def _group_key(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str) -> str:
     if "seed" not in params or not fingerprint:
         return ""
-    told = {name: value for name, value in params.items() if not name.startswith(OF_NO_EFFECT)}
+    relevant = {
+        name: value for name, value in params.items() if not name.startswith(IGNORED_PARAMETERS)
+    }
     train = tags.get("deta.train_fingerprint", "")
-    text = json.dumps([sorted(told.items()), train, fingerprint])
+    text = json.dumps([sorted(relevant.items()), train, fingerprint])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _text(text: str) -> str:
+def _display_text(text: str) -> str:
     text = redact(text)
     return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"

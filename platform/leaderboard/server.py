@@ -1,8 +1,8 @@
-"""The leaderboard over HTTP: three addresses that can only be read.
+"""A read-only HTTP server of the leaderboard.
 
-It answers to the names that it is known by, so that no page of the web can reach it through a name
-of its own. On loopback it asks for no password, as MLflow beside it; off loopback it wants the same
-one.
+It answers only requests with one of its own host names, so that no web page can reach it through
+a foreign name (DNS rebinding). On loopback it requires no password, like MLflow; off loopback it
+requires that of MLflow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PORT = 5050
 FIRST_ROWS = 100
-IDLE_S = 30.0  # of a connection that says nothing
+IDLE_S = 30.0  # before a silent connection is closed
 MIN_GZIP_BYTES = 2000
 MAX_CONNECTIONS = 64
 
@@ -53,9 +53,9 @@ class LeaderboardServer(ThreadingHTTPServer):
     ) -> None:
         """
         Args:
-            mlflow: address of MLflow's pages, for links; empty: none.
-            allowed_hosts: names and ports that it may be asked for by; default: on loopback.
-            password: of the user `admin`; empty: none is asked for.
+            mlflow: address of MLflow's pages, for links; empty: no links.
+            allowed_hosts: accepted Host headers, with ports; default: those of loopback.
+            password: of the user `admin`; empty: none is required.
 
         Raises:
             OSError: the port is taken.
@@ -68,11 +68,11 @@ class LeaderboardServer(ThreadingHTTPServer):
         self.allowed_hosts = {*(allowed_hosts or (f"127.0.0.1:{port}", f"localhost:{port}"))}
         token = base64.b64encode(f"admin:{password}".encode()).decode()
         self.authorization = f"Basic {token}".encode() if password else b""
-        self.of = secrets.token_hex(8)
+        self.id = secrets.token_hex(8)  # of this process; revisions of another mean nothing
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
     def server_bind(self) -> None:
-        """As HTTPServer's, which would ask the name service who it is."""
+        """Bind as HTTPServer does, but without a DNS query for its own name."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "leaderboard", self.server_address[1]
 
@@ -90,9 +90,9 @@ class LeaderboardServer(ThreadingHTTPServer):
 
     def page(self) -> str:
         content = self.board.changes(0)
-        # The others come with the first question, which is for all since the beginning.
+        # The first poll, for all changes since revision 0, brings the others.
         content |= {"rows": content["rows"][:FIRST_ROWS], "revision": 0, "is_complete": False}
-        return live_page(content, self.mlflow, self.of)
+        return live_page(content, self.mlflow, self.id)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -104,61 +104,65 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         if self.headers.get("Host") not in server.allowed_hosts:
-            self._refuse(HTTPStatus.FORBIDDEN, "not a name of this server")
+            self._refuse(HTTPStatus.FORBIDDEN, "this Host is no name of this server")
             return
-        given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-        if server.authorization and not hmac.compare_digest(given, server.authorization):
+        authorization = self.headers.get("Authorization", "").encode("utf-8", "replace")
+        if server.authorization and not hmac.compare_digest(authorization, server.authorization):
             self._refuse(HTTPStatus.UNAUTHORIZED, "the password of MLflow's user admin is needed")
             return
         address = urlsplit(self.path)
         if address.path == "/":
-            self._answer("text/html; charset=utf-8", server.page().encode(), live_policy())
+            self._respond("text/html; charset=utf-8", server.page().encode(), live_policy())
         elif address.path == "/rows":
             self._rows(address.query)
         elif address.path == "/health":
-            self._answer("text/plain", b"OK")
+            self._respond("text/plain", b"OK")
         elif address.path == "/plotly.js":
             self._plotly()
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "there is /, /rows and /health")
+            self._refuse(HTTPStatus.NOT_FOUND, "no such path; there are /, /rows and /health")
 
     do_HEAD = do_GET
 
     def _rows(self, query: str) -> None:
-        asked = parse_qs(query)
-        since = asked.get("since", ["0"])[0]
+        parameters = parse_qs(query)
+        since = parameters.get("since", ["0"])[0]
         if not since.isdecimal() or len(since) > 15:
             self._refuse(HTTPStatus.BAD_REQUEST, "since: a revision, such as 0")
             return
-        if asked.get("of", [self.server.of])[0] != self.server.of:
+        if parameters.get("of", [self.server.id])[0] != self.server.id:
             since = "0"
-        content = self.server.board.changes(int(since)) | {"of": self.server.of}
-        self._answer("application/json", json.dumps(content, separators=(",", ":")).encode())
+        content = self.server.board.changes(int(since)) | {"of": self.server.id}
+        self._respond("application/json", json.dumps(content, separators=(",", ":")).encode())
 
     def _plotly(self) -> None:
         try:
             source = plotly_source().encode()
-        except RuntimeError as error:  # not installed: all but the figure works
+        except RuntimeError as error:  # plotly is not installed: the page works without the figure
             self._refuse(HTTPStatus.NOT_FOUND, str(error))
             return
-        self._answer("text/javascript; charset=utf-8", source, cache="max-age=86400")
+        self._respond("text/javascript; charset=utf-8", source, cache="max-age=86400")
 
-    def _answer(self, kind: str, body: bytes, policy: str = "", cache: str = "no-store") -> None:
+    def _respond(
+        self, content_type: str, body: bytes, policy: str = "", cache: str = "no-store"
+    ) -> None:
         self.send_response(HTTPStatus.OK)
         if len(body) > MIN_GZIP_BYTES and "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = _packed(body)
+            body = _compressed(body)
             self.send_header("Content-Encoding", "gzip")
-        self._finish(kind, body, policy or "default-src 'none'; frame-ancestors 'none'", cache)
+        self._send(
+            content_type, body, policy or "default-src 'none'; frame-ancestors 'none'", cache
+        )
 
-    def _refuse(self, status: HTTPStatus, why: str) -> None:
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.send_response(status)
         if status is HTTPStatus.UNAUTHORIZED:
             self.send_header("WWW-Authenticate", 'Basic realm="deta", charset="UTF-8"')
-        self._finish("text/plain; charset=utf-8", f"{why}\n".encode(), "default-src 'none'")
+        self._send("text/plain; charset=utf-8", f"{reason}\n".encode(), "default-src 'none'")
 
-    def _finish(self, kind: str, body: bytes, policy: str, cache: str = "no-store") -> None:
+    def _send(self, content_type: str, body: bytes, policy: str, cache: str = "no-store") -> None:
         for name, value in (
-            ("Content-Type", kind),
+            ("Content-Type", content_type),
             ("Content-Length", str(len(body))),
             ("Content-Security-Policy", policy),
             ("X-Content-Type-Options", "nosniff"),
@@ -177,15 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
         logger.debug(format, *args)
 
 
-_packed_before: dict[int, bytes] = {}
+_compressed_bodies: dict[int, bytes] = {}
 
 
-def _packed(body: bytes) -> bytes:
-    """Compressed; plotly, which is large and always the same, once only."""
+def _compressed(body: bytes) -> bytes:
+    """Return the body compressed; plotly, which is large and constant, only once."""
     if len(body) < 2_000_000:
         return gzip.compress(body, 1, mtime=0)
     key = hash(body)
-    if key not in _packed_before:
-        _packed_before.clear()
-        _packed_before[key] = gzip.compress(body, 6, mtime=0)
-    return _packed_before[key]
+    if key not in _compressed_bodies:
+        _compressed_bodies.clear()
+        _compressed_bodies[key] = gzip.compress(body, 6, mtime=0)
+    return _compressed_bodies[key]

@@ -1,0 +1,78 @@
+"""The leaderboard's data from MLflow, with a real database."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from deta.platform.leaderboard import mlflow_source
+from deta.platform.leaderboard.cache import Board
+from deta.platform.leaderboard.mlflow_source import MlflowSource
+from deta.platform.registry.decision_log import Entry
+from tests.platform.leaderboard.leaderboard_case import HOSTILE
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_names_of_the_registry_are_those_of_the_registry_room():
+    from deta.platform.registry import mlflow_registry as registry
+    from deta.platform.registry.decision_log import CHAMPION
+
+    assert mlflow_source.CHAMPION == CHAMPION
+    assert mlflow_source.HISTORY_SUFFIX == registry.HISTORY_SUFFIX
+    assert mlflow_source.ENTRY_TAG == registry.ENTRY_TAG
+
+
+def test_reading_mlflow_needs_no_torch():
+    code = (
+        "import sys, deta.platform.leaderboard.mlflow_source; "
+        "assert not {'torch', 'ray'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
+    from deta.platform.tracking.mlflow_store import MlflowStore
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowStore(uri)._connect()
+    experiment = client.create_experiment("deta", artifact_location=(tmp_path / "f").as_uri())
+    ids = []
+    for number, ap in enumerate((30.0, 50.0, 40.0)):
+        run = client.create_run(
+            experiment, run_name=HOSTILE[number], tags={"deta.recipe": f"deta_r50.v{number}"}
+        )
+        ids.append(run.info.run_id)
+        client.log_metric(ids[-1], "best/AP", ap)
+    client.create_run(experiment, run_name="sweep", tags={"deta.kind": "sweep"})
+    client.create_registered_model("deta")
+    client.create_model_version("deta", (tmp_path / "f").as_uri(), run_id=ids[2])
+    client.set_registered_model_alias("deta", "champion", "1")
+    board = Board(uri)
+    board.read_all(MlflowSource(uri))
+    assert [row.id for row in board.rows()] == [ids[1], ids[2], ids[0]]
+    assert board.rows()[0].name == HOSTILE[1]
+    champion = board.rows()[1]
+    assert (champion.models, champion.is_champion) == ("deta 1 @champion", True)
+    assert board.promotions[0].run_id == ids[2]
+
+    client.log_metric(ids[0], "best/AP", 60.0, step=2)
+    client.delete_run(ids[1])
+    board.read_recent(MlflowSource(uri))
+    assert [row.id for row in board.rows()] == [ids[0], ids[2]]
+
+    entry = Entry(
+        id="a", previous="", action="accept", version=1, sha256="0" * 64, champion_before=None,
+        champion_after=1, by="anna@gpu1", time="2026-11-21T03:00:00+00:00", reason=HOSTILE[0],
+        text="accepted",
+    )  # fmt: skip
+    client.create_registered_model("deta-history")
+    client.create_model_version(
+        "deta-history", "models:/deta/1", tags={"deta.entry": entry.to_line()},
+        description=entry.text,
+    )  # fmt: skip
+    board.read_recent(MlflowSource(uri))
+    (promotion,) = board.promotions
+    assert (promotion.by, promotion.action, promotion.run_id) == ("anna@gpu1", "accept", ids[2])
+    assert promotion.reason == HOSTILE[0]
