@@ -208,7 +208,7 @@ def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoRetur
 def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
     """Report on the data of a run, then train unless `only_look`. Exits."""
     from deta.platform.launch.console import Console
-    from deta.platform.launch.supervisor import launch_prepared
+    from deta.platform.launch.start_run import launch_prepared
 
     if not only_look:
         exit_after(

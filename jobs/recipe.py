@@ -119,7 +119,7 @@ def train_and_exit(
     Args:
         recipe: name under which the leaderboard has it.
     """
-    from deta.platform.launch.supervisor import launch
+    from deta.platform.launch.start_run import launch
 
     tags = {RECIPE_TAG: recipe}
     exit_after(lambda: launch(config, resume=resume, force=force, echo=echo, tags=tags))

@@ -180,7 +180,7 @@ def test_a_stopped_run_is_marked_and_resumes_as_the_same_run(drawn: ShapesDatase
         env=environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "going on from step" in resumed.stdout
+    assert "continuing from step" in resumed.stdout
     run = only_run(uri, "deta")
     assert run.info.status == "FINISHED"
     steps = [m.step for m in MlflowClient(uri).get_metric_history(run.info.run_id, "val/AP")]

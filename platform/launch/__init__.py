@@ -1,1 +1,1 @@
-"""What the command that a person types does: checks, preview, supervision. No Ray, no MLflow."""
+"""Starting a run: checks, preview and supervision. Imports neither Ray nor MLflow."""

@@ -1,4 +1,4 @@
-"""What a supervisor sees of an attempt: its journal, its failures, its signs of life."""
+"""Monitors an attempt through the run's folder: journal, failures and heartbeats."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from deta.platform.learning.hang_watchdog import HEARTBEATS, host, stack_files
 from deta.platform.run.journal import JOURNAL_FILE, read_events
 from deta.platform.run.run import FAILURES, Run
 
-# Watchdogs write every 5 s. Where none has for so long, not even they run any more; and Ray, which
-# replaces what it sees die, has not either.
+# Watchdogs write a heartbeat every 5 s. After this time without any, not even the watchdogs run,
+# and Ray, which replaces workers that exit, has not replaced them.
 SILENCE_S = 120.0
 
 
-class Vigil:
-    """Follows a run's folder; `look` brings it up to date and shows what is new."""
+class AttemptMonitor:
+    """The state of an attempt; `poll` reads what is new and prints it."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         journal = run.folder / JOURNAL_FILE
-        # A resumed run shows what is new.
+        # For a resumed run, print new events only.
         self._offset = journal.stat().st_size if journal.exists() else 0
-        self.step = 0  # the last one heard of
+        self.step = 0  # the last one that was reported
         self.start_step = 0  # where the last start began
         self.num_starts = 0
-        self.fruitless_starts = 0  # in a row, that began where another had
+        self.fruitless_starts = 0  # in a row, that began at the same step as another
         self.ended = self.stopped = False
         self.end_reason = ""
         self.begin_attempt()
@@ -40,13 +40,14 @@ class Vigil:
         self._evaluating_step: int | None = None
         self._saved_step = -1
 
-    def look(self) -> None:
+    def poll(self) -> None:
+        """Read new events of the journal and print them."""
         for event, offset in read_events(self.run.folder, self._offset):
             self._offset = offset
-            self._take(event)
-            self.console.show(event)
+            self._update(event)
+            self.console.print_event(event)
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _update(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "starting":
             self.has_started, self.num_workers = True, 0
@@ -74,64 +75,64 @@ class Vigil:
 
     @property
     def is_safe_to_kill(self) -> bool:
-        """An evaluation is under way, and the state before it is saved."""
+        """Whether an evaluation is running and the state before it is saved."""
         return self._evaluating_step is not None and self._saved_step >= self._evaluating_step
 
     @property
     def failed_since_start(self) -> bool:
         return bool(self._failures(self._started_s))
 
-    def failure_that_comes_again(self) -> str:
-        """What went wrong on a worker, where another try would end alike; nothing otherwise."""
+    def permanent_failure(self) -> str:
+        """Return the failure of a worker that a retry would repeat; empty if there is none."""
         for failure in self._failures(self._attempt_began_s):
             if failure["comes_again"]:
                 return str(failure["message"])
         return ""
 
     def last_failure(self) -> str:
-        """What went wrong on a worker in this attempt; its own fault rather than its peers'."""
+        """Return a failure of this attempt; rather a cause than a lost connection to a peer."""
         found = [f"{f['type']}: {f['message']}" for f in self._failures(self._attempt_began_s)]
-        # Workers whose peer is gone complain of the connection.
+        # Workers whose peer has died report a lost connection.
         own = [text for text in found if "onnection" not in text and "peer" not in text]
         return (own or (["a worker was lost"] if found else [""]))[0]
 
     def hang(self) -> str:
-        """That the training stands still; nothing while it gets on."""
-        return self.standstill() or self.silence()
+        """Return why the training hangs; empty while it makes progress."""
+        return self.hung_worker() or self.missing_heartbeats()
 
-    def standstill(self) -> str:
-        """A worker's watchdog has ended it; says why, and where the stacks are."""
+    def hung_worker(self) -> str:
+        """Return what a watchdog reported that ended its worker, with the path of the stacks."""
         new = stack_files(self.run.folder) - self._old_stacks
         if not new:
             return ""
-        # Not a peer's, which ended because this one did.
+        # The first one; its peers ended because it did.
         path = min(new, key=lambda one: (one.stat().st_mtime, one.name))
         first_line = path.read_text(errors="replace").partition("\n")[0]
-        return f"the training stood still ({first_line} {path})"
+        return f"the training hung ({first_line} {path})"
 
-    def silence(self) -> str:
-        """Not even the watchdogs of the workers are heard of."""
+    def missing_heartbeats(self) -> str:
+        """Return how long not even the watchdogs sent heartbeats, if that is too long."""
         if not self.has_begun:
             return ""
         beats = list((self.run.folder / HEARTBEATS).glob("rank-*.json"))
         newest_s = max((path.stat().st_mtime for path in beats), default=self._started_s)
         silent_s = time.time() - max(newest_s, self._started_s)
         if silent_s > max(SILENCE_S, 2 * self.run.config.cluster.hang_timeout_s):
-            return f"no sign of life from any worker for {silent_s:.0f} s"
+            return f"no heartbeat from any worker for {silent_s:.0f} s"
         return ""
 
     def local_workers(self) -> list[int]:
-        """Ids of the processes of this start's workers; none where one is on another machine."""
+        """Return the process ids of this start's workers; empty if one is on another machine."""
         processes = []
         for rank in range(self.num_workers):
             try:
                 path = self.run.folder / HEARTBEATS / f"rank-{rank}.json"
-                said = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # not heard of yet
+                heartbeat = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # no heartbeat yet
                 return []
-            if said["host"] != host():
+            if heartbeat["host"] != host():
                 return []
-            processes.append(int(said["pid"]))
+            processes.append(int(heartbeat["pid"]))
         return processes
 
     def _failures(self, since_s: float) -> list[dict[str, Any]]:

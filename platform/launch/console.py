@@ -1,4 +1,4 @@
-"""What a person sees of a run: what will happen, how far it is, how it ended."""
+"""Prints a run for its user: what will happen, its progress, and its result."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 class Console:
+    """Prints lines about one run."""
+
     def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
         self.run, self.echo = run, echo
 
-    def introduce(self) -> None:
+    def print_start(self) -> None:
+        """Print data sets, schedule, batch and folder of the run."""
         run, config = self.run, self.run.config
         for split, dataset in (("training", run.train_set), ("validation", run.val_set)):
             self.echo(
@@ -39,19 +42,19 @@ class Console:
             self.echo(f"deformable attention: {operator_path('cpu')} kernel")
         self.echo(f"folder: {run.folder}")
 
-    def show(self, event: dict[str, Any]) -> None:
-        """One event of the journal."""
+    def print_event(self, event: dict[str, Any]) -> None:
+        """Print an event of the journal, if it concerns the user."""
         kind = event["kind"]
         if kind == "begin":
             workers = f"{event['world_size']} worker{'s' * (event['world_size'] > 1)}"
             if event["step"]:
-                again = event.get("wasted_steps")
+                wasted = event.get("wasted_steps")
                 self.echo(
-                    f"going on from step {event['step']} of {event['num_steps']} with {workers}"
-                    + (f"; {again} steps are done again" if again else "")
+                    f"continuing from step {event['step']} of {event['num_steps']} with {workers}"
+                    + (f"; {wasted} steps are repeated" if wasted else "")
                 )
             else:
-                self.echo(f"training has begun with {workers}")
+                self.echo(f"training has started with {workers}")
         elif kind == "progress":
             metrics = event["metrics"]
             self.echo(
@@ -74,7 +77,7 @@ class Console:
             )
         elif kind == "replaced":
             for image in event["images"][:5]:
-                self.echo(f"broken picture, replaced by image {image['by_image_id']}: "
+                self.echo(f"broken image, replaced by image {image['by_image_id']}: "
                           f"{image['reason']}")  # fmt: skip
         elif kind in ("checkpoint_failed", "damaged", "explanation_failed"):
             self.echo(f"! {event['message']}")
@@ -88,33 +91,34 @@ class Console:
         costs = {n[len(begins) :]: v for n, v in metrics.items() if n.startswith(begins)}
         if "val/explain_seconds" not in metrics or not costs:
             return
-        dearest = sorted(costs, key=lambda kind: -costs[kind])
-        listed = ", ".join(f"{kind} {costs[kind]:.1f}" for kind in dearest)
+        largest = sorted(costs, key=lambda kind: -costs[kind])
+        listed = ", ".join(f"{kind} {costs[kind]:.1f}" for kind in largest)
         self.echo(f"  points of AP50 lost to errors: {listed}")
         self.echo(
-            f"  explained in {metrics['val/explain_seconds']:.1f} s, "
+            f"  analysed in {metrics['val/explain_seconds']:.1f} s, "
             f"{100 * metrics['val/explain_share']:.1f} % of the evaluation"
         )
 
-    def conclude(self, result: RunResult) -> None:
+    def print_result(self, result: RunResult) -> None:
+        """Print metrics, paths and goodput of a run that has ended."""
         self.echo("")
         self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
         if result.best_checkpoint is not None:
             self.echo(f"best checkpoint: {result.best_checkpoint}")
         if reports := sorted(self.run.folder.glob("evaluations/*/report.html")):
-            self.echo(f"what went wrong: {reports[-1]}")
-        pictures = self.run.folder / "pictures"
-        if pictures.is_dir():
-            self.echo(f"pictures:        {sorted(pictures.iterdir())[-1]}")
+            self.echo(f"error analysis:  {reports[-1]}")
+        images = self.run.folder / "pictures"
+        if images.is_dir():
+            self.echo(f"images:          {sorted(images.iterdir())[-1]}")
         self.echo(
-            f"goodput {100 * result.goodput:.0f} %: the share of the time that went into steps and "
-            "evaluations, those done twice counted once"
+            f"goodput {100 * result.goodput:.0f} %: the share of the time spent in steps and "
+            "evaluations; repeated ones count once"
         )
         if not result.mlflow_run_id:
             return
         if result.mlflow_uri.startswith("sqlite:"):
             self.echo(
-                f"browse in MLflow: mlflow server --host 127.0.0.1 --port 5000 "
+                f"to browse it in MLflow: mlflow server --host 127.0.0.1 --port 5000 "
                 f"--backend-store-uri {result.mlflow_uri}\n"
                 f"  then open http://127.0.0.1:5000 (run {result.mlflow_run_id})"
             )
@@ -123,23 +127,23 @@ class Console:
 
 
 def batch_line(config: RunConfig) -> str:
-    """How the total batch is shared out, in one line."""
+    """Return a line on how the total batch is distributed."""
     total, workers = config.total_batch_size, config.cluster.num_workers
-    # Cut as `TrainingOrder.micro_batches` does.
+    # The same split as in `TrainingOrder.micro_batches`.
     num_parts = max(-(-total // config.micro_batch_size), workers)
     images = _span(total, num_parts)
     steps = _span(num_parts, workers)
-    people = f"{workers} worker{'s' * (workers > 1)}"
+    team = f"{workers} worker{'s' * (workers > 1)}"
     if total % num_parts or num_parts % workers:
         return (
             f"total batch {total} = {num_parts} micro-batches of {images} images, {steps} for each "
-            f"of {people}"
+            f"of {team}"
         )
     accumulation = f" x {steps} accumulation steps" if num_parts > workers else ""
-    return f"total batch {total} = {people} x {images} image{'s' * (images != '1')}{accumulation}"
+    return f"total batch {total} = {team} x {images} image{'s' * (images != '1')}{accumulation}"
 
 
 def _span(whole: int, parts: int) -> str:
-    """How much each part gets where parts are as even as they can be."""
+    """Return the size of each part if `whole` is split as evenly as possible."""
     least, most = whole // parts, -(-whole // parts)
     return str(most) if least == most else f"{least} or {most}"

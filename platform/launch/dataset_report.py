@@ -1,9 +1,8 @@
-"""What a data set holds, counted before anything expensive begins.
+"""Summarizes a data set and warns of likely mistakes, before anything expensive begins.
 
 Mistakes in data look like a model that learns badly: a class that only one split has, boxes that
-vanish when pictures are shrunk, validation pictures that are training pictures too. All of it is
-in the annotations, so it can be told in seconds. Only training boxes are counted, that is without
-crowd regions and boxes that were dropped.
+vanish when images are resized, validation images that are training images too. The annotations
+show all of this in seconds. Crowd regions and dropped boxes are not counted.
 """
 
 # N boxes of one split   C classes
@@ -23,18 +22,18 @@ from deta.platform.pages.number_format import percent_of
 from deta.platform.run.config import DataConfig
 
 SMALL_PX2, LARGE_PX2 = 32**2, 96**2  # COCO's borders between small, medium and large
-TINY_PX = 8  # the finest feature map has one pixel for so many
-MUCH_TINY = 0.05  # of all boxes: told about from here on
+TINY_PX = 8  # stride of the finest feature map
+MUCH_TINY = 0.05  # share of all boxes from which on a warning is printed
 ELONGATED = 5.0  # longer over shorter side
 FEW_BOXES = 20  # of a class in training
-AP_DETECTIONS = 100  # an image; COCO's AP looks at no more
+AP_DETECTIONS = 100  # per image; COCO's AP uses no more
 MAX_CLASS_ROWS = 30
 MAX_HASHED_FILES = 2000
 
 
 @dataclass(frozen=True)
-class SplitLook:
-    """One split in numbers."""
+class SplitSummary:
+    """Statistics of one split."""
 
     num_images: int
     num_empty: int  # images without boxes
@@ -60,16 +59,16 @@ class SplitLook:
 
 
 @dataclass(frozen=True)
-class FirstLook:
-    """Both splits, and what a person should know before training."""
+class DatasetSummary:
+    """Statistics of both splits, and warnings for the user."""
 
     categories: tuple[Category, ...]
-    train: SplitLook
-    val: SplitLook
-    num_shared_images: int  # validation pictures that are training pictures, byte for byte
+    train: SplitSummary
+    val: SplitSummary
+    num_shared_images: int  # validation images that are training images, byte for byte
 
     def lines(self) -> list[str]:
-        """For a terminal: a table of the splits, one of the classes, and the warnings."""
+        """Return text for a terminal: tables of the splits and the classes, and the warnings."""
         return [
             *_split_table(self.train, self.val),
             "",
@@ -78,16 +77,16 @@ class FirstLook:
         ]
 
     def warnings(self) -> list[str]:
-        """Each says what was found, and what to do."""
+        """Return warnings: what was found and what to do."""
         train, val = self.train, self.val
         found: list[str] = []
         in_train, in_val = train.boxes_of_class > 0, val.boxes_of_class > 0
         for chosen, text in (
             (
                 in_val & ~in_train,
-                "only in validation, so nothing teaches them and their AP stays 0",
+                "only in validation, so they are never learned and their AP stays 0",
             ),
-            (in_train & ~in_val, "only in training, so no AP tells how well they are learned"),
+            (in_train & ~in_val, "only in training, so no AP measures how well they are learned"),
             (~in_train & ~in_val, "listed, but in neither split; a head is trained for nothing"),
         ):
             if chosen.any():
@@ -96,47 +95,49 @@ class FirstLook:
         if few.any():
             found.append(
                 f"{_classes(self.categories, few)}: fewer than {FEW_BOXES} training boxes; expect "
-                "little of them"
+                "a low AP"
             )
         if train.num_boxes and train.num_tiny > MUCH_TINY * train.num_boxes:
             tiny = Counter(train.labels[train.sides_seen_px < TINY_PX].tolist())
             (label, count), *_ = tiny.most_common(1)
             found.append(
                 f"{percent_of(train.num_tiny, train.num_boxes)} of the training boxes have a side "
-                f"under {TINY_PX} px when pictures are resized to {train.seen_short_edge_px} px "
+                f"under {TINY_PX} px when images are resized to {train.seen_short_edge_px} px "
                 f"(most of {self.categories[label].name}: {count}); the finest feature map has a "
-                f"pixel for every {TINY_PX}. Larger data.augmentation.short_edges and "
-                "data.evaluation_size help, or tiles cut from the pictures"
+                f"stride of {TINY_PX} px. Larger data.augmentation.short_edges and "
+                "data.evaluation_size help, or tiles cut from the images"
             )
         if max(train.most_boxes, val.most_boxes) > AP_DETECTIONS:
             found.append(
-                f"a picture has {max(train.most_boxes, val.most_boxes)} boxes; AP counts the best "
-                f"{AP_DETECTIONS} detections of a picture and class"
+                f"an image has {max(train.most_boxes, val.most_boxes)} boxes; AP counts the best "
+                f"{AP_DETECTIONS} detections of an image and class"
             )
         if train.num_boxes == 0:
-            found.append("no training picture has a box: there is nothing to learn")
+            found.append("no training image has a box: there is nothing to learn")
         elif train.num_empty > train.num_images / 2:
             found.append(
-                f"{percent_of(train.num_empty, train.num_images)} of the training pictures have no "
-                "box; where objects were only not annotated, the model learns to miss them"
+                f"{percent_of(train.num_empty, train.num_images)} of the training images have no "
+                "box; if they contain objects without annotations, the model learns to miss them"
             )
         if self.num_shared_images:
             found.append(
-                f"{self.num_shared_images} of the validation pictures are in training too, byte "
+                f"{self.num_shared_images} of the validation images are in training too, byte "
                 "for byte; AP will be too high"
             )
         return found
 
 
-def look_at(train_set: CocoDataset, val_set: CocoDataset, data: DataConfig) -> FirstLook:
+def summarize_datasets(
+    train_set: CocoDataset, val_set: CocoDataset, data: DataConfig
+) -> DatasetSummary:
     """Count both splits, which must have the same categories.
 
-    Sizes that the model sees are those of the middle one of `data.augmentation.short_edges`, not
-    cropped, in training, and of `data.evaluation_size` in validation.
+    The sizes that the model sees are computed without crops: in training with the middle one of
+    `data.augmentation.short_edges`, in validation with `data.evaluation_size`.
     """
     edges = sorted(data.augmentation.short_edges)
     size = data.evaluation_size
-    return FirstLook(
+    return DatasetSummary(
         train_set.categories,
         _count(train_set, edges[len(edges) // 2], data.augmentation.max_long_edge),
         _count(val_set, size.short_edge, size.max_long_edge),
@@ -144,7 +145,7 @@ def look_at(train_set: CocoDataset, val_set: CocoDataset, data: DataConfig) -> F
     )
 
 
-def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitLook:
+def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitSummary:
     num_classes = len(dataset.categories)
     images_of_class = np.zeros(num_classes, np.int64)
     counts, aspects = [], []
@@ -160,7 +161,7 @@ def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitLo
         seen.append(sides_px * [width / record.width, height / record.height])
     all_labels = np.concatenate(labels)  # N
     all_sides, all_seen = np.concatenate(sides), np.concatenate(seen)  # N 2
-    return SplitLook(
+    return SplitSummary(
         num_images=len(counts),
         num_empty=counts.count(0),
         image_aspects=np.array(aspects),
@@ -177,9 +178,9 @@ def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitLo
 
 
 def num_shared_images(train_set: CocoDataset, val_set: CocoDataset) -> int:
-    """How many validation files are, byte for byte, training files too.
+    """Return how many validation files are, byte for byte, training files too.
 
-    Only files of equal length are read, and of very many the first ones only.
+    Only files of equal length are read, and at most the first `MAX_HASHED_FILES` of them.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(train_set.num_bytes.tolist()):
@@ -203,7 +204,7 @@ def num_shared_images(train_set: CocoDataset, val_set: CocoDataset) -> int:
     return shared
 
 
-def _split_table(train: SplitLook, val: SplitLook) -> list[str]:
+def _split_table(train: SplitSummary, val: SplitSummary) -> list[str]:
     rows = [("", "training", "validation")]
 
     def row(title: str, *cells: object) -> None:
@@ -232,8 +233,10 @@ def _split_table(train: SplitLook, val: SplitLook) -> list[str]:
     return _aligned(rows)
 
 
-def _class_table(categories: Sequence[Category], train: SplitLook, val: SplitLook) -> list[str]:
-    """Boxes and images of each class; of very many the most and the least frequent."""
+def _class_table(
+    categories: Sequence[Category], train: SplitSummary, val: SplitSummary
+) -> list[str]:
+    """Return boxes and images of each class; of many classes the most and the least frequent."""
     order = np.argsort(-train.boxes_of_class, kind="stable").tolist()
     half = MAX_CLASS_ROWS // 2
     hidden = len(order) - 2 * half if len(order) > MAX_CLASS_ROWS else 0
@@ -261,7 +264,7 @@ def _class_table(categories: Sequence[Category], train: SplitLook, val: SplitLoo
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The first column to the left, all others to the right, but for flags."""
+    """Align the first column left and all others right, except flags."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *others in rows:
@@ -286,7 +289,7 @@ def _range(values: np.ndarray) -> str:
 
 
 def _classes(categories: Sequence[Category], chosen: np.ndarray, limit: int = 6) -> str:
-    """`class dog`, or `3 classes (dog, cat, bird)`."""
+    """Return `class dog`, or `3 classes (dog, cat, bird)`."""
     names = [category.name for category, is_chosen in zip(categories, chosen, strict=True)
              if is_chosen]  # fmt: skip
     if len(names) == 1:

@@ -1,14 +1,14 @@
-"""Fine-tuning on a data set of one's own: what to start from, for how long, and how fast.
+"""Chooses schedule and learning rates for fine-tuning on the user's own data set.
 
-Nothing here is published; the numbers are ours, and all of them are keys of the configuration that
-a person may set instead. What they are for:
+These values are not published; they are our own defaults. Each is a configuration key that the user
+may set instead. The reasons:
 
-- A small set is seen many times, a large one a few: the run is stated in samples seen, so that it
-  neither ends before new class heads have learned nor takes days.
-- Weights that are near where they should be want a lower rate than fresh ones, those of a
-  backbone from ImageNet a much lower one, and a warm-up while the new class heads find their place.
-- How long is enough is not known before, so evaluations are frequent and the best checkpoint stays;
-  a run whose AP has ceased to grow stops.
+- The length of the run is given in samples. A small data set is seen many times, a large one a few
+  times, so the run neither ends before new class heads have learned nor takes days.
+- Pretrained weights need a lower learning rate than new ones, and an ImageNet backbone a much lower
+  one. A warm-up protects the weights while the new class heads adapt.
+- The necessary length is not known in advance. So evaluations are frequent, the best checkpoint is
+  kept, and a run whose AP no longer grows stops early.
 """
 
 from __future__ import annotations
@@ -27,36 +27,38 @@ SAMPLES_PER_IMAGE = 60
 LEAST_SAMPLES = 6_000
 MOST_SAMPLES = 60_000  # or MOST_EPOCHS epochs, where those are more
 MOST_EPOCHS = 6
-LARGEST_BATCH = 8  # images an update: a short run needs many updates more than precise ones
-LR_SHARE = 0.5  # of the recipe's rate
-# At most, of a backbone that came from ImageNet. One that learned from scratch, on one data set,
-# has as much to learn as the rest: `small` reached 21 AP on 112 pictures at a tenth, 30 at the full
-# rate.
+LARGEST_BATCH = 8  # images per update: in a short run the number of updates matters more
+LR_SHARE = 0.5  # of the recipe's learning rate
+# Upper limit for a backbone from ImageNet. A backbone that was trained from scratch on one data set
+# has to adapt as much as the rest: on 112 images `small` reached 21 AP with a tenth of the rate,
+# and 30 AP with the full rate.
 BACKBONE_LR_FACTOR = 0.1
 WARMUP_SHARE = 0.05  # of the run
 NUM_EVALUATIONS = 20
 PATIENCE_SHARE = 0.3  # of the evaluations
 MIN_DELTA = 0.1  # AP, in points
 
-# Until the plan is made a schedule of any length can be given key by key.
+# Before the plan is made, this schedule accepts keys for any length.
 OPEN_SCHEDULE = ScheduleConfig(
     epochs=1_000_000, lr_drop_epochs=(), warmup_epochs=0.0, shape="cosine"
 )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Values for keys of the configuration, and why."""
+class FinetunePlan:
+    """Values for configuration keys, and the reasons for them."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
 
 def base_config(recipe: RunConfig, theirs: RunConfig | None) -> RunConfig:
-    """What a fine-tuning run starts from, before it is known how large the data set is.
+    """Return the configuration of a fine-tuning run, before the size of the data set is known.
 
-    What the model is and how it looks at pictures is theirs, the configuration of the checkpoint
-    that is started from, where it has one; how it is trained is the recipe's.
+    Args:
+        recipe: gives everything about the training.
+        theirs: configuration of the initial checkpoint, if it has one; gives the model, its
+            criterion and postprocessing, and how images are resized and augmented.
     """
     config = replace(recipe, name=f"{recipe.name}-finetune", schedule=OPEN_SCHEDULE)
     if theirs is None:
@@ -77,7 +79,7 @@ def base_config(recipe: RunConfig, theirs: RunConfig | None) -> RunConfig:
 def variant_of(
     model: DetectorConfig, variants: Mapping[str, Callable[[], RunConfig]]
 ) -> str | None:
-    """The first variant with this model, whatever its number of classes."""
+    """Return the first variant with this model, for any number of classes."""
     for name, make in variants.items():
         if _shape(make().model) == _shape(model):
             return name
@@ -89,20 +91,20 @@ def _shape(model: DetectorConfig) -> DetectorConfig:
 
 
 def num_samples(num_images: int) -> int:
-    """How many samples a run over so many images should see."""
+    """Return how many samples a run on a data set of this size should see."""
     most = max(MOST_SAMPLES, MOST_EPOCHS * num_images)
     return min(max(SAMPLES_PER_IMAGE * num_images, LEAST_SAMPLES), most)
 
 
 def schedule_plan(
     config: RunConfig, num_images: int, *, given: Set[str] = frozenset(), samples: int | None = None
-) -> Plan:
-    """Length, rates, evaluations and early stopping for a data set of this size.
+) -> FinetunePlan:
+    """Choose length, learning rates, evaluations and early stopping for a data set of this size.
 
     Args:
-        config: of `base_config`, with what a person gave.
-        given: dotted keys that a person gave, which stay as they are.
-        samples: to see in all, instead of `num_samples`.
+        config: from `base_config`, with the values that the user gave.
+        given: dotted keys that the user gave, which are not changed.
+        samples: total number of samples, instead of `num_samples`.
 
     Raises:
         ValueError: fewer samples than one.
@@ -136,13 +138,13 @@ def schedule_plan(
     late["schedule.patience"] = max(3, math.ceil(PATIENCE_SHARE * epochs / every))
     plan |= {key: value for key, value in late.items() if key not in given}
     final = override(config, plan)
-    return Plan(plan, _schedule_reasons(final, num_images, steps, given, samples))
+    return FinetunePlan(plan, _schedule_reasons(final, num_images, steps, given, samples))
 
 
 def _schedule_reasons(
     config: RunConfig, num_images: int, steps: int, given: Set[str], samples: int | None
 ) -> list[str]:
-    """Two or three lines: what will happen, and why."""
+    """Return lines on what will happen, and why."""
     schedule, optim = config.schedule, config.optim
     length = (
         f"{schedule.epochs * num_images:,} samples: {_epochs(schedule.epochs)} of {num_images} "
@@ -150,18 +152,18 @@ def _schedule_reasons(
     )
     if samples is None and "schedule.epochs" not in given:
         length += (
-            f" ({SAMPLES_PER_IMAGE} times each image, at least {LEAST_SAMPLES:,} samples and at "
+            f" (each image {SAMPLES_PER_IMAGE} times, at least {LEAST_SAMPLES:,} samples and at "
             f"most {MOST_SAMPLES:,} or {MOST_EPOCHS} epochs)"
         )
-    shape = {"cosine": "then down a cosine", "step": "then in steps"}[schedule.shape]
+    shape = {"cosine": "then cosine decay", "step": "then step decay"}[schedule.shape]
     lr = optim.lr_for(config.total_batch_size)
     rate = (
-        f"rate {lr:.3g}"
-        + ("" if "optim.lr" in given else ", half the recipe's, as the weights are nearly right")
+        f"learning rate {lr:.3g}"
+        + ("" if "optim.lr" in given else ", half the recipe's, for pretrained weights")
         + f"; backbone {lr * optim.backbone_lr_factor:.3g}; warm-up over "
         f"{_epochs(schedule.warmup_epochs)} for the new heads, {shape}"
     )
-    stop = f"AP every {_epochs(config.evaluate_every_epochs)}; the best checkpoint stays; "
+    stop = f"AP every {_epochs(config.evaluate_every_epochs)}; the best checkpoint is kept; "
     if schedule.patience is None:
         stop += "no early stopping"
     else:
@@ -182,11 +184,11 @@ def _epochs(count: float) -> str:
 
 def machine_plan(
     config: RunConfig, *, given: Set[str] = frozenset(), num_gpus: int, num_cpus: int
-) -> Plan:
-    """The workers that this machine can hold, where no cluster is named."""
+) -> FinetunePlan:
+    """Choose the number of workers for this machine, if no cluster is named."""
     cluster = config.cluster
     if os.environ.get("RAY_ADDRESS") or any(key.startswith("cluster.") for key in given):
-        return Plan()
+        return FinetunePlan()
     if cluster.gpu and num_gpus:
         workers, gpu = min(cluster.num_workers, num_gpus), True
         cpus = max(1.0, min(cluster.cpus_per_worker, num_cpus // workers))
@@ -197,14 +199,14 @@ def machine_plan(
         cpus = min(cluster.cpus_per_worker, num_cpus / workers)
     found = replace(cluster, num_workers=workers, gpu=gpu, cpus_per_worker=cpus)
     if found == cluster:
-        return Plan()
+        return FinetunePlan()
     kind = "GPU" if gpu else "CPU"
-    why = "" if gpu or not cluster.gpu else ", which has no GPU: this will be slow"
-    return Plan(
+    note = "" if gpu or not cluster.gpu else ", which has no GPU: this will be slow"
+    return FinetunePlan(
         {
             "cluster.num_workers": workers,
             "cluster.gpu": gpu,
             "cluster.cpus_per_worker": cpus,
         },
-        [f"{workers} {kind} worker{'s' * (workers > 1)}, what this machine holds{why}"],
+        [f"{workers} {kind} worker{'s' * (workers > 1)}, what this machine can run{note}"],
     )

@@ -1,10 +1,9 @@
-"""How much memory training needs at its worst, measured before a cluster is asked for anything.
+"""Measures the memory that training needs at most, before the cluster is used.
 
-The worst micro-batch follows from the true sizes of the images and from the largest that the
-augmentation makes of them. It is computed once, forwards, backwards and with an update, in a
-process of its own, whose peak is read: what the driver counts on a GPU, the resident set on a CPU.
-Two sizes of it give a line, the line the largest micro-batch that should fit, and that one is
-measured again before it is suggested.
+The worst micro-batch follows from the sizes of the images and the largest sizes that augmentation
+makes of them. A separate process runs forward, backward and an update on it once, and reports its
+peak memory: PyTorch's counter on a GPU, the resident set on a CPU. Two batch sizes give a line. The
+line predicts the largest micro-batch that fits, which is then measured before it is suggested.
 """
 
 # H W height and width   B images   N boxes in one image
@@ -39,18 +38,18 @@ from deta.platform.run.config import RunConfig, from_json, to_json
 from deta.platform.run.run import Run
 
 GIB = 2**30
-WARM_UP_PX = 128  # a first small update, so that the optimizer's state is there in the measured one
-# Of what is free: the rest is for what the probe has not. On a GPU that is the CUDA context and
-# memory in pieces too small to use, on a CPU the cluster's own processes and the loader.
+WARM_UP_PX = 128  # a first small update creates the optimizer's state before the measured one
+# Share of the free memory. The rest is for what the probe does not have: on a GPU the CUDA context
+# and fragmentation, on a CPU Ray's processes and the data loader.
 USABLE = {"cuda": 0.9, "cpu": 0.8}
-MAX_TRIES = 3  # at the suggested size, each smaller than the last
-MAX_MEASURE_S = 120  # larger sizes are not measured where they would take longer, as on a CPU
+MAX_TRIES = 3  # to confirm the prediction, each try smaller than the last
+MAX_MEASURE_S = 120  # sizes that would take longer, as on a CPU, are not measured
 PROBE_TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
 class WorstBatch:
-    """What the largest padded micro-batch can look like; an upper bound within a few pixels."""
+    """The size of the largest padded micro-batch; an upper bound within a few pixels."""
 
     height_px: int
     width_px: int
@@ -65,8 +64,8 @@ class WorstBatch:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One size of the worst micro-batch, computed."""
+class ProbeResult:
+    """The measurement of one size of the worst micro-batch."""
 
     num_images: int
     peak_bytes: int | None  # None: it did not fit
@@ -75,27 +74,27 @@ class Measured:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What was measured, and the micro-batch that follows from it."""
+    """The measurements, and the micro-batch that they suggest."""
 
     device: str
     worst: WorstBatch
     configured: int
     usable_bytes: int  # for one worker
-    measured: list[Measured]  # in the order of their sizes
-    largest: int  # micro-batch that was measured and fits; 0 where not even one image does
-    share: int  # images of a worker in an update: more cannot help
+    measured: list[ProbeResult]  # in the order of their sizes
+    largest: int  # micro-batch that was measured and fits; 0 if not even one image does
+    share: int  # images of a worker per update; a larger micro-batch has no use
 
     @property
     def fits(self) -> bool:
-        """Whether the configured micro-batch does."""
+        """Whether the configured micro-batch fits."""
         return self.configured <= self.largest
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Return a table for a terminal, and the advice that follows from it."""
         on = "this machine's CPU" if self.device == "cpu" else "the GPU"
         lines = [
             f"memory of one worker on {on}, padded to {self.worst.width_px}x"
-            f"{self.worst.height_px} px, forwards, backwards and update; "
+            f"{self.worst.height_px} px, forward, backward and update; "
             f"{self.usable_bytes / GIB:.1f} GiB can be used",
             "images at a time     memory       time    an image",
         ]
@@ -119,7 +118,7 @@ class Suggestion:
         elif not self.fits:
             lines.append(
                 f"! micro_batch_size={self.configured} does not fit; "
-                f"micro_batch_size={self.largest} does, and learns the same: workers accumulate"
+                f"micro_batch_size={self.largest} does, with the same result: workers accumulate"
             )
         else:
             limit = " (all of a worker's share)" if self.largest == self.share else ""
@@ -130,10 +129,10 @@ class Suggestion:
 def worst_batch(
     dataset: CocoDataset, augmentation: AugmentationConfig, num_images: int
 ) -> WorstBatch:
-    """The largest micro-batch that augmentation can make of these images.
+    """Return the largest micro-batch that augmentation can make of these images.
 
-    Images are padded to the height of the tallest and the width of the widest among them, which
-    may be two different ones. A single image cannot be both.
+    Images are padded to the height of the tallest and the width of the widest of them, which may be
+    two different images. A single image cannot be both.
     """
     tallest = widest = fullest = largest = (0, 0, 0, "")  # what counts, height, width, file
     for record in dataset.records:
@@ -149,7 +148,10 @@ def worst_batch(
 
 
 def _largest_sizes(height: int, width: int, config: AugmentationConfig) -> list[tuple[int, int]]:
-    """(height, width) that no augmentation of an image exceeds in both, and few miss by much."""
+    """Return (height, width) pairs that bound all augmentations of an image closely.
+
+    No augmented size exceeds all of them in both dimensions.
+    """
     sizes = [resized_size(height, width, e, config.max_long_edge) for e in config.short_edges]
     edge = max(config.short_edges)
     for pre_edge in config.crop_pre_short_edges if config.crop else ():
@@ -159,10 +161,10 @@ def _largest_sizes(height: int, width: int, config: AugmentationConfig) -> list[
         )
         for long, short, is_tall in ((high_h, low_w, True), (high_w, low_h, False)):
             ratio = long / short
-            if ratio < 1:  # this way round it cannot be cropped
+            if ratio < 1:  # no crop has this orientation
                 continue
-            # The short edge is rounded where the long one would be too long, so it ends up to
-            # half a pixel times the ratio beyond; see `resized_size`.
+            # Where the long edge would be too long, the short one is rounded. So the long edge can
+            # exceed its limit by half a pixel times the ratio; see `resized_size`.
             longest = min(int(edge * ratio), int(config.max_long_edge + 0.5 * ratio))
             sizes.append((longest, edge) if is_tall else (edge, longest))
     return sizes
@@ -173,26 +175,26 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
 
     Args:
         device: cuda or cpu, of this machine.
-        echo: told what is being measured, as it may take minutes on a CPU.
+        echo: receives a line for each measurement, since one may take minutes on a CPU.
 
     Raises:
-        RuntimeError: a probe failed otherwise than for want of memory.
+        RuntimeError: a probe failed for another reason than too little memory.
     """
     config = run.config
     share = -(-config.total_batch_size // config.cluster.num_workers)
     configured = min(config.micro_batch_size, share)
-    # One line through all sizes wants one padded size: that of several images.
+    # All batch sizes use the same padded size, that of several images, so that they lie on a line.
     worst = worst_batch(run.train_set, config.data.augmentation, share)
     usable = int(free_bytes(device, config.cluster.num_workers) * USABLE[device])
-    measured: dict[int, Measured] = {}
+    measured: dict[int, ProbeResult] = {}
 
-    def measure_once(num_images: int) -> Measured:
+    def measure_once(num_images: int) -> ProbeResult:
         if num_images not in measured:
             echo(f"  measuring {num_images} image{'s' * (num_images > 1)} at a time …")
-            measured[num_images] = measure(config, worst, num_images, device, usable)
+            measured[num_images] = measure_update(config, worst, num_images, device, usable)
         return measured[num_images]
 
-    def fits(one: Measured) -> bool:
+    def fits(one: ProbeResult) -> bool:
         return one.peak_bytes is not None and one.peak_bytes <= usable
 
     first, second = measure_once(1), None
@@ -243,24 +245,24 @@ def free_bytes(device: str, num_workers: int) -> int:
 
 
 def available_bytes(meminfo: str) -> int:
-    """Linux's own estimate of what can be had without swapping."""
+    """Return Linux's own estimate of the memory that is available without swapping."""
     for line in meminfo.splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo has no MemAvailable; this kernel is older than 3.14")
 
 
-def measure(
+def measure_update(
     config: RunConfig, worst: WorstBatch, num_images: int, device: str, limit_bytes: int
-) -> Measured:
-    """One update with the worst micro-batch, in a process of its own.
+) -> ProbeResult:
+    """Measure one update with the worst micro-batch, in a separate process.
 
     Args:
-        limit_bytes: on a CPU the process is refused more, so that nothing else on the machine
-            dies of the probe.
+        limit_bytes: memory limit of the process on a CPU, so that the probe cannot cause other
+            processes of the machine to be killed.
 
     Raises:
-        RuntimeError: it failed, and not for want of memory; says what the process said.
+        RuntimeError: it failed for another reason than too little memory; has the process's output.
     """
     request = {
         "config": to_json(config),
@@ -283,16 +285,16 @@ def measure(
         raise RuntimeError(
             f"the memory probe of {num_images} images took more than {PROBE_TIMEOUT_S} s"
         ) from error
-    if process.returncode == -9:  # the kernel ended it for its memory
-        return Measured(num_images, None)
+    if process.returncode == -9:  # the kernel's OOM killer
+        return ProbeResult(num_images, None)
     if process.returncode != 0:
         raise RuntimeError(f"the memory probe failed:\n{process.stderr[-2000:]}")
     answer = json.loads(process.stdout.splitlines()[-1])
-    return Measured(num_images, answer["peak_bytes"], answer["seconds"])
+    return ProbeResult(num_images, answer["peak_bytes"], answer["seconds"])
 
 
 def _answer(request: dict) -> dict:
-    """In the probe's own process: what `measure` wants to know."""
+    """Compute the answer for `measure_update`, in the probe's own process."""
     config = from_json(RunConfig, request["config"])
     worst, num_images = WorstBatch(**request["worst"]), request["num_images"]
     device = torch.device(request["device"])
@@ -312,7 +314,7 @@ def _answer(request: dict) -> dict:
 
 
 def _peak_resident_bytes() -> int:
-    """Of this process alone: getrusage counts what the process that started it held then, too."""
+    """Return the peak of this process alone; getrusage includes that of its parent at the fork."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -323,7 +325,7 @@ def _peak_resident_bytes() -> int:
 def _update_once(
     config: RunConfig, worst: WorstBatch, num_images: int, device: torch.device
 ) -> float:
-    """Seconds of an update with the worst micro-batch, made as in training."""
+    """Run an update with the worst micro-batch as in training; return its seconds."""
     torch.manual_seed(0)
     model = make_detector(without_download(config.model))
     freeze(model, config.optim.freeze)
@@ -356,13 +358,13 @@ def _update_once(
 
     update([small])
     began_s = time.perf_counter()
-    # The gradients of a micro-batch before it are there, as they are where a worker accumulates.
+    # With gradients of an earlier micro-batch, as when a worker accumulates.
     update([small, batch])
     return time.perf_counter() - began_s
 
 
 def _noise(num_images: int, height: int, width: int, num_boxes: int, num_classes: int) -> Batch:
-    """B images of noise, each full of boxes."""
+    """Return B images of noise, each with `num_boxes` boxes."""
     centres = 0.3 + 0.4 * torch.rand(num_boxes, 2)
     target = Target(
         boxes=torch.cat([centres, 0.1 + 0.4 * torch.rand(num_boxes, 2)], 1),

@@ -1,4 +1,4 @@
-"""A configuration to a run that can be started: all is checked that needs no cluster."""
+"""Turns a configuration into a run that can start; checks all that needs no cluster."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from deta.platform.weights.initial_weights import check_initial_weights
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, *, resume: bool = False) -> Run:
+def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
     """Check everything that can be checked without a cluster: data, classes, sizes.
 
     Args:
-        resume: the run has begun. Training pictures that have broken since are no refusal then;
-            they are replaced while it trains, up to `data.max_broken_share`.
+        resume: the run has begun. Training images that have become unreadable since are accepted
+            then; the training replaces them, up to `data.max_broken_share`.
 
     Raises:
         ValueError: names the file and record, or the configuration key.
     """
-    make_criterion(config.criterion, config.model)  # refuses what does not fit the model
+    make_criterion(config.criterion, config.model)  # raises if it does not fit the model
     data = config.data
     for split in ("train", "val"):
         if not getattr(data, f"{split}_images"):
@@ -90,47 +90,49 @@ def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
             images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
         )
     except DatasetError as error:
-        before = read_dataset_snapshot(kept, split, annotations) if kept and split == "train" else None
+        before = (
+            read_dataset_snapshot(kept, split, annotations) if kept and split == "train" else None
+        )
         if before is None:
             raise
-        logger.warning("%s\nThe run began with them whole, so it goes on: broken pictures are "
-                       "replaced while it trains.", error)  # fmt: skip
+        logger.warning("%s\nThese images were readable when the run began, so it continues: the "
+                       "training replaces broken images.", error)  # fmt: skip
         return before
     first = data.train_first if split == "train" else data.val_first
     return dataset if first is None else dataset.first(min(first, len(dataset)))
 
 
 def _local(key: str, given: str | None, storage: Path) -> str | None:
-    """The file or checkpoint that init_checkpoint or init_backbone mean, seen from all nodes."""
+    """Return the path of init_checkpoint or init_backbone, where all nodes can read it."""
     if given is None:
         return None
-    if is_url(given):  # into the storage, which all nodes share
+    if is_url(given):  # download it to the storage, which all nodes share
         return str(fetch(given, storage / "downloads"))
     path = Path(_absolute(given))
     if key == "init_checkpoint" and not path.is_file():
         path = find_checkpoint(path)
     if not path.exists():
-        raise ValueError(f"{key}={path}: there is no such file or folder")
+        raise ValueError(f"{key}={path}: no such file or folder")
     return str(path)
 
 
 def _refuse_secrets(config: RunConfig) -> None:
-    """What a configuration says ends in the run's folder, in its checkpoints and in MLflow.
+    """Refuse secrets: the run's folder, its checkpoints and MLflow store the configuration.
 
     Raises:
-        ValueError: names the key, and not the value.
+        ValueError: a value is a secret; names the key, not the value.
     """
     for key, value in flatten(config).items():
         if isinstance(value, str) and holds_secret(value):
             raise ValueError(
-                f"{key} holds a password or a key, which would end in the run's folder, in its "
-                "checkpoints and logs; set it in the environment instead (AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY for S3, or the credentials file of the store's own tools)"
+                f"{key} contains a password or a key, which would be stored in the run's folder, "
+                "its checkpoints and logs; set it in the environment instead (AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY for S3, or the credentials file of the store's tools)"
             )
 
 
 def _absolute(path: str) -> str:
-    if not path or "://" in path:  # of a bucket, say
+    if not path or "://" in path:  # for example a bucket
         return path
     return str(Path(path).expanduser().resolve())
 
@@ -144,7 +146,7 @@ def _difference(first: CocoDataset, second: CocoDataset) -> str:
 
 
 def _code_commit() -> str:
-    """Of the code that runs; a job that travels without its history is told by `deta submit`."""
+    """Return the commit of this code; `deta submit` sets it for a job that has no git history."""
     if commit := os.environ.get("DETA_COMMIT"):
         return commit
     folder = Path(__file__).resolve().parent

@@ -1,11 +1,11 @@
-"""A sheet of training pictures as the model will see them: augmented, resized, with their boxes.
+"""Draws a sheet of training images as the model will see them: augmented, resized, with boxes.
 
-The pictures are samples of the run itself: the same draws of flip, crop and size that the first
-epoch will make, taken from the tensors that go into the model and turned back into colours. So a
-box that sits beside its object here is beside it in training.
+The images are samples of the run itself, with the same random flips, crops and sizes as in the
+first epoch. They are made from the model's input tensors, converted back to colours. So a box that
+misses its object here also misses it in training.
 """
 
-# N boxes of one picture
+# N boxes of one image
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.run.run import Run
 
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 COLUMNS = 4
-CELL_PX = 360  # about the longer side of the largest picture, once scaled
-MAX_NAMED = 8  # boxes of one picture that all carry their names; of more, one of each class does
+CELL_PX = 360  # about the longer side of the largest image, once scaled
+MAX_NAMED = 8  # if an image has more boxes, only the largest of each class has its name
 
 
 @dataclass(frozen=True)
-class SeenPicture:
-    """One sample of the run, back in colours."""
+class SheetImage:
+    """One sample of the run, converted back to an image."""
 
     image: Image.Image
     boxes_px: torch.Tensor  # N 4, xyxy, in pixels of `image`
@@ -52,11 +52,11 @@ class SeenPicture:
     caption: str
 
 
-def first_pictures(run: Run, num_pictures: int = NUM_PICTURES) -> list[SeenPicture]:
-    """Samples of the first epoch, chosen so that every class is shown about equally often.
+def first_epoch_images(run: Run, num_images: int = NUM_IMAGES) -> list[SheetImage]:
+    """Return samples of the first epoch that show every class about equally often.
 
     Raises:
-        ImageError: a picture that cannot be decoded; names the file.
+        ImageError: an image cannot be decoded; names the file.
     """
     config, records = run.config, run.train_set.records
     loader = train_loader(
@@ -71,15 +71,15 @@ def first_pictures(run: Run, num_pictures: int = NUM_PICTURES) -> list[SeenPictu
     keys = [order.sample_at(position) for position in range(len(records))]
     labels = [records[key.image_index].labels.tolist() for key in keys]
 
-    pictures = []
-    for place in _choose(labels, num_pictures):
+    samples = []
+    for place in _choose(labels, num_images):
         seen = loader.inputs[keys[place]]
         record = records[keys[place].image_index]
         image = to_image(seen.image)
         size_px = torch.tensor([image.width, image.height] * 2)
         lost = len(record.labels) - len(seen.target.labels)
-        pictures.append(
-            SeenPicture(
+        samples.append(
+            SheetImage(
                 image,
                 cxcywh_to_xyxy(seen.target.boxes) * size_px,
                 seen.target.labels,
@@ -88,18 +88,18 @@ def first_pictures(run: Run, num_pictures: int = NUM_PICTURES) -> list[SeenPictu
                 + (f", {lost} cropped away" if lost else ""),
             )
         )
-    return pictures
+    return samples
 
 
-def _choose(labels: Sequence[Sequence[int]], num_pictures: int) -> list[int]:
-    """Places in the epoch: for the class shown least so far, the first sample that has it."""
+def _choose(labels: Sequence[Sequence[int]], num_images: int) -> list[int]:
+    """Choose positions in the epoch: each time the first sample of the least shown class."""
     places_of: dict[int, list[int]] = {}
-    for place in range(len(labels) - 1, -1, -1):  # so that the first ones are at the ends
+    for place in range(len(labels) - 1, -1, -1):  # reversed, so that pop() returns the first one
         for label in set(labels[place]):
             places_of.setdefault(label, []).append(place)
     shown = dict.fromkeys(sorted(places_of), 0)
     chosen: set[int] = set()
-    while shown and len(chosen) < num_pictures:
+    while shown and len(chosen) < num_images:
         rarest = min(shown, key=lambda label: shown[label])
         while places_of[rarest] and places_of[rarest][-1] in chosen:
             places_of[rarest].pop()
@@ -111,42 +111,42 @@ def _choose(labels: Sequence[Sequence[int]], num_pictures: int) -> list[int]:
         for label in set(labels[place]) & shown.keys():
             shown[label] += 1
     empty = (place for place in range(len(labels)) if place not in chosen)
-    chosen |= set(islice(empty, num_pictures - len(chosen)))
+    chosen |= set(islice(empty, num_images - len(chosen)))
     return sorted(chosen)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """3 H W, normalised as for the model, back to 8-bit RGB."""
+    """Convert a 3 H W tensor, normalised for the model, back to 8-bit RGB."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
     levels = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def training_sheet(
-    pictures: Sequence[SeenPicture],
+    samples: Sequence[SheetImage],
     names: Sequence[str],
     *,
     title: str = "",
     columns: int = COLUMNS,
 ) -> Image.Image:
-    """The pictures side by side, all at one scale, so that their sizes can be compared.
+    """Draw the images side by side, all at one scale, so that their sizes can be compared.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no images.
     """
-    if not pictures:
-        raise ValueError("a sheet needs at least one picture")
-    scale = CELL_PX / max(max(picture.image.size) for picture in pictures)
+    if not samples:
+        raise ValueError("a sheet needs at least one image")
+    scale = CELL_PX / max(max(sample.image.size) for sample in samples)
     if scale > 1:
-        scale = float(round(scale))  # a whole number, so that every pixel is equally large
-    drawn = [_drawn(picture, names, scale) for picture in pictures]
+        scale = float(round(scale))  # an integer, so that all pixels are equally large
+    drawn = [_drawn(sample, names, scale) for sample in samples]
     columns = min(columns, len(drawn))
     rows = [
         range(start, min(start + columns, len(drawn))) for start in range(0, len(drawn), columns)
     ]
     cell_width = max(image.width for image in drawn)
     width = columns * (cell_width + GAP_PX) + GAP_PX
-    counts = Counter(label for picture in pictures for label in picture.labels.tolist())
+    counts = Counter(label for sample in samples for label in sample.labels.tolist())
     legend = _legend(counts, names, width - 2 * GAP_PX)
     title_px = LINE_PX + GAP_PX // 2 if title else 0
     row_heights = [max(drawn[i].height for i in row) + 2 * LINE_PX + GAP_PX for row in rows]
@@ -163,7 +163,7 @@ def training_sheet(
         for column, i in enumerate(row):
             x = GAP_PX + column * (cell_width + GAP_PX)
             sheet.paste(drawn[i], (x, y))
-            for number, line in enumerate(pictures[i].caption.splitlines()[:2]):
+            for number, line in enumerate(samples[i].caption.splitlines()[:2]):
                 text = fit_text(line, cell_width, font)
                 draw.text((x, y + drawn[i].height + 4 + number * LINE_PX), text, INK, font)
         y += row_height
@@ -171,25 +171,25 @@ def training_sheet(
 
 
 def write_training_sheet(path: Path, run: Run) -> None:
-    """The sheet of a run, into a file whose suffix gives the format; whole or not at all.
+    """Write the sheet of a run atomically; the suffix of `path` gives the format.
 
     Raises:
-        ImageError: a picture that cannot be decoded; names the file.
+        ImageError: an image cannot be decoded; names the file.
     """
     names = [category.name for category in run.train_set.categories]
-    title = f"{run.config.name}: training pictures as the model sees them in the first epoch"
-    save_image(training_sheet(first_pictures(run), names, title=title), path)
+    title = f"{run.config.name}: training images as the model sees them in the first epoch"
+    save_image(training_sheet(first_epoch_images(run), names, title=title), path)
 
 
-def _drawn(picture: SeenPicture, names: Sequence[str], scale: float) -> Image.Image:
-    size = [max(1, round(side * scale)) for side in picture.image.size]
+def _drawn(sample: SheetImage, names: Sequence[str], scale: float) -> Image.Image:
+    size = [max(1, round(side * scale)) for side in sample.image.size]
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    image = picture.image.resize((size[0], size[1]), resample)
-    labels = picture.labels.tolist()
+    image = sample.image.resize((size[0], size[1]), resample)
+    labels = sample.labels.tolist()
     if len(labels) <= MAX_NAMED:
-        return draw_detections(image, picture.boxes_px * scale, labels, None, names)
-    # In a crowd names would hide the picture: the largest box of each class carries its name.
-    sides_px = picture.boxes_px[:, 2:] - picture.boxes_px[:, :2]
+        return draw_detections(image, sample.boxes_px * scale, labels, None, names)
+    # Many names would hide the image, so only the largest box of each class has its name.
+    sides_px = sample.boxes_px[:, 2:] - sample.boxes_px[:, :2]
     largest: dict[int, int] = {}
     for n in sides_px.prod(1).argsort().tolist():
         largest[labels[n]] = n
@@ -197,7 +197,7 @@ def _drawn(picture: SeenPicture, names: Sequence[str], scale: float) -> Image.Im
     quiet = [n for n in range(len(labels)) if n not in named]
     for part, texts in ((quiet, [""] * len(names)), (sorted(named), names)):
         image = draw_detections(
-            image, picture.boxes_px[part] * scale, picture.labels[part], None, texts
+            image, sample.boxes_px[part] * scale, sample.labels[part], None, texts
         )
     return image
 
@@ -207,7 +207,7 @@ def _boxes(count: int) -> str:
 
 
 def _legend(counts: Counter[int], names: Sequence[str], width: int) -> Image.Image:
-    """Colour, name and number of boxes of each class on the sheet, in as many lines as it takes."""
+    """Draw colour, name and number of boxes of each class, in as many lines as needed."""
     font = ImageFont.load_default(size=CAPTION_PX)
     places, x, y = [], 0, 0
     for label, count in sorted(counts.items()):

@@ -38,10 +38,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from deta.platform.cluster.reservations import give_back_reservations
-from deta.platform.launch.attempt_monitor import Vigil
+from deta.platform.launch.attempt_monitor import AttemptMonitor
 from deta.platform.launch.console import Console
-from deta.platform.launch.orphan_reaper import ALL_IS_WELL, start_guardian
-from deta.platform.launch.prepare_run import prepare
+from deta.platform.launch.orphan_reaper import CLEAN_EXIT, start_orphan_reaper
+from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.run.run_lock import RunLock
@@ -105,7 +105,7 @@ def launch_sweep(
         RuntimeError: no trial finished.
     """
     table = LiveTable(echo)
-    run = prepare(sweep.config)
+    run = prepare_run(sweep.config)
     sweep = sweep.with_base(run.config)
     trials = sweep.trials()
     check_trials(sweep, trials)
@@ -148,19 +148,19 @@ def launch_sweep(
 @contextmanager
 def _reaping_orphans(mark: str, folder: Path) -> Iterator[None]:
     """End all child processes when this process ends, however it ends."""
-    guardian = start_guardian(mark, folder)
+    reaper = start_orphan_reaper(mark, folder)
     try:
         yield
     finally:
         ray.shutdown()
         kill_marked(RUN_MARK, mark)
-        assert guardian.stdin is not None
+        assert reaper.stdin is not None
         try:
-            guardian.stdin.write(ALL_IS_WELL)
-            guardian.stdin.close()
+            reaper.stdin.write(CLEAN_EXIT)
+            reaper.stdin.close()
         except BrokenPipeError:
             pass
-        guardian.wait()
+        reaper.wait()
 
 
 # What the cluster has
@@ -255,27 +255,27 @@ def _train_trial(given: dict[str, Any], base: Run) -> None:
     config, folder = from_json(RunConfig, given["config"]), Path(given["folder"])
     run = replace(base, config=config, folder=folder)
     (folder / OUTCOME_FILE).unlink(missing_ok=True)
-    vigil = Vigil(run, Console(run, lambda _: None))
-    threading.Thread(target=_end_if_silent, args=(vigil,), daemon=True).start()
-    began = Vigil(run, Console(run, lambda _: None))
+    monitor = AttemptMonitor(run, Console(run, lambda _: None))
+    threading.Thread(target=_end_if_silent, args=(monitor,), daemon=True).start()
+    began = AttemptMonitor(run, Console(run, lambda _: None))
     try:
         # A lost worker ends the attempt. Tune starts the next one and counts them.
         fit(run, max_failures=0, callbacks=[TuneReportCallback()])
     except Exception:
-        failure = began.failure_that_comes_again()
+        failure = began.permanent_failure()
         if not failure:
             raise
         write_json(folder / OUTCOME_FILE, asdict(AttemptOutcome("refused", failure)), durable=True)
 
 
-def _end_if_silent(vigil: Vigil) -> None:
+def _end_if_silent(monitor: AttemptMonitor) -> None:
     while True:
         time.sleep(POLL_INTERVAL_S)
-        vigil.look()
-        if vigil.ended or vigil.stopped:
+        monitor.poll()
+        if monitor.ended or monitor.stopped:
             return
-        if reason := vigil.hang():
-            logger.error("%s: %s; the trial starts again", vigil.run.folder, reason)
+        if reason := monitor.hang():
+            logger.error("%s: %s; the trial starts again", monitor.run.folder, reason)
             os._exit(1)
 
 

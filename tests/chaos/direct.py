@@ -1,6 +1,6 @@
-"""The training loop of the product in processes of its own, without a cluster or supervisor.
+"""The product's training loop in separate processes, without a cluster or supervisor.
 
-`python -m tests.chaos.direct SPEC RANK` is one such process; `SPEC` is a file that `Direct` wrote.
+`python -m tests.chaos.direct SPEC RANK` is one such process; `Direct` writes the file `SPEC`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.chaos.runs import (
     read_journal,
 )
 
-PERSISTENT = {"cluster.hang_timeout_s": "600"}  # nothing hangs here but by the machine's load
+PERSISTENT = {"cluster.hang_timeout_s": "600"}  # only a busy machine can cause a hang here
 
 
 class Direct:
-    """A run folder, and `train` in it as often as wanted."""
+    """A run's folder in which `train` can run several times."""
 
     def __init__(
         self,
@@ -51,8 +51,8 @@ class Direct:
     ) -> None:
         """
         Args:
-            break_pictures: so many of the last ones, each time after the data set was opened; it
-                must be `place.own_data`.
+            break_pictures: number of images at the end of the data set to break, each time after
+                it was opened; the data must be `place.own_data`.
             as_launched: resume only what the supervisor would resume.
         """
         self.as_launched = as_launched
@@ -74,7 +74,7 @@ class Direct:
         self.log = place.folder / f"{name}.log"
 
     def start(self, world_size: int = 1, **overrides: object) -> list[subprocess.Popen[bytes]]:
-        """Processes of all ranks."""
+        """Start and return the processes of all ranks."""
         changed = {k.replace("__", "."): str(v) for k, v in overrides.items()}
         spec = self.folder / "direct.json"
         spec.write_text(
@@ -107,14 +107,14 @@ class Direct:
             ]
 
     def run(self, world_size: int = 1, timeout_s: float = 300, **overrides: object) -> list[int]:
-        """To the end of all processes: their exit codes."""
+        """Run all ranks to their end and return their exit codes."""
         timeout_s *= self.place.patience
         processes = self.start(world_size, **overrides)
         deadline_s = time.monotonic() + timeout_s
         try:
             return [p.wait(max(1.0, deadline_s - time.monotonic())) for p in processes]
         except subprocess.TimeoutExpired:
-            raise ScenarioError(f"{self.name}: not ended within {timeout_s:.0f} s") from None
+            raise ScenarioError(f"{self.name}: did not end within {timeout_s:.0f} s") from None
         finally:
             kill(processes)
 
@@ -137,7 +137,7 @@ class Direct:
     ) -> None:
         deadline_s = time.monotonic() + timeout_s * self.place.patience
         while self.step() < step:
-            expect(time.monotonic() < deadline_s, f"{self.name}: step {step} did not come")
+            expect(time.monotonic() < deadline_s, f"{self.name}: did not reach step {step}")
             dead = [p.returncode for p in processes if p.poll() is not None]
             expect(
                 not dead or self.step() >= step, f"{self.name}: ended with {dead}: {self.tail()}"
@@ -165,7 +165,7 @@ def tiny_config(overrides: dict[str, str]) -> Any:
 
 
 def undisturbed(place: Place, epochs: int = 4, world_size: int = 2) -> Direct:
-    """A run that nothing happened to, made once: what all others must equal."""
+    """Return a run without faults, made once. All other runs must equal it."""
     key = f"undisturbed-{epochs}-{world_size}"
     if key not in place.shared:
         run = Direct(place, key, schedule__epochs=epochs, evaluate_every_epochs=epochs)
@@ -176,14 +176,14 @@ def undisturbed(place: Place, epochs: int = 4, world_size: int = 2) -> Direct:
 
 
 def break_pictures(data: ShapesDataset, number: int) -> set[int]:
-    """Cut short, of another type, missing, empty, … the last of a data set; their ids."""
+    """Truncate, replace, remove or empty the last images of a data set; return their ids."""
     images = json.loads(data.train_annotations.read_text())["images"][-number:]
     for kind, image in enumerate(images):
         path = data.train_images / image["file_name"]
         content = path.read_bytes()
         path.unlink()
         if kind % 4 != 2:
-            path.write_bytes((content[: len(content) // 3], b"no picture", b"", b"")[kind % 4])
+            path.write_bytes((content[: len(content) // 3], b"no image", b"", b"")[kind % 4])
     return {int(image["id"]) for image in images}
 
 
@@ -194,7 +194,7 @@ def _main() -> None:
     import torch.distributed as dist
 
     from deta.platform.data.coco_dataset import CocoDataset
-    from deta.platform.launch.claim_folder import changes_since, refuse_changes
+    from deta.platform.launch.resume_check import changes_since_start, refuse_changes
     from deta.platform.learning.distributed import Worker
     from deta.platform.run.run import Run
     from deta.platform.training.loop import train
@@ -224,10 +224,10 @@ def _main() -> None:
     config = tiny_config(spec["overrides"] | {"model.num_classes": str(len(train_set.categories))})
     run = Run(config, Path(spec["folder"]), train_set, val_set)
     if spec["as_launched"] and run.checkpoints.exists():
-        refuse_changes(run, changes_since(run))
+        refuse_changes(run, changes_since_start(run))
     train(run, Worker(rank, world_size))
     sys.stdout.flush()
-    os._exit(0)  # a process group that is taken down in order waits for others
+    os._exit(0)  # a clean shutdown of the process group would wait for other ranks
 
 
 if __name__ == "__main__":

@@ -210,10 +210,10 @@ def test_a_look_leaves_a_sheet_and_no_run(
     checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call, monkeypatch,
     needed_gib: int, found: str,
 ):  # fmt: skip
-    def pretend(config, worst, num_images, device, limit_bytes) -> memory_probe.Measured:
-        return memory_probe.Measured(num_images, needed_gib << 30, 1.0)
+    def pretend(config, worst, num_images, device, limit_bytes) -> memory_probe.ProbeResult:
+        return memory_probe.ProbeResult(num_images, needed_gib << 30, 1.0)
 
-    monkeypatch.setattr(memory_probe, "measure", pretend)
+    monkeypatch.setattr(memory_probe, "measure_update", pretend)
     monkeypatch.setattr(memory_probe, "free_bytes", lambda *_: 8 << 30)
     looked = call(
         "--init", str(checkpoint.path), *data_options(own), "--look", "--probe",
@@ -228,10 +228,10 @@ def test_a_look_leaves_a_sheet_and_no_run(
 def test_a_micro_batch_that_does_not_fit_is_refused_before_the_cluster(
     checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call, monkeypatch
 ):
-    def pretend(config, worst, num_images, device, limit_bytes) -> memory_probe.Measured:
-        return memory_probe.Measured(num_images, 5 * num_images << 30, 1.0)
+    def pretend(config, worst, num_images, device, limit_bytes) -> memory_probe.ProbeResult:
+        return memory_probe.ProbeResult(num_images, 5 * num_images << 30, 1.0)
 
-    monkeypatch.setattr(memory_probe, "measure", pretend)
+    monkeypatch.setattr(memory_probe, "measure_update", pretend)
     monkeypatch.setattr(memory_probe, "free_bytes", lambda *_: 10 << 30)
     refused = call(
         "--init", str(checkpoint.path), *data_options(own), "--probe", "--name", "mine",

@@ -14,7 +14,7 @@ from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.launch.prepare_run import prepare
+from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import (
     ClusterConfig,
     DataConfig,
@@ -45,16 +45,16 @@ IN_CONFIGURATION = {
 TRAIN = """
 import sys
 from pathlib import Path
-from deta.platform.launch.claim_folder import claim_folder
+from deta.platform.launch.resume_check import open_run_folder
 from deta.platform.run.config import RunConfig, from_json
 from deta.platform.learning.distributed import Worker
 from deta.platform.run.dataset_snapshot import write_dataset_snapshot
-from deta.platform.launch.prepare_run import prepare
+from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.run_file import describe_run, write_run_file
 from deta.platform.training.loop import train
 
-run = prepare(from_json(RunConfig, Path(sys.argv[1]).read_text()))
-claim_folder(run, resume=False)
+run = prepare_run(from_json(RunConfig, Path(sys.argv[1]).read_text()))
+open_run_folder(run, resume=False)
 write_run_file(run.folder, describe_run(run))
 write_dataset_snapshot(run)
 train(run, Worker())
@@ -147,7 +147,7 @@ def test_a_secret_in_the_configuration_is_refused_and_not_shown(config: RunConfi
     if key == "data.val_images":
         config = override(config, {"data.val_annotations": ""})
     with pytest.raises(ValueError, match="password") as caught:
-        prepare(config)
+        prepare_run(config)
     assert "canary" not in str(caught.value).lower()
     assert not (Path(config.storage) / "refused").exists()
 

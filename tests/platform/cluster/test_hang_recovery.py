@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.launch.supervisor import LOG_FILE
+from deta.platform.launch.attempt import LOG_FILE
 from deta.platform.learning.hang_watchdog import HEARTBEATS, STACKS
 from deta.platform.run.journal import read_events
 
@@ -53,12 +53,12 @@ def test_a_worker_that_does_not_run_is_replaced_without_another_attempt(tmp_path
     finally:
         run.send_signal(signal.SIGTERM)
         run.wait(120)
-    said = (tmp_path / "run.log").read_text(errors="replace")
-    assert run.returncode == 143, said[-3000:]
+    printed = (tmp_path / "run.log").read_text(errors="replace")
+    assert run.returncode == 143, printed[-3000:]
     restarts = [e["reason"] for e, _ in read_events(folder) if e["kind"] == "restart"]
     assert len(restarts) == 1
-    assert restarts[0].startswith("the training stood still (rank 0, process ")
-    assert f"{restarts[0]}; going on from " in said
+    assert restarts[0].startswith("the training hung (rank 0, process ")
+    assert f"{restarts[0]}; continuing from " in printed
     assert len(list((folder / STACKS).glob("rank-0-*.txt"))) == 1
     assert (folder / LOG_FILE).read_text().count("Ray cluster on this machine") == 1
     assert not Path(f"/proc/{victim}").exists()

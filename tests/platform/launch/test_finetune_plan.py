@@ -1,4 +1,4 @@
-"""How long, how fast and on what: as stated, and what a person gave stays."""
+"""The plan gives the stated schedule, and keeps the values that the user gave."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_plan_fits_every_size_of_set(num_images: int, recipe):
     assert f"{schedule.patience} evaluations" in text
 
 
-def test_what_a_person_gave_stays_and_the_rest_follows_it():
+def test_given_values_stay_and_the_rest_follows_from_them():
     changes = {
         "schedule.epochs": "10",
         "schedule.shape": "step",
@@ -84,7 +84,7 @@ def test_what_a_person_gave_stays_and_the_rest_follows_it():
     assert "half" not in "".join(plan.reasons)
 
 
-def test_samples_that_are_asked_for_are_seen():
+def test_the_requested_number_of_samples_is_planned():
     base = base_config(small(), None)
     config = override(base, schedule_plan(base, 112, samples=2_700).changes)
     assert config.schedule.epochs == 24
@@ -92,7 +92,7 @@ def test_samples_that_are_asked_for_are_seen():
         schedule_plan(base, 112, samples=0)
 
 
-def test_the_rate_of_a_rule_is_told_as_it_will_be():
+def test_the_printed_rate_includes_the_rule():
     base = override(
         base_config(official_12ep(), None), {"optim.lr_rule": "linear", "optim.lr_base_batch": 16}
     )
@@ -119,7 +119,7 @@ def test_model_and_image_sizes_are_the_checkpoints_and_training_is_the_recipes()
     assert config.name == "deta-r50-12ep-finetune"
 
 
-def test_the_variant_with_the_same_model_is_found_whatever_its_classes():
+def test_the_variant_with_the_same_model_is_found_for_any_classes():
     assert variant_of(replace(small().model, num_classes=3), VARIANTS) == "small"
     assert variant_of(official_12ep().model, VARIANTS) == "official_12ep"
     assert variant_of(replace(small().model, dim=32), VARIANTS) is None
@@ -136,7 +136,7 @@ def test_the_variant_with_the_same_model_is_found_whatever_its_classes():
         (small, 4, 1, (1, False, 1)),
     ],
 )
-def test_workers_are_what_the_machine_holds(monkeypatch, recipe, num_gpus, num_cpus, expected):
+def test_workers_are_what_the_machine_can_run(monkeypatch, recipe, num_gpus, num_cpus, expected):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config: RunConfig = recipe()
     plan = machine_plan(config, num_gpus=num_gpus, num_cpus=num_cpus)
@@ -147,7 +147,7 @@ def test_workers_are_what_the_machine_holds(monkeypatch, recipe, num_gpus, num_c
     assert bool(plan.reasons) == (expected is not None)
 
 
-def test_a_named_cluster_and_a_persons_numbers_stay(monkeypatch):
+def test_a_named_cluster_and_given_values_stay(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere")
     assert not machine_plan(official_12ep(), num_gpus=0, num_cpus=2).changes
     monkeypatch.delenv("RAY_ADDRESS")

@@ -35,7 +35,7 @@ def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
+def test_the_reaper_kills_what_a_killed_supervisor_left(tmp_path: Path):
     mark = new_mark()
     left = start(RUN_MARK, mark, 300)
     reaper = start_orphan_reaper(mark, tmp_path)
@@ -48,7 +48,7 @@ def test_the_guardian_does_what_its_supervisor_no_longer_can(tmp_path: Path):
     assert marked_processes(RUN_MARK, mark) == []
 
 
-def test_the_guardian_of_a_run_that_ended_does_nothing(tmp_path: Path):
+def test_the_reaper_of_a_run_that_ended_does_nothing(tmp_path: Path):
     mark = new_mark()
     left = start(RUN_MARK, mark, 300)
     reaper = start_orphan_reaper(mark, tmp_path)

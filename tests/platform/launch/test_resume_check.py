@@ -1,7 +1,8 @@
-"""Going on with a run: what must be the same, what may have been lost."""
+"""Resuming a run: what must be the same, and what may have been lost."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.launch import claim_folder as claim
-from deta.platform.launch.prepare_run import prepare
+from deta.platform.launch import resume_check
+from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import DataConfig, RunConfig, override
 from deta.platform.run.dataset_snapshot import DATA_FILE, read_run_snapshot, write_dataset_snapshot
 from deta.platform.run.run import Run
@@ -42,9 +43,9 @@ def config(drawn: ShapesDataset, tmp_path: Path) -> RunConfig:
     )
 
 
-def begun(config: RunConfig) -> Run:
-    run = prepare(config)
-    claim.claim_folder(run, resume=False)
+def started(config: RunConfig) -> Run:
+    run = prepare_run(config)
+    resume_check.open_run_folder(run, resume=False)
     write_run_file(run.folder, describe_run(run))
     write_dataset_snapshot(run)
     return run
@@ -63,66 +64,75 @@ def save(run: Run, step: int) -> None:
 
 
 def test_a_name_is_taken_once_and_resumed_only_where_it_is(config: RunConfig):
-    run = prepare(config)
-    with pytest.raises(claim.RunExistsError, match="no run to resume"):
-        claim.claim_folder(run, resume=True)
-    begun(config)
-    with pytest.raises(claim.RunExistsError, match="--resume"):
-        claim.claim_folder(run, resume=False)
-    claim.claim_folder(run, resume=True)
-    assert claim.changes_since(run) == []
+    run = prepare_run(config)
+    with pytest.raises(resume_check.RunExistsError, match="no run to resume"):
+        resume_check.open_run_folder(run, resume=True)
+    started(config)
+    with pytest.raises(resume_check.RunExistsError, match="--resume"):
+        resume_check.open_run_folder(run, resume=False)
+    resume_check.open_run_folder(run, resume=True)
+    assert resume_check.changes_since_start(run) == []
 
 
-def test_what_changes_what_is_learnt_is_told_and_the_rest_is_free(config: RunConfig):
-    run = begun(config)
+def test_changes_of_the_result_are_named_and_the_rest_is_free(config: RunConfig):
+    run = started(config)
     free = {"cluster.num_workers": 2, "checkpoint.keep": 5, "max_skipped_steps": 3}
-    assert claim.changes_since(replace(run, config=override(run.config, free))) == []
+    free |= {"evaluation.engine": "pycocotools"}  # computes the same numbers
+    assert resume_check.changes_since_start(replace(run, config=override(run.config, free))) == []
     other = replace(run, config=override(run.config, {"optim.lr": 1e-5}))
-    changes = claim.changes_since(replace(other, train_set=run.train_set.first(9)))
+    changes = resume_check.changes_since_start(replace(other, train_set=run.train_set.first(9)))
     assert changes[0].startswith("optim.lr: 0.0002 -> 1e-05")
     assert "train data set" in changes[1]
-    with pytest.raises(claim.RunExistsError, match="--force"):
-        claim.refuse_changes(run, changes)
+    with pytest.raises(resume_check.RunExistsError, match="--force"):
+        resume_check.refuse_changes(run, changes)
+
+
+def test_a_run_from_before_a_key_existed_has_its_default(config: RunConfig):
+    run = started(config)
+    content = json.loads((run.folder / RUN_FILE).read_text())
+    del content["config"]["evaluation"]
+    (run.folder / RUN_FILE).write_text(json.dumps(content))
+    assert resume_check.changes_since_start(run) == []
 
 
 @pytest.mark.parametrize("content", [b"", b'{"config": {"na', None])
-def test_without_run_json_the_newest_checkpoint_tells_what_the_run_was(config: RunConfig, content):
-    run = begun(config)
+def test_without_run_json_the_newest_checkpoint_gives_the_original_run(config: RunConfig, content):
+    run = started(config)
     path = run.folder / RUN_FILE
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(claim.RunExistsError):
-        claim.what_was(run)
+    with pytest.raises(resume_check.RunExistsError):
+        resume_check.original_run_file(run)
     save(run, 3)
-    claim.claim_folder(run, resume=True)
-    assert claim.changes_since(run) == []
+    resume_check.open_run_folder(run, resume=True)
+    assert resume_check.changes_since_start(run) == []
     other = replace(run, config=override(run.config, {"optim.lr": 1e-5}))
-    assert claim.changes_since(other)
-    write_run_file(run.folder, describe_run(run, claim.what_was(run)))
-    assert claim.what_was(run)["key"]
+    assert resume_check.changes_since_start(other)
+    write_run_file(run.folder, describe_run(run, resume_check.original_run_file(run)))
+    assert resume_check.original_run_file(run)["key"]
 
 
-def test_pictures_that_broke_since_do_not_end_a_run(config: RunConfig):
-    run = begun(config)
+def test_images_that_broke_since_do_not_end_a_run(config: RunConfig):
+    run = started(config)
     assert read_run_snapshot(run.folder).train_set.fingerprint == run.train_set.fingerprint
     assert (run.folder / DATA_FILE).stat().st_mode & 0o077 == 0
     victim = sorted(Path(config.data.train_images).iterdir())[3]
     victim.write_bytes(b"")
     with pytest.raises(DatasetError, match=victim.name):
-        prepare(config)
-    again = prepare(config, resume=True)
+        prepare_run(config)
+    again = prepare_run(config, resume=True)
     assert again.train_set.fingerprint == run.train_set.fingerprint
-    assert claim.changes_since(again) == []
+    assert resume_check.changes_since_start(again) == []
 
 
 def test_changed_annotations_are_never_taken_for_those_of_the_beginning(
     config: RunConfig, drawn: ShapesDataset, tmp_path: Path
 ):
-    run = begun(config)
+    run = started(config)
     changed = tmp_path / "changed.json"
     changed.write_text(drawn.train_annotations.read_text() + "\n")
     sorted(Path(config.data.train_images).iterdir())[3].unlink()
     with pytest.raises(DatasetError):
-        prepare(override(config, {"data.train_annotations": str(changed)}), resume=True)
+        prepare_run(override(config, {"data.train_annotations": str(changed)}), resume=True)
     assert isinstance(run.train_set, CocoDataset)

@@ -1,4 +1,4 @@
-"""The folder of a run: made for a new one, or made sure that it is the same run that goes on."""
+"""Creates the folder of a new run, or checks that a folder contains the run to resume."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deta.platform.run.run import Run
 from deta.platform.run.run_file import FREE_TO_CHANGE, RUN_FILE, RunExistsError, read_run_file
 
 
-def claim_folder(run: Run, *, resume: bool) -> None:
-    """Make the run's folder; or make sure that there is one to go on with.
+def open_run_folder(run: Run, *, resume: bool) -> None:
+    """Create the run's folder; with `resume`, require a run in it, from a remote store if needed.
 
     Raises:
-        RunExistsError: says what to do.
+        RunExistsError: a new run's name is taken, or there is nothing to resume.
     """
     folder, store = run.folder, run.config.checkpoint.store
     if not resume:
@@ -24,7 +24,7 @@ def claim_folder(run: Run, *, resume: bool) -> None:
             folder.mkdir(parents=True)
         except FileExistsError:
             raise RunExistsError(
-                f"{folder}: a run of this name is there already; add --resume to go on with it, or "
+                f"{folder}: a run of this name exists already; add --resume to continue it, or "
                 "choose another name with name=…"
             ) from None
         return
@@ -35,21 +35,21 @@ def claim_folder(run: Run, *, resume: bool) -> None:
         raise RunExistsError(f"{folder}: there is no run to resume{elsewhere}; leave --resume out")
 
 
-def changes_since(run: Run) -> list[str]:
-    """What of configuration, data and code is not as when the run in the folder began.
+def changes_since_start(run: Run) -> list[str]:
+    """Return the changes of configuration and data since the run began that change its result.
 
-    Those that change what is learnt come first; of the rest only the code is told, as a note.
+    Keys that are free to change (`FREE_TO_CHANGE`) and the code are not compared.
 
     Raises:
-        RunExistsError: run.json is damaged.
+        RunExistsError: run.json is damaged, or of another version.
     """
-    before = what_was(run)
+    before = original_run_file(run)
     try:
         began = from_json(RunConfig, json.dumps(before["config"]))
     except ValueError as error:
         raise RunExistsError(
             f"{run.folder / RUN_FILE}: was written by another version of deta-platform ({error}); "
-            "go on with that version, or start a new run with init_checkpoint"
+            "continue with that version, or start a new run with init_checkpoint"
         ) from error
     changes = _differences(began, run.config)
     for split, dataset in (("train", run.train_set), ("val", run.val_set)):
@@ -59,7 +59,7 @@ def changes_since(run: Run) -> list[str]:
 
 
 def _foreign_checkpoint(run: Run) -> list[str]:
-    """What in the newest checkpoint is not of this run: one that somebody put there, say."""
+    """Return how the newest checkpoint differs from this run; it may be copied from another."""
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         return []
@@ -79,42 +79,48 @@ def _differences(began: RunConfig, config: RunConfig) -> list[str]:
 
 
 def refuse_changes(run: Run, changes: list[str]) -> None:
+    """
+    Raises:
+        RunExistsError: there are changes; names them.
+    """
     if changes:
         raise RunExistsError(
-            f"{run.folder}: the run began otherwise, so it cannot go on as the same run:\n  "
-            + "\n  ".join(changes)
-            + "\nUndo these changes, or start a new run with init_checkpoint set to its last one. "
-            "--force goes on all the same, and the run's journal will say so."
+            f"{run.folder}: the run began with other settings, so it cannot continue as the same "
+            "run:\n  " + "\n  ".join(changes) + "\nUndo these changes, or start a new run with "
+            "init_checkpoint set to the last checkpoint of this one. --force continues anyway, and "
+            "records the changes in the run's journal."
         )
 
 
-def refuse_if_done(run: Run) -> None:
+def refuse_if_finished(run: Run) -> None:
     """
     Raises:
-        RunExistsError: the run has reached its end; there is nothing to go on with.
+        RunExistsError: the run has ended; there is nothing to continue.
     """
     newest = newest_checkpoint(run.checkpoints)
     if newest is None or not run.is_done(newest.state):
         return
     how = run.reason_to_stop(newest.state) or f"{run.num_steps} steps"
     raise RunExistsError(
-        f"{run.folder}: is finished ({how}); choose another name, or more "
-        "schedule.epochs for a new run with init_checkpoint"
+        f"{run.folder}: the run is finished ({how}); choose another name, or start a new run with "
+        "init_checkpoint and more schedule.epochs"
     )
 
 
-def what_was(run: Run) -> dict[str, Any]:
-    """run.json; where it is damaged or gone, what the newest checkpoint knows of it.
+def original_run_file(run: Run) -> dict[str, Any]:
+    """Return run.json; if it is damaged or missing, derive it from the newest checkpoint.
 
     Raises:
-        RunExistsError: there is neither.
+        RunExistsError: there is no checkpoint either.
     """
     try:
         return read_run_file(run.folder)
     except (ValueError, OSError) as error:
         newest = newest_checkpoint(run.checkpoints)
         if newest is None:
-            raise RunExistsError(f"{error}; and no checkpoint is there to make it from") from error
+            raise RunExistsError(
+                f"{error}; and there is no checkpoint to derive it from"
+            ) from error
     return {
         "config": json.loads(to_json(newest.config)),
         "train_fingerprint": newest.state.data_fingerprint,

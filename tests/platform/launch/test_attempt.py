@@ -1,0 +1,133 @@
+"""An attempt ends with the outcome of its driver, or fails the run where a retry cannot help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deta.platform.launch import attempt as attempt_module
+from deta.platform.launch.attempt import (
+    Attempt,
+    DiskWatch,
+    RunFailedError,
+    is_writable,
+    require_progress,
+)
+from deta.platform.launch.attempt_monitor import AttemptMonitor
+from deta.platform.launch.console import Console
+from deta.platform.launch.run_events import RunEvents
+from deta.platform.run.journal import Journal
+from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, Run
+from deta.platform.run.run_file import RUN_FILE
+from deta.platform.system.process_tree import new_mark
+from tests.platform.launch.tiny_splits import DATA, make_run, write_split
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / RUN_FILE).write_text("{}")
+    return make_run(write_split(tmp_path / "train", [[], []]), folder, DATA)
+
+
+def start(run: Run, monkeypatch: pytest.MonkeyPatch, driver: str, lock: object = None) -> Attempt:
+    """Make an attempt whose driver runs the code `driver` with the folder as its argument."""
+
+    def popen(command: list[str], **options):
+        assert command[1:] == ["-m", "deta.platform.cluster.driver", str(run.folder)]
+        return subprocess.Popen([sys.executable, "-c", driver, command[-1]], **options)
+
+    patched = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(attempt_module, "subprocess", patched)
+    printed: list[str] = []
+    lock = lock or SimpleNamespace(lost=False)
+    monitor = AttemptMonitor(run, Console(run, printed.append))
+    events = RunEvents(run, lock, printed.append)  # type: ignore[arg-type]
+    attempt = Attempt(run, lock, monitor, events, DiskWatch(run), new_mark())  # type: ignore[arg-type]
+    attempt.printed = printed  # type: ignore[attr-defined]
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "message"),
+    [
+        ({"kind": "refused", "message": "too small"}, "refused", "too small"),
+        ({"kind": "lost", "message": "x"}, "lost", "x"),
+        (None, "lost", "the Ray driver died (exit code 3)"),
+        ({"unknown": 1}, "lost", "the Ray driver died (exit code 3)"),
+    ],
+)
+def test_the_outcome_is_what_the_driver_wrote(run: Run, monkeypatch, outcome, kind, message):
+    write = "" if outcome is None else f"(f / {OUTCOME_FILE!r}).write_text({json.dumps(outcome)!r})"
+    driver = (
+        "import sys, pathlib; f = pathlib.Path(sys.argv[1])\n"
+        f"print('Ray cluster on this machine: 1 node(s)', flush=True)\n{write}\nsys.exit(3)"
+    )
+    attempt = start(run, monkeypatch, driver)
+    found = attempt.run_to_end()
+    attempt.terminate()
+    assert (found.kind, found.message) == (kind, message)
+    assert "Ray cluster on this machine: 1 node(s)" in attempt.printed  # type: ignore[attr-defined]
+
+
+def test_a_lost_lock_fails_the_run(run: Run, monkeypatch):
+    driver = "import sys; sys.stdin.read()"
+    attempt = start(run, monkeypatch, driver, SimpleNamespace(lost=True))
+    with pytest.raises(RunFailedError, match="another process has taken over this run"):
+        attempt.run_to_end()
+    process = attempt.process
+    attempt.terminate()
+    assert process is not None
+    assert process.poll() is not None
+
+
+def test_a_stop_is_requested_once_the_training_has_begun(run: Run, monkeypatch):
+    attempt = start(run, monkeypatch, "")
+    attempt.request_stop()
+    assert not (run.folder / STOP_FILE).exists()
+
+    wait = (
+        "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", wait, str(run.folder / STOP_FILE)])
+    attempt.process = child
+    journal = Journal(run.folder)
+    journal.write("begin", step=0, num_steps=9, world_size=1)
+    journal.close()
+    attempt.request_stop()
+    assert child.wait(10) == 0
+    assert attempt.printed[-1] == "stopping: saving the state …"  # type: ignore[attr-defined]
+
+
+def test_a_folder_that_stays_read_only_fails_the_run(run: Run, monkeypatch):
+    disk = DiskWatch(run)
+    disk.require(tolerance_s=0)
+    monkeypatch.setattr(attempt_module, "is_writable", lambda path: False)
+    disk.require()  # not for long enough
+    with pytest.raises(RunFailedError, match=r"read-only.*--resume continues from the beginning"):
+        disk.require(tolerance_s=0)
+
+
+def test_writability_is_what_the_file_system_says(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert is_writable(file)
+    assert is_writable(tmp_path / "missing")  # not read-only
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize(("starts", "attempts"), [(0, -1), (-1, 0)])
+def test_starts_without_progress_fail_the_run(run: Run, starts: int, attempts: int):
+    limit = run.config.cluster.max_fruitless_starts
+    monitor = AttemptMonitor(run, Console(run, lambda line: None))
+    monitor.fruitless_starts = limit - 1
+    require_progress(run, monitor, "why", limit - 1)
+    monitor.fruitless_starts = limit + starts
+    with pytest.raises(RunFailedError, match=r"no progress beyond step 0 .*: why"):
+        require_progress(run, monitor, "why", limit + attempts)

@@ -1,0 +1,123 @@
+"""The monitor derives the state of an attempt from the files of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from deta.platform.launch import attempt_monitor
+from deta.platform.launch.attempt_monitor import AttemptMonitor
+from deta.platform.launch.console import Console
+from deta.platform.learning.hang_watchdog import HEARTBEATS, STACKS, host
+from deta.platform.run.journal import Journal
+from deta.platform.run.run import FAILURES, Run
+from tests.platform.launch.tiny_splits import DATA, make_run, write_split
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return make_run(write_split(tmp_path / "train", [[], []]), folder, DATA)
+
+
+@pytest.fixture
+def monitor(run: Run) -> AttemptMonitor:
+    return AttemptMonitor(run, Console(run, lambda line: None))
+
+
+def write(run: Run, *events: tuple[str, dict[str, object]]) -> None:
+    journal = Journal(run.folder)
+    for kind, values in events:
+        journal.write(kind, **values)
+    journal.close()
+
+
+def starting(step: int) -> tuple[str, dict[str, object]]:
+    return "starting", {"step": step}
+
+
+def begin(step: int) -> tuple[str, dict[str, object]]:
+    return "begin", {"step": step, "num_steps": 9, "world_size": 2}
+
+
+def test_starts_without_progress_are_counted(run: Run, monitor: AttemptMonitor):
+    for step, expected in ((0, 1), (0, 2), (0, 3), (4, 1), (4, 2), (2, 3)):
+        write(run, starting(step))
+        monitor.poll()
+        assert monitor.fruitless_starts == expected
+    assert monitor.num_starts == 6
+
+
+def test_events_of_an_earlier_launch_are_not_read_again(run: Run):
+    write(run, starting(0), begin(0), ("end", {"step": 9, "reason": ""}))
+    monitor = AttemptMonitor(run, Console(run, lambda line: None))
+    monitor.poll()
+    assert not monitor.ended
+    assert monitor.num_starts == 0
+
+
+def test_an_evaluation_is_safe_to_kill_once_its_state_is_saved(run: Run, monitor: AttemptMonitor):
+    write(run, starting(0), begin(0), ("evaluating", {"step": 4}))
+    monitor.poll()
+    assert not monitor.is_safe_to_kill
+    write(run, ("checkpoint", {"step": 4, "path": "x"}))
+    monitor.poll()
+    assert monitor.is_safe_to_kill
+    write(run, ("evaluation", {"step": 4, "metrics": {}, "table": ""}))
+    monitor.poll()
+    assert not monitor.is_safe_to_kill
+
+
+def fail(run: Run, rank: int, **values: object) -> None:
+    folder = run.folder / FAILURES
+    folder.mkdir(exist_ok=True)
+    content = {"rank": rank, "type": "ValueError", "traceback": "", "comes_again": False}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(content | values))
+
+
+def test_a_cause_is_reported_rather_than_a_lost_connection(run: Run, monitor: AttemptMonitor):
+    assert monitor.last_failure() == ""
+    fail(run, 0, type="RuntimeError", message="Connection closed by peer")
+    assert monitor.last_failure() == "a worker was lost"
+    fail(run, 1, message="no such column")
+    assert monitor.last_failure() == "ValueError: no such column"
+    assert monitor.permanent_failure() == ""
+    fail(run, 1, message="no such column", comes_again=True)
+    assert monitor.permanent_failure() == "no such column"
+
+
+def test_a_new_stack_file_is_a_hung_worker(run: Run, monitor: AttemptMonitor):
+    assert monitor.hang() == ""
+    (run.folder / STACKS).mkdir()
+    path = run.folder / STACKS / "rank-1-20260101-000000.txt"
+    path.write_text("rank 1, process 7 on here: no step for 23 s. The stacks:\n\n")
+    assert monitor.hang() == (
+        f"the training hung (rank 1, process 7 on here: no step for 23 s. The stacks: {path})"
+    )
+    monitor.begin_attempt()
+    assert monitor.hang() == ""
+
+
+def test_old_heartbeats_are_missing_heartbeats(
+    run: Run, monitor: AttemptMonitor, monkeypatch: pytest.MonkeyPatch
+):
+    (run.folder / HEARTBEATS).mkdir()
+    for rank in range(2):
+        heartbeat = {"phase": "step", "time_s": 0, "pid": os.getpid(), "host": host()}
+        (run.folder / HEARTBEATS / f"rank-{rank}.json").write_text(json.dumps(heartbeat))
+    write(run, starting(0))
+    monitor.poll()
+    now_s = time.time() + 10_000
+    monkeypatch.setattr(attempt_monitor.time, "time", lambda: now_s)
+    assert monitor.missing_heartbeats() == ""  # the training has not begun
+    write(run, begin(0))
+    monitor.poll()
+    assert "no heartbeat from any worker for" in monitor.missing_heartbeats()
+    assert monitor.local_workers() == [os.getpid()] * 2
+    (run.folder / HEARTBEATS / "rank-1.json").write_text(json.dumps({"host": "x", "pid": 1}))
+    assert monitor.local_workers() == []

@@ -1,0 +1,59 @@
+"""The console prints the events that concern the user, one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deta.platform.launch.console import Console
+from deta.platform.run.run import RunResult
+from tests.platform.launch.tiny_splits import DATA, make_run, write_split
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Console:
+    run = make_run(write_split(tmp_path / "train", [[], []]), tmp_path, DATA)
+    printed: list[str] = []
+    console = Console(run, printed.append)
+    console.printed = printed  # type: ignore[attr-defined]
+    return console
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"kind": "begin", "step": 0, "num_steps": 9, "world_size": 1},
+         "training has started with 1 worker"),
+        ({"kind": "begin", "step": 4, "num_steps": 9, "world_size": 2, "wasted_steps": 3},
+         "continuing from step 4 of 9 with 2 workers; 3 steps are repeated"),
+        ({"kind": "replaced", "step": 1, "images": [{"by_image_id": 7, "reason": "a.png: empty"}]},
+         "broken image, replaced by image 7: a.png: empty"),
+        ({"kind": "checkpoint_failed", "step": 1, "message": "no space"}, "! no space"),
+        ({"kind": "drift", "step": 3, "parameter": "w"}, "! step 3: w differs among the workers"),
+        ({"kind": "end", "step": 3, "reason": "stopped early"}, "stopped early"),
+    ],
+)  # fmt: skip
+def test_an_event_is_printed(console: Console, event: dict[str, Any], line: str):
+    console.print_event(event)
+    assert console.printed == [line]  # type: ignore[attr-defined]
+
+
+def test_other_events_are_not_printed(console: Console):
+    for kind in ("checkpoint", "evaluating", "energy", "a kind of a later version"):
+        console.print_event({"kind": kind})
+    assert console.printed == []  # type: ignore[attr-defined]
+
+
+def test_the_result_names_where_everything_is(console: Console, tmp_path: Path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "validation.png").touch()
+    result = RunResult(
+        folder=tmp_path, metrics={"AP": 12.34}, best_checkpoint=tmp_path / "best",
+        mlflow_uri="http://mlflow:5000", mlflow_run_id="abc", goodput=0.9, rows_left=0,
+    )  # fmt: skip
+    console.print_result(result)
+    text = "\n".join(console.printed)  # type: ignore[attr-defined]
+    for part in ("AP 12.3", str(tmp_path / "best"), "validation.png", "goodput 90 %", "run abc"):
+        assert part in text
