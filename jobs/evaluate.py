@@ -44,12 +44,12 @@ from deta.platform.system.atomic_write import write_json
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
     from deta.platform.data.coco_dataset import CocoDataset
-    from deta.platform.evaluation.evaluate_model import Evaluation
+    from deta.platform.evaluation.evaluate_model import EvaluationResult
     from deta.platform.inference.predictor import Predictor
 
 EVALUATION_KEYS = (
-    *PREDICTION_KEYS, "data.lenient", "data.loader_workers", "evaluation.engine", "micro_batch_size",
-    "num_pictures",
+    *PREDICTION_KEYS, "data.lenient", "data.loader_workers", "evaluation.engine",
+    "micro_batch_size", "num_pictures",
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
 
 
 def _write_folder(
-    inputs: _Inputs, evaluation: Evaluation, arguments: argparse.Namespace, elapsed_s: float
+    inputs: _Inputs, evaluation: EvaluationResult, arguments: argparse.Namespace, elapsed_s: float
 ) -> None:
     """Write the evaluation folder with its report, and print how long that took."""
     from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation

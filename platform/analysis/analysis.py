@@ -39,6 +39,7 @@ from deta.platform.analysis.tide_errors import (
     best_overlaps,
     find_errors,
 )
+from deta.platform.evaluation.coco_engines import Matched, match_detections
 from deta.platform.evaluation.coco_metrics import (
     ALL,
     AP50_INDEX,
@@ -47,8 +48,6 @@ from deta.platform.evaluation.coco_metrics import (
     MEDIUM,
     SMALL,
     TOP100,
-    Matched,
-    match_detections,
 )
 from deta.platform.system.atomic_write import write_json
 

@@ -34,7 +34,8 @@ from deta.platform.analysis.tide_errors import (
     box_overlap,
     image_pairs,
 )
-from deta.platform.evaluation.coco_metrics import Columns, Matched
+from deta.platform.evaluation.coco_columns import Columns
+from deta.platform.evaluation.coco_engines import Matched
 
 WRONG_CLASS, MISSING, SHIFTED, NEEDLESS = (
     "wrong class",

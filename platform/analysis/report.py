@@ -421,6 +421,7 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         "data": origin.data_fingerprint,
         "annotations": origin.annotations,
         "images": origin.image_folder,
+        "AP computed by": origin.engine,
         "epoch": "" if origin.epoch is None else f"{origin.epoch:g}",
         "step": "" if origin.step is None else str(origin.step),
         "operating score": f"{explanation.operating_score:.3f}, where F1 of all classes together "

@@ -36,7 +36,8 @@ from typing import NamedTuple
 import numpy as np
 from hotcoco import metrics as hotcoco_metrics
 
-from deta.platform.evaluation.coco_metrics import Columns, Matched
+from deta.platform.evaluation.coco_columns import Columns
+from deta.platform.evaluation.coco_engines import Matched
 
 TRUE_FROM, BACKGROUND_UP_TO = 0.5, 0.1  # IoU (TIDE)
 PAIRS_AT_ONCE = 500_000  # bounds the memory: a pair takes about 300 bytes

@@ -1,4 +1,4 @@
-"""A model over a data set: every image once, in original pixels, shared among the workers."""
+"""Runs a model over a data set, shared among the workers, and computes its COCO AP."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from deta.platform.evaluation.coco_metrics import (
     to_coco_results,
 )
 from deta.platform.learning.distributed import Worker
+from deta.platform.run.config import Engine
 
 
 def detect_batches(
@@ -31,7 +32,7 @@ def detect_batches(
     precision: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[LoadedBatch, list[Detections]]]:
-    """Each batch with its detections, on the host. The model is put into evaluation mode."""
+    """Yield each batch with its detections, on the host. The model runs in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -53,8 +54,8 @@ def detect_batches(
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What the leading worker knows after an evaluation."""
+class EvaluationResult:
+    """Metrics and detections of an evaluation, on the leading worker."""
 
     metrics: CocoMetrics
     results: list[dict[str, Any]]  # COCO results, in the order of the data set
@@ -70,11 +71,13 @@ def evaluate_model(
     precision: torch.dtype,
     worker: Worker,
     loader_workers: int = 0,
+    engine: Engine = "hotcoco",
     on_batch: Any = None,
-) -> Evaluation | None:
-    """COCO AP over all workers. Every worker must call it; the leading one gets the answer.
+) -> EvaluationResult | None:
+    """Compute COCO AP over all workers. Every worker must call it; the leading one gets the result.
 
     Args:
+        engine: the program that computes AP; see `EvaluationConfig`.
         on_batch: called with the number of images after each batch, to show progress.
     """
     category_ids = [category.id for category in dataset.categories]
@@ -102,6 +105,6 @@ def evaluate_model(
     if not worker.is_leader:
         return None
     assert shards is not None
-    ground_truth = dataset.ground_truth  # made anew at each look
+    ground_truth = dataset.ground_truth  # built at each access
     results = merge_shards(shards, (image["id"] for image in ground_truth["images"]))
-    return Evaluation(evaluate_detections(ground_truth, results), results)
+    return EvaluationResult(evaluate_detections(ground_truth, results, engine), results)

@@ -1,16 +1,16 @@
-"""An evaluation as a folder: what was evaluated, what was found, and how good it was.
+"""The folder of an evaluation: its metrics, all detections, and the ground truth.
 
 | file | |
 |---|---|
-| evaluation.json | the twelve numbers, AP of each class, and where they are from (`Origin`) |
-| detections.parquet | all detections, in the order of the results (platform/evaluation/detections_parquet.py) |
-| ground_truth.json.gz | COCO dict of just the images that were evaluated |
-| explanation.json, report.html | why the model is good or bad (platform/analysis/analysis.py), if made |
+| evaluation.json | the twelve numbers, AP of each class, and their origin (`Origin`) |
+| detections.parquet | all detections, in the order of the results (detections_parquet.py) |
+| ground_truth.json.gz | COCO dict of the images that were evaluated, and no others |
+| explanation.json, report.html | what goes wrong (platform/analysis/analysis.py), if written |
 
-Whoever compares two models or decides between them reads this folder, never a run: it holds all
-that AP depends on. Two evaluations can be compared if, and only if, `images_fingerprint` is the
-same. evaluation.json is written last and names the other files' hashes, so a folder that was cut
-off while it was written, or put together from two, is refused.
+Comparisons and promotions read this folder, never a run: it holds all that AP depends on. Two
+evaluations can be compared if, and only if, `images_fingerprint` is the same. evaluation.json is
+written last and holds the hashes of the other files, so an incomplete folder, or one put together
+from two, is refused.
 """
 
 from __future__ import annotations
@@ -32,36 +32,35 @@ from deta.platform.system.atomic_write import replacing, write_atomic
 from deta.platform.system.safe_read import file_sha256, gunzip, read_json
 
 REPORT = "report.html"
-
-
 FORMAT = 1
 MAX_UNPACKED = 2 << 30  # bytes of ground truth: COCO val2017 has 9 MB of boxes
-EVALUATIONS = "evaluations"  # in a run's folder, those that it keeps
+EVALUATIONS = "evaluations"  # folder of evaluations in the folder of a run
 FACTS, DETECTIONS, GROUND_TRUTH = "evaluation.json", "detections.parquet", "ground_truth.json.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the numbers are of. Empty or None where it is not known."""
+    """The model, data and settings of an evaluation. Empty or None if unknown."""
 
     description: str = ""  # of the model, a line for people
     data_fingerprint: str = ""  # `CocoDataset.fingerprint`
-    annotations: str = ""  # path of the file, as it was given
+    annotations: str = ""  # path of the file, as given
     image_folder: str = ""  # path; the ground truth's `file_name` are relative to it
     weights_sha256: str = ""  # of the file that the model's weights are from
     config: Mapping[str, Any] = field(default_factory=dict)  # flat, dotted keys
     epoch: float | None = None
     step: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)  # what took how long
+    seconds: Mapping[str, float] = field(default_factory=dict)  # duration by stage
+    engine: str = "hotcoco"  # the program that computed AP; older files do not name it
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """An evaluation folder, read."""
+class StoredEvaluation:
+    """The content of an evaluation folder."""
 
     folder: Path
     ground_truth: dict[str, Any]  # COCO: images, annotations, categories
-    results: list[dict[str, Any]]  # COCO results, in the order in which equal scores count
+    results: list[dict[str, Any]]  # COCO results; of equal scores, the earlier one counts first
     metrics: CocoMetrics
     images_fingerprint: str  # equal if, and only if, two evaluations can be compared
     origin: Origin
@@ -74,21 +73,21 @@ def write_evaluation(
     metrics: CocoMetrics,
     origin: Origin,
 ) -> None:
-    """Write the folder; it is readable from when it is complete. Other files in it stay.
+    """Write the folder. It is readable only once it is complete. Other files in it stay.
 
-    Boxes and scores are stored as float32, as models give them; what `to_coco_results` made of
-    them is read back without a difference. Detections of categories that are not listed are left
-    out, as they never count.
+    Boxes and scores are stored as float32, as models return them, so the results of
+    `to_coco_results` are read back without a difference. Detections of categories that are not
+    listed are left out, since they never count.
 
     Args:
-        ground_truth: a COCO dict of the evaluated images, ids whole numbers.
+        ground_truth: a COCO dict of the evaluated images, with integer ids.
 
     Raises:
-        ValueError: a detection of an image that is not listed.
+        ValueError: a detection is of an image that is not listed.
         OSError: the disk is full or read-only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FACTS).unlink(missing_ok=True)  # what is written now does not belong to it
+    (folder / FACTS).unlink(missing_ok=True)  # it does not describe the files that follow
     table = table_of_results(results, ground_truth, origin.weights_sha256)
     with replacing(folder / DETECTIONS) as unfinished:
         pq.write_table(table, unfinished, compression="zstd")
@@ -108,25 +107,25 @@ def write_evaluation(
     write_atomic(folder / FACTS, json.dumps(facts, indent=1).encode())
 
 
-def read_evaluation(folder: Path) -> Evaluation:
-    """The folder that `write_evaluation` wrote.
+def read_evaluation(folder: Path) -> StoredEvaluation:
+    """Read the folder that `write_evaluation` wrote.
 
     Raises:
-        ValueError: it is no evaluation folder, is of a newer format, incomplete or damaged; says
-            which file, and what to do.
+        ValueError: it is no evaluation folder, has a newer format, or is incomplete or damaged;
+            names the file and what to do.
     """
     facts = read_facts(folder)
     for name, expected in facts["sha256"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name} is missing; evaluate again")
         if file_sha256(folder / name) != expected:
-            raise ValueError(f"{folder}: {name} is not the one of {FACTS}; evaluate again")
+            raise ValueError(f"{folder}: {name} is not the file that {FACTS} names; evaluate again")
     try:
         ground_truth = json.loads(gunzip((folder / GROUND_TRUTH).read_bytes(), MAX_UNPACKED))
         results = results_of_table(pq.read_table(folder / DETECTIONS))
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{folder}: cannot be read, {error}; evaluate again") from error
-    return Evaluation(
+    return StoredEvaluation(
         folder,
         ground_truth,
         results,
@@ -140,17 +139,17 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """evaluation.json alone: enough to list evaluations, and to see which can be compared.
+    """Read evaluation.json alone: enough to list evaluations and to see which can be compared.
 
     Raises:
-        ValueError: as for `read_evaluation`, except that the other files are not looked at.
+        ValueError: as for `read_evaluation`, but the other files are not checked.
     """
     path = folder / FACTS
     try:
         facts = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{folder}: is no complete evaluation, for it has no {FACTS}; jobs/evaluate.py "
+            f"{folder}: is not a complete evaluation, since it has no {FACTS}; jobs/evaluate.py "
             "--out FOLDER writes one"
         ) from error
     except (OSError, ValueError) as error:
@@ -164,6 +163,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         )
     wanted = {"ap", "ap_per_category", "num_images", "images_fingerprint", "sha256"}
     wanted |= {part.name for part in fields(Origin)}
+    facts.setdefault("engine", "hotcoco")
     if missing := wanted - facts.keys():
         raise ValueError(f"{path}: lacks {sorted(missing)}; evaluate again")
     names = set(CocoMetrics.__dataclass_fields__) - {"ap_per_category"}
@@ -173,22 +173,22 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def best_evaluation(run: Path) -> Path | None:
-    """Of those that a run's folder keeps, the newest of the highest AP."""
+    """Return the evaluation of the highest AP in a run's folder; of equal ones, the newest."""
     found = {}
     for folder in sorted((run / EVALUATIONS).glob("*/")):
         try:
             found[folder] = read_facts(folder)["ap"]["AP"]
-        except ValueError:  # cut off while it was written
+        except ValueError:  # incomplete
             continue
     return max(found, key=lambda folder: (found[folder], folder.name), default=None)
 
 
 def images_fingerprint(ground_truth: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of all that AP depends on but the detections.
+    """Return the SHA-256, in hex, of all that AP depends on besides the detections.
 
-    Covers the ids of the images, ids and names of the categories, and of each annotation image,
-    category, box, area and `iscrowd`; neither the order of the lists, nor annotation ids, nor the
-    names of files.
+    It covers the ids of images, the ids and names of categories, and the image, category, box,
+    area and `iscrowd` of each annotation. It does not cover the order of the lists, annotation
+    ids, or file names.
     """
     rows = [
         [
@@ -209,5 +209,5 @@ def images_fingerprint(ground_truth: Mapping[str, Any]) -> str:
 
 
 def _is_share(value: object) -> bool:
-    """In 0..1, or -1 for what is not defined."""
+    """Return whether the value is in 0..1, or is -1: undefined."""
     return isinstance(value, (int, float)) and math.isfinite(value) and -1 <= value <= 1

@@ -1,10 +1,10 @@
-"""Which detection finds which box: the table from which every AP of these detections follows.
+"""The match table: which detection matches which box, at every IoU threshold and area range.
 
-AP needs each detection compared with the ground truth of its own image once. What follows, the
-order over all images and the sums, depends on which images count and how often. So this table is
-made once, and the AP of any subset or resample of the images comes from it by adding
-(`bootstrap.py`). hotcoco gives no such table fast enough, so the rule of pycocotools' evaluateImg
-stands here again, for all images at once; the tests compare the two match by match.
+AP compares each detection with the ground truth of its own image once. The order over all images
+and the sums depend on which images count, and how often. So this table is computed once, and the AP
+of any subset or resample of the images follows from it by sums (`weighted_ap.py`). hotcoco does
+not give such a table fast enough, so this file implements evaluateImg of pycocotools again, for all
+images at once; the tests compare the two match by match.
 """
 
 # N detections, of all images   G boxes to find   K categories   I images
@@ -19,39 +19,41 @@ from typing import Any
 
 import numpy as np
 
+from deta.platform.evaluation.coco_columns import Columns, read_columns
+
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO
 # All, small, medium and large, in square pixels, both ends included (COCO).
 AREA_RANGES = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
-MAX_DETECTIONS = 100  # of one category in one image; the best count (COCO)
-STRICTEST_IOU = 1 - 1e-10  # pycocotools: a threshold of 1 would let no box in
+MAX_DETECTIONS = 100  # the best of one category in one image count (COCO)
+STRICTEST_IOU = 1 - 1e-10  # pycocotools: no box would pass a threshold of 1
 MAX_CELLS = 4_000_000  # of the largest array while matching, M A T W
 
 
 @dataclass(frozen=True)
 class MatchTable:
-    """Every detection that counts, and what it found.
+    """Every detection that counts, and the boxes that it matches.
 
-    Detections stand by category, then by falling score; where scores are equal, by image and
-    then as they were given (pycocotools). Those of category k are `starts[k]` to `starts[k + 1]`.
+    Detections are sorted by category, then by descending score; equal scores by image, then in the
+    given order (pycocotools). Those of category k are `starts[k]` to `starts[k + 1]`.
     """
 
     image_ids: tuple[Any, ...]  # I, ascending
     category_ids: tuple[Any, ...]  # K, ascending
     starts: np.ndarray  # K+1
-    image: np.ndarray  # N, place in image_ids
+    image: np.ndarray  # N, index into image_ids
     score: np.ndarray  # N
-    row: np.ndarray  # N, place in the results list
-    true: np.ndarray  # A T N: found a box that counts in this area range
-    ignored: np.ndarray  # A T N: neither right nor wrong: a crowd, or of another size
-    found: np.ndarray  # T N: which box it found, a place among the truths, or -1; all sizes
-    truth_image: np.ndarray  # G, place in image_ids
-    truth_category: np.ndarray  # G, place in category_ids
-    truth_row: np.ndarray  # G, place in the list of annotations
-    truth_counts: np.ndarray  # A G: to be found in this area range; a crowd never is
+    row: np.ndarray  # N, index into the results list
+    true: np.ndarray  # A T N: matches a box that counts in this area range
+    ignored: np.ndarray  # A T N: neither true nor false: a crowd, or another size
+    found: np.ndarray  # T N: the box that it matches, an index into the truths, or -1; all sizes
+    truth_image: np.ndarray  # G, index into image_ids
+    truth_category: np.ndarray  # G, index into category_ids
+    truth_row: np.ndarray  # G, index into the list of annotations
+    truth_counts: np.ndarray  # A G: counts in this area range; a crowd never does
 
     @property
     def category(self) -> np.ndarray:
-        """N: the place of each detection's category in category_ids."""
+        """Return the index of each detection's category in category_ids: N."""
         return np.repeat(np.arange(len(self.category_ids)), np.diff(self.starts))
 
 
@@ -63,40 +65,28 @@ def match_table(
     """Match detections with boxes exactly as pycocotools does.
 
     Args:
-        ground_truth: a COCO dict: `images`, `annotations` and `categories`. Annotations of images
-            or categories that are not listed do not count.
-        results: COCO results. Those of categories that are not listed do not count.
-        area_ranges: the first one is that of `found`.
+        ground_truth, results: as for `evaluate_detections`.
+        area_ranges: `found` is that of the first one.
 
     Raises:
-        ValueError: a result for an image that is not in the ground truth; a key is missing; a
-            score or a coordinate is not finite.
+        ValueError: as for `evaluate_detections`.
     """
-    images = _ranks(ground_truth, "images")
-    categories = _ranks(ground_truth, "categories")
-    truths = _Boxes.read(ground_truth["annotations"], images, categories, "annotation")
-    found = _Boxes.read(results, images, categories, "result")
-    if unknown := {result["image_id"] for result in results} - images.keys():
-        some = ", ".join(map(str, sorted(unknown, key=str)[:5]))
-        raise ValueError(
-            f"{len(unknown)} images of the results are not in the ground truth: {some}; is this "
-            "the right annotation file?"
-        )
-    annotations = ground_truth["annotations"]
-    crowd = np.array([bool(annotations[row].get("iscrowd", 0)) for row in truths.row], bool)
-    areas = _areas(annotations, truths)
-    score = _numbers(results, found.row, "score", ())
+    columns = read_columns(ground_truth, results)
+    num_images = len(columns.image_ids)
+    truths = _Boxes.of(columns.true, columns.true_rows, num_images)
+    found = _Boxes.of(columns.found, columns.found_rows, num_images)
+    crowd, areas, score = columns.crowd, columns.areas, columns.scores
 
     by_truth = np.argsort(truths.group, kind="stable")
     truths, crowd, areas = truths.take(by_truth), crowd[by_truth], areas[by_truth]
-    by_score = np.lexsort((-score, found.group))  # stable: equal scores stay as they were given
+    by_score = np.lexsort((-score, found.group))  # stable: equal scores stay in the given order
     found, score = found.take(by_score), score[by_score]
     kept = _place_in_group(found.group) < MAX_DETECTIONS
     found, score = found.take(kept), score[kept]
 
     low, high = np.array(area_ranges, np.float64).T[:, :, None]  # A 1
     ignore = crowd | (areas < low) | (areas > high)  # A G
-    matched = _match(found, truths, crowd, ignore)  # A T N, places among the truths
+    matched = _match(found, truths, crowd, ignore)  # A T N, indices into the truths
     hit = matched >= 0
     picked = np.take_along_axis(
         ignore, matched.reshape(len(ignore), -1).clip(min=0), axis=1
@@ -105,9 +95,9 @@ def match_table(
     outside = ((size < low) | (size > high))[:, None]  # A 1 N
     order = np.lexsort((found.image, -score, found.category))
     return MatchTable(
-        image_ids=tuple(images),
-        category_ids=tuple(categories),
-        starts=np.searchsorted(found.category[order], np.arange(len(categories) + 1)),
+        image_ids=tuple(columns.image_ids),
+        category_ids=tuple(columns.category_ids),
+        starts=np.searchsorted(found.category[order], np.arange(len(columns.category_ids) + 1)),
         image=found.image[order],
         score=score[order],
         row=found.row[order],
@@ -123,40 +113,18 @@ def match_table(
 
 @dataclass(frozen=True)
 class _Boxes:
-    """Boxes with their image and category, both as places in the ascending ids."""
+    """Boxes with their image and category, both as indices into the ascending ids."""
 
-    row: np.ndarray  # in the list they are from
+    row: np.ndarray  # index into the list that they are from
     image: np.ndarray
     category: np.ndarray
-    group: np.ndarray  # one number for image and category
+    group: np.ndarray  # one number for each image and category
     box: np.ndarray  # xywh
 
     @staticmethod
-    def read(
-        entries: Sequence[Mapping[str, Any]],
-        images: Mapping[Any, int],
-        categories: Mapping[Any, int],
-        kind: str,
-    ) -> _Boxes:
-        for place, entry in enumerate(entries):
-            if "image_id" not in entry or "category_id" not in entry:
-                raise ValueError(
-                    f"{kind} {place} of {len(entries)} lacks image_id or category_id: {entry}"
-                )
-        rows = np.array(
-            [
-                place
-                for place, entry in enumerate(entries)
-                if entry["image_id"] in images and entry["category_id"] in categories
-            ],
-            np.int64,
-        )
-        image = np.array([images[entries[row]["image_id"]] for row in rows], np.int64)
-        category = np.array([categories[entries[row]["category_id"]] for row in rows], np.int64)
-        return _Boxes(
-            rows, image, category, category * len(images) + image,
-            _numbers(entries, rows, "bbox", (4,)),
-        )  # fmt: skip
+    def of(columns: Columns, row: np.ndarray, num_images: int) -> _Boxes:
+        image, category = columns.images - 1, columns.categories - 1
+        return _Boxes(row, image, category, category * num_images + image, columns.boxes)
 
     def take(self, index: np.ndarray) -> _Boxes:
         return _Boxes(
@@ -166,18 +134,18 @@ class _Boxes:
 
 
 def _match(found: _Boxes, truths: _Boxes, crowd: np.ndarray, ignore: np.ndarray) -> np.ndarray:
-    """The box that each detection takes: A T N, places among the truths, -1 for none.
+    """Return the box that each detection takes: A T N, indices into the truths, -1 for none.
 
-    Both come sorted by group, detections by falling score within it. Groups do not touch each
-    other, so all of about one size take their turns together: first the best detection of each
-    group chooses, then the second.
+    Both arguments are sorted by group, and detections by descending score within it. Groups do not
+    affect each other, so groups of similar size are matched together: first the best detection of
+    each group chooses, then the second.
     """
     matched = np.full((len(ignore), len(IOU_THRESHOLDS), len(found.row)), -1, np.int64)
     groups, first, num_found = np.unique(found.group, return_index=True, return_counts=True)
     truth_first = np.searchsorted(truths.group, groups, "left")
     num_truths = np.searchsorted(truths.group, groups, "right") - truth_first
     chosen = np.flatnonzero(num_truths)
-    # By width, a power of two; the fullest first, so that each turn is of the first so many.
+    # By width, a power of two; the fullest first, so that each turn is a prefix of the groups.
     width = 2 ** np.ceil(np.log2(num_truths[chosen])).astype(np.int64)
     chosen = chosen[np.lexsort((-num_found[chosen], width))]
     width = np.sort(width)
@@ -188,7 +156,7 @@ def _match(found: _Boxes, truths: _Boxes, crowd: np.ndarray, ignore: np.ndarray)
         end = min(end, at + max(1, MAX_CELLS // per_group))
         part = chosen[at:end]
         slots = np.arange(width[at])
-        boxes = truth_first[part, None] + slots  # M W, places among the truths
+        boxes = truth_first[part, None] + slots  # M W, indices into the truths
         valid = slots < num_truths[part, None]
         boxes = np.where(valid, boxes, truth_first[part, None])
         _match_groups(
@@ -202,15 +170,15 @@ def _match(found: _Boxes, truths: _Boxes, crowd: np.ndarray, ignore: np.ndarray)
 def _match_groups(
     matched: np.ndarray,  # A T N, filled in
     found_box: np.ndarray,  # N 4
-    first: np.ndarray,  # M, place of the group's best detection
-    num_found: np.ndarray,  # M, falling
+    first: np.ndarray,  # M, index of the group's best detection
+    num_found: np.ndarray,  # M, descending
     truth_box: np.ndarray,  # M W 4
     place: np.ndarray,  # M W
     valid: np.ndarray,  # M W
     crowd: np.ndarray,  # M W
     ignore: np.ndarray,  # M A W
 ) -> None:
-    """Groups that have room for equally many boxes, turn by turn."""
+    """Match groups that are padded to the same number of boxes, turn by turn."""
     thresholds = np.minimum(IOU_THRESHOLDS, STRICTEST_IOU)[:, None]  # T 1
     taken = np.zeros((*ignore.shape[:2], len(thresholds), ignore.shape[2]), bool)  # M A T W
     for turn in range(int(num_found[0])):
@@ -227,10 +195,10 @@ def _match_groups(
         iou = ious[near][:, None, None]  # M 1 1 W
         free = (iou >= thresholds) & (~taken[near] | crowd[near][:, None, None])  # M A T W
         wanted = free & ~ignore[near][:, :, None]
-        # A box that is ignored is taken only if there is no other.
+        # An ignored box is taken only if no other is free.
         free = np.where(wanted.any(axis=-1, keepdims=True), wanted, free)
         value = np.where(free, iou, -1.0)
-        # Of equal ones the last, as pycocotools.
+        # Of equal IoUs the last one wins, as in pycocotools.
         best = value.shape[-1] - 1 - value[..., ::-1].argmax(axis=-1)  # M A T
         group, area, threshold = np.nonzero(free.any(axis=-1))
         box = best[group, area, threshold]
@@ -239,9 +207,10 @@ def _match_groups(
 
 
 def _ious(found: np.ndarray, truths: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Of M detections, each with W boxes: M W. A crowd's is the share of the detection in it.
+    """Return the IoU of M detections with W boxes each: M W.
 
-    The order of operations is that of bbIou in pycocotools, so the last bit is the same.
+    For a crowd, it is the share of the detection inside it. The order of operations is that of
+    bbIou in pycocotools, so the last bit is the same.
     """
     x, y, w, h = (found[:, None, i] for i in range(4))
     tx, ty, tw, th = (truths[..., i] for i in range(4))
@@ -252,51 +221,8 @@ def _ious(found: np.ndarray, truths: np.ndarray, crowd: np.ndarray) -> np.ndarra
     return np.divide(both, union, out=np.zeros_like(both), where=both > 0)
 
 
-def _ranks(ground_truth: Mapping[str, Any], kind: str) -> dict[Any, int]:
-    if kind not in ground_truth or "annotations" not in ground_truth:
-        raise ValueError(
-            f"the ground truth lacks {kind} or annotations; is it a COCO annotation file? Its "
-            f"keys are {sorted(ground_truth)}"
-        )
-    return {entry_id: i for i, entry_id in enumerate(sorted({e["id"] for e in ground_truth[kind]}))}
-
-
 def _place_in_group(group: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... within each run of equal numbers."""
+    """Return 0, 1, 2, ... within each run of equal numbers."""
     places = np.arange(len(group))
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     return places - np.repeat(starts, np.diff(starts, append=len(group)))
-
-
-def _areas(annotations: Sequence[Mapping[str, Any]], truths: _Boxes) -> np.ndarray:
-    """What sorts a box into a range: the annotation's own area where it has one."""
-    areas = truths.box[:, 2] * truths.box[:, 3]
-    given = [i for i, row in enumerate(truths.row) if annotations[row].get("area") is not None]
-    areas[given] = _numbers(annotations, truths.row[given], "area", ())
-    return areas
-
-
-def _numbers(
-    entries: Sequence[Mapping[str, Any]], rows: np.ndarray, key: str, shape: tuple[int, ...]
-) -> np.ndarray:
-    """What those rows have under a key, float64, all finite."""
-    values = [entries[row].get(key) for row in rows]
-    try:
-        numbers = np.array(values, np.float64).reshape(len(values), *shape)
-        if np.isfinite(numbers).all():
-            return numbers
-    except (TypeError, ValueError):
-        pass  # found again below, where the entry can be named
-    for row in rows:
-        try:
-            value = np.array(entries[row].get(key), np.float64)
-            wrong = value.shape != shape or not np.isfinite(value).all()
-        except (TypeError, ValueError):
-            wrong = True
-        if wrong:
-            what = "a finite number" if not shape else f"{shape[0]} finite numbers"
-            raise ValueError(
-                f"entry {row}, of image {entries[row]['image_id']!r}, has a {key} that is not "
-                f"{what}: {entries[row].get(key)!r}"
-            )
-    raise AssertionError(f"{key}: all entries are right, and yet they do not fit together")

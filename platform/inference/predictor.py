@@ -36,7 +36,7 @@ from deta.platform.data.image_decoding import (
     read_header,
 )
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
-from deta.platform.evaluation.evaluate_model import Evaluation, detect_batches, evaluate_model
+from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batches, evaluate_model
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.train_step import PRECISIONS
 from deta.platform.run.config import RunConfig, override
@@ -266,7 +266,7 @@ class Predictor:
         rank: int = 0,
         world_size: int = 1,
         on_batch: Callable[[int], None] | None = None,
-    ) -> Evaluation | None:
+    ) -> EvaluationResult | None:
         """COCO AP on a data set, computed as after each epoch of training.
 
         With several processes each one calls it, inside of a `torch.distributed` group; rank 0
@@ -290,6 +290,7 @@ class Predictor:
             precision=PRECISIONS[config.precision],
             worker=Worker(rank, world_size, self.device),
             loader_workers=config.data.loader_workers,
+            engine=config.evaluation.engine,
             on_batch=on_batch,
         )
 

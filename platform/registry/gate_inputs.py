@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deta.platform.evaluation.evaluation_folder import FACTS, Evaluation, read_evaluation
+from deta.platform.evaluation.evaluation_folder import FACTS, StoredEvaluation, read_evaluation
 from deta.platform.evaluation.paired_bootstrap import paired_difference
 from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import missing_parts
@@ -30,7 +30,7 @@ class Judge:
     measure_on: str | None = None  # device; none: the latencies that were measured at registration
     map: Callable[..., Any] = map  # runs the resamples
     echo: Callable[[str], None] = print
-    _known: dict[int, tuple[Candidate, Evaluation | None]] = field(default_factory=dict)
+    _known: dict[int, tuple[Candidate, StoredEvaluation | None]] = field(default_factory=dict)
 
     def __call__(self, challenger: Version, champion: Version | None) -> Decision:
         """
@@ -59,12 +59,12 @@ class Judge:
                 )
         return decide(one, other, self.policy, difference, names)
 
-    def _look_at(self, version: Version) -> tuple[Candidate, Evaluation | None]:
+    def _look_at(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
         if version.number not in self._known:
             self._known[version.number] = self._candidate(version)
         return self._known[version.number]
 
-    def _candidate(self, version: Version) -> tuple[Candidate, Evaluation | None]:
+    def _candidate(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
         # Not from the cache: what MLflow gives to others counts.
         with tempfile.TemporaryDirectory(prefix="deta-") as place:
             try:
@@ -95,7 +95,7 @@ class Judge:
         )
         return candidate, evaluation
 
-    def _evaluation(self, version: Version, expected_sha256: str) -> Evaluation:
+    def _evaluation(self, version: Version, expected_sha256: str) -> StoredEvaluation:
         """The one that was given, or the one that was registered, which must not have changed."""
         if version.sha256 in self.evaluations:
             return read_evaluation(self.evaluations[version.sha256])

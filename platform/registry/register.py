@@ -22,7 +22,7 @@ from deta.platform.evaluation.evaluation_folder import (
     FACTS,
     GROUND_TRUTH,
     REPORT,
-    Evaluation,
+    StoredEvaluation,
     read_evaluation,
     read_facts,
 )
@@ -56,7 +56,7 @@ class Prepared:
     checkpoint: Checkpoint
     sha256: str  # of the weights
     lineage: Lineage
-    evaluation: Evaluation
+    evaluation: StoredEvaluation
     export: dict[str, Any] | None
 
 

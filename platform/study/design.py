@@ -16,10 +16,10 @@ from deta.platform.study.study_types import Cell
 # Keys that a cell may not change: they name the run, or say how to execute it,
 # or would change what is measured.
 KEYS_OUTSIDE_CELLS = ("name", "storage", "experiment", "seed", "cluster.", "checkpoint.",
-                 "data.train_", "data.val_", "data.evaluation_size.",
+                 "evaluation.", "data.train_", "data.val_", "data.evaluation_size.",
                  "log_every_steps", "num_pictures")  # fmt: skip
 # Keys that do not affect the numbers of a training: changing them does not make a new trial.
-NEUTRAL_KEYS = ("name", "storage", "experiment", "cluster.", "checkpoint.",
+NEUTRAL_KEYS = ("name", "storage", "experiment", "cluster.", "checkpoint.", "evaluation.",
                       "data.loader_workers", "log_every_steps", "num_pictures",
                       "max_skipped_steps", "compare_weights_every_steps",
                       "data.max_broken_share")  # fmt: skip

@@ -29,7 +29,7 @@ from deta.platform.analysis.images import image_opener
 from deta.platform.analysis.report import write_evaluation_report
 from deta.platform.checkpoint.format import read_manifest
 from deta.platform.evaluation.coco_metrics import CocoMetrics
-from deta.platform.evaluation.evaluate_model import Evaluation
+from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.evaluation.evaluation_folder import (
     EVALUATIONS,
     REPORT,
@@ -74,7 +74,7 @@ class EvaluationHistory:
         self.explanation: Explanation | None = None  # of the present evaluation
         self.budget = ReportBudget()
 
-    def explain(self, evaluation: Evaluation, step: int, seconds: float) -> dict[str, float]:
+    def explain(self, evaluation: EvaluationResult, step: int, seconds: float) -> dict[str, float]:
         """Return further metrics for MLflow, and the share of time that computing them took.
 
         Args:
@@ -91,7 +91,7 @@ class EvaluationHistory:
         share = took_s / (seconds + took_s)
         return found | {"val/explain_seconds": took_s, "val/explain_share": share}
 
-    def save(self, evaluation: Evaluation, state: RunState, seconds: float) -> None:
+    def save(self, evaluation: EvaluationResult, state: RunState, seconds: float) -> None:
         """Write the evaluation of a saved checkpoint; keep it and the best, remove the others."""
         step, began_s = state.step, time.monotonic()
         folder = self.run.folder / EVALUATIONS / f"step-{step:08d}"
@@ -124,6 +124,7 @@ class EvaluationHistory:
             image_folder=config.data.val_images,
             weights_sha256=weights,
             config=flatten(config),
+            engine=config.evaluation.engine,
             epoch=state.epoch,
             step=state.step,
             seconds={

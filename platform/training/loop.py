@@ -155,7 +155,7 @@ class _Loop:
             vote = sum_votes(self._vote(micro_batches), self.worker)
             if vote.num_replaced:
                 self.events.log_broken_images(self.state, micro_batches)
-            if vote.ask_cluster:
+            if vote.check_preemption:
                 self._poll_preemption()
             if vote.save or vote.stop or step % config.compare_weights_every_steps == 0:
                 self._require_equal_weights()
@@ -223,7 +223,7 @@ class _Loop:
             num_boxes=sum(loaded.batch.num_boxes for loaded in micro_batches),
             stop=self.recorder.is_stop_requested(),
             save=self.recorder.is_save_due(at_once=self.is_preempted),
-            ask_cluster=ask,
+            check_preemption=ask,
             num_replaced=sum(len(loaded.replaced) for loaded in micro_batches),
         )
 
@@ -321,6 +321,7 @@ class _Loop:
             precision=self.precision,
             worker=self.worker,
             loader_workers=config.data.loader_workers,
+            engine=config.evaluation.engine,
             on_batch=self._on_evaluated_batch,
         )
         metrics = _only_finite(evaluation.metrics.percent()) if evaluation is not None else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deta.platform.data.data_loader import LoadedBatch
 from deta.platform.data.draw_boxes import write_validation_sheet
-from deta.platform.evaluation.evaluate_model import Evaluation
+from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.learning.distributed import Worker, gather_from_all
 from deta.platform.learning.train_step import StepResult
 from deta.platform.run.run import Run
@@ -183,7 +183,7 @@ class TrainEvents:
                 self.recorder.log_event("energy", step=state.step, kwh=sum(known))
 
     def log_evaluation(
-        self, state: RunState, evaluation: Evaluation, analysis: dict[str, float], seconds: float
+        self, state: RunState, evaluation: EvaluationResult, analysis: dict[str, float], seconds: float
     ) -> None:
         """Log the metrics of an evaluation, and draw some validation images; rank 0 only.
 

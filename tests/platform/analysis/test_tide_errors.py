@@ -15,7 +15,9 @@ from deta.platform.analysis.tide_errors import (
     find_errors,
     image_pairs,
 )
-from deta.platform.evaluation.coco_metrics import Columns, evaluate_detections, match_detections
+from deta.platform.evaluation.coco_columns import Columns
+from deta.platform.evaluation.coco_engines import match_detections
+from deta.platform.evaluation.coco_metrics import evaluate_detections
 
 
 def random_case(seed: int, *, crowds: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert read.images_fingerprint == images_fingerprint(ground_truth)
 
 
+def test_the_engine_is_recorded_and_an_older_file_is_of_hotcoco(tmp_path: Path) -> None:
+    ground_truth, results = example()
+    metrics = evaluate_detections(ground_truth, results, "pycocotools")
+    write_evaluation(
+        tmp_path, ground_truth, results, metrics, replace(ORIGIN, engine="pycocotools")
+    )
+    assert read_evaluation(tmp_path).origin.engine == "pycocotools"
+
+    facts = json.loads((tmp_path / FACTS).read_text())
+    assert facts.pop("engine") == "pycocotools"
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+
+    assert read_evaluation(tmp_path).origin.engine == "hotcoco"
+
+
 def test_no_detections_at_all(tmp_path: Path) -> None:
     ground_truth, _ = example()
     write_evaluation(tmp_path, ground_truth, [], evaluate_detections(ground_truth, []), ORIGIN)
@@ -91,7 +107,7 @@ def test_the_fingerprint_is_of_what_ap_depends_on() -> None:
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     ground_truth, results = example()
     metrics = evaluate_detections(ground_truth, results)
-    with pytest.raises(ValueError, match=r"no complete evaluation.*--out"):
+    with pytest.raises(ValueError, match=r"not a complete evaluation.*--out"):
         read_evaluation(tmp_path)
     write_evaluation(tmp_path, ground_truth, results, metrics, ORIGIN)
     facts = json.loads((tmp_path / FACTS).read_text())
@@ -99,7 +115,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     for name in (DETECTIONS, GROUND_TRUTH):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:-1])
-        with pytest.raises(ValueError, match=f"{name} is not the one"):
+        with pytest.raises(ValueError, match=f"{name} is not the file that"):
             read_evaluation(tmp_path)
         (tmp_path / name).unlink()
         with pytest.raises(ValueError, match=f"{name} is missing"):

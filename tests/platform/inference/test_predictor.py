@@ -23,6 +23,7 @@ from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.image_decoding import ImageError, decode
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import EvaluationSize
+from deta.platform.evaluation import coco_engines
 from deta.platform.evaluation.coco_metrics import to_coco_results
 from deta.platform.inference.predictor import Predictor, batches_of_one_shape, read_listing
 from deta.platform.run.config import DataConfig, RunConfig
@@ -131,6 +132,22 @@ def test_predictions_of_a_picture_are_those_of_the_evaluation(trained, predictor
     # The model is not blind: it gives other boxes for other pictures, and not one class alone.
     assert len({json.dumps(result["bbox"]) for result in results}) > 100
     assert len({result["category_id"] for result in results}) > 1
+
+
+def test_the_engine_of_the_configuration_computes_ap(trained, predictor, monkeypatch):
+    used = []
+    real = coco_engines.pycocotools_evaluation
+    monkeypatch.setattr(
+        coco_engines, "pycocotools_evaluation", lambda columns: used.append(1) or real(columns)
+    )
+    changes = {"evaluation.engine": "pycocotools"}
+
+    by_pycocotools = Predictor.from_checkpoint(trained.checkpoint, changes=changes)
+    found = by_pycocotools.evaluate(trained.val_set)
+
+    assert used == [1]
+    expected = predictor.evaluate(trained.val_set).metrics
+    assert found.metrics.as_dict() == pytest.approx(expected.as_dict(), abs=1e-12)
 
 
 def test_a_model_finds_the_boxes_that_it_has_drawn_itself(tmp_path, trained, predictor):

@@ -11,7 +11,7 @@ import pytest
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.evaluation.coco_metrics import evaluate_detections
-from deta.platform.evaluation.evaluate_model import Evaluation
+from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.evaluation.evaluation_folder import REPORT, read_evaluation
 from deta.platform.learning.optimizer import ScheduleConfig
 from deta.platform.run.config import ClusterConfig, RunConfig
@@ -53,7 +53,7 @@ class RecordedRun:
             {key: one[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
             for one in boxes
         ]
-        evaluation = Evaluation(evaluate_detections(truth, results), results)
+        evaluation = EvaluationResult(evaluate_detections(truth, results), results)
         ap = 100 * evaluation.metrics.AP
         self.best_ap = max(self.best_ap, ap)
         metrics = self.history.explain(evaluation, step, seconds=9.0)
@@ -124,7 +124,7 @@ def test_a_failure_is_logged_and_ends_nothing(drawn: ShapesDataset, tmp_path: Pa
     assert [kind for kind, _ in recorded.events] == ["explanation_failed"]
 
     (tmp_path / EVALUATIONS).unlink()
-    broken = Evaluation(
+    broken = EvaluationResult(
         evaluate_detections(recorded.run.val_set.ground_truth, []), [{"image_id": 7}]
     )
     assert recorded.history.explain(broken, 4, seconds=1.0) == {}
