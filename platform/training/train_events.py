@@ -183,7 +183,11 @@ class TrainEvents:
                 self.recorder.log_event("energy", step=state.step, kwh=sum(known))
 
     def log_evaluation(
-        self, state: RunState, evaluation: EvaluationResult, analysis: dict[str, float], seconds: float
+        self,
+        state: RunState,
+        evaluation: EvaluationResult,
+        analysis: dict[str, float],
+        seconds: float,
     ) -> None:
         """Log the metrics of an evaluation, and draw some validation images; rank 0 only.
 
