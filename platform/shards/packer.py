@@ -105,13 +105,8 @@ def pack_dataset(
     shards: list[Shard] = []
     tables: list[pa.Table] = []
     num_reused = 0
-    with tqdm(
-        total=int(dataset.num_bytes.sum()),
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        file=sys.stderr,
-    ) as bar:
+    total = int(dataset.num_bytes.sum())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
         for number, images in enumerate(plan):
             name = f"shard-{number:05d}.parquet"
             bar.set_description(f"{name} of {len(plan)}")
@@ -121,20 +116,15 @@ def pack_dataset(
                 num_reused += 1
             else:
                 content = _encode_shard(dataset, images)
-                sha256 = hashlib.sha256(content).hexdigest()
-                store.write(name, content)
-                shards.append(Shard(name, len(images), len(content), sha256))
+                shards.append(_write_file(store, name, len(images), content))
                 store.write(UNFINISHED, replace(empty, shards=tuple(shards)).to_json())
             tables.append(_add_locations(to_arrow(dataset, images), number, locate_images(content)))
             bar.update(int(dataset.num_bytes[images.start : images.stop].sum()))
 
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    store.write(ANNOTATIONS, content)
-    index = Shard(ANNOTATIONS, len(dataset), len(content), sha256)
-    manifest = replace(empty, annotations=index, shards=tuple(shards))
+    annotations = _write_file(store, ANNOTATIONS, len(dataset), sink.getvalue().to_pybytes())
+    manifest = replace(empty, annotations=annotations, shards=tuple(shards))
     store.write(MANIFEST, manifest.to_json())
     store.delete(UNFINISHED)
     return PackedDataset(manifest, num_reused)
@@ -248,6 +238,11 @@ def _encode_shard(dataset: CocoDataset, images: range) -> bytes:
             writer.write_table(table)
     content: bytes = sink.getvalue().to_pybytes()
     return content
+
+
+def _write_file(store: ObjectStore, name: str, num_images: int, content: bytes) -> Shard:
+    store.write(name, content)
+    return Shard(name, num_images, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _add_locations(table: pa.Table, shard: int, locations: list[ImageLocation]) -> pa.Table:
