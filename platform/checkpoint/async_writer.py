@@ -1,8 +1,8 @@
-"""Checkpoints written beside the training: it waits for a copy in memory and for nothing else.
+"""Asynchronous checkpoint writer: training waits only for a copy of its state in memory.
 
-One save at a time, from one copy, so that a slow disk costs saves and neither steps nor memory.
-Copies to a second place go on beside that, so that a store which does not answer holds up no
-checkpoint on disk. What fails is told and tried again with the next save.
+One save runs at a time, from one copy, so a slow disk costs saves but neither steps nor memory.
+Copies to the store run in another thread, so an unreachable store does not delay checkpoints on
+disk. A failure is reported, and the next save retries.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_RESERVE_BYTES = 10**9  # that a checkpoint leaves on the disk; of a small one, a twentieth
+MAX_RESERVE_BYTES = 10**9  # left free on the disk; on a small disk, a twentieth of it
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """How a save ended, or a copy to the store that failed."""
+    """The result of a save, or of a failed copy to the store."""
 
     step: int
-    path: Path | None  # the checkpoint; none if it could not be written
-    seconds: float  # from the call of `save` to the end
-    blocked_s: float  # of these, how long the training waited
+    path: Path | None  # the checkpoint; None if it could not be written
+    seconds: float  # from the call of `save` to its end
+    blocked_s: float  # of these, how long training waited
     error: str | None = None
-    place: Literal["disk", "store"] = "disk"  # "store": the checkpoint on disk is whole
-    fenced_off: bool = False  # another worker group writes this run by now
+    place: Literal["disk", "store"] = "disk"  # "store": the checkpoint on disk is complete
+    fenced_off: bool = False  # another worker group writes this run now
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. One process has it: rank 0."""
+    """Writes the checkpoints of one run, in the process of rank 0."""
 
     def __init__(
         self,
@@ -59,18 +59,17 @@ class CheckpointWriter:
         store: str | Path | CheckpointStore | None = None,
         fence: Fence | None = None,
     ) -> None:
-        """Nothing is read or written yet.
-
+        """
         Args:
             folder: RUN/checkpoints.
-            keep: how many of the newest stay; the best by AP stays besides.
-            store: where each checkpoint is copied to, see `checkpoint_store`.
+            keep: how many of the newest to keep, besides the best by AP.
+            store: where to copy each checkpoint; see platform/checkpoint/remote.py.
         """
         self.folder, self._keep, self._fence = folder, keep, fence
         self._spare: Snapshot | None = None
         self._save: threading.Thread | None = None
-        self._outcomes: list[WriteResult] = []
-        self._guard = threading.Lock()  # of the outcomes and of what follows
+        self._results: list[WriteResult] = []
+        self._guard = threading.Lock()  # for the results and the members below
         self._store = store
         self._copy: threading.Thread | None = None
         self._to_copy: Path | None = None
@@ -78,7 +77,7 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is in flight."""
+        """Return whether a save is in progress."""
         return self._save is not None and self._save.is_alive()
 
     def save(
@@ -87,16 +86,16 @@ class CheckpointWriter:
         *,
         wait: bool = False,
     ) -> bool:
-        """Begin a save. How it ended is told by `poll`; nothing is raised.
+        """Start a save. It never raises; `poll` returns its result.
 
         Args:
-            snapshot_or_make: belongs to the writer from now on. Or what makes it, called here with
-                an earlier snapshot whose memory can be used again.
-            wait: first for a save that is in flight, and in the end for this one. Not for the
-                copy to the store, see `close`.
+            snapshot_or_make: a snapshot, which the writer owns from now on. Or a function that
+                makes one, called here with an earlier snapshot whose memory it can reuse.
+            wait: wait for a save in progress, and then for this one; not for the copy to the
+                store, see `close`.
 
         Returns:
-            False, and nothing has been done, while another save is in flight.
+            False if another save is in progress; nothing was done then.
         """
         began_s = time.perf_counter()
         if self._save is not None:
@@ -115,29 +114,33 @@ class CheckpointWriter:
                 name="checkpoint",
             )  # fmt: skip
             self._save.start()
-        except Exception as error:  # no memory for the copy, say: the training does not need it
-            logger.exception("no copy of the state for a checkpoint")
+        except (
+            Exception
+        ) as error:  # such as too little memory for the copy; training does not need it
+            logger.exception("the state could not be copied for a checkpoint")
             self._save = None
-            message = f"the state could not be copied for a checkpoint: {_in_words(error)}"
+            message = f"the state could not be copied for a checkpoint: {_text_of(error)}"
             seconds = time.perf_counter() - began_s
-            self._tell(WriteResult(-1, None, seconds, seconds, f"{message}; the next save tries again"))
+            self._add_result(
+                WriteResult(-1, None, seconds, seconds, f"{message}; the next save retries")
+            )
             return True
         if wait:
             self._save.join()
         return True
 
     def poll(self) -> list[WriteResult]:
-        """What has ended since the last call."""
+        """Return the results since the last call."""
         with self._guard:
-            outcomes, self._outcomes = self._outcomes, []
-        return outcomes
+            results, self._results = self._results, []
+        return results
 
     def close(self, timeout_s: float) -> bool:
-        """Wait for what is in flight, the copy to the store included; true if all has ended."""
+        """Wait for the save and the copy to the store; return True if both have ended."""
         deadline_s = time.monotonic() + timeout_s
         if self._save is not None:
             self._save.join(max(0.0, deadline_s - time.monotonic()))
-        copy = self._copy  # the last save may have begun it
+        copy = self._copy  # the last save may have started it
         if copy is not None:
             copy.join(max(0.0, deadline_s - time.monotonic()))
         return not self.is_busy and (copy is None or not copy.is_alive())
@@ -159,10 +162,12 @@ class CheckpointWriter:
         finally:
             self._spare = snapshot
         if path is not None:
-            self._tidy(path)
+            self._delete_old(path)
         seconds = time.perf_counter() - began_s
         blocked_s = seconds if blocked_s is None else blocked_s
-        self._tell(WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off))
+        self._add_result(
+            WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off)
+        )
         if path is not None and self._store is not None:
             self._copy_to_store(path)
 
@@ -178,30 +183,32 @@ class CheckpointWriter:
             free = f"{_megabytes(shutil.disk_usage(self.folder).free)} are free there. "
             paths = all_checkpoints(self.folder)
             last = f"The newest checkpoint is {paths[-1].name}" if paths else last
-        except OSError:  # the disk is gone altogether
+        except OSError:  # the disk is unavailable
             pass
         code = getattr(error, "errno", None)
-        advice = "If it goes on like this, look at that disk. "
+        advice = "If this repeats, check that disk. "
         if code in (errno.ENOSPC, errno.EDQUOT):
-            advice = "Make room there; a twentieth of the disk, or 1 GB, is left for the journal. "
+            advice = (
+                "Make room there; a twentieth of the disk, or 1 GB, is reserved for the journal. "
+            )
         elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
             advice = "Make the folder writable again. "
         return (
             f"step {snapshot.state.step}: the checkpoint could not be written to {self.folder}: "
-            f"{_in_words(error)}. It takes {_megabytes(snapshot.num_bytes)}; {free}{advice}"
-            f"Training goes on, and the next save tries again. {last}"
+            f"{_text_of(error)}. It takes {_megabytes(snapshot.num_bytes)}; {free}{advice}"
+            f"Training continues, and the next save retries. {last}"
         )
 
-    def _tidy(self, path: Path) -> None:
+    def _delete_old(self, path: Path) -> None:
         with self._guard:
             protect = {path, *(p for p in (self._to_copy, self._being_copied) if p is not None)}
         try:
             keep_newest_and_best(self.folder, self._keep, protect)
-        except OSError as error:  # the checkpoint is whole; the next save tries again
+        except OSError as error:  # the checkpoint is complete; the next save retries
             logger.warning("%s: old checkpoints could not be deleted (%s)", self.folder, error)
 
     def _copy_to_store(self, path: Path) -> None:
-        """Copy now, or when the copy in flight has ended; of several that wait, the newest."""
+        """Copy now, or after the copy in progress; of several that wait, only the newest."""
         with self._guard:
             self._to_copy = path
             if self._copy is None:
@@ -228,21 +235,21 @@ class CheckpointWriter:
                 copy_run(self._store, self.folder.parent, path, keep=self._keep, fence=self._fence)
             except Exception as error:
                 seconds = time.perf_counter() - began_s
-                self._tell(
+                self._add_result(
                     WriteResult(
                         step, None, seconds, 0.0,
-                        f"step {step}: {error}. The checkpoint on disk is whole; training goes on, "
-                        "and the next save copies again",
+                        f"step {step}: {error}. The checkpoint on disk is complete; training "
+                        "continues, and the next save copies again",
                         place="store", fenced_off=isinstance(error, FencedOffError),
                     )
                 )  # fmt: skip
 
-    def _tell(self, outcome: WriteResult) -> None:
+    def _add_result(self, result: WriteResult) -> None:
         with self._guard:
-            self._outcomes.append(outcome)
+            self._results.append(result)
 
 
-def _in_words(error: Exception) -> str:
+def _text_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"

@@ -1,13 +1,13 @@
-"""What a checkpoint is made of, and how it is opened: only if every byte is as it was written.
+"""The files of a checkpoint. A checkpoint opens only if every byte is as it was written.
 
     step-00001200/
-        model.safetensors      the weights that were evaluated (the average, where there is one)
-        training.safetensors   what else it takes to go on: optimizer, and the weights if averaged
+        model.safetensors      the evaluated weights (EMA weights if they are used)
+        training.safetensors   the rest for a resume: optimizer state, and raw weights besides EMA
         state.json             position, metrics, categories, data fingerprint
-        config.json            the whole configuration
+        config.json            the complete configuration
         MANIFEST.json          format, step, size and SHA-256 of each file, and its own SHA-256
 
-Format 1 had a manifest of files alone, and less in state.json. It is read; nothing writes it.
+Format 1 had a manifest of files only and less in state.json. It can be read but is never written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from deta.platform.system.safe_read import MAX_JSON_BYTES, read_bounded, read_js
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-# Configuration keys that format 1 could hold and that are no more.
+# Configuration keys of format 1 that were removed since.
 _GONE_KEYS = (("cluster", "max_failures"),)
 
 
@@ -47,22 +47,22 @@ class Checkpoint:
     categories: tuple[Category, ...]
 
     def require_consistent(self) -> None:
-        """
+        """Check that the counts of the state fit together.
+
         Raises:
-            CheckpointError: the state contradicts itself, though its hashes are right: somebody
-                wrote it otherwise than a run does.
+            CheckpointError: they do not, although the hashes match: no run wrote this state.
         """
         state, batch = self.state, self.config.total_batch_size
         if state.samples_seen != state.step * batch:
             raise CheckpointError(
-                f"{self.path}: says {state.samples_seen} samples after {state.step} steps with a "
-                f"total batch of {batch}; remove it, and the run goes on from the one before"
+                f"{self.path}: has {state.samples_seen} samples after {state.step} steps with a "
+                f"total batch of {batch}; remove it, and the run continues from the previous one"
             )
         if not 0 <= state.skipped_in_a_row <= state.skipped_steps <= state.step:
             raise CheckpointError(
-                f"{self.path}: says {state.skipped_in_a_row} skipped steps in a row of "
+                f"{self.path}: has {state.skipped_in_a_row} skipped steps in a row of "
                 f"{state.skipped_steps} in all, after {state.step} steps; remove it, and the run "
-                "goes on from the one before"
+                "continues from the previous one"
             )
 
     def model_state(self) -> dict[str, Tensor]:
@@ -73,15 +73,15 @@ class Checkpoint:
 
 
 class CheckpointError(ValueError):
-    """A folder is no checkpoint, or a damaged one, or one of another version."""
+    """A folder is not a checkpoint, or is damaged, or has another format version."""
 
 
 class OtherVersionError(CheckpointError):
-    """A checkpoint is whole, but this version of deta-platform cannot read it."""
+    """A checkpoint is intact, but this version of deta-platform cannot read it."""
 
 
 def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
-    """Metrics that are not finite are left out: no number is better than one that sorts anyhow."""
+    """Return the content of state.json, without metrics that are not finite."""
     metrics = {name: value for name, value in state.metrics.items() if math.isfinite(value)}
     state = replace(state, metrics=metrics, format_version=FORMAT_VERSION)
     content = asdict(state) | {"categories": [asdict(category) for category in categories]}
@@ -89,6 +89,7 @@ def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
 
 
 def manifest_to_json(step: int, files: Mapping[str, WrittenFile]) -> str:
+    """Return the content of MANIFEST.json."""
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -101,10 +102,10 @@ def manifest_to_json(step: int, files: Mapping[str, WrittenFile]) -> str:
 
 
 def parse_manifest(text: str | bytes, place: object) -> dict[str, WrittenFile]:
-    """The files of a checkpoint, from its manifest of either format.
+    """Return the files of a checkpoint from its manifest, of either format.
 
     Args:
-        place: what errors name, such as the manifest's path.
+        place: for error messages, such as the path of the manifest.
 
     Raises:
         OtherVersionError: the format is newer.
@@ -122,38 +123,38 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, WrittenFile]:
                     f"{FORMAT_VERSION}, so it needs a newer one"
                 )
             if not intact:
-                raise ValueError("does not fit its own SHA-256")
+                raise ValueError("does not match its own SHA-256")
             manifest = manifest["files"]
         files = {
             name: WrittenFile(int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest.items()
         }
         if not all(_FILE_NAME.fullmatch(name) for name in files):
-            raise ValueError("names files elsewhere")
+            raise ValueError("names files outside its folder")
         if missing := {"state.json", "config.json", "model.safetensors"} - set(files):
             raise ValueError(f"does not name {', '.join(sorted(missing))}")
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{place}: is no whole manifest of a checkpoint ({error}); use an older checkpoint"
+            f"{place}: is not an intact checkpoint manifest ({error}); use an older checkpoint"
         ) from error
     return files
 
 
 def read_manifest(path: Path) -> dict[str, WrittenFile]:
-    """The files of a checkpoint's folder, and whether all are there in full length.
+    """Return the files of a checkpoint after checking that all exist in full length.
 
     Cheap, since no hash is compared.
 
     Raises:
-        CheckpointError: says what is missing, damaged or too new.
+        CheckpointError: something is missing, damaged or too new.
     """
     try:
         text = read_bounded(path / MANIFEST, MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path}: is no whole checkpoint, it has no {MANIFEST}; use an older checkpoint"
+            f"{path}: is not a complete checkpoint, it has no {MANIFEST}; use an older checkpoint"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{error}; use an older checkpoint") from error
@@ -166,12 +167,12 @@ def read_manifest(path: Path) -> dict[str, WrittenFile]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, having compared every file with the manifest.
+    """Open a checkpoint after comparing every file with the manifest.
 
     Raises:
-        OtherVersionError: it is whole, but newer than this version of deta-platform.
-        CheckpointError: says which file is missing or damaged.
-        OSError: the disk does not let it be read.
+        OtherVersionError: it is intact, but newer than this version of deta-platform.
+        CheckpointError: a file is missing or damaged.
+        OSError: the disk cannot be read.
     """
     for name, expected in read_manifest(path).items():
         with (path / name).open("rb") as file:
@@ -191,7 +192,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = RunState(**content)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError) as error:  # written so: every byte is verified
+    except (ValueError, TypeError, KeyError) as error:  # not damage: every byte is verified
         raise OtherVersionError(
             f"{path / 'state.json'}: cannot be read by this version of deta-platform ({error}); "
             "use the version that wrote it"
@@ -200,7 +201,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_metrics(path: Path) -> dict[str, float]:
-    """The finite metrics of a checkpoint's folder, which is not verified; none if in doubt."""
+    """Return the finite metrics of an unverified checkpoint; empty if they cannot be read."""
     try:
         metrics = json.loads((path / "state.json").read_bytes())["metrics"]
         return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -1,8 +1,8 @@
-"""Tensors in host memory, laid out as the safetensors file that will hold them.
+"""Copies of tensors in host memory, laid out as the safetensors file that will hold them.
 
-A copy of the weights that can be written while training goes on. It lies in one block, so that
-the next copy can use the same memory (most of the time of a copy goes into pages touched for the
-first time), and so that writing it takes few large writes, during which other threads run.
+Such a copy can be written while training continues. It is one block of memory. So the next copy
+can reuse it (most of the time of a copy goes into touching new pages), and writing takes few large
+calls, during which other threads run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 4 * 2**20  # hashed and written at once, while it is in the processor's cache
+CHUNK_BYTES = 4 * 2**20  # hashed and written together, while in the CPU cache
 
 # https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -31,7 +31,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What went into a file."""
+    """Size and hash of a written file."""
 
     num_bytes: int
     sha256: str
@@ -41,9 +41,9 @@ class WrittenFile:
 class HostTensors:
     """The content of a safetensors file."""
 
-    header: bytes  # its length, and what lies where
+    header: bytes  # its length, and the layout
     data: Tensor  # uint8, contiguous, on the host; pinned where the tensors came from a GPU
-    block: Tensor  # uint8, the memory that `data` is the beginning of
+    block: Tensor  # uint8, the memory that `data` is the start of
 
     @property
     def num_bytes(self) -> int:
@@ -59,20 +59,20 @@ class HostTensors:
 
 
 def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None) -> HostTensors:
-    """A copy that shares no memory with the tensors.
+    """Copy tensors to host memory.
 
-    On a GPU the copies only begin here: wait for its stream before the image is read.
+    From a GPU, the copy is only started here: synchronize its stream before reading the result.
 
     Args:
-        into: an image that nobody needs any more; its memory is used again where it suffices.
+        into: an earlier copy that is not needed any more; its memory is reused if large enough.
 
     Raises:
-        ValueError: a tensor has a type that safetensors does not know.
+        ValueError: safetensors does not support the type of a tensor.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: safetensors has no type for {tensor.dtype}; convert it")
-    # Wide types first, so that every tensor begins at a multiple of its type's size.
+    # Wide types first, so that every tensor starts at a multiple of the size of its type.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     layout: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends = {}
@@ -102,9 +102,9 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None)
 
 
 def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
-    """Write bytes, hash them on the way, and force them to disk.
+    """Write and hash bytes, and force them to the disk.
 
-    The interpreter is free while a chunk is hashed or written.
+    Other threads run while a chunk is hashed or written.
 
     Raises:
         OSError: the disk is full, read-only or broken.
@@ -117,7 +117,7 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
                 chunk = part[start : start + CHUNK_BYTES]
                 digest.update(chunk)
                 num_bytes += len(chunk)
-                while chunk:  # a nearly full disk takes a part, and refuses the next
+                while chunk:  # a nearly full disk accepts a part and refuses the next
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return WrittenFile(num_bytes, digest.hexdigest())

@@ -1,14 +1,15 @@
-"""The state of a run on disk: whole, or not there.
+"""Checkpoints on disk: write, find, verify and delete them.
 
-A checkpoint is a folder. It is written under another name, every file is hashed into a manifest
-and forced to disk, and only then does it get its name. So whatever carries a name is whole, unless
-the disk changed it later, which the hashes show. What is in it: `checkpoint_format`.
+A checkpoint is a folder. It is written under a temporary name. Every file is hashed into a
+manifest and forced to the disk, and only then is the folder renamed. So a folder with its final
+name is complete, unless the disk changed it later, which the hashes detect. Its files:
+platform/checkpoint/format.py.
 
     checkpoints/
-        step-00001200/                       whole
-        damaged-step-00001300/               was whole, and has changed: the last one of these
+        step-00001200/                       complete
+        damaged-step-00001300/               was complete and changed later; only the last is kept
         .step-00001400.1a2b3c4d.unfinished/  being written, or the writer died
-        .step-00001200.1a2b3c4d.replaced/    the same step was written again, and this is the former
+        .step-00001200.1a2b3c4d.replaced/    the former checkpoint of a step that is written again
         .step-00001000.1a2b3c4d.deleted/     being deleted
 """
 
@@ -59,7 +60,7 @@ _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(?:[0-9a-f]+\.)?(unfinished|replaced|d
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint will hold, in host memory of its own."""
+    """The complete content of a checkpoint, in host memory of its own."""
 
     state: RunState
     config: RunConfig
@@ -69,7 +70,7 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """What the checkpoint will take on disk, the small files generously rounded up."""
+        """Return the size of the checkpoint on disk, with a generous allowance for small files."""
         small = 4096 * (8 + (len(self.state.broken_images) + len(self.categories)) // 16)
         return self.model.num_bytes + self.training.num_bytes + small
 
@@ -82,10 +83,10 @@ def take_snapshot(
     training_state: Mapping[str, Tensor],
     into: Snapshot | None = None,
 ) -> Snapshot:
-    """Copy the state of a run, which may then go on. Nothing is shared with it.
+    """Copy the state of a run, which may continue at once. No memory is shared.
 
     Args:
-        into: a snapshot that nobody needs any more; its memory is used again.
+        into: an earlier snapshot that is not needed any more; its memory is reused.
     """
     model = copy_tensors(model_state, into.model if into is not None else None)
     training = copy_tensors(training_state, into.training if into is not None else None)
@@ -98,14 +99,14 @@ def take_snapshot(
 def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = None) -> Path:
     """Write a checkpoint into the folder and return its path.
 
-    Writing the same step again replaces what is there. What a failure leaves is removed.
+    Writing the same step again replaces the former checkpoint. A failure leaves nothing behind.
 
     Args:
-        fence: asked right before the checkpoint gets its name.
+        fence: checked right before the checkpoint gets its final name.
 
     Raises:
         OSError: the disk is full, read-only or broken.
-        FencedOffError: somebody else writes the checkpoints of this run by now.
+        FencedOffError: another worker group writes this run now.
     """
     final = folder / f"step-{snapshot.state.step:08d}"
     token = secrets.token_hex(4)
@@ -123,7 +124,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
         force_to_disk(unfinished)
         if fence is not None:
             fence.check()
-        if final.exists():  # dying between the two renames: `_put_back_replaced`
+        if final.exists():  # death between the two renames: `_restore_replaced`
             final.rename(folder / f".{final.name}.{token}.replaced")
         unfinished.rename(final)
     except BaseException:
@@ -135,7 +136,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """By step, oldest first; not verified."""
+    """Return the checkpoints by step, oldest first; not verified."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
@@ -143,22 +144,22 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(
-    folder: Path, tell: Callable[[str], None] = logger.warning
+    folder: Path, warn: Callable[[str], None] = logger.warning
 ) -> Checkpoint | None:
-    """The newest one that verifies, or none where there is none.
+    """Return the newest intact checkpoint; None if there is none.
 
-    A damaged one is set aside as `damaged-…`, of which the last is kept. One that the disk does
-    not let be read is passed over and left.
+    A damaged one is renamed to `damaged-…`; only the last of these is kept. One that the disk
+    cannot read is skipped and stays.
 
     Args:
-        tell: gets a line about each that is not used.
+        warn: receives a line about each checkpoint that is not used.
 
     Raises:
-        OtherVersionError: the newest whole one is of another version. Going on from an older one
-            would undo work silently.
-        OSError: there are checkpoints, and the disk lets none of them be read.
+        OtherVersionError: the newest intact one has another version. Continuing from an older one
+            would silently undo work.
+        OSError: there are checkpoints, and the disk can read none of them.
     """
-    _put_back_replaced(folder)
+    _restore_replaced(folder)
     unreadable: OSError | None = None
     for path in reversed(all_checkpoints(folder)):
         try:
@@ -166,11 +167,11 @@ def newest_checkpoint(
         except OtherVersionError:
             raise
         except CheckpointError as error:
-            if path.exists():  # else deleted meanwhile, by retention
-                tell(f"{error}; {_set_aside(path)}")
+            if path.exists():  # else retention deleted it meanwhile
+                warn(f"{error}; {_set_aside(path)}")
         except OSError as error:
             if path.exists():
-                tell(f"{path}: cannot be read ({error}); an older checkpoint is tried")
+                warn(f"{path}: cannot be read ({error}); trying an older checkpoint")
                 unreadable = error
     if unreadable is not None:
         raise unreadable
@@ -178,7 +179,7 @@ def newest_checkpoint(
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """The one with the highest AP, the newest of equals; not verified."""
+    """Return the checkpoint with the highest AP, the newest of equals; not verified."""
     best, best_ap = None, -math.inf
     for path in all_checkpoints(folder):
         ap = read_metrics(path).get("AP")
@@ -188,13 +189,13 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def keep_newest_and_best(folder: Path, keep: int = 1, protect: Collection[Path] = ()) -> None:
-    """Delete all whole checkpoints but the newest and the best, and what dead saves left.
+    """Delete all complete checkpoints but the newest and the best; remove leftovers.
 
     Args:
-        keep: how many of the newest.
-        protect: others that stay.
+        keep: how many of the newest to keep.
+        protect: others to keep.
     """
-    paths = [path for path in all_checkpoints(folder) if _is_whole(path)]
+    paths = [path for path in all_checkpoints(folder) if _is_complete(path)]
     kept = {*paths[-keep:], *protect, best_checkpoint(folder)}
     for path in paths:
         if path not in kept:
@@ -203,41 +204,41 @@ def keep_newest_and_best(folder: Path, keep: int = 1, protect: Collection[Path] 
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint such that dying on the way leaves nothing that looks like one."""
+    """Delete a checkpoint; a crash on the way leaves nothing that looks like one."""
     doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.deleted")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Remove what saves and deletions that were cut short have left.
+    """Remove what interrupted saves and deletions left.
 
-    Only for the one who writes the checkpoints, while no save is under way.
+    Only for the writer of the checkpoints, while no save is in progress.
     """
-    _put_back_replaced(folder)
+    _restore_replaced(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _put_back_replaced(folder: Path) -> None:
-    """Where a save died between its two renames, the former checkpoint gets its name back."""
+def _restore_replaced(folder: Path) -> None:
+    """Rename a replaced checkpoint back if its save died between the two renames."""
     for path in folder.glob(".step-*.replaced"):
         match = _LEFTOVER.fullmatch(path.name)
         if match is not None and not (folder / match.group(1)).exists():
-            with contextlib.suppress(OSError):  # a read-only disk, or the save goes on after all
+            with contextlib.suppress(OSError):  # a read-only disk, or the save is still running
                 path.rename(folder / match.group(1))
 
 
 def _set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint out of the way, and say what became of it."""
+    """Rename a damaged checkpoint out of the way; return what was done."""
     aside = path.with_name(f"damaged-{path.name}")
     former = [other for other in path.parent.glob("damaged-step-*") if other.is_dir()]
     try:
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
-    except OSError as error:  # a read-only disk is no reason not to use the one before
+    except OSError as error:  # on a read-only disk, the previous one can still be used
         return f"left in place, since it cannot be renamed ({error.strerror or error})"
     for other in former:
         if other != aside:
@@ -245,8 +246,8 @@ def _set_aside(path: Path) -> str:
     return f"set aside as {aside.name}"
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether all files are there in full length; also if another version wrote it."""
+def _is_complete(path: Path) -> bool:
+    """Return whether all files exist in full length, also for another format version."""
     try:
         read_manifest(path)
     except OtherVersionError:
@@ -261,12 +262,12 @@ def _write_text(path: Path, text: str) -> WrittenFile:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a person means by a path; not verified.
+    """Return the checkpoint that a path given by a user refers to; not verified.
 
     Args:
-        path: a checkpoint; or a run's folder, its `checkpoints` folder, or `best` in either, all
-            of which mean the run's checkpoint with the highest AP. Where none has an AP, because
-            the validation set had no boxes, the newest.
+        path: a checkpoint; or the folder of a run, its `checkpoints` folder, or `best` in either.
+            These refer to the checkpoint with the highest AP, or the newest one if none has an AP
+            because the validation set has no boxes.
 
     Raises:
         ValueError: there is none.

@@ -1,10 +1,11 @@
-"""A second place for the checkpoints of a run: a folder, or an object store.
+"""Copies of the checkpoints of a run in a second location: a folder or an object store.
 
     STORE/NAME/
         run.json  mlflow.json  journal.jsonl     copies, as of the last checkpoint
-        step-00001200/                           as on disk; MANIFEST.json comes last and goes first
+        step-00001200/                           as on disk
 
-A step without a manifest is none, so the order replaces the renames that object stores lack.
+MANIFEST.json is written last and deleted first, and a step without it does not count. This order
+replaces the renames that object stores lack.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.system.atomic_write import force_to_disk, write_atomic
 
 RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"
-OBJECT_STORES = ("s3", "gcs", "abfs")  # no folders, and a file is there when it is complete
+OBJECT_STORES = ("s3", "gcs", "abfs")  # have no folders; a file appears when it is complete
 HARMLESS_OPTIONS = ("scheme", "region", "endpoint_override", "allow_bucket_creation")
 
 
 class StoreError(RuntimeError):
-    """The store cannot be used; the message holds no credentials."""
+    """The store cannot be used. The message holds no credentials."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class CheckpointStore:
 
     filesystem: FileSystem
     root: str
-    address: str  # for people: without user, password and options
+    address: str  # for messages: without user, password and options
     secrets: tuple[str, ...] = ()
 
     def explain(self, error: Exception) -> StoreError:
@@ -62,19 +63,19 @@ class CheckpointStore:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return StoreError(
-            f"{self.address}: the store cannot be used ({text}); see that it is reachable and "
+            f"{self.address}: the store cannot be used ({text}); check that it is reachable and "
             "writable, or set checkpoint.store=none"
         )
 
 
 def open_store(address: str | Path | CheckpointStore) -> CheckpointStore:
-    """A store by its address. It is not asked for anything yet.
+    """Return the store at an address, without connecting to it.
 
     Args:
         address: a folder, or a URI that pyarrow knows: s3://bucket/runs, gs://…, file:///…
 
     Raises:
-        ValueError: it is no such address; the message holds no credentials.
+        ValueError: the address is not valid. The message holds no credentials.
     """
     if isinstance(address, CheckpointStore):
         return address
@@ -95,7 +96,7 @@ def open_store(address: str | Path | CheckpointStore) -> CheckpointStore:
 
 
 def without_credentials(address: str) -> str:
-    """An address without user, password, options and fragment."""
+    """Return an address without user, password, options and fragment."""
     scheme, _, rest = address.partition("://")
     place = rest.rpartition("@")[2]  # a password may hold any character, escaped or not
     return f"{scheme}://{place.partition('?')[0].partition('#')[0]}"
@@ -104,68 +105,68 @@ def without_credentials(address: str) -> str:
 def copy_run(
     store: CheckpointStore, run_folder: Path, newest: Path, *, keep: int, fence: Fence | None = None
 ) -> None:
-    """Bring a run's newest checkpoint, its best and its records into the store; delete old ones.
+    """Copy the newest and the best checkpoint of a run and its records; delete old checkpoints.
 
     Args:
-        newest: RUN/checkpoints/step-…, whole.
-        keep: how many of the newest stay in the store; the best by AP stays besides.
+        newest: RUN/checkpoints/step-…, complete.
+        keep: how many of the newest to keep in the store, besides the best by AP.
 
     Raises:
         StoreError: the store cannot be reached or written, or holds another run of this name.
-        FencedOffError: somebody else writes this run by now.
+        FencedOffError: another worker group writes this run now.
     """
     try:
-        place = _Place(store, run_folder.name)
+        place = _RunFolder(store, run_folder.name)
         place.require_same_run(run_folder)
-        place.put_small(RUN_FILE, run_folder / RUN_FILE)
+        place.copy_record(RUN_FILE, run_folder / RUN_FILE)
         best = best_checkpoint(run_folder / "checkpoints")
         place.put_checkpoint(newest, fence)
-        if best is not None and best != newest:  # it may have missed its turn
+        if best is not None and best != newest:  # its own copy may have failed
             try:
                 place.put_checkpoint(best, fence)
             except FileNotFoundError:
-                if best.exists():  # else deleted meanwhile, for a better one
+                if best.exists():  # else a better one replaced it meanwhile
                     raise
-        # The tracking record says how far into the journal it has come: it must not be ahead.
+        # The tracking record holds an offset in the journal, and must not be ahead of it.
         record = _bytes_of(run_folder / TRACKING_FILE)
-        place.put_small(JOURNAL, run_folder / JOURNAL)
+        place.copy_record(JOURNAL, run_folder / JOURNAL)
         if record is not None:
             place.put_bytes(TRACKING_FILE, record)
         place.delete_old(keep, protect=newest.name, fence=fence)
     except (StoreError, FencedOffError):
         raise
-    except Exception as error:  # a file system of any kind: botocore-like errors, Arrow's, OSError
+    except Exception as error:  # errors of any file system: OSError, Arrow's, a cloud SDK's
         explained = store.explain(error)
     else:
         return
-    raise explained  # without the cause, whose message may hold credentials
+    raise explained  # without its cause, whose message may hold credentials
 
 
 def restore_from_store(
     store: str | Path | CheckpointStore,
     run_name: str,
     run_folder: Path,
-    tell: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Fetch what the store knows of a run and the run's folder does not.
+    """Fetch what the store has of a run and the folder of the run lacks.
 
-    The newest checkpoint there that verifies, if there is none in the folder or an older one; the
-    best; and the run's records where they are missing, or come from before that checkpoint.
+    Fetches the newest intact checkpoint if the folder has none or an older one, the best one, and
+    the records of the run if they are missing or older than that checkpoint.
 
     Args:
-        tell: gets a line about each checkpoint that is fetched or is not whole.
+        report: receives a line about each checkpoint that is fetched or damaged.
 
     Returns:
         Whether anything was fetched.
 
     Raises:
         StoreError: the store cannot be reached, or holds another run of this name.
-        OtherVersionError: what it holds is of a newer version.
-        ValueError: the address is none.
+        OtherVersionError: its checkpoint has a newer format version.
+        ValueError: the address is not valid.
     """
     opened = open_store(store)
     try:
-        return _restore(_Place(opened, run_name), run_folder, tell)
+        return _restore(_RunFolder(opened, run_name), run_folder, report)
     except (StoreError, CheckpointError):
         raise
     except Exception as error:
@@ -173,46 +174,46 @@ def restore_from_store(
     raise explained
 
 
-def _restore(place: _Place, run_folder: Path, tell: Callable[[str], None]) -> bool:
+def _restore(place: _RunFolder, run_folder: Path, report: Callable[[str], None]) -> bool:
     folder = run_folder / "checkpoints"
     place.require_same_run(run_folder)
     stored = place.checkpoints()
-    local = newest_checkpoint(folder, tell)
+    local = newest_checkpoint(folder, report)
     fetched = False
     is_behind = False
     for name in reversed(stored):
         if local is not None and local.state.step >= _step(name):
             break
-        if place.fetch_checkpoint(name, folder, tell):
+        if place.fetch_checkpoint(name, folder, report):
             fetched = is_behind = True
             break
     best = place.best(stored)
     if best is not None and not (folder / best).exists():
         ours = best_checkpoint(folder)
         if ours is None or read_metrics(ours).get("AP", -math.inf) < place.ap(best):
-            fetched |= place.fetch_checkpoint(best, folder, tell)
+            fetched |= place.fetch_checkpoint(best, folder, report)
 
     journal, record = place.get(JOURNAL), place.get(TRACKING_FILE)
     ours_bytes = len(_bytes_of(run_folder / JOURNAL) or b"")
     if journal is not None and ours_bytes < len(journal):
-        _write_small(run_folder / JOURNAL, journal)
+        _write_record(run_folder / JOURNAL, journal)
         fetched = True
         if record is not None:  # counts in that journal
-            _write_small(run_folder / TRACKING_FILE, record)
+            _write_record(run_folder / TRACKING_FILE, record)
     elif record is not None and not (run_folder / TRACKING_FILE).exists():
-        _write_small(run_folder / TRACKING_FILE, record)
+        _write_record(run_folder / TRACKING_FILE, record)
         fetched = True
     run = place.get(RUN_FILE)
     ours_run = _bytes_of(run_folder / RUN_FILE)
     if run is not None and (ours_run is None or (is_behind and ours_run != run)):
-        _write_small(run_folder / RUN_FILE, run)
+        _write_record(run_folder / RUN_FILE, run)
         fetched = True
     return fetched
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a store holds of one run. Errors are the file system's own."""
+class _RunFolder:
+    """The folder of one run in a store. Errors are those of the file system."""
 
     store: CheckpointStore
     run_name: str
@@ -230,7 +231,7 @@ class _Place:
         return "/".join((*root, self.run_name, *names))
 
     def get(self, *names: str) -> bytes | None:
-        """A file's content, or none where there is no such file."""
+        """Return the content of a file, or None if it does not exist."""
         path = self._path(*names)
         if self._files.get_file_info(path).type != FileType.File:
             return None
@@ -238,7 +239,7 @@ class _Place:
             return stream.read()
 
     def put_bytes(self, name: str, content: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file completely or not at all."""
         path = self._path(name)
         first = f"{path}.unfinished" if self._has_folders else path
         if self._has_folders:
@@ -248,13 +249,13 @@ class _Place:
         if first != path:
             self._files.move(first, path)
 
-    def put_small(self, name: str, source: Path) -> None:
+    def copy_record(self, name: str, source: Path) -> None:
         content = _bytes_of(source)
         if content is not None:
             self.put_bytes(name, content)
 
     def require_same_run(self, run_folder: Path) -> None:
-        """Refuse to mix two runs that were given one name."""
+        """Refuse to mix two runs of the same name."""
         ours, theirs = _key(_bytes_of(run_folder / RUN_FILE)), _key(self.get(RUN_FILE))
         if ours is not None and theirs is not None and ours != theirs:
             raise StoreError(
@@ -263,11 +264,13 @@ class _Place:
             )
 
     def checkpoints(self) -> list[str]:
-        """Names of those that are complete, by step."""
-        return sorted((name for name, whole in self._steps().items() if whole), key=_step)
+        """Return the names of complete checkpoints, by step."""
+        return sorted(
+            (name for name, is_complete in self._steps().items() if is_complete), key=_step
+        )
 
     def _steps(self) -> dict[str, bool]:
-        """Every step that there is anything of, and whether it has a manifest."""
+        """Return every step folder, and whether it has a manifest."""
         selector = FileSelector(self._path(), allow_not_found=True)
         names = [
             info.base_name
@@ -288,7 +291,7 @@ class _Place:
         return ap if math.isfinite(ap) else -math.inf
 
     def best(self, names: list[str]) -> str | None:
-        """The one with the highest AP, the newest of equals."""
+        """Return the checkpoint with the highest AP, the newest of equals."""
         ap, _, name = max(((self.ap(n), _step(n), n) for n in names), default=(-math.inf, 0, None))
         return name if ap > -math.inf else None
 
@@ -296,7 +299,7 @@ class _Place:
         manifest = (path / MANIFEST).read_bytes()
         if self.get(path.name, MANIFEST) == manifest:
             return
-        self._delete_file(path.name, MANIFEST)  # the step was written again
+        self._delete_file(path.name, MANIFEST)  # this step was written again
         if self._has_folders:
             self._files.create_dir(self._path(path.name), recursive=True)
         for name, expected in parse_manifest(manifest, path / MANIFEST).items():
@@ -308,7 +311,9 @@ class _Place:
                     stream.write(chunk)
             size = self._files.get_file_info(self._path(path.name, name)).size
             if size != expected.num_bytes:
-                raise OSError(f"{path.name}/{name} has {size} bytes there, not the whole file")
+                raise OSError(
+                    f"{path.name}/{name} has {size} bytes there, not {expected.num_bytes}"
+                )
         if fence is not None:
             fence.check()
         with self._files.open_output_stream(self._path(path.name, MANIFEST)) as stream:
@@ -318,8 +323,8 @@ class _Place:
         if fence is not None:
             fence.check()
         steps = self._steps()
-        whole = self.checkpoints()
-        kept = {*whole[-keep:], protect, self.best(whole)}
+        complete = self.checkpoints()
+        kept = {*complete[-keep:], protect, self.best(complete)}
         for name in steps:
             if name not in kept:
                 self._delete_file(name, MANIFEST)
@@ -329,8 +334,8 @@ class _Place:
         if self._files.get_file_info(self._path(*names)).type == FileType.File:
             self._files.delete_file(self._path(*names))
 
-    def fetch_checkpoint(self, name: str, folder: Path, tell: Callable[[str], None]) -> bool:
-        """Into the folder, if every byte is as it was written."""
+    def fetch_checkpoint(self, name: str, folder: Path, report: Callable[[str], None]) -> bool:
+        """Fetch a checkpoint into the folder if every byte is as it was written."""
         where = f"{self.store.address}/{self.run_name}/{name}"
         unfinished = folder / f".{name}.{secrets.token_hex(4)}.unfinished"
         unfinished.mkdir(parents=True)
@@ -348,11 +353,11 @@ class _Place:
         except OtherVersionError:
             raise
         except (CheckpointError, FileNotFoundError) as error:
-            tell(f"{where}: is not whole ({error}); an older checkpoint is tried")
+            report(f"{where}: is damaged ({error}); trying an older checkpoint")
             return False
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        tell(f"{where}: fetched from the store")
+        report(f"{where}: fetched from the store")
         return True
 
     def _fetch(self, name: str, target: Path) -> WrittenFile:
@@ -383,13 +388,13 @@ def _key(run: bytes | None) -> Any:
         return None
 
 
-def _write_small(path: Path, content: bytes) -> None:
+def _write_record(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content, durable=True)
 
 
 def _secrets(address: str) -> tuple[str, ...]:
-    """What must not be shown, the longest first."""
+    """Return the secrets of an address, the longest first."""
     parts = urlsplit(address)
     found = parts.netloc.rpartition("@")[0].split(":")
     found += [value for key, value in parse_qsl(parts.query) if key not in HARMLESS_OPTIONS]

@@ -1,4 +1,4 @@
-"""Saves beside the training: killed, out of room, read-only, one at a time."""
+"""Asynchronous saves: killed, on a full or read-only disk, one at a time."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from deta.platform.run.run_state import RunState
 ROOT = Path(__file__).resolve().parents[3]
 CATEGORIES = (Category(1, "disc"),)
 
-# For every line it reads, a child that goes on from the last checkpoint, 16 MB each, until killed.
-# The steps whose checkpoint is acknowledged are in the file `acknowledged`.
+# For each input line, start a child that resumes from the last checkpoint and saves 16 MB each
+# step until it is killed. The file `acknowledged` lists the steps whose save was reported.
 TRAIN = """
 import os, sys
 from pathlib import Path
@@ -61,7 +61,7 @@ def train():
     weights, moments = torch.zeros(2_000_000), torch.zeros(2_000_000)
     writer = CheckpointWriter(folder, keep=2)
     while True:
-        # Now and then a step is written a second time, evaluated, as at the end of an epoch.
+        # Sometimes a step is written again with metrics, as at the end of an epoch.
         again = step > 0 and step % 4 == 3 and not newest_has_metrics
         step += 0 if again else 1
         metrics = {"AP": float(step % 5)} if again else {}
@@ -72,8 +72,8 @@ def train():
             return take_snapshot(state, RunConfig(), (Category(1, "disc"),), {"w": weights},
                                  {"m": moments}, into)
         writer.save(make, wait=True)
-        (outcome,) = writer.poll()
-        assert outcome.error is None, outcome
+        (result,) = writer.poll()
+        assert result.error is None, result
         os.write(acknowledged, b"%d\\n" % step)
 
 for line in sys.stdin:
@@ -100,8 +100,8 @@ def make(step: int, ap: float | None = None, num_values: int = 1000) -> Snapshot
 
 def save(writer: CheckpointWriter, snapshot: Snapshot) -> WriteResult:
     assert writer.save(snapshot, wait=True)
-    (outcome,) = writer.poll()
-    return outcome
+    (result,) = writer.poll()
+    return result
 
 
 def names(folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def quick_disk(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where there is room: what a killed process leaves does not depend on the disk."""
+    """A folder in memory if there is space: the disk does not matter for killed processes."""
     memory = Path("/dev/shm")
     if not memory.is_dir() or shutil.disk_usage(memory).free < 500e6:
         yield tmp_path
@@ -189,7 +189,7 @@ def _time_saves(place: Path) -> tuple[float, float]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 1 MiB."""
+    """A file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)]
@@ -207,18 +207,18 @@ def fill(disk: Path, leave_bytes: int) -> Path:
     return filler
 
 
-def test_on_a_full_disk_training_goes_on_and_the_next_save_works(small_disk: Path):
+def test_on_a_full_disk_training_continues_and_the_next_save_works(small_disk: Path):
     folder = small_disk / "run" / "checkpoints"
     writer = CheckpointWriter(folder)
     first = save(writer, make(1, ap=5.0, num_values=20_000)).path
     filler = fill(small_disk, 100_000)
-    outcome = save(writer, make(2, num_values=20_000))
-    assert outcome.path is None
-    assert outcome.error is not None
+    result = save(writer, make(2, num_values=20_000))
+    assert result.path is None
+    assert result.error is not None
     for part in ("step 2", str(folder), "No space left", "It takes 0.2 MB", "0.1 MB are free"):
-        assert part in outcome.error
-    for part in ("Make room", "next save tries again", "newest checkpoint is step-00000001"):
-        assert part in outcome.error
+        assert part in result.error
+    for part in ("Make room", "next save retries", "newest checkpoint is step-00000001"):
+        assert part in result.error
     assert names(folder) == ["step-00000001"]
     filler.unlink()
     assert save(writer, make(3, num_values=20_000)).error is None
@@ -229,7 +229,7 @@ def test_on_a_full_disk_training_goes_on_and_the_next_save_works(small_disk: Pat
     assert writer.close(5)
 
 
-def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_nothing_of_it(small_disk: Path):
+def test_a_disk_that_fills_during_a_save_keeps_no_part_of_it(small_disk: Path):
     write_checkpoint(small_disk, make(1))
     fill(small_disk, 100_000)
     with pytest.raises(OSError, match="No space left"):
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_keeps_nothing_of_it(sma
     assert names(small_disk) == ["filler", "step-00000001"]
 
 
-def test_on_a_read_only_disk_training_goes_on_and_can_be_resumed(small_disk: Path):
+def test_on_a_read_only_disk_training_continues_and_can_be_resumed(small_disk: Path):
     folder = small_disk / "checkpoints"
     writer = CheckpointWriter(folder)
     save(writer, make(1))
@@ -261,25 +261,25 @@ def test_on_a_read_only_disk_training_goes_on_and_can_be_resumed(small_disk: Pat
     assert newest.state.step == 3
 
 
-def test_whatever_the_disk_does_is_an_outcome_and_no_exception(tmp_path: Path):
+def test_a_disk_error_is_a_result_and_not_an_exception(tmp_path: Path):
     (tmp_path / "run").write_text("a file where the run's folder should be")
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints")
-    outcome = save(writer, make(1))
-    assert outcome.path is None
-    assert outcome.error is not None
-    assert "Not a directory" in outcome.error
+    result = save(writer, make(1))
+    assert result.path is None
+    assert result.error is not None
+    assert "Not a directory" in result.error
 
     def no_memory(into: Snapshot | None) -> Snapshot:
         raise RuntimeError("out of memory")
 
     assert writer.save(no_memory)
-    (outcome,) = writer.poll()
-    assert outcome.error is not None
-    assert "out of memory" in outcome.error
+    (result,) = writer.poll()
+    assert result.error is not None
+    assert "out of memory" in result.error
     assert not writer.is_busy
 
 
-def test_while_a_save_is_in_flight_nothing_is_copied(tmp_path: Path):
+def test_during_a_save_no_other_copy_is_made(tmp_path: Path):
     folder, fence = tmp_path / "checkpoints", _SlowFence()
     writer = CheckpointWriter(folder, fence=fence)  # type: ignore[arg-type]
     calls: list[Snapshot | None] = []
@@ -297,17 +297,17 @@ def test_while_a_save_is_in_flight_nothing_is_copied(tmp_path: Path):
     fence.go.set()
     assert writer.save(snapshot, wait=True)
     assert not writer.is_busy
-    outcomes = writer.poll()
-    assert [outcome.step for outcome in outcomes] == [1, 2]
-    assert outcomes[0].blocked_s < outcomes[0].seconds
-    assert outcomes[1].blocked_s == outcomes[1].seconds
+    results = writer.poll()
+    assert [result.step for result in results] == [1, 2]
+    assert results[0].blocked_s < results[0].seconds
+    assert results[1].blocked_s == results[1].seconds
     assert calls[0] is None
     assert calls[1] is not None, "the memory of the first is used again"
     assert writer.close(5)
 
 
 class _SlowFence:
-    """Lets nobody pass until told."""
+    """A fence that blocks until it is released."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -322,9 +322,9 @@ def test_a_group_that_was_replaced_writes_and_deletes_nothing(tmp_path: Path):
     new = CheckpointWriter(folder, keep=1, fence=Fence.acquire(tmp_path, "new"))
     save(new, make(5))
     (folder / ".step-00000006.0a1b2c3d.unfinished").mkdir()  # what the new group is writing
-    outcome = save(old, make(7))
-    assert outcome.fenced_off
-    assert outcome.path is None
+    result = save(old, make(7))
+    assert result.fenced_off
+    assert result.path is None
     assert names(folder) == [".step-00000006.0a1b2c3d.unfinished", "step-00000005"]
 
 
@@ -336,7 +336,7 @@ def test_the_writer_keeps_the_newest_and_the_best(tmp_path: Path):
     assert names(tmp_path) == ["step-00000001", "step-00000005", "step-00000006"]
 
 
-def test_saving_gives_back_threads_and_open_files(tmp_path: Path):
+def test_saving_leaks_no_threads_or_files(tmp_path: Path):
     writer = CheckpointWriter(tmp_path)
     save(writer, make(0))
     threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))

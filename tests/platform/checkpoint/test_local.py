@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and a damaged one is found."""
+"""Checkpoints are complete or absent, and damage is detected."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from deta.platform.checkpoint import format as checkpoint_format
 from deta.platform.checkpoint.format import (
@@ -24,7 +22,6 @@ from deta.platform.checkpoint.format import (
     OtherVersionError,
     read_checkpoint,
 )
-from deta.platform.checkpoint.host_snapshot import DTYPES, copy_tensors
 from deta.platform.checkpoint.local import (
     all_checkpoints,
     best_checkpoint,
@@ -69,7 +66,7 @@ def newest(folder: Path) -> Checkpoint:
     return found
 
 
-def test_what_is_written_is_read(tmp_path: Path):
+def test_a_written_checkpoint_is_read_back(tmp_path: Path):
     found = read_checkpoint(write(tmp_path, 7, ap=12.5))
     assert found.state.step == 7
     assert found.state.samples_seen == 112
@@ -81,7 +78,7 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert torch.equal(found.training_state()["optimizer/exp_avg/weight"], torch.arange(3.0))
 
 
-def test_every_part_of_the_state_comes_back(tmp_path: Path):
+def test_every_field_of_the_state_is_read_back(tmp_path: Path):
     state = RunState(
         step=3, samples_seen=48, epoch=0.3, metrics={"AP": 1.0}, best_ap=2.0,
         ap_history=[2.0, 1.0], data_fingerprint="f", code_commit="c", skipped_steps=4,
@@ -94,14 +91,14 @@ def test_every_part_of_the_state_comes_back(tmp_path: Path):
     assert read_checkpoint(path).state == state
 
 
-def test_a_metric_that_is_not_finite_is_left_out(tmp_path: Path):
+def test_a_metric_that_is_not_finite_is_omitted(tmp_path: Path):
     path = write(tmp_path, 1, ap=float("nan"))
     assert read_checkpoint(path).state.metrics == {}
     assert best_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_of_format_1_is_read(tmp_path: Path):
-    """Written by the code of format 1, with a configuration key that is no more."""
+    """The golden file was written by the code of format 1, with a key that was removed since."""
     shutil.copytree(FORMAT_1, tmp_path / FORMAT_1.name)
     found = newest(tmp_path)
     assert found.state.ap_history == [10.0, 12.5]
@@ -116,7 +113,7 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("with_hash", [True, False])
-def test_a_newer_format_is_refused_clearly_and_left_alone(tmp_path: Path, with_hash: bool):
+def test_a_newer_format_is_refused_and_not_deleted(tmp_path: Path, with_hash: bool):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     manifest = json.loads((path / "MANIFEST.json").read_text())
@@ -128,13 +125,13 @@ def test_a_newer_format_is_refused_clearly_and_left_alone(tmp_path: Path, with_h
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(OtherVersionError, match=r"has format 3.*reads up to 2.*needs a newer"):
         read_checkpoint(path)
-    with pytest.raises(OtherVersionError):  # not a step back to the one before
+    with pytest.raises(OtherVersionError):  # and not the previous checkpoint
         newest_checkpoint(tmp_path)
     keep_newest_and_best(tmp_path)
     assert path.exists()
 
 
-def test_a_configuration_of_another_version_is_refused_clearly(
+def test_a_configuration_of_another_version_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
@@ -166,7 +163,9 @@ def test_200_single_flipped_bits_are_found(tmp_path: Path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["last bytes", "half", "empty", "missing"])
-def test_a_file_cut_short_or_gone_means_the_one_before(tmp_path: Path, name: str, damage: str):
+def test_after_a_truncated_or_missing_file_the_previous_checkpoint_is_used(
+    tmp_path: Path, name: str, damage: str
+):
     good, path = write(tmp_path, 1), write(tmp_path, 2)
     content = (path / name).read_bytes()
     (path / name).unlink()
@@ -175,50 +174,52 @@ def test_a_file_cut_short_or_gone_means_the_one_before(tmp_path: Path, name: str
         (path / name).write_bytes(content[:size])
     with pytest.raises(CheckpointError, match=name):
         read_checkpoint(path)
-    told: list[str] = []
-    found = newest_checkpoint(tmp_path, told.append)
+    warnings: list[str] = []
+    found = newest_checkpoint(tmp_path, warnings.append)
     assert found is not None
     assert found.path == good
-    assert len(told) == 1
-    assert "set aside as damaged-step-00000002" in told[0]
+    assert len(warnings) == 1
+    assert "set aside as damaged-step-00000002" in warnings[0]
     assert newest(tmp_path).path == good
 
 
-def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path):
+def test_a_manifest_that_names_outside_files_is_refused(tmp_path: Path):
     path = write(tmp_path / "inner", 1)
     shutil.copy(path / "state.json", tmp_path / "state.json")
     files = {name: {"bytes": 1, "sha256": ""} for name in [*FILES[:4], "../../state.json"]}
     (path / "MANIFEST.json").write_text(json.dumps(files))
-    with pytest.raises(CheckpointError, match="elsewhere"):
+    with pytest.raises(CheckpointError, match="outside its folder"):
         read_checkpoint(path)
 
 
-def test_the_last_damaged_one_is_kept(tmp_path: Path):
+def test_only_the_last_damaged_checkpoint_is_kept(tmp_path: Path):
     good = write(tmp_path, 1)
     for step in (2, 3, 2):
         (write(tmp_path, step) / "model.safetensors").write_bytes(b"")
         assert newest(tmp_path).path == good
-        aside = [path.name for path in tmp_path.glob("damaged-*")]
-        assert aside == [f"damaged-step-{step:08d}"]
+        damaged = [path.name for path in tmp_path.glob("damaged-*")]
+        assert damaged == [f"damaged-step-{step:08d}"]
 
 
-def test_what_the_disk_does_not_let_be_read_is_left(tmp_path: Path):
+def test_an_unreadable_checkpoint_is_skipped_and_kept(tmp_path: Path):
     good, path = write(tmp_path, 1), write(tmp_path, 2)
-    # Opening a folder's entry that leads in circles is an error of the system, not of the content.
+    # Opening a link to itself is an error of the system, not of the content.
     (path / "MANIFEST.json").unlink()
     (path / "MANIFEST.json").symlink_to("MANIFEST.json")
-    told: list[str] = []
-    found = newest_checkpoint(tmp_path, told.append)
+    warnings: list[str] = []
+    found = newest_checkpoint(tmp_path, warnings.append)
     assert found is not None
     assert found.path == good
     assert path.exists()
-    assert "cannot be read" in told[0]
+    assert "cannot be read" in warnings[0]
     shutil.rmtree(good)
-    with pytest.raises(OSError, match="symbolic"):  # not: none, start anew
+    with pytest.raises(
+        OSError, match="symbolic"
+    ):  # not None, which would restart the run from scratch
         newest_checkpoint(tmp_path)
 
 
-def test_a_save_that_was_interrupted_is_not_seen_and_is_cleaned_up(tmp_path: Path):
+def test_an_interrupted_save_is_ignored_and_removed(tmp_path: Path):
     write(tmp_path, 1)
     for name in ("2.unfinished", "2.0a1b.unfinished", "1.0a1b.replaced", "0.0a1b.deleted"):
         (tmp_path / f".step-0000000{name}").mkdir()
@@ -229,14 +230,14 @@ def test_a_save_that_was_interrupted_is_not_seen_and_is_cleaned_up(tmp_path: Pat
     clean_leftovers(tmp_path / "nothing")
 
 
-def test_dying_while_a_step_is_written_again_loses_nothing(tmp_path: Path):
+def test_death_while_a_step_is_written_again_loses_nothing(tmp_path: Path):
     path = write(tmp_path, 2, ap=1.0)
     path.rename(tmp_path / ".step-00000002.0a1b2c3d.replaced")
     (tmp_path / ".step-00000002.0a1b2c3d.unfinished").mkdir()
     assert newest(tmp_path).path == path
 
 
-def test_a_step_written_again_replaces_what_was_there(tmp_path: Path):
+def test_a_step_written_again_replaces_the_former_checkpoint(tmp_path: Path):
     write(tmp_path, 2)
     path = write(tmp_path, 2, ap=3.0)
     assert read_checkpoint(path).state.metrics == {"AP": 3.0}
@@ -258,7 +259,7 @@ def test_newest_and_best_are_kept(tmp_path: Path):
     aps=st.lists(st.none() | st.sampled_from([0.0, 1.5, 2.5, 40.0]), min_size=1, max_size=7),
     keep=st.integers(1, 3),
 )
-def test_no_retention_loses_the_newest_or_the_best(tmp_path_factory, aps, keep):
+def test_retention_never_deletes_the_newest_or_the_best(tmp_path_factory, aps, keep):
     folder = tmp_path_factory.mktemp("run")
     for step, ap in enumerate(aps):
         write(folder, step, ap)
@@ -272,7 +273,7 @@ def test_no_retention_loses_the_newest_or_the_best(tmp_path_factory, aps, keep):
     assert len(steps) <= keep + 1
 
 
-def test_a_checkpoint_cut_short_does_not_count_among_the_newest(tmp_path: Path):
+def test_a_truncated_checkpoint_does_not_count_among_the_newest(tmp_path: Path):
     write(tmp_path, 1)
     (write(tmp_path, 2) / "model.safetensors").write_bytes(b"")
     write(tmp_path, 3)
@@ -280,7 +281,7 @@ def test_a_checkpoint_cut_short_does_not_count_among_the_newest(tmp_path: Path):
     assert [path.name[-1] for path in all_checkpoints(tmp_path)] == ["1", "2", "3"]
 
 
-def test_an_empty_folder_has_none(tmp_path: Path):
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path):
     assert newest_checkpoint(tmp_path / "nothing") is None
     assert best_checkpoint(tmp_path) is None
 
@@ -297,64 +298,7 @@ def test_a_fenced_off_writer_leaves_nothing(tmp_path: Path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-# Tensors in memory and in files
-
-
-def example(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    size = torch.empty(shape).numel() * dtype.itemsize
-    raw = torch.tensor([i * 37 % 251 for i in range(size)], dtype=torch.uint8)
-    if dtype == torch.bool:
-        raw %= 2
-    return raw.view(dtype).view(shape)
-
-
-def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    same = one.dtype == other.dtype and one.shape == other.shape
-    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
-    return same and torch.equal(*flat)
-
-
-SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    kinds=st.lists(st.tuples(st.sampled_from(list(DTYPES)), SHAPES), max_size=8),
-    order=st.randoms(use_true_random=False),
-)
-def test_safetensors_loads_what_is_written(tmp_path_factory, kinds, order):
-    path = tmp_path_factory.mktemp("file") / "a.safetensors"
-    names = [f'"ä{number}"' for number in range(len(kinds))]
-    order.shuffle(names)
-    tensors = {n: example(*kind) for n, kind in zip(names, kinds, strict=True)}
-    written = copy_tensors(tensors).write(path)
-    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert written.num_bytes == path.stat().st_size
-    loaded = load_file(path)
-    assert loaded.keys() == tensors.keys()
-    assert all(equal(loaded[name], tensor) for name, tensor in tensors.items())
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_tensors_that_share_memory_or_lie_apart_are_written_as_they_are(tmp_path: Path):
-    base = torch.arange(24.0).view(4, 6)
-    tensors = {
-        "base": base, "transposed": base.T, "every second": base[:, ::2], "expanded":
-        base[:1].expand(3, 6), "tied": base, "parameter": torch.nn.Parameter(base),
-        "conjugate": torch.tensor([1 + 2j]).conj(),
-    }  # fmt: skip
-    copy_tensors(tensors).write(tmp_path / "a.safetensors")
-    loaded = load_file(tmp_path / "a.safetensors")
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-
-
-def test_a_type_that_safetensors_does_not_know_is_named():
-    with pytest.raises(ValueError, match=r"phase.*complex128"):
-        copy_tensors({"phase": torch.zeros(1, dtype=torch.complex128)})
-
-
-def test_a_snapshot_shares_nothing_and_uses_memory_again(tmp_path: Path):
+def test_a_snapshot_shares_no_memory_with_the_run_and_reuses_its_own(tmp_path: Path):
     weights, moments = torch.ones(1000), torch.ones(500)
     state = RunState(step=1, samples_seen=1, epoch=0.1, broken_images={"1": "cut"})
 
@@ -390,7 +334,7 @@ def test_a_snapshot_of_a_gpu_is_pinned_and_exact(tmp_path: Path):
     assert read_checkpoint(write_checkpoint(tmp_path, again)).model_state()["w"].abs().sum() == 0
 
 
-def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path):
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path):
     former = os.umask(0o022)
     try:
         path = write(tmp_path, 1)

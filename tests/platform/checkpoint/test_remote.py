@@ -1,4 +1,4 @@
-"""Checkpoints in a second place: complete there or not there, and back again."""
+"""Checkpoints are copied to a store completely or not at all, and restored from it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(
 
 
 def listing(store: CheckpointStore) -> list[str]:
-    """All files of the run, without what comes before its folder."""
+    """Return all files of the run, relative to its folder."""
     selector = FileSelector(f"{store.root}/{NAME}", recursive=True, allow_not_found=True)
     found = store.filesystem.get_file_info(selector)
     return sorted(i.path.partition(f"{NAME}/")[2] for i in found if i.is_file)
@@ -85,7 +85,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(_MockFileSystem(), "runs", "memory")
 
 
-def test_a_run_comes_back_from_the_store(tmp_path: Path, store: CheckpointStore):
+def test_a_run_is_restored_from_the_store(tmp_path: Path, store: CheckpointStore):
     run, fresh = tmp_path / "a" / NAME, tmp_path / "b" / NAME
     assert train(run, store, {1: 5.0, 2: 9.0, 3: None, 4: 7.0, 5: None}) == []
     assert steps(store) == [2, 4, 5]
@@ -121,7 +121,7 @@ def test_only_what_is_older_is_replaced(tmp_path: Path, store: CheckpointStore):
     assert before == ((other / "journal.jsonl").read_bytes(), (other / "mlflow.json").read_bytes())
 
 
-def test_what_is_damaged_or_half_copied_in_the_store_is_passed_over(tmp_path: Path):
+def test_damaged_or_partial_copies_in_the_store_are_skipped(tmp_path: Path):
     store = open_store(tmp_path / "store")
     run = tmp_path / "a" / NAME
     train(run, store, {1: None, 2: None, 3: None}, keep=3)
@@ -173,19 +173,19 @@ def test_a_step_that_was_written_again_is_copied_again(tmp_path: Path, store: Ch
     assert newest.state.metrics == {"AP": 4.5}
 
 
-def test_a_store_that_is_away_costs_no_checkpoint_and_catches_up(tmp_path: Path):
+def test_an_unreachable_store_costs_no_checkpoint_and_catches_up(tmp_path: Path):
     run, place = tmp_path / "a" / NAME, tmp_path / "store"
     place.write_text("a file where the store should be")
     errors = train(run, place, {1: 8.0, 2: None, 3: None})
     assert [path.name[-1] for path in all_checkpoints(run / "checkpoints")] == ["1", "2", "3"]
     assert len(errors) == 3
-    assert all(str(place) in error and "on disk is whole" in error for error in errors)
+    assert all(str(place) in error and "on disk is complete" in error for error in errors)
     place.unlink()
     assert train(run, place, {4: None}) == []
     assert steps(open_store(place)) == [1, 4]  # the best had missed its turn
 
 
-def test_a_store_that_does_not_answer_holds_up_no_save(tmp_path: Path):
+def test_a_store_that_hangs_delays_no_save(tmp_path: Path):
     run = tmp_path / NAME
     run.mkdir()
     address = (
@@ -229,7 +229,7 @@ def test_no_error_shows_credentials(address: str, shown: str):
     assert found.value.__context__ is None
 
 
-def test_two_runs_of_one_name_do_not_mix(tmp_path: Path, store: CheckpointStore):
+def test_two_runs_of_one_name_are_not_mixed(tmp_path: Path, store: CheckpointStore):
     train(tmp_path / "a" / NAME, store, {5: None})
     other = tmp_path / "b" / NAME
     other.mkdir(parents=True)
