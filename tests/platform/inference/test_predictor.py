@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -455,3 +457,19 @@ def test_photographs_are_predicted_in_their_own_pixels(predictor):
         # Relative boxes are of side 1 at most, so none is larger than the picture.
         assert ((boxes[:, 2:] - boxes[:, :2]) <= [width + 1e-3, height + 1e-3]).all()
         assert boxes[:, 2].max() > 100  # not in the pixels of the 80 px picture the model saw
+
+
+def test_the_predictor_loads_no_training():
+    """A server or a script that predicts does not pay for training, tracking or reports."""
+    code = (
+        "import sys; import deta.platform.inference.predictor; "
+        "print(*{name.split('.')[2] for name in sys.modules "
+        "if name.startswith('deta.platform.')}); "
+        "print(*{'ray', 'mlflow', 'pyarrow', 'hotcoco'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms, libraries = run.stdout.split("\n")[:2]
+    assert set(rooms.split()) <= {
+        *("system", "data", "learning", "run", "checkpoint", "weights", "evaluation", "inference"),
+    }
+    assert not libraries
