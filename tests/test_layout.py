@@ -39,8 +39,8 @@ MAY_IMPORT_MLFLOW = (
     "platform/leaderboard/mlflow_source.py",
 )
 MAX_FILES = 13  # in a room, so that a list of them is read at a glance
-# Old places of two files, kept for one release. MLflow stores a loader with each registered version,
-# and older loaders import from here (tests/platform/registry/test_pyfunc_model.py).
+# Old places of two files, kept for one release. MLflow stores a loader with each version, and older
+# loaders import from here (tests/platform/registry/test_pyfunc_model.py).
 ALIASES = (ROOT / "platform" / "predict.py", ROOT / "platform" / "images.py")
 MODULES = sorted(
     path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path not in ALIASES
