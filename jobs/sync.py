@@ -72,7 +72,7 @@ def _prepare(folders: list[Path]) -> list[Path]:
             raise ValueError(f"{path}: is no folder; give a run, or a folder of runs")
         found = find_runs(path)
         if not found and folders:
-            echo(f"{path}: there is no run in it (a run has a {RUN_FILE})")
+            print_line(f"{path}: there is no run in it (a run has a {RUN_FILE})")
         runs += [run for run in found if run not in runs]
     return runs
 
@@ -85,7 +85,7 @@ def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
         stores,
         patience_s=arguments.patience,
         dry_run=arguments.dry_run,
-        echo=echo,
+        echo=print_line,
         show_progress=_show,
     )
     if arguments.reap:
@@ -111,15 +111,15 @@ def _reap(
             try:
                 dead = reap(store, experiment, dry_run=arguments.dry_run)
             except Exception as error:
-                echo(f"{store.shown_uri}: {redact(str(error))}")
+                print_line(f"{store.shown_uri}: {redact(str(error))}")
                 is_well = False
                 continue
             for run_id, name in dead:
-                echo(f"{name} ({run_id}): nothing was heard of it; marked KILLED")
+                print_line(f"{name} ({run_id}): nothing was heard of it; marked KILLED")
     return is_well
 
 
-def echo(line: str) -> None:
+def print_line(line: str) -> None:
     print(f"\r\033[K{line}" if sys.stdout.isatty() else line, flush=True)
 
 

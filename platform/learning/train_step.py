@@ -60,8 +60,7 @@ def train_step(
         num_boxes: in the global batch, over all workers.
         seeds: one for each micro-batch, for all random numbers of the model; below 2**64.
         precision: torch.float32, or torch.bfloat16 for autocast.
-        gradients: sums them over micro-batches and workers. None: PyTorch and
-            DistributedDataParallel do.
+        gradients: sums them over micro-batches and workers; None: DistributedDataParallel does.
     """
     is_parallel = isinstance(model, DistributedDataParallel)
     num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel averages

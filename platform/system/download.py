@@ -33,6 +33,7 @@ from typing import IO, NoReturn
 
 from tqdm import tqdm
 
+from deta.platform.system.atomic_write import force_to_disk
 from deta.platform.system.safe_read import file_sha256
 
 MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB
@@ -176,8 +177,7 @@ def _finish(job: _Download, path: Path, pinned: str | None) -> None:
     record = {"url": job.url, "bytes": job.part.stat().st_size, "sha256": found}
     record_path = path.with_name(f"{path.name}.json")
     record_path.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    with job.part.open("rb") as file:
-        os.fsync(file.fileno())
+    force_to_disk(job.part)
     os.replace(job.part, path)
     job.version_file.unlink(missing_ok=True)
 

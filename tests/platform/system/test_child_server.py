@@ -1,4 +1,4 @@
-"""A server that this project starts ends with it, however it ends."""
+"""A child server never outlives its parent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deta.platform.system.child_server import (
 from deta.platform.system.places import child_environment
 
 ROOT = Path(__file__).resolve().parents[3]
-# Serves until it is told to end twice, and has a child that is told nothing.
+# Ignores SIGTERM, and has a child that gets no signal.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -66,15 +66,15 @@ def test_a_server_answers_and_ends(tmp_path: Path):
     service.stop()
 
 
-def test_a_server_that_does_not_start_is_named_with_its_last_words(tmp_path: Path):
+def test_the_error_of_a_failed_start_quotes_the_log(tmp_path: Path):
     command = [sys.executable, "-c", "raise SystemExit('no such database')"]
     with pytest.raises(ChildServerError, match="no such database"):
         start_child_server("it", command, tmp_path / "log", lambda: False)
 
 
 @pytest.mark.parametrize("ending", ["stop", "killed"])
-def test_nothing_is_left_of_a_server_that_does_not_listen(tmp_path: Path, ending: str):
-    """Also where whoever started it is killed and can end nothing."""
+def test_no_process_is_left_of_a_server_that_ignores_signals(tmp_path: Path, ending: str):
+    """Also if the parent is killed and cannot clean up."""
     code = (
         "import sys, time; from pathlib import Path\n"
         "from deta.platform.system.child_server import start_child_server\n"
@@ -109,7 +109,7 @@ def test_a_taken_port_is_replaced_by_a_free_one():
         port = taken.getsockname()[1]
         assert free_port("127.0.0.1", port) not in (0, port)
     with pytest.raises(ValueError, match="nothing can listen there"):
-        free_port("203.0.113.7", 5000)  # of no machine
+        free_port("203.0.113.7", 5000)  # a documentation address: no machine has it
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_a_taken_port_is_replaced_by_a_free_one():
     [("127.0.0.1", True), ("127.5.4.3", True), ("::1", True), ("localhost", True),
      ("0.0.0.0", False), ("10.0.0.5", False), ("localhost.evil.example", False)],
 )  # fmt: skip
-def test_what_only_this_machine_reaches(host: str, expected: bool):
+def test_loopback_addresses_are_recognized(host: str, expected: bool):
     assert is_loopback(host) is expected

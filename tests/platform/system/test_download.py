@@ -1,4 +1,4 @@
-"""Downloads from a server that does what servers do: cut, ignore, change and lie."""
+"""Downloads from a server that cuts connections, ignores ranges, changes files and lies."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Answers with `content`; what it does wrong is set on it."""
+    """A server that returns `content`, with faults that tests set."""
 
     def __init__(self) -> None:
         self.content, self.etag, self.modified = CONTENT, '"v1"', ""
-        self.cut_after: list[int] = []  # bytes, of one answer each, then the connection ends
-        self.codes: list[int] = []  # answers to give first
+        self.cut_after: list[int] = []  # bytes per response before the connection closes
+        self.codes: list[int] = []  # responses to give first
         self.ignores_range = self.without_length = self.ignores_if_range = False
         self.content_type = "application/octet-stream"
         self.claimed_length: int | None = None
@@ -87,7 +87,7 @@ class Server:
         handler.end_headers()
         if self.cut_after:
             body = body[: self.cut_after.pop(0)]
-        with contextlib.suppress(OSError):  # who has seen enough hangs up
+        with contextlib.suppress(OSError):  # a client may hang up early
             handler.wfile.write(body)
         self.on_answer()
 
@@ -118,7 +118,7 @@ def parts(folder: Path) -> list[Path]:
     return list(folder.rglob("*.part"))
 
 
-def test_a_pinned_file_arrives_whole_and_once(get, server, tmp_path):
+def test_a_pinned_file_is_downloaded_completely_and_once(get, server, tmp_path):
     path = get()
     again = get()
 
@@ -132,13 +132,13 @@ def test_a_pinned_file_arrives_whole_and_once(get, server, tmp_path):
     assert not parts(tmp_path)
 
 
-def test_the_hash_of_a_file_that_is_not_pinned_is_said(get):
+def test_the_hash_of_a_file_that_is_not_pinned_is_printed(get):
     get(pin="")
 
     assert f"append #sha256={SHA256}" in get.said[-1]
 
 
-def test_a_cut_download_goes_on_where_it_stopped(get, server):
+def test_an_interrupted_download_resumes(get, server):
     server.cut_after = [300_000, 200_000]
 
     path = get()
@@ -151,7 +151,7 @@ def test_a_cut_download_goes_on_where_it_stopped(get, server):
     assert "ended after 300,000 of 1,048,576 bytes; trying again" in get.said[0]
 
 
-def test_another_process_goes_on_with_what_has_arrived(get, server, tmp_path):
+def test_another_process_resumes_with_the_received_bytes(get, server, tmp_path):
     server.cut_after = [300_000] + [0] * 10
     with pytest.raises(DownloadError, match="300,000 bytes were received and are kept"):
         get(attempts=2)
@@ -168,7 +168,7 @@ def test_a_server_that_ignores_ranges_starts_again(get, server):
     assert get().read_bytes() == CONTENT
 
 
-def test_a_file_that_changes_meanwhile_is_taken_anew(get, server):
+def test_a_file_that_changes_meanwhile_is_downloaded_again(get, server):
     server.cut_after = [300_000]
 
     def change() -> None:
@@ -179,7 +179,7 @@ def test_a_file_that_changes_meanwhile_is_taken_anew(get, server):
     assert get(pin="").read_bytes() == CONTENT[::-1]
 
 
-def test_a_server_that_goes_on_with_another_version_is_not_believed(get, server):
+def test_a_range_of_another_version_is_not_used(get, server):
     server.cut_after, server.ignores_if_range = [300_000], True
 
     def change() -> None:
@@ -192,7 +192,7 @@ def test_a_server_that_goes_on_with_another_version_is_not_believed(get, server)
 
 
 @pytest.mark.parametrize(("etag", "modified"), [("", ""), ('W/"weak"', "")])
-def test_without_a_version_to_compare_nothing_is_joined(get, server, etag, modified):
+def test_without_a_version_nothing_is_resumed(get, server, etag, modified):
     server.cut_after, server.etag, server.modified = [300_000], etag, modified
 
     assert get().read_bytes() == CONTENT
@@ -207,7 +207,7 @@ def test_a_date_is_a_version_too(get, server):
     assert server.requests[1]["If-Range"] == server.modified
 
 
-def test_a_part_that_was_whole_already_is_taken(get, server, tmp_path):
+def test_a_part_that_was_complete_is_used(get, server, tmp_path):
     server.cut_after = [len(CONTENT) - 1] + [0] * 10
     with pytest.raises(DownloadError):
         get(attempts=1)
@@ -219,7 +219,7 @@ def test_a_part_that_was_whole_already_is_taken(get, server, tmp_path):
     assert server.requests[-1]["Range"] == f"bytes={len(CONTENT)}-"
 
 
-def test_a_length_that_is_a_lie_is_an_error_and_what_arrived_is_kept(get, server, tmp_path):
+def test_a_wrong_length_is_an_error_and_received_bytes_are_kept(get, server, tmp_path):
     server.claimed_length, server.ignores_range = len(CONTENT) + 5, True
 
     with pytest.raises(DownloadError, match=r"ended after 1,048,576 of 1,048,581 bytes, 2 times"):
@@ -255,7 +255,7 @@ def test_a_file_in_the_cache_that_was_changed_is_refused(get):
     ("code", "says"),
     [(404, "there is no such file"), (403, "needs a log-in"), (410, "was removed"), (418, "418")],
 )
-def test_an_answer_that_will_not_change_is_final(get, server, code, says):
+def test_a_permanent_error_is_not_retried(get, server, code, says):
     server.codes = [code]
 
     with pytest.raises(DownloadError, match=says):
@@ -264,14 +264,14 @@ def test_an_answer_that_will_not_change_is_final(get, server, code, says):
     assert len(server.requests) == 1
 
 
-def test_a_busy_server_is_asked_again(get, server):
+def test_a_busy_server_is_retried(get, server):
     server.codes = [503, 429, 500]
 
     assert get().read_bytes() == CONTENT
     assert len(server.requests) == 4
 
 
-def test_a_web_page_is_no_file(get, server):
+def test_a_web_page_is_refused(get, server):
     server.content_type = "text/html; charset=utf-8"
 
     with pytest.raises(DownloadError, match="returns a web page"):
@@ -288,7 +288,7 @@ def test_a_file_over_the_limit_is_refused(get, server, without_length, tmp_path)
     assert sum(part.stat().st_size for part in parts(tmp_path)) <= 1000
 
 
-def test_a_disk_without_room_is_told_of_before_it_is_filled(get, server, monkeypatch, tmp_path):
+def test_too_little_disk_space_is_reported_before_writing(get, server, monkeypatch, tmp_path):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 9}))
 
     with pytest.raises(DownloadError, match="has 9 left; make room"):
@@ -297,7 +297,7 @@ def test_a_disk_without_room_is_told_of_before_it_is_filled(get, server, monkeyp
     assert not parts(tmp_path)
 
 
-def test_no_server_and_no_network_are_told_apart(tmp_path, server):
+def test_no_server_and_no_network_have_different_messages(tmp_path, server):
     server.httpd.server_close()
     options = {"first_wait_s": 0.0, "attempts": 2, "echo": lambda _: None}
     with pytest.raises(DownloadError, match="refused, 2 times in a row"):
@@ -324,7 +324,7 @@ def test_addresses_that_are_not_allowed(tmp_path, url, says):
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a"])
-def test_a_server_cannot_send_to_other_kinds_of_addresses(get, server, target):
+def test_a_redirect_to_another_kind_of_address_is_refused(get, server, target):
     server.codes, server.redirect = [302], target
 
     with pytest.raises(DownloadError, match=r"less safe|302"):
@@ -354,7 +354,7 @@ def test_two_processes_download_once(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_a_path_is_itself_and_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
+def test_a_path_is_returned_and_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert fetch("~/a.pth") == Path.home() / "a.pth"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "deta-platform" / "downloads"

@@ -1,4 +1,4 @@
-"""Marked processes are found and ended, whoever their parent is by then."""
+"""Marked processes are found and killed, whatever their parent is now."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deta.platform.system.process_tree import (
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-# Its child goes into a session of its own, as Ray's processes do, and outlives it.
+# Its child starts a session of its own, as Ray's processes do, and outlives it.
 PARENT = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
@@ -41,7 +41,7 @@ def start(name: str, value: str, seconds: float) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_family_that_is_scattered_is_ended_and_nobody_else():
+def test_all_processes_of_a_mark_are_killed_and_no_others():
     mark, other = new_mark(), new_mark()
     ours, theirs = start(ATTEMPT_MARK, mark, 300), start(ATTEMPT_MARK, other, 300)
     orphan = start(ATTEMPT_MARK, mark, 0)
@@ -54,7 +54,7 @@ def test_a_family_that_is_scattered_is_ended_and_nobody_else():
     theirs.wait()
 
 
-def test_who_ends_when_its_input_does_is_not_killed():
+def test_a_process_that_exits_when_its_input_closes_is_not_killed():
     mark = new_mark()
     polite = subprocess.Popen(
         [sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(7)"],
@@ -67,7 +67,7 @@ def test_who_ends_when_its_input_does_is_not_killed():
 LEADER = """
 import os, subprocess, sys
 if os.fork():
-    os._exit(0)  # the session's leader: from here on nobody leads it
+    os._exit(0)  # the session leader exits: the session has none now
 mark = subprocess.run([sys.executable, "-c", MAKE], stdout=subprocess.PIPE, text=True).stdout
 run = subprocess.Popen(["sleep", "300"], env={**os.environ, "DETA_RUN_MARK": mark})
 print(mark, os.getpid(), run.pid, flush=True)
@@ -75,8 +75,8 @@ sys.stdin.read()
 """
 
 
-def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it():
-    # So it is for what a shell left running when it was closed, and under some job schedulers.
+def test_a_session_without_a_leader_survives_a_run_started_in_it():
+    # As for processes that a closed shell left running, and under some job schedulers.
     make = "from deta.platform.system.process_tree import new_mark; print(new_mark(), end='')"
     leader = subprocess.Popen(
         [sys.executable, "-c", f"MAKE = {make!r}\n{LEADER}"],
@@ -96,7 +96,7 @@ def test_a_session_without_a_leader_is_not_ended_with_a_run_that_was_begun_in_it
     leader.stdin.close()
 
 
-def test_work_goes_on_where_the_folder_it_began_in_is_replaced(
+def test_work_continues_when_its_first_folder_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     began, stays = tmp_path / "began", tmp_path / "stays"
@@ -105,7 +105,7 @@ def test_work_goes_on_where_the_folder_it_began_in_is_replaced(
     monkeypatch.chdir(began)
     with working_in(stays):
         began.rmdir()
-        began.mkdir()  # another of the same name: who worked in the first has none
+        began.mkdir()  # another folder of the same name: the first is gone
         done = subprocess.run(
             [sys.executable, "-c", "import os; print(os.getcwd())"],
             capture_output=True,

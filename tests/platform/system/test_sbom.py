@@ -12,7 +12,7 @@ import pytest
 from deta.platform.system.sbom import altered_files, bill_of_materials, canonical, hash_lines
 
 
-def test_the_bill_names_every_package_once_with_its_version():
+def test_every_package_is_listed_once_with_its_version():
     bill = bill_of_materials()
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     parts = {part["name"]: part for part in bill["components"]}
