@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.jobs.recipe import run_recipe
 from deta.model.anchor_detr import AnchorDETRConfig
 from deta.model.backbone import BackboneConfig
 from deta.model.criterion import CriterionConfig
@@ -103,4 +102,6 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
+    from deta.jobs.recipe import run_recipe
+
     run_recipe(__doc__ or "", VARIANTS)

@@ -132,7 +132,7 @@ def _submit(parsed: argparse.Namespace) -> int:
             stop_on_interrupt=parsed.stop_on_interrupt,
             python=parsed.python,
             env=dict(_variable(text) for text in parsed.env),
-            note=_note,
+            echo=_note,
         )
     except ValueError as error:
         _note(f"error: {error}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.jobs.recipe import run_recipe
 from deta.model.backbone import BackboneConfig
 from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
@@ -199,4 +198,6 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
+    from deta.jobs.recipe import run_recipe
+
     run_recipe(__doc__ or "", VARIANTS, drawn_data={"demo": write_shapes})

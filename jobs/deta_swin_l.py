@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.jobs.recipe import run_recipe
 from deta.model.backbone import BackboneConfig
 from deta.model.detector import ModelConfig
 from deta.platform.data.transforms import larger_augmentation, larger_evaluation_size
@@ -105,4 +104,6 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
+    from deta.jobs.recipe import run_recipe
+
     run_recipe(__doc__ or "", VARIANTS)

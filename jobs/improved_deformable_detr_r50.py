@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.jobs.recipe import run_recipe
 from deta.model.criterion import CriterionConfig
 from deta.model.detector import ModelConfig
 from deta.model.postprocess import PostprocessConfig
@@ -57,4 +56,6 @@ def detrex_12ep() -> RunConfig:
 VARIANTS = {"official_50ep": official_50ep, "detrex_12ep": detrex_12ep}
 
 if __name__ == "__main__":
+    from deta.jobs.recipe import run_recipe
+
     run_recipe(__doc__ or "", VARIANTS)

@@ -42,8 +42,9 @@ STANDS_FOR = {  # in the README: here
     "annotations/instances_train2017.json": f"{DATA}/annotations/instances_train.json",
     "annotations/instances_val2017.json": f"{DATA}/annotations/instances_val.json",
 }
-FEW_IMAGES = ["data.train_first=48", "data.val_first=16"]
-SHORT = [*FEW_IMAGES, "schedule.epochs=1"]
+# Enough boxes of each class for a training not to warn of too few.
+FEW_IMAGES = ["data.train_first=100", "data.val_first=20"]
+SHORT = [*FEW_IMAGES, "schedule.epochs=1", "schedule.warmup_epochs=0"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def shortened(command: str) -> str:
     if not trains or {"--help", "--show", "--compare", "--resume"} & set(words):
         shorter = [] if not job.startswith(("sweep_", "study_")) else ["--no-probe", *SHORT]
     elif words[2] == "finetune":
-        shorter = ["--samples", "48", *FEW_IMAGES]
+        shorter = ["--samples", "100", *FEW_IMAGES]
     else:
         shorter = SHORT if "--variant" in words else ["--variant small", *SHORT]
     return " ".join([command, *shorter])

@@ -57,13 +57,16 @@ class Imports(ast.NodeVisitor):
     optional: what it raises instead has to name an extra.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_program: bool = False) -> None:
+        self.is_program = is_program  # otherwise its block of `__main__` does not run
         self.required: set[str] = set()
+        self.programs: set[str] = set()  # modules that it starts as processes
         self.optional: set[tuple[str, str]] = set()  # module, what its handlers say
         self.visit(ast.parse(path.read_text(encoding="utf-8")))
 
     def visit_If(self, node: ast.If) -> None:
-        if "TYPE_CHECKING" in ast.unparse(node.test):
+        test = ast.unparse(node.test)
+        if "TYPE_CHECKING" in test or ("__main__" in test and not self.is_program):
             for child in node.orelse:
                 self.visit(child)
         else:
@@ -97,7 +100,7 @@ class Imports(ast.NodeVisitor):
 
     def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, str) and re.fullmatch(r"deta(\.\w+)+", node.value):
-            self.required.add(node.value)
+            self.programs.add(node.value)
 
     def visit_Call(self, node: ast.Call) -> None:
         """A package that is found by its metadata is needed as if it were imported."""
@@ -127,22 +130,23 @@ def needed_by(job: Path) -> tuple[dict[str, Path], dict[tuple[str, str], Path]]:
     optional: dict[tuple[str, str], Path] = {}
     seen: set[Path] = set()
     waiting = [job]
+    programs = {job}
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
         seen.add(path)
-        imports = Imports(path)
-        for module, said in {(m, "") for m in imports.required} | imports.optional:
+        imports = Imports(path, is_program=path in programs)
+        programs |= {file for name in imports.programs if (file := file_of(name)) is not None}
+        waiting += programs - seen
+        for module in imports.required:
             top = module.partition(".")[0]
             if top == "deta":
-                if (file := file_of(module)) is not None and not said:
-                    waiting.append(file)
+                waiting += [file] if (file := file_of(module)) is not None else []
             elif top not in sys.stdlib_module_names:
-                if said:
-                    optional[top, said] = path
-                else:
-                    required[top] = path
+                required[top] = path
+        for module, said in imports.optional:
+            optional[module, said] = path
     return required, optional
 
 
@@ -168,11 +172,13 @@ def test_a_job_imports_only_what_its_extra_declares(extra: str, job: str):
             f"jobs/{job}.py needs {package} ({path.relative_to(ROOT)}), which the extra {extra} "
             "does not declare"
         )
-    for (package, said), path in optional.items():
+    for (module, said), path in optional.items():
+        package = module.partition(".")[0]
         brings = {_normalized(name) for name in distributions.get(package, [package])}
         brings.add(COMES_WITH.get(package, package))
         named = [one for one in re.findall(r"deta-platform\[(\w+)\]", said) if one in EXTRAS]
-        assert brings & here or any(brings & declared(one) for one in named), (
-            f"{path.relative_to(ROOT)} can do without {package}, but does not name an extra of "
+        is_there = brings & here or any(brings & declared(one) for one in named)
+        assert is_there or (package == "deta" and named), (
+            f"{path.relative_to(ROOT)} can do without {module}, but does not name an extra of "
             f"pyproject.toml that brings it: {said}"
         )
