@@ -1,15 +1,15 @@
-"""Injects real faults into a tiny DETA and says how it took them.
+"""Injects real faults into the training of a tiny DETA and reports how it recovers.
 
   python -m tests.chaos A1 B5            some scenarios of the scorecard
   python -m tests.chaos --core           the scorecard; about 40 minutes on two cores
-  python -m tests.chaos --quick          those of ten minutes
+  python -m tests.chaos --quick          the quick ones; about ten minutes
   python -m tests.chaos --core --stock --json chaos.jsonl --table
   python -m tests.chaos --tabulate chaos.jsonl
 
-Each prints one line of JSON, {"id", "passed", "figure", "unit", "goal", "stock"}; what happens
-meanwhile is on stderr. --stock runs plain Ray Train, torch.save and MLflow beside it, where a
-script for it is there; figures of the study that the scorecard is from are marked as such. Some
-scenarios mount file systems and make network namespaces, for which they must be root's.
+Each scenario prints one line of JSON, {"id", "passed", "figure", "unit", "goal", "stock"}, and
+logs its progress to stderr. --stock also runs plain Ray Train, torch.save and MLflow, where a
+script for the fault exists. Results of the earlier study are marked as such. Some scenarios mount
+file systems and create network namespaces, which needs root.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from tests.chaos.catalogue import BY_ID, SCENARIOS
-from tests.chaos.runs import Place, say
+from tests.chaos.runs import Place, log_progress
 from tests.chaos.scenario import Options, Scenario
 
 
@@ -37,17 +37,19 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ids", nargs="*", metavar="ID")
-    parser.add_argument("--list", action="store_true", help="all scenarios and goals")
-    parser.add_argument("--core", action="store_true", help="the scorecard")
-    parser.add_argument("--quick", action="store_true", help="the subset for every day")
-    parser.add_argument("--stock", action="store_true", help="also plain Ray and MLflow")
-    parser.add_argument("--repeats", type=int, metavar="N", help="faults of a kind; 20: scorecard")
-    parser.add_argument("--slack", type=float, default=1.0, help="multiplies limits in seconds")
-    parser.add_argument("--soak-s", type=float, default=90.0, help="seconds of G5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the lines to a file")
-    parser.add_argument("--table", action="store_true", help="a Markdown table at the end")
+    parser.add_argument("--list", action="store_true", help="list all scenarios and goals")
+    parser.add_argument("--core", action="store_true", help="run the scorecard")
+    parser.add_argument("--quick", action="store_true", help="run the quick subset")
+    parser.add_argument("--stock", action="store_true", help="also run plain Ray and MLflow")
     parser.add_argument(
-        "--tabulate", type=Path, metavar="FILE", help="only the table, of what --json wrote"
+        "--repeats", type=int, metavar="N", help="faults per scenario; the scorecard has 20"
+    )
+    parser.add_argument("--slack", type=float, default=1.0, help="multiply limits in seconds")
+    parser.add_argument("--soak-s", type=float, default=90.0, help="duration of G5 in seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the lines to a file")
+    parser.add_argument("--table", action="store_true", help="print a Markdown table at the end")
+    parser.add_argument(
+        "--tabulate", type=Path, metavar="FILE", help="only print the table of a --json file"
     )
     parser.add_argument("--keep", action="store_true", help="leave runs and logs on the disk")
     arguments = parser.parse_args()
@@ -71,8 +73,8 @@ def main() -> int:
     try:
         fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        parser.error("another chaos run is going on here; two at once would falsify their figures")
-    # Stopped from outside, it still ends the processes it started and unmounts its disks.
+        parser.error("another chaos run is active here; two at once would distort their results")
+    # After SIGTERM, too, it kills the processes it started and unmounts its disks.
     signal.signal(signal.SIGTERM, _leave)
     options = Options(arguments.repeats, arguments.slack, arguments.soak_s)
     rows = play(chosen, options, arguments.stock, arguments.json, keep=arguments.keep)
@@ -82,12 +84,12 @@ def main() -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    say(f"stopped by signal {number}")
+    log_progress(f"stopped by signal {number}")
     sys.exit(128 + number)
 
 
 def choose(ids: list[str], *, core: bool = False, quick: bool = False) -> list[Scenario]:
-    """In the order of the scorecard."""
+    """Return the chosen scenarios in the order of the scorecard."""
     names = {name.upper() for name in ids}
     return [s for s in SCENARIOS if s.id in names or (core and s.core) or (quick and s.quick)]
 
@@ -100,10 +102,10 @@ def play(
     *,
     keep: bool = False,
 ) -> list[dict[str, Any]]:
-    """One after the other; each prints its line when it is over."""
+    """Run the scenarios in sequence and print a line after each."""
     place = Place.make()
     place.patience = max(1.0, options.slack)
-    place.shared["asked"] = {scenario.id for scenario in chosen}
+    place.shared["requested"] = {scenario.id for scenario in chosen}
     began_s = time.monotonic()
     rows = []
     try:
@@ -117,16 +119,16 @@ def play(
                     output.write(line + "\n")
     finally:
         if keep:
-            say(f"kept: {place.folder}")
+            log_progress(f"left on the disk: {place.folder}")
         else:
             place.remove()
     passed = sum(row["passed"] for row in rows)
-    say(f"{passed} of {len(rows)} passed in {(time.monotonic() - began_s) / 60:.1f} min")
+    log_progress(f"{passed} of {len(rows)} passed in {(time.monotonic() - began_s) / 60:.1f} min")
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For people, as Markdown."""
+    """Return a Markdown table of the results."""
     lines = ["| id | fault | ours | goal | plain Ray and MLflow |", "|---|---|---|---|---|"]
     for row in rows:
         mark = "" if row["passed"] else "**not reached** "

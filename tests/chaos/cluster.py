@@ -1,6 +1,6 @@
-"""A Ray cluster of several nodes, each in a network namespace of its own, joined by a bridge.
+"""A Ray cluster of several nodes, each in its own network namespace, joined by a bridge.
 
-So a cable can be pulled: the link of one node goes down, and packets are lost without a word, as
+A test can cut a cable: it sets the link of one node down, and packets are lost silently, as
 between machines. Needs root and `ip`.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.processes import MARK, Family
-from tests.chaos.runs import ROOT, Place, ScenarioError, clean_environment, expect, say
+from tests.chaos.runs import ROOT, Place, ScenarioError, clean_environment, expect, log_progress
 
 GCS_PORT = 6379
 RAY = str(Path(sys.executable).parent / "ray")
-# A node that does not answer for this long is taken for dead; Ray's defaults take more than 60 s.
+# Ray declares a node dead after this long without an answer. Its defaults take more than 60 s.
 HEALTH = {
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "4000",
@@ -29,7 +29,7 @@ HEALTH = {
 
 
 class NetnsCluster:
-    """Nodes 0, 1, … with one CPU each; node 0 is the head, where runs are started."""
+    """Nodes 0, 1, … with one CPU each. Node 0 is the head node, where runs start."""
 
     def __init__(self, place: Place, num_nodes: int = 2) -> None:
         self.id = secrets.token_hex(2)
@@ -58,7 +58,7 @@ class NetnsCluster:
         return f"chaos-{self.id}-{node}"
 
     def within(self, node: int) -> list[str]:
-        """What to write before a command for it to run on that node."""
+        """Return the prefix that makes a command run on that node."""
         return ["ip", "netns", "exec", self.namespace(node)]
 
     def __enter__(self) -> NetnsCluster:
@@ -82,7 +82,7 @@ class NetnsCluster:
         _ip("link", "set", self._cable(node), "up")
 
     def drain(self, node: int, grace_s: int) -> None:
-        """The notice that a spot machine gets."""
+        """Announce the preemption of a node, as a spot machine gets it."""
         nodes = self._ask("import ray, json; ray.init(log_to_driver=False); "
                           "print('\\n' + json.dumps(ray.nodes(), default=str))")  # fmt: skip
         (node_id,) = [n["NodeID"] for n in nodes if n["NodeManagerAddress"] == self.ip(node)]
@@ -95,13 +95,13 @@ class NetnsCluster:
         expect(done.returncode == 0, f"ray drain-node: {done.stderr[-500:]}")
 
     def kill_node(self, node: int) -> None:
-        """The machine is gone: all processes in its namespace are."""
+        """Kill all processes in the node's namespace, as if the machine were gone."""
         listed = _ip("netns", "pids", self.namespace(node))
         for pid in listed.split():
             subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
 
     def close(self) -> None:
-        self.family.end()
+        self.family.kill()
         for node in self.nodes:
             node.wait()
         for number in range(self.num_nodes):
@@ -131,9 +131,9 @@ class NetnsCluster:
         return clean_environment() | self.environment | {MARK: self.mark}
 
     def _start_node(self, node: int) -> None:
-        for tries_left in (2, 1, 0):  # Ray gives a node 30 s to come up, however busy the machine
+        for tries_left in (2, 1, 0):  # Ray's limit is 30 s, which a busy machine can exceed
             if self._try_to_start(node, tries_left == 0):
-                say(f"node {node} is up")
+                log_progress(f"node {node} is up")
                 return
 
     def _try_to_start(self, node: int, must: bool) -> bool:
@@ -177,7 +177,7 @@ class NetnsCluster:
             if sum(bool(node["Alive"]) for node in nodes) == self.num_nodes:
                 return
             time.sleep(1)
-        raise ScenarioError(f"not all nodes came: {nodes}")
+        raise ScenarioError(f"not all nodes came up: {nodes}")
 
     def _ask(self, program: str) -> list[dict[str, Any]]:
         done = subprocess.run(
@@ -190,7 +190,7 @@ class NetnsCluster:
 
 
 def is_possible() -> bool:
-    """Whether this process may make namespaces and mount file systems."""
+    """Return whether this process may create namespaces and mount file systems."""
     return os.geteuid() == 0 and Path("/usr/sbin/ip").exists()
 
 

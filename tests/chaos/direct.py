@@ -45,18 +45,18 @@ class Direct:
         data: ShapesDataset | None = None,
         faults: Sequence[dict[str, Any]] = (),
         record: bool = True,
-        break_pictures: int = 0,
+        break_images: int = 0,
         as_launched: bool = False,
         **overrides: object,
     ) -> None:
         """
         Args:
-            break_pictures: number of images at the end of the data set to break, each time after
+            break_images: number of images at the end of the data set to break, each time after
                 it was opened; the data must be `place.own_data`.
             as_launched: resume only what the supervisor would resume.
         """
         self.as_launched = as_launched
-        self.break_pictures = break_pictures
+        self.break_images = break_images
         self.place, self.name = place, name
         self.folder = place.storage("direct") / name
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class Direct:
                     "folder": str(self.folder),
                     "world_size": world_size,
                     "port": free_port(),
-                    "break_pictures": self.break_pictures,
+                    "break_images": self.break_images,
                     "as_launched": self.as_launched,
                     "pristine": str(self.place.drawn(self.num_images).folder),
                 }
@@ -175,7 +175,7 @@ def undisturbed(place: Place, epochs: int = 4, world_size: int = 2) -> Direct:
     return found
 
 
-def break_pictures(data: ShapesDataset, number: int) -> set[int]:
+def break_images(data: ShapesDataset, number: int) -> set[int]:
     """Truncate, replace, remove or empty the last images of a data set; return their ids."""
     images = json.loads(data.train_annotations.read_text())["images"][-number:]
     for kind, image in enumerate(images):
@@ -208,7 +208,7 @@ def _main() -> None:
             world_size=world_size,
         )
     data = ShapesDataset(Path(spec["data"]))
-    if spec["break_pictures"]:
+    if spec["break_images"]:
         shutil.copytree(spec["pristine"], data.folder, dirs_exist_ok=True)
     train_set, val_set = (
         CocoDataset.open(
@@ -219,8 +219,8 @@ def _main() -> None:
             (data.val_images, data.val_annotations),
         )
     )
-    if spec["break_pictures"]:
-        break_pictures(data, spec["break_pictures"])
+    if spec["break_images"]:
+        break_images(data, spec["break_images"])
     config = tiny_config(spec["overrides"] | {"model.num_classes": str(len(train_set.categories))})
     run = Run(config, Path(spec["folder"]), train_set, val_set)
     if spec["as_launched"] and run.checkpoints.exists():

@@ -1,4 +1,4 @@
-"""A real MLflow server, and a proxy in front of it that can be away, mute, slow or wrong."""
+"""A real MLflow server, and a proxy that makes it unreachable, mute, slow or faulty."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """`mlflow server` on loopback, with a database file and an artifact folder of its own."""
+    """`mlflow server` on loopback, with its own database file and artifact folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,19 +62,19 @@ class MlflowServer:
         raise ScenarioError(f"MLflow did not start: {(self.folder / 'log').read_text()[-800:]}")
 
     def kill(self) -> None:
-        """As a machine that loses power."""
+        """Kill the server at once, as a power loss would."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
 class Proxy:
-    """Stands where clients look for MLflow; `mode` says how it behaves, from now on."""
+    """A proxy at the address that clients use for MLflow; `mode` sets its behaviour."""
 
     def __init__(self, upstream_port: int) -> None:
         self.upstream_port, self.port = upstream_port, free_port()
-        self.calls: dict[str, int] = {}  # how many it got in each mode
-        self._mode: Mode = "refuse"  # nobody listens yet
+        self.calls: dict[str, int] = {}  # mode -> number of calls
+        self._mode: Mode = "refuse"  # not listening yet
         self._server: ThreadingHTTPServer | None = None
         self._changed = threading.Condition()
 
@@ -141,12 +141,12 @@ class Proxy:
                 self._changed.wait_for(lambda: self._mode != "black_hole", timeout=600)
             request.close_connection = True
             return
-        if mode == "refuse":  # a connection from before
+        if mode == "refuse":  # a connection opened before the mode changed
             request.close_connection = True
             return
         if mode == "slow":
             time.sleep(SLOW_S)
-        # Half of the calls fail; half of these have been carried out, which no client can know.
+        # Half of the calls fail. Half of these were executed, which no client can know.
         if mode == "errors" and number % 4 == 1:
             self._answer(request, 500, {}, b"{}")
             return

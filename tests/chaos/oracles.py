@@ -1,4 +1,4 @@
-"""What is compared: losses bit for bit, samples, weights, rows in MLflow, files, processes."""
+"""Values that scenarios compare: losses bit for bit, samples, weights, MLflow rows, files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from tests.chaos.runs import Event, ScenarioError
 
-# What the names of the rows begin with that belong to a step; others are of the whole run.
+# Prefixes of metrics that belong to a step; other metrics belong to the whole run.
 ROWS_OF_STEPS = ("train/", "val/", "AP_of_class/", "AR_of_class/")
 
 
 def losses(events: Iterable[Event], *, same_again: bool = True) -> dict[int, str]:
-    """The loss of each step as a hex float; of a step done twice, the last.
+    """Return the loss of each step as a hex float; the last one of a repeated step.
 
     Args:
-        same_again: a step that is done again must have the loss it had, bit for bit.
+        same_again: require that a repeated step has the same loss, bit for bit.
     """
     found: dict[int, str] = {}
     for event in events:
@@ -30,23 +30,23 @@ def losses(events: Iterable[Event], *, same_again: bool = True) -> dict[int, str
             for step, loss in enumerate(event["losses"], first):
                 text = loss.hex() if loss is not None else "not finite"
                 if same_again and found.get(step, text) != text:
-                    raise ScenarioError(f"step {step} had loss {found[step]}, done again {text}")
+                    raise ScenarioError(f"step {step} had loss {found[step]}, repeated {text}")
                 found[step] = text
     return found
 
 
 def worst_difference(ours: dict[int, str], theirs: dict[int, str]) -> float:
-    """The largest relative difference of two runs' losses."""
+    """Return the largest relative difference of two runs' losses."""
     if ours.keys() != theirs.keys():
-        raise ScenarioError(f"other steps: {sorted(ours.keys() ^ theirs.keys())[:10]}")
+        raise ScenarioError(f"steps of one run: {sorted(ours.keys() ^ theirs.keys())[:10]}")
     pairs = [(float.fromhex(ours[s]), float.fromhex(theirs[s])) for s in ours]
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def useful_seconds(events: Iterable[Event]) -> float:
-    """Of each step the time since the step, or the begin, before it; of one done twice, the last.
+    """Sum the durations of all steps; of a repeated step, only the last counts.
 
-    Of plain Ray's job, the steps are called "step".
+    A step lasts from the step or the `begin` before it. The plain Ray job calls its events "step".
     """
     before_s = math.nan
     seconds: dict[int, float] = {}
@@ -60,9 +60,9 @@ def useful_seconds(events: Iterable[Event]) -> float:
 
 
 def samples(records: Path) -> dict[int, list[tuple[int, str]]]:
-    """Of each step its positions in the stream of samples, sorted; hashes of pixels beside.
+    """Return each step's positions in the sample order, sorted, with hashes of the pixels.
 
-    Of a step done more than once, the last of each.
+    Of a repeated step, the last record of each position counts.
     """
     latest: dict[int, tuple[float, dict[tuple[int, int], dict[str, Any]]]] = {}
     for file in sorted(records.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
@@ -78,7 +78,7 @@ def samples(records: Path) -> dict[int, list[tuple[int, str]]]:
 
 
 def weights_by_rank(records: Path) -> dict[int, dict[int, str]]:
-    """Of each step and rank, the hash of the weights after its update; the last one."""
+    """Return the hash of the weights after each step and rank; the last of a repeated step."""
     found: dict[int, dict[int, str]] = {}
     for file in sorted(records.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         for row in map(json.loads, file.read_text().splitlines()):
@@ -88,14 +88,14 @@ def weights_by_rank(records: Path) -> dict[int, dict[int, str]]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """By name and with a manifest whose hashes are right; our own few lines."""
+    """Return the newest checkpoint whose files match its manifest, without the product's code."""
     for path in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
-        if is_whole(path):
+        if is_intact(path):
             return path
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_intact(checkpoint: Path) -> bool:
     try:
         manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
         files = manifest.get("files", manifest)
@@ -113,12 +113,12 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of the tensors of the newest checkpoint of a run, model and all else."""
+    """Return the hash of all tensors in a run's newest checkpoint."""
     from safetensors.numpy import load_file
 
     path = newest_checkpoint(folder)
     if path is None:
-        raise ScenarioError(f"{folder}: has no whole checkpoint")
+        raise ScenarioError(f"{folder}: has no intact checkpoint")
     digest = hashlib.sha256(path.name.encode())
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
@@ -127,7 +127,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Files of interrupted saves."""
+    """List the files that interrupted saves left."""
     bad = [
         path
         for path in folder.rglob("*")
@@ -141,9 +141,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def rows_in_journal(events: Iterable[Event]) -> dict[tuple[str, int], set[float]]:
-    """The rows that MLflow must hold, one for each name and step; the values it may have.
+    """Return the rows that MLflow must hold, by name and step, with the values allowed for each.
 
-    A step that was done again after a fault is in the journal twice.
+    The journal contains a step twice if a fault made the run repeat it.
     """
     rows: dict[tuple[str, int], set[float]] = {}
     for event in events:
@@ -160,7 +160,7 @@ def rows_in_journal(events: Iterable[Event]) -> dict[tuple[str, int], set[float]
 def rows_in_mlflow(
     database: Path, run_id: str, prefixes: tuple[str, ...] = ROWS_OF_STEPS
 ) -> list[tuple[str, int, float, int]]:
-    """As they lie in the server's database, duplicates and all."""
+    """Return the rows in the server's database, with duplicates."""
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30) as connection:
         rows = connection.execute(
             "select key, step, value, timestamp from metrics where run_uuid = ?", (run_id,)
@@ -187,7 +187,7 @@ def mlflow_run_id(folder: Path) -> str:
 def missing_and_wrong(
     journal: dict[tuple[str, int], set[float]], stored: list[tuple[str, int, float, int]]
 ) -> tuple[int, int]:
-    """How many rows are missing; how many are there twice, or with a value nobody wrote."""
+    """Count rows that are missing, and rows that are duplicate or have a value nobody wrote."""
     by_place = Counter((name, step) for name, step, _, _ in stored)
     missing = len(journal.keys() - by_place.keys())
     twice = sum(number - 1 for number in by_place.values())

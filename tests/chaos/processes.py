@@ -1,9 +1,8 @@
-"""The processes of one run, found in /proc, and signals to them and to no others.
+"""The processes of one run, found in /proc, and signals to these processes only.
 
-A run's processes end in new sessions, change their titles (and with them, what /proc shows of
-their environment) and outlive their parents. So a `Family` looks at the process table again and
-again and remembers, by number and start time, every process that carries the mark or whose parent
-it knows.
+A run's processes start new sessions, change their titles (which overwrites their environment in
+/proc) and outlive their parents. So a `Family` scans the process table regularly. It remembers, by
+process id and start time, every process that carries the marker or has a known parent.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "DETA_CHAOS_MARK"  # environment variable of everything that a scenario starts
-LOOK_EVERY_S = 0.2
+SCAN_EVERY_S = 0.2
 
-# What a process's command line says of its part in a run.
+# Parts of a command line that show a process's role in a run.
 ROLES = {
     "worker": ("ray::RayTrainWorker", "ray::_RayTrainWorker", "RayTrainWorker."),
     "controller": ("ray::TrainController",),
@@ -28,12 +27,12 @@ ROLES = {
     "attempt": ("-m deta.platform.cluster.driver",),
     "uploader": ("-m deta.platform.tracking.uploader_main",),
 }
-TIDYING = ("deta.platform.launch.orphan_reaper", "deta.platform.tracking.sync_run")
+CLEANUP = ("deta.platform.launch.orphan_reaper", "deta.platform.tracking.sync_run")
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was seen; `start` tells it from a later one of the same number."""
+    """A process; `start` distinguishes it from a later one with the same id."""
 
     pid: int
     start: int  # clock ticks since boot
@@ -57,7 +56,7 @@ class Process:
                 os.kill(self.pid, number)
 
     def cpu_s(self) -> float:
-        """Seconds of a core that it has used."""
+        """Return the CPU time that it has used, in seconds of one core."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -74,20 +73,20 @@ class Process:
 
 
 class Family:
-    """All processes with a mark in their environment, and all that descend from them."""
+    """All processes with a marker in their environment, and all their descendants."""
 
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
         self._known: dict[int, Process] = {}
-        self._foreign: dict[int, int] = {}  # of others, by number: start, so as to read once
+        self._foreign: dict[int, int] = {}  # pid -> start of others, so that each is read once
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
+        self._thread = threading.Thread(target=self._scan_regularly, daemon=True)
         self._thread.start()
 
     def alive(self, role: str | None = None) -> list[Process]:
-        """Those that run now; of one role only if given."""
-        self.look()
+        """Return the running processes, of one role if given."""
+        self.scan()
         with self._lock:
             everyone = list(self._known.values())
         return [
@@ -96,7 +95,7 @@ class Family:
             if process.alive and (role is None or _has_role(process.command, role))
         ]
 
-    def look(self) -> None:
+    def scan(self) -> None:
         own = os.getpid()
         with self._lock:
             table = {}
@@ -106,14 +105,14 @@ class Family:
                     if stat is not None:
                         table[int(entry)] = stat
             fresh = True
-            while fresh:  # children of children that came since the last look
+            while fresh:  # also children of children started since the last scan
                 fresh = False
                 for pid, (parent, _, start) in table.items():
                     known = self._known.get(pid)
                     if known is not None and known.start == start:
                         continue
                     mother, above = self._known.get(parent), table.get(parent)
-                    # Numbers are given anew: it must be the same process, not one of that number.
+                    # Process ids are reused: the parent must be the same process.
                     inherits = mother is not None and above is not None and above[2] == mother.start
                     if inherits or self._has_mark(pid, start):
                         self._known[pid] = Process(pid, start)
@@ -126,31 +125,31 @@ class Family:
             found = self.mark in Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:
             return False
-        # A fork that has not yet been replaced by its program shows its parent's environment.
+        # A fork before its exec still shows its parent's environment.
         ticks = _uptime_ticks() - start
         if not found and ticks > 300:
             self._foreign[pid] = start
         return found
 
-    def _keep_looking(self) -> None:
-        while not self._closed.wait(LOOK_EVERY_S):
-            self.look()
+    def _scan_regularly(self) -> None:
+        while not self._closed.wait(SCAN_EVERY_S):
+            self.scan()
 
     def wait_until_gone(self, timeout_s: float) -> tuple[float, list[Process]]:
-        """Seconds until none was left, and who was still there at the end of the time.
+        """Return the seconds until all were gone, and the processes still alive after the time-out.
 
-        What tidies up behind a run that was killed does not count.
+        Processes that clean up after a killed run do not count.
         """
         began_s = time.monotonic()
         while True:
-            left = [p for p in self.alive() if not any(n in p.command for n in TIDYING)]
+            left = [p for p in self.alive() if not any(n in p.command for n in CLEANUP)]
             waited_s = time.monotonic() - began_s
             if not left or waited_s > timeout_s:
                 return waited_s, left
             time.sleep(0.2)
 
-    def end(self) -> int:
-        """Kill all that is left; the number of them."""
+    def kill(self) -> int:
+        """Kill all remaining processes and return their number."""
         total = 0
         for _ in range(5):
             left = self.alive()
@@ -170,7 +169,7 @@ def _has_role(command: str, role: str) -> bool:
 
 
 def _stat(pid: int) -> tuple[int, str, int] | None:
-    """Parent, state and start of a process."""
+    """Return the parent, state and start of a process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A tiny DETA, run as a person would: by its command, with its files as the only interface."""
+"""Runs of a tiny DETA, started by the command that a user types and observed by its files."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ Event = dict[str, Any]
 
 
 class ScenarioError(AssertionError):
-    """What was expected did not happen; the message is for the one who reads the table."""
+    """An expectation of a scenario failed; the message explains it to the table's reader."""
 
 
-def say(text: str) -> None:
-    """For the person who watches."""
+def log_progress(text: str) -> None:
+    """Print a line with the time to stderr."""
     print(f"    {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -55,10 +55,10 @@ def expect(truth: object, message: str) -> None:
 
 @dataclass
 class Place:
-    """A folder of one invocation of the harness, with what its scenarios share."""
+    """The folder of one invocation of the harness, with the results its scenarios share."""
 
     folder: Path
-    patience: float = 1.0  # multiplies how long is waited for what should come
+    patience: float = 1.0  # multiplies time-outs
     _drawn: dict[int, ShapesDataset] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)  # results that several scenarios read
 
@@ -76,7 +76,7 @@ class Place:
         return self._drawn[num_train]
 
     def own_data(self, name: str, num_train: int = NUM_IMAGES) -> ShapesDataset:
-        """A copy that a scenario may damage."""
+        """Return a copy that a scenario may damage."""
         folder = self.folder / "data" / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.drawn(num_train).folder, folder)
@@ -92,7 +92,7 @@ class Place:
 
 
 class TinyRun:
-    """One run by its name: started, watched, hit, resumed."""
+    """One run by its name, which a scenario starts, observes, disturbs and resumes."""
 
     def __init__(
         self,
@@ -107,12 +107,13 @@ class TinyRun:
         prefix: Sequence[str] = (),
         **overrides: object,
     ) -> None:
-        """Keys of `overrides` have __ for the dot.
+        """Prepare the run without starting it.
 
         Args:
             faults: see `inside/sitecustomize.py`.
-            record: keep what the workers trained on, in `self.records`.
-            prefix: before the command, such as a change of the network namespace.
+            record: save what the workers trained on, in `self.records`.
+            prefix: put before the command, such as a change of the network namespace.
+            overrides: configuration values; their keys have __ for the dot.
         """
         self.place, self.name = place, name
         self.storage = storage or place.storage(name)
@@ -166,7 +167,7 @@ class TinyRun:
             )
 
     def again(self, *, resume: bool, timeout_s: float = 120) -> tuple[int, float, str]:
-        """The same command a second time, beside it or after it: exit code, seconds, output."""
+        """Run the same command a second time; return its exit code, seconds and output."""
         began_s = time.monotonic()
         done = subprocess.run(
             self.command(*(["--resume"] if resume else [])),
@@ -179,16 +180,16 @@ class TinyRun:
         return read_journal(self.folder)
 
     def step(self) -> int:
-        """The last step of which the journal knows."""
+        """Return the last step in the journal."""
         return max((e["step"] for e in self.events() if e["kind"] == "progress"), default=0)
 
     def wait_for(
         self, what: str, reached: Callable[[], Any], timeout_s: float = 180, every_s: float = 0.1
     ) -> Any:
-        """Until it is true (and its value), while the command runs.
+        """Wait until `reached` returns a true value, and return it.
 
         Raises:
-            ScenarioError: the time is over, or the command ended before.
+            ScenarioError: it timed out, or the command ended before.
         """
         timeout_s *= self.place.patience
         deadline_s = time.monotonic() + timeout_s
@@ -210,21 +211,21 @@ class TinyRun:
         return self.wait_for(f"step {step}", lambda: max(0, self.step() - step + 1), timeout_s)
 
     def wait(self, timeout_s: float = 240) -> int:
-        """Its exit code."""
+        """Wait for the command to end and return its exit code."""
         assert self.process is not None
         timeout_s *= self.place.patience
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise ScenarioError(f"had not ended after {timeout_s:.0f} s; {self.tail()}") from None
+            raise ScenarioError(f"did not end within {timeout_s:.0f} s; {self.tail()}") from None
 
     def finish(self, timeout_s: float = 240) -> None:
-        """To its end, which must be a good one."""
+        """Wait for the command to end and require exit code 0."""
         code = self.wait(timeout_s)
         expect(code == 0, f"exit code {code}: {self.tail()}")
 
     def one(self, role: str, timeout_s: float = 30) -> Any:
-        """A process of that role; the youngest."""
+        """Return the youngest process of a role."""
         found = self.wait_for(f"a {role} process", lambda: self.family.alive(role), timeout_s)
         return max(found, key=lambda process: process.start)
 
@@ -237,12 +238,12 @@ class TinyRun:
         return "… " + " | ".join(text[-characters:].splitlines())
 
     def close(self) -> None:
-        """End what is left of it."""
-        left = self.family.end()
+        """Kill what is left of the run."""
+        left = self.family.kill()
         if self.process is not None:
             self.process.wait()
         if left:
-            say(f"{self.name}: {left} processes had to be ended")
+            log_progress(f"{self.name}: killed {left} remaining processes")
         shutil.rmtree(self.ray_folder, ignore_errors=True)
 
     def __enter__(self) -> TinyRun:
@@ -253,7 +254,7 @@ class TinyRun:
 
 
 def read_journal(folder: Path) -> list[Event]:
-    """All whole lines; by our own few lines, since the product's reader is under test too."""
+    """Return all complete lines, without the product's reader, which is under test too."""
     events = []
     path = folder / "journal.jsonl"
     if path.exists():
@@ -266,7 +267,7 @@ def read_journal(folder: Path) -> list[Event]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without other clusters, servers and runs."""
+    """Return this process's environment without other clusters, servers and runs."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -278,7 +279,7 @@ def clean_environment() -> dict[str, str]:
 def inside_environment(
     faults: Sequence[dict[str, Any]], records: Path | None, images: int = NUM_IMAGES
 ) -> dict[str, str]:
-    """What makes `inside/sitecustomize.py` act in a process and its children."""
+    """Return the variables that activate `inside/sitecustomize.py` in a process tree."""
     spec = {"seed": SEED, "images": images, "batch": BATCH, "faults": list(faults)}
     if records is not None:
         spec["record"] = str(records)

@@ -1,4 +1,4 @@
-"""A process that saves checkpoints of a given size without pause, to be killed at any moment."""
+"""A process that saves checkpoints of a given size in a loop until a scenario kills it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 
 class SaveLoop:
-    """Forks savers that share this process's imports, so that a kill costs no start."""
+    """Forks processes that save; they share this process's imports and so start quickly."""
 
     def __init__(self, folder: Path, num_bytes: int) -> None:
         self.folder = folder / "checkpoints"
         self.folder.mkdir(parents=True)
         self.num_bytes = num_bytes
-        self.usual_s = 1.0  # of one save
+        self.usual_s = 1.0  # duration of one save
         self._snapshot: Any = None
 
     def __enter__(self) -> SaveLoop:
@@ -35,7 +35,7 @@ class SaveLoop:
         return None if found is None else found.state.step
 
     def run_and_kill(self, chance: random.Random) -> int:
-        """Let one save be acknowledged, kill within the next; the last acknowledged step."""
+        """Kill during the save after an acknowledged one; return the last acknowledged step."""
         child, reader = self._fork()
         acknowledged = self._read(reader, 1, 120)
         deadline_s = time.monotonic() + chance.uniform(0, 1.2) * self.usual_s
@@ -44,7 +44,7 @@ class SaveLoop:
                 acknowledged = self._read(reader, 1, 1) or acknowledged
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        while True:  # what was acknowledged before the kill and not yet read
+        while True:  # acknowledgements sent before the kill and not yet read
             rest = self._read(reader, 1, 0)
             if not rest:
                 break
@@ -53,7 +53,7 @@ class SaveLoop:
         return acknowledged
 
     def run_and_stop(self) -> int:
-        """Two saves in peace."""
+        """Save twice without a kill; return the last acknowledged step."""
         child, reader = self._fork(2)
         acknowledged = self._read(reader, 2, 120)
         os.waitpid(child, 0)
@@ -115,7 +115,7 @@ def _snapshot(num_bytes: int) -> Any:
 
 
 def _save(folder: Path, snapshot: Any, step: int) -> None:
-    """As the training does: write, then delete what is not needed any more."""
+    """Write a checkpoint, then delete old ones, as training does."""
     from dataclasses import replace
 
     from deta.platform.checkpoint.local import keep_newest_and_best, write_checkpoint

@@ -1,4 +1,4 @@
-"""F: two that want the same folder, or a name that has been used."""
+"""F: two jobs in the same folder, or a name that is already used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.chaos.runs import ROOT, Place, TinyRun, clean_environment, expect, say
+from tests.chaos.runs import ROOT, Place, TinyRun, clean_environment, expect, log_progress
 from tests.chaos.scenario import Options, Outcome
 
 HOLDER = """
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class _Contender:
-    """A process that asks for the lock of a folder when it is told to."""
+    """A process that tries to take the lock of a folder on request."""
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
@@ -40,13 +40,13 @@ class _Contender:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def ask(self, word: str) -> tuple[str, float]:
-        self.send(word)
+    def request(self, command: str) -> tuple[str, float]:
+        self.send(command)
         return self.answer()
 
-    def send(self, word: str) -> None:
+    def send(self, command: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
 
     def answer(self) -> tuple[str, float]:
@@ -61,7 +61,7 @@ class _Contender:
 
 
 def two_jobs(place: Place, options: Options) -> Outcome:
-    """F1: the second is refused while the first lives, and takes over once it was killed."""
+    """F1: the second is refused while the first runs, and takes over once it was killed."""
     times = options.times(20)
     folder = place.folder / "f1"
     folder.mkdir()
@@ -69,15 +69,15 @@ def two_jobs(place: Place, options: Options) -> Outcome:
     second = _Contender(folder)
     for _ in range(3):
         first = _Contender(folder)
-        held, _ = first.ask("hold")
+        held, _ = first.request("hold")
         expect(held == "held", "the first could not take the lock")
         for _ in range(-(-times // 3)):
-            word, took_s = second.ask("try")
-            refused += word == "refused"
+            result, took_s = second.request("try")
+            refused += result == "refused"
             slowest_s = max(slowest_s, took_s)
         first.kill()
         began_s = time.monotonic()
-        while second.ask("try")[0] != "held":
+        while second.request("try")[0] != "held":
             expect(time.monotonic() - began_s < 90, "a stale lock was never taken over")
             time.sleep(0.2)
         takeovers_s.append(time.monotonic() - began_s)
@@ -86,13 +86,16 @@ def two_jobs(place: Place, options: Options) -> Outcome:
     return Outcome(
         f"{refused}/{total}", "refused",
         refused == total and slowest_s <= 5 and max(takeovers_s) <= 60,
-        f"in {slowest_s:.2f} s at most; the lock of a killed owner taken after "
+        f"in {slowest_s:.2f} s at most; took the lock of a killed owner after "
         f"{max(takeovers_s):.1f} s",
     )  # fmt: skip
 
 
 def one_name_twice(place: Place, options: Options) -> Outcome:
-    """F2: several claim one new name at the same moment; one gets it, also after a stale lock."""
+    """F2: several jobs want one new name at the same moment; only one gets it.
+
+    A stale lock does not change that.
+    """
     rounds = options.times(20)
     contenders = [_Contender(place.folder / "f2") for _ in range(4)]
     chance = random.Random("f2")
@@ -102,15 +105,14 @@ def one_name_twice(place: Place, options: Options) -> Outcome:
             chance.shuffle(contenders)
             for contender in contenders:
                 contender.send("hold" if contender is contenders[0] else "try")
-            words = [contender.answer()[0] for contender in contenders[1:]]
-            winner = contenders[0].answer()[0]
-            # Those that only try let go at once, so several of them may hold it in turn; but
-            # nobody may while the one that keeps it does.
-            if winner == "held":
-                mixed += contenders[1].ask("try")[0] == "held"
+            for contender in contenders[1:]:
+                contender.answer()
+            # Contenders that only try release the lock at once, so several may hold it in turn.
+            # None may get it while the one that holds it still does.
+            if contenders[0].answer()[0] == "held":
+                mixed += contenders[1].request("try")[0] == "held"
                 contenders[0].kill()
                 contenders[0] = _Contender(place.folder / "f2")
-            del words
     finally:
         for contender in contenders:
             contender.kill()
@@ -118,25 +120,25 @@ def one_name_twice(place: Place, options: Options) -> Outcome:
 
 
 def name_of_a_finished_run(place: Place, options: Options) -> Outcome:
-    """F3: the same command after success, and with --resume; and a second one beside the first."""
+    """F3: the same command again, with and without --resume, during the run and after success."""
     with TinyRun(place, "f3", schedule__epochs=2, evaluate_every_epochs=2) as run:
         run.start()
         run.wait_for_step(2)
         for resume in (False, True):
-            code, took_s, said = run.again(resume=resume)
-            say(f"f3: beside a living run, resume={resume}: exit code {code}, {took_s:.1f} s")
-            expect(code == 2, f"beside a living run: exit code {code}: {said[-400:]}")
+            code, took_s, output = run.again(resume=resume)
+            log_progress(f"f3: during the run, resume={resume}: exit code {code}, {took_s:.1f} s")
+            expect(code == 2, f"during the run: exit code {code}: {output[-400:]}")
         run.finish()
         before = _content(run.folder)
         slowest_s = 0.0
         for resume in (False, True):
-            code, took_s, said = run.again(resume=resume)
+            code, took_s, output = run.again(resume=resume)
             slowest_s = max(slowest_s, took_s)
-            expect(code == 2, f"resume={resume}: exit code {code}: {said[-400:]}")
+            expect(code == 2, f"resume={resume}: exit code {code}: {output[-400:]}")
         expect(_content(run.folder) == before, "the finished run was changed")
     return Outcome(
         round(slowest_s, 1), "s to refuse", True,
-        "exit code 2, with and without --resume, beside a living run and after success; "
+        "exit code 2, with and without --resume, during the run and after success; "
         "nothing changed",
     )  # fmt: skip
 

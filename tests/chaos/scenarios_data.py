@@ -1,4 +1,4 @@
-"""E: pictures that break while a run trains, and annotations that are odd."""
+"""E: images that break while a run trains, and degenerate annotations."""
 
 from __future__ import annotations
 
@@ -8,63 +8,62 @@ import signal
 from typing import Any
 
 from tests.chaos import oracles
-from tests.chaos.direct import Direct, break_pictures, kill
-from tests.chaos.runs import BATCH, Place, TinyRun, expect, read_journal, say
+from tests.chaos.direct import Direct, break_images, kill
+from tests.chaos.runs import BATCH, Place, TinyRun, expect, log_progress, read_journal
 from tests.chaos.scenario import Options, Outcome
 
 NUM_IMAGES = 400  # one per cent of them is four
 
 
-def pictures_break(place: Place, options: Options) -> Outcome:
-    """E1: 1 % of the pictures break after the run has begun; then more than 1 %."""
+def images_break(place: Place, options: Options) -> Outcome:
+    """E1: 1 % of the images break after the run has begun; then more than 1 %."""
     data = place.own_data("e1", NUM_IMAGES)
     with TinyRun(place, "e1", data=data, schedule__epochs=1, evaluate_every_epochs=1) as run:
         run.start()
         run.wait_for("the first step", run.step)
-        broken = break_pictures(data, 4)
-        say(f"e1: broke {sorted(broken)}")
+        broken = break_images(data, 4)
+        log_progress(f"e1: broke {sorted(broken)}")
         run.wait_for("a replacement", lambda: _replaced(run.events()), 400)
         run.signal(signal.SIGTERM)
-        expect(run.wait() == 143, f"asked to stop: {run.tail()}")
-        # The broken pictures are still broken when it goes on.
+        expect(run.wait() == 143, f"after SIGTERM: {run.tail()}")
+        # The broken images are still broken when the run resumes.
         run.start(resume=True)
         run.finish(400)
         found = _replaced(run.events())
         steps = len(oracles.losses(run.events()))
     expect(steps == NUM_IMAGES // BATCH, f"{steps} steps")
-    say(f"e1: replaced {found}")
+    log_progress(f"e1: replaced {found}")
     expect(set(found) <= broken, f"replaced {found}, broken {sorted(broken)}")
-    # The same broken from the first step on, twice, the second time killed and resumed.
+    # The same images are broken from the first step on, in two runs; the second is killed and
+    # resumed.
     fixed: dict[str, Any] = {
         "data": place.own_data("e1-direct", NUM_IMAGES), "schedule__epochs": 1,
         "evaluate_every_epochs": 1, "checkpoint__every_steps": 5,
     }  # fmt: skip
-    once = Direct(place, "e1-once", break_pictures=4, **fixed)
+    once = Direct(place, "e1-once", break_images=4, **fixed)
     once.finish(1)
-    again = Direct(place, "e1-again", break_pictures=4, **fixed)
+    again = Direct(place, "e1-again", break_images=4, **fixed)
     processes = again.start(1)
     again.wait_for_step(40, processes)
     kill(processes)
     again.finish(1)
     replaced = _replaced(read_journal(once.folder))
-    expect(
-        replaced == _replaced(read_journal(again.folder)), "other replacements after a resumption"
-    )
-    expect(once.weights() == again.weights(), "other weights after a resumption")
+    expect(replaced == _replaced(read_journal(again.folder)), "replacements differ after resuming")
+    expect(once.weights() == again.weights(), "weights differ after resuming")
     expect(set(replaced) == broken, f"replaced {sorted(replaced)} of {sorted(broken)}")
-    expect(all(replaced[image] == found[image] for image in found), "replaced by luck")
-    over = Direct(place, "e1-over", break_pictures=5, **fixed)  # one more than the limit allows
+    expect(all(replaced[image] == found[image] for image in found), "random replacements")
+    over = Direct(place, "e1-over", break_images=5, **fixed)  # one more than the limit allows
     codes = over.run(1)
-    expect(codes != [0], "the run went on with more broken pictures than allowed")
-    expect("max_broken_share" in over.tail(4000), f"the limit is not told: {over.tail()}")
+    expect(codes != [0], "the run continued with more broken images than allowed")
+    expect("max_broken_share" in over.tail(4000), f"no message names the limit: {over.tail()}")
     return Outcome(
         0, "crashes", True,
-        "4 of 400 replaced, by the same images at each start; 5 of 400 stop the run",
+        "4 of 400 replaced, by the same images after each start; 5 of 400 stop the run",
     )  # fmt: skip
 
 
 def _replaced(events: list[dict[str, Any]]) -> dict[int, int]:
-    """By what each broken image was replaced, the first time."""
+    """Return the first replacement of each broken image."""
     found: dict[int, int] = {}
     for event in events:
         if event["kind"] == "replaced":
@@ -74,7 +73,7 @@ def _replaced(events: list[dict[str, Any]]) -> dict[int, int]:
 
 
 def images_without_boxes(place: Place, options: Options) -> Outcome:
-    """E2: a third of the images without boxes, a third with crowds alone, some batches empty."""
+    """E2: a third of the images without boxes, a third with crowds only, some batches empty."""
     data = place.own_data("e2")
     document = json.loads(data.train_annotations.read_text())
     kind = {image["id"]: index % 3 for index, image in enumerate(document["images"])}
@@ -89,11 +88,11 @@ def images_without_boxes(place: Place, options: Options) -> Outcome:
     data.train_annotations.write_text(json.dumps(document))
     run = Direct(place, "e2", data=data, schedule__epochs=2, evaluate_every_epochs=2)
     run.finish(2)
-    return _all_finite(run, "a third of the images empty, a third with crowds alone")
+    return _all_finite(run, "a third of the images empty, a third with crowds only")
 
 
 def degenerate_boxes(place: Place, options: Options) -> Outcome:
-    """E3: boxes without area, negative, out of the image; NaN is refused before the run."""
+    """E3: boxes without area, negative, outside the image; NaN is refused before the run."""
     data = place.own_data("e3")
     document = json.loads(data.train_annotations.read_text())
     original = json.dumps(document)
@@ -113,8 +112,8 @@ def degenerate_boxes(place: Place, options: Options) -> Outcome:
     notes = " ".join(
         CocoDataset.open(data.train_images, data.train_annotations, lenient=True).notes
     )
-    say(f"e3: {planted} planted; {notes}")
-    expect(any(word.isdigit() for word in notes.split()), f"no count is told: {notes}")
+    log_progress(f"e3: {planted} planted; {notes}")
+    expect(any(word.isdigit() for word in notes.split()), f"no count in the notes: {notes}")
     poisoned = json.loads(original)
     poisoned["annotations"][0]["bbox"] = [5, 5, math.nan, 10]
     refused = place.own_data("e3-nan")
@@ -122,10 +121,10 @@ def degenerate_boxes(place: Place, options: Options) -> Outcome:
     try:
         CocoDataset.open(refused.train_images, refused.train_annotations)
     except ValueError as error:
-        say(f"e3: {str(error)[:150]}")
+        log_progress(f"e3: {str(error)[:150]}")
     else:
-        expect(False, "a box of NaN was accepted")
-    return _all_finite(run, f"{planted} degenerate boxes dropped with a count; NaN refused")
+        expect(False, "a box with NaN was accepted")
+    return _all_finite(run, f"{planted} degenerate boxes dropped and counted; NaN refused")
 
 
 def _all_finite(run: Direct, note: str) -> Outcome:

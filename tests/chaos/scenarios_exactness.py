@@ -1,4 +1,4 @@
-"""G: the same numbers whatever happens in between, and nothing that grows."""
+"""G: the same result in spite of interruptions, and no growth of resources."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from safetensors.numpy import load_file, save_file
 
 from tests.chaos import oracles
 from tests.chaos.direct import Direct, kill, undisturbed
-from tests.chaos.runs import Place, ScenarioError, expect, say
+from tests.chaos.runs import Place, ScenarioError, expect, log_progress
 from tests.chaos.scenario import Options, Outcome
 
-SIDE_BY_SIDE = 2  # resumptions, one on each core
-NUM_STEPS = 32  # two epochs: the 30 steps of the scorecard, and one in the middle of a micro-batch
+PARALLEL = 2  # resumed runs, one on each core
 
 
 def killed_at_every_step(place: Place, options: Options) -> Outcome:
-    """G1: the loop is killed after step 1, after step 2, …; each time it goes on to the end."""
+    """G1: the loop is killed after step 1, after step 2, … and resumed each time."""
     kills = min(options.times(10), 30)
     steps = sorted(random.Random("g1").sample(range(1, 31), kills))
     clean = Direct(
@@ -49,11 +48,11 @@ def killed_at_every_step(place: Place, options: Options) -> Outcome:
     begun = sum(row["kind"] == "begin" for row in _journal(run))
     equal = run.losses() == clean.losses()
     expect(
-        oracles.samples(run.records) == oracles.samples(clean.records), "other samples or pixels"
+        oracles.samples(run.records) == oracles.samples(clean.records), "samples or pixels differ"
     )
-    expect(run.weights() == clean.weights(), "the last weights, average or moments differ")
+    expect(run.weights() == clean.weights(), "the last weights, EMA or moments differ")
     return Outcome(
-        kills, "kills bit-equal", equal, f"{begun} starts; 2 micro-batches a step, averaged weights"
+        kills, "kills bit-equal", equal, f"{begun} starts; 2 micro-batches per step, EMA weights"
     )
 
 
@@ -84,12 +83,12 @@ def world_sizes_change(place: Place, options: Options) -> Outcome:
             run.wait_for_step(until, processes)
             kill(processes)
         difference = oracles.worst_difference(run.losses(same_again=False), clean.losses())
-        say(f"{name}: losses differ by {difference:.1e} at most")
+        log_progress(f"{name}: losses differ by {difference:.1e} at most")
         worst = max(worst, difference)
         if batch == 4:
             expect(
                 oracles.samples(run.records) == oracles.samples(clean.records),
-                "other samples or pixels",
+                "samples or pixels differ",
             )
         num_equal += run.weights() == clean.weights()
         aps = [_last(one, "end")["metrics"].get("AP", 0.0) for one in (run, clean)]
@@ -101,7 +100,7 @@ def world_sizes_change(place: Place, options: Options) -> Outcome:
 
 
 def loader_workers_change(place: Place, options: Options) -> Outcome:
-    """G3: 0, 2 and 4 loader processes, changed at each resumption."""
+    """G3: 0, 2 and 4 loader processes, changed at each resume."""
     clean = undisturbed(place, 2, 1)
     run = Direct(
         place, "g3", schedule__epochs=2, evaluate_every_epochs=2, checkpoint__every_steps=1
@@ -124,9 +123,9 @@ def loader_workers_change(place: Place, options: Options) -> Outcome:
 
 
 def state_audit(place: Place, options: Options) -> Outcome:
-    """G4: any part of a checkpoint, changed as by a careless save, must be noticed.
+    """G4: a change of any part of a checkpoint, as by a careless save, must be detected.
 
-    Noticed is what ends in an error, or in another end of the run than the undisturbed one's.
+    It is detected if the run ends with an error or with another result than the undisturbed run.
     """
     fixed: dict[str, Any] = {
         "schedule__epochs": 2, "evaluate_every_epochs": 1, "ema_decay": 0.9,
@@ -154,7 +153,7 @@ def state_audit(place: Place, options: Options) -> Outcome:
         return "equal" if _signature(audit) == expected else "differs"
 
     free: SimpleQueue[Direct] = SimpleQueue()
-    for number in range(SIDE_BY_SIDE):
+    for number in range(PARALLEL):
         free.put(Direct(place, f"g4-audit-{number}", as_launched=True, **fixed))
 
     def one(change: Callable[[Path], None]) -> str:
@@ -169,14 +168,14 @@ def state_audit(place: Place, options: Options) -> Outcome:
     expect(unchanged == "equal", f"resumed without a change: {unchanged}: {first.tail()}")
     free.put(first)
     mutations = _mutations(middle)
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool:
         results = dict(zip(mutations, pool.map(one, mutations.values()), strict=True))
     missed = [name for name, result in results.items() if result == "equal"]
-    say(f"g4: {results}")
+    log_progress(f"g4: {results}")
     caught = len(results) - len(missed)
     return Outcome(
-        f"{caught}/{len(results)}", "mutations noticed", not missed,
-        f"not noticed: {', '.join(missed)}" if missed else "",
+        f"{caught}/{len(results)}", "mutations detected", not missed,
+        f"not detected: {', '.join(missed)}" if missed else "",
     )  # fmt: skip
 
 
@@ -220,7 +219,7 @@ def _mutations(checkpoint: Path) -> dict[str, Callable[[Path], None]]:
         return change
 
     return {
-        "averaged weights": tensor("model.safetensors", None),
+        "EMA weights": tensor("model.safetensors", None),
         "weights": tensor("training.safetensors", first["weights/"]),
         "a weight is missing": tensor("training.safetensors", first["weights/"], drop=True),
         "first moment": tensor("training.safetensors", first["optimizer/exp_avg/"]),
@@ -228,8 +227,8 @@ def _mutations(checkpoint: Path) -> dict[str, Callable[[Path], None]]:
         "a moment is missing": tensor(
             "training.safetensors", first["optimizer/exp_avg/"], drop=True
         ),
-        "optimizer's count": tensor("training.safetensors", first["optimizer/step/"]),
-        "count of the average": tensor("training.safetensors", first["num_averaged"]),
+        "optimizer's step count": tensor("training.safetensors", first["optimizer/step/"]),
+        "EMA's step count": tensor("training.safetensors", first["num_averaged"]),
         "position (step: order, rate, random numbers)": state(step=19),
         "samples seen": state(samples_seen=76),
         "history of AP (early stopping)": state(ap_history=[99.0, 98.0]),
@@ -246,7 +245,7 @@ def _mutations(checkpoint: Path) -> dict[str, Callable[[Path], None]]:
 
 
 def _sign(checkpoint: Path) -> None:
-    """Make the manifest fit again, so that it is not what notices."""
+    """Update the manifest's hashes, so that it is not what detects the change."""
     path = checkpoint / "MANIFEST.json"
     manifest = json.loads(path.read_text())
     for name, entry in manifest["files"].items():
@@ -259,7 +258,7 @@ def _sign(checkpoint: Path) -> None:
 
 
 def _signature(run: Direct) -> tuple[str, str, str]:
-    """How a run ended: its tensors, its state but for times, its last metrics."""
+    """Return the end of a run: its tensors, its state without times, its last checkpoint's name."""
     newest = oracles.newest_checkpoint(run.folder)
     if newest is None:
         raise ScenarioError(f"{run.name}: no checkpoint")
@@ -269,7 +268,7 @@ def _signature(run: Direct) -> tuple[str, str, str]:
 
 
 def soak(place: Place, options: Options) -> Outcome:
-    """G5: tiny steps with checkpoints and evaluations for some time; nothing may grow."""
+    """G5: many tiny steps with checkpoints and evaluations; no resource may grow."""
     epochs = 2000
     run = Direct(
         place, "g5", record=False, schedule__epochs=epochs, evaluate_every_epochs=2,
@@ -278,7 +277,7 @@ def soak(place: Place, options: Options) -> Outcome:
     (process,) = run.start(1)
     seen: list[tuple[float, int, int, int, int]] = []
     try:
-        run.wait_for_step(64, [process], 180)  # allocators and threads have their sizes by then
+        run.wait_for_step(64, [process], 180)  # by then allocators and threads stop growing
         began_s = time.monotonic()
         shm = _shm_bytes()
         while time.monotonic() - began_s < options.soak_s:
@@ -295,7 +294,9 @@ def soak(place: Place, options: Options) -> Outcome:
     more_files = min(r[2] for r in seen[-thirds:]) - min(r[2] for r in seen[:thirds])
     more_threads = min(r[3] for r in seen[-thirds:]) - min(r[3] for r in seen[:thirds])
     more_shm = _shm_bytes() - shm
-    say(f"g5: {steps} steps; files +{more_files}, threads +{more_threads}, shm +{more_shm}")
+    log_progress(
+        f"g5: {steps} steps; files +{more_files}, threads +{more_threads}, shm +{more_shm}"
+    )
     good = slope - margin <= 1 and more_files <= 0 and more_threads <= 0 and checkpoints <= 5
     return Outcome(
         round(slope, 2), "MB/min", good,
@@ -305,7 +306,7 @@ def soak(place: Place, options: Options) -> Outcome:
 
 
 def _resources(process: subprocess.Popen[bytes]) -> tuple[int, int, int, int]:
-    """Bytes of memory, open files, threads, processes."""
+    """Return bytes of memory, open files, threads, processes."""
     folder = Path(f"/proc/{process.pid}")
     pages = int((folder / "statm").read_text().split()[1])
     files, threads = len(os.listdir(folder / "fd")), len(os.listdir(folder / "task"))
@@ -313,9 +314,9 @@ def _resources(process: subprocess.Popen[bytes]) -> tuple[int, int, int, int]:
 
 
 def _slope(times: list[float], values: list[float]) -> tuple[float, float]:
-    """Least squares, with the half-width of its 95 % interval.
+    """Return the least-squares slope and the half-width of its 95 % confidence interval.
 
-    Neighbouring values are alike, so the interval is taken over means of twelve stretches.
+    Neighbouring values are correlated, so the interval comes from the means of twelve spans.
     """
     count = min(12, len(times))
     edges = [round(i * len(times) / count) for i in range(count + 1)]

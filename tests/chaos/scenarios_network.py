@@ -1,4 +1,4 @@
-"""C: MLflow is away, mute, slow, wrong or killed; nodes lose sight of one another. And A5."""
+"""C: MLflow is unreachable, mute, slow, faulty or killed; a network partition. And A5."""
 
 from __future__ import annotations
 
@@ -23,64 +23,64 @@ from tests.chaos.runs import (
     TinyRun,
     clean_environment,
     expect,
-    say,
+    log_progress,
 )
 from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import recovery
 
 PHASE_STEPS = 160
 WARM_UP_STEPS = 40  # allocators, caches, and MLflow's client, which takes seconds to import
-ELASTIC_EPOCHS = 40  # of a run on several nodes
+ELASTIC_EPOCHS = 40  # for a run on several nodes
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps of a run, and how MLflow is meanwhile."""
+    """Some steps of a run, and MLflow's behaviour during them."""
 
-    id: str  # of the scenario; empty: all is well, to compare with
-    mode: Mode | None  # none: the server itself is killed
+    id: str  # the scenario; empty: without a fault, for comparison
+    mode: Mode | None  # None: the server itself is killed
     first: int = 0
     last: int = 0
 
 
 def mlflow_refused(place: Place, options: Options) -> Outcome:
-    """C1: from the start."""
+    """C1: MLflow refuses connections from the start."""
     return _tracking(place, "C1")
 
 
 def mlflow_mute_or_slow(place: Place, options: Options) -> Outcome:
-    """C2: it takes calls and never answers; then it answers after 5 s."""
+    """C2: MLflow accepts calls and never answers; then it answers after 5 s."""
     return _tracking(place, "C2")
 
 
 def mlflow_errors(place: Place, options: Options) -> Outcome:
-    """C3: half of the calls fail, and half of these after they were carried out."""
+    """C3: half of the calls fail, and half of these after they were executed."""
     return _tracking(place, "C3")
 
 
 def mlflow_killed(place: Place, options: Options) -> Outcome:
-    """C4: SIGKILL, and started again later."""
+    """C4: SIGKILL of the server, which starts again later."""
     return _tracking(place, "C4")
 
 
 def mlflow_away_at_the_end(place: Place, options: Options) -> Outcome:
-    """C5: how long the command takes to leave, and whether jobs/sync.py sends the rest."""
+    """C5: MLflow is unreachable at the end; the command exits, and jobs/sync.py sends the rest."""
     result = _tracking_run(place)
     return Outcome(
         round(result.exit_s, 1),
         "s to exit",
-        result.exit_s <= 10 * options.slack and _is_whole(result, "C5"),
-        f"rows missing / twice after sync {result.rows['C5']}",
+        result.exit_s <= 10 * options.slack and _is_complete(result, "C5"),
+        f"rows missing / duplicate after sync {result.rows['C5']}",
     )
 
 
 @dataclass(frozen=True)
 class TrackingResult:
-    """Of one run through all phases."""
+    """The measurements of one run through all phases."""
 
     ratio: dict[str, tuple[float, float]]  # step time over the undisturbed one, and its error
-    cpu: dict[str, float]  # what the uploader took of all cores, under a fault ("": under none)
-    rows: dict[str, tuple[int, int]]  # missing, and twice or foreign, after sync
+    cpu: dict[str, float]  # the uploader's share of all cores by fault; "": without a fault
+    rows: dict[str, tuple[int, int]]  # missing, and duplicate or foreign, after sync
     exit_s: float
     num_rows: int
 
@@ -88,30 +88,30 @@ class TrackingResult:
 def _tracking(place: Place, id: str) -> Outcome:
     result = _tracking_run(place)
     ratio, error = result.ratio[id]
-    # On a machine with other work the ratio says little; what the uploader takes says more, since
-    # nobody waits for it.
+    # On a busy machine the ratio means little. The uploader's CPU time means more, since nobody
+    # waits for the uploader.
     cheap = ratio - 2 * error <= 1.02 and result.cpu[id] <= 0.02
     return Outcome(
-        round(ratio, 3), "of the step time", cheap and _is_whole(result, id),
+        round(ratio, 3), "of the step time", cheap and _is_complete(result, id),
         f"± {error:.3f}; the uploader took {result.cpu[id]:.2%} of the cores, "
-        f"{result.cpu['']:.2%} where all is well; rows missing / twice {result.rows[id]} of "
+        f"{result.cpu['']:.2%} without a fault; rows missing / duplicate {result.rows[id]} of "
         f"{result.num_rows} in all",
     )  # fmt: skip
 
 
-def _is_whole(result: TrackingResult, id: str) -> bool:
+def _is_complete(result: TrackingResult, id: str) -> bool:
     return result.rows[id] == (0, 0)
 
 
 def _tracking_run(place: Place) -> TrackingResult:
-    """One run for all of C1 to C5 that were asked for: phases with a fault and phases without."""
+    """Run once for all requested scenarios of C1 to C5, in phases with and without a fault."""
     if "tracking" not in place.shared:
-        place.shared["tracking"] = _play(place, place.shared.get("asked", set()))
+        place.shared["tracking"] = _play(place, place.shared.get("requested", set()))
     found: TrackingResult = place.shared["tracking"]
     return found
 
 
-def _play(place: Place, asked: set[str]) -> TrackingResult:
+def _play(place: Place, requested: set[str]) -> TrackingResult:
     all_phases = [
         Phase("C1", "refuse"), Phase("", "pass"), Phase("C2", "black_hole"), Phase("", "pass"),
         Phase("C2", "slow"), Phase("", "pass"), Phase("C3", "errors"), Phase("", "pass"),
@@ -120,7 +120,7 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
     chosen = [
         phase
         for index, phase in enumerate(all_phases)
-        if (phase.id or all_phases[index - 1].id) in asked
+        if (phase.id or all_phases[index - 1].id) in requested
     ] or [Phase("", "pass")]
     if chosen[0].id != "C1":
         chosen.insert(0, Phase("", "pass"))
@@ -139,7 +139,7 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
         ) as run:  # fmt: skip
             used: dict[Phase, float] = {}
             for phase in phases:
-                say(f"c: from step {phase.first}: {phase.mode or 'server killed'}")
+                log_progress(f"c: from step {phase.first}: {phase.mode or 'server killed'}")
                 if phase.mode is None:
                     server.kill()
                 else:
@@ -151,8 +151,8 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
                 run.wait_for_step(phase.last, timeout_s=400)
                 used[phase] = (_uploader_cpu_s(run) - before_s) / (time.monotonic() - began_s)
                 if phase.mode is None:
-                    server.start()  # while the training goes on
-            proxy.mode = "refuse"  # to the end and beyond
+                    server.start()  # while the training continues
+            proxy.mode = "refuse"  # until after the end
             run.wait_for("the end", lambda: any(e["kind"] == "end" for e in run.events()), 240)
             run.finish(60)
             ended_s = time.time()
@@ -166,7 +166,7 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
     finally:
         proxy.close()
         server.kill()
-    expect(status == "FINISHED", f"after sync MLflow says {status}")
+    expect(status == "FINISHED", f"status in MLflow after sync: {status}")
     wanted = oracles.rows_in_journal(events)
     rows = {}
     for id in ("C1", "C2", "C3", "C4", "C5"):
@@ -181,13 +181,13 @@ def _play(place: Place, asked: set[str]) -> TrackingResult:
 
 
 def _uploader_cpu_s(run: TinyRun) -> float:
-    """Seconds, of all cores."""
+    """Return the uploader's CPU time in seconds of all cores."""
     used_s = sum(process.cpu_s() for process in run.family.alive("uploader"))
     return used_s / len(os.sched_getaffinity(0))
 
 
 def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, float]]:
-    """Median step time in a phase, over that in the phases without a fault beside it; error."""
+    """Return median step time over that of neighbouring phases without a fault, with its error."""
     time_s = {e["step"]: e["time_s"] for e in events if e["kind"] == "progress"}
     evaluated = {e["step"] + 1 for e in events if e["kind"] == "evaluation"}
     steps_s = {
@@ -197,12 +197,12 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
     }
 
     def within(phase: Phase) -> list[float]:
-        # Not the first ones, in which the fault may not have come to pass yet.
+        # Without the first steps, in which the fault may not have taken effect yet.
         return [steps_s[s] for s in range(phase.first + 3, phase.last + 1) if s in steps_s]
 
-    # Undisturbed phases differ among themselves, too, by whatever else the machine does.
+    # Other load on the machine makes undisturbed phases differ among themselves, too.
     quiet = [statistics.median(within(phase)) for phase in phases if not phase.id]
-    unrest = statistics.stdev(quiet) / statistics.mean(quiet) if len(quiet) > 1 else 0.0
+    noise = statistics.stdev(quiet) / statistics.mean(quiet) if len(quiet) > 1 else 0.0
     found: dict[str, tuple[float, float]] = {}
     for index, phase in enumerate(phases):
         if not phase.id:
@@ -215,18 +215,20 @@ def _ratios(events: list[Event], phases: list[Phase]) -> dict[str, tuple[float, 
         ]
         (a, a_error), (b, b_error) = _median(within(phase)), _median(beside)
         ratio = a / b
-        error = ratio * math.hypot(a_error / a, b_error / b, unrest)
-        say(f"c: {phase.id} {phase.mode}: step {1000 * a:.0f} ms, beside {1000 * b:.0f} ms")
+        error = ratio * math.hypot(a_error / a, b_error / b, noise)
+        log_progress(
+            f"c: {phase.id} {phase.mode}: step {1000 * a:.0f} ms, beside {1000 * b:.0f} ms"
+        )
         if phase.id not in found or ratio > found[phase.id][0]:
             found[phase.id] = (ratio, error)
-    say(f"c: undisturbed phases {', '.join(f'{1000 * one:.0f}' for one in quiet)} ms")
+    log_progress(f"c: undisturbed phases {', '.join(f'{1000 * one:.0f}' for one in quiet)} ms")
     return found
 
 
 def _median(values: list[float]) -> tuple[float, float]:
-    """And its standard error, from the median distance to it."""
+    """Return the median and its standard error, from the median absolute deviation."""
     if len(values) < 8:
-        raise ScenarioError(f"only {len(values)} steps were timed")
+        raise ScenarioError(f"too few steps were timed: {len(values)}")
     median = statistics.median(values)
     spread = 1.4826 * statistics.median(abs(value - median) for value in values)
     return median, 1.2533 * spread / math.sqrt(len(values))
@@ -241,7 +243,7 @@ def _sync(storage: Path, folder: Path, uri: str) -> None:
 
 
 def partition(place: Place, options: Options) -> Outcome:
-    """C6: two nodes, one worker each; the link of the second goes down, and later up again."""
+    """C6: two nodes with one worker each; the second one's link goes down, and later up again."""
     with NetnsCluster(place) as cluster:
         run = _elastic_run(place, cluster, "c6")
         with run:
@@ -249,9 +251,9 @@ def partition(place: Place, options: Options) -> Outcome:
             run.wait_for_step(12, timeout_s=300)
             cut_s = time.time()
             cluster.cut(1)
-            say("c6: cut")
+            log_progress("c6: cut")
             took_s, _, step = recovery(run, cut_s, timeout_s=240)
-            say(f"c6: new step after {took_s:.1f} s")
+            log_progress(f"c6: new step after {took_s:.1f} s")
             run.wait_for_step(step + 5)
             cluster.heal(1)
             run.finish(400)
@@ -260,18 +262,18 @@ def partition(place: Place, options: Options) -> Outcome:
     losses = oracles.losses(events, same_again=False)
     expect(len(losses) == ELASTIC_EPOCHS * STEPS_PER_EPOCH, f"{len(losses)} steps in the journal")
     sizes = [group.get("world_size") for group in groups]
-    expect(1 in sizes, f"groups of {sizes} workers; it did not go on with one")
+    expect(1 in sizes, f"groups of {sizes} workers; the run did not continue with one")
     writers = _most_writers(events)
     expect(writers == 1, f"{writers} groups wrote at once")
     return Outcome(
         round(took_s, 1), "s", took_s <= 60 * options.slack,
-        f"groups of {sizes} workers, one writer at any time; node taken for dead after 10-30 s "
+        f"groups of {sizes} workers, one writer at any time; node declared dead after 10-30 s "
         "(RAY_health_check_*)",
     )  # fmt: skip
 
 
 def _most_writers(events: list[Event]) -> int:
-    """Groups whose lines lie between one another's: steps that jump back without a `begin`."""
+    """Return 2 if the lines of two groups interleave: a step jumps back without a `begin`."""
     last = -1
     for event in events:
         if event["kind"] == "begin":
@@ -284,7 +286,7 @@ def _most_writers(events: list[Event]) -> int:
 
 
 def node_drained(place: Place, options: Options) -> Outcome:
-    """A5: a notice that a node goes in 30 s; then it goes."""
+    """A5: the cluster announces the preemption of a node in 30 s; then the node is gone."""
     grace_s = 30
     with NetnsCluster(place) as cluster:
         run = _elastic_run(place, cluster, "a5")
@@ -293,8 +295,8 @@ def node_drained(place: Place, options: Options) -> Outcome:
             run.wait_for_step(12, timeout_s=300)
             cluster.drain(1, grace_s)
             noticed_s = time.monotonic()
-            say(f"a5: told that node 1 goes in {grace_s} s")
-            # It may leave by itself before; otherwise the machine is taken away.
+            log_progress(f"a5: announced the preemption of node 1 in {grace_s} s")
+            # Its workers may leave before that; otherwise the node is killed.
             first = len([e for e in run.events() if e["kind"] == "begin"])
 
             def left() -> bool:
@@ -314,10 +316,10 @@ def node_drained(place: Place, options: Options) -> Outcome:
                 if e["kind"] == "progress" and e["time_s"] < begin["time_s"]
             )
             wasted = max(reached, before if begin["time_s"] > gone_s else 0) - begin["step"]
-            say(f"a5: at step {reached}, went on from {begin['step']}")
+            log_progress(f"a5: at step {reached}, continued from {begin['step']}")
             run.finish(400)
     return Outcome(
-        wasted, "steps wasted", wasted <= 2, f"went on with {begin.get('world_size')} worker(s)"
+        wasted, "steps wasted", wasted <= 2, f"continued with {begin.get('world_size')} worker(s)"
     )
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from tests.chaos import oracles
 from tests.chaos.direct import Direct
-from tests.chaos.runs import Place, TinyRun, expect, read_journal, say
+from tests.chaos.runs import Place, TinyRun, expect, log_progress, read_journal
 from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import recovery
 
@@ -19,7 +19,7 @@ MAX_SKIPPED = 10
 
 
 def nan_loss(place: Place, options: Options) -> Outcome:
-    """D1: NaN on rank 1 at step 20, then from step 40 on; as a real run."""
+    """D1: NaN on rank 1 at step 20, then from step 40 on; in a complete run."""
     faults = [
         {"kind": "nan_loss", "rank": 1, "steps": [20, 20]},
         {"kind": "nan_loss", "rank": 1, "steps": [40, 99]},
@@ -27,13 +27,12 @@ def nan_loss(place: Place, options: Options) -> Outcome:
     with TinyRun(place, "d1", faults=faults, record=True) as run:
         run.start()
         code = run.wait(300)
-        said = run.tail(4000)
         expect(code == 1, f"exit code {code}: {run.tail()}")
-        return _skipped_alike(run.events(), run, said)
+        return _skipped_alike(run.events(), run, run.tail(4000))
 
 
 def inf_gradient(place: Place, options: Options) -> Outcome:
-    """D2: an infinite gradient on rank 0, with averaged weights; without a cluster."""
+    """D2: an infinite gradient on rank 0, with EMA weights; without a cluster."""
     faults = [
         {"kind": "inf_grad", "rank": 0, "steps": [20, 20]},
         {"kind": "inf_grad", "rank": 0, "steps": [40, 99]},
@@ -47,15 +46,15 @@ def inf_gradient(place: Place, options: Options) -> Outcome:
     tensors = load_file(newest / "training.safetensors")
     expected = oracles.step_of(newest) - (1 if oracles.step_of(newest) >= 20 else 0)
     averaged = int(tensors["num_averaged"])
-    # Of 40 and more, steps that were skipped on the way to the end.
+    # Steps from 40 on were skipped.
     expected -= max(0, oracles.step_of(newest) - 39)
     expect(averaged == expected, f"averaged {averaged} times in {oracles.step_of(newest)} steps")
     return outcome
 
 
-def _skipped_alike(events: list[dict[str, Any]], run: TinyRun | Direct, said: str) -> Outcome:
+def _skipped_alike(events: list[dict[str, Any]], run: TinyRun | Direct, output: str) -> Outcome:
     skipped = [e for e in events if e["kind"] == "skipped"]
-    say(f"{run.name}: skipped steps {[e['step'] for e in skipped]}")
+    log_progress(f"{run.name}: skipped steps {[e['step'] for e in skipped]}")
     expect(skipped and skipped[0]["step"] == 20, f"skipped {[e['step'] for e in skipped]}")
     last = skipped[-1]
     expect(
@@ -63,10 +62,10 @@ def _skipped_alike(events: list[dict[str, Any]], run: TinyRun | Direct, said: st
         f"stopped after {last['in_a_row']} in a row, {last['total']} in all",
     )
     expect(
-        all(str(image) in said for image in last["images"]),
-        f"the message does not name images {last['images']}: {said[-600:]}",
+        all(str(image) in output for image in last["images"]),
+        f"the message does not name images {last['images']}: {output[-600:]}",
     )
-    expect(list(run.folder.glob("not-finite-step-*.json")), "there is no dump")
+    expect(list(run.folder.glob("not-finite-step-*.json")), "no dump was written")
     weights = oracles.weights_by_rank(run.records)
     expect(20 not in weights, "an update was made at step 20")
     unequal = [step for step, of in weights.items() if len(of) != 2 or len(set(of.values())) != 1]
@@ -79,13 +78,13 @@ def _skipped_alike(events: list[dict[str, Any]], run: TinyRun | Direct, said: st
     )
     return Outcome(
         poisoned, "poisoned tensors", poisoned == 0,
-        f"all ranks skipped step 20, equal bits in {len(weights)} updates; stopped after "
+        f"all ranks skipped step 20, bit-equal in {len(weights)} updates; stopped after "
         f"{MAX_SKIPPED} in a row with a dump of the images",
     )  # fmt: skip
 
 
 def bad_metrics(place: Place, options: Options) -> Outcome:
-    """D4: the APs of three evaluations are NaN, infinite and none; a worker is killed after."""
+    """D4: the APs of three evaluations are NaN, infinite and none; then a worker is killed."""
     faults: list[dict[str, Any]] = [
         {"kind": "metric", "calls": [2], "value": "nan"},
         {"kind": "metric", "calls": [3], "value": "inf"},
@@ -118,5 +117,5 @@ def bad_metrics(place: Place, options: Options) -> Outcome:
     )
     return Outcome(
         restarts, "restarts by the supervisor", True,
-        "NaN, infinity and none: none of them best; a killed worker was replaced after them",
+        "NaN, infinity and none never became the best; a worker killed afterwards was replaced",
     )  # fmt: skip

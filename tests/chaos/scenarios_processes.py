@@ -1,4 +1,4 @@
-"""A: processes of a run are killed, stopped, or fail again and again."""
+"""A: processes of a run are killed, are stopped, or fail repeatedly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.chaos.runs import (
     Place,
     TinyRun,
     expect,
-    say,
+    log_progress,
 )
 from tests.chaos.scenario import BETWEEN_KILLS_S, Options, Outcome
 
@@ -23,29 +23,29 @@ INTERVAL = int(TINY["checkpoint.every_steps"])
 
 
 def worker_killed(place: Place, options: Options) -> Outcome:
-    """A1"""
+    """A1: SIGKILL of a worker."""
     return _hit_and_recover(place, options, "a1", "worker", 3, limit_s=15)
 
 
 def controller_killed(place: Place, options: Options) -> Outcome:
-    """A2"""
+    """A2: SIGKILL of Ray's controller."""
     return _hit_and_recover(place, options, "a2", "controller", 1, limit_s=30)
 
 
 def worker_stopped(place: Place, options: Options) -> Outcome:
-    """A6: also the stacks of the threads must be there."""
+    """A6: SIGSTOP of a worker; the stacks of its threads must be written."""
     return _hit_and_recover(
         place, options, "a6", "worker", 1, limit_s=45, number=signal.SIGSTOP, stacks=True
     )
 
 
 def raylet_killed(place: Place, options: Options) -> Outcome:
-    """A7"""
+    """A7: SIGKILL of the raylet."""
     return _hit_and_recover(place, options, "a7", "raylet", 1, limit_s=60)
 
 
 def gcs_killed(place: Place, options: Options) -> Outcome:
-    """A8"""
+    """A8: SIGKILL of the GCS."""
     return _hit_and_recover(place, options, "a8", "gcs", 1, limit_s=120)
 
 
@@ -60,8 +60,10 @@ def _hit_and_recover(
     number: signal.Signals = signal.SIGKILL,
     stacks: bool = False,
 ) -> Outcome:
-    """Hit a process of that role, wait for the first new step, as often as wanted; then compare
-    the whole run with the undisturbed one."""
+    """Repeatedly signal a process of a role and wait for the first new step.
+
+    Then compare the whole run with the undisturbed one.
+    """
     times = options.times(few)
     epochs = max(4, math.ceil((20 * times + 24) / STEPS_PER_EPOCH))
     chance = random.Random(name)
@@ -77,28 +79,30 @@ def _hit_and_recover(
             hit_s = time.time()
             victim.send(number)
             took_s, again, step = recovery(run, hit_s, timeout_s=max(120.0, 2 * limit_s))
-            say(f"{name}: {role} hit, new step after {took_s:.1f} s, {again} steps done again")
+            log_progress(
+                f"{name}: hit {role}, new step after {took_s:.1f} s, {again} repeated steps"
+            )
             seconds.append(took_s)
             redone.append(again)
 
         run.finish()
         if stacks:
             found = list((run.folder / "stacks").glob("*"))
-            expect(found, "no stacks were written of the worker that hung")
+            expect(found, "no stacks of the frozen worker were written")
         same_as_undisturbed(place, run, epochs)
-        expect(status_in_mlflow(run) == "FINISHED", f"MLflow says {status_in_mlflow(run)}")
+        expect(status_in_mlflow(run) == "FINISHED", f"status in MLflow: {status_in_mlflow(run)}")
     within = max(seconds) <= limit_s * options.slack
     return Outcome(
         round(max(seconds), 1),
         "s",
         within and max(redone) <= 2 * INTERVAL,
-        f"{times}/{times} recovered; steps done again {max(redone)} at most, "
+        f"{times}/{times} recovered; {max(redone)} repeated steps at most, "
         f"a checkpoint every {INTERVAL}; losses, samples and weights bit-equal to undisturbed",
     )
 
 
 def recovery(run: TinyRun, hit_s: float, timeout_s: float) -> tuple[float, int, int]:
-    """Seconds from the hit to the first step never done before; steps done again; that step."""
+    """Return the seconds from the fault to the first new step, the repeated steps, the new step."""
 
     def new_step() -> tuple[float, int, int] | None:
         events = [e for e in run.events() if e["kind"] in ("begin", "progress")]
@@ -110,10 +114,10 @@ def recovery(run: TinyRun, hit_s: float, timeout_s: float) -> tuple[float, int, 
         if not begins:
             if not any(e["kind"] == "end" for e in run.events()):
                 return None
-            # Workers can outlive what was hit; these reached their last step and needed no start.
+            # Workers can outlive the process that was hit. These reached their last step.
             on = [e for e in events if e["kind"] == "progress" and e["time_s"] > hit_s]
             return on[0]["time_s"] - hit_s, 0, on[-1]["step"]
-        # What a group still did between the hit and its end was done, too.
+        # Steps that a group still made between the fault and its end are not new.
         before = max(
             [before]
             + [
@@ -136,7 +140,7 @@ def recovery(run: TinyRun, hit_s: float, timeout_s: float) -> tuple[float, int, 
 
 
 def same_as_undisturbed(place: Place, run: TinyRun, epochs: int) -> None:
-    """Losses of all steps, samples of all steps and the last weights, bit for bit."""
+    """Require bit-equal losses and samples of all steps and bit-equal last weights."""
     clean = undisturbed(place, epochs)
     ours, theirs = oracles.losses(run.events()), clean.losses()
     expect(ours.keys() == theirs.keys(), f"steps {len(ours)}, undisturbed {len(theirs)}")
@@ -145,7 +149,7 @@ def same_as_undisturbed(place: Place, run: TinyRun, epochs: int) -> None:
     if any(run.records.iterdir()):
         expect(
             oracles.samples(run.records) == oracles.samples(clean.records),
-            "other samples or pixels than in the undisturbed run",
+            "samples or pixels differ from the undisturbed run",
         )
     expect(oracles.weights_sha256(run.folder) == clean.weights(), "the last weights differ")
 
@@ -156,7 +160,7 @@ def status_in_mlflow(run: TinyRun) -> str:
 
 
 def driver_killed(place: Place, options: Options) -> Outcome:
-    """A3: first what talks to Ray, which is started again; then the command itself."""
+    """A3: kill the driver, which the supervisor replaces; then kill the command itself."""
     with TinyRun(place, "a3", record=True) as run:
         run.start()
         run.wait_for_step(8)
@@ -164,21 +168,21 @@ def driver_killed(place: Place, options: Options) -> Outcome:
             hit_s = time.time()
             run.one("attempt").send(signal.SIGKILL)
             attempt_s, _, step = recovery(run, hit_s, timeout_s=180)
-            say(f"a3: driver killed, new step after {attempt_s:.1f} s")
+            log_progress(f"a3: driver killed, new step after {attempt_s:.1f} s")
             run.wait_for_step(step + 3)
         at_step = run.step()
         run.signal(signal.SIGKILL)
         killed_s = time.monotonic()
         run.wait()
         gone_s, left = run.family.wait_until_gone(60 * options.slack)
-        say(f"a3: all processes gone after {gone_s:.1f} s, {len(left)} left")
+        log_progress(f"a3: all processes gone after {gone_s:.1f} s, {len(left)} left")
         status = ""
         while time.monotonic() - killed_s < 90 * options.slack and status != "KILLED":
             status = status_in_mlflow(run)
             time.sleep(0.5)
         marked_s = time.monotonic() - killed_s
         expect(not left, f"still there: {[process.command[:60] for process in left]}")
-        expect(status == "KILLED", f"MLflow says {status} of a run whose process was killed")
+        expect(status == "KILLED", f"status in MLflow of a killed run: {status}")
         run.start(resume=True)
         run.finish()
         same_as_undisturbed(place, run, 4)
@@ -195,7 +199,7 @@ def driver_killed(place: Place, options: Options) -> Outcome:
 
 
 def terminated(place: Place, options: Options) -> Outcome:
-    """A4: SIGTERM to the command; the last step is kept, the exit code is 143."""
+    """A4: SIGTERM to the command; the last step is saved and the exit code is 143."""
     times = options.times(2)
     epochs = max(4, math.ceil((12 * times + 16) / STEPS_PER_EPOCH))
     slowest_s, lost = 0.0, 0
@@ -211,13 +215,15 @@ def terminated(place: Place, options: Options) -> Outcome:
             code = run.wait(120)
             took_s = time.monotonic() - asked_s
             step = run.step()
-            kept = oracles.step_of(oracles.newest_checkpoint(run.folder))
-            say(f"a4: exit code {code} after {took_s:.1f} s, at step {step}, kept {kept}")
+            saved = oracles.step_of(oracles.newest_checkpoint(run.folder))
+            log_progress(
+                f"a4: exit code {code} after {took_s:.1f} s, at step {step}, saved {saved}"
+            )
             expect(code == 143, f"exit code {code}: {run.tail()}")
-            expect(status_in_mlflow(run) == "KILLED", f"MLflow says {status_in_mlflow(run)}")
+            expect(status_in_mlflow(run) == "KILLED", f"status in MLflow: {status_in_mlflow(run)}")
             _, left = run.family.wait_until_gone(30)
             expect(not left, f"still there: {[process.command[:60] for process in left]}")
-            slowest_s, lost = max(slowest_s, took_s), max(lost, step - kept)
+            slowest_s, lost = max(slowest_s, took_s), max(lost, step - saved)
         run.start(resume=True)
         run.finish()
         same_as_undisturbed(place, run, epochs)
@@ -230,7 +236,7 @@ def terminated(place: Place, options: Options) -> Outcome:
 
 
 def crash_loop(place: Place, options: Options) -> Outcome:
-    """A11: a bug that raises at step 7, always."""
+    """A11: a bug that always raises at step 7."""
     faults = [{"kind": "raise", "steps": [7, 7]}]
     with TinyRun(place, "a11", faults=faults) as run:
         run.start()
@@ -240,8 +246,8 @@ def crash_loop(place: Place, options: Options) -> Outcome:
         took_s = time.time() - first_s
         starts = sum(event["kind"] == "begin" for event in run.events())
         expect(code == 1, f"exit code {code}: {run.tail()}")
-        expect("step 7" in run.tail(4000), f"the cause is not told: {run.tail()}")
-        expect(status_in_mlflow(run) == "FAILED", f"MLflow says {status_in_mlflow(run)}")
+        expect("step 7" in run.tail(4000), f"no message names the cause: {run.tail()}")
+        expect(status_in_mlflow(run) == "FAILED", f"status in MLflow: {status_in_mlflow(run)}")
         _, left = run.family.wait_until_gone(30)
         expect(not left, f"still there: {[process.command[:60] for process in left]}")
     return Outcome(
@@ -250,10 +256,10 @@ def crash_loop(place: Place, options: Options) -> Outcome:
 
 
 def killed_every_two_minutes(place: Place, options: Options) -> Outcome:
-    """Goodput: seconds in steps that counted, over all seconds since the command was typed.
+    """GP: measure goodput, the seconds in useful steps over all seconds since the command started.
 
-    Counted here from the journal: of each step, the time from the step before it in the group that
-    did it last. The run counts for itself, too; both must agree.
+    The scenario computes it from the journal: each step counts with the time since the step before
+    it, in the last group that made it. The run's own goodput must agree.
     """
     times = options.times(3)
     chance = random.Random("gp")
@@ -267,20 +273,25 @@ def killed_every_two_minutes(place: Place, options: Options) -> Outcome:
             hit_s = time.time()
             chance.choice(run.family.alive("worker") or [run.one("worker")]).send(signal.SIGKILL)
             took_s, again, _ = recovery(run, hit_s, timeout_s=120)
-            say(f"gp: worker killed, new step after {took_s:.1f} s, {again} steps done again")
+            log_progress(
+                f"gp: worker killed, new step after {took_s:.1f} s, {again} repeated steps"
+            )
         time.sleep(max(0.0, begun_s + BETWEEN_KILLS_S * times - time.time()))
         run.signal(signal.SIGTERM)
         expect(run.wait(60) == 143, f"exit code of a stopped run: {run.tail()}")
         events = run.events()
     ended = next(e for e in reversed(events) if e["kind"] == "ended")
     useful_s = oracles.useful_seconds(events)
-    since_typed = useful_s / (ended["time_s"] - began_s)
+    since_command = useful_s / (ended["time_s"] - began_s)
     since_begun = useful_s / (ended["time_s"] - begun_s)
-    told = ended["goodput"]
-    expect(abs(told - since_typed) < 0.05, f"the run tells {told:.3f}, counted {since_typed:.3f}")
+    reported = ended["goodput"]
+    expect(
+        abs(reported - since_command) < 0.05,
+        f"the run reports {reported:.3f}, the journal gives {since_command:.3f}",
+    )
     return Outcome(
         round(100 * since_begun, 1), "% since the first step",
         since_begun >= 1 - 15 / BETWEEN_KILLS_S,
-        f"{100 * since_typed:.1f} % since the command was typed, {100 * told:.1f} % by its own "
-        f"count; {times} kills in {ended['time_s'] - began_s:.0f} s",
+        f"{100 * since_command:.1f} % since the command started, {100 * reported:.1f} % by its "
+        f"own count; {times} kills in {ended['time_s'] - began_s:.0f} s",
     )  # fmt: skip

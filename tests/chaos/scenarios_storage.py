@@ -1,4 +1,4 @@
-"""B: the disk is full, read-only or lies; saves are cut short."""
+"""B: the disk is full, read-only or corrupt; saves are interrupted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from tests.chaos import oracles
 from tests.chaos.direct import Direct, undisturbed
-from tests.chaos.runs import Place, TinyRun, expect, say
+from tests.chaos.runs import Place, TinyRun, expect, log_progress
 from tests.chaos.saves import SaveLoop
 from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import same_as_undisturbed
 
-SAVE_BYTES = 96 * 2**20  # of the state that B1 and B10 save again and again
+SAVE_BYTES = 96 * 2**20  # size of the state that B1 and B10 save repeatedly
 
 
 def killed_while_saving(place: Place, options: Options) -> Outcome:
-    """B1: SIGKILL at a random moment of a save, again and again, in one folder."""
+    """B1: SIGKILL at a random moment of a save, repeatedly in one folder."""
     times = options.times(20)
     chance = random.Random("b1")
     unloadable = lost = left = 0
@@ -44,7 +44,7 @@ def killed_while_saving(place: Place, options: Options) -> Outcome:
 
 
 def leftovers_cleaned(place: Place, options: Options) -> Outcome:
-    """B10: what killed saves leave is gone once the run goes on, and the disk's use is bounded."""
+    """B10: the leftovers of killed saves are gone after a restart, and disk use is bounded."""
     times = options.times(8)
     chance = random.Random("b10")
     with SaveLoop(place.folder / "b10", SAVE_BYTES // 4) as saves:
@@ -64,7 +64,7 @@ def leftovers_cleaned(place: Place, options: Options) -> Outcome:
 
 
 def disk_full(place: Place, options: Options) -> Outcome:
-    """B2: a tmpfs of our own is filled while the run trains, and emptied again."""
+    """B2: a tmpfs is filled while the run trains, and emptied again."""
     with (
         mounted_tmpfs(place.folder / "b2", "64m") as disk,
         TinyRun(
@@ -78,15 +78,15 @@ def disk_full(place: Place, options: Options) -> Outcome:
         ballast = disk / "ballast"
         _fill(ballast)
         at_step = _steps_done(run)
-        say(f"b2: full at step {at_step}")
-        # The journal cannot be written either: the workers' records show that they go on.
-        run.wait_for("20 steps more", lambda: _steps_done(run) >= at_step + 20, 120)
+        log_progress(f"b2: full at step {at_step}")
+        # The journal cannot be written either; the workers' records show that they continue.
+        run.wait_for("20 more steps", lambda: _steps_done(run) >= at_step + 20, 120)
         assert run.process is not None
         expect(run.process.poll() is None, "the run ended on a full disk")
         ballast.unlink()
         freed_s = time.time()
         run.wait_for(
-            "a checkpoint after there is space again",
+            "a checkpoint after the disk has space again",
             lambda: any(e["kind"] == "checkpoint" and e["time_s"] > freed_s for e in run.events()),
             90,
         )
@@ -100,8 +100,8 @@ def disk_full(place: Place, options: Options) -> Outcome:
     expect(alarms, "no alarm was written")
     return Outcome(
         round(saved_s, 1), "s from space to save", restarts == 0,
-        f"{len(alarms)} alarms; trained on meanwhile, {restarts} restarts, 0 manual steps, "
-        "no row of the journal lost; bit-equal",
+        f"{len(alarms)} alarms; training continued, {restarts} restarts, 0 manual steps, "
+        "no journal row lost; bit-equal",
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _steps_done(run: TinyRun) -> int:
 
 
 def disk_read_only(place: Place, options: Options) -> Outcome:
-    """B3: a disk that reports an error and turns read-only, as ext4 does; then it is mended."""
+    """B3: a disk reports an error and turns read-only, as ext4 does; then it is repaired."""
     with ext4_image(place.folder, "b3") as disk:
         uri = f"sqlite:///{place.folder}/b3-mlflow.db"
         with TinyRun(
@@ -121,11 +121,11 @@ def disk_read_only(place: Place, options: Options) -> Outcome:
             run.wait_for_step(12)
             broken_s = time.time()
             disk.break_it()
-            say("b3: read-only")
+            log_progress("b3: read-only")
             code = run.wait(300)
             took_s = time.time() - broken_s
-            said = run.tail(3000)
-        disk.mend()
+            output = run.tail(3000)
+        disk.repair()
         with TinyRun(
             place, "b3", storage=disk.folder, schedule__epochs=8, evaluate_every_epochs=8,
             checkpoint__every_steps=5, environment={"MLFLOW_TRACKING_URI": uri},
@@ -134,31 +134,31 @@ def disk_read_only(place: Place, options: Options) -> Outcome:
             run.finish()
             same_as_undisturbed(place, run, 8)
     expect(code == 1, f"exit code {code}")
-    expect("Read-only" in said or "read-only" in said, f"the cause is not told: {said[-500:]}")
-    expect("--resume" in said, f"no hint how to go on: {said[-500:]}")
+    expect("read-only" in output.lower(), f"no message names the cause: {output[-500:]}")
+    expect("--resume" in output, f"no message says how to continue: {output[-500:]}")
     return Outcome(
         round(took_s, 1), "s until it stopped", True,
-        "told the cause and how to go on; resumed after mending, bit-equal",
+        "named the cause and how to continue; resumed after the repair, bit-equal",
     )  # fmt: skip
 
 
 def damaged_newest(place: Place, options: Options) -> Outcome:
-    """B4: each file of the newest checkpoint is cut short; the one before is used."""
+    """B4: a file of the newest checkpoint is truncated; the checkpoint before it is used."""
     return _damage(place, options.times(20), _truncate, "b4", "fell back")
 
 
 def bit_flipped(place: Place, options: Options) -> Outcome:
-    """B5: one bit of the newest checkpoint, anywhere."""
+    """B5: one bit of the newest checkpoint is flipped, anywhere."""
     return _damage(place, options.times(200), _flip, "b5", "detected")
 
 
 def files_missing(place: Place, options: Options) -> Outcome:
-    """B6: a file, or all files, or the folder of the newest is not there."""
+    """B6: a file, or all files, or the folder of the newest checkpoint is missing."""
     return _damage(place, options.times(12), _remove, "b6", "fell back")
 
 
 def _damage(
-    place: Place, times: int, damage: Callable[[Path, random.Random], None], name: str, word: str
+    place: Place, times: int, damage: Callable[[Path, random.Random], None], name: str, unit: str
 ) -> Outcome:
     from deta.platform.checkpoint.local import newest_checkpoint
 
@@ -174,21 +174,21 @@ def _damage(
         # Linked, not copied: damage replaces a file.
         shutil.copytree(clean.folder / "checkpoints", folder, copy_function=os.link)
         damage(folder / steps[-1].name, chance)
-        told: list[str] = []
+        messages: list[str] = []
         began_s = time.monotonic()
-        found = newest_checkpoint(folder, told.append)
+        found = newest_checkpoint(folder, messages.append)
         slowest_s = max(slowest_s, time.monotonic() - began_s)
-        was_told = bool(told) or not (folder / steps[-1].name).exists()
-        good += found is not None and found.path.name == steps[-2].name and was_told
-    # And once for real: a run goes on from the one before, to the same end.
+        reported = bool(messages) or not (folder / steps[-1].name).exists()
+        good += found is not None and found.path.name == steps[-2].name and reported
+    # And once in a complete run: it continues from the checkpoint before, to the same result.
     run = Direct(place, f"{name}-run")
     shutil.copytree(clean.folder / "checkpoints", run.folder / "checkpoints")
     damage(run.folder / "checkpoints" / steps[-1].name, chance)
     run.finish(2)
-    expect(run.weights() == clean.weights(), "went on, but to other weights")
+    expect(run.weights() == clean.weights(), "continued, but to other weights")
     return Outcome(
-        f"{good}/{times}", word, good == times,
-        f"slowest look {slowest_s:.2f} s; the run goes on to bit-equal weights",
+        f"{good}/{times}", unit, good == times,
+        f"slowest check {slowest_s:.2f} s; the run continues to bit-equal weights",
     )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def _truncate(checkpoint: Path, chance: random.Random) -> None:
 
 def _flip(checkpoint: Path, chance: random.Random) -> None:
     files = sorted(checkpoint.iterdir())
-    # By size: most flips hit tensors, as they would on a disk; some the small files.
+    # Weighted by size: most flips hit tensors, as they would on a disk, and some the small files.
     weights = [file.stat().st_size + 2000 for file in files]
     (file,) = chance.choices(files, weights)
     content = bytearray(file.read_bytes())
@@ -225,10 +225,10 @@ def _remove(checkpoint: Path, chance: random.Random) -> None:
 
 
 def state_files_empty(place: Place, options: Options) -> Outcome:
-    """B7: what is not a checkpoint is empty or cut short, Ray's own record of the run included."""
+    """B7: all files besides checkpoints are empty or truncated, also Ray's record of the run."""
     damages: list[tuple[str, Callable[[bytes], bytes]]] = [
         ("empty", lambda content: b""),
-        ("cut short", lambda content: content[: len(content) // 2]),
+        ("truncated", lambda content: content[: len(content) // 2]),
     ]
     with TinyRun(place, "b7") as run:
         run.start()
@@ -243,26 +243,26 @@ def state_files_empty(place: Place, options: Options) -> Outcome:
             and "checkpoints" not in path.relative_to(run.folder).parts
             and path.suffix in (".json", ".jsonl", ".lock", ".pickle", ".pkl")
         ]
-        say(f"b7: {sorted(str(path.relative_to(run.folder)) for path in files)}")
-        for number, (word, damage) in enumerate(damages):
+        log_progress(f"b7: {sorted(str(path.relative_to(run.folder)) for path in files)}")
+        for number, (kind, damage) in enumerate(damages):
             for path in files:
                 if path.exists():
                     path.write_bytes(damage(path.read_bytes()))
-            say(f"b7: all of them {word}")
+            log_progress(f"b7: all of them {kind}")
             run.start(resume=True)
             if number < len(damages) - 1:
                 run.wait_for_step(run.step() + 12)
                 run.signal(signal.SIGTERM)
-                expect(run.wait() == 143, f"{word}: {run.tail()}")
+                expect(run.wait() == 143, f"{kind}: {run.tail()}")
                 run.family.wait_until_gone(30)
         run.finish()
         expect(
             oracles.weights_sha256(run.folder) == undisturbed(place).weights(),
-            "went on, but to other weights",
+            "continued, but to other weights",
         )
     count = len(files) * len(damages)
     return Outcome(
-        f"{count}/{count}", "rebuilt", True, f"{len(files)} files, all empty, then all cut short"
+        f"{count}/{count}", "rebuilt", True, f"{len(files)} files, all empty, then all truncated"
     )
 
 
@@ -286,11 +286,11 @@ class _Disk:
         _command("mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.folder))
 
     def break_it(self) -> None:
-        """The kernel meets an error on it, and from then on refuses to write."""
+        """Trigger a file system error, after which the kernel refuses to write."""
         source = _command("findmnt", "-no", "SOURCE", str(self.folder)).strip()
         Path(f"/sys/fs/ext4/{Path(source).name}/trigger_fs_error").write_text("1\n")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         _unmount(self.folder)
         subprocess.run(["fsck.ext4", "-fy", str(self.image)], capture_output=True, check=False)
         self.mount()

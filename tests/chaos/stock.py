@@ -1,4 +1,4 @@
-"""The same faults upon plain Ray Train, torch.save and MLflow, see `stock_job.py`."""
+"""The same faults with plain Ray Train, torch.save and MLflow, see `stock_job.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from tests.chaos import oracles
 from tests.chaos.mlflow_server import free_port
 from tests.chaos.processes import MARK, Family
-from tests.chaos.runs import ROOT, Place, ScenarioError, clean_environment, expect, say
+from tests.chaos.runs import ROOT, Place, ScenarioError, clean_environment, expect, log_progress
 from tests.chaos.scenario import BETWEEN_KILLS_S, Options, Outcome
 from tests.chaos.stock_job import MAX_FAILURES
 
@@ -70,7 +70,7 @@ class StockRun:
         return True
 
     def hit(self, role: str) -> Outcome:
-        """Kill one of that role at step 25; what comes of it."""
+        """Kill a process of a role at step 25 and return the outcome."""
         self.start()
         expect(self.wait_for_step(25), "the plain job did not start")
         victims = self.family.alive(role)
@@ -82,20 +82,20 @@ class StockRun:
         if not came:
             code = self.process.poll()
             took_s = time.time() - hit_s
-            ended = f"ended with exit code {code}" if code is not None else "stood still"
+            ended = f"ended with exit code {code}" if code is not None else "hung"
             return Outcome(f"{ended} after {took_s:.0f} s, no retry", "", False)
         begins = [row for row in self.rows("begin") if row["time_s"] > hit_s]
         if not begins:
-            return Outcome("ran on", "", False)
+            return Outcome("continued", "", False)
         news = [r for r in self.rows() if r["time_s"] > hit_s and r["step"] > before]
         again = before - begins[0]["step"]
-        return Outcome(f"{news[0]['time_s'] - hit_s:.1f} s; {again} steps done again", "", True)
+        return Outcome(f"{news[0]['time_s'] - hit_s:.1f} s; {again} repeated steps", "", True)
 
     def __enter__(self) -> StockRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.family.end()
+        self.family.kill()
         if self.process is not None:
             self.process.wait()
 
@@ -160,7 +160,7 @@ def terminated(place: Place, options: Options) -> Outcome:
 
 
 def killed_every_two_minutes(place: Place, options: Options) -> Outcome:
-    """Of the three retries that the job asks for, all are needed."""
+    """Kill at most as many workers as the plain job has retries."""
     times = min(options.times(3), MAX_FAILURES)
     with StockRun(place, "gp", steps=10**6) as run:
         run.start()
@@ -182,7 +182,7 @@ def nan_loss(place: Place, options: Options) -> Outcome:
         run.start()
         expect(run.wait_for_step(30), "the plain job did not reach its end")
         rows = run.rows()
-        return Outcome(f"{rows[-1]['poisoned']} poisoned weights, training goes on", "", False)
+        return Outcome(f"{rows[-1]['poisoned']} poisoned weights, training continues", "", False)
 
 
 def crash_loop(place: Place, options: Options) -> Outcome:
@@ -193,7 +193,7 @@ def crash_loop(place: Place, options: Options) -> Outcome:
         code = run.process.wait(300)
         return Outcome(
             f"{len(run.rows('begin'))} attempts (max_failures=3), exit code {code}, "
-            f"{time.monotonic() - began_s:.0f} s in all", "",
+            f"{time.monotonic() - began_s:.0f} s in total", "",
         )  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def same_name(place: Place, options: Options) -> Outcome:
 
 
 def resumed(place: Place, options: Options) -> Outcome:
-    """Largest relative difference of the losses after one kill."""
+    """Measure the largest relative difference of the losses after one kill."""
     with StockRun(place, "g1-clean") as clean, StockRun(place, "g1") as run:
         clean.start()
         assert clean.process is not None
@@ -237,7 +237,7 @@ def mlflow_refused(place: Place, options: Options) -> Outcome:
 
 
 def killed_while_saving(place: Place, options: Options) -> Outcome:
-    """torch.save over the file that is there."""
+    """Kill `torch.save` while it overwrites an existing file."""
     import torch
 
     times = options.times(20)
@@ -266,7 +266,7 @@ def killed_while_saving(place: Place, options: Options) -> Outcome:
 
 
 def leftovers(place: Place, options: Options) -> Outcome:
-    """Ray's temporary folders after killed reports: a folder per save, renamed at the end."""
+    """Count temporary folders after killed saves; as in Ray, a save renames its folder last."""
     import torch
 
     times = options.times(8)
@@ -286,7 +286,7 @@ def leftovers(place: Place, options: Options) -> Outcome:
         os.waitpid(child, 0)
     left = len(list(folder.glob("*.tmp")))
     shutil.rmtree(folder)
-    return Outcome(f"{left}/{times} kills left one for ever (temporary folder and rename)", "")
+    return Outcome(f"{left}/{times} kills left one for good (temporary folder and rename)", "")
 
 
 def bit_flipped(place: Place, options: Options) -> Outcome:
@@ -311,7 +311,7 @@ def bit_flipped(place: Place, options: Options) -> Outcome:
 
 
 def damaged_newest(place: Place, options: Options) -> Outcome:
-    """Ray's own record names the newest; its file is cut short; the job is started again."""
+    """Truncate the newest checkpoint, which Ray's own record names, and start the job again."""
     with StockRun(place, "b4", steps=40) as run:
         run.start()
         expect(run.wait_for_step(25), "the plain job did not start")
@@ -325,8 +325,8 @@ def damaged_newest(place: Place, options: Options) -> Outcome:
         try:
             code = run.process.wait(200)
         except subprocess.TimeoutExpired:
-            raise ScenarioError("had not ended after 200 s") from None
-        say(f"stock b4: exit code {code}")
+            raise ScenarioError("did not end within 200 s") from None
+        log_progress(f"stock b4: exit code {code}")
         return Outcome(f"exit code {code}, at step {run.step()} of 40", "", code == 0)
 
 

@@ -1,10 +1,9 @@
-"""What a user would write from the documentation: Ray Train, torch.save, MLflow. A tiny network.
+"""A job as the documentation suggests it: Ray Train, torch.save, MLflow, and a tiny network.
 
     python -m tests.chaos.stock_job FOLDER STEPS
 
-Each step appends a line to FOLDER/steps.jsonl, the only thing here that documentation does not
-show; scenarios read it. FOLDER/fault.json may say {"nan_rank": 1, "nan_step": 20} or
-{"raise_step": 7}.
+Each step appends a line to FOLDER/steps-RANK.jsonl, for the scenarios; no documentation shows
+that part. FOLDER/fault.json may contain {"nan_rank": 1, "nan_step": 20} or {"raise_step": 7}.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def train_loop(config: dict[str, Any]) -> None:
     if rank == 0 and config["mlflow"]:
         mlflow.set_tracking_uri(config["mlflow"])
         mlflow.start_run()
-    note(folder, kind="begin", rank=rank, step=step)
+    log_event(folder, kind="begin", rank=rank, step=step)
     data = torch.Generator().manual_seed(rank)
     while step < config["steps"]:
         inputs = torch.randn(16, 64, generator=data)
@@ -63,7 +62,7 @@ def train_loop(config: dict[str, Any]) -> None:
         time.sleep(0.1)
         step += 1
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        note(
+        log_event(
             folder, kind="step", rank=rank, step=step, loss=float(loss.item()).hex(),
             poisoned=int((~weights.isfinite()).sum()),
         )  # fmt: skip
@@ -84,7 +83,7 @@ def train_loop(config: dict[str, Any]) -> None:
         mlflow.end_run()
 
 
-def note(folder: Path, **row: Any) -> None:
+def log_event(folder: Path, **row: Any) -> None:
     row["time_s"] = time.time()
     with (folder / f"steps-{row['rank']}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,9 +1,9 @@
-"""The chaos scenarios of every day, each as a test; with DETA_CHAOS=1 those, too, that take long.
+"""The quick chaos scenarios, each as a test; DETA_CHAOS=1 adds the slower ones among them.
 
-`python -m tests.chaos --quick` plays all of them, in ten minutes.
+`python -m tests.chaos --quick` runs all of them, in ten minutes.
 
-Whether a run survives and what it learns is asked as strictly as ever; how fast it recovers is
-not, since other tests run beside. The figures for that come from `python -m tests.chaos --core`.
+The tests check strictly that a run survives and learns the same. They do not check how fast it
+recovers, since other tests run at the same time; `python -m tests.chaos --core` measures that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def place() -> Iterator[Place]:
     pytest.importorskip("ray")
     made = Place.make()
     made.patience = LENIENT.slack
-    made.shared["asked"] = {scenario.id for scenario in QUICK}
+    made.shared["requested"] = {scenario.id for scenario in QUICK}
     yield made
     made.remove()
 
@@ -39,6 +39,6 @@ def place() -> Iterator[Place]:
 @pytest.mark.parametrize("scenario", QUICK, ids=[scenario.id for scenario in QUICK])
 def test_a_run_survives(scenario: Scenario, place: Place):
     if scenario.id in LONG and "DETA_CHAOS" not in os.environ:
-        pytest.skip("takes long; set DETA_CHAOS=1")
+        pytest.skip("slow; set DETA_CHAOS=1 to run it")
     row = scenario.play(place, LENIENT, with_stock=False)
     assert row["passed"], row.get("reason", row)

@@ -1,19 +1,20 @@
-"""Faults inside a training process, for the processes that a scenario starts, and nobody else.
+"""Faults inside a training process, only in the processes that a scenario starts.
 
-Python imports this file at its start where the folder is on PYTHONPATH. It does nothing unless
+Python imports this file when it starts with the folder on PYTHONPATH. It does nothing unless
 DETA_CHAOS_INSIDE is set, to JSON of
 
-    {"seed": 42, "images": 64, "batch": 4, "epochs": 99,   # to tell the step of a batch
-     "record": "folder",                                   # of what was trained on, see below
+    {"seed": 42, "images": 64, "batch": 4, "epochs": 99,   # to find the step of a batch
+     "record": "folder",                                   # for the training data, see below
      "faults": [{"kind": "nan_loss", "rank": 1, "steps": [20, 20]}, …]}
 
-Steps count from 1 as in the journal, `steps` are the first and the last. Kinds: `nan_loss`,
+Steps count from 1 as in the journal; `steps` are the first and the last. Kinds: `nan_loss`,
 `inf_grad`, `raise`, `sleep` (`seconds`), `exit` (SIGKILL of itself), `metric` (the AP of the
 evaluations numbered `calls` is `value`).
 
-The product is not changed: the criterion's call and every optimizer's step are wrapped from
-outside. `record` gets `<rank>-<pid>.jsonl`, a line for each micro-batch {"step", "rank", "world",
-"positions", "pixels"} and one for each update {"step", "weights"}, with hashes of the bytes.
+The product is unchanged: the criterion's call and every optimizer's step are wrapped from
+outside. Each process writes `<rank>-<pid>.jsonl` into `record`: a line for each micro-batch
+{"step", "rank", "world", "positions", "pixels"} and one for each update {"step", "weights"}, with
+hashes of the bytes.
 """
 
 import importlib.abc
@@ -26,7 +27,7 @@ SPEC = json.loads(os.environ.get("DETA_CHAOS_INSIDE") or "null")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds modules as always, and lets `change` see some of them once they are loaded."""
+    """Finds modules as usual and passes some of them to a function once they are loaded."""
 
     def __init__(self, changes):
         self.changes = changes
@@ -49,14 +50,14 @@ class _Finder(importlib.abc.MetaPathFinder):
             load(module)
             change(module)
 
-        setattr(loader, "exec_module", exec_module)  # noqa: B010  of this one module's loader
+        setattr(loader, "exec_module", exec_module)  # noqa: B010  only this module's loader
         return spec
 
 
 class _Inside:
     def __init__(self, spec):
         self.spec = spec
-        self.steps = {}  # of every sample, by its seed
+        self.steps = {}  # seed of a sample -> its position
         self.file = None
         self.step = 0
         self.evaluations = 0
@@ -120,7 +121,7 @@ class _Inside:
             bad.register_hook(lambda gradient: gradient * float("inf"))
             return losses | {name: bad}
         if kind == "raise":
-            raise RuntimeError(f"a bug that comes again at step {self.step}")
+            raise RuntimeError(f"a bug that recurs at step {self.step}")
         if kind == "sleep":
             import time
 
