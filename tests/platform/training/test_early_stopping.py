@@ -21,6 +21,7 @@ from deta.platform.checkpoint.local import all_checkpoints, best_checkpoint, new
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.launch.resume_check import refuse_if_finished
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import (
@@ -108,14 +109,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
         def table(self, categories: object) -> str:
             return f"AP {self.ap}"
 
-    def evaluate_and_save(self: Any, on_evaluation: Any) -> dict[str, float]:
+    def evaluate_and_save(self: Any) -> dict[str, float]:
         ap = APS[self.state.step // 2 - 1]
 
         def evaluation(*_: object, **__: object) -> Any:
-            return training.Evaluation(Metrics(ap), [])  # type: ignore[arg-type]
+            return EvaluationResult(Metrics(ap), [])  # type: ignore[arg-type]
 
         monkeypatch.setattr(training, "evaluate_model", evaluation)
-        return real(self, on_evaluation)
+        return real(self)
 
     real = training._Loop._evaluate_and_save
     monkeypatch.setattr(training._Loop, "_evaluate_and_save", evaluate_and_save)
