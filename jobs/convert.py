@@ -175,7 +175,7 @@ def _open(
 def _prepare_detector(
     file: ModelFile, arguments: argparse.Namespace, source: dict[str, str]
 ) -> _Weights:
-    from deta.platform.inference.predictor import read_listing
+    from deta.platform.inference.image_paths import read_listing
     from deta.platform.weights.conversion_report import (
         adapt_classes,
         compare_with_model,

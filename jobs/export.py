@@ -54,7 +54,7 @@ from deta.platform.system.atomic_write import write_json
 if TYPE_CHECKING:
     from PIL import Image
 
-    from deta.platform.inference.export_check import Difference, Speed
+    from deta.platform.inference.export_check import OutputDifference, RuntimeSpeed
     from deta.platform.inference.exported_model import Runtime
     from deta.platform.inference.predictor import Predictor
 
@@ -74,8 +74,8 @@ class _Checked:
 
     sha256: str
     num_bytes: int
-    difference: Difference | None  # none: not checked
-    speed: Speed | None
+    difference: OutputDifference | None  # none: not checked
+    speed: RuntimeSpeed | None
 
 
 def main() -> NoReturn:
@@ -111,8 +111,8 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
-    from deta.platform.inference.image_paths import find_pictures
-    from deta.platform.inference.predictor import check_headers
+    from deta.platform.inference.batching import check_headers
+    from deta.platform.inference.image_paths import find_images
 
     if (arguments.check_images is None) != arguments.unverified:
         raise ValueError(
@@ -128,7 +128,7 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     formats = [arguments.format] if arguments.format else list(FILE_NAMES)
     if "onnx" in formats:
         _require_onnx()
-    paths = [file.path for file in find_pictures(arguments.check_images or [], echo)]
+    paths = [file.path for file in find_images(arguments.check_images or [], echo)]
     paths = _spread(paths, arguments.check_first)
     predictor = open_predictor(arguments, changes)
     check_headers(paths, predictor.config.data.max_pixels)
@@ -139,14 +139,14 @@ def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     import torch
 
     from deta.platform.data.image_decoding import decode
-    from deta.platform.inference.export import trace, write_onnx
+    from deta.platform.inference.export import trace_detector, write_onnx
     from deta.platform.launch.console import duration
 
     predictor = inputs.predictor
     echo(f"model: {predictor.description}")
     echo("tracing; a model of the published size takes minutes …")
     began_s = time.perf_counter()
-    program = trace(predictor.model, predictor.config.postprocess, predictor.device)
+    program = trace_detector(predictor.model, predictor.config.postprocess, predictor.device)
     echo(f"traced in {duration(time.perf_counter() - began_s)}")
     max_pixels = predictor.config.data.max_pixels
     images = [decode(path, max_pixels) for path in inputs.images]
@@ -187,8 +187,18 @@ def _check(
 ) -> _Checked:
     """Compare an exported file with the model, if there are images, and time it."""
     from deta.platform.inference.export import least_side_px
-    from deta.platform.inference.export_check import Difference, compare, measure_speed, run_eagerly
-    from deta.platform.inference.exported_model import open_onnx, open_program, pack, unpack
+    from deta.platform.inference.export_check import (
+        OutputDifference,
+        compare_detections,
+        measure_speed,
+        run_eagerly,
+    )
+    from deta.platform.inference.exported_model import (
+        open_onnx,
+        open_program,
+        pack_images,
+        unpack_detections,
+    )
     from deta.platform.system.safe_read import file_sha256
 
     digest, num_bytes = file_sha256(path), path.stat().st_size
@@ -197,33 +207,36 @@ def _check(
     run: Runtime
     run = open_onnx(path) if path.suffix == ".onnx" else open_program(path, predictor.device)
     size, least = predictor.config.data.evaluation_size, least_side_px(predictor.model.config)
-    difference = Difference()
+    difference = OutputDifference()
     for batch in [*_groups(images, 1), *_groups(images, batch_size)]:
-        packed = pack(batch, size, least)
+        packed = pack_images(batch, size, least)
         expected = run_eagerly(predictor, packed)
-        for image, one, other in zip(batch, expected, unpack(*run(packed)), strict=True):
-            max_detections = predictor.config.postprocess.max_detections
-            difference += compare(one, other, (image.height, image.width), max_detections)
+        for image, one, other in zip(batch, expected, unpack_detections(*run(packed)), strict=True):
+            limit, size_px = (
+                predictor.config.postprocess.max_detections,
+                (image.height, image.width),
+            )
+            difference += compare_detections(one, other, size_px, limit)
     echo(f"{path.name}: largest differences: {difference}")
-    speed = measure_speed(run, pack(images[:1], size, least))
+    speed = measure_speed(run, pack_images(images[:1], size, least))
     echo(f"{path.name}: {speed}")
     return _Checked(digest, num_bytes, difference, speed)
 
 
-def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> Speed:
+def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> RuntimeSpeed:
     from deta.platform.inference.export import least_side_px
     from deta.platform.inference.export_check import measure_speed, run_eagerly
-    from deta.platform.inference.exported_model import pack
+    from deta.platform.inference.exported_model import pack_images
 
     least = least_side_px(predictor.model.config)
-    image = pack(images[:1], predictor.config.data.evaluation_size, least)
+    image = pack_images(images[:1], predictor.config.data.evaluation_size, least)
     speed = measure_speed(partial(run_eagerly, predictor), image)
     echo(f"the model itself, on {predictor.device.type}: {speed}")
     return speed
 
 
 def _about(
-    predictor: Predictor, checked: Mapping[str, _Checked], eager_speed: Speed | None
+    predictor: Predictor, checked: Mapping[str, _Checked], eager_speed: RuntimeSpeed | None
 ) -> dict[str, Any]:
     from deta.platform.inference.export import ONNX_OPSET, least_side_px
     from deta.platform.inference.export_check import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE

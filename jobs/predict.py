@@ -97,7 +97,8 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Inputs:
-    from deta.platform.inference.predictor import check_headers, read_listing
+    from deta.platform.inference.batching import check_headers
+    from deta.platform.inference.image_paths import read_listing
 
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold} is not in 0..1")
@@ -213,12 +214,12 @@ def _draw(
 
 def _find_pictures(texts: Sequence[str], output: Path) -> list[tuple[str, Path]]:
     """Find each image file once, with its name, except those that this job writes."""
-    from deta.platform.inference.image_paths import find_pictures
+    from deta.platform.inference.image_paths import find_images
 
     for text in texts:
         if "=" in text and not glob.has_magic(text) and not Path(text).exists():
             raise ValueError(f"{text}: there is no such file, folder or configuration key")
-    found = find_pictures(texts, echo)
+    found = find_images(texts, echo)
     own = output.resolve()
     if inside := [file.path for file in found if file.path.resolve().is_relative_to(own)]:
         raise ValueError(

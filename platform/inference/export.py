@@ -1,10 +1,10 @@
-"""A detector as one file that needs none of this package: a `torch.export` program, or ONNX.
+"""Exports a detector as one file that needs none of this package: `torch.export` or ONNX.
 
-Both hold everything between a resized picture and its detections: normalisation, padding, model,
-suppression and the way back to the pixels of the original picture. Our operator and torchvision's
-suppression are in them as standard operators, so a program loads with torch alone and an ONNX file
-with any runtime of operator set 18. Batch and picture size are free; the number of detections is
-fixed.
+Both contain every step between a resized image and its detections: normalisation, padding, model,
+suppression and the conversion to pixels of the original image. They hold our operator and
+torchvision's suppression as standard operators, so a program loads with torch alone, and an ONNX
+file with any runtime of operator set 18. Batch and image size are dynamic; the number of detections
+is fixed.
 """
 
 # B images   H W height and width of the padded images   N detections
@@ -34,15 +34,15 @@ ONNX_OPSET = 18  # the first with GridSample, LayerNormalization and GroupNormal
 INPUTS = ("images", "sizes_px", "original_sizes_px")
 OUTPUTS = ("scores", "labels", "boxes_px")
 COARSEST_MAP_STRIDE = 32
-TRACED_IMAGES = 2  # a batch of one would be taken for a constant
+TRACED_IMAGES = 2  # torch.export would compile a batch of one in as a constant
 
 
 class DetectionProgram(nn.Module):
-    """What is exported: 8-bit pictures to detections.
+    """The exported module: 8-bit images to detections.
 
-    Pixels come in as bytes, so that nobody has to normalise or mask them alike; they are a quarter
-    of the size, too. Only the resizing is left to the caller: PIL's antialiased bilinear filter,
-    with which the published weights were trained, is not among the operators of either format.
+    Pixels are bytes, so callers need not normalise or mask them, and the input is a quarter of the
+    size. Only resizing is left to the caller: neither format has an operator for PIL's antialiased
+    bilinear filter, with which the published weights were trained.
     """
 
     mean: Tensor  # 3 1 1
@@ -58,18 +58,18 @@ class DetectionProgram(nn.Module):
     def forward(
         self, images: Tensor, sizes_px: Tensor, original_sizes_px: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect.
+        """Detect objects.
 
         Args:
-            images: B 3 H W, uint8, RGB, each resized picture at the top left; what is right of it
-                and below does not matter.
-            sizes_px: B 2, int64, (height, width) of each resized picture.
-            original_sizes_px: B 2, int64, (height, width) before it was resized.
+            images: B 3 H W, uint8, RGB, each resized image at the top left; the pixels right of it
+                and below are ignored.
+            sizes_px: B 2, int64, (height, width) of each resized image.
+            original_sizes_px: B 2, int64, (height, width) before resizing.
 
         Returns:
             Scores (B N, 0..1), labels (B N, int64, class index) and boxes (B N 4, xyxy in pixels
-            of the original picture), best first; after the last detection of a picture scores and
-            boxes are 0 and labels -1.
+            of the original image), best first. After the last detection of an image, scores and
+            boxes are 0 and labels are -1.
         """
         rows = torch.arange(images.shape[2], device=images.device)[:, None]
         columns = torch.arange(images.shape[3], device=images.device)
@@ -81,10 +81,10 @@ class DetectionProgram(nn.Module):
 
 
 def least_side_px(config: DetectorConfig) -> int:
-    """The smallest height and width of a padded batch that an exported detector takes.
+    """Return the smallest height and width of a padded batch that an exported detector takes.
 
-    Every feature level must have two rows and columns, since a size of one is compiled in, and all
-    levels together as many pixels as there are queries to choose.
+    Every feature level needs two rows and columns, since a size of one is compiled in. All levels
+    together need as many pixels as the detector has queries.
     """
     if not isinstance(config, ModelConfig):
         return 2 * COARSEST_MAP_STRIDE
@@ -97,26 +97,26 @@ def least_side_px(config: DetectorConfig) -> int:
     raise AssertionError("unreachable")
 
 
-def trace(
+def trace_detector(
     detector: Detector, postprocess: PostprocessConfig, device: torch.device | str = "cpu"
 ) -> ExportedProgram:
-    """The program of a detector, in float32; takes minutes for a large one.
+    """Trace a detector into a float32 program. This takes minutes for a large one.
 
     Args:
-        device: what the program will run on; it cannot be changed afterwards.
+        device: the device of the program; it cannot be changed afterwards.
 
     Raises:
-        RuntimeError: an operator that is not PyTorch's own is left in it.
+        RuntimeError: the program still contains an operator that is not PyTorch's own.
     """
     device = torch.device(device)
     program = DetectionProgram(detector.eval(), postprocess).to(device)
     least = least_side_px(detector.config)
-    # Sizes that are no multiple of a stride and differ, so that no relation of theirs is compiled
-    # in.
+    # Sizes that differ and are no multiples of a stride, so that no relation between them is
+    # compiled in.
     sides = (least + 45, least + 78)
     sizes_px = torch.tensor([[least + 40, least + 78], [least + 45, least + 50]], device=device)
     with torch.no_grad(), warnings.catch_warnings(), _PlainForms():
-        warnings.simplefilter("ignore")  # of torch's own making, and nothing to be done about
+        warnings.simplefilter("ignore")  # torch's own warnings, which callers cannot act on
         exported = torch.export.export(
             program,
             (
@@ -125,21 +125,21 @@ def trace(
                 sizes_px * 2,
             ),
             dynamic_shapes=_free_sizes(least),
-            # Strides are halved in ways that it cannot see through: checked at run time instead.
+            # It cannot infer how strides are halved, so it checks these sizes at run time.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     if left := foreign_operators(exported):
         raise RuntimeError(
-            f"the program still holds {', '.join(sorted(left))}, which torch alone does not have; "
-            "give these a plain form in deta.ops.ms_deform_attn.plain_decompositions"
+            f"the program still contains {', '.join(sorted(left))}, which torch alone does not "
+            "have; give them a plain form in deta.ops.ms_deform_attn.plain_decompositions"
         )
     return exported
 
 
 class _PlainForms(TorchFunctionMode):
-    """Calls of our operators become calls of their plain forms.
+    """Replace calls of our operators by their plain forms.
 
-    `run_decompositions` afterwards would do, but goes through the whole program once more.
+    `run_decompositions` afterwards would do the same, but processes the whole program again.
     """
 
     def __init__(self) -> None:
@@ -155,14 +155,14 @@ class _PlainForms(TorchFunctionMode):
 
 
 def _free_sizes(least_side_px: int) -> tuple[dict[int, Dim], ...]:
-    """Of each input, the dimensions that are not compiled in."""
+    """Return the dynamic dimensions of each input."""
     batch = Dim("batch")
     height, width = Dim("height", min=least_side_px), Dim("width", min=least_side_px)
     return {0: batch, 2: height, 3: width}, {0: batch}, {0: batch}
 
 
 def foreign_operators(program: ExportedProgram) -> set[str]:
-    """Names of operators in a program, loops included, that come from outside of PyTorch."""
+    """Return the names of operators from outside PyTorch in a program, loops included."""
     return {
         str(node.target)
         for graph in _graphs(program.graph_module)
@@ -179,10 +179,10 @@ def _graphs(module: nn.Module) -> Iterator[torch.fx.Graph]:
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """The same program as one ONNX file, of 2 GB at most. Needs onnx and onnxscript."""
+    """Write a program as one ONNX file of at most 2 GB. Needs onnx and onnxscript."""
     from onnxscript import optimizer
 
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it does not optimise
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs what it does not optimise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torch.onnx.export(
@@ -191,8 +191,8 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
             input_names=INPUTS,
             output_names=OUTPUTS,
             custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
-            dynamic_shapes=_free_sizes(1),  # here, for their names alone
-            optimize=False,  # its search for patterns doubles the time; runtimes have their own
+            dynamic_shapes=_free_sizes(1),  # sets only their names
+            optimize=False,  # pattern search doubles the time, and runtimes optimise too
             verbose=False,
         )
     assert converted is not None
@@ -203,7 +203,7 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
 
 
 def _stable_sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-    """aten::sort.stable as TopK of all: ONNX says that of equal values the first comes first."""
+    """Return aten::sort.stable as TopK of all values: ONNX puts the first of equal values first."""
     from onnxscript import opset18
 
     onnx: Any = opset18

@@ -1,4 +1,4 @@
-"""Whether an exported file finds what the model finds, and how fast each of them is."""
+"""Compares the detections and the speed of an exported file with those of the model."""
 
 # N detections in one image
 
@@ -18,26 +18,26 @@ from deta.model.postprocess import Detections
 from deta.platform.data.data_loader import LoadedBatch
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.evaluation.evaluate_model import detect_batches
-from deta.platform.inference.exported_model import Packed
+from deta.platform.inference.exported_model import PackedImages
 from deta.platform.inference.predictor import NO_TARGET, Predictor
 
-# Sums in another order change float32 scores by about 1e-6, boxes by 1e-6 of the image; where a
-# proposal is chosen by a hair, by up to 1e-4. A wrong operator, mask or normalisation changes them
-# by 1e-2 and more.
+# Sums in another order change float32 scores by about 1e-6, and boxes by 1e-6 of the image; if two
+# proposals score almost the same, by up to 1e-4. A wrong operator, mask or normalisation changes
+# them by 1e-2 and more.
 MAX_SCORE_DIFFERENCE = 1e-3
-MAX_BOX_DIFFERENCE = 1e-3  # of the longer side of the picture
+MAX_BOX_DIFFERENCE = 1e-3  # of the longer side of the image
 MAX_LATENCY_BATCH = 16
 MEASURED_S = 2.0  # for each batch size
 
 
-def run_eagerly(predictor: Predictor, packed: Packed) -> list[Detections]:
-    """What the model here finds in packed pictures, by the way that predictions go."""
+def run_eagerly(predictor: Predictor, packed: PackedImages) -> list[Detections]:
+    """Return the detections of the model in packed images, computed as for predictions."""
     pixels = [
         functional.normalize(image[:, :height, :width].float() / 255, PIXEL_MEAN, PIXEL_STD)
         for image, (height, width) in zip(packed.images, packed.sizes_px.tolist(), strict=True)
     ]
     batch = pad_batch(pixels, [NO_TARGET] * len(pixels))
-    # Thin pictures are padded beyond the largest of the batch.
+    # Thin images are padded beyond the largest of the batch.
     below = packed.images.shape[2] - batch.images.shape[2]
     right = packed.images.shape[3] - batch.images.shape[3]
     batch = replace(
@@ -57,16 +57,16 @@ def run_eagerly(predictor: Predictor, packed: Packed) -> list[Detections]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Between two models' detections of the same pictures."""
+class OutputDifference:
+    """The difference between two models' detections in the same images."""
 
     num_images: int = 0
-    num_detections: int = 0  # that were compared
+    num_detections: int = 0  # compared
     scores: float = 0.0  # the largest difference
-    boxes: float = 0.0  # likewise, of the longer side of the picture
-    boxes_px: float = 0.0  # likewise, in pixels
-    # Without a counterpart, though better than the last one in the list, which may just have
-    # fallen off the other list's end.
+    boxes: float = 0.0  # the largest, of the longer side of the image
+    boxes_px: float = 0.0  # the largest, in pixels
+    # Detections without a counterpart. The last one of a full list does not count, since it may
+    # just be missing at the end of the other list.
     num_unmatched: int = 0
 
     @property
@@ -78,8 +78,8 @@ class Difference:
             and self.boxes <= MAX_BOX_DIFFERENCE
         )
 
-    def __add__(self, other: Difference) -> Difference:
-        return Difference(
+    def __add__(self, other: OutputDifference) -> OutputDifference:
+        return OutputDifference(
             self.num_images + other.num_images,
             self.num_detections + other.num_detections,
             max(self.scores, other.scores),
@@ -92,22 +92,22 @@ class Difference:
         text = (
             f"scores {self.scores:.1e}, boxes {self.boxes:.1e} of the longer side "
             f"({self.boxes_px:.1e} px), over {self.num_detections} detections in "
-            f"{self.num_images} pictures"
+            f"{self.num_images} images"
         )
         return text + (f", {self.num_unmatched} UNMATCHED" if self.num_unmatched else "")
 
 
-def compare(
+def compare_detections(
     expected: Detections, found: Detections, size_px: tuple[int, int], max_detections: int
-) -> Difference:
-    """How far one picture's detections are from those that they should be.
+) -> OutputDifference:
+    """Compare the detections of one image with the expected ones.
 
-    Each expected detection is paired with the nearest one of its class that is still free, best
-    first. One without a near counterpart counts, unless its score is within the tolerance of where
-    a full list ends: which of two equal ones is the last is a matter of rounding.
+    Each expected detection is paired with the nearest free one of its class, best first. One
+    without a near counterpart counts as unmatched, unless its score is within the tolerance of the
+    end of a full list: rounding decides which of two equal ones is the last.
 
     Args:
-        size_px: (height, width) of the picture.
+        size_px: (height, width) of the image.
         max_detections: the length of a full list.
     """
     longer_px = max(size_px)
@@ -134,15 +134,17 @@ def compare(
                 continue
         num_unmatched += float(score) > end_score
     num_unmatched += int((free & (found.scores > end_score)).sum())
-    return Difference(1, num_compared, score_max, box_max, box_max * longer_px, int(num_unmatched))
+    return OutputDifference(
+        1, num_compared, score_max, box_max, box_max * longer_px, int(num_unmatched)
+    )
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Of one way to run a model, pictures in memory to detections in memory."""
+class RuntimeSpeed:
+    """Speed of one way to run a model, from images in memory to detections in memory."""
 
-    latency_ms: float  # of one picture alone, median
-    best_batch: int  # with the most pictures a second
+    latency_ms: float  # of one image alone, median
+    best_batch: int  # with the most images per second
     images_per_s: float  # with that batch
 
     def __str__(self) -> str:
@@ -152,27 +154,27 @@ class Speed:
         )
 
 
-def measure_speed(run: Callable[[Packed], object], picture: Packed) -> Speed:
-    """Time one picture, then doubled batches of it while that makes it faster.
+def measure_speed(run: Callable[[PackedImages], object], image: PackedImages) -> RuntimeSpeed:
+    """Time one image, then double the batch while that raises the throughput.
 
     Args:
-        picture: a batch of one.
+        image: a batch of one.
     """
-    latency_s = _median_s(run, picture)
+    latency_s = _median_s(run, image)
     best_batch, best_rate = 1, 1 / latency_s
     batch_size = 2
     while batch_size <= MAX_LATENCY_BATCH:
-        batch = Packed(*(part.repeat_interleave(batch_size, 0) for part in picture))
+        batch = PackedImages(*(part.repeat_interleave(batch_size, 0) for part in image))
         rate = batch_size / _median_s(run, batch)
         if rate <= best_rate:
             break
         best_batch, best_rate = batch_size, rate
         batch_size *= 2
-    return Speed(1000 * latency_s, best_batch, best_rate)
+    return RuntimeSpeed(1000 * latency_s, best_batch, best_rate)
 
 
-def _median_s(run: Callable[[Packed], object], batch: Packed) -> float:
-    run(batch)  # whatever is prepared at first
+def _median_s(run: Callable[[PackedImages], object], batch: PackedImages) -> float:
+    run(batch)  # warm-up
     times_s: Sequence[float] = []
     while len(times_s) < 3 or (sum(times_s) < MEASURED_S and len(times_s) < 50):
         began_s = time.perf_counter()

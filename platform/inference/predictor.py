@@ -1,20 +1,18 @@
-"""Weights to predictions: pictures in, detections in pixels of each picture out.
+"""Loads a model from a checkpoint or published weights, and detects objects in images.
 
-Needs neither Ray nor MLflow, so it runs wherever a checkpoint can be copied to.
+It needs neither Ray nor MLflow, so it runs wherever a checkpoint can be copied to.
 """
 
 # N detections in one image
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,18 +23,12 @@ from deta.model.batch import Target, pad_batch
 from deta.model.postprocess import Detections
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import find_checkpoint
-from deta.platform.data.coco_annotations import Problems, read_coco_file
 from deta.platform.data.coco_dataset import Category, CocoDataset, Sample
 from deta.platform.data.data_loader import LoadedBatch
-from deta.platform.data.image_decoding import (
-    EIGHT_BIT_MODES,
-    Header,
-    ImageError,
-    decode,
-    read_header,
-)
+from deta.platform.data.image_decoding import EIGHT_BIT_MODES, ImageError, decode
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
 from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batches, evaluate_model
+from deta.platform.inference.batching import batches_of_one_shape, check_headers, read_ahead
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.train_step import PRECISIONS
 from deta.platform.run.config import RunConfig, override
@@ -44,18 +36,13 @@ from deta.platform.system.safe_read import file_sha256
 from deta.platform.system.short_list import short_list
 from deta.platform.weights.model_file import open_model_file
 
-NUM_READERS = 4  # threads that read and resize pictures while the model works
-NUM_SHOWN = 10  # files or classes written out in one message
-WINDOW_BATCHES = 32  # among so many batches' pictures, those of one size are looked for
+NUM_SHOWN = 10  # differences named in one message
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
-
 
 class Predictor:
-    """A model with all it takes to use it: its classes, its image size, its suppression."""
+    """A model with its classes, image size and postprocessing."""
 
     def __init__(
         self,
@@ -66,14 +53,14 @@ class Predictor:
         description: str = "",
         weights_sha256: str = "",
     ) -> None:
-        """A model that is in memory already.
+        """Wrap a model that is in memory.
 
         Args:
-            config: says image size (`data.evaluation_size`), `data.max_pixels`, `postprocess` and
-                `precision`.
+            config: gives the image size (`data.evaluation_size`), `data.max_pixels`, `postprocess`
+                and `precision`.
             categories: one for each class index, in ascending order of their ids.
-            description: where the weights are from, for people.
-            weights_sha256: of the file they are from, if from one.
+            description: the origin of the weights, for people.
+            weights_sha256: hash of the file that the weights are from, if any.
         """
         if model.config.num_classes != len(categories):
             raise ValueError(
@@ -94,11 +81,11 @@ class Predictor:
         device: torch.device | str = "cpu",
         changes: Mapping[str, Any] = NO_CHANGES,
     ) -> Predictor:
-        """A model that was trained here.
+        """Load a model from a checkpoint of this project.
 
         Args:
-            path: a checkpoint, or a run's folder: see `find_checkpoint`.
-            changes: dotted key to value, over the configuration of the run, as for `override`.
+            path: a checkpoint, or the folder of a run; see `find_checkpoint`.
+            changes: values by dotted key that override the configuration of the run.
 
         Raises:
             ValueError: there is no checkpoint, it is damaged, or a change does not fit.
@@ -110,8 +97,8 @@ class Predictor:
             model.load_state_dict(checkpoint.model_state())
         except RuntimeError as error:
             raise ValueError(
-                f"{checkpoint.path}: its weights do not fit the model that is asked for; leave "
-                f"out what changes the model ({error})"
+                f"{checkpoint.path}: its weights do not fit the configured model; leave out "
+                f"overrides that change the model ({error})"
             ) from error
         state = checkpoint.state
         description = f"{checkpoint.path} (step {state.step}, epoch {state.epoch:.2f}"
@@ -135,22 +122,21 @@ class Predictor:
         device: torch.device | str = "cpu",
         changes: Mapping[str, Any] = NO_CHANGES,
     ) -> Predictor:
-        """A model from a file of the official code, of detrex or of Hugging Face, or from one that
-        jobs/convert.py wrote.
+        """Load a model from a published file, or from one that jobs/convert.py wrote.
 
-        Of a published file the number of classes, levels, layers and channels and the common
-        backbones are read from the tensors. What they do not show, such as the numbers of heads
-        and queries, `config` must say. `logit_eps` follows the layout, see
-        `published_logit_eps`. A file of jobs/convert.py knows all this.
+        Published files are those of the official code, of detrex and of Hugging Face. Their tensors
+        give the number of classes, levels, layers and channels, and the common backbones. `config`
+        must give the rest, such as the number of heads and queries. `logit_eps` follows from the
+        layout, see `published_logit_eps`. A file of jobs/convert.py contains all of this.
 
         Args:
-            categories: some or all of the file's classes, found by name. Where the file does not
-                name its classes, as many as it has, in its order. None: all of the file's; where
-                it does not name them, the numbers of its rows.
-            changes: dotted key to value, over all of that.
+            categories: some or all of the file's classes, matched by name. If the file does not
+                name its classes, as many as it has, in its order. None: all classes of the file;
+                if it does not name them, they are called by their row number.
+            changes: values by dotted key that override all of that.
 
         Raises:
-            ValueError: the file cannot be read or does not fit, or has no class of that name.
+            ValueError: the file cannot be read or does not fit, or lacks one of the classes.
         """
         file = open_model_file(path, config)
         try:
@@ -167,22 +153,22 @@ class Predictor:
 
     @property
     def category_ids(self) -> list[int]:
-        """By class index."""
+        """Category ids by class index."""
         return [category.id for category in self.categories]
 
     @property
     def names(self) -> list[str]:
-        """By class index."""
+        """Category names by class index."""
         return [category.name for category in self.categories]
 
     def check_categories(self, categories: tuple[Category, ...], origin: str) -> None:
         """Refuse a data set whose classes are not the model's.
 
         Args:
-            origin: what they were read from.
+            origin: the file or folder that has these categories, for the message.
 
         Raises:
-            ValueError: says which ids or names differ.
+            ValueError: names the ids or names that differ.
         """
         if categories == self.categories:
             return
@@ -204,21 +190,21 @@ class Predictor:
         )
 
     def predict(self, images: Sequence[Image.Image], *, batch_size: int = 1) -> list[Detections]:
-        """What is in each picture, in pixels of that picture, best first.
+        """Return the detections of each image, in pixels of that image, best first.
 
         Args:
-            images: of any 8-bit mode; an orientation noted in EXIF is ignored, as in training.
-            batch_size: pictures at a time, at most. Only pictures of one size go together, so
-                none is padded, and an answer does not depend on the other pictures; up to the
-                order of float32 sums, which changes scores in the sixth digit.
+            images: of any 8-bit mode; the EXIF orientation is ignored, as in training.
+            batch_size: the most images in a batch. Only images of one size form a batch, so none is
+                padded, and detections do not depend on the other images, up to the order of
+                float32 sums, which changes scores in the sixth digit.
 
         Raises:
-            ValueError: a picture has more than 8 bits a channel.
+            ValueError: an image has more than 8 bits per channel.
         """
         rgb = [_rgb(image) for image in images]
-        found = self._predict_planned(
+        found = self._predict_batches(
             [self._shape(image.height, image.width) for image in rgb],
-            lambda place: self._model_input(_sample(rgb[place], place)),
+            lambda index: self._model_input(_sample(rgb[index], index)),
             batch_size,
         )
         return [detections for _, detections in found]
@@ -230,34 +216,35 @@ class Predictor:
         batch_size: int = 1,
         on_unreadable: Callable[[Path, ImageError], None] | None = None,
     ) -> Iterator[tuple[Path, Detections]]:
-        """What is in each picture file, in the order of the paths.
+        """Yield the detections of each image file, in the order of the paths.
 
         All headers are checked at once, when this is called. A file can still turn out damaged
         when its pixels are decoded.
 
         Args:
             batch_size: as for `predict`.
-            on_unreadable: is told of such a file, which is then left out. Without it, it raises.
+            on_unreadable: called with a damaged file, which is then left out. Without it, such a
+                file raises.
 
         Raises:
-            ImageError: with all files whose header is not good, or the first file that does not
-                decode.
+            ImageError: names all files whose header is bad, or the first file that cannot be
+                decoded.
         """
         files = [Path(path) for path in paths]
         headers = check_headers(files, self.config.data.max_pixels)
 
-        def read(place: int) -> _Input:
-            image = decode(files[place], self.config.data.max_pixels)
-            return self._model_input(_sample(image, place))
+        def read(index: int) -> _Input:
+            image = decode(files[index], self.config.data.max_pixels)
+            return self._model_input(_sample(image, index))
 
-        def tell(place: int, error: ImageError) -> None:
+        def handle_unreadable(index: int, error: ImageError) -> None:
             if on_unreadable is None:
                 raise error
-            on_unreadable(files[place], error)
+            on_unreadable(files[index], error)
 
         shapes = [self._shape(header.height, header.width) for header in headers]
-        found = self._predict_planned(shapes, read, batch_size, tell)
-        return ((files[place], detections) for place, detections in found)
+        found = self._predict_batches(shapes, read, batch_size, handle_unreadable)
+        return ((files[index], detections) for index, detections in found)
 
     def evaluate(
         self,
@@ -267,17 +254,17 @@ class Predictor:
         world_size: int = 1,
         on_batch: Callable[[int], None] | None = None,
     ) -> EvaluationResult | None:
-        """COCO AP on a data set, computed as after each epoch of training.
+        """Compute COCO AP on a data set, as after each epoch of training.
 
-        With several processes each one calls it, inside of a `torch.distributed` group; rank 0
-        gets the answer.
+        With several processes, each one calls it inside a `torch.distributed` group; rank 0 gets
+        the result.
 
         Args:
             on_batch: called with the number of images after each batch, to show progress.
 
         Raises:
             ValueError: the data set has other categories.
-            ImageError: a picture does not decode.
+            ImageError: an image cannot be decoded.
         """
         self.check_categories(dataset.categories, str(dataset.folder))
         config = self.config
@@ -294,46 +281,46 @@ class Predictor:
             on_batch=on_batch,
         )
 
-    def _predict_planned(
+    def _predict_batches(
         self,
         shapes: Sequence[tuple[int, int]],
         read: Callable[[int], _Input],
         batch_size: int,
         on_unreadable: Callable[[int, ImageError], None] | None = None,
     ) -> Iterator[tuple[int, Detections]]:
-        """The places of the pictures, in their order, with what is in each.
+        """Yield the index and detections of each image, in order.
 
         Args:
-            shapes: the (height, width) at which the model sees each picture.
-            read: makes the input of the picture at a place; called from several threads.
+            shapes: (height, width) of each image as the model gets it.
+            read: makes the model's input for the image of an index; called from several threads.
         """
         plan = batches_of_one_shape(shapes, batch_size)
-        finished: dict[int, Detections | None] = {}  # none: not readable
+        finished: dict[int, Detections | None] = {}  # None: unreadable
 
         def batches() -> Iterator[LoadedBatch]:
-            reading = _read_ahead(read, [place for batch in plan for place in batch])
+            reading = read_ahead(read, [index for batch in plan for index in batch])
             for batch in plan:
                 inputs = []
-                for place, answer in islice(reading, len(batch)):
+                for index, future in islice(reading, len(batch)):
                     try:
-                        inputs.append(answer.result())
+                        inputs.append(future.result())
                     except ImageError as error:
                         if on_unreadable is None:
                             raise
-                        on_unreadable(place, error)
-                        finished[place] = None
+                        on_unreadable(index, error)
+                        finished[index] = None
                 if inputs:
                     yield _collate(inputs)
 
-        next_place = 0
+        next_index = 0
 
         def in_order() -> Iterator[tuple[int, Detections]]:
-            nonlocal next_place
-            while next_place in finished:
-                found = finished.pop(next_place)
+            nonlocal next_index
+            while next_index in finished:
+                found = finished.pop(next_index)
                 if found is not None:
-                    yield next_place, found
-                next_place += 1
+                    yield next_index, found
+                next_index += 1
 
         for loaded, detections in detect_batches(
             self.model,
@@ -344,10 +331,10 @@ class Predictor:
         ):
             finished.update(zip(loaded.image_ids, detections, strict=True))
             yield from in_order()
-        yield from in_order()  # what waited for one that then could not be read
+        yield from in_order()  # images that waited for one that turned out unreadable
 
     def _shape(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) to which a picture is resized."""
+        """Return the (height, width) to which an image is resized."""
         size = self.config.data.evaluation_size
         return resized_size(height, width, size.short_edge, size.max_long_edge)
 
@@ -356,118 +343,31 @@ class Predictor:
         return to_model_input(resized)[0], sample.image_id, sample.original_size_px
 
 
-# An image 3 h w, normalised; its number; its (height, width) before it was resized.
+# An image 3 h w, normalised; its index; its (height, width) before it was resized.
 _Input = tuple[Tensor, int, tuple[int, int]]
 
 
-def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int]]:
-    """What an annotation file in COCO's format names: categories by id, and images.
-
-    Returns:
-        The categories in ascending order of their ids, and the id of each image by `file_name`.
-
-    Raises:
-        DatasetError: the file is broken, or two images have the same file name.
-    """
-    problems = Problems(annotations)
-    coco = read_coco_file(annotations, problems)
-    image_ids: dict[str, int] = {}
-    for image in coco.images:
-        other = image_ids.setdefault(image["file_name"], image["id"])
-        if other != image["id"]:
-            what = f"{image['file_name']!r} is image {other} already"
-            problems.add_error(f"image {image['id']}", "file_name", what)
-    problems.raise_errors(lenient=True)
-    categories = [Category(category["id"], category["name"]) for category in coco.categories]
-    return tuple(sorted(categories, key=lambda category: category.id)), image_ids
-
-
-def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Which pictures to look at together: those of one shape, in about their order.
-
-    A picture that is padded beside a larger one gets other features near its right and bottom
-    border: the convolutions' biases fill the padding, where alone there would be zeros, and
-    GroupNorm counts padding in. Scores shift by hundredths. So nothing is padded here.
-
-    Returns:
-        Places, at most `batch_size` in a batch and each once. Pictures wait for others of their
-        shape for `WINDOW_BATCHES` batches at most.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    plan = []
-    window = batch_size * WINDOW_BATCHES
-    for start in range(0, len(shapes), window):
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for place in range(start, min(start + window, len(shapes))):
-            by_shape.setdefault(shapes[place], []).append(place)
-        batches = [
-            places[first : first + batch_size]
-            for places in by_shape.values()
-            for first in range(0, len(places), batch_size)
-        ]
-        plan += sorted(batches)  # by their first pictures, so that answers wait little
-    return plan
-
-
-def check_headers(paths: Sequence[Path], max_pixels: int) -> list[Header]:
-    """Look at the beginning of every picture file.
-
-    Raises:
-        ImageError: names each file that is missing, not a picture, or too large.
-    """
-    headers, faults = [], []
-    for _, answer in _read_ahead(lambda path: read_header(path, max_pixels), paths):
-        try:
-            headers.append(answer.result())
-        except ImageError as error:
-            faults.append(str(error))
-    if not faults:
-        return headers
-    more = [f"... and {len(faults) - NUM_SHOWN} more"] if len(faults) > NUM_SHOWN else []
-    raise ImageError(
-        f"{len(faults)} of {len(paths)} pictures cannot be used, so none was looked at:\n  "
-        + "\n  ".join(faults[:NUM_SHOWN] + more)
-    )
-
-
-def _read_ahead(
-    work: Callable[[Item], Answer], items: Sequence[Item]
-) -> Iterator[tuple[Item, Future[Answer]]]:
-    """Each item with its answer, in order; a few are worked on while the caller is busy."""
-    # Not shut down by a `with`: a caller that gives up leaves this generator to the garbage
-    # collector, which may run anywhere, in the start of a thread too, and to wait for threads there
-    # waits for ever. The readers of a pool that is gone end by themselves.
-    pool = ThreadPoolExecutor(NUM_READERS)
-    waiting: deque[tuple[Item, Future[Answer]]] = deque()
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > 2 * NUM_READERS:
-            yield waiting.popleft()
-    yield from waiting
-
-
 def _collate(inputs: list[_Input]) -> LoadedBatch:
-    images, places, sizes_px = zip(*inputs, strict=True)
-    return LoadedBatch(pad_batch(images, [NO_TARGET] * len(images)), list(places), list(sizes_px))
+    images, indices, sizes_px = zip(*inputs, strict=True)
+    return LoadedBatch(pad_batch(images, [NO_TARGET] * len(images)), list(indices), list(sizes_px))
 
 
-def _sample(image: Image.Image, place: int) -> Sample:
-    """A picture that nobody has annotated."""
-    return Sample(image, NO_TARGET.boxes, NO_TARGET.labels, place, (image.height, image.width))
+def _sample(image: Image.Image, index: int) -> Sample:
+    """Return the sample of an image without annotations."""
+    return Sample(image, NO_TARGET.boxes, NO_TARGET.labels, index, (image.height, image.width))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(
-            f"a picture of PIL's mode {image.mode} is not of 8 bits; convert it, or read its file "
-            "with deta.platform.data.image_decoding.decode"
+            f"an image of PIL's mode {image.mode} does not have 8 bits per channel; convert it, or "
+            "read its file with deta.platform.data.image_decoding.decode"
         )
     return image.convert("RGB")
 
 
 def _without_download(config: RunConfig) -> RunConfig:
-    """Without weights that are about to be replaced anyway."""
+    """Skip the download of backbone weights, since all weights are replaced."""
     return replace(config, model=without_download(config.model))
 
 

@@ -35,7 +35,7 @@ from deta.platform.checkpoint.format import (
 )
 from deta.platform.checkpoint.host_snapshot import WrittenFile
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
-from deta.platform.inference.export_check import Difference
+from deta.platform.inference.export_check import OutputDifference
 from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import Lineage
 from deta.platform.registry.promotion_gate import Latency
@@ -185,7 +185,7 @@ def parity_of(export: Mapping[str, Any] | None, weights_sha256: str) -> tuple[st
     for name, about in export["files"].items():
         if about["difference"] is None:
             return "", f"{name} was exported with --unverified"
-        difference = Difference(**about["difference"])
+        difference = OutputDifference(**about["difference"])
         if not difference.is_small:
             return "", f"{name}: {difference}"
         found.append(f"{name} scores {difference.scores:.0e}, boxes {difference.boxes:.0e} off")

@@ -28,8 +28,14 @@ from deta.model.detector import DETA, ModelConfig
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.transforms import EvaluationSize
-from deta.platform.inference.export_check import Difference, compare, run_eagerly
-from deta.platform.inference.exported_model import Packed, Runtime, open_onnx, pack, unpack
+from deta.platform.inference.export_check import OutputDifference, compare_detections, run_eagerly
+from deta.platform.inference.exported_model import (
+    PackedImages,
+    Runtime,
+    open_onnx,
+    pack_images,
+    unpack_detections,
+)
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
@@ -73,7 +79,7 @@ class Alone:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def __call__(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, packed: PackedImages) -> tuple[Tensor, Tensor, Tensor]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.num_asked += 1
@@ -135,8 +141,8 @@ def pictures(*sizes_px: tuple[int, int]) -> list[Image.Image]:
     ]
 
 
-def packed(images: list[Image.Image]) -> Packed:
-    return pack(images, SIZE, LEAST_SIDE_PX)
+def packed(images: list[Image.Image]) -> PackedImages:
+    return pack_images(images, SIZE, LEAST_SIDE_PX)
 
 
 def run_job(job, *arguments: object) -> int:
@@ -213,11 +219,11 @@ def test_parity_of_exported_files_with_the_model(exported, runtime, sizes_px):
     images = pictures(*sizes_px)
     batch = packed(images)
 
-    found = unpack(*exported.runtimes[runtime](batch))
+    found = unpack_detections(*exported.runtimes[runtime](batch))
 
     expected = run_eagerly(exported.predictor, batch)
     for image, one, other in zip(images, expected, found, strict=True):
-        difference = compare(one, other, (image.height, image.width), 100)
+        difference = compare_detections(one, other, (image.height, image.width), 100)
         assert difference.num_detections >= 10
         assert difference.num_unmatched == 0
         # Rounding of float32, through a network of a few layers.
@@ -302,7 +308,8 @@ def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatc
     )
     monkeypatch.setattr("deta.platform.inference.export_check.MEASURED_S", 0.1)
     monkeypatch.setattr(
-        "deta.platform.inference.export_check.compare", lambda *_: Difference(1, 10, scores=0.002)
+        "deta.platform.inference.export_check.compare_detections",
+        lambda *_: OutputDifference(1, 10, scores=0.002),
     )
 
     code = run_job(

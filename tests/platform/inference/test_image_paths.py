@@ -1,12 +1,14 @@
-"""Files, folders and patterns mean the pictures that a person would expect."""
+"""Files, folders and patterns name the images that a user expects."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from deta.platform.inference.image_paths import find_pictures
+from deta.platform.data.coco_dataset import Category
+from deta.platform.inference.image_paths import find_images, read_listing
 
 
 @pytest.fixture
@@ -18,12 +20,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(*texts: Path | str) -> list[str]:
-    return [
-        picture.name for picture in find_pictures([str(text) for text in texts], lambda _: None)
-    ]
+    return [image.name for image in find_images([str(text) for text in texts], lambda _: None)]
 
 
-def test_a_folder_gives_all_its_pictures_by_their_names_below_it(folder):
+def test_a_folder_gives_all_its_images_by_their_names_below_it(folder):
     assert names(folder) == ["[1].jpg", "a.jpg", "b.PNG", "x/c.jpg", "x/y/d.webp"]
 
 
@@ -43,26 +43,48 @@ def test_a_pattern_gives_what_it_matches_by_names_below_its_fixed_part(folder, p
     assert names(folder / pattern) == expected
 
 
-def test_what_exists_is_no_pattern(folder):
+def test_an_existing_path_is_not_a_pattern(folder):
     assert names(folder / "[1].jpg") == ["[1].jpg"]
-    assert names(folder / "notes.txt") == ["notes.txt"]  # asked for by its own name
+    assert names(folder / "notes.txt") == ["notes.txt"]  # given by its own path
 
 
-def test_each_file_is_taken_once_where_it_was_first_asked_for(folder):
+def test_each_file_is_listed_once_where_it_was_first_named(folder):
     assert names(folder / "x" / "c.jpg", folder, folder / "**/*.jpg")[0] == "c.jpg"
     assert len(names(folder / "x" / "c.jpg", folder, folder / "**/*.jpg")) == 5
 
 
-def test_what_is_left_out_is_told_and_nothing_found_is_refused(folder):
-    told: list[str] = []
+def test_omitted_files_are_reported_and_an_empty_result_is_refused(folder):
+    printed: list[str] = []
 
-    find_pictures([str(folder)], told.append)
+    find_images([str(folder)], printed.append)
 
-    assert told == [f"{folder}: 1 other file left out (1 .txt)"]
+    assert printed == [f"{folder}: 1 other file left out (1 .txt)"]
     for text, message in (
         ("absent.jpg", "no such file"),
-        ("*.gif", "no file is of this pattern"),
+        ("*.gif", "no file matches this pattern"),
         ("*.txt", "no file in it ends in"),
     ):
         with pytest.raises(ValueError, match=message):
             names(folder / text)
+
+
+def test_a_listing_names_categories_by_id_and_images_by_file(tmp_path: Path):
+    content = {
+        "images": [
+            {"id": 9, "file_name": "b.jpg", "width": 8, "height": 8},
+            {"id": 4, "file_name": "a.jpg", "width": 8, "height": 8},
+        ],
+        "annotations": [],
+        "categories": [{"id": 7, "name": "ring"}, {"id": 3, "name": "disc"}],
+    }
+    path = tmp_path / "listing.json"
+    path.write_text(json.dumps(content))
+
+    categories, image_ids = read_listing(path)
+
+    assert categories == (Category(3, "disc"), Category(7, "ring"))
+    assert image_ids == {"b.jpg": 9, "a.jpg": 4}
+    content["images"][1]["file_name"] = "b.jpg"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is already the name of image 9"):
+        read_listing(path)

@@ -1,4 +1,4 @@
-"""Predictions for pictures are those of an evaluation, whatever the weights came from."""
+"""Predictions for images are those of an evaluation, wherever the weights are from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation import coco_engines
 from deta.platform.evaluation.coco_metrics import to_coco_results
-from deta.platform.inference.predictor import Predictor, batches_of_one_shape, read_listing
+from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
 from deta.platform.weights.weight_files import write_weights
@@ -64,7 +64,7 @@ def small_config(num_classes: int = 5, logit_eps: float = 1e-5) -> RunConfig:
 
 
 def small_model(config: RunConfig) -> DETA:
-    """Random weights, but heads that tell queries and classes apart."""
+    """Random weights, but heads that distinguish queries and classes."""
     torch.manual_seed(0)
     model = DETA(config.model)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def assert_same(found: Detections, expected: Detections) -> None:
     assert torch.equal(found.boxes_px, expected.boxes_px)
 
 
-def test_predictions_of_a_picture_are_those_of_the_evaluation(trained, predictor, paths):
+def test_predictions_of_a_image_are_those_of_the_evaluation(trained, predictor, paths):
     evaluation = predictor.evaluate(trained.val_set)
 
     results = []
@@ -131,7 +131,7 @@ def test_predictions_of_a_picture_are_those_of_the_evaluation(trained, predictor
     assert {result["image_id"] for result in results} == {
         r.image_id for r in trained.val_set.records
     }
-    # The model is not blind: it gives other boxes for other pictures, and not one class alone.
+    # The model tells images apart: it gives different boxes, and more than one class.
     assert len({json.dumps(result["bbox"]) for result in results}) > 100
     assert len({result["category_id"] for result in results}) > 1
 
@@ -176,7 +176,7 @@ def test_a_model_finds_the_boxes_that_it_has_drawn_itself(tmp_path, trained, pre
     assert ap == pytest.approx(1.0)
 
 
-def test_files_and_pictures_in_memory_give_the_same(predictor, paths):
+def test_files_and_images_in_memory_give_the_same(predictor, paths):
     from_files = [found for _, found in predictor.predict_files(paths)]
     from_memory = predictor.predict([decode(path) for path in paths])
 
@@ -185,8 +185,8 @@ def test_files_and_pictures_in_memory_give_the_same(predictor, paths):
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
-def test_an_answer_does_not_depend_on_the_batch_size(tmp_path, predictor, paths, batch_size):
-    """Pictures of several sizes, which padding would make a difference to."""
+def test_detections_do_not_depend_on_the_batch_size(tmp_path, predictor, paths, batch_size):
+    """The images have several sizes, so padding would change their detections."""
     files = []
     for number, path in enumerate(paths):
         files.append(tmp_path / f"{path.stem}.png")
@@ -199,55 +199,41 @@ def test_an_answer_does_not_depend_on_the_batch_size(tmp_path, predictor, paths,
     assert [path for path, _ in together] == files
     for (_, one), (_, other), third in zip(alone, together, in_memory, strict=True):
         assert_same(third, other)
-        # Convolutions of several pictures add up in another order.
+        # Convolutions of several images add up in another order.
         torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.boxes_px, other.boxes_px, atol=1e-3, rtol=0)
     assert not torch.allclose(alone[0][1].boxes_px, alone[1][1].boxes_px, atol=1)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_hold_each_picture_once_and_one_shape_each(batch_size):
-    rng = np.random.default_rng(0)
-    shapes = [(8, int(width)) for width in rng.integers(1, 5, 3 * 32 * batch_size // 2)]
-
-    plan = batches_of_one_shape(shapes, batch_size)
-
-    assert sorted(place for batch in plan for place in batch) == list(range(len(shapes)))
-    assert all(len({shapes[place] for place in batch}) == 1 for batch in plan)
-    assert max(len(batch) for batch in plan) == batch_size
-    # None waits for a picture beyond its window.
-    assert all(batch[-1] - batch[0] < 32 * batch_size for batch in plan)
-
-
-def test_pictures_that_wait_for_an_unreadable_one_are_not_lost(tmp_path, predictor, paths):
+def test_images_that_wait_for_an_unreadable_one_are_not_lost(tmp_path, predictor, paths):
     shown, wide = tmp_path / "a.png", tmp_path / "b.jpg"
     decode(paths[0]).resize((64, 64)).save(shown)
     decode(paths[0]).resize((96, 64)).save(wide)
     (tmp_path / "c.png").write_bytes(shown.read_bytes())
     wide.write_bytes(wide.read_bytes()[:-200])
-    told: list[Path] = []
+    unreadable: list[Path] = []
 
     found = predictor.predict_files(
         [shown, wide, tmp_path / "c.png"],
         batch_size=2,
-        on_unreadable=lambda path, _: told.append(path),
+        on_unreadable=lambda path, _: unreadable.append(path),
     )
 
     assert [path for path, _ in found] == [shown, tmp_path / "c.png"]
-    assert told == [wide]
+    assert unreadable == [wide]
 
 
-def test_no_pictures_give_no_predictions(predictor):
+def test_no_images_give_no_predictions(predictor):
     assert predictor.predict([]) == []
     assert list(predictor.predict_files([])) == []
 
 
 def test_the_exif_orientation_is_ignored(tmp_path, predictor, paths):
-    picture = decode(next(path for path in paths if Image.open(path).size[0] != 64))
+    image = decode(next(path for path in paths if Image.open(path).size[0] != 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees"
-    picture.save(tmp_path / "turned.png", exif=exif)
-    picture.save(tmp_path / "plain.png")
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "plain.png")
     assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
 
     turned, plain = predictor.predict_files([tmp_path / "turned.png", tmp_path / "plain.png"])
@@ -257,7 +243,7 @@ def test_the_exif_orientation_is_ignored(tmp_path, predictor, paths):
     assert_same(opened, plain[1])
 
 
-def test_pictures_of_other_modes_become_rgb_or_are_refused(predictor, paths):
+def test_images_of_other_modes_become_rgb_or_are_refused(predictor, paths):
     grey = decode(paths[0]).convert("L")
     with_alpha = grey.convert("RGBA")
 
@@ -269,11 +255,11 @@ def test_pictures_of_other_modes_become_rgb_or_are_refused(predictor, paths):
         predictor.predict([grey.convert("F")])
 
 
-def test_bad_headers_are_all_told_before_anything_is_predicted(tmp_path, predictor, paths):
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_bad_headers_are_all_reported_before_anything_is_predicted(tmp_path, predictor, paths):
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty.png").touch()
 
-    with pytest.raises(ImageError) as caught:  # on the call, before the first answer is asked for
+    with pytest.raises(ImageError) as caught:  # on the call, before the first result is read
         predictor.predict_files([tmp_path / "text.jpg", *paths, tmp_path / "empty.png"])
 
     assert str(tmp_path / "text.jpg") in str(caught.value)
@@ -281,7 +267,7 @@ def test_bad_headers_are_all_told_before_anything_is_predicted(tmp_path, predict
     assert str(paths[0]) not in str(caught.value)
 
 
-def test_a_bad_picture_in_the_midst_raises_or_is_told_of(tmp_path, predictor, paths):
+def test_a_bad_image_among_others_raises_or_is_reported(tmp_path, predictor, paths):
     damaged = tmp_path / "cut.jpg"
     damaged.write_bytes(paths[0].read_bytes()[:-300])
     files = [*paths[:3], damaged, *paths[3:]]
@@ -289,15 +275,17 @@ def test_a_bad_picture_in_the_midst_raises_or_is_told_of(tmp_path, predictor, pa
     with pytest.raises(ImageError, match=r"cut\.jpg"):
         list(predictor.predict_files(files))
 
-    told = []
+    unreadable = []
     found = list(
         predictor.predict_files(
-            files, batch_size=2, on_unreadable=lambda path, error: told.append((path, str(error)))
+            files,
+            batch_size=2,
+            on_unreadable=lambda path, error: unreadable.append((path, str(error))),
         )
     )
     assert [path for path, _ in found] == paths
-    assert [path for path, _ in told] == [damaged]
-    assert str(damaged) in told[0][1]
+    assert [path for path, _ in unreadable] == [damaged]
+    assert str(damaged) in unreadable[0][1]
 
 
 def test_a_run_means_its_best_checkpoint(tmp_path, trained):
@@ -313,7 +301,7 @@ def test_a_run_means_its_best_checkpoint(tmp_path, trained):
     assert find_checkpoint(tmp_path / "run" / "best") == best
     assert find_checkpoint(checkpoints) == best
     assert find_checkpoint(newest) == newest
-    for folder in checkpoints.iterdir():  # as after validation on pictures without boxes
+    for folder in checkpoints.iterdir():  # as after validation on images without boxes
         (folder / "state.json").write_text(json.dumps({"metrics": {}}))
     assert find_checkpoint(tmp_path / "run") == newest
 
@@ -327,7 +315,7 @@ def test_what_is_no_checkpoint_is_refused_with_its_name(tmp_path, trained):
         Predictor.from_published(trained.checkpoint / "model.safetensors", trained.config)
 
 
-def test_an_iterator_that_is_given_up_waits_for_no_thread(predictor, paths):
+def test_an_iterator_that_is_closed_early_waits_for_no_thread(predictor, paths):
     before = threading.active_count()
     found = predictor.predict_files([*paths] * 8)
     next(found)
@@ -351,7 +339,7 @@ def test_an_iterator_that_is_given_up_waits_for_no_thread(predictor, paths):
     assert threading.active_count() <= before  # readers of tests before may have ended, too
 
 
-def test_changes_take_effect_and_wrong_ones_are_told(trained, predictor, paths):
+def test_changes_take_effect_and_wrong_ones_are_refused(trained, predictor, paths):
     image = decode(paths[0])
     fewer = Predictor.from_checkpoint(trained.folder, changes={"postprocess.max_detections": "3"})
 
@@ -421,7 +409,7 @@ def test_classes_of_a_published_file_are_found_by_name_and_never_by_id(tmp_path,
         Predictor.from_published(path, config, CATEGORIES)
 
 
-def test_rows_that_nobody_names_are_numbers_or_taken_in_order(tmp_path):
+def test_rows_without_names_are_numbered_or_taken_in_order(tmp_path):
     config = small_config(num_classes=11)
     path = tmp_path / "published.safetensors"
     model = small_model(config)
@@ -430,18 +418,6 @@ def test_rows_that_nobody_names_are_numbers_or_taken_in_order(tmp_path):
     assert Predictor.from_published(path, config).names == [str(row) for row in range(11)]
     with pytest.raises(ValueError, match=r"11 rows, whose classes the file does not name.*5 are"):
         Predictor.from_published(path, config, CATEGORIES)
-
-
-def test_a_listing_names_categories_and_images(tmp_path, trained):
-    categories, image_ids = read_listing(trained.shapes.val_annotations)
-
-    assert categories == CATEGORIES
-    assert image_ids["1000001.jpg"] == 1000001
-    content = json.loads(trained.shapes.val_annotations.read_text())
-    content["images"][1]["file_name"] = content["images"][0]["file_name"]
-    (tmp_path / "twice.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is image 1000001 already"):
-        read_listing(tmp_path / "twice.json")
 
 
 def test_photographs_are_predicted_in_their_own_pixels(predictor):
@@ -454,9 +430,9 @@ def test_photographs_are_predicted_in_their_own_pixels(predictor):
         boxes = found.boxes_px.numpy()
         assert boxes.shape == (len(found.scores), 4)
         assert np.isfinite(boxes).all()
-        # Relative boxes are of side 1 at most, so none is larger than the picture.
+        # Relative boxes are of side 1 at most, so none is larger than the image.
         assert ((boxes[:, 2:] - boxes[:, :2]) <= [width + 1e-3, height + 1e-3]).all()
-        assert boxes[:, 2].max() > 100  # not in the pixels of the 80 px picture the model saw
+        assert boxes[:, 2].max() > 100  # not in the pixels of the 80 px image the model saw
 
 
 def test_the_predictor_loads_no_training():
