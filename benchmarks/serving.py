@@ -37,7 +37,7 @@ from PIL import Image
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.model import ServedModel
 from deta.platform.serving.model_source import model_source
-from deta.platform.serving.upload import decode_picture
+from deta.platform.serving.upload import decode_image
 
 ROOT = Path(__file__).resolve().parents[1]
 START_WITHIN_S = 600
@@ -119,7 +119,7 @@ def bare(
     while done < limit[0] and time.perf_counter() - began_s < limit[1]:
         sent_s = time.perf_counter()
         chosen = [contents[(done + i) % len(contents)] for i in range(batch)]
-        model.detect([model.prepare(decode_picture(content, config)) for content in chosen])
+        model.detect([model.prepare(decode_image(content, config)) for content in chosen])
         latencies_s.append(time.perf_counter() - sent_s)
         done += batch
     elapsed_s = time.perf_counter() - began_s

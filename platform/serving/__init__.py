@@ -1,1 +1,1 @@
-"""A model version behind HTTP."""
+"""A detection service: a model version behind HTTP, on Ray Serve or in one process."""

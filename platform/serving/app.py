@@ -1,14 +1,14 @@
-"""A detection service as an ASGI application: pictures in, detections as JSON out.
+"""The detection service as an ASGI application: images in, detections as JSON out.
 
     POST /v1/detect     a JPEG or PNG as the body, or in the field `image` of a form
-    GET  /v1/model      which model answers, its classes, and what it takes
-    GET  /health        this process works (for whoever restarts it)
-    GET  /ready         there is a model (for whoever sends requests here)
+    GET  /v1/model      the current model, its classes, and the limits of an upload
+    GET  /health        liveness: this process works
+    GET  /ready         readiness: a model is loaded
     GET  /metrics       for Prometheus
-    GET  /openapi.json  all this for programs
-    GET  /              a page to drop a picture on
+    GET  /openapi.json  the description of this API
+    GET  /              a page to drop an image on
 
-Knows nothing of Ray: any ASGI server runs it, and so do the tests. `serve.py` puts it on a cluster.
+It does not depend on Ray: any ASGI server runs it. `ray_serve.py` runs it on a cluster.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from starlette.requests import ClientDisconnect
 from deta.platform.serving.batcher import Batcher
 from deta.platform.serving.config import Refusal, ServingConfig
 from deta.platform.serving.metrics import Measurements
-from deta.platform.serving.model import PreparedPicture, ServedModel
+from deta.platform.serving.model import PreparedImage, ServedModel
 from deta.platform.serving.model_source import ModelSlot, ModelSource
-from deta.platform.serving.origin_guard import Guard
+from deta.platform.serving.origin_guard import OriginGuard
 from deta.platform.serving.page import page_policy, serving_page
 from deta.platform.serving.schema import DETECT_BODY, Detected, Problem, Served
-from deta.platform.serving.upload import decode_picture, read_picture
+from deta.platform.serving.upload import decode_image, read_image
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +48,27 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "The body did not arrive in time"},
     413: {"model": Problem, "description": "Too many bytes or pixels"},
     415: {"model": Problem, "description": "Neither JPEG nor PNG"},
-    422: {"model": Problem, "description": "The picture or a parameter is broken"},
+    422: {"model": Problem, "description": "The image or a parameter is broken"},
     503: {"model": Problem, "description": "Too many requests, or no model yet; see Retry-After"},
     504: {"model": Problem, "description": "The model did not answer in time"},
 }
-MinScore = Annotated[float, Query(ge=0, le=1, description="Leave out detections below")]
-MaxDetections = Annotated[int, Query(ge=1, le=1000, description="Give the best so many")]
+MinScore = Annotated[
+    float, Query(ge=0, le=1, description="Leave out detections with a lower score")
+]
+MaxDetections = Annotated[
+    int, Query(ge=1, le=1000, description="Return at most this many, best first")
+]
 Upright = Annotated[
     bool,
     Query(
-        description="Turn the picture as its EXIF orientation says; boxes are in the turned "
-        "picture then. Without, in the stored one, as in training"
+        description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
+        "Otherwise to the stored one, as in training"
     ),
 ]
 
 
-class Service:
-    """What the application keeps from request to request."""
+class DetectionService:
+    """The state of the application: model, queue, threads and the count of requests."""
 
     def __init__(
         self, source: ModelSource, config: ServingConfig, measurements: Measurements
@@ -77,12 +81,13 @@ class Service:
 
     @asynccontextmanager
     async def running(self, *, load_first: bool) -> AsyncIterator[None]:
-        """
+        """Run the batcher and follow the model source until the end of the block.
+
         Args:
-            load_first: have a model before the first request is let in.
+            load_first: load a model before the first request is accepted.
         """
         if load_first:
-            await self.slot.look()
+            await self.slot.refresh()
         async with self.batcher:
             following = asyncio.create_task(self.slot.follow(), name="model")
             try:
@@ -92,24 +97,25 @@ class Service:
                 self.decoders.shutdown(wait=False, cancel_futures=True)
 
     def health_problem(self) -> str:
-        """Why this process should be replaced; empty where it need not."""
+        """Return why this process should be replaced; empty if it need not."""
         if not self.batcher.is_working:
-            return "nobody hands pictures to the model any more"
+            return "the batcher has stopped"
         if self.batcher.busy_s > self.config.stuck_s:
-            return f"the model has been at one batch for {self.batcher.busy_s:.0f} s"
+            return f"the model has worked on one batch for {self.batcher.busy_s:.0f} s"
         return ""
 
     def retry_after(self) -> dict[str, str]:
+        """Return the header Retry-After for a client that is refused now."""
         batches = math.ceil((self.batcher.num_waiting + 1) / self.config.max_batch)
         return {"Retry-After": str(min(60, math.ceil(batches * self.batcher.mean_batch_s)))}
 
     async def detect(
         self, request: Request, *, min_score: float, max_detections: int, upright: bool
     ) -> dict[str, Any]:
-        """The answer to one request, counted and timed.
+        """Return the response to one request, with its metrics recorded.
 
         Raises:
-            Refusal, ClientDisconnect: as what happened is counted.
+            Refusal, ClientDisconnect: recorded as the request's outcome.
         """
         began_s = time.monotonic()
         outcome = "internal"
@@ -117,21 +123,21 @@ class Service:
         self.measurements.in_flight(self.in_flight)
         try:
             if self.in_flight > self.config.max_requests:
-                what = f"{self.config.max_requests} requests are being answered; try again later"
-                raise Refusal(503, "busy", what, self.retry_after())
-            picture = await read_picture(request.headers, request.stream(), self.config)
+                detail = f"{self.config.max_requests} requests are in progress; try again later"
+                raise Refusal(503, "busy", detail, self.retry_after())
+            content = await read_image(request.headers, request.stream(), self.config)
             read_s = time.monotonic() - began_s
             self.measurements.phase("read", read_s)
             try:
                 async with asyncio.timeout(self.config.answer_timeout_s):
-                    answer = await self._answer(picture, min_score, max_detections, upright)
+                    response = await self._run_model(content, min_score, max_detections, upright)
             except TimeoutError:
-                what = f"no answer within {self.config.answer_timeout_s:g} s; try again later"
-                raise Refusal(504, "answer_timeout", what, self.retry_after()) from None
+                detail = f"no answer within {self.config.answer_timeout_s:g} s; try again later"
+                raise Refusal(504, "answer_timeout", detail, self.retry_after()) from None
             outcome = "ok"
-            answer["seconds"]["read"] = round(read_s, 6)
-            answer["seconds"]["total"] = round(time.monotonic() - began_s, 6)
-            return answer
+            response["seconds"]["read"] = round(read_s, 6)
+            response["seconds"]["total"] = round(time.monotonic() - began_s, 6)
+            return response
         except Refusal as refusal:
             outcome = refusal.kind
             raise
@@ -143,24 +149,24 @@ class Service:
             self.measurements.in_flight(self.in_flight)
             self.measurements.request(outcome, time.monotonic() - began_s)
 
-    async def _answer(
+    async def _run_model(
         self, content: bytes, min_score: float, max_detections: int, upright: bool
     ) -> dict[str, Any]:
         model = self.slot.model
         if model is None:
-            why = f": {self.slot.problem}" if self.slot.problem else ""
-            raise Refusal(503, "no_model", f"no model is loaded yet{why}", {"Retry-After": "5"})
+            reason = f": {self.slot.problem}" if self.slot.problem else ""
+            raise Refusal(503, "no_model", f"no model is loaded yet{reason}", {"Retry-After": "5"})
         began_s = time.monotonic()
         prepared = await asyncio.get_running_loop().run_in_executor(
-            self.decoders, _prepared, model, content, self.config, upright
+            self.decoders, _decode_and_prepare, model, content, self.config, upright
         )
         del content
         decode_s = time.monotonic() - began_s
-        found = await self.batcher.detect(model, prepared)
+        result = await self.batcher.detect(model, prepared)
         detections = model.as_json(
-            found.detections, min_score=min_score, max_detections=max_detections
+            result.detections, min_score=min_score, max_detections=max_detections
         )
-        seconds = {"decode": decode_s, "wait": found.wait_s, "model": found.model_s}
+        seconds = {"decode": decode_s, "wait": result.wait_s, "model": result.model_s}
         for name, value in seconds.items():
             self.measurements.phase(name, value)
         self.measurements.detections(len(detections))
@@ -169,7 +175,7 @@ class Service:
             "model": model.name.as_json(),
             "image": {"width": width, "height": height},
             "detections": detections,
-            "batch_size": found.batch_size,
+            "batch_size": result.batch_size,
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }
 
@@ -181,30 +187,30 @@ def create_app(
     *,
     load_first: bool = False,
 ) -> FastAPI:
-    """The application.
+    """Return the application.
 
     Args:
-        load_first: see `Service.running`; where whoever sends requests does not ask for /ready.
+        load_first: see `DetectionService.running`; for load balancers that do not check /ready.
     """
-    service = Service(source, config, measurements)
+    service = DetectionService(source, config, measurements)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with service.running(load_first=load_first):
             yield
 
-    # The pages that FastAPI offers for people fetch scripts from elsewhere.
+    # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(
         title="DETA detections",
-        description="Objects in a picture: what, how surely, and where.",
+        description="Objects in an image: category, score and box.",
         version="1",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        responses={403: {"model": Problem, "description": "By a foreign name or page"}},
+        responses={403: {"model": Problem, "description": "A foreign Host or Origin"}},
     )
     app.state.service = service
-    app.add_middleware(Guard, config=config)
+    app.add_middleware(OriginGuard, config=config)
     app.add_exception_handler(RequestValidationError, _parameter_problem)
     app.add_exception_handler(HTTPException, _http_problem)
 
@@ -215,18 +221,18 @@ def create_app(
         max_detections: MaxDetections = 100,
         upright: Upright = False,
     ) -> Response:
-        """What is in a picture, best first."""
+        """Return the detections in an image, best first."""
         try:
             answer = await service.detect(
                 request, min_score=min_score, max_detections=max_detections, upright=upright
             )
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # no client reads it
         return JSONResponse(answer)
 
     @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
     async def model() -> Response:
-        """Which model answers, its classes, and what it takes."""
+        """Return the current model, its classes, and the limits of an upload."""
         served = service.slot.model
         if served is None:
             raise Refusal(503, "no_model", service.slot.problem or "no model is loaded yet")
@@ -242,24 +248,24 @@ def create_app(
 
     @app.get("/health", responses={503: PROBLEMS[503]})
     async def health() -> dict[str, str]:
-        """Whether this process works."""
+        """Return 200 if this process works."""
         if problem := service.health_problem():
             raise Refusal(503, "unhealthy", problem)
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: PROBLEMS[503]})
     async def ready() -> dict[str, str]:
-        """Whether there is a model."""
+        """Return 200 if a model is loaded."""
         if service.slot.model is None:
             raise Refusal(503, "no_model", "no model is loaded yet", {"Retry-After": "5"})
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return the metrics in Prometheus's text format."""
         text = measurements.text()
         if text is None:
-            raise Refusal(404, "metrics", "Ray collects this service's metrics; ask its own port")
+            raise Refusal(404, "metrics", "Ray exports this service's metrics on its own port")
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -269,27 +275,29 @@ def create_app(
     return app
 
 
-def _prepared(
+def _decode_and_prepare(
     model: ServedModel, content: bytes, config: ServingConfig, upright: bool
-) -> PreparedPicture:
-    image: Image.Image = decode_picture(content, config, upright=upright)
+) -> PreparedImage:
+    image: Image.Image = decode_image(content, config, upright=upright)
     try:
         return model.prepare(image)
     except MemoryError as error:
-        raise Refusal(503, "memory", "too little memory for this picture just now") from error
+        raise Refusal(
+            503, "memory", "too little memory for this image at the moment; try again later"
+        ) from error
 
 
 def _parameter_problem(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = "; ".join(
+    faults = "; ".join(
         f"{'.'.join(str(part) for part in fault['loc'][1:])}: {fault['msg']}"
         for fault in error.errors()[:4]
     )
-    return JSONResponse(Refusal(422, "parameter", found).body(), status_code=422)
+    return JSONResponse(Refusal(422, "parameter", faults).body(), status_code=422)
 
 
 def _http_problem(_request: Request, error: Exception) -> Response:
-    """Of the framework itself: no such path, no such method."""
+    """Return the framework's own errors, such as 404 and 405, in the form of this API."""
     assert isinstance(error, HTTPException)
     kinds = {404: "path", 405: "method"}
     refusal = Refusal(error.status_code, kinds.get(error.status_code, "request"), error.detail)

@@ -1,9 +1,9 @@
-"""Requests to batches: pictures that wait at the same time and have one shape go together.
+"""Batch requests: images of one shape that wait at the same time share a batch.
 
-While the model is busy requests gather, so batches grow with the load and not with the clock; only
-the first picture after a pause waits, a few milliseconds. A picture stays with the model that it
-was prepared for, so a change of models needs no pause: what waits is answered by the old one, which
-is forgotten with its last picture.
+Requests queue while the model is busy, so batches grow with the load and not with a timer. Only the
+first image after a pause waits for others, for a few milliseconds. An image stays with the model
+that it was prepared for, so a change of models needs no pause: the old model processes what is
+queued, and is released with its last image.
 """
 
 from __future__ import annotations
@@ -18,45 +18,47 @@ from dataclasses import dataclass
 
 from deta.model.postprocess import Detections
 from deta.platform.serving.metrics import Measurements
-from deta.platform.serving.model import PreparedPicture, ServedModel
+from deta.platform.serving.model import PreparedImage, ServedModel
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answer:
+class BatchResult:
+    """The detections of one image, and the times of its batch."""
+
     detections: Detections
     batch_size: int
-    wait_s: float  # before the model looked at it
-    model_s: float  # that the model took for the batch
+    wait_s: float  # in the queue
+    model_s: float  # inference time of the batch
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
+class _QueuedImage:
     model: ServedModel
-    picture: PreparedPicture
+    image: PreparedImage
     since_s: float
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[BatchResult]
 
-    def fits(self, other: _Waiting) -> bool:
-        return self.model is other.model and self.picture.shape == other.picture.shape
+    def matches(self, other: _QueuedImage) -> bool:
+        return self.model is other.model and self.image.shape == other.image.shape
 
 
 class Batcher:
-    """One model thread and the queue before it. All methods are for the event loop's thread."""
+    """A queue and one model thread. Call all methods from the event loop's thread."""
 
     def __init__(self, max_batch: int, batch_wait_s: float, measurements: Measurements) -> None:
         self.max_batch, self.batch_wait_s = max_batch, batch_wait_s
         self.measurements = measurements
-        self.batch_began_s: float | None = None  # of the batch that the model looks at now
-        self.mean_batch_s = 0.1  # about; for how long one who is sent away should wait
-        self._queue: deque[_Waiting] = deque()
+        self.batch_began_s: float | None = None  # start of the current batch
+        self.mean_batch_s = 0.1  # a running mean, for Retry-After
+        self._queue: deque[_QueuedImage] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Batcher:
-        self._task = asyncio.create_task(self._work(), name="batches")
+        self._task = asyncio.create_task(self._run(), name="batches")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -73,39 +75,39 @@ class Batcher:
 
     @property
     def busy_s(self) -> float:
-        """How long the model has been at its present batch."""
+        """Return how long the model has worked on its current batch."""
         return 0.0 if self.batch_began_s is None else time.monotonic() - self.batch_began_s
 
     @property
     def is_working(self) -> bool:
-        """Whether anybody takes pictures from the queue."""
+        """Return whether the task that takes images from the queue is alive."""
         return self._task is not None and not self._task.done()
 
-    async def detect(self, model: ServedModel, picture: PreparedPicture) -> Answer:
-        """What is in the picture. One who gives up waiting leaves the queue.
+    async def detect(self, model: ServedModel, image: PreparedImage) -> BatchResult:
+        """Return the detections in an image. A cancelled caller leaves the queue.
 
         Raises:
-            Exception: what the model raised for this picture alone.
+            Exception: from the model, for this image alone.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(model, picture, time.monotonic(), answer))
+        self._queue.append(_QueuedImage(model, image, time.monotonic(), answer))
         self._arrived.set()
         return await answer
 
-    async def _work(self) -> None:
+    async def _run(self) -> None:
         while True:
             batch = await self._next_batch()
             self.batch_began_s = time.monotonic()
             try:
-                await self._answer(batch)
+                await self._process(batch)
             finally:
                 self.batch_began_s = None
 
-    async def _next_batch(self) -> list[_Waiting]:
-        """Those that fit the one who has waited longest; waits for at least one."""
+    async def _next_batch(self) -> list[_QueuedImage]:
+        """Wait for at least one image; return those that can share a batch with the oldest."""
         while True:
             self._arrived.clear()
-            batch = self._fitting()
+            batch = self._matching()
             if len(batch) == self.max_batch:
                 break
             if batch:
@@ -120,31 +122,33 @@ class Batcher:
         self._queue = deque(waiting for waiting in self._queue if waiting not in taken)
         return batch
 
-    def _fitting(self) -> list[_Waiting]:
+    def _matching(self) -> list[_QueuedImage]:
         while self._queue and self._queue[0].answer.done():
             self._queue.popleft()
         if not self._queue:
             return []
         first = self._queue[0]
-        fitting = (w for w in self._queue if w.fits(first) and not w.answer.done())
-        return [waiting for _, waiting in zip(range(self.max_batch), fitting, strict=False)]
+        matching = (w for w in self._queue if w.matches(first) and not w.answer.done())
+        return [waiting for _, waiting in zip(range(self.max_batch), matching, strict=False)]
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
-        """Give each of a batch its answer, or the error of its own picture."""
+    async def _process(self, batch: list[_QueuedImage]) -> None:
+        """Set the result of each image of a batch, or the error that the image alone causes."""
         began_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        pictures = [waiting.picture for waiting in batch]
+        images = [waiting.image for waiting in batch]
         try:
-            found = await loop.run_in_executor(self._thread, batch[0].model.detect, pictures)
+            found = await loop.run_in_executor(self._thread, batch[0].model.detect, images)
         except Exception as error:
             if len(batch) == 1:
-                log.exception("the model failed on a picture of %s", pictures[0].shape)
+                log.exception("the model failed on an image of %s", images[0].shape)
                 if not batch[0].answer.done():
                     batch[0].answer.set_exception(error)
                 return
-            log.warning("a batch of %d failed (%s); one by one now", len(batch), error)
-            for waiting in batch:  # no picture suffers for its neighbours
-                await self._answer([waiting])
+            log.warning(
+                "a batch of %d failed (%s); retrying its images one by one", len(batch), error
+            )
+            for waiting in batch:  # so that one bad image does not fail the others
+                await self._process([waiting])
             return
         model_s = time.monotonic() - began_s
         self.mean_batch_s += 0.2 * (model_s - self.mean_batch_s)
@@ -152,4 +156,4 @@ class Batcher:
         for waiting, detections in zip(batch, found, strict=True):
             if not waiting.answer.done():
                 wait_s = began_s - waiting.since_s
-                waiting.answer.set_result(Answer(detections, len(batch), wait_s, model_s))
+                waiting.answer.set_result(BatchResult(detections, len(batch), wait_s, model_s))

@@ -1,8 +1,8 @@
-"""What a detection service allows, and how it says no.
+"""The limits of a detection service, its token, and the exception for a refused request.
 
-Every limit stands here with the reason for its default, because a service reads what strangers
-send. A refusal is a `Refusal`: a status of HTTP, one word that a program can switch on and that
-counts in the metrics, and a sentence for people.
+A service reads what strangers send, so each limit has the reason for its default. A `Refusal` has
+an HTTP status, one word for programs, which is also a label of the metrics, and a sentence for
+people.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ MAX_TOKEN_FILE = 4096  # bytes
 class ServingConfig:
     """The limits of one process that serves a model."""
 
-    max_bytes: int = 20_000_000  # of one picture; a camera's largest JPEG has about 15 MB
-    max_pixels: int = 25_000_000  # of one picture; each decoder at work holds 3 bytes a pixel
-    max_batch: int = 8  # pictures that the model sees at once, all of one size
-    batch_wait_s: float = 0.005  # so long the first picture of a batch waits for others
-    max_requests: int = 32  # between their first byte and their answer; more are sent away
+    max_bytes: int = 20_000_000  # of one image; a camera's largest JPEG has about 15 MB
+    max_pixels: int = 25_000_000  # of one image; each active decoder holds 3 bytes per pixel
+    max_batch: int = 8  # images per batch, all of one size
+    batch_wait_s: float = 0.005  # how long the first image of a batch waits for others
+    max_requests: int = 32  # concurrent, from first byte to response; more get 503
     decoders: int = 2  # threads that decode and resize
-    read_timeout_s: float = 15.0  # for a request's body to arrive
-    answer_timeout_s: float = 30.0  # from the body's last byte to the answer
-    stuck_s: float = 120.0  # a batch that takes longer means that the process is to be replaced
-    poll_s: float = 10.0  # how often an alias is looked up
-    token_sha256: str = ""  # of the token that requests must bring; none is asked for if empty
-    hosts: tuple[str, ...] = ()  # names under which browsers may call; all where empty
+    read_timeout_s: float = 15.0  # for the body of a request to arrive
+    answer_timeout_s: float = 30.0  # from the last byte of the body to the response
+    stuck_s: float = 120.0  # a batch that takes longer makes the process unhealthy
+    poll_s: float = 10.0  # between two checks of an alias
+    token_sha256: str = ""  # of the token that requests need; empty: none
+    hosts: tuple[str, ...] = ()  # accepted Host names; empty: all
 
     def __post_init__(self) -> None:
         for key in ("max_bytes", "max_pixels", "max_batch", "max_requests", "decoders"):
@@ -48,14 +48,14 @@ class ServingConfig:
             raise ValueError(f"batch_wait_s={self.batch_wait_s} must be at least 0")
 
     def accepts_token(self, token: str) -> bool:
-        """Whether a request with this token, or with none (empty), may pass."""
+        """Return whether a request with this token, or with none (empty), is allowed."""
         if not self.token_sha256:
             return True
         return hmac.compare_digest(token_hash(token), self.token_sha256)
 
 
 class Refusal(Exception):
-    """A request that is not answered with detections."""
+    """A request that is refused, with its HTTP response."""
 
     def __init__(
         self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None
@@ -63,9 +63,9 @@ class Refusal(Exception):
         """
         Args:
             status: of HTTP.
-            kind: one word; the same for the same fault, whatever the sentence says.
+            kind: one word, the same for every request with this fault.
             detail: what was found and what to do.
-            headers: of the answer.
+            headers: of the response.
         """
         super().__init__(detail)
         self.status, self.kind, self.detail = status, kind, detail
@@ -75,20 +75,20 @@ class Refusal(Exception):
         return f"{self.status} {self.kind}: {self.detail}"
 
     def body(self) -> dict[str, str]:
-        """What is sent, as JSON."""
+        """Return the body of the response, for JSON."""
         return {"error": self.kind, "detail": self.detail}
 
 
 def token_hash(token: str) -> str:
-    """SHA-256 of a token. Only this is handed on: to other processes, and so to Ray's records."""
+    """Return the SHA-256 of a token. Other processes, and so Ray's logs, get only this."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_token(file: Path | None) -> str:
-    """The token from a file, else from the variable DETA_SERVE_TOKEN; empty where there is none.
+    """Return the token from a file, else from the variable DETA_SERVE_TOKEN; empty if unset.
 
     Raises:
-        ValueError: others may read the file, or what is in it is no token.
+        ValueError: others can read the file, or its content is no valid token.
     """
     if file is None:
         token, origin = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
@@ -112,7 +112,7 @@ def _token_from(file: Path) -> str:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ValueError(f"{file}: others may read it; chmod 600 {file}")
+        raise ValueError(f"{file}: other accounts can read it; chmod 600 {file}")
     if len(content) > MAX_TOKEN_FILE:
         raise ValueError(f"{file}: is too long for a token")
     return content.decode("utf-8", "replace").strip()

@@ -1,16 +1,16 @@
-"""What a detection service counts, for Prometheus.
+"""The metrics of a detection service, for Prometheus.
 
     deta_serving_requests_total{outcome}          "ok", or the kind of the refusal
-    deta_serving_request_seconds                  of those that were ok, from first byte to answer
+    deta_serving_request_seconds                  of "ok" requests, from first byte to response
     deta_serving_phase_seconds{phase}             read, decode, wait, model
-    deta_serving_batch_size                       pictures that the model saw at once
-    deta_serving_detections                       in one picture, after the request's own limits
-    deta_serving_in_flight                        requests now
-    deta_serving_model_info{name,version,sha256}  1 for the model that answers now
-    deta_serving_model_changes_total{outcome}     "ok", or "failed" and the old one stayed
+    deta_serving_batch_size                       images per batch
+    deta_serving_detections                       per image, after the limits of the request
+    deta_serving_in_flight                        current requests
+    deta_serving_model_info{name,version,sha256}  1 for the current model
+    deta_serving_model_changes_total{outcome}     "ok", or "failed": the old model stayed
 
-A process that serves alone shows them at /metrics. Under Ray Serve they leave through Ray, which
-puts `ray_` before each name; see serve.py.
+A process without Ray exports them at /metrics. Under Ray Serve, Ray exports them and puts `ray_`
+before each name; see ray_serve.py.
 """
 
 from __future__ import annotations
@@ -21,76 +21,84 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from deta.platform.serving.model import ModelName
 
-# Upper bounds, in seconds: from a GPU that is alone with one small picture to a busy CPU.
+# Upper bounds, in seconds: from an idle GPU with one small image to a busy CPU.
 SECONDS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 30.0)
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-DETECTIONS = (0.5, 1, 2, 5, 10, 20, 50, 100, 300)  # the first holds pictures with none
+DETECTIONS = (0.5, 1, 2, 5, 10, 20, 50, 100, 300)  # the first counts images without any
 
 DESCRIPTIONS = {
-    "deta_serving_requests_total": "Detection requests, by what became of them",
+    "deta_serving_requests_total": "Detection requests, by outcome",
     "deta_serving_request_seconds": "Seconds from a request's first byte to its detections",
     "deta_serving_phase_seconds": "Seconds of a request in one phase",
-    "deta_serving_batch_size": "Pictures that the model saw at once",
-    "deta_serving_detections": "Detections given for one picture",
-    "deta_serving_in_flight": "Requests that are being answered",
-    "deta_serving_model_info": "The model that answers now",
-    "deta_serving_model_changes_total": "Changes of the model while serving",
+    "deta_serving_batch_size": "Images per batch",
+    "deta_serving_detections": "Detections returned per image",
+    "deta_serving_in_flight": "Requests in progress",
+    "deta_serving_model_info": "The current model",
+    "deta_serving_model_changes_total": "Model changes while serving",
 }
 
 
 class Measurements(Protocol):
-    """Where a service's numbers go. Called on the event loop, so nothing may wait here."""
+    """A recorder of a service's metrics. It runs on the event loop, so no method may block."""
 
     def request(self, outcome: str, seconds: float) -> None:
-        """A request for detections came to its end."""
+        """Record the end of a detection request."""
 
     def phase(self, name: str, seconds: float) -> None: ...
 
     def batch(self, size: int, model_s: float) -> None: ...
 
     def detections(self, number: int) -> None:
-        """So many were given for one picture."""
+        """Record the number of detections returned for one image."""
 
     def in_flight(self, number: int) -> None: ...
 
     def model(self, name: ModelName) -> None:
-        """This model answers from now on."""
+        """Record that this model is the current one from now on."""
 
     def change_failed(self) -> None:
-        """Another model was wanted and could not be had."""
+        """Record that another model could not be loaded."""
 
     def text(self) -> bytes | None:
-        """For Prometheus to read; none where the numbers leave another way."""
+        """Return Prometheus's text format; None if the metrics are exported otherwise."""
 
 
 class ProcessMeasurements:
-    """Numbers of this process, in a registry of their own, so that tests can have several."""
+    """Metrics of this process, in a registry of their own, so that tests can have several."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def of(name: str) -> tuple[str, str]:
+        def described(name: str) -> tuple[str, str]:
             return name, DESCRIPTIONS[name]
 
-        to = self.registry
-        self._requests = Counter(*of("deta_serving_requests_total"), ["outcome"], registry=to)
-        self._seconds = Histogram(*of("deta_serving_request_seconds"), registry=to, buckets=SECONDS)
+        registry = self.registry
+        self._requests = Counter(
+            *described("deta_serving_requests_total"), ["outcome"], registry=registry
+        )
+        self._seconds = Histogram(
+            *described("deta_serving_request_seconds"), registry=registry, buckets=SECONDS
+        )
         self._phases = Histogram(
-            *of("deta_serving_phase_seconds"), ["phase"], registry=to, buckets=SECONDS
+            *described("deta_serving_phase_seconds"), ["phase"], registry=registry, buckets=SECONDS
         )
-        self._batches = Histogram(*of("deta_serving_batch_size"), registry=to, buckets=BATCH_SIZES)
+        self._batches = Histogram(
+            *described("deta_serving_batch_size"), registry=registry, buckets=BATCH_SIZES
+        )
         self._detections = Histogram(
-            *of("deta_serving_detections"), registry=to, buckets=DETECTIONS
+            *described("deta_serving_detections"), registry=registry, buckets=DETECTIONS
         )
-        self._in_flight = Gauge(*of("deta_serving_in_flight"), registry=to)
+        self._in_flight = Gauge(*described("deta_serving_in_flight"), registry=registry)
         labels = ["name", "version", "sha256"]
-        self._model = Gauge(*of("deta_serving_model_info"), labels, registry=to)
-        self._changes = Counter(*of("deta_serving_model_changes_total"), ["outcome"], registry=to)
+        self._model = Gauge(*described("deta_serving_model_info"), labels, registry=registry)
+        self._changes = Counter(
+            *described("deta_serving_model_changes_total"), ["outcome"], registry=registry
+        )
         self._has_model = False
 
     def request(self, outcome: str, seconds: float) -> None:
         self._requests.labels(outcome).inc()
-        if outcome == "ok":  # refusals are quick, and would make a busy service look so
+        if outcome == "ok":  # refusals are fast and would hide the latency of a busy service
             self._seconds.observe(seconds)
 
     def phase(self, name: str, seconds: float) -> None:

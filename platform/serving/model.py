@@ -1,10 +1,10 @@
-"""A model that is ready to answer: opened, warmed up, and with a name that answers carry.
+"""A loaded model with its name: prepare images, detect, and return detections as JSON.
 
-Pictures of one size at the model's input go together in a batch and none is padded, for the reason
-given at `predict.batches_of_one_shape`; so an answer does not depend on what else is asked for.
+A batch has images of one size at the model's input, and none is padded. So a detection does not
+depend on the other images of its batch; `inference/predictor.py` explains why padding matters.
 """
 
-# N detections in one picture
+# N detections in one image
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.in
 
 @dataclass(frozen=True)
 class ModelName:
-    """Which model answered."""
+    """The identity of a model."""
 
-    name: str  # of the registered model, or of the file's place
-    version: str  # of the registry; empty where the model is none of it
+    name: str  # of the registered model, or of the folder
+    version: str  # in the registry; empty if it is not registered
     weights_sha256: str
 
     def as_json(self) -> dict[str, str | None]:
@@ -51,28 +51,28 @@ class ModelName:
 
 
 @dataclass(frozen=True)
-class PreparedPicture:
-    """What a model takes of one picture."""
+class PreparedImage:
+    """An image at the size of the model's input."""
 
-    image: Tensor  # 3 h w, normalised
+    pixels: Tensor  # 3 h w, normalised
     size_px: tuple[int, int]  # (height, width) before it was resized
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) at the model's input."""
-        return self.image.shape[1], self.image.shape[2]
+        return self.pixels.shape[1], self.pixels.shape[2]
 
 
 class ServedModel:
-    """One model in memory. `prepare` may be called by many threads, `detect` by one at a time."""
+    """A model in memory. Any thread may call `prepare`, only one at a time `detect`."""
 
     def __init__(self, predictor: Predictor, name: ModelName) -> None:
         self.predictor = predictor
         self.name = name
         self.categories = predictor.categories
 
-    def prepare(self, image: Image.Image) -> PreparedPicture:
-        """Resize as for an evaluation.
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """Resize and normalise an image as for an evaluation.
 
         Args:
             image: 8-bit RGB.
@@ -80,20 +80,20 @@ class ServedModel:
         size_px = image.height, image.width
         sample = Sample(image, NO_TARGET.boxes, NO_TARGET.labels, 0, size_px)
         resized = resize_for_evaluation(sample, self.predictor.config.data.evaluation_size)
-        return PreparedPicture(to_model_input(resized)[0], size_px)
+        return PreparedImage(to_model_input(resized)[0], size_px)
 
-    def detect(self, pictures: Sequence[PreparedPicture]) -> list[Detections]:
-        """What is in each picture, in pixels of the picture before it was resized, best first.
+    def detect(self, images: Sequence[PreparedImage]) -> list[Detections]:
+        """Return the detections in each image, best first, in pixels before the resize.
 
         Raises:
-            ValueError: the pictures have different shapes.
+            ValueError: the images have different shapes.
         """
-        if len({picture.shape for picture in pictures}) != 1:
-            shapes = sorted({picture.shape for picture in pictures})
-            raise ValueError(f"pictures of one batch must have one shape, not {shapes}")
-        batch = pad_batch([picture.image for picture in pictures], [NO_TARGET] * len(pictures))
-        sizes_px = [picture.size_px for picture in pictures]
-        loaded = LoadedBatch(batch, list(range(len(pictures))), sizes_px)
+        if len({image.shape for image in images}) != 1:
+            shapes = sorted({image.shape for image in images})
+            raise ValueError(f"images of one batch must have one shape, not {shapes}")
+        batch = pad_batch([image.pixels for image in images], [NO_TARGET] * len(images))
+        sizes_px = [image.size_px for image in images]
+        loaded = LoadedBatch(batch, list(range(len(images))), sizes_px)
         predictor = self.predictor
         found: Iterator[tuple[LoadedBatch, list[Detections]]] = detect_batches(
             predictor.model,
@@ -106,29 +106,31 @@ class ServedModel:
         return detections
 
     def warm_up(self, max_batch: int) -> float:
-        """Answer a grey picture, so that no request pays for what happens only once; in seconds.
+        """Detect in a grey image, so that no request pays for one-time work; return the seconds.
 
-        On a GPU also a full batch, so that one that does not fit in its memory shows now.
+        On a GPU, also run a full batch, so that one that does not fit in memory fails now.
         """
         began_s = time.perf_counter()
         size = self.predictor.config.data.evaluation_size
         long_edge = min(size.max_long_edge, math.ceil(size.short_edge * 4 / 3))
-        picture = self.prepare(Image.new("RGB", (long_edge, size.short_edge), (127, 127, 127)))
-        self.detect([picture])
+        image = self.prepare(Image.new("RGB", (long_edge, size.short_edge), (127, 127, 127)))
+        self.detect([image])
         if self.predictor.device.type == "cuda":
-            self.detect([picture] * max_batch)
+            self.detect([image] * max_batch)
         return time.perf_counter() - began_s
 
     def as_json(
         self, detections: Detections, *, min_score: float, max_detections: int
     ) -> list[dict[str, Any]]:
-        """Detections for people and programs, best first.
+        """Return detections as the API has them, best first.
 
         Raises:
-            RuntimeError: a score or a box is not a number; the model is broken.
+            RuntimeError: a score or a box is not finite, so the model is broken.
         """
         if not (detections.scores.isfinite().all() and detections.boxes_px.isfinite().all()):
-            raise RuntimeError(f"{self.name}: gave a score or a box that is not a number")
+            raise RuntimeError(
+                f"{self.name}: the model returned a score or a box that is not a number"
+            )
         rows = zip(
             detections.scores.tolist(),
             detections.labels.tolist(),

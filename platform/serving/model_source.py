@@ -1,9 +1,8 @@
-"""Where a service's model is from, and the change to another one while requests go on.
+"""The source of a service's model, and the change to another model without downtime.
 
-A version or a folder stays what it is. An alias moves, when somebody promotes another version: it
-is looked up every few seconds, the new version is opened and warmed up beside the old one, and only
-then takes its place. Where that fails, the old one goes on answering and the attempt is repeated,
-ever more rarely.
+Versions and folders are immutable. A promotion can point an alias to another version, so an alias
+is polled every few seconds. The new version is loaded and warmed up beside the old one, and only
+then replaces it. If that fails, the old one stays in use, and loading is retried with backoff.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from deta.platform.inference.predictor import Predictor
-from deta.platform.registry.mlflow_registry import registry_uri
+from deta.platform.registry.mlflow_registry import Registry, registry_uri
 from deta.platform.registry.model_uri import is_model_address, parse_address, resolve_model
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
@@ -29,40 +28,40 @@ from deta.platform.system.redaction import redact
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE_S = 300.0  # between two attempts at a version that does not open
-Answer = TypeVar("Answer")
+MAX_BACKOFF_S = 300.0  # between two attempts to load a version
+T = TypeVar("T")
 
 
 class ModelSource(Protocol):
-    """What may stand for different models at different times."""
+    """A reference to a model, which may point to different models at different times."""
 
     @property
     def moves(self) -> bool:
-        """Whether it is worth asking again."""
+        """Return whether it can point to another model later."""
 
     def current(self) -> str:
-        """What it stands for now; cheap, and equal as long as it is the same model.
+        """Return the key of the current model, which is equal as long as the model is; fast.
 
         Raises:
             ValueError: there is no such model.
-            RuntimeError: nobody can be asked just now.
+            RuntimeError: the registry is unreachable.
         """
 
     def open(self, current: str) -> ServedModel:
-        """The model that `current` named; slow.
+        """Load the model of a key that `current` returned; slow.
 
         Raises:
-            ValueError: it cannot be opened.
-            RuntimeError: it cannot be had just now.
+            ValueError: it cannot be loaded.
+            RuntimeError: the registry is unreachable.
         """
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A checkpoint or a run's folder, whose best checkpoint is looked for once."""
+    """The folder of a checkpoint, or of a run, whose best checkpoint is used."""
 
     path: Path
-    device: str  # "auto": a GPU if the process that opens it has one
+    device: str  # "auto": a GPU if the loading process has one
 
     moves = False
 
@@ -75,7 +74,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class RegistrySource:
-    """models:/NAME@ALIAS or models:/NAME/NUMBER."""
+    """A registered model: models:/NAME@ALIAS or models:/NAME/NUMBER."""
 
     address: str
     tracking_uri: str
@@ -86,9 +85,7 @@ class RegistrySource:
         return parse_address(self.address).alias is not None
 
     def current(self) -> str:
-        """An address with the version's number, and what is in it: numbers can be used again."""
-        from deta.platform.registry.mlflow_registry import Registry  # here: slow to import
-
+        """Return the address of the version and its content hash: numbers can be reused."""
         version = Registry(self.tracking_uri).find(parse_address(self.address))
         return f"models:/{version.name}/{version.number}#{version.manifest}"
 
@@ -97,14 +94,15 @@ class RegistrySource:
 
 
 def model_source(model: str, tracking_uri: str | None, device: str) -> ModelSource:
-    """
+    """Return the source of a model, after a check that it exists.
+
     Args:
-        model: an address in the registry, a checkpoint's folder, or a run's.
-        tracking_uri: of MLflow; default `model_uri.registry_uri()`.
+        model: an address in the registry, or the folder of a checkpoint or a run.
+        tracking_uri: of MLflow; default `mlflow_registry.registry_uri()`.
 
     Raises:
-        ValueError: it is neither, or is not there.
-        RuntimeError: MLflow does not answer.
+        ValueError: it is neither, or does not exist.
+        RuntimeError: MLflow is unreachable.
     """
     source: ModelSource
     if is_model_address(model):
@@ -126,39 +124,39 @@ def _open(model: str, tracking_uri: str | None, device: str) -> ServedModel:
 
 
 class ModelSlot:
-    """The model that answers now. Belongs to the event loop; what is slow is done by a thread."""
+    """The current model. For the event loop only; slow work is done in threads."""
 
     def __init__(
         self, source: ModelSource, config: ServingConfig, measurements: Measurements
     ) -> None:
         self.source, self.config, self.measurements = source, config, measurements
         self.model: ServedModel | None = None
-        self.problem = ""  # why there is none, or why the newest is not it
-        self._key = ""  # what the source stood for when `model` was opened
+        self.problem = ""  # why there is no model, or not the newest
+        self._key = ""  # of `model`
 
     async def follow(self) -> None:
-        """Have a model, and the right one, from now on. Never ends by itself if the source moves.
+        """Load the model, then follow the source. Ends by itself only if the source is fixed.
 
-        Whatever goes wrong is told by `problem`, the log and the measurements.
+        Errors are reported by `problem`, the log and the metrics.
         """
         failures = 0
         while True:
             try:
-                await self.look()
+                await self.refresh()
                 failures, self.problem = 0, ""
-            except Exception as error:  # of MLflow, a disk, a file: none may end the service
+            except Exception as error:  # from MLflow, a disk or a file: none may end the service
                 failures += 1
                 self.problem = redact(f"{type(error).__name__}: {error}")
                 self.measurements.change_failed()
-                old = f"; {self.model.name} goes on" if self.model else ""
-                log.error("no other model: %s%s", self.problem, old)
+                old = f"; {self.model.name} stays in use" if self.model else ""
+                log.error("loading a model failed: %s%s", self.problem, old)
             if self.model is not None and not self.source.moves and not failures:
                 return
             pause_s = self.config.poll_s * 2 ** min(failures, 16)
-            await asyncio.sleep(min(pause_s, max(LONGEST_PAUSE_S, self.config.poll_s)))
+            await asyncio.sleep(min(pause_s, max(MAX_BACKOFF_S, self.config.poll_s)))
 
-    async def look(self) -> bool:
-        """Ask the source, and change the model if it stands for another; whether it did."""
+    async def refresh(self) -> bool:
+        """Load the model that the source points to, unless it is loaded; return if it was not."""
         key = await in_thread(self.source.current)
         if self.model is not None and key == self._key:
             return False
@@ -166,10 +164,10 @@ class ModelSlot:
         old, self.model, self._key = self.model, model, key
         self.measurements.model(model.name)
         log.warning(
-            "%s answers now (warmed up in %.1f s)%s",
+            "%s is ready (warmed up in %.1f s)%s",
             model.name,
             warm_s,
-            f" in place of {old.name}" if old else "",
+            f", replaces {old.name}" if old else "",
         )
         return True
 
@@ -178,17 +176,17 @@ class ModelSlot:
         return model, model.warm_up(self.config.max_batch)
 
 
-async def in_thread(work: Callable[[], Answer]) -> Answer:
-    """Wait for what is slow without making others wait.
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run slow work in a daemon thread and return its result.
 
-    By a thread that the end of the process does not wait for, unlike asyncio's own: a server that
-    does not answer is asked for minutes.
+    Unlike asyncio's own threads, it does not delay the end of the process: a request to an
+    unreachable server takes minutes.
     """
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[Answer] = loop.create_future()
+    answer: asyncio.Future[T] = loop.create_future()
 
-    def give(result: Answer | None, error: BaseException | None) -> None:
-        if answer.done():  # whoever waited has left
+    def set_result(result: T | None, error: BaseException | None) -> None:
+        if answer.done():  # the caller was cancelled
             return
         if error is not None:
             answer.set_exception(error)
@@ -202,7 +200,7 @@ async def in_thread(work: Callable[[], Answer]) -> Answer:
         except BaseException as error:
             failure = error
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(give, result, failure)
+            loop.call_soon_threadsafe(set_result, result, failure)
 
     threading.Thread(target=run, name="model-loader", daemon=True).start()
     return await answer

@@ -1,9 +1,9 @@
-"""Before a request is read: who may ask, and what every answer says to a browser.
+"""Check Host, Origin and token of a request, and add security headers to each response.
 
-A service on this machine alone can still be reached by any page that its user's browser has open.
-So a browser must come by a name of this machine, which a foreign name that was made to lead here
-(DNS rebinding) is not, and a page of another origin is refused. Where others can reach the service,
-each request must bring the token, except for what gives nothing away.
+Any page in a browser on this machine can send requests to a service on loopback. So the Host must
+be a name of this machine, which a foreign name that resolves to it (DNS rebinding) is not, and
+requests from pages of another origin are refused. If other machines can reach the service, each
+request needs the token, except for paths that reveal nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from deta.platform.serving.config import Refusal, ServingConfig
 
 log = logging.getLogger(__name__)
 
-# The page and the description are the same everywhere; the page asks its user for the token.
+# The page and the description are the same for every service; the page asks for the token.
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
+# The response of a page replaces the last one.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",  # but the page's own
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 
 
-class Guard:
+class OriginGuard:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
@@ -45,34 +46,35 @@ class Guard:
             else:
                 await self.app(scope, receive, send)
             return
-        has_begun = False
+        has_started = False
 
         async def send_guarded(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                has_begun = True
+                has_started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
         try:
-            check(scope["path"], Headers(scope=scope), self.config)
+            check_request(scope["path"], Headers(scope=scope), self.config)
             await self.app(scope, receive, send_guarded)
         except Refusal as refusal:
             await send_refusal(refusal, send_guarded)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
-            if has_begun:
+            if has_started:
                 raise
             await send_refusal(
-                Refusal(500, "internal", "this is the service's fault; its log says more"),
+                Refusal(500, "internal", "an error of the service; see its log"),
                 send_guarded,
             )
 
 
-def check(path: str, headers: Mapping[str, str], config: ServingConfig) -> None:
-    """
+def check_request(path: str, headers: Mapping[str, str], config: ServingConfig) -> None:
+    """Check a request's Host, Origin and token.
+
     Raises:
         Refusal: 401 or 403.
     """
@@ -97,7 +99,7 @@ def check(path: str, headers: Mapping[str, str], config: ServingConfig) -> None:
 
 
 def host_name(host: str) -> str:
-    """A Host header without its port, in lower case."""
+    """Return a Host header without its port, in lower case."""
     name, _, port = host.rpartition(":")
     if name and port.isdecimal():
         return name.lower()
@@ -105,6 +107,7 @@ def host_name(host: str) -> str:
 
 
 async def send_refusal(refusal: Refusal, send: Send) -> None:
+    """Send the response of a refusal."""
     body = json.dumps(refusal.body()).encode()
     headers = {
         "Content-Type": "application/json",

@@ -2,10 +2,11 @@
 //
 // Everything from a model or a file is set as text, never as HTML.
 "use strict";
-const part = (id) => document.getElementById(id);
-const drop = part("drop"), file = part("file"), shown = part("shown"), score = part("score");
+const byId = (id) => document.getElementById(id);
+const drop = byId("drop"), file = byId("file"), shown = byId("shown"), score = byId("score");
 const MIN_SCORE = 0.01;
-let token = "", limits = null, last = null, waiting = null, address = null, answer = null;
+let token = "", limits = null;
+let lastImage = null, pending = null, imageUrl = null, result = null;
 
 function headers(type) {
   const all = type ? { "Content-Type": type } : {};
@@ -13,113 +14,115 @@ function headers(type) {
   return all;
 }
 
-function tell(text) { part("status").textContent = text; }
+function showStatus(text) { byId("status").textContent = text; }
 
-function fail(text) {
-  part("error").textContent = text;
-  part("error").hidden = false;
-  tell("");
+function showError(text) {
+  byId("error").textContent = text;
+  byId("error").hidden = false;
+  showStatus("");
 }
 
-async function problem(response) {
+async function errorText(response) {
   if (response.status === 401) {
-    part("token-row").hidden = false;
-    part("token").focus();
+    byId("token-row").hidden = false;
+    byId("token").focus();
   }
-  let told = {};
-  try { told = await response.json(); } catch (error) { /* a proxy's own page */ }
-  const what = typeof told.detail === "string" ? told.detail : response.statusText;
-  return what + " (" + response.status + ")";
+  let body = {};
+  try { body = await response.json(); } catch (error) { /* not JSON: a proxy's own page */ }
+  const detail = typeof body.detail === "string" ? body.detail : response.statusText;
+  return detail + " (" + response.status + ")";
 }
 
-async function introduce() {
+async function showModel() {
   try {
     const response = await fetch("v1/model", { headers: headers() });
     if (!response.ok) {
-      part("model").textContent = await problem(response);
+      byId("model").textContent = await errorText(response);
       return;
     }
     limits = await response.json();
     const model = limits.model, classes = limits.categories.length;
-    part("model").textContent = model.name + (model.version ? " version " + model.version : "")
+    byId("model").textContent = model.name + (model.version ? " version " + model.version : "")
       + ", " + classes + (classes === 1 ? " class" : " classes")
       + (limits.problem ? ". A newer model could not be loaded: " + limits.problem : "");
   } catch (error) {
-    part("model").textContent = "The service cannot be reached.";
+    byId("model").textContent = "The service cannot be reached.";
   }
 }
 
-async function look(picture) {
-  last = picture;
-  if (waiting) waiting.abort();
-  const mine = waiting = new AbortController();
-  part("error").hidden = true;
-  part("result").hidden = true;
-  if (limits && picture.size > limits.max_bytes) {
-    fail(picture.name + " has " + picture.size.toLocaleString() + " bytes; at most "
-      + limits.max_bytes.toLocaleString() + " are taken.");
+async function detect(image) {
+  lastImage = image;
+  if (pending) pending.abort();
+  const own = pending = new AbortController();
+  byId("error").hidden = true;
+  byId("result").hidden = true;
+  if (limits && image.size > limits.max_bytes) {
+    showError(image.name + " has " + image.size.toLocaleString() + " bytes; at most "
+      + limits.max_bytes.toLocaleString() + " are accepted.");
     return;
   }
-  tell("Looking at " + picture.name + " …");
+  showStatus("Detecting objects in " + image.name + " …");
   const began = performance.now();
   try {
     const query = "v1/detect?upright=true&min_score=" + MIN_SCORE;
-    const response = await fetch(query, { method: "POST", body: picture, signal: mine.signal,
+    const response = await fetch(query, { method: "POST", body: image, signal: own.signal,
       headers: headers("application/octet-stream") });
     if (!response.ok) {
-      const what = await problem(response);
-      if (mine === waiting) fail(picture.name + ": " + what);
+      const text = await errorText(response);
+      if (own === pending) showError(image.name + ": " + text);
       return;
     }
-    answer = await response.json();
-    if (mine !== waiting) return;
-    await show(picture, answer, performance.now() - began);
+    result = await response.json();
+    if (own !== pending) return;
+    await show(image, result, performance.now() - began);
   } catch (error) {
-    if (mine === waiting && error.name !== "AbortError") {
-      fail(error instanceof TypeError ? "The service cannot be reached." : String(error));
+    if (own === pending && error.name !== "AbortError") {
+      showError(error instanceof TypeError ? "The service cannot be reached." : String(error));
     }
   }
 }
 
-async function show(picture, found, tookMs) {
+async function show(chosen, found, tookMs) {
   const image = document.createElement("img");
-  image.alt = picture.name;
-  if (address) URL.revokeObjectURL(address);
-  address = URL.createObjectURL(picture);
-  image.src = address;
+  image.alt = chosen.name;
+  if (imageUrl) URL.revokeObjectURL(imageUrl);
+  imageUrl = URL.createObjectURL(chosen);
+  image.src = imageUrl;
   try { await image.decode(); } catch (error) {
-    fail("The service has read this picture, but this browser cannot show it.");
+    showError("The service has read this image, but this browser cannot show it.");
     return;
   }
   shown.replaceChildren(image);
-  const isTurned = image.naturalWidth !== found.image.width
+  const isRotated = image.naturalWidth !== found.image.width
     || image.naturalHeight !== found.image.height;
-  if (isTurned) fail("This browser turns the picture otherwise; boxes may be in wrong places.");
-  part("timing").textContent = found.image.width + " × " + found.image.height + " pixels, "
+  if (isRotated) {
+    showError("This browser rotates the image differently, so boxes may be in wrong places.");
+  }
+  byId("timing").textContent = found.image.width + " × " + found.image.height + " pixels, "
     + Math.round(tookMs) + " ms, of which the model took "
     + Math.round(found.seconds.model * 1000) + " ms";
-  part("result").hidden = false;
+  byId("result").hidden = false;
   draw();
-  introduce();
+  showModel();
 }
 
 function draw() {
-  if (answer === null) return;
-  const least = Number(score.value);
-  part("score-value").textContent = least.toFixed(2);
+  if (result === null) return;
+  const minScore = Number(score.value);
+  byId("score-value").textContent = minScore.toFixed(2);
   shown.querySelectorAll(".box").forEach((box) => box.remove());
-  part("found").replaceChildren();
+  byId("found").replaceChildren();
   shown.classList.remove("dim");
-  const kept = answer.detections.filter((found) => found.score >= least);
-  for (const found of kept) mark(found);
-  const all = answer.detections.length;
-  tell(kept.length + " of " + all + (all === 1 ? " object" : " objects") + " shown"
-    + (all > 0 && kept.length === 0 ? "; lower the score to see more" : ""));
+  const visible = result.detections.filter((found) => found.score >= minScore);
+  for (const found of visible) addDetection(found);
+  const all = result.detections.length;
+  showStatus(visible.length + " of " + all + (all === 1 ? " object" : " objects") + " shown"
+    + (all > 0 && visible.length === 0 ? "; lower the score to see more" : ""));
 }
 
-function mark(found) {
-  const { width, height } = answer.image;
-  const clip = (value, most) => Math.min(Math.max(value, 0), most);
+function addDetection(found) {
+  const { width, height } = result.image;
+  const clip = (value, max) => Math.min(Math.max(value, 0), max);
   const [left, right] = [clip(found.box[0], width), clip(found.box[2], width)];
   const [top, bottom] = [clip(found.box[1], height), clip(found.box[3], height)];
   const color = "k" + (Math.abs(found.category_id) % 6);
@@ -147,47 +150,47 @@ function mark(found) {
   value.textContent = found.score.toFixed(2);
   button.append(name, value);
   button.title = found.box.map((edge) => Math.round(edge)).join(", ") + " px";
-  const stress = (on) => {
-    const stays = button.getAttribute("aria-pressed") === "true";
-    box.classList.toggle("strong", on || stays);
+  const highlight = (on) => {
+    const isPressed = button.getAttribute("aria-pressed") === "true";
+    box.classList.toggle("strong", on || isPressed);
     shown.classList.toggle("dim", shown.querySelector(".strong") !== null);
   };
-  button.addEventListener("pointerenter", () => stress(true));
-  button.addEventListener("pointerleave", () => stress(false));
-  button.addEventListener("focus", () => stress(true));
-  button.addEventListener("blur", () => stress(false));
+  button.addEventListener("pointerenter", () => highlight(true));
+  button.addEventListener("pointerleave", () => highlight(false));
+  button.addEventListener("focus", () => highlight(true));
+  button.addEventListener("blur", () => highlight(false));
   button.addEventListener("click", () => {
     const pressed = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(pressed));
-    stress(true);
+    highlight(true);
   });
   item.append(button);
-  part("found").append(item);
+  byId("found").append(item);
 }
 
-function take(files) {
+function detectFirst(files) {
   if (files.length === 0) {
-    fail("That was no file; drop a JPEG or PNG from a folder.");
+    showError("This is not a file; drop a JPEG or PNG from a folder.");
     return;
   }
-  look(files[0]);
+  detect(files[0]);
 }
 
 file.addEventListener("change", () => {
-  if (file.files.length > 0) look(file.files[0]);
+  if (file.files.length > 0) detect(file.files[0]);
   file.value = "";  // so that the same file can be chosen again
 });
 score.addEventListener("input", draw);
-part("use-token").addEventListener("click", () => {
-  token = part("token").value.trim();
-  part("token-row").hidden = token !== "";
-  introduce();
-  if (last) look(last);
+byId("use-token").addEventListener("click", () => {
+  token = byId("token").value.trim();
+  byId("token-row").hidden = token !== "";
+  showModel();
+  if (lastImage) detect(lastImage);
 });
-part("token").addEventListener("keydown", (event) => {
-  if (event.key === "Enter") part("use-token").click();
+byId("token").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") byId("use-token").click();
 });
-// Everywhere, so that a picture that misses the field does not replace the page.
+// On the whole page, so that an image dropped beside the field does not replace the page.
 addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
 addEventListener("dragleave", (event) => {
   if (event.relatedTarget === null) drop.classList.remove("over");
@@ -195,9 +198,9 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   drop.classList.remove("over");
-  take(event.dataTransfer.files);
+  detectFirst(event.dataTransfer.files);
 });
 addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length > 0) take(event.clipboardData.files);
+  if (event.clipboardData.files.length > 0) detectFirst(event.clipboardData.files);
 });
-introduce();
+showModel();

@@ -10,7 +10,7 @@ from functools import cache
 
 from deta.platform.pages.render import content_policy, render_page
 
-TITLE = "Objects in a picture"
+TITLE = "Objects in an image"
 STYLES, SCRIPTS = ["serving/page.css"], ["serving/page.js"]
 
 

@@ -1,12 +1,12 @@
-"""A detection service on a Ray cluster: as many processes as wanted, behind Ray Serve's HTTP.
+"""A detection service on a Ray cluster: several replicas behind Ray Serve's HTTP proxy.
 
-Each replica runs the application of serving_app.py: it batches, follows its alias and refuses for
-itself. Ray starts a replica that says it is not well anew, and sends requests to none before it has
-a model. Batching is not Ray's own (`serve.batch`), because only pictures of one size may go
-together, and because it is the same without Ray.
+Each replica runs the application of app.py, with its own batching, alias polling and limits. Ray
+restarts an unhealthy replica, and sends requests to a replica only once it has a model. Ray's own
+batching (`serve.batch`) is not used: a batch must have images of one size, and the service batches
+in the same way without Ray.
 
-Numbers leave through Ray's exporter, with `ray_` before the names in serving_metrics.py: of several
-replicas, /metrics would show whichever answers.
+Ray exports the metrics, with `ray_` before the names in metrics.py: with several replicas, /metrics
+would show those of any one of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deta.platform.cluster.auth_token import set_rules_of_own_cluster, starts_a_cluster
+from deta.platform.cluster.auth_token import configure_own_cluster, starts_own_cluster
 
-if starts_a_cluster():  # read by Ray when it is imported
-    set_rules_of_own_cluster()
+if starts_own_cluster():  # read by Ray when it is imported
+    configure_own_cluster()
 
 import ray
 from fastapi import FastAPI
@@ -31,7 +31,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from deta.platform.cluster.connection import connect
+from deta.platform.cluster.connection import join_cluster
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import BATCH_SIZES, DESCRIPTIONS, DETECTIONS, SECONDS
@@ -40,40 +40,44 @@ from deta.platform.serving.model_source import ModelSource
 from deta.platform.system.child_server import is_loopback
 
 APPLICATION = "deta"
-SPARE_S = 5.0  # that Ray waits longer than the application, whose refusals say more
-GRACE_S = 60.0  # for requests at hand when a replica is to end
+SPARE_S = 5.0  # longer than the application, whose refusals have a reason
+GRACE_S = 60.0  # for current requests when a replica stops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What of a cluster is used."""
+    """The address of the service and the resources of its replicas."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1
     cpus: float = 1.0  # of each replica
-    device: str = "auto"  # "cuda": a GPU for each; "auto": the same where the cluster has any
+    device: str = "auto"  # "cuda": a GPU for each; "auto": the same if the cluster has any
 
 
 class RayMeasurements:
-    """The numbers of serving_metrics.py, collected by Ray."""
+    """The metrics of metrics.py, exported by Ray."""
 
     def __init__(self) -> None:
-        def of(name: str) -> tuple[str, str]:
+        def described(name: str) -> tuple[str, str]:
             return name, DESCRIPTIONS[name]
 
-        # Ray's exporter puts "_total" behind a counter's name, where it is missing.
-        self._requests = Counter(*of("deta_serving_requests_total"), tag_keys=("outcome",))
-        self._seconds = Histogram(*of("deta_serving_request_seconds"), boundaries=[*SECONDS])
+        # Ray's exporter appends "_total" to a counter's name if it is missing.
+        self._requests = Counter(*described("deta_serving_requests_total"), tag_keys=("outcome",))
+        self._seconds = Histogram(*described("deta_serving_request_seconds"), boundaries=[*SECONDS])
         self._phases = Histogram(
-            *of("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
+            *described("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
         )
-        self._batches = Histogram(*of("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
-        self._detections = Histogram(*of("deta_serving_detections"), boundaries=[*DETECTIONS])
-        self._in_flight = Gauge(*of("deta_serving_in_flight"))
+        self._batches = Histogram(*described("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
+        self._detections = Histogram(
+            *described("deta_serving_detections"), boundaries=[*DETECTIONS]
+        )
+        self._in_flight = Gauge(*described("deta_serving_in_flight"))
         labels = ("name", "version", "sha256")
-        self._model = Gauge(*of("deta_serving_model_info"), tag_keys=labels)
-        self._changes = Counter(*of("deta_serving_model_changes_total"), tag_keys=("outcome",))
+        self._model = Gauge(*described("deta_serving_model_info"), tag_keys=labels)
+        self._changes = Counter(
+            *described("deta_serving_model_changes_total"), tag_keys=("outcome",)
+        )
         self._name: ModelName | None = None
 
     def request(self, outcome: str, seconds: float) -> None:
@@ -96,7 +100,7 @@ class RayMeasurements:
     def model(self, name: ModelName) -> None:
         if self._name is not None:
             self._changes.inc(tags={"outcome": "ok"})
-            self._model.set(0, tags=_tags(self._name))  # Ray forgets no series; 0 says: not now
+            self._model.set(0, tags=_tags(self._name))  # Ray removes no series; 0: not current
         self._name = name
         self._model.set(1, tags=_tags(name))
 
@@ -113,7 +117,7 @@ def _tags(name: ModelName) -> dict[str, str]:
 
 @serve.ingress()
 class DetectionReplica:
-    """One process with one model."""
+    """A replica: one process with one model."""
 
     def __init__(self, source: ModelSource, config: ServingConfig) -> None:
         self.application = create_app(source, config, RayMeasurements(), load_first=True)
@@ -122,7 +126,7 @@ class DetectionReplica:
         return self.application
 
     def check_health(self) -> None:
-        """Ray asks this every few seconds, and starts the replica anew where it raises."""
+        """Raise if unhealthy. Ray calls this every few seconds and restarts the replica then."""
         if problem := self.application.state.service.health_problem():
             raise RuntimeError(problem)
 
@@ -134,17 +138,17 @@ def service_on_ray(
     placement: Placement,
     echo: Callable[[str], None] = print,
 ) -> Iterator[str]:
-    """A service on the cluster that RAY_ADDRESS names, or on one started here; and its end.
+    """Run a service on the cluster that RAY_ADDRESS names, or on one started here.
 
     Yields:
-        Its address. All replicas have a model by then.
+        The address, once all replicas have a model. The service stops at the end of the block.
 
     Raises:
-        RuntimeError: the cluster is too small, or a replica did not start; says why.
+        RuntimeError: the cluster is too small, or a replica did not start.
     """
-    echo(connect())
+    echo(join_cluster())
     gpus = _gpus(placement)
-    _check_room(placement, gpus)
+    _check_capacity(placement, gpus)
     loopback = is_loopback(placement.host)
     limit_s = config.read_timeout_s + config.answer_timeout_s + SPARE_S
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -160,7 +164,7 @@ def service_on_ray(
         name="detections",
         num_replicas=placement.replicas,
         ray_actor_options={"num_cpus": placement.cpus, "num_gpus": gpus},
-        # More than the application takes, so that it is the one to refuse, with a reason.
+        # More than the application accepts, so that it refuses, with a reason, before Ray does.
         max_ongoing_requests=2 * config.max_requests,
         max_queued_requests=2 * config.max_requests,
         graceful_shutdown_timeout_s=GRACE_S,
@@ -170,32 +174,32 @@ def service_on_ray(
         serve.run(deployment.bind(source, config), name=APPLICATION, route_prefix="/")
         yield f"http://{placement.host}:{placement.port}/"
     finally:
-        # In a cluster of others, too: what was started here ends with whoever started it.
+        # Also on a cluster that others started: this process started the service.
         serve.shutdown()
-        if starts_a_cluster():
+        if starts_own_cluster():
             ray.shutdown()
 
 
 def wait_for_a_signal() -> int:
-    """Sleep until SIGINT or SIGTERM arrives; its number."""
+    """Wait for SIGINT or SIGTERM and return its number."""
     arrived = threading.Event()
     number = 0
 
-    def note(received: int, _frame: object) -> None:
+    def on_signal(received: int, _frame: object) -> None:
         nonlocal number
         number = received
         arrived.set()
 
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, note)
-    while not arrived.wait(1.0):  # a wait without an end would not see the signal
+        signal.signal(name, on_signal)
+    while not arrived.wait(1.0):  # an unlimited wait would not be interrupted
         pass
     logging.getLogger("ray").setLevel(logging.ERROR)
     return number
 
 
 def metrics_addresses() -> list[str]:
-    """Where Prometheus finds the numbers of each node."""
+    """Return the address of each node's metrics, for Prometheus."""
     return [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in ray.nodes()
@@ -208,13 +212,13 @@ def _gpus(placement: Placement) -> int:
     return int(placement.device == "cuda" or (placement.device == "auto" and has_any))
 
 
-def _check_room(placement: Placement, gpus: int) -> None:
-    """Refuse what the cluster can never give, instead of waiting for it."""
+def _check_capacity(placement: Placement, gpus: int) -> None:
+    """Raise if the cluster is too small, instead of waiting forever."""
     available = ray.cluster_resources()
     for kind, each in (("CPU", placement.cpus), ("GPU", gpus)):
         wanted, has = placement.replicas * each, available.get(kind, 0)
         if wanted > has:
             raise RuntimeError(
-                f"{placement.replicas} replicas want {wanted:g} {kind}s, and the cluster has "
+                f"{placement.replicas} replicas need {wanted:g} {kind}s, and the cluster has "
                 f"{has:g}; ask for fewer with --replicas or --cpus"
             )

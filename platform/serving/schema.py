@@ -1,7 +1,7 @@
-"""The answers of a detection service as types: what its OpenAPI description says, and tests check.
+"""The types of the responses, for the OpenAPI description and for tests.
 
-The answers themselves are made as plain dictionaries, for validating a hundred boxes at each answer
-would cost time and find nothing.
+The responses themselves are plain dictionaries: validating a hundred boxes per response would cost
+time and find nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class _Strict(BaseModel):
 
 class Model(_Strict):
     name: str
-    version: str | None = Field(description="In the registry")
+    version: str | None = Field(description="Number in the registry")
     weights_sha256: str
 
 
-class Picture(_Strict):
-    width: int = Field(description="In pixels; boxes refer to it")
+class ImageSize(_Strict):
+    width: int = Field(description="In pixels; boxes refer to this size")
     height: int
 
 
@@ -52,37 +52,37 @@ class Detection(_Strict):
     category: str
     score: float = Field(ge=0, le=1)
     box: tuple[float, float, float, float] = Field(
-        description="Left, top, right, bottom in pixels; may reach beyond the picture"
+        description="Left, top, right, bottom in pixels; may extend beyond the image"
     )
 
 
 class Seconds(_Strict):
     read: float
     decode: float
-    wait: float = Field(description="For the model")
-    model: float = Field(description="That the model took for the whole batch")
+    wait: float = Field(description="In the queue")
+    model: float = Field(description="Inference time of the whole batch")
     total: float
 
 
 class Detected(_Strict):
     model: Model
-    image: Picture
+    image: ImageSize
     detections: list[Detection] = Field(description="Best first")
-    batch_size: int = Field(description="Pictures that the model saw at once; changes nothing")
+    batch_size: int = Field(description="Images in the batch; does not affect the detections")
     seconds: Seconds
 
 
-class Category(_Strict):
+class CategoryOut(_Strict):
     id: int
     name: str
 
 
 class Served(_Strict):
     model: Model
-    categories: list[Category]
+    categories: list[CategoryOut]
     max_bytes: int
     max_pixels: int
-    problem: str | None = Field(description="Why a newer model is not it")
+    problem: str | None = Field(description="Why a newer model could not be loaded")
 
 
 class Problem(_Strict):

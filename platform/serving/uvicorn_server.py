@@ -1,4 +1,4 @@
-"""A detection service as one process of this machine, without Ray."""
+"""A detection service as one process on this machine, without Ray."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def serve_alone(
     port: int,
     on_listening: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM; requests at hand are answered first.
+    """Serve until SIGINT or SIGTERM; finish the current requests first.
 
     Args:
         port: 0 for any that is free.
-        on_listening: is told the address, when connections are taken. The model may not be loaded
-            yet: /ready says when.
+        on_listening: called with the address, once connections are accepted. The model may not be
+            loaded yet; check /ready.
 
     Raises:
-        OSError: the port is taken, or there is no such address here.
+        OSError: the port is taken, or this machine has no such address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listening:
@@ -41,11 +41,11 @@ def serve_alone(
         except OSError as error:
             raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
         listening.listen(128)
-        on_listening(f"http://{_shown(host)}:{listening.getsockname()[1]}/")
+        on_listening(f"http://{_host_in_url(host)}:{listening.getsockname()[1]}/")
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(source, config, ProcessMeasurements()),
-                log_level="error",  # below: a line for whatever is no HTTP
+                log_level="error",  # lower levels log a line for each invalid request
                 access_log=False,
                 server_header=False,
                 ws="none",
@@ -57,5 +57,5 @@ def serve_alone(
         server.run(sockets=[listening])
 
 
-def _shown(host: str) -> str:
+def _host_in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host

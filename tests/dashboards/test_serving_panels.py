@@ -1,7 +1,7 @@
-"""The serving dashboard's queries, asked of a real Prometheus that reads what a service counts.
+"""The serving dashboard's queries, run by a real Prometheus that scrapes a service's metrics.
 
-The numbers leave a process that serves without Ray. With Ray the names begin with `ray_`, which
-the queries take too. `Replicas` is Ray Serve's own, and stays empty here.
+The metrics are those of a process without Ray. With Ray, the names begin with `ray_`, which the
+queries match too. `Replicas` is Ray Serve's own metric, and stays empty here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WITHIN_S = 120
 
 
 class Answers(BaseHTTPRequestHandler):
-    """A service that has one more request of each kind whenever somebody reads its numbers."""
+    """A service that records one more request of each kind at each scrape."""
 
     measured = ProcessMeasurements()
 
@@ -73,7 +73,7 @@ def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_pa
                 (q.panel.title, q.legend): [v for _, v in answer(prometheus, q.text)]
                 for q in queries
             }
-            # Rates want two readings.
+            # Rates need two scrapes.
             if all(found and all(map(math.isfinite, found)) for found in values.values()):
                 break
             time.sleep(1)
@@ -81,7 +81,7 @@ def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_pa
             print(key, found)
             assert found, key
             assert all(map(math.isfinite, found)), key
-    assert values["Batch size", "pictures"] == [pytest.approx(2)]  # two answers for one batch
+    assert values["Batch size", "pictures"] == [pytest.approx(2)]  # two requests for one batch
     assert 5 <= values["Detections", "detections"][0] <= 10  # the bounds around 7
     assert values["At work", "requests"] == [3]
     assert values["Model", "{{name}} {{version}}"] == [1]

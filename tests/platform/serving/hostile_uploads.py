@@ -1,8 +1,8 @@
-"""Uploads that deserve no detections, made from a seed; and odd ones that do.
+"""Invalid uploads, made from a seed; and unusual ones that are valid.
 
     python -m tests.platform.serving.hostile_uploads http://127.0.0.1:8000/ --pid 1234 --number 500
 
-sends so many to a running service and prints what came back; with --pid also how its memory grew.
+sends 500 uploads to a running service and prints the responses; with --pid also its peak memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-MAX_BYTES, MAX_PIXELS = 20_000_000, 25_000_000  # of serving_config.py
+MAX_BYTES, MAX_PIXELS = 20_000_000, 25_000_000  # as in serving/config.py
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One request, as the bytes that go over the line, and whether it deserves detections."""
+    """The bytes of one request, and whether it is valid."""
 
     what: str
     head: bytes  # request line and headers, without the blank line
@@ -42,10 +42,10 @@ class Upload:
 
 
 def uploads(number: int, seed: int = 0) -> Iterator[Upload]:
-    """So many, of every kind in turn."""
+    """Yield this many uploads, of each kind in turn."""
     rng = np.random.default_rng(seed)
     kinds: list[Callable[[np.random.Generator], Upload]] = [
-        _cut_jpeg, _cut_png, _bit_flips, _no_picture, _other_format, _header_bomb, _pixel_bomb,
+        _cut_jpeg, _cut_png, _bit_flips, _no_image, _other_format, _header_bomb, _pixel_bomb,
         _chunk_bomb, _scan_bomb, _too_many_bytes, _wrong_type, _broken_form, _hostile_name,
         _wrong_length, _chunked_nonsense, _packed, _nested_form, _bad_png_chunk, _odd_but_good,
         _marker_soup, _odd_mode, _bad_parameter,
@@ -118,7 +118,7 @@ def _cut_png(rng: np.random.Generator) -> Upload:
 
 
 def _bit_flips(rng: np.random.Generator) -> Upload:
-    """Of a PNG, where every flip breaks a checksum; a JPEG can show one as another picture."""
+    """Flip bits of a PNG, where each breaks a checksum; a JPEG with flips can still decode."""
     content = bytearray(_save(_image(rng), "PNG"))
     for place in rng.integers(0, len(content) - 12, int(rng.integers(1, 30))):
         content[place] ^= 1 << int(rng.integers(8))
@@ -126,7 +126,7 @@ def _bit_flips(rng: np.random.Generator) -> Upload:
     return _post("PNG with flipped bits", bytes(content), "image/png")
 
 
-def _no_picture(rng: np.random.Generator) -> Upload:
+def _no_image(rng: np.random.Generator) -> Upload:
     bodies = {
         "nothing": b"",
         "one byte": b"\xff",
@@ -163,7 +163,7 @@ def _other_format(rng: np.random.Generator) -> Upload:
 
 
 def _header_bomb(rng: np.random.Generator) -> Upload:
-    """A few bytes that say they are a huge picture."""
+    """A few bytes whose header declares a huge image."""
     width, height = (int(2 ** rng.uniform(13, 31)) for _ in range(2))
     if rng.integers(2):
         return _post(f"PNG header of {width} x {height}", _png(width, height, b"x"), "image/png")
@@ -174,10 +174,10 @@ def _header_bomb(rng: np.random.Generator) -> Upload:
 
 
 def _pixel_bomb(rng: np.random.Generator) -> Upload:
-    """A whole picture of one colour, tiny packed and huge unpacked."""
+    """A complete image of one colour: tiny compressed, huge decompressed."""
     width, height = 30_000, int(rng.integers(1000, 3000))
     if rng.integers(4):
-        rows = zlib.compress(bytes(5000), 9)  # says it is 30 to 90 million pixels
+        rows = zlib.compress(bytes(5000), 9)  # its header declares 30 to 90 million pixels
     else:
         packer, rows = zlib.compressobj(9), b""
         for _ in range(height):
@@ -187,7 +187,7 @@ def _pixel_bomb(rng: np.random.Generator) -> Upload:
 
 
 def _chunk_bomb(rng: np.random.Generator) -> Upload:
-    """Text or a colour profile that unpacks to 100 MB."""
+    """A text or colour profile that decompresses to 100 MB."""
     packed = _packed_zeros()
     name = [b"zTXt", b"iTXt", b"iCCP"][int(rng.integers(3))]
     content = {
@@ -195,7 +195,7 @@ def _chunk_bomb(rng: np.random.Generator) -> Upload:
         b"iTXt": b"Comment\0\1\0\0\0" + packed,
         b"iCCP": b"ICC\0\0" + packed,
     }[name]
-    # The pixels are fewer than the header says, so that it is no good picture either way.
+    # There are fewer pixels than declared, so that the image is invalid in any case.
     rows = zlib.compress(bytes(40))
     return _post(f"PNG {name!r} bomb", _png(64, 64, rows, before=_chunk(name, content)))
 
@@ -215,7 +215,7 @@ def _scan_bomb(rng: np.random.Generator) -> Upload:
 def _too_many_bytes(rng: np.random.Generator) -> Upload:
     content = _jpeg(rng)
     if rng.integers(2):
-        return _post("20 GB, it says", content, "image/jpeg", length="20000000000")
+        return _post("20 GB declared", content, "image/jpeg", length="20000000000")
     return _post("21 MB", content + bytes(MAX_BYTES + 1_000_000 - len(content)), "image/jpeg")
 
 
@@ -261,7 +261,7 @@ def _fields(number: int) -> bytes:
 
 
 def _hostile_name(rng: np.random.Generator) -> Upload:
-    """Names in forms; nobody opens a file of that name, and the picture in it is broken anyway."""
+    """Hostile names in forms; no file of that name is opened, and the image is invalid anyway."""
     names = ["../../etc/passwd", "a\\0.jpg", "a\0.jpg", "C:\\con", "a" * 5000, "%00", "\u202egpj",
              "$(id)", "<script>", "\ud800"]  # fmt: skip
     name = names[int(rng.integers(len(names)))].encode("utf-8", "surrogatepass")
@@ -330,7 +330,7 @@ def _marker_soup(rng: np.random.Generator) -> Upload:
 
 
 def _odd_mode(rng: np.random.Generator) -> Upload:
-    """Pictures that decode, of a kind that is not taken."""
+    """Images that decode, in a format that is not accepted."""
     image = Image.fromarray(rng.random((30, 30)).astype(np.float32))
     return _post("float TIFF", _save(image, "TIFF"), "image/png")
 
@@ -355,16 +355,16 @@ def _odd_but_good(rng: np.random.Generator) -> Upload:
         lambda: _save(_image(rng, "L"), "JPEG"),
         lambda: _save(_image(rng, "P"), "PNG", pnginfo=text),
         lambda: _save(_image(rng, "RGBA"), "PNG"),
-        lambda: _jpeg(rng) + rng.bytes(500),  # what comes after the end does not matter
+        lambda: _jpeg(rng) + rng.bytes(500),  # bytes after the end are ignored
     ][which]()
     query = "?upright=true" if rng.integers(2) else ""
     return _post("odd but good", content, "image/jpeg", query=query, is_good=True)
 
 
 def send(upload: Upload, host: str, port: int, within_s: float = 60) -> tuple[int, bytes]:
-    """The status and the body of the answer; 0 where the connection ended without one."""
+    """Return status and body of the response; 0 if the connection ended without one."""
     with socket.create_connection((host, port), within_s) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has heard enough
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server closed early
             connection.sendall(upload.head + b"\r\n" + upload.body)
         answer = b""
         with contextlib.suppress(ConnectionResetError, TimeoutError):
@@ -375,7 +375,7 @@ def send(upload: Upload, host: str, port: int, within_s: float = 60) -> tuple[in
 
 
 def peak_mib(pid: int) -> float:
-    """The most memory that a process has had since `forget_peak`."""
+    """Return the peak memory of a process since `forget_peak`."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
@@ -397,7 +397,7 @@ def main() -> int:
     made = list(uploads(arguments.number, arguments.seed))
     before_mib = 0.0
     if arguments.pid:
-        for upload in made[:66]:  # three of each kind: what a process keeps after its first work
+        for upload in made[:66]:  # three of each kind, for memory that stays allocated
             send(upload, where.hostname, where.port)
         forget_peak(arguments.pid)
         before_mib = peak_mib(arguments.pid)
@@ -414,7 +414,7 @@ def main() -> int:
     print(f"statuses: {dict(sorted(statuses.items()))}")
     if arguments.pid:
         print(f"memory at its peak: {peak_mib(arguments.pid) - before_mib:+.1f} MiB")
-    print("\n".join(wrong) or "each was answered as it should be")
+    print("\n".join(wrong) or "each response was as expected")
     return 1 if wrong else 0
 
 

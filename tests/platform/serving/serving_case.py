@@ -33,7 +33,7 @@ from deta.platform.serving.metrics import ProcessMeasurements
 from deta.platform.serving.model import ModelName, ServedModel
 
 CATEGORIES = tuple(Category(7 * i + 3, name) for i, name in enumerate(["disc", "<b>star</b>"]))
-START_WITHIN_S = 120  # it takes one; more where the processors are taken
+START_WITHIN_S = 120  # it takes one; longer on a busy machine
 
 
 def tiny_config() -> RunConfig:
@@ -58,13 +58,13 @@ def tiny_config() -> RunConfig:
 
 
 def tiny_model(seed: int) -> DETA:
-    """Random weights, but heads that tell queries and classes apart."""
+    """Return a model of random weights whose outputs differ between queries and classes."""
     torch.manual_seed(seed)
     model = DETA(tiny_config().model)
     with torch.no_grad():
         for head in model.class_heads:
             head.weight.normal_(std=0.5)
-            head.bias.zero_()  # scores around a half, not a hundredth as before a training
+            head.bias.zero_()  # scores around 0.5, not 0.01 as at the start of training
         for head in model.box_heads:
             head.mlp[-1].weight.normal_(std=0.5)
     return model
@@ -78,8 +78,8 @@ def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
 
 
 @dataclass
-class Shelf:
-    """A source with an alias that a test moves, and versions that it may break."""
+class AliasSource:
+    """A source with an alias that a test can move, and versions that it can break."""
 
     moves = True
     folders: dict[str, Path]
@@ -95,7 +95,7 @@ class Shelf:
         if current in self.broken:
             raise ValueError(f"version {current} is damaged")
         predictor = Predictor.from_checkpoint(self.folders[current])
-        return ServedModel(predictor, ModelName("shelf", current, predictor.weights_sha256))
+        return ServedModel(predictor, ModelName("source", current, predictor.weights_sha256))
 
 
 @dataclass
@@ -110,39 +110,39 @@ class Server:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
-    def ask(
+    def request(
         self,
         method: str,
         path: str,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers in lower case and body of one answer, by a connection of its own."""
+        """Return status, headers in lower case and body, over a new connection."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, dict(headers or {}))
-            answer = connection.getresponse()
-            named = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, named, answer.read()
+            response = connection.getresponse()
+            named = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, named, response.read()
         finally:
             connection.close()
 
     def detect(
         self, body: bytes, query: str = "", headers: Mapping[str, str] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        status, _, content = self.ask(
+        status, _, content = self.request(
             "POST", f"/v1/detect{query}", body, headers or {"Content-Type": "image/jpeg"}
         )
         return status, json.loads(content)
 
     def wait_until_ready(self) -> None:
         began_s = time.monotonic()
-        while self.ask("GET", "/ready")[0] != 200:
+        while self.request("GET", "/ready")[0] != 200:
             assert time.monotonic() - began_s < START_WITHIN_S
             time.sleep(0.05)
 
     def metric(self, sample: str, /, **labels: str) -> float:
-        """The value of a sample; 0 where there is none yet."""
+        """Return the value of a sample; 0 if it is not recorded yet."""
         return self.measurements.registry.get_sample_value(sample, labels) or 0.0
 
 
@@ -171,8 +171,8 @@ def running(source: Any, config: ServingConfig, *, ready: bool = True) -> Iterat
         thread.join(START_WITHIN_S)
 
 
-def picture(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
-    """Noise in blocks, so that JPEG keeps it and pictures differ."""
+def random_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:
+    """Return noise in blocks, which survives JPEG and differs by seed."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, ((height + 7) // 8, (width + 7) // 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
@@ -187,7 +187,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 def form(
     content: bytes, field_name: str = "image", boundary: str = "b0undary"
 ) -> tuple[bytes, str]:
-    """A form with one file, and its Content-Type."""
+    """Return a form with one file, and its Content-Type."""
     head = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="{field_name}"; '
         'filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'

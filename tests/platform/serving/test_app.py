@@ -1,9 +1,11 @@
-"""The service as its users see it: a real server, real connections."""
+"""The API of the service, with a real server and real connections."""
 
 from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,19 +24,20 @@ from deta.platform.serving.schema import Detected, Problem, Served
 from deta.platform.serving.upload import ORIENTATION
 from tests.platform.serving.serving_case import (
     CATEGORIES,
+    AliasSource,
     Server,
-    Shelf,
     encoded,
     form,
-    picture,
+    random_image,
     running,
     tiny_checkpoint,
 )
 
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ServingConfig(
     max_bytes=200_000,
     max_pixels=1_000_000,
-    read_timeout_s=300,  # no test is about a machine whose processors are taken
+    read_timeout_s=300,  # long, for a busy machine
     answer_timeout_s=300,
     poll_s=0.05,
     hosts=("127.0.0.1", "localhost"),
@@ -60,8 +63,20 @@ def predictor(folders: dict[str, Path]) -> Predictor:
     return Predictor.from_checkpoint(folders["1"])
 
 
-def test_an_answer_is_what_the_predictor_says(server: Server, predictor: Predictor):
-    image = picture(5, 90, 70)
+def test_the_application_needs_no_training_launch_or_tracking():
+    """A replica does not load the training loop, or the code that uploads runs."""
+    code = (
+        "import sys, deta.platform.serving.app, deta.platform.serving.uvicorn_server\n"
+        "names = [name.split('.') for name in sys.modules]\n"
+        "rooms = {name[2] for name in names if name[:2] == ['deta', 'platform'] and name[2:]}\n"
+        "assert not {'training', 'launch', 'tracking'} & rooms, rooms\n"
+        "assert 'serving' in rooms and 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_response_has_the_detections_of_the_predictor(server: Server, predictor: Predictor):
+    image = random_image(5, 90, 70)
     [expected] = predictor.predict([image])
 
     status, answer = server.detect(encoded(image, "PNG"), "?min_score=0&max_detections=1000")
@@ -81,8 +96,8 @@ def test_an_answer_is_what_the_predictor_says(server: Server, predictor: Predict
     assert boxes == pytest.approx(expected.boxes_px.flatten().tolist(), abs=0.01)
 
 
-def test_parameters_cut_the_answer(server: Server):
-    content = encoded(picture(5))
+def test_parameters_limit_the_detections(server: Server):
+    content = encoded(random_image(5))
     _, everything = server.detect(content, "?min_score=0&max_detections=1000")
     scores = [found["score"] for found in everything["detections"]]
     middle = scores[len(scores) // 2]
@@ -91,18 +106,18 @@ def test_parameters_cut_the_answer(server: Server):
     assert len(scores) > 3
 
 
-def test_a_form_and_a_body_get_the_same_answer(server: Server):
-    content = encoded(picture(6))
+def test_a_form_and_a_body_get_the_same_detections(server: Server):
+    content = encoded(random_image(6))
     body, content_type = form(content)
     _, by_form = server.detect(body, headers={"Content-Type": content_type})
     _, by_body = server.detect(content)
     assert by_form["detections"] == by_body["detections"] != []
 
 
-def test_an_upright_picture_is_detected_as_it_was_seen(server: Server):
+def test_an_upright_image_is_rotated_before_the_detection(server: Server):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    content = encoded(picture(7, 90, 60), exif=exif)
+    content = encoded(random_image(7, 90, 60), exif=exif)
     assert server.detect(content)[1]["image"] == {"width": 90, "height": 60}
     assert server.detect(content, "?upright=true")[1]["image"] == {"width": 60, "height": 90}
 
@@ -117,7 +132,7 @@ def test_an_upright_picture_is_detected_as_it_was_seen(server: Server):
     ],
 )
 def test_a_bad_parameter_is_named(server: Server, query: str, words: str):
-    status, answer = server.detect(encoded(picture()), query)
+    status, answer = server.detect(encoded(random_image()), query)
     assert (status, answer["error"]) == (422, "parameter")
     assert words in answer["detail"]
 
@@ -133,7 +148,7 @@ def test_refusals_have_one_form_and_are_counted_by_kind(server: Server):
         ("GET", "/v1/detect", 405),
         ("POST", "/ready", 405),
     ):
-        status, _, content = server.ask(method, path)
+        status, _, content = server.request(method, path)
         assert status == expected
         Problem.model_validate_json(content)
 
@@ -163,7 +178,7 @@ def test_a_body_that_never_ends_is_408(folders: dict[str, Path]):
         assert connection.recv(200).startswith(b"HTTP/1.1 408")
 
 
-def test_one_who_hangs_up_is_counted_and_harms_nobody(server: Server):
+def test_a_disconnect_is_counted_and_affects_no_other_request(server: Server):
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
         connection.sendall(
             b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
@@ -173,12 +188,12 @@ def test_one_who_hangs_up_is_counted_and_harms_nobody(server: Server):
             break
         time.sleep(0.05)
     assert server.metric("deta_serving_requests_total", outcome="disconnected") == 1
-    assert server.detect(encoded(picture()))[0] == 200
+    assert server.detect(encoded(random_image()))[0] == 200
     assert server.metric("deta_serving_in_flight") == 0
 
 
-def test_the_description_holds_what_a_client_needs(server: Server):
-    description = json.loads(server.ask("GET", "/openapi.json")[2])
+def test_the_openapi_description_has_bodies_responses_and_parameters(server: Server):
+    description = json.loads(server.request("GET", "/openapi.json")[2])
     detect = description["paths"]["/v1/detect"]["post"]
     assert {"image/jpeg", "image/png", "multipart/form-data"} <= set(
         detect["requestBody"]["content"]
@@ -190,8 +205,8 @@ def test_the_description_holds_what_a_client_needs(server: Server):
     }  # fmt: skip
 
 
-def test_the_model_says_what_it_is_and_takes(server: Server, predictor: Predictor):
-    status, _, content = server.ask("GET", "/v1/model")
+def test_the_model_endpoint_has_name_classes_and_limits(server: Server, predictor: Predictor):
+    status, _, content = server.request("GET", "/v1/model")
     assert status == 200
     found = Served.model_validate_json(content)
     assert [(c.id, c.name) for c in found.categories] == [(c.id, c.name) for c in CATEGORIES]
@@ -200,8 +215,8 @@ def test_the_model_says_what_it_is_and_takes(server: Server, predictor: Predicto
 
 
 def test_prometheus_can_read_the_metrics(server: Server):
-    server.detect(encoded(picture()))
-    status, headers, content = server.ask("GET", "/metrics")
+    server.detect(encoded(random_image()))
+    status, headers, content = server.request("GET", "/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(content.decode())}
@@ -212,33 +227,33 @@ def test_prometheus_can_read_the_metrics(server: Server):
     assert phases == {"read", "decode", "wait", "model"}
 
 
-def test_answers_tell_browsers_to_be_careful(server: Server):
+def test_responses_have_security_headers_and_foreign_names_are_refused(server: Server):
     for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", "/")):
-        _, headers, _ = server.ask(method, path)
+        _, headers, _ = server.request(method, path)
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY"
         assert headers["content-security-policy"].startswith("default-src 'none'")
-    assert server.ask("GET", "/", headers={"Host": "evil.example"})[0] == 403
-    assert server.ask("GET", "/ready", headers={"Origin": "http://evil.example"})[0] == 403
+    assert server.request("GET", "/", headers={"Host": "evil.example"})[0] == 403
+    assert server.request("GET", "/ready", headers={"Origin": "http://evil.example"})[0] == 403
 
 
-def test_without_the_token_there_is_no_answer(folders: dict[str, Path]):
+def test_without_the_token_requests_are_refused(folders: dict[str, Path]):
     token = "0123456789abcdef0123"
     config = replace(CONFIG, token_sha256=token_hash(token))
-    content = encoded(picture())
+    content = encoded(random_image())
     with running(FolderSource(folders["1"], "cpu"), config) as here:
-        status, headers, body = here.ask("POST", "/v1/detect", content, JPEG)
+        status, headers, body = here.request("POST", "/v1/detect", content, JPEG)
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert token not in body.decode()
         status, _ = here.detect(content, headers=JPEG | {"Authorization": f"Bearer {token}"})
         assert status == 200
-        assert here.ask("GET", "/metrics")[0] == 401
-        assert here.ask("GET", "/health")[0] == 200
+        assert here.request("GET", "/metrics")[0] == 401
+        assert here.request("GET", "/health")[0] == 200
 
 
-def test_answers_under_load_are_those_of_each_picture_alone(folders: dict[str, Path]):
+def test_detections_under_load_are_those_of_each_image_alone(folders: dict[str, Path]):
     config = replace(CONFIG, max_batch=4, batch_wait_s=0.02)
-    contents = [encoded(picture(seed, 80, 60 if seed % 3 else 90)) for seed in range(12)]
+    contents = [encoded(random_image(seed, 80, 60 if seed % 3 else 90)) for seed in range(12)]
     with running(FolderSource(folders["1"], "cpu"), config) as here:
         alone = [here.detect(content)[1]["detections"] for content in contents]
         with ThreadPoolExecutor(12) as clients:
@@ -249,13 +264,13 @@ def test_answers_under_load_are_those_of_each_picture_alone(folders: dict[str, P
         assert status == 200
         assert len(answer["detections"]) == len(expected)
         for found, best in zip(answer["detections"], expected, strict=True):
-            # As in test_serving_batch.py: up to the order of sums.
+            # As in test_model.py: up to the order of sums.
             assert found["category_id"] == best["category_id"]
             assert found["score"] == pytest.approx(best["score"], abs=1e-4)
             assert found["box"] == pytest.approx(best["box"], abs=0.05)
 
 
-def test_more_requests_than_allowed_are_sent_away_with_a_time_to_come_back(
+def test_more_requests_than_allowed_get_503_and_retry_after(
     folders: dict[str, Path],
 ):
     config = replace(CONFIG, max_requests=2)
@@ -266,7 +281,7 @@ def test_more_requests_than_allowed_are_sent_away_with_a_time_to_come_back(
             connection.sendall(head)
         while here.metric("deta_serving_in_flight") < 2:
             time.sleep(0.01)
-        status, headers, content = here.ask("POST", "/v1/detect", b"x" * 50_000)
+        status, headers, content = here.request("POST", "/v1/detect", b"x" * 50_000)
         assert status == 503
         assert json.loads(content)["error"] == "busy"
         assert 1 <= int(headers["retry-after"]) <= 60
@@ -274,53 +289,53 @@ def test_more_requests_than_allowed_are_sent_away_with_a_time_to_come_back(
             connection.sendall(b"no JPEG..")
             assert connection.recv(100).startswith(b"HTTP/1.1 415")
             connection.close()
-        assert here.detect(encoded(picture()))[0] == 200
+        assert here.detect(encoded(random_image()))[0] == 200
 
 
-def test_an_answer_that_takes_too_long_is_504_and_the_service_goes_on(folders: dict[str, Path]):
-    shelf = Shelf(folders, "1")
+def test_a_response_that_takes_too_long_is_504_and_the_service_recovers(folders: dict[str, Path]):
+    source = AliasSource(folders, "1")
     config = replace(CONFIG, answer_timeout_s=0.5, stuck_s=0.2)
-    with running(shelf, config) as here:
+    with running(source, config) as here:
         model = here.app.state.service.slot.model
         held, detect = threading.Event(), model.detect
 
-        def hold(pictures):
+        def hold(images):
             held.wait(60)
-            return detect(pictures)
+            return detect(images)
 
         model.detect = hold
-        status, answer = here.detect(encoded(picture()))
+        status, answer = here.detect(encoded(random_image()))
         assert (status, answer["error"]) == (504, "answer_timeout")
-        assert here.ask("GET", "/health")[0] == 503  # whoever watches may replace it
+        assert here.request("GET", "/health")[0] == 503  # a supervisor may restart it
         held.set()
         model.detect = detect
         for _ in range(200):
-            if here.ask("GET", "/health")[0] == 200:
+            if here.request("GET", "/health")[0] == 200:
                 break
             time.sleep(0.05)
         here.app.state.service.config = CONFIG
-        assert here.detect(encoded(picture()))[0] == 200
+        assert here.detect(encoded(random_image()))[0] == 200
 
 
-def test_a_service_without_a_model_lives_but_is_not_ready(folders: dict[str, Path]):
-    shelf = Shelf(folders, "1", broken={"1"})
-    with running(shelf, CONFIG, ready=False) as here:
-        assert here.ask("GET", "/health")[0] == 200
-        assert here.ask("GET", "/ready")[0] == 503
-        status, answer = here.detect(encoded(picture()))
+def test_a_service_without_a_model_is_healthy_but_not_ready(folders: dict[str, Path]):
+    source = AliasSource(folders, "1", broken={"1"})
+    with running(source, CONFIG, ready=False) as here:
+        assert here.request("GET", "/health")[0] == 200
+        assert here.request("GET", "/ready")[0] == 503
+        status, answer = here.detect(encoded(random_image()))
         assert (status, answer["error"]) == (503, "no_model")
-        shelf.broken.clear()
+        source.broken.clear()
         here.wait_until_ready()
-        assert here.detect(encoded(picture()))[0] == 200
+        assert here.detect(encoded(random_image()))[0] == 200
 
 
-def test_a_new_champion_takes_over_under_load_and_no_request_fails(folders: dict[str, Path]):
-    shelf = Shelf(folders, "1")
-    content = encoded(picture(8))
+def test_models_change_under_load_and_no_request_fails(folders: dict[str, Path]):
+    source = AliasSource(folders, "1")
+    content = encoded(random_image(8))
     answers: list[tuple[int, str | None, list[float]]] = []
     done = threading.Event()
 
-    def ask(here: Server) -> None:
+    def send_requests(here: Server) -> None:
         while not done.is_set():
             status, answer = here.detect(content)
             scores = [found["score"] for found in answer.get("detections", [])]
@@ -329,14 +344,14 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(folders: dict
     def versions_since(place: int) -> set[str | None]:
         return {version for _, version, _ in answers[place:]}
 
-    with running(shelf, replace(CONFIG, poll_s=0.02)) as here, ThreadPoolExecutor(6) as clients:
+    with running(source, replace(CONFIG, poll_s=0.02)) as here, ThreadPoolExecutor(6) as clients:
         try:
-            clients_done = [clients.submit(ask, here) for _ in range(6)]
+            clients_done = [clients.submit(send_requests, here) for _ in range(6)]
             for change in range(6):
                 place = len(answers)
-                shelf.alias = "2" if change % 2 == 0 else "1"
+                source.alias = "2" if change % 2 == 0 else "1"
                 began_s = time.monotonic()
-                while shelf.alias not in versions_since(place):
+                while source.alias not in versions_since(place):
                     assert time.monotonic() - began_s < 120
                     time.sleep(0.01)
         finally:
@@ -345,11 +360,11 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(folders: dict
             client.result()
         changes = here.metric("deta_serving_model_changes_total", outcome="ok")
         sha256 = Predictor.from_checkpoint(folders["1"]).weights_sha256
-        labels = {"name": "shelf", "version": "1", "sha256": sha256}
+        labels = {"name": "source", "version": "1", "sha256": sha256}
         assert here.metric("deta_serving_model_info", **labels) == 1
     assert changes == 6
     assert {status for status, _, _ in answers} == {200}
-    # Each answer is wholly one model's.
+    # Each response comes from one model only.
     by_version = {v: [s for _, w, s in answers if w == v] for v in ("1", "2")}
     for scores in by_version.values():
         for found in scores:
@@ -357,28 +372,28 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(folders: dict
     assert by_version["1"][0] != pytest.approx(by_version["2"][0], abs=1e-3)
 
 
-def test_a_new_version_that_does_not_open_leaves_the_old_one_answering(folders: dict[str, Path]):
-    shelf = Shelf(folders, "1", broken={"2"})
-    with running(shelf, CONFIG) as here:
-        shelf.alias = "2"
+def test_a_version_that_cannot_be_loaded_leaves_the_old_model_in_use(folders: dict[str, Path]):
+    source = AliasSource(folders, "1", broken={"2"})
+    with running(source, CONFIG) as here:
+        source.alias = "2"
         while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
             time.sleep(0.02)
-        assert here.detect(encoded(picture()))[1]["model"]["version"] == "1"
-        assert here.ask("GET", "/ready")[0] == 200
-        while "damaged" not in (json.loads(here.ask("GET", "/v1/model")[2])["problem"] or ""):
+        assert here.detect(encoded(random_image()))[1]["model"]["version"] == "1"
+        assert here.request("GET", "/ready")[0] == 200
+        while "damaged" not in (json.loads(here.request("GET", "/v1/model")[2])["problem"] or ""):
             time.sleep(0.02)
-        shelf.alias = "1"
-        while json.loads(here.ask("GET", "/v1/model")[2])["problem"]:
+        source.alias = "1"
+        while json.loads(here.request("GET", "/v1/model")[2])["problem"]:
             time.sleep(0.02)
-        assert shelf.opened.count("1") == 1  # it was there all the time
+        assert source.opened.count("1") == 1  # it was never unloaded
 
 
-def test_attempts_at_a_broken_version_become_rare(folders: dict[str, Path]):
-    shelf = Shelf(folders, "1")
-    with running(shelf, replace(CONFIG, poll_s=0.05)) as here:
-        shelf.broken.add("2")
-        shelf.alias = "2"
+def test_loading_a_broken_version_is_retried_with_backoff(folders: dict[str, Path]):
+    source = AliasSource(folders, "1")
+    with running(source, replace(CONFIG, poll_s=0.05)) as here:
+        source.broken.add("2")
+        source.alias = "2"
         while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
             time.sleep(0.02)
         time.sleep(1)
-        assert shelf.opened.count("2") <= 5  # after 0.1, 0.2, 0.4, 0.8 s
+        assert source.opened.count("2") <= 5  # after 0.1, 0.2, 0.4, 0.8 s

@@ -1,4 +1,4 @@
-"""Pictures of one shape that wait together go together, and no answer depends on it."""
+"""Images of one shape that wait together share a batch, and each gets its own result."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from deta.model.postprocess import Detections
-from deta.platform.inference.predictor import Predictor
-from deta.platform.serving.batcher import Answer, Batcher
+from deta.platform.serving.batcher import Batcher, BatchResult
 from deta.platform.serving.metrics import ProcessMeasurements
-from deta.platform.serving.model import ModelName, PreparedPicture, ServedModel
-from tests.platform.serving.serving_case import CATEGORIES, picture, tiny_config, tiny_model
+from deta.platform.serving.model import PreparedImage
 
 
-class NotingModel:
-    """Answers with a picture's own first value, notes its batches, and can be held up."""
+class RecordingModel:
+    """A model that returns an image's first value as its score, records batches, and can block."""
 
     def __init__(self, fails_at: float | None = None) -> None:
         self.batches: list[list[float]] = []
@@ -29,24 +25,24 @@ class NotingModel:
         self.free.set()
         self.fails_at = fails_at
 
-    def detect(self, pictures: Sequence[PreparedPicture]) -> list[Detections]:
-        values = [float(one.image[0, 0, 0]) for one in pictures]
+    def detect(self, images: Sequence[PreparedImage]) -> list[Detections]:
+        values = [float(image.pixels[0, 0, 0]) for image in images]
         self.batches.append(values)
         self.free.wait()
         if self.fails_at in values:
-            raise RuntimeError("this one breaks it")
+            raise RuntimeError("this image breaks it")
         return [
             Detections(torch.tensor([v]), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4))
             for v in values
         ]
 
 
-def prepared(value: float, height: int = 4, width: int = 6) -> PreparedPicture:
-    return PreparedPicture(torch.full((3, height, width), value), (height, width))
+def prepared(value: float, height: int = 4, width: int = 6) -> PreparedImage:
+    return PreparedImage(torch.full((3, height, width), value), (height, width))
 
 
-def value_of(answer: Answer) -> float:
-    return float(answer.detections.scores[0])
+def value_of(result: BatchResult) -> float:
+    return float(result.detections.scores[0])
 
 
 def batcher(**options: Any) -> Batcher:
@@ -56,14 +52,14 @@ def batcher(**options: Any) -> Batcher:
 MEASUREMENTS = ProcessMeasurements()
 
 
-async def until_taken(model: NotingModel, batches: int) -> None:
+async def until_taken(model: RecordingModel, batches: int) -> None:
     while len(model.batches) < batches:
         await asyncio.sleep(0.005)
 
 
-def test_pictures_of_one_shape_that_wait_together_go_together_and_each_gets_its_own_answer():
+def test_images_of_one_shape_share_a_batch_and_each_gets_its_own_result():
     async def scenario() -> None:
-        model: Any = NotingModel()
+        model: Any = RecordingModel()
         model.free.clear()
         async with batcher() as batches:
             first = asyncio.create_task(batches.detect(model, prepared(0)))
@@ -78,31 +74,31 @@ def test_pictures_of_one_shape_that_wait_together_go_together_and_each_gets_its_
             await asyncio.sleep(0.05)
             assert batches.num_waiting == 7
             model.free.set()
-            answers = await asyncio.gather(first, *others)
-        assert [value_of(answer) for answer in answers] == list(range(8))
+            results = await asyncio.gather(first, *others)
+        assert [value_of(result) for result in results] == list(range(8))
         assert model.batches == [[0], [1, 2, 4, 5], [3, 7], [6]]
-        assert [answer.batch_size for answer in answers] == [1, 4, 4, 2, 4, 4, 1, 2]
+        assert [result.batch_size for result in results] == [1, 4, 4, 2, 4, 4, 1, 2]
 
     asyncio.run(scenario())
 
 
-def test_a_lone_picture_waits_no_longer_than_the_batch_wait():
+def test_a_single_image_waits_no_longer_than_the_batch_wait():
     async def scenario() -> float:
         async with batcher(batch_wait_s=0.02) as batches:
-            answer = await batches.detect(NotingModel(), prepared(1))  # type: ignore[arg-type]
-        return answer.wait_s
+            result = await batches.detect(RecordingModel(), prepared(1))  # type: ignore[arg-type]
+        return result.wait_s
 
-    assert 0.015 < asyncio.run(scenario()) < 5  # above: a machine whose processors are taken
+    assert 0.015 < asyncio.run(scenario()) < 5  # 5: on a busy machine
 
 
-def test_one_who_gave_up_is_not_looked_at():
+def test_a_cancelled_request_is_not_processed():
     async def scenario() -> None:
-        model: Any = NotingModel()
+        model: Any = RecordingModel()
         model.free.clear()
         async with batcher(max_batch=1) as batches:
             tasks = [asyncio.create_task(batches.detect(model, prepared(v))) for v in range(4)]
             await until_taken(model, 1)
-            tasks[0].cancel()  # the model is at it already
+            tasks[0].cancel()  # it is in the model already
             tasks[2].cancel()
             await asyncio.sleep(0.02)
             model.free.set()
@@ -113,38 +109,38 @@ def test_one_who_gave_up_is_not_looked_at():
     asyncio.run(scenario())
 
 
-def test_a_picture_that_breaks_the_model_harms_none_beside_it():
+def test_an_image_that_breaks_the_model_does_not_fail_the_others():
     async def scenario() -> None:
-        model: Any = NotingModel(fails_at=2)
+        model: Any = RecordingModel(fails_at=2)
         async with batcher(batch_wait_s=5, max_batch=3) as batches:
-            answers = await asyncio.gather(
+            results = await asyncio.gather(
                 *(batches.detect(model, prepared(v)) for v in (1, 2, 3)), return_exceptions=True
             )
-            assert isinstance(answers[1], RuntimeError)
-            assert [value_of(answers[i]) for i in (0, 2)] == [1, 3]  # type: ignore[arg-type]
+            assert isinstance(results[1], RuntimeError)
+            assert [value_of(results[i]) for i in (0, 2)] == [1, 3]  # type: ignore[arg-type]
             assert batches.is_working
         assert model.batches == [[1, 2, 3], [1], [2], [3]]
 
     asyncio.run(scenario())
 
 
-def test_pictures_of_two_models_never_go_together():
+def test_images_of_two_models_never_share_a_batch():
     async def scenario() -> None:
-        old, new = NotingModel(), NotingModel()
+        old, new = RecordingModel(), RecordingModel()
         async with batcher(batch_wait_s=0.05) as batches:
             which: list[Any] = [old, new, old, new]
-            answers = await asyncio.gather(
+            results = await asyncio.gather(
                 *(batches.detect(model, prepared(v)) for v, model in enumerate(which))
             )
-        assert [value_of(answer) for answer in answers] == [0, 1, 2, 3]
+        assert [value_of(result) for result in results] == [0, 1, 2, 3]
         assert (old.batches, new.batches) == ([[0, 2]], [[1, 3]])
 
     asyncio.run(scenario())
 
 
-def test_it_tells_how_long_a_batch_takes():
+def test_the_duration_of_the_current_batch_is_known():
     async def scenario() -> None:
-        model: Any = NotingModel()
+        model: Any = RecordingModel()
         model.free.clear()
         async with batcher() as batches:
             assert batches.busy_s == 0
@@ -160,41 +156,3 @@ def test_it_tells_how_long_a_batch_takes():
         assert not batches.is_working
 
     asyncio.run(scenario())
-
-
-@pytest.fixture(scope="module")
-def served() -> ServedModel:
-    predictor = Predictor(tiny_model(0), tiny_config(), CATEGORIES, weights_sha256="0" * 64)
-    return ServedModel(predictor, ModelName("tiny", "", "0" * 64))
-
-
-def test_answers_are_those_of_the_predictor_and_do_not_depend_on_the_batch(served: ServedModel):
-    images = [picture(seed) for seed in range(5)]
-    expected = served.predictor.predict(images)
-    pictures = [served.prepare(image) for image in images]
-
-    alone = [served.detect([one])[0] for one in pictures]
-    together = served.detect(pictures)
-
-    assert len({tuple(found.scores.tolist()) for found in expected}) == 5
-    for one, other, best in zip(alone, together, expected, strict=True):
-        assert torch.equal(one.scores, best.scores)
-        assert torch.equal(one.boxes_px, best.boxes_px)
-        assert torch.equal(other.labels, best.labels)
-        # The order in which float32 sums are taken changes with the batch.
-        torch.testing.assert_close(other.scores, best.scores, atol=1e-4, rtol=0)
-        torch.testing.assert_close(other.boxes_px, best.boxes_px, atol=0.02, rtol=0)
-
-
-def test_pictures_of_two_shapes_are_not_padded_to_one_batch(served: ServedModel):
-    pictures = [served.prepare(picture(1)), served.prepare(picture(1, 60, 80))]
-    with pytest.raises(ValueError, match="one shape"):
-        served.detect(pictures)
-
-
-def test_a_score_that_is_no_number_is_an_error_and_no_answer(served: ServedModel, tmp_path: Path):
-    broken = Detections(
-        torch.tensor([0.5, float("nan")]), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4)
-    )
-    with pytest.raises(RuntimeError, match="not a number"):
-        served.as_json(broken, min_score=0, max_detections=10)

@@ -1,4 +1,4 @@
-"""Broken and hostile uploads: each gets an answer that says why, and the service goes on."""
+"""Broken and hostile uploads: each is refused with a reason, and the service keeps working."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from deta.platform.data.image_decoding import ImageError, decode
 from deta.platform.serving.config import Refusal, ServingConfig
 from deta.platform.serving.model_source import FolderSource
-from deta.platform.serving.upload import decode_picture
+from deta.platform.serving.upload import decode_image
 from tests.platform.serving.hostile_uploads import forget_peak, peak_mib, send, uploads
-from tests.platform.serving.serving_case import encoded, picture, running, tiny_checkpoint
+from tests.platform.serving.serving_case import encoded, random_image, running, tiny_checkpoint
 
 SHARED = Path(os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared"))
 NUMBER = 110  # five of each kind; python -m tests.platform.serving.hostile_uploads sends 500
@@ -35,20 +35,20 @@ def test_hostile_uploads_are_refused_with_a_reason_and_cost_little_memory(tmp_pa
                 assert status == 200, (upload.what, body)
                 continue
             assert 400 <= status < 500, (upload.what, status, body)
-            if body.startswith(b"{"):  # else of the server itself, to what is no HTTP
-                told = json.loads(body)
-                assert told["error"]
-                assert told["detail"]
+            if body.startswith(b"{"):  # otherwise from the HTTP server, for invalid requests
+                problem = json.loads(body)
+                assert problem["error"]
+                assert problem["detail"]
         if os.access("/proc/self/clear_refs", os.W_OK):
             assert peak_mib(os.getpid()) - before_mib < 100
-        assert here.detect(encoded(picture()))[0] == 200
+        assert here.detect(encoded(random_image()))[0] == 200
         assert here.metric("deta_serving_in_flight") == 0
         assert here.metric("deta_serving_requests_total", outcome="internal") == 0
 
 
 @pytest.mark.skipif(not (SHARED / "bad" / "images").is_dir(), reason="no shared cases")
-def test_bad_pictures_are_taken_or_refused_as_in_training():
-    """But for formats other than JPEG and PNG, and for the service's own lower limit."""
+def test_bad_images_are_accepted_or_refused_as_in_training():
+    """Except for formats other than JPEG and PNG, and for the service's own pixel limit."""
     config = ServingConfig()
     for path in sorted((SHARED / "bad" / "images").rglob("*")):
         if not path.is_file():
@@ -60,7 +60,7 @@ def test_bad_pictures_are_taken_or_refused_as_in_training():
             expected = None
         found, kind = None, ""
         try:
-            found = decode_picture(content, config)
+            found = decode_image(content, config)
         except Refusal as refusal:
             kind = refusal.kind
         if kind == "format":

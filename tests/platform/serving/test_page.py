@@ -1,4 +1,4 @@
-"""The drop-a-picture page in a real browser."""
+"""The page of the service in a real browser."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from PIL import Image
 
 from deta.platform.serving.config import ServingConfig, token_hash
 from deta.platform.serving.model_source import FolderSource
-from tests.platform.serving.serving_case import Server, encoded, picture, running, tiny_checkpoint
+from tests.platform.serving.serving_case import (
+    Server,
+    encoded,
+    random_image,
+    running,
+    tiny_checkpoint,
+)
 
-SCREENSHOTS = os.environ.get("DETA_SCREENSHOTS", "")  # a folder, for who wants to look
+SCREENSHOTS = os.environ.get("DETA_SCREENSHOTS", "")  # a folder for screenshots; empty: none
 CONFIG = ServingConfig(
     hosts=("127.0.0.1", "localhost"), max_bytes=300_000, answer_timeout_s=120, read_timeout_s=60
 )
@@ -34,7 +40,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 
 def opened(browser: Any, server: Server, **options: Any) -> tuple[Any, list[str]]:
-    """The page, and everything that a careful page would not cause."""
+    """Open the page; return it and a list that collects errors, dialogs and foreign requests."""
     view = browser.new_page(**options)
     view.set_default_timeout(60_000)
     trouble: list[str] = []
@@ -55,7 +61,7 @@ def opened(browser: Any, server: Server, **options: Any) -> tuple[Any, list[str]
 
 
 def until(view: Any, expression: str) -> None:
-    """Wait for a condition; playwright's own way compiles code, which the page forbids."""
+    """Wait for a condition. Playwright's own wait compiles code, which the policy forbids."""
     for _ in range(600):
         if view.evaluate(expression):
             return
@@ -63,7 +69,7 @@ def until(view: Any, expression: str) -> None:
     raise AssertionError(f"never: {expression}; {view.inner_text('main')}")
 
 
-def choose(view: Any, content: bytes, name: str = "a picture.jpg") -> None:
+def choose(view: Any, content: bytes, name: str = "an image.jpg") -> None:
     view.set_input_files("#file", {"name": name, "mimeType": "image/jpeg", "buffer": content})
 
 
@@ -73,7 +79,7 @@ def shot(view: Any, name: str) -> None:
 
 
 def boxes(view: Any) -> list[list[float]]:
-    """Left, top, width and height of each box, in shares of the picture."""
+    """Return left, top, width and height of each box, as shares of the image."""
     return view.evaluate(
         "[...document.querySelectorAll('.box')].map((box) => {"
         " const image = document.querySelector('#shown img').getBoundingClientRect();"
@@ -85,10 +91,10 @@ def boxes(view: Any) -> list[list[float]]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-def test_boxes_of_a_chosen_picture_stand_where_the_service_says(
+def test_boxes_of_a_chosen_image_are_where_the_service_returns_them(
     browser: Any, server: Server, width: int, scheme: str
 ):
-    content = encoded(picture(5, 400, 300))
+    content = encoded(random_image(5, 400, 300))
     view, trouble = opened(
         browser, server, viewport={"width": width, "height": 900}, color_scheme=scheme
     )
@@ -118,9 +124,9 @@ def test_boxes_of_a_chosen_picture_stand_where_the_service_says(
     view.close()
 
 
-def test_the_slider_shows_more_or_fewer(browser: Any, server: Server):
+def test_the_slider_sets_how_many_boxes_are_shown(browser: Any, server: Server):
     view, _ = opened(browser, server)
-    choose(view, encoded(picture(5, 400, 300)))
+    choose(view, encoded(random_image(5, 400, 300)))
     until(view, "document.querySelectorAll('.box').length > 0")
     view.focus("#score")
     view.keyboard.press("Home")
@@ -132,13 +138,17 @@ def test_the_slider_shows_more_or_fewer(browser: Any, server: Server):
     view.close()
 
 
-def test_all_can_be_done_by_keyboard(browser: Any, server: Server):
+def test_the_page_works_by_keyboard(browser: Any, server: Server):
     view, _ = opened(browser, server)
     view.keyboard.press("Tab")
     assert view.evaluate("document.activeElement.id") == "file"
     with view.expect_file_chooser() as chooser:
         view.keyboard.press("Space")
-    content = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": encoded(picture(5, 400, 300))}
+    content = {
+        "name": "a.jpg",
+        "mimeType": "image/jpeg",
+        "buffer": encoded(random_image(5, 400, 300)),
+    }
     chooser.value.set_files(content)
     until(view, "document.querySelectorAll('.box').length > 0")
     view.keyboard.press("Tab")
@@ -150,17 +160,17 @@ def test_all_can_be_done_by_keyboard(browser: Any, server: Server):
     view.close()
 
 
-def test_a_broken_picture_says_why_and_the_next_one_works(browser: Any, server: Server):
+def test_a_broken_image_shows_the_reason_and_the_next_one_works(browser: Any, server: Server):
     view, trouble = opened(browser, server)
-    content = encoded(picture(5, 400, 300))
+    content = encoded(random_image(5, 400, 300))
     choose(view, content[: len(content) // 2], "<i>cut</i>.jpg")
     until(view, "!document.getElementById('error').hidden")
-    told = view.inner_text("#error")
-    assert "<i>cut</i>.jpg" in told
-    assert "does not decode" in told
-    assert "422" in told
+    message = view.inner_text("#error")
+    assert "<i>cut</i>.jpg" in message
+    assert "does not decode" in message
+    assert "422" in message
     shot(view, "error")
-    choose(view, encoded(picture(5), "GIF"))
+    choose(view, encoded(random_image(5), "GIF"))
     until(view, "document.getElementById('error').textContent.includes('not a JPEG or PNG')")
     choose(view, content + bytes(400_000))
     until(view, "document.getElementById('error').textContent.includes('at most')")
@@ -171,7 +181,7 @@ def test_a_broken_picture_says_why_and_the_next_one_works(browser: Any, server: 
     view.close()
 
 
-def test_a_dropped_picture_is_taken_wherever_it_falls(browser: Any, server: Server):
+def test_an_image_can_be_dropped_anywhere(browser: Any, server: Server):
     view, _ = opened(browser, server)
     view.evaluate(
         "(bytes) => { const data = new DataTransfer();"
@@ -179,18 +189,20 @@ def test_a_dropped_picture_is_taken_wherever_it_falls(browser: Any, server: Serv
         " const fire = (name) => document.body.dispatchEvent("
         "  new DragEvent(name, { dataTransfer: data, bubbles: true, cancelable: true }));"
         " fire('dragover'); fire('drop'); }",
-        list(encoded(picture(5, 400, 300))),
+        list(encoded(random_image(5, 400, 300))),
     )
     until(view, "document.querySelectorAll('.box').length > 0")
     assert view.get_attribute("#shown img", "alt") == "dropped.jpg"
     view.close()
 
 
-def test_a_turned_photograph_is_shown_and_detected_upright(browser: Any, server: Server):
+def test_an_image_with_an_exif_orientation_is_shown_and_detected_upright(
+    browser: Any, server: Server
+):
     exif = Image.Exif()
     exif[0x0112] = 6
     view, _ = opened(browser, server)
-    choose(view, encoded(picture(5, 400, 300), exif=exif))
+    choose(view, encoded(random_image(5, 400, 300), exif=exif))
     until(view, "document.querySelectorAll('#shown img').length > 0")
     until(view, "document.getElementById('timing').textContent.includes('300 × 400')")
     assert view.evaluate("document.querySelector('#shown img').naturalWidth") == 300
@@ -198,13 +210,13 @@ def test_a_turned_photograph_is_shown_and_detected_upright(browser: Any, server:
     view.close()
 
 
-def test_a_service_with_a_token_asks_for_it(browser: Any, checkpoint: Path):
+def test_a_service_with_a_token_shows_the_field_for_it(browser: Any, checkpoint: Path):
     config = replace(CONFIG, token_sha256=token_hash(TOKEN))
     with running(FolderSource(checkpoint, "cpu"), config) as here:
         view, _ = opened(browser, here)
         until(view, "!document.getElementById('token-row').hidden")
         shot(view, "token")
-        choose(view, encoded(picture(5, 400, 300)))
+        choose(view, encoded(random_image(5, 400, 300)))
         until(view, "document.getElementById('error').textContent.includes('token')")
         view.fill("#token", TOKEN)
         view.press("#token", "Enter")

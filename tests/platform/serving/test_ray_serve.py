@@ -1,4 +1,4 @@
-"""The service on Ray Serve: a real cluster of its own, started and ended by the command."""
+"""The service on Ray Serve, on a cluster that the command starts and stops."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.platform.serving.serving_case import encoded, picture, tiny_checkpoint
+from tests.platform.serving.serving_case import encoded, random_image, tiny_checkpoint
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[3]
-WITHIN_S = 400  # it takes 25; minutes on a machine whose processors are taken
+WITHIN_S = 400  # it takes 25; minutes on a busy machine
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Running:
     port: int
     lines: list[str]
 
-    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    def request(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", body, {"Content-Type": "image/jpeg"}
         )
@@ -80,22 +80,22 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_pictures_are_answered_and_refused_as_without_ray(service: Running):
-    status, content = service.ask("/v1/detect?min_score=0", encoded(picture()))
+def test_images_are_processed_and_refused_as_without_ray(service: Running):
+    status, content = service.request("/v1/detect?min_score=0", encoded(random_image()))
     assert status == 200
     assert len(json.loads(content)["detections"]) > 1
-    status, content = service.ask("/v1/detect", encoded(picture())[:200])
+    status, content = service.request("/v1/detect", encoded(random_image())[:200])
     assert (status, json.loads(content)["error"]) == (422, "undecodable")
-    assert service.ask("/ready")[0] == 200
-    assert service.ask("/health")[0] == 200
-    assert service.ask("/")[0] == 200
-    assert json.loads(service.ask("/openapi.json")[1])["paths"]["/v1/detect"]
+    assert service.request("/ready")[0] == 200
+    assert service.request("/health")[0] == 200
+    assert service.request("/")[0] == 200
+    assert json.loads(service.request("/openapi.json")[1])["paths"]["/v1/detect"]
 
 
 def test_only_this_machine_can_reach_it(service: Running):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing; tells which address leads outwards
+            probe.connect(("192.0.2.1", 9))  # sends nothing; selects the address of this machine
             outward = probe.getsockname()[0]
         except OSError:
             pytest.skip("this machine has no other address")
@@ -103,16 +103,16 @@ def test_only_this_machine_can_reach_it(service: Running):
         socket.create_connection((outward, service.port), 5).close()
 
 
-def test_its_numbers_leave_through_rays_exporter(service: Running):
-    service.ask("/v1/detect", encoded(picture()))
+def test_rays_exporter_has_the_metrics(service: Running):
+    service.request("/v1/detect", encoded(random_image()))
     address = next(line.split()[1] for line in service.lines if line.startswith("metrics: "))
     wanted = "ray_deta_serving_requests_total"
     began_s, text = time.monotonic(), ""
-    while wanted not in text and time.monotonic() - began_s < 90:  # Ray tells every 10 s or so
+    while wanted not in text and time.monotonic() - began_s < 90:  # Ray exports about every 10 s
         with urllib.request.urlopen(address, timeout=30) as answer:
             text = answer.read().decode()
         time.sleep(1)
     for name in ("requests_total", "request_seconds_bucket", "phase_seconds_bucket",
                  "batch_size_bucket", "detections_bucket", "in_flight", "model_info"):  # fmt: skip
         assert f"ray_deta_serving_{name}" in text, name
-    assert service.ask("/metrics")[0] == 404
+    assert service.request("/metrics")[0] == 404

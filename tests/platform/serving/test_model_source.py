@@ -1,4 +1,4 @@
-"""A real registry, a real gate, a real server: promotions and a rollback while pictures come in."""
+"""A registry, its promotion gate and a server: promotions and a rollback under load."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deta.platform.registry.promote import rollback
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.model_source import model_source
 from tests.platform.registry.test_mlflow_registry import BASE, BETTER, World, world
-from tests.platform.serving.serving_case import encoded, picture, running
+from tests.platform.serving.serving_case import encoded, random_image, running
 
 __all__ = ["world"]  # the fixture
-WITHIN_S = 300  # it takes one or two; more where the processors are taken
+WITHIN_S = 300  # it takes one or two; longer on a busy machine
 
 
-def test_whoever_is_champion_answers_and_no_request_fails_in_between(world: World):
+def test_the_champion_is_served_and_no_request_fails_during_a_change(world: World):
     first = world.register("served", 11, BASE)
     better = world.register("served", 12, BETTER)
     world.promote("served", first)
@@ -27,14 +27,14 @@ def test_whoever_is_champion_answers_and_no_request_fails_in_between(world: Worl
     assert not fixed.moves
     assert source.current() == fixed.current()
 
-    content = encoded(picture(3, 96, 64))
+    content = encoded(random_image(3, 96, 64))
     statuses: Counter[int] = Counter()
     versions: list[str] = []
     done = threading.Event()
     config = ServingConfig(poll_s=0.2, answer_timeout_s=WITHIN_S)
     with running(source, config) as here, ThreadPoolExecutor(4) as clients:
 
-        def ask() -> None:
+        def send_requests() -> None:
             while not done.is_set():
                 status, answer = here.detect(content)
                 statuses[status] += 1
@@ -47,7 +47,7 @@ def test_whoever_is_champion_answers_and_no_request_fails_in_between(world: Worl
                 time.sleep(0.05)
 
         try:
-            asking = [clients.submit(ask) for _ in range(4)]
+            futures = [clients.submit(send_requests) for _ in range(4)]
             until(first)
             world.promote("served", better)
             until(better)
@@ -55,7 +55,7 @@ def test_whoever_is_champion_answers_and_no_request_fails_in_between(world: Worl
             until(first)
         finally:
             done.set()
-        for one in asking:
+        for one in futures:
             one.result()
     assert set(statuses) == {200}
     assert set(versions) == {str(first), str(better)}
