@@ -1,1 +1,1 @@
-"""Ray: driver, training worker, job submission, token, metrics export."""
+"""Training on a Ray cluster: driver, worker, job submission, token and metrics export."""

@@ -1,9 +1,9 @@
-"""Who may use a Ray cluster: whoever knows its token, and nobody else.
+"""The token of Ray clusters: who does not know it cannot use the cluster.
 
-Whoever reaches a Ray cluster without a token can run code on it as the one who started it: another
-account of the machine, another machine of the network, or a web page in a browser of this machine.
-So clusters that are started here always ask for a token and listen on loopback alone; and of one
-that is joined, it is said if it asks for none. The token is no encryption, and it has no roles.
+Without a token, everybody who reaches a Ray cluster can run code on it as its owner: another user
+of the machine, another machine in the network, or a web page in a browser on this machine. So
+clusters that are started here always require a token and listen on loopback only. If a cluster that
+is joined requires none, a warning is printed. The token is no encryption, and it has no roles.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LOOK_WITHIN_S = 5.0
+CHECK_WITHIN_S = 5.0
 OPEN_CLUSTER = (
-    "it asks for NO TOKEN, so whoever reaches it can run code on it, and read what runs pass to "
-    "it; start its nodes with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (docs/SAFETY.md)"
+    "it requires NO TOKEN, so everybody who reaches it can run code on it, and read what runs send "
+    "to it; start its nodes with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (docs/SAFETY.md)"
 )
 
 
 class OpenClusterError(RuntimeError):
-    """A cluster would be, or is, open to everybody."""
+    """A cluster is open to everybody, or would be."""
 
 
-def starts_a_cluster() -> bool:
-    """Whether this process is to start a cluster of its own, rather than to join one."""
+def starts_own_cluster() -> bool:
+    """Return whether this process starts its own cluster instead of joining one."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
-def set_rules_of_own_cluster() -> None:
-    """The variables that Ray reads when it is imported: ask for a token, listen on loopback."""
-    # By default it depends on what ran in this home before whether Ray asks for one.
+def configure_own_cluster() -> None:
+    """Set the variables that Ray reads when it is imported: require a token, use loopback."""
+    # Ray's default depends on whether a token exists in this home directory.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Not only there, in spite of its name: with 0, the address of a node is 127.0.0.1, and then all
-    # of its services listen there. Otherwise 11 of 13 sockets are open to the network, and the
-    # ports of its metrics ask for no token.
+    # In spite of its name this also works on Linux: with 0, the address of a node is 127.0.0.1, and
+    # all of its services listen there. Otherwise 11 of 13 sockets are open to the network, and the
+    # ports for metrics require no token.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # How torch's workers talk. By default it is where the name of this machine leads to.
+    # The interface of torch's workers. The default is the one that the host name resolves to.
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def make_private_token() -> None:
-    """See to it that there is a token which only its owner can read, for a cluster started here.
+def ensure_private_token() -> None:
+    """Ensure that a token exists that only its owner can read, for a cluster started here.
 
-    Where no variable names one, it is Ray's usual file, which all of Ray's commands find; and where
-    that exists, a plain `ray start --head` asks for a token, too.
+    If no variable names a token, it is in Ray's default file, where all of Ray's commands find it.
+    Once that file exists, a plain `ray start --head` requires a token too.
 
     Raises:
-        OpenClusterError: authentication is switched off, or others could read the token.
+        OpenClusterError: authentication is disabled, or others could read the token.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode != "token":
@@ -74,8 +74,8 @@ def make_private_token() -> None:
         _write_new(path)
     elif path.stat().st_mode & 0o077:  # as Ray writes it
         logger.warning(
-            "%s could be read by others until now; if others have accounts on this machine, end "
-            "your Ray clusters and delete it: a new one is made",
+            "%s could be read by others until now; if others have accounts on this machine, stop "
+            "your Ray clusters and delete it: a new one will be created",
             path,
         )
         path.chmod(0o600)
@@ -83,7 +83,7 @@ def make_private_token() -> None:
 
 
 def _write_new(path: Path) -> None:
-    """Complete or not at all: another process may be about to read it, or to make it."""
+    """Create the file atomically: another process may read it or create it at the same time."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -107,18 +107,18 @@ def _refuse_wide(path: Path) -> None:
             "or better write a new one"
         )
     if status.st_uid != os.getuid():
-        raise OpenClusterError(f"{path}: the token belongs to somebody else; use one of your own")
+        raise OpenClusterError(f"{path}: the token belongs to another user; use your own")
 
 
 def is_open(dashboard: str) -> bool:
-    """Whether the dashboard of a cluster, HOST:PORT or an address, takes jobs without a token.
+    """Return whether a cluster's dashboard, HOST:PORT or a URL, accepts jobs without a token.
 
-    False, too, where it does not answer from here.
+    The result is also False if the dashboard does not answer.
     """
     address = dashboard if "://" in dashboard else f"http://{dashboard}"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"{address}/api/jobs/", timeout=LOOK_WITHIN_S) as answer:
+        with direct.open(f"{address}/api/jobs/", timeout=CHECK_WITHIN_S) as answer:
             return answer.status == 200
     except (OSError, ValueError):  # HTTPError is an OSError: 401 or 403
         return False

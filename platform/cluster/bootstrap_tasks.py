@@ -1,7 +1,7 @@
-"""The paired bootstrap as Ray tasks: a map over chunks of resamples on all cores of a cluster.
+"""Runs the paired bootstrap as Ray tasks: a map over chunks of resamples on a cluster.
 
-Which task draws which resample does not matter: each is a function of the seed and its number, so
-any number of tasks, and none, give the same interval.
+Each resample is a function of the seed and its number. So the interval is the same for any number
+of tasks, and also without Ray.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from deta.platform.cluster.connection import connect  # before Ray: it sets its variables
+from deta.platform.cluster.connection import join_cluster  # before Ray: it sets its variables
 
 # isort: split
 import ray
@@ -21,19 +21,19 @@ from deta.platform.evaluation.paired_bootstrap import Chunk, MapLike
 
 @contextmanager
 def ray_tasks(echo: Callable[[str], None] | None = None) -> Iterator[MapLike]:
-    """A map for `paired_difference`, on the cluster that RAY_ADDRESS names or one started here.
+    """Yield a map for `paired_difference`, on the cluster of RAY_ADDRESS or one started here.
 
         with ray_tasks() as ray_map:
             found = paired_difference(truth, results_a, results_b, map=ray_map)
 
     Args:
-        echo: told a line about the cluster.
+        echo: receives a line about the cluster.
 
     Raises:
-        OpenClusterError: the cluster to be started would not ask for a token.
+        OpenClusterError: the cluster that would be started requires no token.
     """
     was_there = ray.is_initialized()
-    line = connect()
+    line = join_cluster()
     if echo is not None:
         echo(line)
     try:
@@ -46,7 +46,7 @@ def ray_tasks(echo: Callable[[str], None] | None = None) -> Iterator[MapLike]:
 def _ray_map(
     function: Callable[[Chunk], np.ndarray], chunks: Iterable[Chunk]
 ) -> Iterable[np.ndarray]:
-    """Like `map`. The function, which holds both match tables, travels to each node once."""
+    """Do what `map` does. The function, which has both match tables, is sent to each node once."""
     stored = ray.put(function)
     task = ray.remote(num_cpus=1, max_retries=3)(_call)
     return ray.get([task.remote(stored, chunk) for chunk in chunks])

@@ -1,8 +1,8 @@
-"""One attempt at a run on a Ray cluster: join it or start one, train, and say how it went.
+"""The Ray driver: joins or starts a cluster, trains on it once, and reports the outcome.
 
-The supervisor (`launch.py`) runs this as a process of its own, because losing a cluster can end
-the process that has joined it, from C++ and without an exception. Workers that are lost meanwhile
-are replaced by Ray, without the supervisor; all else ends the attempt.
+The supervisor (`launch/supervisor.py`) runs it as a separate process, because the loss of a cluster
+can end the process that has joined it, from C++ and without an exception. Ray replaces lost workers
+without the supervisor; every other failure ends the attempt.
 
     python -m deta.platform.cluster.driver FOLDER
 """
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from deta.platform.cluster.connection import ClusterTooSmallError, connect
+from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
 
 # First: it sets variables that Ray reads when it is imported.
 from deta.platform.system.atomic_write import write_json
@@ -27,25 +27,25 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deta.platform.checkpoint.local import newest_checkpoint
-from deta.platform.cluster.auth_token import OpenClusterError, starts_a_cluster
+from deta.platform.cluster.auth_token import OpenClusterError, starts_own_cluster
 from deta.platform.cluster.metrics_export import RunExport
-from deta.platform.cluster.reservations import give_back_reservations, note_reservation
+from deta.platform.cluster.reservations import release_reservations, save_reservation
 from deta.platform.cluster.train_worker import train_worker
 from deta.platform.run.config import RunConfig
 from deta.platform.run.dataset_snapshot import SnapshotError, read_run_snapshot
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.system.process_tree import ATTEMPT_MARK, kill_marked
 
-CONTROLLERS = 3  # of Ray; so many in a row without a new checkpoint end the attempt
-GIVE_BACK_S = 1.0  # it takes milliseconds
+MAX_CONTROLLERS = 3  # Ray controllers lost in a row without a new checkpoint; then the attempt ends
+RELEASE_WITHIN_S = 1.0  # it takes milliseconds
 
 
 class Trainer(TorchTrainer):
-    """Without Ray's manager of data sets, of which a run has none.
+    """A `TorchTrainer` without Ray's manager of data sets, which a run does not use.
 
-    That is a process more at each start of workers, for whose imports they wait where cores are
-    few: a second of fourteen on two cores. The method is Ray's own affair (2.60); where it is
-    called otherwise one day, the manager is back.
+    The manager is one more process at each start of workers, and its imports take one of fourteen
+    seconds on two cores. The method is private to Ray (2.60); if Ray renames it, the manager starts
+    again and nothing else changes.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -54,10 +54,10 @@ class Trainer(TorchTrainer):
 
 
 def check_resources(config: RunConfig) -> None:
-    """Refuse what the cluster can never give, instead of waiting for it for ever.
+    """Check that the cluster can provide the resources; without this, Ray would wait forever.
 
     Raises:
-        ClusterTooSmallError: says what it lacks.
+        ClusterTooSmallError: names what the cluster lacks.
     """
     available = ray.cluster_resources()
     cluster = config.cluster
@@ -72,21 +72,22 @@ def check_resources(config: RunConfig) -> None:
     ]
     if lacking:
         raise ClusterTooSmallError(
-            f"the run wants {num_workers} workers and so {' and '.join(lacking)} of the "
-            "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays: "
-            "workers accumulate), or set cluster.gpu=false to train on CPUs."
+            f"the run needs {num_workers} workers and therefore {' and '.join(lacking)} of the "
+            "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays "
+            "the same: workers accumulate), or set cluster.gpu=false to train on CPUs."
         )
 
 
-def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
-    """Train on the cluster that this process has joined, to the end.
+def fit_on_cluster(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
+    """Train on the cluster that this process has joined, until the run has ended.
 
     Args:
-        max_failures: so often Ray replaces workers that were lost; -1: as often as it happens.
-        callbacks: of Ray Train; a sweep follows the metrics with one.
+        max_failures: how often Ray may replace lost workers; -1 for any number of times.
+        callbacks: of Ray Train; a sweep uses one to follow the metrics.
 
     Raises:
-        ray.train.TrainingFailedError, ray.exceptions.RayActorError: workers, or Ray's controller.
+        ray.train.TrainingFailedError: workers failed too often.
+        ray.exceptions.RayActorError: Ray's controller was lost.
     """
     cluster = run.config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
@@ -95,8 +96,8 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
     num_workers: Any = cluster.num_workers
     if cluster.min_workers not in (None, cluster.num_workers):
         num_workers = (cluster.min_workers, cluster.num_workers)
-        # Only what Ray sees as free is asked for, so there is room at once, or Ray does not know
-        # yet that a node is gone, looks again after this long, and goes on with fewer.
+        # Ray requests only what it believes is free, so workers start at once; or Ray does not know
+        # yet that a node is lost, checks again after this time, and continues with fewer workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     trainer = Trainer(
         train_worker,
@@ -107,8 +108,8 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
             use_gpu=cluster.gpu,
             resources_per_worker=resources,
         ),
-        # A name of its own for each attempt: Ray would take an equal one for a resumption
-        # from its own records. The run's records are its checkpoints.
+        # Each attempt has a new name. With the same name Ray would resume from its own records, but
+        # a run resumes from its checkpoints.
         run_config=ray.train.RunConfig(
             name=f"{run.config.name}-{time.time_ns()}",
             storage_path=str(run.folder / "ray"),
@@ -116,35 +117,35 @@ def fit(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> N
             callbacks=callbacks,
         ),
     )
-    give_back_reservations(run.folder)
-    note_reservation(run.folder, trainer)
+    release_reservations(run.folder)
+    save_reservation(run.folder, trainer)
     with RunExport(run.folder, run.config.name):
         trainer.fit()
 
 
-def attempt(folder: Path) -> AttemptOutcome:
-    """Try; what comes of it in the run is in its journal and its checkpoints."""
+def run_attempt(folder: Path) -> AttemptOutcome:
+    """Train once and return the outcome; the results are in the run's journal and checkpoints."""
     try:
         run = read_run_snapshot(folder)
-        print(connect(), flush=True)
+        print(join_cluster(), flush=True)
     except (SnapshotError, OpenClusterError) as error:
         return AttemptOutcome("refused", str(error))
     except Exception as error:
-        # A cluster of our own that did not come up, on a busy machine say, is worth another try.
-        kind: Literal["unreachable", "lost"] = "lost" if starts_a_cluster() else "unreachable"
+        # If our own cluster did not start, for example on a busy machine, a retry may help.
+        kind: Literal["unreachable", "lost"] = "lost" if starts_own_cluster() else "unreachable"
         return AttemptOutcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)
         fruitless, reached = 0, _newest_step(run)
         while True:
             try:
-                fit(run, max_failures=-1)
+                fit_on_cluster(run, max_failures=-1)
                 return AttemptOutcome("ended")
             except ray.exceptions.RayActorError as error:  # the controller, not a worker
                 print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
                 before, reached = reached, _newest_step(run)
                 fruitless = 0 if reached > before else fruitless + 1
-                if fruitless == CONTROLLERS:
+                if fruitless == MAX_CONTROLLERS:
                     raise
     except ClusterTooSmallError as error:
         return AttemptOutcome("refused", str(error))
@@ -158,24 +159,24 @@ def _newest_step(run: Run) -> int:
 
 
 def _end_with_supervisor(folder: Path) -> None:
-    """The supervisor lets go of this process's input when it is to end, and when it dies.
+    """Exit when stdin closes: the supervisor closed it on purpose, or died.
 
-    A driver must not train on beside its successor, nor keep what it had reserved from others.
+    A driver must not train beside its successor, nor hold reservations that others need.
     """
     sys.stdin.buffer.read()
-    if ray.is_initialized() and not starts_a_cluster():
-        giving = threading.Thread(target=give_back_reservations, args=(folder,), daemon=True)
-        giving.start()
-        giving.join(GIVE_BACK_S)  # a cluster that is gone does not answer
+    if ray.is_initialized() and not starts_own_cluster():
+        releasing = threading.Thread(target=release_reservations, args=(folder,), daemon=True)
+        releasing.start()
+        releasing.join(RELEASE_WITHIN_S)  # a lost cluster does not answer
     kill_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
     os._exit(1)
 
 
 def main(folder: Path) -> None:
     threading.Thread(target=_end_with_supervisor, args=(folder,), daemon=True).start()
-    outcome = attempt(folder)
+    outcome = run_attempt(folder)
     write_json(folder / OUTCOME_FILE, vars(outcome))
-    # Leaving by the front door, Ray's library may wait for what is no longer there.
+    # Ray's atexit handlers can hang when the cluster is gone.
     sys.stdout.flush()
     os._exit(0)
 

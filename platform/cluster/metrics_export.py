@@ -1,7 +1,7 @@
-"""The numbers of platform/training/run_metrics.py on their way to Prometheus, through Ray.
+"""Exports the metrics of `training/run_metrics.py` to Prometheus, through Ray.
 
-Ray's agent on every node gathers what the node's processes set, and answers Prometheus. So nothing
-here opens a port, and a number outlives the process that set it by 20 s at most.
+Ray's agent on every node collects what the node's processes set, and serves it to Prometheus. So no
+port is opened here, and a value outlives the process that set it by 20 s at most.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from deta.platform.training.run_metrics import Metric, RunMeter
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 5.0  # twice while Ray sends once
+POLL_EVERY_S = 5.0  # Ray sends every 10 s
 
 
 class RayExport:
-    """Values of one run; see `metrics.Export`."""
+    """Exports the values of one run; an `Export` of `run_metrics.py`."""
 
     def __init__(self, run_name: str) -> None:
         self.run_name = run_name
@@ -51,7 +51,7 @@ class RayExport:
 
 
 class RunExport:
-    """Shows how a run stands while the context is open, from a thread of this process."""
+    """Exports the state of a run while the context is open, from a thread of this process."""
 
     def __init__(self, folder: Path, run_name: str) -> None:
         self._meter = RunMeter(folder, RayExport(run_name))
@@ -69,7 +69,7 @@ class RunExport:
         while True:
             try:
                 self._meter.poll()
-            except Exception:  # it shows a run, and must never end one
-                logger.exception("the run's numbers could not be shown; trying again")
-            if self._stop.wait(LOOK_EVERY_S):
+            except Exception:  # the export must never end a run
+                logger.exception("the run's metrics could not be exported; retrying")
+            if self._stop.wait(POLL_EVERY_S):
                 return

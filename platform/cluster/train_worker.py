@@ -1,4 +1,4 @@
-"""What each Ray Train worker does."""
+"""The function that each Ray Train worker runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deta.platform.training.run_metrics import WorkerMeter
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train as one of the workers of a Ray Train group, from the run's last checkpoint on."""
+    """Train as one worker of a Ray Train group, from the run's newest checkpoint on."""
     logging.basicConfig(level=logging.WARNING)
     context = ray.train.get_context()
     run: Run = ray.get(settings["run"])
@@ -32,7 +32,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         device = ray.train.torch.get_device()
         if device.type == "cuda":
-            # fp32 means fp32; bf16 is asked for by name.
+            # fp32 means exact fp32; bf16 is a separate setting.
             torch.backends.cuda.matmul.allow_tf32 = False
         worker = Worker(rank, context.get_world_size(), device)
         meter = WorkerMeter(RayExport(run.config.name), rank, on_gpu=device.type == "cuda")
@@ -43,15 +43,15 @@ def train_worker(settings: dict[str, Any]) -> None:
             is_preemption_announced=_is_preemption_announced,
             on_step=meter,
         )
-    except FencedOffError:  # another group has taken over; the run is its business
+    except FencedOffError:  # another worker group has taken over the run
         raise
     except Exception as error:
-        _note_failure(run.folder, rank, context.get_world_size(), error)
+        _write_failure(run.folder, rank, context.get_world_size(), error)
         raise
 
 
 def _report(metrics: dict[str, float]) -> None:
-    # Ray ranks by these and keeps them as JSON: a value that is not finite breaks its restart.
+    # Ray ranks by these and stores them as JSON: a value that is not finite breaks its restart.
     ray.train.report({name: value for name, value in metrics.items() if math.isfinite(value)})
 
 
@@ -59,16 +59,16 @@ def _is_preemption_announced() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def _note_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:
-    """For the supervisor, who may be on another machine and would not see Ray's exception."""
-    # What is wrong with the input, the configuration or the code comes again each time. What a
-    # worker raises when Ray has taken its group apart (a node goes, say) does not, of any type.
+def _write_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:
+    """Write the error for the supervisor, which may be on another machine and not see it."""
+    # Errors of the input, the configuration or the code repeat with every retry. An error of any
+    # type that a worker raises after Ray has ended its group (for example a lost node) does not.
     kinds = (ValueError, FloatingPointError, TypeError, KeyError, torch.OutOfMemoryError)
     is_alone = world_size > 1 and not dist.is_initialized()
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         message += "\nLower micro_batch_size; the total batch stays the same. --probe finds a size."
-    said = {
+    failure = {
         "rank": rank,
         "type": type(error).__name__,
         "message": message,
@@ -77,6 +77,6 @@ def _note_failure(folder: Path, rank: int, world_size: int, error: Exception) ->
     }
     try:
         (folder / FAILURES).mkdir(exist_ok=True)
-        write_json(folder / FAILURES / f"rank-{rank}.json", said)
-    except OSError:  # a full disk: Ray knows the error too
+        write_json(folder / FAILURES / f"rank-{rank}.json", failure)
+    except OSError:  # a full disk; Ray has the error too
         logging.getLogger(__name__).exception("the failure could not be written")

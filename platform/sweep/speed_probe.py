@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deta.platform.cluster.driver import fit
+from deta.platform.cluster.driver import fit_on_cluster
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run
@@ -74,7 +74,7 @@ def measure_speed(
     began_s = time.time()
     try:
         try:
-            fit(run, max_failures=0)
+            fit_on_cluster(run, max_failures=0)
         except Exception as error:
             why = last_failure(folder) or str(error)
             raise RuntimeError(f"the probe failed, as the trials would: {why}") from error

@@ -1,7 +1,7 @@
 """Train the trials of a search space or a study design on Ray Tune.
 
 Every trial is a separate training with its own workers and run folder, through the same
-`fit` as a single run. Ray Tune decides when a trial begins and, with ASHA, which one stops early.
+`fit_on_cluster` as a single run. Ray Tune decides when a trial begins and, with ASHA, which one stops early.
 All state is in the trials' folders and nowhere else (`scheduler.py`): a sweep that was
 killed reads them and creates a new Tuner for the rest, since a kill can corrupt Tune's own
 snapshots.
@@ -24,8 +24,8 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 # First: they set variables that Ray reads when it is imported.
-from deta.platform.cluster.connection import ClusterTooSmallError, connect
-from deta.platform.cluster.driver import check_resources, fit
+from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
+from deta.platform.cluster.driver import check_resources, fit_on_cluster
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # journals replace them
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is handled here
@@ -37,7 +37,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from deta.platform.cluster.reservations import give_back_reservations
+from deta.platform.cluster.reservations import release_reservations
 from deta.platform.launch.attempt_monitor import AttemptMonitor
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import CLEAN_EXIT, start_orphan_reaper
@@ -168,7 +168,7 @@ def _reaping_orphans(mark: str, folder: Path) -> Iterator[None]:
 
 def _join() -> str:
     try:
-        return connect()
+        return join_cluster()
     except Exception as error:
         raise RuntimeError(f"there is no Ray cluster: {error}") from error
 
@@ -260,7 +260,7 @@ def _train_trial(given: dict[str, Any], base: Run) -> None:
     began = AttemptMonitor(run, Console(run, lambda _: None))
     try:
         # A lost worker ends the attempt. Tune starts the next one and counts them.
-        fit(run, max_failures=0, callbacks=[TuneReportCallback()])
+        fit_on_cluster(run, max_failures=0, callbacks=[TuneReportCallback()])
     except Exception:
         failure = began.permanent_failure()
         if not failure:
@@ -408,7 +408,7 @@ class _TuneCallback(tune.Callback):
 
     def _release(self, trial: Any) -> None:
         """Cancel the reservation of a trial: Tune kills it, so it cannot do so itself."""
-        give_back_reservations(Path(trial.config["folder"]))
+        release_reservations(Path(trial.config["folder"]))
 
     @contextmanager
     def _recording_errors(self) -> Iterator[None]:

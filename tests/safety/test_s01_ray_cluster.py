@@ -24,11 +24,11 @@ from deta.platform.system.process_tree import ATTEMPT_MARK, marked_processes, ne
 pytestmark = pytest.mark.cluster
 
 LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
-# What a run does first, and no more; `connect` is all there is between it and the cluster.
+# What a run does first, and no more; `join_cluster` is all there is between it and the cluster.
 START = """
 import json, os, sys
-from deta.platform.cluster.connection import connect
-line = connect()
+from deta.platform.cluster.connection import join_cluster
+line = join_cluster()
 import ray
 print(json.dumps({
     "line": line,

@@ -14,9 +14,9 @@ import pytest
 
 from deta.platform.cluster.auth_token import (
     OpenClusterError,
+    ensure_private_token,
     is_open,
-    make_private_token,
-    starts_a_cluster,
+    starts_own_cluster,
 )
 from deta.platform.cluster.submit_job import ClusterError, _refuse_secrets
 
@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_new_token_is_random_and_for_its_owner_alone(home: Path):
     before = os.umask(0)
     try:
-        make_private_token()
+        ensure_private_token()
     finally:
         os.umask(before)
     path = home / ".ray" / "auth_token"
@@ -42,10 +42,10 @@ def test_a_new_token_is_random_and_for_its_owner_alone(home: Path):
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert sorted(path.parent.iterdir()) == [path]
-    make_private_token()
+    ensure_private_token()
     assert path.read_text() == first
     path.unlink()
-    make_private_token()
+    ensure_private_token()
     assert path.read_text() != first
 
 
@@ -57,7 +57,7 @@ def test_a_token_as_ray_leaves_it_becomes_private_and_is_told_of(
     path.write_text("a" * 64)
     path.chmod(0o644)
 
-    make_private_token()
+    ensure_private_token()
 
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -74,15 +74,15 @@ def test_a_named_token_that_others_can_read_is_refused(
     path.chmod(mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     with pytest.raises(OpenClusterError, match="chmod 600"):
-        make_private_token()
+        ensure_private_token()
     path.chmod(0o600)
-    make_private_token()
+    ensure_private_token()
 
 
 def test_a_cluster_of_ours_cannot_do_without(home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(OpenClusterError, match="RAY_AUTH_MODE=disabled"):
-        make_private_token()
+        ensure_private_token()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_rules_are_set_for_clusters_of_our_own_before_ray_is_imported(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert said.stdout.split() == (["token", "0"] if is_own else ["None", "None"])
-    assert starts_a_cluster() == bool(is_own)
+    assert starts_own_cluster() == bool(is_own)
 
 
 class Dashboard(BaseHTTPRequestHandler):

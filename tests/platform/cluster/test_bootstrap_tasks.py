@@ -1,4 +1,4 @@
-"""The bootstrap in Ray tasks gives the numbers of the bootstrap without."""
+"""The bootstrap in Ray tasks gives the same numbers as without Ray."""
 
 from __future__ import annotations
 

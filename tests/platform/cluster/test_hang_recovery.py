@@ -1,4 +1,4 @@
-"""A worker that stands still is ended and replaced within the attempt, on a real cluster."""
+"""A hung worker is killed and replaced within the attempt, on a real cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[3]
-STARTS_WITHIN_S = 300  # it takes 20, and minutes on a machine whose cores are all taken
+STARTS_WITHIN_S = 300  # it takes 20 s, or minutes if all cores are busy
 
 
 def test_a_worker_that_does_not_run_is_replaced_without_another_attempt(tmp_path: Path):
@@ -43,9 +43,9 @@ def test_a_worker_that_does_not_run_is_replaced_without_another_attempt(tmp_path
     with (tmp_path / "run.log").open("wb") as log:
         run = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        beat = folder / HEARTBEATS / "rank-1.json"
-        wait_for(lambda: steps(folder) >= 10 and beat.exists(), run)
-        victim = json.loads(beat.read_text())["pid"]
+        heartbeat = folder / HEARTBEATS / "rank-1.json"
+        wait_for(lambda: steps(folder) >= 10 and heartbeat.exists(), run)
+        victim = json.loads(heartbeat.read_text())["pid"]
         os.kill(victim, signal.SIGSTOP)
         wait_for(lambda: count(folder, "begin") == 2, run)
         reached = steps(folder)
@@ -73,7 +73,7 @@ def wait_for(condition, run: subprocess.Popen[bytes]) -> None:
 
 
 def steps(folder: Path) -> int:
-    """The last step of this start; before it has one, 0."""
+    """Return the last step of this start, or 0."""
     last = 0
     for event, _ in events(folder):
         if event["kind"] == "progress":

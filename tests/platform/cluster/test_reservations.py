@@ -1,4 +1,4 @@
-"""What an attempt that has ended had reserved keeps nobody waiting, on a real Ray cluster."""
+"""Reservations of ended attempts block nobody, on a real Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.conftest import RayCluster
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).resolve().parents[3]
-# What Ray's own controller does for a group that may grow and shrink, then is killed.
-ASK_AND_DIE = """
+# What Ray's own controller does for an elastic worker group before it is killed.
+REQUEST_AND_DIE = """
 import os, sys
 from pathlib import Path
 import ray
@@ -28,23 +28,23 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 )
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from deta.platform.cluster.reservations import note_reservation
+from deta.platform.cluster.reservations import save_reservation
 
 ray.init(log_to_driver=False)
-# Not CPUs, which tests before this one may have reserved.
+# Not CPUs, which earlier tests may have reserved.
 trainer = TorchTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=(1, 2)))
-note_reservation(Path(sys.argv[1]), trainer)
+save_reservation(Path(sys.argv[1]), trainer)
 ray.get(get_or_create_autoscaling_coordinator().request_resources.remote(
     requester_id=f"train-{trainer.train_run_context.run_id}",
     resources=[{"node:__internal_head__": 1}], expire_after_s=180,
 ))
 os._exit(1)
 """
-LOOK = """
+CHECK = """
 import json, sys
 from pathlib import Path
 import ray
-from deta.platform.cluster.reservations import give_back_reservations
+from deta.platform.cluster.reservations import release_reservations
 
 ray.init(log_to_driver=False)
 coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
@@ -57,7 +57,7 @@ def is_free(name):
     return bool(reserved)
 
 before = is_free("before")
-give_back_reservations(Path(sys.argv[1]))
+release_reservations(Path(sys.argv[1]))
 print(json.dumps([before, is_free("after")]))
 """
 HELD = """
@@ -75,15 +75,15 @@ print(json.dumps(ray.get([
 def test_the_next_attempt_finds_room_where_a_killed_one_had_reserved_it(
     ray_cluster: RayCluster, tmp_path: Path
 ):
-    killed = _python(ray_cluster, ASK_AND_DIE, tmp_path)
+    killed = _python(ray_cluster, REQUEST_AND_DIE, tmp_path)
     assert killed.returncode == 1, killed.stderr
-    assert len(noted(tmp_path)) == 1
+    assert len(saved_names(tmp_path)) == 1
 
-    looked = _python(ray_cluster, LOOK, tmp_path)
+    checked = _python(ray_cluster, CHECK, tmp_path)
 
-    assert looked.returncode == 0, looked.stderr
-    assert json.loads(looked.stdout.splitlines()[-1]) == [False, True]
-    assert noted(tmp_path) == []
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout.splitlines()[-1]) == [False, True]
+    assert saved_names(tmp_path) == []
 
 
 def test_a_run_that_is_stopped_leaves_nothing_reserved(ray_cluster: RayCluster, tmp_path: Path):
@@ -101,13 +101,13 @@ def test_a_run_that_is_stopped_leaves_nothing_reserved(ray_cluster: RayCluster, 
         subprocess.Popen(command, env=ray_cluster.env, stdout=log, stderr=log) as run,
     ):
         try:
-            # It takes about 20 s, and three minutes where a test before this one left something.
+            # It takes about 20 s, or three minutes if an earlier test left a reservation.
             deadline_s = time.monotonic() + 400
             held: list[dict[str, dict[str, float]]] = []
             while not (held and held[0]) and time.monotonic() < deadline_s and run.poll() is None:
                 time.sleep(0.5)
                 if "progress" in kinds(tmp_path / "stopped"):
-                    names = noted(tmp_path / "stopped")
+                    names = saved_names(tmp_path / "stopped")
                     held = json.loads(_python(ray_cluster, HELD, tmp_path, *names).stdout)
         finally:
             run.send_signal(signal.SIGTERM)
@@ -120,14 +120,14 @@ def test_a_run_that_is_stopped_leaves_nothing_reserved(ray_cluster: RayCluster, 
 
     assert left.returncode == 0, left.stderr
     assert json.loads(left.stdout) == [{}]
-    assert noted(tmp_path / "stopped") == []
+    assert saved_names(tmp_path / "stopped") == []
 
 
 def kinds(folder: Path) -> set[str]:
     return {event["kind"] for event, _ in read_events(folder)} if folder.is_dir() else set()
 
 
-def noted(folder: Path) -> list[str]:
+def saved_names(folder: Path) -> list[str]:
     return json.loads((folder / "reservations.json").read_text(encoding="utf-8"))["requesters"]
 
 

@@ -1,4 +1,4 @@
-"""Jobs: what travels, where to, and how they end; on a real Ray cluster of one node."""
+"""Jobs on a real Ray cluster of one node: what is sent, where to, and how they end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("ray")
 
 from deta.platform.cluster import submit_job as submit
-from deta.platform.cluster.submit_job import Project, cluster_address, job_environment, project_root
+from deta.platform.cluster.submit_job import cluster_address
 
 pytestmark = pytest.mark.cluster
 
@@ -53,9 +53,10 @@ time.sleep(120)
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project like this one: rooms behind links, a repository, and much that must stay."""
+    """A project like this one: links, a git repository, and files that must not be sent."""
     root = tmp_path_factory.mktemp("project")
     (root / "deta").mkdir()
+    shutil.copy(ROOT / "deta" / "__init__.py", root / "deta")
     for room in ("platform", "jobs"):
         shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
         (root / "deta" / room).symlink_to(f"../{room}")
@@ -73,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(SECRET, encoding="utf-8")
-    with (root / "platform" / "order.py").open("a", encoding="utf-8") as file:
+    with (root / "platform" / "data" / "sample_order.py").open("a", encoding="utf-8") as file:
         file.write('\nEDITED = "after the commit"\n')
     return root
 
@@ -127,17 +128,20 @@ def test_the_edited_copy_is_what_runs(report: dict, project: Path):
     assert report["edited"] == "after the commit"
 
 
-def test_nothing_private_or_ignored_travels(report: dict, project: Path):
-    expected = {".gitignore", "pyproject.toml"}
-    for room in ("platform", "jobs"):
-        names = [path.name for path in (project / room).glob("*.py")]
-        expected |= {f"{room}/{name}" for name in names}
-        expected |= {f"deta/{room}/{name}" for name in names}
-    # What Python writes when it runs the copy did not travel.
+def test_nothing_private_or_ignored_is_sent(report: dict, project: Path):
+    expected = {".gitignore", "pyproject.toml", "deta/__init__.py"}
+    for part in ("platform", "jobs"):
+        names = [
+            path.relative_to(project).as_posix()
+            for path in (project / part).rglob("*")
+            if path.is_file() and not {"__pycache__", "cached"} & set(path.parts)
+        ]
+        expected |= {*names, *(f"deta/{name}" for name in names)}
+    # The Python of the job has written its own __pycache__ into the copy.
     assert {name for name in report["files"] if "__pycache__" not in name} == expected
 
 
-def test_the_job_knows_commit_and_mlflow_but_no_one_shows_the_password(
+def test_the_job_gets_commit_and_mlflow_but_the_password_is_not_printed(
     report: dict, ended: subprocess.CompletedProcess[str], project: Path
 ):
     variables = report["variables"]
@@ -171,7 +175,7 @@ def test_ctrl_c_leaves_the_job_running_and_a_stop_lets_it_end(project: Path, ray
     assert process.returncode == 130
     assert "Traceback" not in notes
 
-    # What it says to type is what works.
+    # The commands that it prints work.
     stop = next(line for line in notes.splitlines() if line.strip().startswith("stop:"))
     command = stop.partition(":")[2].strip() + " --no-wait"
     subprocess.run(command, shell=True, env=env, check=True, capture_output=True, timeout=240)
@@ -189,7 +193,7 @@ def test_a_stopped_job_ends_with_143_and_no_wait_prints_its_id_alone(project: Pa
         [*DETA, "submit", "--stop-on-interrupt", "jobs/wait.py"],
         cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    # Meanwhile another one, that nobody waits for.
+    # Meanwhile another job, without waiting for it.
     quick = deta_submit("--no-wait", "jobs/probe.py", cwd=project, env=env)
     assert quick.returncode == 0, quick.stderr
     assert quick.stdout.startswith("raysubmit_")
@@ -208,7 +212,7 @@ def test_a_stopped_job_ends_with_143_and_no_wait_prints_its_id_alone(project: Pa
     [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}],
     ids=["wrong token", "no token"],
 )
-def test_a_wrong_token_is_said_with_what_to_set(project: Path, ray_cluster, wrong: dict[str, str]):
+def test_a_wrong_token_is_reported_with_a_remedy(project: Path, ray_cluster, wrong: dict[str, str]):
     env = ray_cluster.env | {"PYTHONPATH": str(ROOT)} | wrong
     refused = deta_submit("jobs/probe.py", cwd=project, env=env)
 
@@ -224,7 +228,7 @@ def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch: pytest.Monk
     answers = iter([None, None, "raysubmit_x"])
     assert submit._wait_for(lambda: next(answers), "http://a:1") == "raysubmit_x"
     monkeypatch.setattr(submit, "READY_WITHIN_S", 0.0)
-    with pytest.raises(submit.ClusterError, match="takes no job"):
+    with pytest.raises(submit.ClusterError, match="accepted no job"):
         submit._wait_for(lambda: None, "http://a:1")
 
 
@@ -249,58 +253,13 @@ def test_rays_own_command_works_with_a_working_dir(ray_cluster):
         (None, {}, "http://127.0.0.1:8265"),
     ],
 )
-def test_the_nearest_word_on_the_address_counts(
+def test_the_most_specific_address_counts(
     given: str | None, environment: dict[str, str], expected: str
 ):
     assert cluster_address(given, environment) == expected
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5:6379", "ray://10.0.0.5:10001"])
-def test_an_address_that_takes_no_jobs_is_refused_instead_of_guessed(address: str):
+def test_an_address_that_accepts_no_jobs_is_refused_instead_of_guessed(address: str):
     with pytest.raises(ValueError, match="RAY_API_SERVER_ADDRESS"):
         cluster_address(None, {"RAY_ADDRESS": address})
-
-
-def test_the_project_is_the_nearest_folder_that_looks_like_one(tmp_path: Path):
-    script = tmp_path / "outer" / "inner" / "jobs" / "x.py"
-    script.parent.mkdir(parents=True)
-    script.touch()
-    (tmp_path / "outer" / ".git").mkdir()
-    assert project_root(script) == tmp_path / "outer"
-    (tmp_path / "outer" / "inner" / "pyproject.toml").touch()
-    assert project_root(script) == tmp_path / "outer" / "inner"
-    with pytest.raises(ValueError, match="would not travel"):
-        Project.holding(script, tmp_path / "elsewhere")
-
-
-def test_a_project_too_big_to_send_is_refused_by_its_largest_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(submit, "MAX_UPLOAD_BYTES", 10_000)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.jpg").write_bytes(bytes(20_000))
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "job.py").touch()
-    (project / "pictures").symlink_to(tmp_path / "elsewhere")  # Ray would follow it
-    with pytest.raises(ValueError, match=r"pictures.*\.gitignore"):
-        Project.holding(project / "job.py")
-    (project / ".rayignore").write_text("pictures\n", encoding="utf-8")
-    assert Project.holding(project / "job.py").num_files == 2
-
-
-def test_a_token_inside_the_project_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("job.py", "my_token"):
-        (tmp_path / name).touch()
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "my_token"))
-    assert Project.holding(tmp_path / "job.py").num_files == 1
-
-
-@pytest.mark.parametrize(
-    "uri", ["http://mlflow:5000", "sqlite:////shared/mlflow.db", "/shared/runs"]
-)
-def test_a_complete_mlflow_address_is_passed_on_as_it_is(uri: str, tmp_path: Path):
-    found = job_environment(tmp_path, {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": "not ours"})
-    assert found["MLFLOW_TRACKING_URI"] == uri
-    assert "MLFLOW_RUN_ID" not in found

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from deta.platform.launch import start_run, supervisor
+from deta.platform.launch import supervisor
 from deta.platform.launch.attempt import RunFailedError
 from deta.platform.launch.console import Console
 from deta.platform.launch.run_events import RunEvents, resume_point
 from deta.platform.launch.supervisor import Supervisor
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import STOP_FILE, AttemptOutcome, Run
-from deta.platform.run.run_file import RunExistsError
 from deta.platform.tracking.upload_process import UploadState
 from tests.platform.launch.tiny_splits import DATA, make_run, write_split
 
@@ -182,18 +181,3 @@ def test_a_run_that_was_taken_over_gets_no_end(world: World):
     events.log_end("FAILED", "x", 0.5)
     assert world.events("ended")[0]["goodput"] == 0.5
     assert resume_point(world.run) == "the beginning"
-
-
-def test_a_preview_that_fails_frees_the_name(tmp_path: Path, run: Run):
-    run.folder.rmdir()
-
-    def preview(run: Run) -> None:
-        assert run.folder.is_dir()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        start_run.launch_prepared(run, preview=preview, echo=lambda line: None)
-    assert not run.folder.exists()
-    run.folder.mkdir()
-    with pytest.raises(RunExistsError, match="exists already"):
-        start_run.launch_prepared(run, preview=preview, echo=lambda line: None)
