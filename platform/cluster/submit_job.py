@@ -93,6 +93,17 @@ def submit_job(
         print(job_id, flush=True)
         return 0
     echo(f"job:     {job_id}")
+    return _follow_to_end(client, job_id, address, stop_on_interrupt, echo)
+
+
+def _follow_to_end(
+    client: JobSubmissionClient,
+    job_id: str,
+    address: str,
+    stop_on_interrupt: bool,
+    echo: Callable[[str], None],
+) -> int:
+    """Print the job's output, and return the exit code that `submit_job` describes."""
     try:
         return _exit_code(_follow(client, job_id), echo)
     except KeyboardInterrupt:

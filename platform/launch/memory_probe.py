@@ -229,14 +229,16 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
 
 
 def free_bytes(device: str, num_workers: int) -> int:
-    """What one worker may use: all that is free of a GPU; or its part of this machine's memory."""
+    """Return the free memory for one worker: that of a GPU, or its share of this machine's."""
     if device == "cuda":
-        # Asked for elsewhere: whoever asks keeps a part of the GPU, and this process lives on.
+        # In a separate process: the query creates a CUDA context, which holds memory until exit.
         code = "import torch; print(torch.cuda.mem_get_info(0)[0])"
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if asked.returncode != 0:
-            raise RuntimeError(f"the GPU did not tell its memory:\n{asked.stderr[-2000:]}")
-        return int(asked.stdout)
+        query = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if query.returncode != 0:
+            raise RuntimeError(
+                f"the free memory of the GPU could not be read:\n{query.stderr[-2000:]}"
+            )
+        return int(query.stdout)
     free = available_bytes(Path("/proc/meminfo").read_text(encoding="utf-8"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing here is stored as one
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing here is stored as a pickle
 
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -53,7 +53,7 @@ PARAMS_PER_CALL = 100  # limit of MLflow's REST interface
 MAX_PARAM_CHARACTERS, MAX_TAG_CHARACTERS = 6000, 4000
 TIMEOUT_S, MAX_TIMEOUT_S, LAST_TIMEOUT_S = 5, 20, 3  # of one call; longer if MLflow is slow
 FILE_TIMEOUT_S = 60
-MAX_MASKED_BYTES = 2_000_000
+MAX_REDACTED_BYTES = 2_000_000
 TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
 HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
 DEAD_AFTER_S = 120.0
@@ -68,7 +68,7 @@ class MlflowStore:
         self.uri, self.shown_uri = uri, redact(uri)
         self.call_s = 0.0
         self._client: MlflowClient | None = None
-        self._timeout_s, self._is_in_a_hurry = TIMEOUT_S, False
+        self._timeout_s, self._is_final = TIMEOUT_S, False
 
     def open(
         self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
@@ -190,7 +190,7 @@ class MlflowStore:
         """Send a file; redact secrets if it is text."""
         client = self._connect()
         with tempfile.TemporaryDirectory(prefix="deta-") as clean:
-            if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_MASKED_BYTES:
+            if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_REDACTED_BYTES:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 path = Path(clean) / path.name
                 path.write_text(redact(text), encoding="utf-8")
@@ -218,7 +218,7 @@ class MlflowStore:
 
     def shorten_timeouts(self) -> None:
         """Use short timeouts from now on, because little time is left."""
-        self._is_in_a_hurry = True
+        self._is_final = True
 
     def find_running(self, experiment: str) -> list[Run]:
         """Return the runs of an experiment that have the status RUNNING in MLflow."""
@@ -247,7 +247,7 @@ class MlflowStore:
     ) -> T:
         """Call MLflow, and adapt the timeout to how fast it answers."""
         timeout_s = max(self._timeout_s, at_least_s)
-        if self._is_in_a_hurry:
+        if self._is_final:
             timeout_s = LAST_TIMEOUT_S
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout_s)  # MLflow reads it at each call
         began_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""A real MLflow server behind a proxy that fails for real: every row arrives, and arrives once."""
+"""A real MLflow server behind a failing proxy: every row arrives exactly once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mlflow.entities import Run
 import deta.platform.tracking.mlflow_store as tracking
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import write_run_file
+from deta.platform.tracking.follower import Follower
 from deta.platform.tracking.mlflow_store import MlflowStore, reap
 from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent, metric_name, read_record
 from deta.platform.tracking.upload_process import (
@@ -31,7 +32,7 @@ from deta.platform.tracking.upload_process import (
     read_upload_state,
     start_uploader,
 )
-from deta.platform.tracking.uploader import BusyError, Follower, RunUploader
+from deta.platform.tracking.uploader import BusyError, RunUploader
 
 BEST_FILES = ("model.safetensors", "config.json", "state.json")
 
@@ -68,7 +69,7 @@ class Server:
 
 
 class Proxy:
-    """Stands before the server: lets requests through, or fails as networks and servers fail."""
+    """A proxy before the server: forwards requests, or fails as networks and servers do."""
 
     def __init__(self, upstream: int) -> None:
         self.upstream, self.port = upstream, free_port()
@@ -103,20 +104,22 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         if self.mode == "black_hole":
-            self.held.append(client)  # taken, and never a word
+            self.held.append(client)  # accepted, but never answered
             return
         with client:
             try:
                 request = read_request(client)
                 time.sleep(self.latency_s)
                 dice = self.random.random() if self.mode == "failing" else 1.0
-                if dice < 0.25:  # refused before it was done
+                if dice < 0.25:  # refused before it was processed
                     client.sendall(answer(500))
                     return
                 with socket.create_connection(("127.0.0.1", self.upstream), timeout=30) as server:
                     server.sendall(request)
                     reply = b"".join(iter(lambda: server.recv(65536), b""))
-                client.sendall(answer(503) if dice < 0.5 else reply)  # done, and denied
+                client.sendall(
+                    answer(503) if dice < 0.5 else reply
+                )  # processed, but reported as failed
             except OSError:
                 return
 
@@ -196,7 +199,7 @@ def new_run(folder: Path, **changes: Any) -> Path:
 
 
 def train(journal: Journal, first: int, last: int, every: int = 1) -> None:
-    """Events as training writes them; redone steps come with other times and values."""
+    """Write events as training does; repeated steps have other times and values."""
     journal.write("begin", step=first, num_steps=last, world_size=2)
     for step in range(first + 1, last + 1):
         if step % every == 0:
@@ -213,7 +216,7 @@ def end(journal: Journal, status: str = "FINISHED", reason: str = "") -> None:
 
 
 def upload(folder: Path, uri: str, within_s: float = 60.0) -> RunUploader:
-    """Until all is there, trying again at once."""
+    """Send until everything is there; retry at once."""
     uploader = RunUploader(folder, MlflowStore(uri))
     deadline_s = time.monotonic() + within_s
     while True:
@@ -234,7 +237,7 @@ def runs_of(client: MlflowClient, folder: Path) -> list[Run]:
 
 
 def require_every_row_once(client: MlflowClient, folder: Path) -> Run:
-    """MLflow has what the journal says: of a step done again, what was said first."""
+    """Check that MLflow has the values of the journal; for repeated steps, the first ones."""
     (run,) = runs_of(client, folder)
     expected: dict[str, dict[int, float]] = {}
     for event, _ in read_events(folder):
@@ -253,7 +256,7 @@ def require_every_row_once(client: MlflowClient, folder: Path) -> Run:
     return run
 
 
-def test_a_run_is_described_measured_pictured_and_ended(
+def test_parameters_metrics_images_and_status_arrive(
     server: Server, client: MlflowClient, proxy: Proxy, folder: Path
 ):
     best = "checkpoints/step-00000040"
@@ -292,7 +295,7 @@ def test_a_run_is_described_measured_pictured_and_ended(
     assert [json.loads(x)["image_id"] for x in Path(local).read_text().splitlines()] == [5, 9]
 
 
-def test_steps_done_again_are_not_sent_again_even_if_the_record_is_lost(
+def test_repeated_steps_are_not_sent_again_even_if_the_record_is_lost(
     client: MlflowClient, proxy: Proxy, folder: Path
 ):
     journal = Journal(folder)
@@ -342,7 +345,7 @@ def test_a_black_hole_costs_ten_seconds_at_the_end_and_no_row(
     assert require_every_row_once(client, folder).info.status == "KILLED"
 
 
-def test_half_of_all_answers_being_errors_loses_and_doubles_nothing(
+def test_errors_in_half_of_all_answers_lose_and_duplicate_nothing(
     client: MlflowClient, proxy: Proxy, folder: Path
 ):
     journal = Journal(folder)
@@ -398,7 +401,7 @@ def test_a_server_killed_in_the_middle_gets_the_rest_when_it_is_back(
 def test_an_uploader_killed_at_any_moment_makes_no_second_run_and_no_second_row(
     client: MlflowClient, proxy: Proxy, folder: Path
 ):
-    """A child is killed, so that importing MLflow takes none of the time."""
+    """The uploader runs in a fork, so that the import of MLflow takes none of the time."""
     journal = Journal(folder)
     random.seed(1)
     for kill in range(12):
@@ -417,7 +420,7 @@ def test_an_uploader_killed_at_any_moment_makes_no_second_run_and_no_second_row(
     require_every_row_once(client, folder)
 
 
-def test_a_run_made_twice_by_a_lost_answer_is_one_again(
+def test_a_run_created_twice_after_a_lost_answer_becomes_one(
     client: MlflowClient, proxy: Proxy, folder: Path
 ):
     store = MlflowStore(proxy.uri)
@@ -558,7 +561,7 @@ def test_no_planted_secret_reaches_mlflow(
         assert not [k for k, canary in canaries.items() if canary.encode() in content], path
 
 
-def test_the_reaper_marks_what_is_silent_and_not_here(
+def test_runs_without_heartbeat_and_folder_are_marked_killed(
     client: MlflowClient, proxy: Proxy, tmp_path: Path
 ):
     folders = {name: new_run(tmp_path / name) for name in ("gone", "here", "beating", "silent")}
@@ -586,7 +589,7 @@ def test_the_reaper_marks_what_is_silent_and_not_here(
      ("AP_of_class/a//b", False), ("AP_of_class/100 %", False), ("AP_of_class/人", True),
      ("x" * 400, False)],
 )  # fmt: skip
-def test_names_of_classes_are_names_of_metrics(name: str, kept: bool):
+def test_class_names_become_valid_metric_names(name: str, kept: bool):
     changed = metric_name(name)
     assert (changed == name) is kept
     assert len(changed) <= 250
@@ -600,5 +603,5 @@ def wait_for(condition: Callable[[], bool], within_s: float) -> None:
         time.sleep(0.05)
 
 
-def test_a_state_that_is_not_there_is_no_error(tmp_path: Path):
+def test_a_missing_state_is_no_error(tmp_path: Path):
     assert read_upload_state(tmp_path) == UploadState()

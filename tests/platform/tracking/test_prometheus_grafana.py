@@ -1,4 +1,4 @@
-"""Prometheus and Grafana beside the runs: what is scraped, who may look, what is missing."""
+"""Prometheus and Grafana: what is scraped, who has access, and what happens if one is missing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def session(ray: Path, name: str, content: str, age_s: float = 0.0) -> Path:
 TARGET = json.dumps([{"labels": {"job": "ray"}, "targets": ["127.0.0.1:1"]}])
 
 
-def test_clusters_that_are_alive_are_followed_and_others_forgotten(tmp_path: Path):
+def test_running_clusters_are_followed_and_ended_ones_removed(tmp_path: Path):
     ray, targets = tmp_path / "ray", tmp_path / "targets"
     targets.mkdir()
     alive = session(ray, "session_1", TARGET)
@@ -79,7 +79,7 @@ def test_clusters_that_are_alive_are_followed_and_others_forgotten(tmp_path: Pat
     assert [path.name for path in targets.glob("*")] == ["own.json"]
 
 
-def test_a_list_that_changes_is_taken_over(tmp_path: Path):
+def test_a_changed_list_is_copied(tmp_path: Path):
     follower = SessionFollower(tmp_path / "targets", [tmp_path / "ray"])
     (tmp_path / "targets").mkdir()
     path = session(tmp_path / "ray", "session_1", TARGET)
@@ -90,7 +90,7 @@ def test_a_list_that_changes_is_taken_over(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_what_other_users_put_into_tmp_is_not_scraped(tmp_path: Path):
+def test_files_of_other_users_in_tmp_are_not_scraped(tmp_path: Path):
     path = session(tmp_path / "ray", "session_1", TARGET)
     os.chown(path, 65534, 65534)
     (tmp_path / "targets").mkdir()
@@ -105,7 +105,7 @@ def test_prometheus_reads_the_folder_beside_its_configuration(tmp_path: Path):
     assert (tmp_path / "state" / TARGETS).is_dir()
 
 
-def test_grafana_asks_for_a_password_that_only_its_owner_can_read(tmp_path: Path):
+def test_grafana_requires_a_password_that_only_its_owner_can_read(tmp_path: Path):
     folder = tmp_path / "grafana"
     path = write_grafana_config(folder, port=3456)
     config = configparser.ConfigParser(interpolation=None)
@@ -125,7 +125,7 @@ def test_grafana_asks_for_a_password_that_only_its_owner_can_read(tmp_path: Path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_the_password_stays_and_is_closed_where_somebody_opened_it(tmp_path: Path):
+def test_the_password_stays_and_becomes_private_again(tmp_path: Path):
     write_grafana_config(tmp_path / "grafana")
     secret = tmp_path / "grafana" / "admin-password"
     word = secret.read_text()
@@ -135,7 +135,7 @@ def test_the_password_stays_and_is_closed_where_somebody_opened_it(tmp_path: Pat
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
 
 
-def test_programs_that_are_missing_say_where_to_get_them(
+def test_a_missing_program_is_reported_with_where_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -151,7 +151,7 @@ def test_programs_that_are_missing_say_where_to_get_them(
 
 
 def listening(port: int) -> set[str]:
-    """Addresses that something listens at, of this port, as the kernel writes them."""
+    """Return the addresses of this port that something listens on, as the kernel writes them."""
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
@@ -164,7 +164,7 @@ def listening(port: int) -> set[str]:
     }
 
 
-def test_prometheus_answers_this_machine_alone(prometheus: Server):
+def test_prometheus_listens_on_loopback_only(prometheus: Server):
     port = int(prometheus.url.rpartition(":")[2])
     assert listening(port) == {"0100007F"}
 
@@ -189,7 +189,7 @@ def test_nothing_is_deleted_or_stopped_through_prometheus(prometheus: Server):
             urllib.request.urlopen(request, timeout=20)
 
 
-def test_a_port_that_is_taken_is_told(prometheus: Server, tmp_path: Path):
+def test_a_taken_port_is_reported(prometheus: Server, tmp_path: Path):
     write_prometheus_config(tmp_path)
     with pytest.raises(ChildServerError, match="choose another port"):
         start_prometheus(tmp_path, port=int(prometheus.url.rpartition(":")[2]))
