@@ -1,8 +1,8 @@
-"""Compiles the kernels of the operator, and nothing else; pyproject.toml has the rest.
+"""Compile the kernels of the operator; everything else is in pyproject.toml.
 
-Needs no PyTorch: the kernels are plain C functions, so one wheel serves every version of PyTorch
-and Python. The CPU's need a C++ compiler, CUDA's need nvcc and no GPU. What cannot be compiled is
-left out with a warning that says what the operator will run on instead.
+This needs no PyTorch: the kernels are plain C functions, so one wheel serves every version of
+PyTorch and Python. The CPU kernels need a C++ compiler; the CUDA kernels need nvcc but no GPU.
+Kernels that cannot be compiled are omitted with a warning, which names the fallback.
 """
 
 import os
@@ -18,15 +18,15 @@ from setuptools.command.build_ext import build_ext
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-fopenmp-simd", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
-# The base version is linked first: of library functions that all versions contain the linker keeps
-# the first, and that one must run on every processor.
+# The base version is linked first: if all versions contain a library function, the linker takes the
+# first one, which must run on every processor.
 INSTRUCTION_SETS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     INSTRUCTION_SETS["avx512"] += ["-mprefer-vector-width=512"]
 
-# A100, H100 and H200, and PTX that the driver compiles for whatever comes after.
+# A100, H100 and H200, and PTX that the driver compiles for later devices.
 CUDA_FLAGS = ["-O3", "-std=c++17", "--threads", "2", "-shared", "-cudart", "static"]
 CUDA_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90"]
 CUDA_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
@@ -34,7 +34,7 @@ CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def find_nvcc() -> str | None:
-    """CUDA_HOME's, then that of the usual place, then whatever is on the path."""
+    """Return nvcc from CUDA_HOME, else from the default folder, else from the PATH."""
     for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if home and (Path(home) / "bin" / "nvcc").is_file():
             return str(Path(home) / "bin" / "nvcc")
@@ -42,10 +42,10 @@ def find_nvcc() -> str | None:
 
 
 class BuildKernels(build_ext):
-    """`cpu.so`, its source compiled once for each instruction set, and `cuda.so`."""
+    """Builds `cpu.so`, with its source compiled once per instruction set, and `cuda.so`."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", "/") + ".so"  # belongs to no version of Python
+        return fullname.replace(".", "/") + ".so"  # independent of Python's version
 
     def build_extension(self, extension: Extension) -> None:
         library = Path(self.get_ext_fullpath(extension.name))
@@ -53,7 +53,9 @@ class BuildKernels(build_ext):
         if extension.name.endswith(".cuda"):
             nvcc = find_nvcc()
             if nvcc is None:
-                self.announce("no nvcc (CUDA_HOME names none): no CUDA kernels compiled", level=2)
+                self.announce(
+                    "nvcc not found (set CUDA_HOME): CUDA kernels are not compiled", level=2
+                )
                 return
             self._try(
                 lambda: self._run([nvcc, *CUDA_FLAGS, *extension.sources, "-o", str(library)]),
@@ -88,7 +90,7 @@ class BuildKernels(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
                 f"{what} of deta.ops were not compiled ({error}); the operator will run on "
-                f"{instead}. `python -m deta.ops` shows what is there."
+                f"{instead}. `python -m deta.ops` shows which kernels are built."
             )
 
     def _run(self, command: list[str]) -> None:
@@ -97,7 +99,7 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for this kind of machine and any version of Python."""
+    """A wheel for this platform and any version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -1,4 +1,4 @@
-"""`python -m deta.ops`: what is built, whether it computes what it should, and how fast it is."""
+"""`python -m deta.ops`: show which kernels are built, check their results, and time them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def self_test(device: torch.device) -> bool:
-    """All four kernels on a small image, against the plain ones in float64."""
+    """Check all four kernels on a small image, against the plain ones in float64."""
     work = make_workload("encoder", (120, 200), images=2)
     locations, weights = work.prepare()
     kernels = kernels_for(device.type)
@@ -59,17 +59,17 @@ def self_test(device: torch.device) -> bool:
             )
             for ours, theirs in zip(found, expected, strict=True):
                 worst = max(worst, difference(ours.cpu().double(), theirs))
-        verdict = "ok" if worst <= tolerance else f"WRONG, more than {tolerance}"
+        verdict = "ok" if worst <= tolerance else f"WRONG, above {tolerance}"
         passed &= worst <= tolerance
-        print(f"  {str(dtype).removeprefix('torch.'):<9} off by {worst:.1e} at most: {verdict}")
+        print(f"  {str(dtype).removeprefix('torch.'):<9} largest error {worst:.1e}: {verdict}")
     return passed
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The 99.9th percentile of the differences, over the largest element.
+    """Return the 99.9th percentile of the differences, relative to the largest element.
 
-    A sample within rounding of a pixel centre may fall on its other side, where the interpolation
-    has another slope: a handful of location gradients differ by that, and rightly so.
+    Rounding can move a sample to the other side of a pixel centre, where the interpolation has
+    another slope. So a few gradients of locations differ, which is correct.
     """
     differences = (found - expected).abs().flatten()
     kept = differences.kthvalue(max(1, int(0.999 * differences.numel()))).values
@@ -77,6 +77,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def report_speed(stage: str, device: torch.device) -> None:
+    """Print the times of one encoder or decoder layer's call."""
     precisions = [torch.float32, torch.bfloat16]
     times = []
     for dtype in precisions:
@@ -88,7 +89,7 @@ def report_speed(stage: str, device: torch.device) -> None:
 
 
 def speed(work: Workload, device: torch.device) -> tuple[float, float]:
-    """Seconds of the fused form's forward, and of forward and backward."""
+    """Return the seconds of the fused forward pass, and of forward and backward pass."""
     kernels = kernels_for(device.type)
     inputs = (work.value, work.flat_shapes, work.references, work.offsets, work.logits)
 
@@ -103,7 +104,7 @@ def speed(work: Workload, device: torch.device) -> tuple[float, float]:
 
 
 def fastest(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
+    """Return the seconds of the fastest of a few calls, after one call to warm up."""
     call()
     seconds = []
     for _ in range(repeats):

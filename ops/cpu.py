@@ -1,7 +1,6 @@
-"""The compiled CPU kernels: found, chosen for this processor, called.
+"""The compiled CPU kernels: find the library, choose this processor's version, and call it.
 
-`ms_deform_attn.py` takes them where they are there and its plain PyTorch kernels where not; `path`
-says which.
+`ms_deform_attn.py` uses them if they were built, and plain PyTorch otherwise; `path` tells which.
 """
 
 # B images   Q queries   H heads   L feature levels   P points   S pixels of all levels   D channels
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INSTRUCTION_SETS = {"AVX512": "avx512", "AVX2": "avx2"}  # PyTorch's name to ours
+_INSTRUCTION_SETS = {"AVX512": "avx512", "AVX2": "avx2"}  # PyTorch's names -> ours
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
@@ -33,9 +32,9 @@ def _find_library() -> ctypes.CDLL | None:
 
 
 def _find_parallel_for() -> ctypes.c_void_p:
-    """The address of PyTorch's own way to share work among its threads; null if it has none.
+    """Return the address of PyTorch's parallel-for function, or null if PyTorch has none.
 
-    Part of PyTorch's stable C interface since 2.10. Without it the kernels start threads.
+    It is part of PyTorch's stable C interface since 2.10. Without it the kernels start threads.
     """
     for library in (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"):
         if library.suffix in (".so", ".dylib", ".dll"):
@@ -47,7 +46,7 @@ def _find_parallel_for() -> ctypes.c_void_p:
 
 _LIBRARY = _find_library()
 _PARALLEL_FOR = _find_parallel_for()
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # obeys ATEN_CPU_CAPABILITY
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # respects ATEN_CPU_CAPABILITY
 INSTRUCTION_SET = _INSTRUCTION_SETS.get(_CAPABILITY, "base")
 
 
@@ -56,44 +55,18 @@ def is_available() -> bool:
 
 
 def path() -> str:
-    """Which kernels run on the CPU, in words."""
+    """Describe the kernels that run on the CPU."""
     return "plain PyTorch" if _LIBRARY is None else f"compiled ({INSTRUCTION_SET})"
 
 
-def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return _forward(value, shapes, None, locations, weights)
-
-
-def fused_forward(
-    value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
-) -> Tensor:
-    return _forward(value, shapes, references, offsets, logits)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad_output, value, shapes, None, locations, weights)
-
-
-def fused_backward(
-    grad_output: Tensor,
+def forward(
     value: Tensor,
     shapes: Sequence[int],
-    references: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad_output, value, shapes, references, offsets, logits)
-
-
-def _forward(
-    value: Tensor,
-    shapes: Sequence[int],
-    references: Tensor | None,
     places: Tensor,
     attention: Tensor,
+    references: Tensor | None = None,
 ) -> Tensor:
+    """Sample at locations with weights; given references, at offsets with logits. B Q H·D."""
     images, _, heads, channels = value.shape
     output = value.new_empty(images, places.shape[1], heads * channels)
     if output.numel() == 0 or places.numel() == 0 or value.numel() == 0:
@@ -115,14 +88,15 @@ def _forward(
     return kernel_output.to(output.dtype)
 
 
-def _backward(
+def backward(
     grad_output: Tensor,
     value: Tensor,
     shapes: Sequence[int],
-    references: Tensor | None,
     places: Tensor,
     attention: Tensor,
+    references: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of value, places and attention, each in the dtype of its tensor."""
     kernel_value, other = _kernel_dtypes(value)
     grad_value = torch.empty(value.shape, dtype=kernel_value)
     grad_places = torch.empty(places.shape, dtype=other)
@@ -152,8 +126,25 @@ def _backward(
     )
 
 
+def fused_forward(
+    value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    return forward(value, shapes, offsets, logits, references)
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    references: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad_output, value, shapes, offsets, logits, references)
+
+
 def _kernel_dtypes(value: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of the value in the kernels, and of all else there: the precision of the arithmetic."""
+    """Return the dtypes in the kernels: of the value, and of the arithmetic and all else."""
     if value.dtype == torch.float64:
         return torch.float64, torch.float64
     return (torch.bfloat16 if value.dtype == torch.bfloat16 else torch.float32), torch.float32
@@ -167,7 +158,10 @@ def _sizes(value: Tensor, places: Tensor, references: Tensor | None) -> ctypes.A
     images, pixels, heads, channels = value.shape
     _, queries, _, levels, points, _ = places.shape
     if pixels >= 2**31 or queries >= 2**31:
-        raise ValueError(f"{pixels} pixels and {queries} queries: the kernels count to 2³¹")
+        raise ValueError(
+            f"too large for the CPU kernels of ms_deform_attn: {pixels} pixels, {queries} queries; "
+            "DETA_OPS=plain selects the plain kernel, which takes any size"
+        )
     reference_size = 0 if references is None else references.shape[-1]
     return (ctypes.c_int64 * 8)(
         images, pixels, heads, channels, queries, levels, points, reference_size
@@ -181,7 +175,7 @@ def _call(
     after_shapes: Sequence[Tensor | None],
     sizes: ctypes.Array,
 ) -> None:
-    """Call a kernel with the tensors' addresses."""
+    """Call a kernel with the addresses of the tensors."""
     kernel = getattr(_LIBRARY, f"{direction}_{_DTYPES[before_shapes[-1].dtype]}_{INSTRUCTION_SET}")
     failed = kernel(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in before_shapes),

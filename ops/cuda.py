@@ -1,8 +1,8 @@
-"""The compiled CUDA kernels: found, asked whether this machine's devices can run them, called.
+"""The compiled CUDA kernels: find the library, check that the devices can run it, and call it.
 
-The library in `_deta_ops` knows nothing of PyTorch, so one build fits every version of it. It is
-loaded when a CUDA tensor first arrives, or when somebody asks; a machine without a driver, or a
-PyTorch without CUDA, imports this file all the same.
+The library in `_deta_ops` does not depend on PyTorch, so one build fits every version of it. It is
+loaded when the first CUDA tensor arrives, or when its state is queried. This file can be imported
+without a driver, and with a PyTorch without CUDA.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level
@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deta.ops.plain import accumulation_dtype
+
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _MAX_LEVELS = 32
 
 
 class _Call(ctypes.Structure):
-    """`Call` in csrc/ms_deform_attn_cuda.cu, field by field; unset ones are zero."""
+    """The struct `Call` of csrc/ms_deform_attn_cuda.cu, field by field; unset fields are zero."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("images", "pixels", "heads", "channels")),
@@ -53,12 +55,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def is_built() -> bool:
-    """Whether the library is there. Asks for no device and no driver."""
+    """Return whether the library was built. Needs neither a device nor a driver."""
     return _library() is not None
 
 
 @cache
 def _probe(device: int) -> str:
+    """Return why a device cannot run the library, or nothing if it can."""
     library = _library()
     assert library is not None
     error = library.ms_deform_attn_probe(device)
@@ -66,7 +69,7 @@ def _probe(device: int) -> str:
 
 
 def is_available(device: torch.device | None = None) -> bool:
-    """Whether a device, by default the current one, can run what was built."""
+    """Return whether a device, by default the current one, can run the library."""
     if not is_built() or not torch.cuda.is_available():
         return False
     index = None if device is None else device.index
@@ -74,7 +77,7 @@ def is_available(device: torch.device | None = None) -> bool:
 
 
 def path() -> str:
-    """What runs on CUDA devices, or why this does not, in words."""
+    """Describe the library, or why CUDA devices do not run it."""
     if not is_built():
         return "not compiled"
     if not torch.cuda.is_available():
@@ -86,7 +89,7 @@ def path() -> str:
 def _launch(function: str, call: _Call, device: torch.device) -> None:
     """Call the library on the tensors' own device and its current stream."""
     library = _library()
-    assert library is not None, "registered only where the library is"
+    assert library is not None, "the library was not built"
     with torch.cuda.device(device):
         call.device = torch.cuda.current_device()
         call.stream = torch.cuda.current_stream().cuda_stream
@@ -94,19 +97,19 @@ def _launch(function: str, call: _Call, device: torch.device) -> None:
     if status > 0:
         raise RuntimeError(
             f"the CUDA kernel of ms_deform_attn ({function}) could not be launched on {device}: "
-            f"{library.ms_deform_attn_error(status).decode()}; `python -m deta.ops` tests it alone"
+            f"{library.ms_deform_attn_error(status).decode()}; test it with `python -m deta.ops`"
         )
     if status < 0:
         raise ValueError(
-            f"the CUDA kernel of ms_deform_attn ({function}) cannot count so far: {call.images} "
-            f"images, {call.queries} queries, {call.pixels} pixels, {call.heads} heads of "
+            f"too large for the CUDA kernel of ms_deform_attn ({function}): {call.images} images, "
+            f"{call.queries} queries, {call.pixels} pixels, {call.heads} heads of "
             f"{call.channels} channels, {call.levels} levels of {call.points} points; "
-            "DETA_OPS=plain chooses the plain kernel, which takes any size"
+            "DETA_OPS=plain selects the plain kernel, which takes any size"
         )
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, in `dtype`, and at an address that 128-bit accesses can take."""
+    """Return the tensor contiguous, in `dtype`, and aligned for 128-bit accesses."""
     tensor = tensor.to(dtype).contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -118,7 +121,7 @@ def _prepare(
     locations: Tensor,
     weights: Tensor,
 ) -> tuple[_Call, tuple[Tensor, ...]]:
-    """The call but for its results, and the tensors it reads, which must live until it is made.
+    """Return the call without its results, and its tensors, which must live until the launch.
 
     References and locations are in the dtype of the arithmetic: float32, or float64 for float64.
     Weights, and offsets and logits, may also be in the dtype of `value`.
@@ -130,9 +133,9 @@ def _prepare(
     if len(shapes) > 2 * _MAX_LEVELS:
         raise ValueError(
             f"the CUDA kernels of ms_deform_attn take at most {_MAX_LEVELS} levels, not "
-            f"{len(shapes) // 2}; DETA_OPS=plain chooses the plain kernel, which takes any number"
+            f"{len(shapes) // 2}; DETA_OPS=plain selects the plain kernel, which takes any number"
         )
-    exact = torch.float64 if value.dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(value)
     given = {weights.dtype} if references is None else {weights.dtype, locations.dtype}
     narrow = value.dtype if given == {value.dtype} else exact
     value, weights = _dense(value, value.dtype), _dense(weights, narrow)
@@ -161,13 +164,14 @@ def _prepare(
     return call, (value, locations, weights, references)
 
 
-def _forward(
+def forward(
     value: Tensor,
     shapes: Sequence[int],
-    references: Tensor | None,
     locations: Tensor,
     weights: Tensor,
+    references: Tensor | None = None,
 ) -> Tensor:
+    """Sample at locations with weights; given references, at offsets with logits. B Q H·D."""
     images, _, heads, channels = value.shape
     if weights.numel() == 0 or value.numel() == 0:
         return value.new_zeros(images, weights.shape[1], heads * channels)
@@ -175,18 +179,19 @@ def _forward(
     call, inputs = _prepare(value, shapes, references, locations, weights)
     call.output = output.data_ptr()
     _launch("forward", call, value.device)
-    del inputs  # until now
+    del inputs  # not before the launch
     return output
 
 
-def _backward(
+def backward(
     grad_output: Tensor,
     value: Tensor,
     shapes: Sequence[int],
-    references: Tensor | None,
     locations: Tensor,
     weights: Tensor,
+    references: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of value, locations and weights, each in the dtype of its tensor."""
     if weights.numel() == 0 or value.numel() == 0:
         return (
             value.new_zeros(value.shape),
@@ -194,7 +199,6 @@ def _backward(
             weights.new_zeros(weights.shape),
         )
     call, inputs = _prepare(value, shapes, references, locations, weights)
-    exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     grad_output = _dense(grad_output, value.dtype)
     grad_locations, grad_weights = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
     call.grad_output = grad_output.data_ptr()
@@ -202,22 +206,22 @@ def _backward(
     if torch.are_deterministic_algorithms_enabled():
         grad_value = _fixed_point_backward(call, grad_output, *inputs[:3])
     else:
-        sums = torch.zeros_like(inputs[0], dtype=exact)
+        sums = torch.zeros_like(inputs[0], dtype=accumulation_dtype(value))
         call.grad_value = sums.data_ptr()
         _launch("backward", call, value.device)
         grad_value = sums.to(value.dtype)
-    del inputs  # until now
+    del inputs  # not before the launch
     return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
 
 
 def _fixed_point_backward(
     call: _Call, grad_output: Tensor, value: Tensor, _locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The gradient of the value, summed in integers, whose sum is the same in any order.
+    """Return the gradient of the value, summed in integers, whose sum is the same in any order.
 
-    Their unit follows from the largest addend that is possible, `bound`: with 2^61 units for all
-    addends together, sums are finer than float32 whatever the size of the gradients. Where the
-    bound is infinite or not a number, the whole gradient is not a number.
+    The unit follows from the largest possible addend, `bound`. With 2^61 units for the sum of all
+    addends, sums are finer than float32 at any scale of the gradients. If the bound is infinite or
+    NaN, all of the gradient is NaN.
     """
     bound = torch.linalg.vector_norm(grad_output, torch.inf, dtype=torch.float64)
     if call.reference_size == 0:  # weights of a softmax are 1 at most
@@ -231,23 +235,11 @@ def _fixed_point_backward(
     return rounded
 
 
-def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Sample at normalised locations. B Q H·D, in the dtype of `value`."""
-    return _forward(value, shapes, None, locations, weights)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, each in the dtype of its tensor."""
-    return _backward(grad_output, value, shapes, None, locations, weights)
-
-
 def fused_forward(
     value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
     """Sample at references plus offsets, weighted by the softmax of the logits. B Q H·D."""
-    return _forward(value, shapes, references, offsets, logits)
+    return forward(value, shapes, offsets, logits, references)
 
 
 def fused_backward(
@@ -258,5 +250,5 @@ def fused_backward(
     offsets: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, offsets and logits; that of the references follows from the offsets'."""
-    return _backward(grad_output, value, shapes, references, offsets, logits)
+    """Return the gradients of value, offsets and logits, each in the dtype of its tensor."""
+    return backward(grad_output, value, shapes, offsets, logits, references)

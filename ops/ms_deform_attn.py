@@ -1,11 +1,10 @@
-"""Multi-scale deformable attention: the one operation that PyTorch does not have.
+"""Multi-scale deformable attention as a PyTorch operator.
 
-Each query looks at a few points on every feature map, wherever it likes, and takes the weighted sum
-of what it finds there (Deformable DETR, Zhu et al. 2021, section 4.1,
-https://arxiv.org/abs/2010.04159). It comes in two forms: from sampling locations and attention
-weights, and from what a network predicts, offsets from a reference and logits. This file is what
-PyTorch knows of the operator: schema, shape rule, gradient, what autocast does, and which kernels
-serve which device. What it computes is defined in `plain.py`.
+Each query samples a few points on every feature map and returns their weighted sum (Deformable
+DETR, Zhu et al. 2021, section 4.1, https://arxiv.org/abs/2010.04159). The operator has two forms:
+one takes sampling locations and attention weights; the fused one takes what a network predicts,
+offsets from a reference and logits. This file registers the operator with PyTorch: schema, shape
+rule, gradient, autocast rule, and the kernels for each device. `plain.py` defines what it computes.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level
@@ -67,7 +66,7 @@ def ms_deform_attn(
         B Q H·D, in the dtype of `value`. Sums are formed in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: the shapes of the arguments do not belong together.
+        ValueError: the shapes of the arguments do not match.
 
     Source: Zhu et al. 2021, equation 3; pixel centres lie at (i + 0.5) / N as in
         `grid_sample(align_corners=False)`.
@@ -84,7 +83,7 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """The same from references, offsets and logits, without tensors of locations and weights.
+    """Compute the same from references, offsets and logits, without locations and weights.
 
     Args:
         value: B S H D.
@@ -135,7 +134,7 @@ def _check_shapes(
     num_images, num_pixels, num_heads, _ = value.shape
     if num_pixels != sum(h * w for h, w in zip(flat_shapes[::2], flat_shapes[1::2], strict=True)):
         raise ValueError(
-            f"value holds {num_pixels} pixels, but the levels {flat_shapes} (height, width, …) "
+            f"value has {num_pixels} pixels, but the levels {flat_shapes} (height, width, …) "
             "have another number"
         )
     expected = (num_images, attention.shape[1], num_heads, num_levels, attention.shape[4])
@@ -147,14 +146,15 @@ def _check_shapes(
         )
 
 
-# Which kernels serve which device. All offer forward, backward, fused_forward, fused_backward.
+# The kernels. Each module has forward, backward, fused_forward and fused_backward.
 
 
 @cache
 def kernels_for(device_type: str) -> ModuleType:
-    """The fastest kernels that are there: compiled, for CUDA then Triton, then plain PyTorch.
+    """Return the fastest kernels available: compiled, then Triton on CUDA, then plain PyTorch.
 
-    DETA_OPS names others to compare with, or to rule some out: `plain`, or `triton` on CUDA.
+    The environment variable DETA_OPS selects others, to compare or to exclude kernels: `plain`, or
+    `triton` on CUDA.
     """
     wanted = os.environ.get("DETA_OPS", "")
     if wanted not in ("", "plain", "triton"):
@@ -171,14 +171,14 @@ def kernels_for(device_type: str) -> ModuleType:
                 return triton_kernels
         logger.warning(
             "multi-scale deformable attention on %s runs on plain PyTorch, many times slower than "
-            "compiled; `python -m deta.ops` says what is missing",
+            "compiled; `python -m deta.ops` shows what is missing",
             device_type,
         )
     return plain
 
 
 def path(device_type: str) -> str:
-    """Which kernels run on a device, in words."""
+    """Describe the kernels that run on a device."""
     kernels = kernels_for(device_type)
     return "plain PyTorch" if kernels is plain else kernels.path()
 
@@ -204,7 +204,7 @@ for _operator, _function in _KERNELS.items():
 
 
 def plain_decompositions() -> dict[torch._ops.OpOverload, Callable]:
-    """For `run_decompositions`: the operator in standard ones, to export a model without it."""
+    """Return the operator in standard ones for `run_decompositions`, to export a model."""
     return {
         torch.ops.deta.ms_deform_attn.default: plain.forward,
         torch.ops.deta.ms_deform_attn_fused.default: plain.fused_forward,
@@ -225,7 +225,7 @@ def _output_like(
 def _gradients_like(
     grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    places, attention = others[-2:]  # no gradient of the references
+    places, attention = others[-2:]  # the references get no gradient here
     return (
         value.new_empty(value.shape),
         places.new_empty(places.shape),
@@ -282,8 +282,8 @@ torch.library.register_autograd(
 )
 
 
-# Autocast: the features go to the lower precision, and with them the output. What says where they
-# are read, and with which weight, stays as it is: kernels do that arithmetic in float32 anyway.
+# Autocast: features and output use the lower precision. Locations, offsets and weights stay as they
+# are: kernels compute with them in float32 anyway.
 
 
 def _autocast(operator: str, device_type: str, value: Tensor, *others) -> Tensor:

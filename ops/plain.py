@@ -1,9 +1,9 @@
-"""The operator in plain PyTorch: the specification, and what runs where nothing was compiled.
+"""The operator in plain PyTorch: its specification, and the fallback if nothing was compiled.
 
-Every function is made of standard operators alone and changes nothing in place, so that a model
-can be exported with these in the place of the operator. Arithmetic is never below float32:
-PyTorch's bfloat16 grid_sample on the CPU computes pixel indices in bfloat16, which gives wrong
-results and can read out of bounds.
+Every function uses only standard operators and changes nothing in place, so that a model can be
+exported with these instead of the operator. Arithmetic is in float32 at least: PyTorch's bfloat16
+grid_sample on the CPU computes pixel indices in bfloat16, which gives wrong results and can read
+out of bounds.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level
@@ -22,9 +22,10 @@ _BILINEAR, _ZERO_PADDING = 0, 0  # the codes that aten::grid_sampler_2d gives th
 def forward(
     value: Tensor, shapes: Sequence[int], locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
+    """Sample at locations with weights. B Q H·D, in the dtype of `value`."""
     num_images, _, num_heads, num_channels = value.shape
     num_queries = locations.shape[1]
-    dtype = _accumulation_dtype(value)
+    dtype = accumulation_dtype(value)
     weights = _per_head(attention_weights.to(dtype))  # B·H Q L P
     output = value.new_zeros((num_images * num_heads, num_channels, num_queries), dtype=dtype)
     for level, features, grid in _levels(value, shapes, locations, dtype):
@@ -41,14 +42,15 @@ def backward(
     locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of value, locations and weights, each in the dtype of its tensor."""
     num_images, num_pixels, num_heads, num_channels = value.shape
     num_queries, num_levels = locations.shape[1], locations.shape[3]
-    dtype = _accumulation_dtype(value)
+    dtype = accumulation_dtype(value)
     weights = _per_head(attention_weights.to(dtype))  # B·H Q L P
     grad = grad_output.to(dtype).reshape(num_images, num_queries, num_heads, num_channels)
     grad = grad.permute(0, 2, 3, 1).flatten(0, 1)[..., None]  # B·H D Q 1
 
-    # A level without pixels has no entry of its own.
+    # Levels without pixels keep these defaults.
     nothing = weights.new_zeros(weights[:, :, 0].shape)  # B·H Q P
     grad_features = [value.new_zeros((num_images * num_heads, num_channels, 0), dtype=dtype)]
     grad_grids = [nothing[..., None].expand(*nothing.shape, 2)] * num_levels
@@ -85,7 +87,8 @@ def backward(
 def fused_forward(
     value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
-    locations, _, weights = _unfused(value, shapes, references, offsets, logits)
+    """Sample at references plus offsets, weighted by the softmax of the logits. B Q H·D."""
+    locations, _, weights = unfused(value, shapes, references, offsets, logits)
     return forward(value, shapes, locations, weights)
 
 
@@ -97,21 +100,25 @@ def fused_backward(
     offsets: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    locations, offset_unit, weights = _unfused(value, shapes, references, offsets, logits)
+    """Return the gradients of value, offsets and logits, each in the dtype of its tensor."""
+    locations, offset_unit, weights = unfused(value, shapes, references, offsets, logits)
     grad_value, grad_locations, grad_weights = backward(
         grad_output, value, shapes, locations, weights
     )
     return (
         grad_value,
         (grad_locations * offset_unit).to(offsets.dtype),
-        _softmax_gradient(weights, grad_weights).to(logits.dtype),
+        softmax_gradient(weights, grad_weights).to(logits.dtype),
     )
 
 
 def references_gradient(references: Tensor, offsets: Tensor, grad_locations: Tensor) -> Tensor:
-    """From the gradient of the locations, B Q H L P 2, that of the references, B Q L 2 or 4.
+    """Compute the gradient of the references, B Q L 2 or 4, from that of the locations.
 
-    The kernels do not compute it: DETA takes its references as given.
+    The kernels do not compute it, because DETA does not train through its references.
+
+    Args:
+        grad_locations: B Q H L P 2.
     """
     grad = grad_locations.sum((2, 4))  # B Q L 2
     if references.shape[-1] == 4:
@@ -123,7 +130,7 @@ def references_gradient(references: Tensor, offsets: Tensor, grad_locations: Ten
 def locations_of(
     shapes: Sequence[int], references: Tensor, offsets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Where the samples lie (B Q H L P 2), and the length of one unit of offset there."""
+    """Return the sampling locations (B Q H L P 2), and the length of one unit of offset."""
     references = references.to(dtype)[:, :, None, :, None]  # B Q 1 L 1 2 or 4
     if references.shape[-1] == 4:
         unit = references[..., 2:] * (0.5 / offsets.shape[4])
@@ -135,16 +142,17 @@ def locations_of(
     return references[..., :2] + offsets.to(dtype) * unit, unit
 
 
-def _unfused(
+def unfused(
     value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Locations, the unit of their offsets, and weights, in the precision of the arithmetic."""
-    dtype = _accumulation_dtype(value)
+    """Return locations, the unit of their offsets, and weights, in the arithmetic's dtype."""
+    dtype = accumulation_dtype(value)
     weights = logits.to(dtype).flatten(3).softmax(-1).reshape(logits.shape)
     return *locations_of(shapes, references, offsets, dtype), weights
 
 
-def _softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
+def softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
+    """Return the gradient of the logits, B Q H L P, from that of their softmax."""
     grad_weights = grad_weights.to(weights.dtype)
     return weights * (grad_weights - (weights * grad_weights).sum((3, 4), keepdim=True))
 
@@ -152,10 +160,10 @@ def _softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
 def _levels(
     value: Tensor, shapes: Sequence[int], locations: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each level's number, features (B·H D h w) and sampling grid (B·H Q P 2, in -1..1)."""
+    """Yield each level's index, features (B·H D h w) and sampling grid (B·H Q P 2, in -1..1)."""
     num_images, _, num_heads, num_channels = value.shape
-    # A location at -1 or 2 is further than a pixel outside every level and so contributes nothing;
-    # clamping keeps infinities and NaN out of the index arithmetic without changing any result.
+    # A location at -1 or 2 is more than a pixel outside of every level and contributes nothing.
+    # Clamping keeps infinities and NaN out of the index arithmetic without changing any result.
     locations = locations.to(dtype).nan_to_num(nan=-1.0).clamp(-1.0, 2.0)
     start = 0
     for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
@@ -171,9 +179,10 @@ def _levels(
 
 
 def _per_head(tensor: Tensor) -> Tensor:
-    """B Q H … -> B·H Q …"""
+    """Merge images and heads, B Q H … -> B·H Q …"""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
-def _accumulation_dtype(value: Tensor) -> torch.dtype:
+def accumulation_dtype(value: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic: float64 for float64 values, else float32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32

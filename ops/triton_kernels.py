@@ -1,8 +1,8 @@
-"""The operator through Triton, for CUDA devices where no CUDA library was compiled.
+"""The operator in Triton, for CUDA devices where no CUDA library was compiled.
 
-Locations and weights of the fused form are prepared in PyTorch. Triton compiles when a kernel is
-first called with a new dtype, number of heads or number of channels, not for new image sizes; it is
-imported then and not before.
+PyTorch computes the locations and weights of the fused form. Triton compiles a kernel when it is
+first called with a new dtype, number of heads or number of channels, but not for new image sizes.
+Triton is imported on the first call.
 """
 
 # B images   Q queries   H heads   L feature levels   P points per head and level
@@ -20,29 +20,25 @@ from torch import Tensor
 
 from deta.ops import plain
 
-_QUERIES = 32  # of a program
+_QUERIES = 32  # per program
 
 
 def is_available() -> bool:
-    """Whether there is Triton, and a CUDA device or Triton's interpreter to run it."""
+    """Return whether Triton is installed and has a CUDA device or its interpreter to run on."""
     if importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def path() -> str:
-    """What would run through Triton, or why nothing would, in words."""
+    """Describe whether Triton can run, or why it cannot."""
     if importlib.util.find_spec("triton") is None:
         return "not installed"
     return "Triton" if is_available() else "installed; no CUDA device"
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    """Number, height, width and first pixel of each level that has pixels."""
+    """Yield index, height, width and first pixel of each level that has pixels."""
     first_pixel = 0
     for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         if height * width > 0:
@@ -51,7 +47,7 @@ def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _constants(value: Tensor, queries: int) -> tuple[tuple[int, int, int], dict]:
-    """The grid, and what the kernels are compiled for."""
+    """Return the grid, and the constants that the kernels are compiled for."""
     import triton
     import triton.language as tl
 
@@ -67,10 +63,10 @@ def _constants(value: Tensor, queries: int) -> tuple[tuple[int, int, int], dict]
 
 
 def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Sample at normalised locations. B Q H·D, in the dtype of `value`."""
+    """Sample at locations with weights. B Q H·D, in the dtype of `value`."""
     images, pixels, heads, channels = value.shape
     _, queries, _, levels, points = weights.shape
-    exact = _exact(value.dtype)
+    exact = plain.accumulation_dtype(value)
     output = value.new_zeros((images, queries, heads * channels), dtype=exact)
     if weights.numel() == 0 or value.numel() == 0:
         return output.to(value.dtype)
@@ -102,10 +98,11 @@ def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Te
 def backward(
     grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, each in the dtype of its tensor."""
+    """Return the gradients of value, locations and weights, each in the dtype of its tensor."""
     pixels = value.shape[1]
     _, queries, _, levels, points = weights.shape
-    exact, dtypes = _exact(value.dtype), (value.dtype, locations.dtype, weights.dtype)
+    exact = plain.accumulation_dtype(value)
+    dtypes = value.dtype, locations.dtype, weights.dtype
     value, weights, grad_output = value.contiguous(), weights.contiguous(), grad_output.contiguous()
     locations = locations.to(exact).contiguous()
     is_fixed_point = torch.are_deterministic_algorithms_enabled()
@@ -145,10 +142,10 @@ def backward(
 
 
 def _fixed_point_unit(grad_output: Tensor, weights: Tensor) -> Tensor:
-    """How many steps make 1, a power of two, such that no sum of addends overflows 61 bits.
+    """Return the number of integer steps per 1, a power of two, so that no sum exceeds 61 bits.
 
     Sums of integers are the same in any order. Each of the Q·P samples of a level adds to a pixel
-    once at most. Not a number where a gradient or weight is not finite, and so is then the result.
+    at most once. If a gradient or weight is not finite, the unit is NaN, and so is the result.
     """
     largest = [
         torch.linalg.vector_norm(tensor, torch.inf, dtype=torch.float64)
@@ -163,9 +160,8 @@ def fused_forward(
     value: Tensor, shapes: Sequence[int], references: Tensor, offsets: Tensor, logits: Tensor
 ) -> Tensor:
     """Sample at references plus offsets, weighted by the softmax of the logits. B Q H·D."""
-    exact = _exact(value.dtype)
-    locations, _ = plain.locations_of(shapes, references, offsets, exact)
-    return forward(value, shapes, locations, _softmax(logits, exact))
+    locations, _, weights = plain.unfused(value, shapes, references, offsets, logits)
+    return forward(value, shapes, locations, weights)
 
 
 def fused_backward(
@@ -176,23 +172,16 @@ def fused_backward(
     offsets: Tensor,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, offsets and logits; that of the references follows from the offsets'."""
-    exact = _exact(value.dtype)
-    locations, unit = plain.locations_of(shapes, references, offsets, exact)
-    weights = _softmax(logits, exact)
+    """Return the gradients of value, offsets and logits, each in the dtype of its tensor."""
+    locations, unit, weights = plain.unfused(value, shapes, references, offsets, logits)
     grad_value, grad_locations, grad_weights = backward(
         grad_output, value, shapes, locations, weights
     )
-    mean = (weights * grad_weights).sum((3, 4), keepdim=True)
     return (
         grad_value,
         (grad_locations * unit).to(offsets.dtype),
-        (weights * (grad_weights - mean)).to(logits.dtype),
+        plain.softmax_gradient(weights, grad_weights).to(logits.dtype),
     )
-
-
-def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return logits.to(dtype).flatten(3).softmax(-1).reshape(logits.shape)
 
 
 def _on(device: torch.device):

@@ -1,27 +1,27 @@
-"""The operator as Triton kernels, one launch a level; `triton_kernels.py` calls them.
+"""The Triton kernels of the operator, one launch per level; `triton_kernels.py` calls them.
 
-Plain pointers, nothing tuned: what runs on a CUDA device where there was no nvcc to compile
-`csrc/ms_deform_attn_cuda.cu`. A file of its own, because it can be imported only where Triton is.
+They use plain pointers and are not tuned: they run on CUDA devices if no nvcc was there to compile
+`csrc/ms_deform_attn_cuda.cu`. They have their own file, because its import requires Triton.
 """
 
 # B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
 #   value B S H D     locations B Q H L P 2     weights B Q H L P     output B Q H D
-# A program has one image, one head and QUERIES queries, and CHANNELS >= D channels of a row.
+# A program handles one image, one head and QUERIES queries, with CHANNELS >= D channels per row.
 
 import triton
 import triton.language as tl
 
-# Compiled for any size of these; else each new image size would be compiled anew.
+# Not specialised for these values, so that a new image size does not compile the kernel again.
 SIZES = ["pixels", "queries", "samples", "first_sample", "points"]
 SIZES += ["height", "width", "first_pixel"]
 
 
 @triton.jit
 def _place(locations, sample, is_query, height, width, SUM: tl.constexpr):
-    """Left column and upper row around a sample, and how far it is on the way to the next ones."""
+    """Return the column and row above left of a sample, and its fractions to the next ones."""
     x = tl.load(locations + 2 * sample, mask=is_query, other=-1.0).to(SUM) * width - 0.5
     y = tl.load(locations + 2 * sample + 1, mask=is_query, other=-1.0).to(SUM) * height - 0.5
-    # False too where a coordinate is not a number.
+    # Also false if a coordinate is NaN.
     touches = is_query & (x > -1) & (y > -1) & (x < width) & (y < height)
     x, y = tl.where(touches, x, 0.0), tl.where(touches, y, 0.0)
     left, top = tl.floor(x), tl.floor(y)
@@ -48,7 +48,7 @@ def forward_level(
     CHANNELS: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Add what the samples of one level give to the output, which is SUM and zero at first."""
+    """Add the samples of one level to the output, which is of type SUM and starts as zeros."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, CHANNELS)
@@ -101,7 +101,7 @@ def backward_level(
     CHANNELS: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Gradients from one level. `grad_value` comes as zeros: SUM, or int64 in steps of 1/unit."""
+    """Add the gradients of one level. `grad_value` is SUM, or int64 in steps of 1/unit."""
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, CHANNELS)

@@ -1,7 +1,7 @@
-"""The operator's calls in DETA R50 5-scale on an image of 800 × 1333, to measure with.
+"""The operator's calls in DETA R50 5-scale on an image of 800 × 1333, for benchmarks.
 
-Images are random, but queries look where trained ones do: encoder tokens a few pixels around
-themselves, decoder queries about their boxes. Where they look decides what the caches can do.
+Features are random, but queries sample where trained ones do: encoder tokens a few pixels around
+themselves, decoder queries around their boxes. These places determine the use of the caches.
 """
 
 # B images   Q queries   H heads   L feature levels   P points   S pixels of all levels   D channels
@@ -39,7 +39,7 @@ class Workload:
         return list(zip(self.flat_shapes[::2], self.flat_shapes[1::2], strict=True))
 
     def prepare(self) -> tuple[Tensor, Tensor]:
-        """Locations and weights, as a network computes them for the operator's first form."""
+        """Return locations and weights, as a network computes them for the form without fusion."""
         weights = self.logits.flatten(3).softmax(-1).view_as(self.logits)
         locations, _ = plain.locations_of(
             self.flat_shapes, self.references, self.offsets, torch.float32
@@ -47,7 +47,7 @@ class Workload:
         return locations, weights
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Workload:
-        """The features in another precision; what says where they are read stays float32."""
+        """Move to a device, with features in another dtype. All else stays float32."""
         return Workload(
             self.value.to(device, dtype),
             self.flat_shapes,
@@ -58,7 +58,7 @@ class Workload:
         )
 
     def bytes_touched(self, backward: bool) -> int:
-        """That the fused form must move at the least: each tensor once."""
+        """Return the bytes that the fused form must move at least: each tensor once."""
         read = (self.value, self.references, self.offsets, self.logits)
         moved = sum(t.nbytes for t in (*read, self.grad_output))  # the output, or its gradient
         if backward:
@@ -69,7 +69,7 @@ class Workload:
 def make_workload(
     stage: Stage, size: tuple[int, int] = (800, 1333), images: int = 1, seed: int = 0
 ) -> Workload:
-    """One layer's call.
+    """Make the arguments of one layer's call.
 
     Args:
         size: (height, width) of the images in pixels.
@@ -88,7 +88,7 @@ def make_workload(
             for h, w in shapes
         ]
         references = torch.cat(centres)[None, :, None].expand(images, -1, num_levels, -1)
-        spread = 2.0  # pixels around the ring on which heads look at first
+        spread = 2.0  # pixels around the ring of the initial offsets
     else:
         boxes = torch.rand(images, QUERIES, 1, 4, generator=generator)
         boxes = boxes * torch.tensor([1.0, 1.0, 0.3, 0.3])

@@ -1,8 +1,8 @@
-// The backward kernel, and the one that turns fixed-point sums into numbers.
+// The backward kernel, and the kernel that converts fixed-point sums to floating-point numbers.
 //
 // Only the gradient of the value needs atomic additions: each sample belongs to one group, which
-// sums over its lanes and writes the gradients of locations and weights once. In fixed point the
-// additions are of integers, whose sum is the same in any order.
+// sums over its lanes and writes the gradients of locations and weights once. Fixed point adds
+// integers, whose sum is the same in any order.
 //
 // B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
 
@@ -15,10 +15,10 @@ namespace {
 template <typename T>
 struct Gradients {
   const T* output;         // B Q H D
-  void* value;             // B S H D, zeros to add to: Arithmetic<T>, or fixed-point integers
+  void* value;             // B S H D, initially zero: Arithmetic<T>, or fixed-point integers
   Either<T, 2> locations;  // or offsets
   Either<T, 1> weights;    // or logits
-  const double* bound;     // no addend of `value` is larger; null without fixed point
+  const double* bound;     // upper bound of the addends of `value`; null without fixed point
 };
 
 // Dot products of the gradient of the output with the four pixels around a sample.
@@ -37,13 +37,13 @@ struct Backward {
   const Row& row;
   const Notes<A>& notes;
   const int lanes, channels, numbers_per_pixel, exponent;
-  const T* values;    // of the image and head
-  Sum* sums;          // likewise
-  const T* gradient;  // of the row
+  const T* values;    // of this image and head
+  Sum* sums;          // of this image and head
+  const T* gradient;  // of this row
   A to_dot[VECTOR];   // channels first + lane·VECTOR …
-  A to_add[VECTOR];   // those channels that make neighbouring lanes add to neighbouring places
+  A to_add[VECTOR];   // channels chosen so that neighbouring lanes add to neighbouring places
 
-  // The j-th channel that this lane adds up.
+  // Returns the j-th channel that this lane adds.
   __device__ int channel_to_add(int first, int j) const {
     return first + (IN_FOURS ? (j / 4 * lanes + row.lane) * 4 + j % 4 : j * lanes + row.lane);
   }
@@ -79,7 +79,7 @@ struct Backward {
     }
   }
 
-  // Adds the i-th noted sample to the gradient of the value, and takes its dot products over this
+  // Adds the i-th noted sample to the gradient of the value. Returns its dot products over this
   // lane's channels.
   __device__ Dots<A> visit(int i) {
     Dots<A> dots = {};
@@ -109,9 +109,9 @@ struct Backward {
     return dots;
   }
 
-  // Visits COUNT samples from the i-th on. Lane l gets the dots of sample i + l % COUNT, summed
-  // over the lanes that differ from it in l % COUNT alone. With COUNT = lanes that is all of them,
-  // for fewer shuffles than summing sample after sample.
+  // Visits COUNT samples, starting with the i-th. Lane l gets the dots of sample i + l % COUNT,
+  // summed over the lanes that differ from it only in l % COUNT. With COUNT = lanes these are all
+  // lanes, with fewer shuffles than a sum per sample.
   template <int COUNT>
   __device__ Dots<A> visit_together(int i) {
     if constexpr (COUNT == 1) {
@@ -131,7 +131,7 @@ struct Backward {
     }
   }
 
-  // Visits the noted samples; each lane gets the dots of the one that it noted.
+  // Visits all noted samples. Each lane gets the dots of its own sample.
   __device__ Dots<A> visit_all(int noted) {
     if constexpr (LANES > 0) {
       return visit_together<LANES>(0);
@@ -149,10 +149,10 @@ struct Backward {
   }
 };
 
-// The number k for which x·2^k can be rounded to 64-bit integers and added up without overflow.
-// Each of the Q·P samples of a level adds to a pixel once at most.
+// Returns the number k for which x·2^k can be rounded to 64-bit integers and summed without
+// overflow. Each of the Q·P samples of a level adds to a pixel at most once.
 __device__ int fixed_point_exponent(double bound, int queries, int points) {
-  if (!(bound > 0) || isinf(bound)) return 0;  // all zero, or without a result: see round_kernel
+  if (!(bound > 0) || isinf(bound)) return 0;  // all zero, or no finite result: see round_kernel
   const int bound_bits = ilogb(bound) + 1;
   const int addend_bits = 64 - __clzll(static_cast<long long>(queries) * points);
   return 61 - bound_bits - addend_bits;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2)
   const Row row = row_of_thread(n, lanes);
   if (__all_sync(WHOLE_WARP, row.query < 0)) return;
   const Notes<A> notes(row.group, lanes);
-  // Of the weights: those of the logits need all of the row's first. A lane reads its own only.
+  // Gradients of the weights; the logits' gradients need all of a row. A lane reads only its own.
   char* const behind_notes =
       reinterpret_cast<char*>(shared) + Notes<A>::places(blockDim.x, lanes) * Notes<A>::BYTES;
   A* const weight_gradients = reinterpret_cast<A*>(behind_notes) + row.group * n.samples;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2)
   const Either<T, 2> gradient_locations = gradients.locations.from(row.index(n) * n.samples);
   const Either<T, 1> gradient_weights = gradients.weights.from(row.index(n) * n.samples);
 
-  A total = 0;  // of weight times its gradient
+  A total = 0;  // the sum of weight times its gradient
   Reading<T> next = read_sample(n, sampling, row, row.lane);
   for (int s = 0; s < n.samples; s += lanes) {
     const Sample<A> sample = place_sample(n, sampling, next, softmax);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2)
   }
 }
 
-// Fixed-point sums to numbers. Where an addend was infinite or not a number, no sum is a number.
+// Converts fixed-point sums to numbers. If any addend was infinite or NaN, all results are NaN.
 template <typename T>
 __global__ void __launch_bounds__(MAX_THREADS)
     round_kernel(const long long* __restrict__ sums, const double* bound, int queries, int points,

@@ -1,4 +1,4 @@
-// The forward kernel: each lane of a group sums up some channels of a row over its samples.
+// The forward kernel: each lane of a group sums some channels of a row over all its samples.
 //
 // B images   Q queries   H heads   D channels      value B S H D      output B Q H D
 
@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int MAX_THREADS = 256;  // of a block
+constexpr int MAX_THREADS = 256;  // per block
 
-// The address of a pixel. Both factors are positive; so it is one instruction.
+// Returns the address of a pixel. Both factors are positive, so this is one instruction.
 template <typename N>
 __device__ N* pixel_address(N* first, int pixel, int numbers_per_pixel) {
   using Byte = std::conditional_t<std::is_const_v<N>, const char, char>;
@@ -19,7 +19,7 @@ __device__ N* pixel_address(N* first, int pixel, int numbers_per_pixel) {
   return reinterpret_cast<N*>(address);
 }
 
-// Reads the four pixels around a sample: all of them, before anything is done with the first.
+// Reads all four pixels around a sample before the first is used.
 template <typename T, int VECTOR>
 struct Corners {
   typename Word<sizeof(T) * VECTOR>::type words[4];
@@ -33,8 +33,8 @@ struct Corners {
   }
 };
 
-// LANES lanes with VECTOR channels each make up a row. LANES = 0: as many as n.lanes says, which
-// take the channels in turns if there are too many. Four blocks fit with at most 64 registers.
+// LANES lanes with VECTOR channels each cover a row. LANES = 0 means n.lanes lanes, which loop if
+// there are more channels. With at most 64 registers per thread, four blocks fit.
 template <typename T, int VECTOR, int LANES>
 __global__ void __launch_bounds__(MAX_THREADS, 4)
     forward_kernel(const __grid_constant__ Problem n, const Sampling<T> whole_sampling,

@@ -1,7 +1,7 @@
-// Numbers as the CUDA kernels read, add up and write them.
+// How the CUDA kernels read, add and write numbers.
 //
-// Values are double, float, half or bfloat16. Arithmetic is in double for double and in float for
-// all others.
+// Values are double, float, half or bfloat16. Arithmetic is in double for double values and in
+// float for all others.
 
 #pragma once
 
@@ -38,7 +38,7 @@ __device__ inline T narrow(Arithmetic<T> x) {
   }
 }
 
-// The type of one access to so many bytes.
+// The type of one access to BYTES bytes.
 template <int BYTES>
 struct Word;
 template <>
@@ -58,7 +58,7 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Reads neighbours in one access, from memory that no kernel of this library writes meanwhile.
+// Reads COUNT neighbours in one access, from memory that no kernel of this library is writing.
 template <typename T, int COUNT>
 __device__ inline auto read_word(const void* from) {
   return __ldg(static_cast<const typename Word<sizeof(T) * COUNT>::type*>(from));
@@ -67,7 +67,7 @@ __device__ inline auto read_word(const void* from) {
 template <typename T, int COUNT, typename Access>
 __device__ inline void unpack(const Access& word, Arithmetic<T> (&to)[COUNT]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16> && COUNT % 2 == 0) {
-    // A bfloat16 is the upper half of a float: one instruction each, where the library takes two.
+    // A bfloat16 is the upper half of a float: this takes one instruction, CUDA's own function two.
     unsigned pairs[COUNT / 2];
     std::memcpy(pairs, &word, sizeof(word));
 #pragma unroll
@@ -88,7 +88,7 @@ __device__ inline void read(const T* from, Arithmetic<T> (&to)[COUNT]) {
   unpack<T>(read_word<T, COUNT>(from), to);
 }
 
-// Writes neighbours in one access.
+// Writes COUNT neighbours in one access.
 template <typename T, int COUNT>
 __device__ inline void write(T* to, const Arithmetic<T> (&from)[COUNT]) {
   using Access = typename Word<sizeof(T) * COUNT>::type;
@@ -100,8 +100,8 @@ __device__ inline void write(T* to, const Arithmetic<T> (&from)[COUNT]) {
   *reinterpret_cast<Access*>(to) = word;
 }
 
-// Has the compiler keep an address in registers. Left alone it works some out anew for every use,
-// which takes more instructions than the rest of the use.
+// Makes the compiler keep an address in registers. Otherwise it recomputes some addresses for every
+// use, which takes more instructions than the use itself.
 template <typename Pointer>
 __device__ inline Pointer kept(Pointer address) {
 #ifdef __CUDACC__
@@ -111,8 +111,8 @@ __device__ inline Pointer kept(Pointer address) {
   return address;
 }
 
-// Numbers that are either in the dtype T of the values or in that of the arithmetic; the same for a
-// whole launch, so no warp diverges. They are read before they are needed, and widened then.
+// Numbers that are either in the dtype T of the values or in that of the arithmetic. It is the same
+// for a complete launch, so no warp diverges. Numbers are read early, and widened when needed.
 template <typename T, int COUNT>
 struct Either {
   using Raw = typename Word<sizeof(Arithmetic<T>) * COUNT>::type;
@@ -125,7 +125,7 @@ struct Either {
     return static_cast<char*>(numbers) + i * bytes;
   }
 
-  // The same from the i-th on.
+  // Returns the same numbers, starting with the i-th.
   __device__ Either from(int64_t i) const { return {kept(at(i)), is_narrow}; }
 
   __device__ Raw get(int i) const {
@@ -156,7 +156,7 @@ struct Either {
   }
 };
 
-// Adds to four neighbours: one instruction from compute capability 9.0 on, four before.
+// Adds to four neighbours: one instruction since compute capability 9.0, four before.
 __device__ inline void add_four(float* to, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
   atomicAdd(reinterpret_cast<float4*>(to), make_float4(a, b, c, d));
@@ -171,7 +171,7 @@ __device__ inline void add_four(float* to, float a, float b, float c, float d) {
 __device__ inline long long round_to_integer(float x) { return __float2ll_rn(x); }
 __device__ inline long long round_to_integer(double x) { return __double2ll_rn(x); }
 
-// Sums of integers are the same in any order, which sums of floating-point numbers are not.
+// Sums of integers are the same in any order, unlike sums of floating-point numbers.
 __device__ inline void add_integer(long long* to, long long x) {
   atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
 }

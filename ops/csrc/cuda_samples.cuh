@@ -1,9 +1,9 @@
-// Where the samples of a query lie: its place in the launch, its weights, and the pixels around
-// each sample. Shared by the forward and the backward kernel.
+// The samples of a query: its place in the launch, its weights, and the pixels around each sample.
+// The forward and the backward kernel share this file.
 //
 // B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
-// A row is one (image, query, head). It belongs to a few neighbouring lanes of one warp, its
-// group: each lane has some of the channels, and works out one sample of every few for all.
+// A row is one (image, query, head). A group of neighbouring lanes of one warp handles it: each
+// lane has some of the channels, and places some of the samples for all lanes.
 
 #pragma once
 
@@ -12,28 +12,28 @@
 #include "cuda_numbers.cuh"
 
 constexpr int MAX_LEVELS = 32;
-constexpr int TILE = 8;  // queries of a feature map are taken in squares of this side
+constexpr int TILE = 8;  // queries of a feature map are processed in squares of this side
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
 struct alignas(16) Level {
   int height, width;
-  int first_pixel;     // in a row of S pixels
-  int first_position;  // in the order in which queries are taken
+  int first_pixel;     // index into S
+  int first_position;  // in the order in which queries are processed
 };
 
-// What is the same for a whole launch. Passed by value, so it lies in constant memory.
+// The constants of a launch. They are passed by value, so they are in constant memory.
 struct Problem {
   int pixels, heads, channels, queries, levels, points;
-  int samples;          // of a row: L·P
+  int samples;          // per row: L·P
   unsigned reciprocal;  // 2^32 / P, rounded up: for dividing by P
-  int lanes;            // of a group, a power of two
-  int positions;        // queries, and the gaps in the last tiles
-  bool is_tiled;        // queries are the pixels of the levels
-  int reference_size;   // 0: locations and weights; 2, 4: offsets from points, boxes, and logits
+  int lanes;            // per group, a power of two
+  int positions;        // queries, plus the gaps in the last tiles
+  bool is_tiled;        // the queries are the pixels of the levels
+  int reference_size;   // 0: locations and weights; 2, 4: logits, and offsets from points, boxes
   Level level[MAX_LEVELS];
 };
 
-extern __shared__ int4 shared[];  // what of it is used for what: see Notes and backward_kernel
+extern __shared__ int4 shared[];  // for its layout see Notes and backward_kernel
 
 // The row of a thread.
 struct Row {
@@ -43,13 +43,13 @@ struct Row {
 
   __device__ bool has_sample(const Problem& n, int s) const { return query >= 0 && s < n.samples; }
 
-  // In B Q H. Worked out where it is needed: it would take two registers all the while.
+  // The index in B Q H. Computed where needed: stored, it would always take two registers.
   __device__ int64_t index(const Problem& n) const {
     return (int64_t(image) * n.queries + query) * n.heads + head;
   }
 };
 
-// Where to sample, and how strongly. Of a whole tensor, and then of a row.
+// Where to sample, and with which weights: for a complete tensor, or for one row (`of_row`).
 template <typename T>
 struct Sampling {
   const Arithmetic<T>* references;  // B Q L R
@@ -65,8 +65,8 @@ struct Sampling {
   }
 };
 
-// Queries next to each other on a feature map look at much the same pixels, so a block takes a
-// square of them. In the order of the rows of a map it would take a strip.
+// Returns the query at a position of the launch, or -1. Neighbouring queries of a feature map
+// sample much the same pixels, so a block takes a square of them. In row order it would be a strip.
 __device__ inline int query_at(const Problem& n, int position) {
   if (position >= n.positions) return -1;
   if (!n.is_tiled) return position;
@@ -82,7 +82,7 @@ __device__ inline int query_at(const Problem& n, int position) {
   return level.first_pixel + row * level.width + column;
 }
 
-// Heads of the same queries run at about the same time: they share lines of their inputs.
+// Heads of the same queries run at about the same time, because they share cache lines of inputs.
 __device__ inline Row row_of_thread(const Problem& n, int lanes) {
   Row row;
   row.lane = threadIdx.x % lanes;
@@ -93,7 +93,7 @@ __device__ inline Row row_of_thread(const Problem& n, int lanes) {
   return row;
 }
 
-// Over the lanes of a group; all lanes of the warp must call it.
+// Sums over the lanes of a group. All lanes of the warp must call it.
 template <typename A>
 __device__ inline A sum_over(int lanes, A x) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
@@ -111,11 +111,11 @@ __device__ inline A largest_over(int lanes, A x) {
   return x;
 }
 
-// Turns a logit into a weight. Where there are weights already, leaves them as they are.
+// Converts logits to weights. If the inputs are weights already, it returns them unchanged.
 template <typename A>
 struct Softmax {
   bool is_needed;
-  A largest, scale;  // the largest in powers of two, which are cheaper than those of e
+  A largest, scale;  // the largest as an exponent of 2: exp2 is cheaper than exp
 
   __device__ A raised(A x) const { return exp2(x * A(M_LOG2E) - largest); }
   __device__ A weight(A x) const { return is_needed ? raised(x) * scale : x; }
@@ -136,13 +136,13 @@ __device__ inline Softmax<A> softmax_of(const Problem& n, const Sampling<T>& fro
 #pragma unroll 4
   for (int s = row.lane; row.has_sample(n, s); s += lanes) {
     from.weights.widen(from.weights.get(s), logit);
-    total += softmax.raised(logit[0]);  // not a number, if a logit is not
+    total += softmax.raised(logit[0]);  // NaN, if a logit is NaN
   }
   softmax.scale = 1 / sum_over(lanes, total);
   return softmax;
 }
 
-// What is read of one sample, before anything is done with it: the next ones are read early.
+// The raw inputs of one sample. The next sample is read before the current one is processed.
 template <typename T>
 struct Reading {
   int level;
@@ -162,16 +162,16 @@ __device__ inline Reading<T> read_sample(const Problem& n, const Sampling<T>& fr
   return reading;
 }
 
-// One sample. The pixels around it are numbered 0 1 in the upper and 2 3 in the lower row. One
-// outside of the level has no share, and so that it can be read all the same, the place of another.
+// One sample. The pixels around it are numbered 0 1 in the upper and 2 3 in the lower row. A pixel
+// outside of the level has share 0 and the index of a neighbour inside, so that it can be read.
 template <typename A>
 struct Sample {
-  bool touches_pixels;  // or else nothing but weight and unit is known
-  int pixel[4];         // in a row of S
-  A across[2], down[2];  // share of the two columns and rows
+  bool touches_pixels;  // if false, only weight and unit are set
+  int pixel[4];         // indices into S
+  A across[2], down[2];  // shares of the two columns and rows
   bool has_column[2], has_row[2];
   A weight;
-  A unit[2];  // pixels for one unit of location or offset, in x and y
+  A unit[2];  // pixels per unit of location or offset, in x and y
 };
 
 template <typename T, typename A = Arithmetic<T>>
@@ -189,14 +189,14 @@ __device__ inline Sample<A> place_sample(const Problem& n, const Sampling<T>& fr
   from.locations.widen(reading.location, location);
   from.weights.widen(reading.weight, weight);
   sample.weight = softmax.weight(weight[0]);
-  A at[2];  // in pixels; the centre of the first one is 0
+  A at[2];  // in pixels; the centre of the first pixel is 0
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     sample.unit[i] = n.reference_size == 2 ? A(1) : size[i];
     if (n.reference_size == 4) sample.unit[i] *= box[i] * from.box_unit;
     at[i] = centre[i] * size[i] + location[i] * sample.unit[i] - A(0.5);
   }
-  // False too where a coordinate is not a number; what no integer holds ends here as well.
+  // Also false for NaN, and for coordinates that do not fit in an integer.
   if (!(at[0] > -1 && at[1] > -1 && at[0] < size[0] && at[1] < size[1])) return sample;
   sample.touches_pixels = true;
   const A left = floor(at[0]), top = floor(at[1]);
@@ -218,10 +218,10 @@ __device__ inline Sample<A> place_sample(const Problem& n, const Sampling<T>& fr
   return sample;
 }
 
-// What the lanes of a group tell each other about their samples, in shared memory.
+// The samples that the lanes of a group share with each other, in shared memory.
 template <typename A>
 struct alignas(16) Shares {
-  A corner[4];  // of the output, the weight included
+  A corner[4];  // shares in the output, including the weight
 };
 
 template <typename A>
@@ -229,7 +229,7 @@ struct Notes {
   int4* pixels;
   Shares<A>* shares;
 
-  // Groups lie one place apart, so that those read at once are in different banks.
+  // Groups are one place apart, so that simultaneous reads are in different banks.
   static constexpr int BYTES = sizeof(int4) + sizeof(Shares<A>);
   __host__ __device__ static int places(int threads, int lanes) {
     return threads + threads / lanes;

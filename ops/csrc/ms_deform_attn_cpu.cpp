@@ -1,8 +1,8 @@
 // Multi-scale deformable attention on the CPU, forward and backward.
 //
-// Plain functions over plain pointers: no header of PyTorch or Python, so the library builds in
-// seconds and does not depend on the version of either. ops/cpu.py calls them. setup.py compiles
-// this file once for each kind of processor, with INSTRUCTION_SET as part of the names.
+// Plain functions over plain pointers, without headers of PyTorch or Python, so the library builds
+// in seconds and does not depend on the version of either. ops/cpu.py calls them. setup.py compiles
+// this file once per instruction set, with INSTRUCTION_SET in the names of the functions.
 //
 // B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
 //   value      B S H D          shapes      L 2, (height, width)
@@ -10,8 +10,8 @@
 //   references B Q L 2 or 4, or none. With them `places` are offsets from the references and
 //              `attention` are logits; without them, locations and weights.
 //
-// What is written is shared out so that every number is summed by one thread in one order, whatever
-// the number of threads; so results can be reproduced to the last bit.
+// Work is divided so that one thread sums each number in a fixed order, for any number of threads.
+// So results are reproducible to the last bit.
 
 #include <algorithm>
 #include <cstdint>
@@ -31,15 +31,15 @@ namespace {
 
 using namespace deta;
 
-constexpr int64_t kTile = 8;             // queries that follow one another form tiles of this side
+constexpr int64_t kTile = 8;             // consecutive queries form square tiles of this side
 constexpr int64_t kQueriesOfTask = 512;  // forward
-constexpr int64_t kPixelsOfTask = 256;   // when heads are laid apart
-constexpr int64_t kAhead = 4;            // so many queries ahead, inputs are fetched into the cache
-// Reads of each pixel from which on laying heads apart pays.
+constexpr int64_t kPixelsOfTask = 256;   // when heads are separated
+constexpr int64_t kAhead = 4;            // inputs are prefetched this many queries ahead
+// The reads per pixel from which on separating the heads is faster.
 constexpr int64_t kReadsForward = 6, kReadsBackward = 2;
 
-// The order in which queries are worked off. Where each pixel is a query, tiles of neighbours
-// follow one another: they read the same places, which then are still in the cache.
+// Returns the order in which to process queries. If each pixel is a query, neighbours form tiles:
+// they read the same pixels, which are then still in the cache.
 std::vector<int32_t> query_order(const Sizes& n, const int64_t* shapes) {
   std::vector<int32_t> order;
   order.reserve(n.queries);
@@ -60,20 +60,20 @@ std::vector<int32_t> query_order(const Sizes& n, const int64_t* shapes) {
   return order;
 }
 
-// Ask for a stretch of memory that will be wanted soon.
+// Prefetches memory that will be needed soon.
 template <int kForWriting = 0>
 void fetch(const void* begin, int64_t bytes) {
   const char* at = static_cast<const char*>(begin);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, kForWriting, 2);
 }
 
-// Whether heads are laid apart before they are read. Pixels of one head lie a power of two apart,
-// so only a few of the cache's sets can hold them; where each pixel is read often, a copy pays.
+// Returns whether to separate the heads before reading them. The pixels of one head are a power of
+// two apart, so only a few sets of the cache can hold them. If pixels are read often, a copy pays.
 bool lays_apart(const Sizes& n, int64_t from_reads) {
   return n.heads > 1 && n.queries * n.samples() * 4 > from_reads * n.pixels;
 }
 
-// value S H D -> apart H S D
+// Separates the heads: value S H D -> apart H S D.
 template <typename T, typename A>
 void lay_apart(const T* value, A* apart, const Sizes& n, const Threads& threads) {
   const int64_t tasks = (n.pixels + kPixelsOfTask - 1) / kPixelsOfTask;
@@ -91,15 +91,15 @@ void lay_apart(const T* value, A* apart, const Sizes& n, const Threads& threads)
   });
 }
 
-// The weighted sum of all corners of one query's samples. D is the number of channels, or 0 where
-// it is none of those that vectors were written for.
+// Computes the weighted sum of all corners of one query's samples. D is the number of channels if
+// there is a vectorised version for it, else 0.
 template <int D, typename A, typename Out>
 void gather(const A* value, int64_t stride, const Samples<A>& s, bool all_near, const Sizes& n,
             A* sum, Out* output) {
   const int64_t samples = n.samples();
   if constexpr (D > 0) {
     constexpr int kVectors = D / kLanes;
-    Vector sums[4][kVectors] = {};  // a corner each, so that additions need not wait
+    Vector sums[4][kVectors] = {};  // one per corner, so that additions do not wait for each other
     for (int64_t i = 0; i < samples; ++i) {
       if (!all_near && !s.is_near[i]) continue;
       for (int corner = 0; corner < 4; ++corner) {
@@ -125,7 +125,7 @@ void gather(const A* value, int64_t stride, const Samples<A>& s, bool all_near, 
   }
 }
 
-// One image. `stride` leads from a pixel to the next, `head_stride` from a head to the next.
+// Computes one image. `stride` is the distance between pixels, `head_stride` that between heads.
 template <int D, typename A, typename Out>
 void forward_image(const A* value, int64_t stride, int64_t head_stride, const int64_t* shapes,
                    const A* references, const A* places, const A* attention, Out* output,
@@ -160,8 +160,8 @@ void forward_image(const A* value, int64_t stride, int64_t head_stride, const in
   });
 }
 
-// Of each corner of each sample, the product of its pixel with the output's gradient; and what the
-// pixel itself receives.
+// Computes, for each corner of each sample, the dot product of its pixel with the gradient of the
+// output, and adds to the gradient of that pixel.
 template <int D, typename A>
 void scatter(const A* value, int64_t stride, const A* grad, const Samples<A>& s, bool all_near,
              int64_t samples, int64_t channels, A* grad_value, int64_t grad_stride, A* const* dots) {
@@ -171,7 +171,7 @@ void scatter(const A* value, int64_t stride, const A* grad, const Samples<A>& s,
     for (int v = 0; v < kVectors; ++v) g[v] = load(grad + v * kLanes);
     for (int64_t i = 0; i < samples; i += 4) {
       for (int first = 0; first < 4; first += kCorners) {
-        Vector products[kLanes];  // of four samples, corner after corner
+        Vector products[kLanes];  // for four samples, corner after corner
         for (int corner = 0; corner < kCorners; ++corner)
           for (int j = 0; j < 4; ++j) {
             const A* from = value + s.pixel[first + corner][i + j] * stride;
@@ -213,13 +213,13 @@ void scatter(const A* value, int64_t stride, const A* grad, const Samples<A>& s,
   }
 }
 
-// What a thread works on in the backward pass: one head's features and their gradients, laid apart,
-// and what goes with a single query.
+// A thread's memory in the backward pass: one head's features and their gradients, separated from
+// other heads, and the values of a single query.
 template <typename A>
 struct Workspace {
-  Array<A> value, grad_value;  // S D, or empty where heads are left where they are
+  Array<A> value, grad_value;  // S D, or empty if heads are not separated
   Array<A> grad_output;        // D
-  Array<A> dots[4];            // a number for each sample, see scatter
+  Array<A> dots[4];            // one number per sample, see scatter
 
   Workspace(const Sizes& n, bool apart)
       : value(apart ? n.pixels * n.channels : 0, kUninitialised),
@@ -229,18 +229,18 @@ struct Workspace {
              Array<A>(n.samples() + 16)} {}
 };
 
-// One image. Clears what it sums up.
+// Computes one image. Sets its sums to zero first.
 template <int D, typename T, typename A>
 void backward_image(const T* value, const int64_t* shapes, const A* references, const A* places,
                     const A* weights, const T* grad_output, T* grad_value, A* grad_places,
                     A* grad_weights, const Sizes& n, bool apart, const std::vector<int32_t>& order,
                     const Threads& threads) {
   const int64_t samples = n.samples(), channels = n.channels, width = n.heads * n.channels;
-  std::vector<int64_t> first_pixel(n.levels + 1, 0);  // of each level, and one behind the last
+  std::vector<int64_t> first_pixel(n.levels + 1, 0);  // of each level, and the end of the last one
   for (int64_t level = 0; level < n.levels; ++level)
     first_pixel[level + 1] = first_pixel[level] + shapes[2 * level] * shapes[2 * level + 1];
-  // A task is one head on some levels: nobody else writes to these pixels. All levels together are
-  // best, as long as every thread has a few tasks.
+  // A task is one head on some levels: no other task writes to these pixels. All levels in one task
+  // are fastest, as long as every thread has a few tasks.
   const int64_t groups = std::clamp<int64_t>(2 * threads.count() / n.heads, 1, n.levels);
   threads.share(n.heads * groups, [&](const auto& next) {
     const Workspace<A> space(n, apart);
@@ -315,7 +315,7 @@ void backward_image(const T* value, const int64_t* shapes, const A* references, 
   });
 }
 
-// Calls work(first, end) for stretches of all rows.
+// Calls work(first, end) for consecutive ranges that cover all rows.
 template <typename Work>
 void for_rows(int64_t rows, const Threads& threads, const Work& work) {
   constexpr int64_t kRowsOfTask = 4096;
@@ -330,7 +330,7 @@ void forward(const T* value, const int64_t* shapes, const A* references, const A
              const A* attention, T* output, const Sizes& n, const Threads& threads) {
   const std::vector<int32_t> order = query_order(n, shapes);
   const int64_t width = n.heads * n.channels;
-  constexpr bool is_rounded = !std::is_same_v<T, A>;  // then the copy is the value in full too
+  constexpr bool is_rounded = !std::is_same_v<T, A>;  // the copy is also in full precision
   const bool apart = is_rounded || lays_apart(n, kReadsForward);
   Array<A> copy(apart ? n.pixels * width : 0, kUninitialised);
   for (int64_t image = 0; image < n.images; ++image) {
@@ -398,7 +398,7 @@ void backward(const T* grad_output, const T* value, const int64_t* shapes, const
   }
 }
 
-// Calls run with the number of channels as a constant, where vectors were written for it.
+// Calls `run` with the number of channels as a constant if it has a vectorised version, else 0.
 template <typename A, typename Run>
 int32_t with_channels(int64_t channels, const Run& run) {
   try {
@@ -415,9 +415,9 @@ int32_t with_channels(int64_t channels, const Run& run) {
 
 }  // namespace
 
-// All return 0, or 1 when there is not enough memory. No dimension may be zero.
+// All return 0, or 1 if there is not enough memory. No dimension may be zero.
 #define DEFINE(T, A, name)                                                                        \
-  extern "C" EXPORTED int32_t JOIN(forward, name, INSTRUCTION_SET)(                                        \
+  extern "C" EXPORTED int32_t JOIN(forward, name, INSTRUCTION_SET)(                               \
       const T* value, const int64_t* shapes, const A* references, const A* places,                \
       const A* attention, T* output, const Sizes* sizes, int64_t threads,                         \
       ParallelFor parallel_for) {                                                                 \
@@ -426,7 +426,7 @@ int32_t with_channels(int64_t channels, const Run& run) {
                           Threads(parallel_for, threads));                                        \
     });                                                                                           \
   }                                                                                               \
-  extern "C" EXPORTED int32_t JOIN(backward, name, INSTRUCTION_SET)(                                       \
+  extern "C" EXPORTED int32_t JOIN(backward, name, INSTRUCTION_SET)(                              \
       const T* grad_output, const T* value, const int64_t* shapes, const A* references,           \
       const A* places, const A* attention, T* grad_value, A* grad_places, A* grad_attention,      \
       const Sizes* sizes, int64_t threads, ParallelFor parallel_for) {                            \

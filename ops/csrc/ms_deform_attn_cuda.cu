@@ -1,9 +1,9 @@
 // Multi-scale deformable attention on CUDA devices, forward and backward, from locations and
-// weights or from offsets and logits (fused).
+// weights, or from offsets and logits (fused).
 //
-// Plain functions over plain pointers: no header of PyTorch or Python, so the library does not
-// depend on the version of either. ops/cuda.py calls them. They only launch: nothing is allocated,
-// nothing waits, so they can be recorded into CUDA graphs.
+// Plain functions over plain pointers, without headers of PyTorch or Python, so the library does
+// not depend on the version of either. ops/cuda.py calls them. They only launch kernels: they
+// neither allocate nor wait, so CUDA graphs can record them.
 //
 // B images   Q queries   H heads   L levels   P points   S pixels of all levels   D channels
 //   value      B S H D          shapes     L 2, (height, width), on the host
@@ -15,14 +15,14 @@
 
 namespace {
 
-constexpr int MAX_SHARED_BYTES = 48 * 1024;  // what a block gets without asking
+constexpr int MAX_SHARED_BYTES = 48 * 1024;  // available to a block by default
 
-// Everything about a call, filled in by ops/cuda.py: the two must agree. All fields are 8 bytes.
+// All arguments of a call. ops/cuda.py fills them in, in the same order. All fields are 8 bytes.
 struct Call {
   int64_t images, pixels, heads, channels, queries, levels, points;
   int64_t reference_size;  // 0: not fused
   int64_t dtype;           // of value and output: 0 float64, 1 float32, 2 float16, 3 bfloat16
-  int64_t is_narrow;       // weights, or offsets and logits, are of that dtype: not float32
+  int64_t is_narrow;       // weights, or offsets and logits, are of that dtype, not float32
   int64_t device;
   cudaStream_t stream;
   int64_t shapes[2 * MAX_LEVELS];  // height, width
@@ -30,11 +30,11 @@ struct Call {
   void* output;
   const void* grad_output;
   void *grad_value, *grad_locations, *grad_weights;
-  const double* bound;  // of what is added to grad_value, for fixed point; or null
-  void* rounded;        // fixed-point sums in grad_value as numbers
+  const double* bound;  // of the addends of grad_value, for fixed point; else null
+  void* rounded;        // the fixed-point sums of grad_value as numbers
 };
 
-// What a call can return beside 0 and CUDA's own errors, which are positive.
+// Errors of a call, besides CUDA's own, which are positive. 0 is success.
 enum Refusal { BAD_DTYPE = -1, TOO_LARGE = -2 };
 
 struct Launch {
@@ -43,8 +43,8 @@ struct Launch {
   int threads, shared_bytes;
 };
 
-// Fills in the problem and divides it into blocks, for lanes of `vector` channels and arithmetic
-// in numbers of so many bytes. Returns 0 or a refusal.
+// Fills in the problem and divides it into blocks, for lanes of `vector` channels and numbers of
+// `number_bytes` bytes in the arithmetic. Returns 0 or a refusal.
 int plan(const Call& call, int vector, int number_bytes, bool keeps_weight_gradients,
          Launch& launch) {
   constexpr int64_t LIMIT = INT32_MAX / 2;
@@ -66,7 +66,7 @@ int plan(const Call& call, int vector, int number_bytes, bool keeps_weight_gradi
   int64_t pixel = 0, position = 0;
   for (int l = 0; l < n.levels; ++l) {
     const int64_t height = call.shapes[2 * l], width = call.shapes[2 * l + 1];
-    // In a level of negative size no place lies inside.
+    // No location is inside of a level of negative size.
     const bool is_empty = height * width == 0;
     n.level[l] = {is_empty ? -1 : int(height), is_empty ? -1 : int(width), int(pixel),
                   int(position)};
@@ -76,7 +76,7 @@ int plan(const Call& call, int vector, int number_bytes, bool keeps_weight_gradi
   }
   n.positions = n.is_tiled ? int(position) : n.queries;
 
-  // A feature map fills the device with large blocks; a few hundred queries only with small ones.
+  // A feature map fills the device with large blocks; a few hundred queries need small ones.
   launch.threads = n.is_tiled ? MAX_THREADS : 64;
   n.lanes = 1;
   while (n.lanes < 32 && n.lanes * vector < n.channels) n.lanes *= 2;
@@ -110,11 +110,11 @@ int start(void (*kernel)(Parameters...), const Launch& launch, cudaStream_t stre
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-  if (error != cudaSuccess) cudaGetLastError();  // so that the next launch does not report it
+  if (error != cudaSuccess) cudaGetLastError();  // clears it, or the next launch would report it
   return error;
 }
 
-// Locations are float32 at least, offsets may be narrow.
+// Locations are at least float32; offsets may be narrow.
 bool has_narrow_locations(const Call& call) { return call.is_narrow && call.reference_size > 0; }
 
 template <typename T>
@@ -162,7 +162,7 @@ int round(const Call& call) {
                static_cast<T*>(call.rounded));
 }
 
-// The widest access that fits, and for the usual width of a head, 32 channels, its own kernel.
+// Selects the widest access that fits. The usual head, of 32 channels, has its own kernel.
 template <typename T>
 int forward_any(const Call& call) {
   if constexpr (sizeof(T) < 8) {
@@ -193,7 +193,7 @@ int backward_any(const Call& call) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The runtime inside this library has a current device of its own; it must be that of PyTorch.
+// The CUDA runtime in this library has its own current device. Set it to PyTorch's.
 #define DEFINE(name, function)                                                     \
   EXPORT int name(const Call* call) {                                              \
     if (const cudaError_t error = cudaSetDevice(int(call->device))) return error;  \
@@ -214,7 +214,7 @@ EXPORT const char* ms_deform_attn_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// 0, or the error that says why a device cannot run what is in this library.
+// Returns 0, or the error that explains why a device cannot run this library.
 EXPORT int ms_deform_attn_probe(int device) {
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   cudaFuncAttributes attributes;

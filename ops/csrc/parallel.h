@@ -1,4 +1,4 @@
-// Work shared among threads, on PyTorch's own pool where it can be had.
+// Work shared among threads, on PyTorch's own thread pool if it is available.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 namespace deta {
 inline namespace INSTRUCTION_SET {
 
-// PyTorch's `torch_parallel_for`, a plain C function since 2.10, whose address Python hands in. So
-// this library needs nothing of PyTorch, obeys its number of threads, and starts none of its own.
+// PyTorch's `torch_parallel_for`, a plain C function since 2.10. Python passes in its address, so
+// this library does not link PyTorch, but uses its number of threads and starts none of its own.
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain_size,
                                 void (*function)(int64_t begin, int64_t end, void* context),
                                 void* context);
@@ -25,8 +25,8 @@ class Threads {
 
   int64_t count() const { return count_; }
 
-  // Calls work(next) on every thread; next() hands out 0, 1, … `tasks` - 1, each to one thread,
-  // and then -1. A thread may prepare itself before it asks for the first.
+  // Calls work(next) on every thread. next() returns 0, 1, … `tasks` - 1, each to one thread, and
+  // then -1. A thread may allocate what it needs before it calls next() the first time.
   template <typename Work>
   void share(int64_t tasks, const Work& work) const {
     std::atomic<int64_t> given{0};

@@ -1,4 +1,4 @@
-// Where the samples of one query and head lie, and with which weights their corners count.
+// The positions of the samples of one query and head, and the weights of their corners.
 
 #pragma once
 
@@ -14,14 +14,14 @@ inline namespace INSTRUCTION_SET {
 
 struct Sizes {
   int64_t images, pixels, heads, channels, queries, levels, points;
-  int64_t reference_size;  // numbers in a reference, 2 or 4; 0 where there is none
+  int64_t reference_size;  // numbers per reference, 2 or 4; 0 without references
   int64_t samples() const { return levels * points; }
 };
 
 struct Uninitialised {};
 constexpr Uninitialised kUninitialised;
 
-// Memory that begins on a cache line, so that no vector lies across two. Zero unless said.
+// An array that starts on a cache line, so that no vector crosses two. Zero unless kUninitialised.
 template <typename T>
 class Array {
  public:
@@ -40,22 +40,22 @@ class Array {
   T* data_;
 };
 
-// One number for each sample of a query, level after level. Arrays are longer than the samples, so
-// that loops over them need no remainder; what lies behind is never near its level.
+// One number per sample of a query, level after level. Arrays are padded, so that loops over them
+// need no remainder; samples in the padding are never near their level.
 template <typename A>
 class Samples {
  public:
-  // What `place` finds: the four corners (top left, top right, bottom left, bottom right).
+  // Results of `place`, for the four corners (top left, top right, bottom left, bottom right).
   Array<int32_t> pixel[4];
-  Array<A> weight[4];      // of a corner in the output; zero outside of the level
+  Array<A> weight[4];      // of the corner in the output; zero outside of the level
   Array<A> inside[4];      // 1 for a corner that is a pixel, 0 for one outside of the level
-  Array<A> right, below;   // how far the sample is on the way to the next column and row
-  Array<int32_t> is_near;  // any corner is a pixel
-  Array<A> attention;      // the attention weights, softmaxed if they came as logits
-  // x in pixels = x_origin + given · x_unit, where `given` is what the operator is handed.
+  Array<A> right, below;   // fractions of the way to the next column and row
+  Array<int32_t> is_near;  // whether any corner is a pixel
+  Array<A> attention;      // the attention weights, after the softmax if they were logits
+  // x in pixels = x_origin + given · x_unit, where `given` is the operator's location or offset.
   Array<A> x_origin, y_origin, x_unit, y_unit;
 
-  // For the samples on the levels from `first_level` to before `last_level`.
+  // Holds the samples on the levels from `first_level` up to, but without, `last_level`.
   Samples(const Sizes& n, const int64_t* shapes, int64_t first_level, int64_t last_level)
       : Samples((last_level - first_level) * n.points) {
     int64_t start = 0;
@@ -64,15 +64,15 @@ class Samples {
     for (int64_t level = first_level, i = 0; level < last_level; ++level) {
       const int64_t h = shapes[2 * level], w = shapes[2 * level + 1];
       for (int64_t point = 0; point < n.points; ++point, ++i) {
-        // No number is larger than -1 and smaller too, so nothing is near a level without pixels.
+        // No number is both above and below -1, so no sample is near a level without pixels.
         const bool is_empty = h * w == 0;
         height_[i] = is_empty ? A(-1) : A(h);
         width_[i] = is_empty ? A(-1) : A(w);
-        // What is not near is read all the same, with weight zero, so it must be a pixel.
+        // Samples that are not near are read too, with weight zero, so they need a valid pixel.
         rows_[i] = is_empty ? 1 : int32_t(h);
         columns_[i] = is_empty ? 1 : int32_t(w);
         first_pixel_[i] = is_empty ? 0 : int32_t(start);
-        x_origin[i] = y_origin[i] = A(-0.5);  // pixel centres lie at whole numbers
+        x_origin[i] = y_origin[i] = A(-0.5);  // pixel centres are at integers
         x_unit[i] = A(w);
         y_unit[i] = A(h);
       }
@@ -80,7 +80,7 @@ class Samples {
     }
   }
 
-  // Take the references of one query, `reference_size` numbers for each of these levels.
+  // Sets the references of one query, `reference_size` numbers for each of these levels.
   void set_references(const A* reference, const Sizes& n) {
     for (int64_t i = 0; i < count_; i += n.points, reference += n.reference_size) {
       repeat(x_origin.data() + i, reference[0] * width_[i] - A(0.5), n.points);
@@ -88,21 +88,21 @@ class Samples {
       if (n.reference_size == 2) {  // offsets are in pixels
         repeat(x_unit.data() + i, A(1), n.points);
         repeat(y_unit.data() + i, A(1), n.points);
-      } else {  // in shares of the box that is the reference
+      } else {  // offsets are in shares of the reference box
         repeat(x_unit.data() + i, reference[2] * (A(0.5) / n.points) * width_[i], n.points);
         repeat(y_unit.data() + i, reference[3] * (A(0.5) / n.points) * height_[i], n.points);
       }
     }
   }
 
-  // Take the attention weights of one query and head.
+  // Sets the attention weights of one query and head.
   void set_weights(const A* weights) { std::copy(weights, weights + count_, attention.data()); }
 
-  // Take the softmax of one query's and head's logits.
+  // Sets the attention weights to the softmax of the logits of one query and head.
   void set_logits(const A* logits) {
     A* __restrict__ to = attention.data();
     std::copy(logits, logits + count_, to);
-    // What lies behind must not count. It stays out of the sum, since its exponential is zero.
+    // The padding must not count: its exponential is zero.
     std::fill(to + count_, to + padded_, -std::numeric_limits<A>::infinity());
     A largest = to[0], sum = 0;
 #pragma omp simd reduction(max : largest)
@@ -114,7 +114,7 @@ class Samples {
     for (int64_t i = 0; i < padded_; ++i) to[i] *= scale;
   }
 
-  // Place the samples of one query and head. Returns whether all of them are near their level.
+  // Places the samples of one query and head. Returns whether all of them are near their level.
   template <bool kForGradients>
   bool place(const A* given) {
     A *__restrict__ x = x_.data(), *__restrict__ y = y_.data();
@@ -137,10 +137,10 @@ class Samples {
     int32_t num_near = 0;
 #pragma omp simd reduction(+ : num_near)
     for (int64_t i = 0; i < padded_; ++i) {
-      // False for what is not finite. Padding has height and width 0, and so is never near.
+      // False for non-finite values. Padding has height and width 0, so it is never near.
       const bool is = (x[i] > A(-1)) & (y[i] > A(-1)) & (x[i] < w[i]) & (y[i] < h[i]);
       const A xi = is ? x[i] : A(0), yi = is ? y[i] : A(0);
-      int32_t column = int32_t(xi), row = int32_t(yi);  // towards zero, so one too many below it
+      int32_t column = int32_t(xi), row = int32_t(yi);  // towards zero: one too high below zero
       column -= xi < A(column);
       row -= yi < A(row);
       const A r = xi - A(column), b = yi - A(row);
@@ -152,7 +152,7 @@ class Samples {
       const A in2 = bottom_in * left_in, in3 = bottom_in * right_in;
       const A s0 = in0 * (1 - b) * (1 - r), s1 = in1 * (1 - b) * r;
       const A s2 = in2 * b * (1 - r), s3 = in3 * b * r;
-      // A corner outside of the level stands for its neighbour inside, with share zero.
+      // A corner outside of the level reads its neighbour inside, with share zero.
       const int32_t left = std::max(column, 0), right_column = std::min(column + 1, wi[i] - 1);
       const int32_t top = start[i] + std::max(row, 0) * wi[i];
       const int32_t bottom = start[i] + std::min(row + 1, hi[i] - 1) * wi[i];
@@ -180,7 +180,7 @@ class Samples {
 
  private:
   static void repeat(A* to, A x, int64_t points) {
-    if (points == 4) {  // the number that everybody uses: a single store
+    if (points == 4) {  // the usual number: a single store
       for (int i = 0; i < 4; ++i) to[i] = x;
     } else {
       for (int64_t i = 0; i < points; ++i) to[i] = x;
@@ -188,7 +188,7 @@ class Samples {
   }
 
   int64_t count_, padded_;
-  // What holds for all queries: each sample's level.
+  // The level of each sample, the same for all queries.
   Array<int32_t> rows_, columns_, first_pixel_;
   Array<A> height_, width_;
   Array<A> x_, y_;

@@ -1,5 +1,5 @@
-// Vectors of floats as wide as this build's instruction set has them, on the compiler's own vector
-// types: the same text becomes AVX-512, AVX2, SSE or NEON instructions.
+// Float vectors of the width of this build's instruction set, as the compiler's own vector types:
+// the same source becomes AVX-512, AVX2, SSE or NEON instructions.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #define INSTRUCTION_SET base
 #endif
 
-// A namespace for each instruction set, or the linker would take one version for all.
+// One namespace per instruction set. Otherwise the linker would use one version for all.
 namespace deta {
 inline namespace INSTRUCTION_SET {
 
@@ -44,7 +44,7 @@ inline float to_float(BFloat16 x) {
 
 inline void store_rounded(float* to, float x) { *to = x; }
 inline void store_rounded(double* to, double x) { *to = x; }
-inline void store_rounded(BFloat16* to, float x) {  // to the nearest, halves to even, NaN stays NaN
+inline void store_rounded(BFloat16* to, float x) {  // to nearest, ties to even; NaN stays NaN
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -66,11 +66,11 @@ inline void store(BFloat16* to, Vector x) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-// The sums of kLanes vectors at once, which takes about three instructions a vector. Lane
-// 4·j + i of the result is the sum of all lanes of x[4·j + i].
+// Sums kLanes vectors at once, in about three instructions per vector. Lane 4·j + i of the result
+// is the sum of all lanes of x[4·j + i].
 inline Vector sums(const Vector (&x)[kLanes]) {
   constexpr int quads = kLanes / 4;
-  Indices even, odd;  // within each 128 bits: lanes 0 and 2 of both operands, and 1 and 3
+  Indices even, odd;  // in each 128 bits: lanes 0 and 2 of both operands; lanes 1 and 3
   for (int lane = 0; lane < kLanes; ++lane) {
     const int first = lane / 4 * 4 + lane % 2 * 2 + (lane % 4 / 2) * kLanes;
     even[lane] = first;
@@ -92,7 +92,7 @@ inline Vector sums(const Vector (&x)[kLanes]) {
     }
     return __builtin_shuffle(quad[0], quad[1], low) + __builtin_shuffle(quad[0], quad[1], high);
   } else {
-    Indices low, high;  // of each operand, the first and the second 128 bits of each 256
+    Indices low, high;  // the first and the second 128 bits of each 256, of both operands
     for (int lane = 0; lane < kLanes; ++lane) {
       low[lane] = lane % 4 + (lane / 4 % 2) * 8 + lane / 8 * kLanes;
       high[lane] = low[lane] + 4;
@@ -104,10 +104,10 @@ inline Vector sums(const Vector (&x)[kLanes]) {
   }
 }
 
-// e^x to about one unit in the last place, in a form that a compiler makes vectors of.
+// Returns e^x to about one unit in the last place, in a form that compilers vectorise.
 inline float exponential(float x) {
   const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float shifted = clamped * 1.44269504f + 12582912.0f;  // rounds x/ln 2 to a whole number
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // rounds x/ln 2 to an integer
   const float whole = shifted - 12582912.0f;
   const float rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
   float series = 1.9875691500e-4f;  // Cephes' minimax polynomial on ±ln 2 / 2
@@ -119,7 +119,7 @@ inline float exponential(float x) {
   const float result = series * rest * rest + rest + 1.0f;
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;  // the whole number sits in the lowest bits of `shifted`
+  bits = (bits + 127) << 23;  // the integer is in the lowest bits of `shifted`
   float scale;
   std::memcpy(&scale, &bits, sizeof(scale));
   return x < -87.0f ? 0.0f : result * scale;
