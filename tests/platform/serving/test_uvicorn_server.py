@@ -1,0 +1,67 @@
+"""The service as one process: it serves until a signal, and reports a taken port."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.uvicorn_server import serve_alone
+from tests.platform.serving.serving_case import tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+WITHIN_S = 300  # it takes seconds; longer on a busy machine
+CODE = """
+import sys
+from pathlib import Path
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.uvicorn_server import serve_alone
+source = FolderSource(Path(sys.argv[1]), "cpu")
+serve_alone(source, ServingConfig(), "127.0.0.1", 0, lambda address: print(address, flush=True))
+"""
+
+
+def is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}ready", timeout=WITHIN_S) as response:
+            return response.status == 200
+    except urllib.error.HTTPError:  # no model yet
+        return False
+
+
+def test_a_process_serves_on_a_free_port_until_sigterm(tmp_path: Path):
+    checkpoint = tiny_checkpoint(tmp_path / "run")
+    command = [sys.executable, "-c", CODE, str(checkpoint)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:")
+            deadline_s = time.monotonic() + WITHIN_S
+            while not is_ready(address):
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            process.wait(WITHIN_S)
+            with pytest.raises(urllib.error.URLError, match="refused"):
+                urllib.request.urlopen(f"{address}ready", timeout=5)
+        finally:
+            process.kill()
+
+
+def test_a_taken_port_is_named(tmp_path: Path):
+    source = FolderSource(tmp_path, "cpu")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}: "):
+            serve_alone(source, ServingConfig(), "127.0.0.1", port, lambda address: None)
