@@ -227,8 +227,8 @@ def _prepare_backbone(
 
 
 def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
+    from deta.model.architectures import layouts_of
     from deta.platform.weights.converted_file import write_converted
-    from deta.platform.weights.model_file import to_published
     from deta.platform.weights.weight_files import write_torch_file, write_weights
 
     if arguments.to is None:
@@ -243,7 +243,7 @@ def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
         write_converted(output, weights.tensors, weights.config, weights.classes, weights.source)
         echo(f"{output}: sha256 {_weights_sha256(output)}")
         return 0
-    published = to_published(weights.tensors, model, arguments.to)
+    published = layouts_of(model).to_published(weights.tensors, model, arguments.to)
     if output.suffix == ".safetensors":
         write_weights(output, published)
     else:

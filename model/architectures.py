@@ -1,12 +1,14 @@
-"""The detector architectures. The type of a configuration selects one; only this file checks it.
+"""The detector architectures. The type of a configuration selects one.
 
-To add a detector, write a file beside `anchor_detr.py` and add a branch to each function here.
+To add a detector, write files beside `anchor_detr.py` and `pretrained_anchor.py`, and add it here.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
+from deta.model import pretrained, pretrained_anchor
 from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig
 from deta.model.criterion import Criterion, CriterionConfig, OneToOneCriterion
 from deta.model.detector import DETA, ModelConfig
@@ -14,6 +16,19 @@ from deta.model.detector import DETA, ModelConfig
 DetectorConfig = ModelConfig | AnchorDETRConfig
 Detector = DETA | AnchorDETR  # `detector(images, padding)` gives at least `Predictions`
 DetectorCriterion = Criterion | OneToOneCriterion
+
+# The modules that know the tensors of each architecture, ours and published ones. Each has the
+# functions `fit`, `select_classes`, `shapes_of`, `trace_published`, `published_config` and
+# `to_published`.
+LAYOUTS: dict[type[DetectorConfig], ModuleType] = {
+    ModelConfig: pretrained,
+    AnchorDETRConfig: pretrained_anchor,
+}
+
+
+def layouts_of(config: DetectorConfig) -> ModuleType:
+    """Return the module of `LAYOUTS` for a model of this configuration."""
+    return LAYOUTS[type(config)]
 
 
 def make_detector(config: DetectorConfig) -> Detector:

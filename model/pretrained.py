@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from deta.model.published_names import (
     match,
     rows_of,
 )
+from deta.model.published_sizes import with_sizes_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ def published_logit_eps(format_: Format) -> float:
     those. The wrong value moves boxes at the border by up to 1.2e-3 of the image.
     """
     return 1e-3 if format_ == "detrex" else 1e-5
+
+
+def published_config(renamed: Renamed, config: ModelConfig) -> ModelConfig:
+    """Return the configuration with the sizes of published weights, and their `logit_eps`.
+
+    Raises:
+        ValueError: there are no class heads.
+    """
+    eps = published_logit_eps(cast(Format, renamed.layout))
+    return replace(with_sizes_of(renamed.tensors, config), logit_eps=eps)
 
 
 def from_published(

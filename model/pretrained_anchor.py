@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -129,9 +129,15 @@ def fit(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> dict[str, Tens
 def to_published(
     state: Mapping[str, Tensor], config: AnchorDETRConfig, format_: Format
 ) -> dict[str, Tensor]:
-    """Convert our weights to the names of a published layout, with the copies that it stores."""
+    """Convert our weights to the names of a published layout, with the copies that it stores.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape, or the layout is unknown.
+    """
+    if format_ not in get_args(Format):
+        raise ValueError(f"Anchor DETR has no {format_} layout; choose official or detrex")
     published: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for name, tensor in fit(state, config).items():
         if name.endswith(_WITHOUT_EFFECT):
             continue
         for theirs, ours in _names(format_):
@@ -227,8 +233,8 @@ def select_classes(
     return {**state, **heads}
 
 
-def with_sizes_of(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> AnchorDETRConfig:
-    """Return the configuration with the sizes of the tensors, and the layout's `logit_eps`.
+def published_config(renamed: Renamed, config: AnchorDETRConfig) -> AnchorDETRConfig:
+    """Return the configuration with the sizes of published weights, and their `logit_eps`.
 
     detrex trained its weights with 1e-3. Official ones that someone converted to detrex's names
     need 1e-5, but their names do not show it.
@@ -236,7 +242,7 @@ def with_sizes_of(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> Anch
     Raises:
         ValueError: these are not the weights of a complete Anchor DETR.
     """
-    ours = rename_from_published(state)
+    ours = renamed.tensors
     needed = ("class_head.bias", "patterns", "encoder.0.ffn.linear1.bias")
     if absent := [name for name in needed if name not in ours]:
         raise ValueError(f"{listing(absent)}: missing, so this is not a complete Anchor DETR")
@@ -254,7 +260,7 @@ def with_sizes_of(state: Mapping[str, Tensor], config: AnchorDETRConfig) -> Anch
         decoder_layers=num_layers("decoder"),
         points="learned" if "points" in ours else "grid",
         num_points=len(ours["points"]) if "points" in ours else config.num_points,
-        logit_eps=1e-3 if detect_format(state) == "detrex" else 1e-5,
+        logit_eps=1e-3 if renamed.layout == "detrex" else 1e-5,
     )
 
 

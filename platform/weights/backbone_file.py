@@ -18,11 +18,10 @@ from torch import Tensor
 
 from deta.model import pretrained
 from deta.model.anchor_detr import AnchorDETRConfig
-from deta.model.architectures import DetectorConfig
+from deta.model.architectures import DetectorConfig, layouts_of
 from deta.model.published_names import STEPS
 from deta.model.published_sizes import BODY
 from deta.platform.system.short_list import short_list
-from deta.platform.weights.model_file import shapes_of
 from deta.platform.weights.weight_files import WeightsError, read_weights
 
 # For each layout, how a tensor name begins, and the prefix of such a name in a complete detector.
@@ -112,7 +111,7 @@ def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[
     ours = BODY.removeprefix("pyramid.") if isinstance(model, AnchorDETRConfig) else BODY
     expected = {
         name: shape
-        for name, shape in shapes_of(model).items()
+        for name, shape in layouts_of(model).shapes_of(model).items()
         if name.startswith(ours) and not name.endswith(STEPS)
     }
     state = {

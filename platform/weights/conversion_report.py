@@ -11,18 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deta.model.architectures import make_detector, without_download
+from deta.model.architectures import layouts_of, make_detector, without_download
 from deta.model.published_names import STEPS
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.weights.class_mapping import ClassPlan, FileClasses, InitClasses, plan_classes
-from deta.platform.weights.model_file import (
-    ModelFile,
-    fit,
-    is_class_head,
-    select_classes,
-    shapes_of,
-)
+from deta.platform.weights.model_file import ModelFile, is_class_head
 
 SEED = 0  # for initialising tensors that may be missing, and new classes
 NUM_SHOWN = 40  # names listed in the printed report; the JSON has all
@@ -95,7 +89,7 @@ def compare_with_model(
         allow_missing: patterns of our names that may be missing; `*` matches any text.
         allow_unused: patterns of the file's names that may be unused.
     """
-    expected = shapes_of(file.config.model)
+    expected = layouts_of(file.config.model).shapes_of(file.config.model)
     own_extra = [name for name in file.tensors if name not in expected and not name.endswith(STEPS)]
     left_over = [*file.unknown, *(source for name in own_extra for source in file.sources[name])]
     counters = [n for n in file.tensors if n.endswith(STEPS) and n not in expected]
@@ -146,7 +140,7 @@ def complete_state(file: ModelFile, report: ConversionReport) -> dict[str, Tenso
             for name, tensor in _new_model(file.config).items()
             if name in set(report.allowed_missing)
         }
-    return fit(state, file.config.model)
+    return layouts_of(file.config.model).fit(state, file.config.model)
 
 
 def adapt_classes(
@@ -167,10 +161,10 @@ def adapt_classes(
     if how == "drop":
         changed = {**state, **untrained}
     else:
-        changed = select_classes(state, plan.rows, untrained, model)
+        changed = layouts_of(model).select_classes(state, plan.rows, untrained)
     origin = f"the {len(categories)} classes of a data set"
     classes = FileClasses(len(categories), dict(enumerate(categories)), origin)
-    return fit(changed, model), config, classes, plan
+    return layouts_of(model).fit(changed, model), config, classes, plan
 
 
 def part_of(name: str) -> str:

@@ -9,19 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deta.model.architectures import Detector, DetectorConfig
+from deta.model.architectures import Detector, DetectorConfig, layouts_of
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
 from deta.platform.weights.backbone_file import read_backbone
 from deta.platform.weights.class_mapping import ClassPlan, InitClasses, plan_classes
-from deta.platform.weights.model_file import (
-    ModelFile,
-    fit,
-    is_class_head,
-    open_model_file,
-    select_classes,
-    shapes_of,
-)
+from deta.platform.weights.model_file import ModelFile, is_class_head, open_model_file
 
 
 def load_initial_weights(
@@ -67,7 +60,7 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
         file = open_model_file(path, replace(config, model=model))
         untrained = {
             name: torch.zeros(shape)
-            for name, shape in shapes_of(model).items()
+            for name, shape in layouts_of(model).shapes_of(model).items()
             if is_class_head(name)
         }
         _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
@@ -115,8 +108,8 @@ def _initial_state(
             others = {
                 name: tensor for name, tensor in file.tensors.items() if not is_class_head(name)
             }
-            return fit({**others, **untrained}, model), plan
-        state = select_classes(file.tensors, plan.rows, untrained, model)
-        return fit(state, model), plan
+            return layouts_of(model).fit({**others, **untrained}, model), plan
+        state = layouts_of(model).select_classes(file.tensors, plan.rows, untrained)
+        return layouts_of(model).fit(state, model), plan
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
 
 from torch import Tensor
 
-from deta.model import pretrained, pretrained_anchor
-from deta.model.anchor_detr import AnchorDETRConfig
-from deta.model.architectures import DetectorConfig
+from deta.model.architectures import DetectorConfig, layouts_of
 from deta.model.detector import ModelConfig
-from deta.model.pretrained import Renamed
-from deta.model.published_names import Format
+from deta.model.pretrained_anchor import is_anchor_detr
 from deta.model.published_sizes import with_sizes_of
 from deta.platform.checkpoint.format import MANIFEST, read_checkpoint
 from deta.platform.data.coco_dataset import Category
@@ -95,8 +91,9 @@ class ModelFile:
         """
         self.require_known()
         every = list(rows) == list(range(self.classes.num_rows))
-        return fit(
-            self.tensors if every else select_classes(self.tensors, rows, None, model), model
+        layouts = layouts_of(model)
+        return layouts.fit(
+            self.tensors if every else layouts.select_classes(self.tensors, rows), model
         )
 
     def require_known(self) -> None:
@@ -153,16 +150,11 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
         classes = published_classes(model.num_classes)
         config = replace(base, model=model)
         return _ours(path, config, tensors, classes, knows_config=False)
-    if isinstance(model, ModelConfig) and pretrained_anchor.is_anchor_detr(tensors):
+    if isinstance(model, ModelConfig) and is_anchor_detr(tensors):
         raise ValueError("contains weights of an Anchor DETR; choose an Anchor DETR with --variant")
-    renamed = trace_published(tensors, model)
-    if isinstance(model, AnchorDETRConfig):
-        known = {name: tensors[name] for names in renamed.sources.values() for name in names}
-        model = pretrained_anchor.with_sizes_of(known, model)
-    else:
-        model = with_sizes_of(renamed.tensors, model)
-        eps = pretrained.published_logit_eps(cast(Format, renamed.layout))
-        model = replace(model, logit_eps=eps)
+    layouts = layouts_of(model)
+    renamed = layouts.trace_published(tensors)
+    model = layouts.published_config(renamed, model)
     classes = published_classes(model.num_classes)
     labels = path.with_name("config.json")
     if renamed.layout == "huggingface" and labels.is_file():
@@ -192,58 +184,6 @@ def _with_labels(labels: Path, classes: FileClasses) -> FileClasses:
 def has_our_names(names: Mapping[str, object]) -> bool:
     """Return True if tensors have our names, not those of a published layout."""
     return "level_embedding" in names or "class_head.bias" in names
-
-
-def trace_published(tensors: Mapping[str, Tensor], model: DetectorConfig) -> Renamed:
-    if isinstance(model, AnchorDETRConfig):
-        return pretrained_anchor.trace_published(tensors)
-    return pretrained.trace_published(tensors)
-
-
-def fit(state: Mapping[str, Tensor], config: DetectorConfig) -> dict[str, Tensor]:
-    """The state as a model of this configuration wants it.
-
-    Raises:
-        ValueError: a tensor is missing, left over or of another shape.
-    """
-    if isinstance(config, AnchorDETRConfig):
-        return pretrained_anchor.fit(state, config)
-    return pretrained.fit(state, config)
-
-
-def shapes_of(config: DetectorConfig) -> Mapping[str, tuple[int, ...]]:
-    if isinstance(config, AnchorDETRConfig):
-        return pretrained_anchor.shapes_of(config)
-    return pretrained.shapes_of(config)
-
-
-def select_classes(
-    state: Mapping[str, Tensor],
-    rows: Sequence[int | None],
-    fresh: Mapping[str, Tensor] | None,
-    config: DetectorConfig,
-) -> dict[str, Tensor]:
-    """Keep, reorder or add classes, see `pretrained.select_classes`."""
-    if isinstance(config, AnchorDETRConfig):
-        return pretrained_anchor.select_classes(state, rows, fresh)
-    return pretrained.select_classes(state, rows, fresh)
-
-
-def to_published(
-    state: Mapping[str, Tensor], config: DetectorConfig, layout: str
-) -> dict[str, Tensor]:
-    """Our weights under the names of a published layout, with the copies that it stores.
-
-    Raises:
-        ValueError: a tensor is missing or left over, or the architecture has no such layout.
-    """
-    if isinstance(config, AnchorDETRConfig):
-        if layout not in get_args(pretrained_anchor.Format):
-            raise ValueError(f"Anchor DETR has no {layout} layout; choose official or detrex")
-        return pretrained_anchor.to_published(
-            pretrained_anchor.fit(state, config), config, cast(pretrained_anchor.Format, layout)
-        )
-    return pretrained.to_published(state, config, cast(Format, layout))
 
 
 def is_class_head(name: str) -> bool:

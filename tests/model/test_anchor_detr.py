@@ -413,7 +413,8 @@ def test_sizes_and_classes_are_read_from_published_weights():
     published = pretrained_anchor.to_published(AnchorDETR(TINY).state_dict(), TINY, "detrex")
     unaware = AnchorDETRConfig(backbone=TINY.backbone, num_heads=HEADS)
 
-    config = pretrained_anchor.with_sizes_of(published, unaware)
+    renamed = pretrained_anchor.trace_published(published)
+    config = pretrained_anchor.published_config(renamed, unaware)
 
     assert config == replace(TINY, logit_eps=1e-3)
     two = pretrained_anchor.from_published(
