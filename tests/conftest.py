@@ -1,11 +1,11 @@
-"""What tests of several rooms share: a Ray cluster of their own."""
+"""Fixtures that tests of several rooms share: a Ray cluster and a browser."""
 
 from __future__ import annotations
 
 import os
 
-# One thread everywhere: two processes on the same numbers then sum in the same order, and tests
-# that compare them can ask for equal bits. Read when torch is imported, so before that.
+# One thread everywhere: two processes then sum the same numbers in the same order, so tests can
+# require equal bits. Torch reads the variable at its import, so it is set before.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import secrets
@@ -24,12 +24,11 @@ from typing import Any
 
 import pytest
 
-# In the background of a shell SIGINT is ignored, and so by all that is started from there; the
-# tests of Ctrl-C send it.
+# A shell's background jobs and their children ignore SIGINT, but the tests of Ctrl-C send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-START_WITHIN_S = 240  # it takes 7, and minutes on a machine whose cores are all taken
+START_WITHIN_S = 240  # usually 7; minutes on a busy machine
 # On Linux all of 127.0.0.0/8 is this machine. Ray replaces 127.0.0.1 by an address of the network.
 NODE_IP = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 PORT_OPTIONS = (
@@ -43,9 +42,9 @@ PORT_OPTIONS = (
 class RayCluster:
     """A running cluster of one node with two CPUs.
 
-    Pass `env` to a process (`subprocess.run(..., env=cluster.env)`): it is this process's
-    environment, with what names this cluster and opens it, and without other clusters and MLflow
-    servers. `os.environ` is not touched, so that other tests know nothing of the cluster.
+    Pass `env` to a process (`subprocess.run(..., env=cluster.env)`). It is this process's
+    environment with the address and token of this cluster, and without other clusters and MLflow
+    servers. `os.environ` stays unchanged, so other tests do not see the cluster.
     """
 
     dashboard: str  # http://127.0.0.1:PORT, for jobs
@@ -58,9 +57,8 @@ class RayCluster:
 def ray_cluster() -> Iterator[RayCluster]:
     """A Ray cluster for the whole session, with token authentication and the dashboard.
 
-    Starts at its first use (about 7 s), reachable on loopback under free ports, beside whatever
-    other clusters this machine runs; it joins none and stops none. What its jobs and workers
-    print is below `folder`.
+    It starts at its first use (about 7 s) and listens on loopback at free ports. It joins and
+    stops no other cluster on this machine. The output of its jobs and workers is below `folder`.
     """
     pytest.importorskip("ray")
     # Short: the path of a Unix socket has at most 107 characters, and Ray's are long.
@@ -74,18 +72,18 @@ def ray_cluster() -> Iterator[RayCluster]:
         if not name.startswith(("RAY_", "MLFLOW_", "DETA_"))
     }
     env |= {
-        # `python` of a job is the one that runs the tests.
+        # A job's `python` is the one that runs the tests.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_WITHIN_S),
         "RAY_gcs_server_port_wait_time_s": str(START_WITHIN_S),
-        "RAY_TMPDIR": str(folder),  # where Ray notes which cluster this machine runs
+        "RAY_TMPDIR": str(folder),  # where Ray records this machine's cluster
     }
     head: subprocess.Popen[bytes] | None = None
     try:
-        for attempt in (1, 2, 3):  # Ray gives its node 30 s to come up, however busy the machine
+        for attempt in (1, 2, 3):  # Ray's limit is 30 s, which a busy machine can exceed
             ports = dict(zip(PORT_OPTIONS, _free_ports(len(PORT_OPTIONS)), strict=True))
             head = _start_head(folder, env, ports)
             if _is_up(head, folder, ports):
@@ -99,18 +97,18 @@ def ray_cluster() -> Iterator[RayCluster]:
         env |= {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard}
         yield RayCluster(dashboard, address, env, folder)
     finally:
-        # Never `ray stop`, which ends every cluster of this machine.
+        # Never `ray stop`: it stops every cluster on this machine.
         if head is not None:
             _end_tree(head)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_ports(number: int) -> list[int]:
-    """Distinct ports that were free a moment ago."""
+    """Return distinct ports that are free at the moment."""
     sockets = [socket.socket() for _ in range(number)]
     try:
         for each in sockets:
-            each.bind(("", 0))  # Ray listens on all addresses with some
+            each.bind(("", 0))  # all addresses, since Ray listens on all with some ports
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:
@@ -132,7 +130,7 @@ def _start_head(
 
 
 def _is_up(head: subprocess.Popen[bytes], folder: Path, ports: dict[str, int]) -> bool:
-    """Wait for the node, its dashboard and the agent that takes jobs; false if they do not come."""
+    """Wait for the node, its dashboard and its job agent; return False if they do not start."""
     token = (folder / "token").read_text(encoding="ascii")
     request = urllib.request.Request(
         f"http://127.0.0.1:{ports['--dashboard-port']}/api/version",
@@ -155,7 +153,7 @@ def _is_up(head: subprocess.Popen[bytes], folder: Path, ports: dict[str, int]) -
 
 
 def _end_tree(head: subprocess.Popen[bytes]) -> None:
-    """End the cluster's processes, also those in sessions of their own, and nothing else."""
+    """Kill the cluster's processes, including those in other sessions, and nothing else."""
     import ray  # noqa: F401  its import makes its copy of psutil importable
     from psutil import NoSuchProcess, Process, wait_procs
 
@@ -164,10 +162,10 @@ def _end_tree(head: subprocess.Popen[bytes]) -> None:
     except NoSuchProcess:  # it did not start
         return
     head.send_signal(signal.SIGTERM)
-    _, alive = wait_procs(family, timeout=3)  # Ray's store of state does not heed it
+    _, alive = wait_procs(family, timeout=3)  # Ray's GCS ignores SIGTERM
     for process in alive:
         try:
-            process.kill()  # knows a process by its start, too: not one that took over the number
+            process.kill()  # psutil also compares the start time, so a reused id is safe
         except NoSuchProcess:
             continue
     wait_procs(alive, timeout=10)

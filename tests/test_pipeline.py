@@ -1,4 +1,4 @@
-"""The whole flow on a tiny drawn data set: a real Ray cluster, a real MLflow server."""
+"""The complete flow on a tiny drawn data set, with a real Ray cluster and MLflow server."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def only_run(uri: str, experiment: str) -> Run:
     return found[0]
 
 
-def test_a_submitted_job_learns_is_scored_and_is_tracked(
+def test_a_submitted_job_trains_evaluates_and_is_tracked(
     drawn: ShapesDataset, mlflow_server: str, ray_cluster, tmp_path: Path
 ):
     arguments = command(
@@ -134,7 +134,7 @@ def test_a_submitted_job_learns_is_scored_and_is_tracked(
     assert "pictures/validation-step-00000008.png" in files
     assert "best_checkpoint/model.safetensors" in files
     assert "environment.json" in files
-    # A commit is known although a job travels without the repository's history.
+    # The commit is recorded although a job is submitted without the repository's history.
     if (ROOT / ".git").exists():
         assert run.data.tags["mlflow.source.git.commit"]
     written = read_checkpoint(tmp_path / "submitted" / "checkpoints" / "step-00000008")
@@ -190,7 +190,7 @@ def test_a_stopped_run_is_marked_and_resumes_as_the_same_run(drawn: ShapesDatase
     assert begins[-1] >= 4
 
 
-def test_input_that_is_refused_touches_no_cluster(drawn: ShapesDataset, tmp_path: Path):
+def test_refused_input_touches_no_cluster(drawn: ShapesDataset, tmp_path: Path):
     annotations = json.loads(drawn.train_annotations.read_text())
     annotations["annotations"][3]["category_id"] = 99
     bad = tmp_path / "bad.json"
@@ -205,7 +205,7 @@ def test_input_that_is_refused_touches_no_cluster(drawn: ShapesDataset, tmp_path
     assert not (tmp_path / "demo").exists()
 
 
-def test_more_workers_than_the_cluster_has_is_an_error_and_no_wait(
+def test_more_workers_than_the_cluster_has_is_an_error_at_once(
     drawn: ShapesDataset, tmp_path: Path
 ):
     refused = subprocess.run(

@@ -1,4 +1,4 @@
-"""Ask a real Prometheus what the panels ask."""
+"""Run the panels' queries on a real Prometheus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Query:
     """One line of a panel."""
 
     panel: Panel
-    text: str  # PromQL, nothing left to be chosen
+    text: str  # PromQL without variables
     legend: str
 
 
@@ -42,7 +42,7 @@ def queries_of(dashboard: Dashboard, run: str = ".+") -> list[Query]:
 
 
 def chosen(text: str, run: str) -> str:
-    """As Grafana asks: all nodes, one run, and a range that holds several readings."""
+    """Fill in the variables as Grafana does: all nodes, one run, a range of several scrapes."""
     text = text.replace("$__rate_interval", "1m").replace("$node", ".+").replace("$run", run)
     assert "$" not in text
     return text
@@ -50,7 +50,7 @@ def chosen(text: str, run: str) -> str:
 
 @contextmanager
 def running_prometheus(folder: Path) -> Iterator[Server]:
-    """Reads every 2 s, so that a test need not wait; skips where there is none to start."""
+    """Start a Prometheus that scrapes every 2 s; skip the test if none is installed."""
     try:
         find_prometheus()
     except NotInstalledError as error:
@@ -71,7 +71,7 @@ def running_prometheus(folder: Path) -> Iterator[Server]:
 
 
 def answer(server: Server, query: str) -> list[tuple[dict[str, str], float]]:
-    """Labels and values; an error of Prometheus, such as one of grammar, is one of the test."""
+    """Return labels and values. An error of Prometheus, such as bad syntax, fails the test."""
     url = f"{server.url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     with urllib.request.urlopen(url, timeout=60) as reply:
         content = json.load(reply)

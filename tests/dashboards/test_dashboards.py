@@ -1,4 +1,4 @@
-"""The files that Grafana reads: whole, consistent, and about numbers that exist."""
+"""The files that Grafana reads are complete, consistent, and query metrics that exist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def queries_of(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in panels_of(dashboard) for target in panel["targets"]]
 
 
-def test_the_files_are_what_the_tables_say():
+def test_the_files_match_the_tables():
     assert [path.stem for path in FILES] == sorted(DASHBOARDS)
     for name, dashboard in DASHBOARDS.items():
         assert (GRAFANA / f"{name}.json").read_text(encoding="utf-8") == text(dashboard), (
@@ -47,7 +47,7 @@ def test_addresses_of_dashboards_never_change():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_panel_is_whole(path: Path):
+def test_every_panel_is_complete(path: Path):
     dashboard = read(path)
     numbers = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(numbers)) == len(numbers)
@@ -66,7 +66,7 @@ def test_every_panel_is_whole(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_panels_lie_beside_each_other(path: Path):
+def test_panels_do_not_overlap(path: Path):
     taken: set[tuple[int, int]] = set()
     for panel in read(path)["panels"]:
         place = panel["gridPos"]
@@ -112,7 +112,7 @@ def series_of(query: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_number_of_ours_in_a_query_is_one_that_is_exported(path: Path):
+def test_every_metric_of_ours_in_a_query_is_exported(path: Path):
     exported = set(DESCRIPTIONS)
     for metric in METRICS:
         endings = {"counter": ("_total",), "gauge": ("",),
@@ -123,14 +123,14 @@ def test_every_number_of_ours_in_a_query_is_one_that_is_exported(path: Path):
         assert series_of(query) <= exported, query
 
 
-def test_every_number_of_a_run_is_in_a_panel():
+def test_every_metric_of_a_run_is_in_a_panel():
     shown = {name for path in FILES for query in queries_of(read(path)) for name in
              series_of(query)}  # fmt: skip
     shown = {re.sub("_(total|bucket|sum|count)$", "", name) for name in shown}
     assert {metric.name for metric in METRICS} <= shown
 
 
-def test_provisioning_says_nothing_of_this_machine():
+def test_provisioning_contains_nothing_of_this_machine():
     source = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())
     (prometheus,) = source["datasources"]
     assert prometheus["type"] == "prometheus"
@@ -141,7 +141,7 @@ def test_provisioning_says_nothing_of_this_machine():
     assert dashboards["allowUiUpdates"] is False
 
 
-def test_the_configuration_that_comes_with_the_dashboards_is_closed():
+def test_the_configuration_of_the_dashboards_is_closed_by_default():
     text = (GRAFANA / "grafana.ini").read_text()
     assert "http_addr = 127.0.0.1" in text
     assert re.search(r"\[auth\.anonymous\]\nenabled = false", text)

@@ -1,4 +1,4 @@
-"""Every query of every dashboard, asked of a real Prometheus that reads a real run on Ray."""
+"""Every query of every dashboard, run by a real Prometheus that scrapes a real run on Ray."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TINY = [
     *("log_every_steps=2", "evaluate_every_epochs=10", "num_pictures=0"),
 ]
 NUM_WORKERS = 2
-WITHIN_S = 400  # it takes about 60, and minutes on a machine whose cores are all taken
-# Numbers that this machine, or this run, may not have, and why; the grammar is tested all the same.
+WITHIN_S = 400  # usually about 60; minutes on a busy machine
+# Metrics that this machine or run may lack, and why. Their queries' syntax is tested all the same.
 MAY_BE_EMPTY = {
-    "gpu": "numbers of GPUs: there may be none",
-    "serving": "nothing is served here: see test_serving_panels.py",
+    "gpu": "GPU metrics: the machine may have no GPU",
+    "serving": "no model is served here: see test_serving_panels.py",
 }
 
 
@@ -64,12 +64,12 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
         finally:
             run.send_signal(signal.SIGTERM)
             run.wait(120)
-    said = (tmp_path / "run.log").read_text(errors="replace")[-3000:]
+    log_tail = (tmp_path / "run.log").read_text(errors="replace")[-3000:]
     table = "\n".join(line(q, found.get(q, [])) for q in queries)
     if "DETA_SHOW_QUERIES" in os.environ:
         Path(os.environ["DETA_SHOW_QUERIES"]).write_text(table + "\n")
     lacking = missing(found, queries)
-    assert not lacking, f"{[q.text for q in lacking]}\n{table}\n{said}"
+    assert not lacking, f"{[q.text for q in lacking]}\n{table}\n{log_tail}"
 
     values = {(q.panel.title, q.legend): found[q] for q in queries}
     ranks = {labels["rank"] for labels, _ in values["Images per second of each worker",
@@ -82,7 +82,7 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
     assert 0 < value(values["Step time", "{{run}} median"]) < 80
 
 
-def test_showing_a_step_costs_it_microseconds(ray_cluster, tmp_path: Path):
+def test_exporting_a_step_costs_microseconds(ray_cluster, tmp_path: Path):
     code = """
 import time, ray
 from deta.platform.training.run_metrics import StepTimes, WorkerMeter
@@ -103,8 +103,8 @@ print(sorted(took_s)[1000])
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     median_s = float(ran.stdout.split()[-1])
-    print(f"{1e6 * median_s:.1f} microseconds a step")
-    assert median_s < 0.001  # it is about 10 microseconds; a step is 100 ms and more
+    print(f"{1e6 * median_s:.1f} microseconds per step")
+    assert median_s < 0.001  # usually about 10 microseconds; a step takes 100 ms or more
 
 
 def missing(
@@ -114,9 +114,9 @@ def missing(
 
 
 def is_good(found: dict[Query, list[tuple[dict[str, str], float]]], query: Query) -> bool:
-    """There is an answer, and it is a number: a rate is NaN before its second reading.
+    """Return whether the query has finite values: a rate is NaN before its second scrape.
 
-    Of each worker where it is one for each: Prometheus reads them one after another.
+    A query by rank needs one value per worker, which Prometheus scrapes one after another.
     """
     rows = found.get(query, [])
     num_rows = NUM_WORKERS if "{{rank}}" in query.legend else 1

@@ -1,7 +1,7 @@
-"""The training dashboard's queries, asked of a real Prometheus that reads a real training.
+"""The training dashboard's queries, run by a real Prometheus that scrapes a real training.
 
-It trains in this process, without Ray, whose part is played by Prometheus's own client: values go
-to the same names. `test_on_a_run.py` asks the same of a run on a Ray cluster, which takes longer.
+The training runs in this process without Ray. Prometheus's own client exports the metrics under
+Ray's names. `test_on_a_run.py` does the same with a run on a Ray cluster, which takes longer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from deta.platform.training.loop import train
 from deta.platform.training.run_metrics import Metric, RunMeter, WorkerMeter
 from tests.dashboards.prometheus import answer, queries_of, running_prometheus
 
-WITHIN_S = 200  # it takes 10
+WITHIN_S = 200  # usually 10
 TINY = {
     "model.backbone.width": "0.25", "model.dim": "32", "model.num_heads": "4",
     "model.ffn_dim": "32", "model.encoder_layers": "1", "model.decoder_layers": "1",
@@ -76,8 +76,8 @@ def test_every_query_of_the_training_dashboard_has_an_answer(tmp_path: Path):
     folder = tmp_path / "shown"
     folder.mkdir()
     (folder / RUN_FILE).write_text("{}")
-    told = UploadState(state="waiting", last_success_s=time.time(), call_s=0.1)
-    write_json(folder / STATE_FILE, asdict(told))
+    state = UploadState(state="waiting", last_success_s=time.time(), call_s=0.1)
+    write_json(folder / STATE_FILE, asdict(state))
     run = Run(
         override(demo(), {**TINY, "name": "shown", "storage": str(tmp_path)}),
         folder,

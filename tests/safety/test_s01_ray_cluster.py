@@ -1,4 +1,4 @@
-"""S1 to S3: a Ray cluster that a run starts lets in only who has its token, and from here alone."""
+"""S1 to S3: a Ray cluster that a run starts requires its token and listens on loopback only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deta.platform.system.process_tree import ATTEMPT_MARK, marked_processes, ne
 pytestmark = pytest.mark.cluster
 
 LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
-# What a run does first, and no more; `join_cluster` is all there is between it and the cluster.
+# The first part of a run's driver: a run reaches its cluster only through `join_cluster`.
 START = """
 import json, os, sys
 from deta.platform.cluster.connection import join_cluster
@@ -43,7 +43,7 @@ sys.stdin.read()
 
 @dataclass(frozen=True)
 class Started:
-    """A cluster as a run starts it, in a home that has not seen Ray before."""
+    """A cluster as a run starts it, in a home folder that Ray has never used."""
 
     home: Path
     token: str
@@ -58,7 +58,7 @@ class Started:
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[Started]:
-    for attempt in (1, 2, 3):  # Ray gives its node 30 s to come up, however busy the machine
+    for attempt in (1, 2, 3):  # Ray's limit for a start is 30 s, which a busy machine can exceed
         home = Path(tempfile.mkdtemp(prefix="deta-home-", dir="/tmp"))
         (home / ".ray").mkdir(mode=0o755)  # as Ray leaves it
         mark = new_mark()
@@ -79,10 +79,10 @@ def started() -> Iterator[Started]:
             )
         try:
             assert process.stdout is not None
-            said = process.stdout.readline()
-            if said:
+            printed = process.stdout.readline()
+            if printed:
                 token = (home / ".ray" / "auth_token").read_text()
-                yield Started(home, token, json.loads(said), mark, env)
+                yield Started(home, token, json.loads(printed), mark, env)
                 return
             if attempt == 3:
                 pytest.fail(log.read_text(errors="replace")[-3000:])
@@ -91,8 +91,8 @@ def started() -> Iterator[Started]:
             shutil.rmtree(home, ignore_errors=True)
 
 
-def ask(started: Started, token: str | None, job: dict[str, str] | None = None) -> int:
-    """The status of the answer to a request for the list of jobs, or to take a job."""
+def request_jobs(started: Started, token: str | None, job: dict[str, str] | None = None) -> int:
+    """Request the list of jobs, or submit a job, and return the HTTP status."""
     request = urllib.request.Request(f"http://{started.about['dashboard']}/api/jobs/")
     if job is not None:
         request.data = json.dumps(job).encode()
@@ -107,7 +107,7 @@ def ask(started: Started, token: str | None, job: dict[str, str] | None = None) 
 
 
 def listening(pids: list[int]) -> dict[str, int]:
-    """Address and port of every TCP socket that these processes listen at -> its process."""
+    """Map address and port of every TCP socket that these processes listen on to the process."""
     wanted = {}
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
@@ -128,7 +128,7 @@ def listening(pids: list[int]) -> dict[str, int]:
 
 def _readable(address: str) -> str:
     host, _, port = address.partition(":")
-    # The kernel prints words of four bytes, each with its last byte first.
+    # The kernel prints groups of four bytes, each in reverse order.
     words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
     whole = b"".join(words)
     if len(whole) == 4:
@@ -144,10 +144,10 @@ def test_jobs_are_refused_without_the_token_and_none_runs(started: Started):
     trace = started.home / "trace"
     job = {"entrypoint": f"touch {trace}"}
 
-    assert ask(started, None, job) == 401
-    assert ask(started, "0" * 64, job) == 403
-    assert ask(started, None) == 401
-    assert ask(started, started.token) == 200  # the door is there, and this is its key
+    assert request_jobs(started, None, job) == 401
+    assert request_jobs(started, "0" * 64, job) == 403
+    assert request_jobs(started, None) == 401
+    assert request_jobs(started, started.token) == 200  # the same request works with the token
 
     time.sleep(3)
     assert not trace.exists()

@@ -1,4 +1,4 @@
-"""S1 and S2 without a cluster: the file of the token, and clusters that ask for none."""
+"""S1 and S2 without a cluster: the token's file, and clusters that require no token."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_new_token_is_random_and_for_its_owner_alone(home: Path):
     assert path.read_text() != first
 
 
-def test_a_token_as_ray_leaves_it_becomes_private_and_is_told_of(
+def test_a_token_that_ray_left_readable_becomes_private_with_a_warning(
     home: Path, caplog: pytest.LogCaptureFixture
 ):
     (home / ".ray").mkdir(mode=0o755)
@@ -79,7 +79,7 @@ def test_a_named_token_that_others_can_read_is_refused(
     ensure_private_token()
 
 
-def test_a_cluster_of_ours_cannot_do_without(home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_our_own_cluster_requires_a_token(home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(OpenClusterError, match="RAY_AUTH_MODE=disabled"):
         ensure_private_token()
@@ -88,24 +88,24 @@ def test_a_cluster_of_ours_cannot_do_without(home: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("address", "is_own"), [(None, True), ("", True), ("local", True), ("auto", False), ("h:1", 0)]
 )
-def test_rules_are_set_for_clusters_of_our_own_before_ray_is_imported(
+def test_settings_of_our_own_clusters_are_set_before_ray_is_imported(
     home: Path, address: str | None, is_own: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("RAY_AUTH_MODE")
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     code = (
-        "import os, sys; sys.modules['ray'] = None\n"  # its import ends the program here
+        "import os, sys; sys.modules['ray'] = None\n"  # so that importing it raises
         "try: import deta.platform.cluster.driver\n"
         "except ImportError: pass\n"
         "print(os.environ.get('RAY_AUTH_MODE'), "
         "os.environ.get('RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'))"
     )
     root = Path(__file__).resolve().parents[2]
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
-    assert said.stdout.split() == (["token", "0"] if is_own else ["None", "None"])
+    assert printed.stdout.split() == (["token", "0"] if is_own else ["None", "None"])
     assert starts_own_cluster() == bool(is_own)
 
 
@@ -132,14 +132,14 @@ def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
     server.server_close()
 
 
-def test_a_dashboard_that_takes_anybody_is_found_out(
+def test_a_dashboard_that_requires_no_token_is_detected(
     dashboard: tuple[str, bool], monkeypatch: pytest.MonkeyPatch
 ):
-    address, takes_anybody = dashboard
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is none of its business
-    assert is_open(address) is takes_anybody
-    assert is_open(f"http://{address}") is takes_anybody
-    assert not is_open("127.0.0.1:9")  # nobody there
+    address, has_no_token = dashboard
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must be ignored
+    assert is_open(address) is has_no_token
+    assert is_open(f"http://{address}") is has_no_token
+    assert not is_open("127.0.0.1:9")  # no server there
 
 
 def test_no_password_is_sent_to_an_open_cluster_of_the_network():

@@ -1,5 +1,6 @@
-"""S4: MLflow's server, as it is started here, answers to its own names alone; off loopback, and to
-whoever has the password. Asked as a browser would ask that a hostile page has got hold of.
+"""S4: MLflow's server answers to its own host names only and off loopback requires a password.
+
+The requests are those of a browser under control of a hostile page.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(
+def fetch(
     port: int, path: str, *, host: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str]]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body)
@@ -52,7 +53,7 @@ def server_at(folder: Path, host: str, allowed: tuple[str, ...], port: int) -> M
 
 
 @pytest.fixture(scope="module")
-def at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
+def on_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
     port = free_port()
     server = server_at(tmp_path_factory.mktemp("home"), "127.0.0.1", (), port)
     yield server, port
@@ -60,11 +61,13 @@ def at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowSe
 
 
 @pytest.fixture(scope="module")
-def abroad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
+def off_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
     pytest.importorskip("flask_wtf")
     port = free_port()
-    # Every address of this machine, under one name; the password is the only way in.
-    server = server_at(tmp_path_factory.mktemp("abroad"), "0.0.0.0", (f"deta.test:{port}",), port)
+    # Listens on every address of this machine, under one host name, with a password.
+    server = server_at(
+        tmp_path_factory.mktemp("off_loopback"), "0.0.0.0", (f"deta.test:{port}",), port
+    )
     yield server, port
     server.stop()
 
@@ -72,53 +75,53 @@ def abroad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowSer
 @pytest.mark.parametrize("stranger", STRANGERS)
 @pytest.mark.parametrize("path", PAGES)
 def test_a_name_that_is_not_its_own_is_refused(
-    at_home: tuple[MlflowServer, int], stranger: str, path: str
+    on_loopback: tuple[MlflowServer, int], stranger: str, path: str
 ):
-    _, port = at_home
-    assert ask(port, path, host=f"{stranger}:{port + 1}")[0] == 403
+    _, port = on_loopback
+    assert fetch(port, path, host=f"{stranger}:{port + 1}")[0] == 403
     if stranger != "localhost":
-        assert ask(port, path, host=f"{stranger}:{port}")[0] == 403
-    assert ask(port, path, host=f"127.0.0.1:{port}")[0] == 200
+        assert fetch(port, path, host=f"{stranger}:{port}")[0] == 403
+    assert fetch(port, path, host=f"127.0.0.1:{port}")[0] == 200
 
 
-def test_a_page_from_elsewhere_can_change_nothing(at_home: tuple[MlflowServer, int]):
-    _, port = at_home
+def test_a_page_of_another_origin_can_change_nothing(on_loopback: tuple[MlflowServer, int]):
+    _, port = on_loopback
     create = "/api/2.0/mlflow/experiments/create"
     own = f"127.0.0.1:{port}"
     for origin in ("http://evil.example", "null", f"http://10.evil.example.com:{port}"):
-        status, headers = ask(
+        status, headers = fetch(
             port, create, host=own, body=b'{"name": "planted"}', Origin=origin,
             Content_Type="application/json",
         )  # fmt: skip
         assert status == 403, origin
         assert "access-control-allow-origin" not in headers
-    status, _ = ask(
+    status, _ = fetch(
         port, create, host=own, body=b'{"name": "mine"}', Content_Type="application/json"
     )
     assert status == 200
-    assert ask(port, "/", host=own)[1]["x-frame-options"] == "DENY"
+    assert fetch(port, "/", host=own)[1]["x-frame-options"] == "DENY"
 
 
-def test_abroad_nobody_is_let_in_without_the_password(abroad: tuple[MlflowServer, int]):
-    server, port = abroad
+def test_off_loopback_the_password_is_required(off_loopback: tuple[MlflowServer, int]):
+    server, port = off_loopback
     own = f"deta.test:{port}"
     assert server.password_file is not None
     password = server.password_file.read_text().strip()
     for path in PAGES:
-        assert ask(port, path, host=own)[0] == 401, path
+        assert fetch(port, path, host=own)[0] == 401, path
     for wrong in ("admin:password1234", "admin:", f"other:{password}"):
         basic = base64.b64encode(wrong.encode()).decode()
-        assert ask(port, PAGES[2], host=own, Authorization=f"Basic {basic}")[0] == 401
+        assert fetch(port, PAGES[2], host=own, Authorization=f"Basic {basic}")[0] == 401
     basic = base64.b64encode(f"admin:{password}".encode()).decode()
-    assert ask(port, PAGES[2], host=own, Authorization=f"Basic {basic}")[0] == 200
+    assert fetch(port, PAGES[2], host=own, Authorization=f"Basic {basic}")[0] == 200
     for stranger in (f"10.evil.example.com:{port}", f"127.0.0.1:{port}", "deta.test"):
-        assert ask(port, PAGES[2], host=stranger, Authorization=f"Basic {basic}")[0] == 403
+        assert fetch(port, PAGES[2], host=stranger, Authorization=f"Basic {basic}")[0] == 403
 
 
-def test_the_password_is_in_a_file_of_its_owner_alone_and_in_no_command_line(
-    abroad: tuple[MlflowServer, int],
+def test_the_password_is_in_a_private_file_and_in_no_command_line(
+    off_loopback: tuple[MlflowServer, int],
 ):
-    server, _ = abroad
+    server, _ = off_loopback
     assert server.password_file is not None
     password = server.password_file.read_bytes().strip()
     assert len(password) >= 24
@@ -136,7 +139,7 @@ def test_the_password_is_in_a_file_of_its_owner_alone_and_in_no_command_line(
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.example:5000", "10.*:5000", "host", "a:b:5000"])
-def test_a_pattern_is_no_name(tmp_path: Path, pattern: str):
+def test_a_pattern_is_no_host_name(tmp_path: Path, pattern: str):
     with pytest.raises(ValueError, match="exact NAME:PORT"):
         server_at(tmp_path, "0.0.0.0", (pattern,), free_port())
     with pytest.raises(ValueError, match="--allow-host"):

@@ -1,7 +1,7 @@
-"""S5, S9, S10: nothing in the product runs what is in a file, or unpacks one to where it says.
+"""S5, S9, S10: no product code runs the content of a file or unpacks an archive to the disk.
 
-What a call does is looked up by its name in the source, so a detour would go unseen; it is for
-slips. That hostile files do nothing is tested by opening them: tests/platform/test_hostile_weights.
+The test finds calls by their names in the source. It catches mistakes, not code that hides a call.
+tests/platform/weights/test_hostile_weights.py opens hostile files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ NEVER_IMPORTED = {
     "dill", "joblib", "cloudpickle", "shelve", "marshal", "pickle", "_pickle", "tarfile", "yaml",
     "telnetlib", "xmlrpc", "jsonpickle", "pandas.io.pickle",
 }  # fmt: skip
-# Where one is imported all the same, and why.
+# Files that import one of them all the same, and why.
 IMPORTED_WITH_CARE = {
     (
         "platform/weights/restricted_unpickler.py",
         "pickle",
-    ): "a pickle machine that calls no function but its own",
+    ): "an unpickler that calls only its own functions",
     (
         "platform/weights/torch_files.py",
         "zipfile",
@@ -50,9 +50,9 @@ CALLED_WITH_CARE = {
     (
         "platform/inference/exported_model.py",
         "torch.export.load",
-    ): "of files that jobs/export.py has just written",
+    ): "only files that jobs/export.py has just written",
 }
-# A literal that must not be given, by the name of the argument; whatever is called.
+# Literals that must not be passed to any function, by the argument's name.
 NEVER_GIVEN = {
     "shell": True,
     "weights_only": False,
@@ -63,7 +63,7 @@ NEVER_GIVEN = {
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a call's function, or its last part where the first is no plain name."""
+    """Return `a.b.c` of a called function, or its last part where the first is no plain name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -132,24 +132,24 @@ def test_the_search_finds_what_it_is_for(source: str):
 @pytest.mark.parametrize(
     "source", ["model.eval()", "re.compile(x)", "torch.load(f, weights_only=True)", "a.execute(q)"]
 )
-def test_the_search_leaves_alone_what_is_harmless(source: str):
+def test_the_search_does_not_report_harmless_code(source: str):
     assert faults(source, "platform/other.py") == []
 
 
-def test_nothing_stands_on_the_list_of_exceptions_that_is_not_needed():
+def test_every_exception_in_the_lists_is_needed():
     for place, name in [*IMPORTED_WITH_CARE, *CALLED_WITH_CARE]:
         assert name in (ROOT / place).read_text(encoding="utf-8"), (place, name)
 
 
-def test_mlflow_may_not_unpickle_where_this_project_asks_it():
-    asking = [
+def test_mlflow_may_not_unpickle_in_our_processes():
+    importing = [
         path
         for path in MODULES
         if "mlflow" in {name.partition(".")[0] for name in imports_at_top(path)}
-        and path.name != "registered_model.py"  # is loaded by other people's programs
+        and path.name != "registered_model.py"  # programs of other people load it
     ]
-    assert len(asking) >= 2
-    for path in asking:
+    assert len(importing) >= 2
+    for path in importing:
         text = path.read_text(encoding="utf-8")
         setting = text.find('os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"')
         assert 0 < setting < text.find("\nfrom mlflow"), path

@@ -1,4 +1,4 @@
-"""S8: whatever an annotation file calls its images, nothing outside their folder is opened."""
+"""S8: no file name in annotations opens a file outside the image folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = [
 _opened: list[str] | None = None
 
 
-def _note(event: str, arguments: tuple[object, ...]) -> None:
+def _record_opened(event: str, arguments: tuple[object, ...]) -> None:
     if _opened is not None and event in ("open", "os.listdir", "os.scandir"):
         _opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else "")
 
@@ -52,7 +52,7 @@ def test_1000_names_open_nothing_outside_the_folder(tmp_path: Path):
     (images / "link").symlink_to(tmp_path / "outside")
     annotations = tmp_path / "annotations.json"
     categories = [{"id": 1, "name": "x"}]
-    sys.addaudithook(_note)  # cannot be taken away again; without a list it does nothing
+    sys.addaudithook(_record_opened)  # cannot be removed; it does nothing without a list
 
     num_opened, outside = 0, []
     for name in names():
@@ -76,12 +76,12 @@ def test_1000_names_open_nothing_outside_the_folder(tmp_path: Path):
             if not Path(os.path.realpath(path)).is_relative_to(images):
                 outside.append((name, path))
 
-    assert num_opened >= 8  # the watch is awake
+    assert num_opened >= 8  # the audit hook works
     imports = (sys.prefix, sys.base_prefix)
     assert [each for each in outside if not each[1].startswith(imports)] == []
 
 
-def test_what_is_no_plain_file_is_not_read_as_one(tmp_path: Path):
+def test_a_device_a_pipe_or_a_folder_is_not_read_as_a_file(tmp_path: Path):
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
     for path in (pipe, Path("/dev/zero"), tmp_path):
@@ -96,14 +96,14 @@ def test_what_is_no_plain_file_is_not_read_as_one(tmp_path: Path):
 def test_a_file_over_its_limit_is_not_read_whole(tmp_path: Path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
-        file.truncate(1 << 40)  # a terabyte of nothing
+        file.truncate(1 << 40)  # a sparse terabyte
     with pytest.raises(ValueError, match="has over 1,000 bytes"):
         read_bounded(path, 1000)
     path.write_bytes(bytes(1000))
     assert len(read_bounded(path, 1000)) == 1000
 
 
-def test_a_gzip_bomb_is_given_up_at_the_limit():
+def test_a_gzip_bomb_is_refused_at_the_limit():
     import gzip
 
     bomb = gzip.compress(bytes(100_000_000))

@@ -1,6 +1,6 @@
-"""S10: a configuration is JSON of known keys, of a sane size; YAML is not read at all.
+"""S10: a configuration is JSON with known keys and a bounded size; YAML is not read at all.
 
-That nothing imports a YAML reader is seen to by test_s05_no_code_from_files.py.
+test_s05_no_code_from_files.py checks that nothing imports a YAML reader.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deta.platform.system.safe_read import read_json
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('{"nme": "x"}', "nme.*did you mean name"),
         ('{"optim": {"lr": 1e-4, "__class__": 1}}', "optim.__class__"),
@@ -30,12 +30,12 @@ from deta.platform.system.safe_read import read_json
         ("{", "Expecting"),
     ],
 )
-def test_a_bad_configuration_is_an_error_that_says_why(text: str, says: str):
-    with pytest.raises(ValueError, match=says):
+def test_a_bad_configuration_is_an_error_that_says_why(text: str, message: str):
+    with pytest.raises(ValueError, match=message):
         from_json(RunConfig, text)
 
 
-def test_the_limit_leaves_room():
+def test_the_size_limit_is_far_above_a_real_configuration():
     assert len(to_json(RunConfig())) < MAX_JSON_CHARACTERS / 50
 
 

@@ -41,7 +41,7 @@ IN_CONFIGURATION = {
     "init_checkpoint": "https://me:canary-9@host.invalid/w.pth",
     "data.val_images": "s3://bucket/shards?secret_key=canary-10",
 }
-# What launch.py does with a run, in one process and without a cluster.
+# The steps of a run in one process, without a cluster or supervisor.
 TRAIN = """
 import sys
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_no_secret_of_the_environment_is_found_after_a_training(config: RunConfi
     for path in files:
         content = path.read_bytes()
         found = [name for name, secret in IN_ENVIRONMENT.items() if secret.encode() in content]
-        assert not found, f"{path} holds that of {found}"
+        assert not found, f"{path} contains the secret of {found}"
 
 
 @pytest.mark.parametrize("key", IN_CONFIGURATION)
@@ -163,5 +163,5 @@ def test_a_secret_in_the_configuration_is_refused_and_not_shown(config: RunConfi
         "~/passwords/coco",
     ],
 )
-def test_what_is_no_secret_is_not_refused(text: str):
+def test_a_text_without_a_secret_is_not_refused(text: str):
     assert not holds_secret(text)

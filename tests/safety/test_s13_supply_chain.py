@@ -1,4 +1,4 @@
-"""S13: every dependency has one exact version, they fit together, and all of them are known."""
+"""S13: every dependency has one exact version and a known hash, and the versions are compatible."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_package_that_jobs_need_is_known_by_its_content():
             assert found, f"hashes.txt: {line!r}"
             hashed[found[1]] = found[2]
     assert named - set(hashed) == set()
-    assert hashed.items() <= pins().items()  # `make hashes` after a change of versions
+    assert hashed.items() <= pins().items()  # else run `make hashes`
 
 
 def test_a_package_that_differs_in_one_byte_is_not_installed(tmp_path: Path):
@@ -88,8 +88,8 @@ def test_a_package_that_differs_in_one_byte_is_not_installed(tmp_path: Path):
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(tmp_path)]
     command += ["--require-hashes", "--no-deps", "--requirement", str(listed), "--target"]
     run = partial(subprocess.run, capture_output=True, text=True, check=False)
-    whole = run([*command, str(tmp_path / "whole")])
-    assert whole.returncode == 0, whole.stderr
+    original = run([*command, str(tmp_path / "original")])
+    assert original.returncode == 0, original.stderr
     content = bytearray(wheel.read_bytes())
     content[content.index(b"x = 1") + 4] ^= 1
     wheel.write_bytes(content)
@@ -99,14 +99,14 @@ def test_a_package_that_differs_in_one_byte_is_not_installed(tmp_path: Path):
     assert not (tmp_path / "altered" / "thing.py").exists()
 
 
-def test_what_is_installed_fits_together():
+def test_the_installed_packages_are_compatible():
     checked = subprocess.run(
         [sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False
     )
     assert checked.returncode == 0, checked.stdout
 
 
-def test_neither_versions_nor_settings_name_a_place_to_install_from():
+def test_no_file_names_a_package_index():
     for name in ("constraints.txt", "hashes.txt", "pyproject.toml", "Makefile", "setup.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for word in ("index-url", "find-links", "--trusted-host", "git+", "extra-index"):
@@ -114,7 +114,7 @@ def test_neither_versions_nor_settings_name_a_place_to_install_from():
 
 
 @pytest.mark.parametrize("room", ["platform", "jobs", "model", "ops"])
-def test_nothing_is_installed_while_a_run_goes_on(room: str):
+def test_nothing_is_installed_during_a_run(room: str):
     for path in (ROOT / room).rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for word in ('"pip":', '"conda":', '"uv":', '"pip", "install"', "ensurepip"):

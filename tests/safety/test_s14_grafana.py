@@ -1,7 +1,7 @@
-"""S14: Grafana asks who looks, is shown in no other page, and listens on loopback.
+"""S14: Grafana requires a password, cannot be embedded, and listens on loopback.
 
-Grafana itself is in few systems' packages, so its settings are read as it would read them: the file
-in dashboards/grafana, and the one that is written from it when it is started.
+Few systems package Grafana, so the tests read its settings as it would: the file in
+dashboards/grafana, and the one written from it at each start.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WANTED = {
     ("snapshots", "external_enabled"): "false",
     ("analytics", "reporting_enabled"): "false",
 }
-# Settings that would open another door; none is there, or it is shut.
-SHUT = [
+# Settings that would weaken this; each must be absent or false.
+MUST_BE_OFF = [
     ("auth.proxy", "enabled"),
     ("auth.jwt", "enabled"),
     ("auth.basic", "password_policy"),
@@ -38,20 +38,20 @@ SHUT = [
 ]
 
 
-@pytest.fixture(params=["as it is kept", "as it is started"])
+@pytest.fixture(params=["as in the tree", "as started"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> configparser.ConfigParser:
     path = GRAFANA / "grafana.ini"
-    if request.param == "as it is started":
+    if request.param == "as started":
         path = write_grafana_config(tmp_path / "grafana", port=3999)
     config = configparser.ConfigParser(interpolation=None)
     config.read_string(path.read_text(encoding="utf-8"))
     return config
 
 
-def test_nobody_looks_without_a_password_and_from_elsewhere(settings: configparser.ConfigParser):
+def test_grafana_requires_a_password_and_listens_on_loopback(settings: configparser.ConfigParser):
     found = {key: settings.get(*key, fallback=None) for key in WANTED}
     assert found == WANTED
-    assert [key for key in SHUT if settings.get(*key, fallback="false") != "false"] == []
+    assert [key for key in MUST_BE_OFF if settings.get(*key, fallback="false") != "false"] == []
 
 
 def test_password_and_key_are_in_files_and_in_no_setting(settings: configparser.ConfigParser):
@@ -60,18 +60,18 @@ def test_password_and_key_are_in_files_and_in_no_setting(settings: configparser.
 
 
 def test_the_password_is_random_and_for_its_owner_alone(tmp_path: Path):
-    words = set()
+    generated = set()
     for name in ("a", "b"):
         write_grafana_config(tmp_path / name, port=3999)
         for file in ("admin-password", "secret-key"):
             path = tmp_path / name / file
             assert path.stat().st_mode & 0o077 == 0
             assert len(path.read_text()) >= 24
-            words.add(path.read_text())
-    assert len(words) == 4
+            generated.add(path.read_text())
+    assert len(generated) == 4
 
 
-def test_numbers_come_through_grafana_and_carry_no_password():
+def test_the_data_sources_are_proxied_and_contain_no_password():
     for path in (GRAFANA / "provisioning").rglob("*.y*ml"):
         text = path.read_text(encoding="utf-8").lower()
         for word in ("password", "basicauth", "access: direct", "token", "://"):

@@ -1,4 +1,4 @@
-"""S15: names that leave a run lead nowhere, a run sends only so much, and the disk keeps a rest."""
+"""S15: hostile artifact names are refused, uploads are bounded, and some disk stays free."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_hostile_name_is_no_artifact_and_no_run(name: str):
 
 
 @pytest.mark.parametrize("name", [None, 3, ["a"], {"a": 1}])
-def test_what_is_no_text_is_no_artifact(name: object):
+def test_a_name_that_is_no_string_is_no_artifact(name: object):
     assert artifact_fault(name)
 
 
@@ -43,7 +43,7 @@ def test_our_own_names_are_artifacts(name: str):
 
 
 class Store:
-    """What the uploader sends goes into a list."""
+    """Records what the uploader sends in a list."""
 
     shown_uri = "nowhere"
     call_s = 0.0
@@ -58,7 +58,7 @@ class Store:
 
 
 def sent(folder: Path, events: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What reaches MLflow of the files that a journal names."""
+    """Return the files of a journal that reach MLflow."""
     record = UploadRecord()
     for number, event in enumerate(events):
         record.add({"time_s": 1.0, "step": 0, **event}, number + 1)
@@ -72,7 +72,7 @@ def sent(folder: Path, events: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return store.sent
 
 
-def test_a_journal_cannot_send_files_from_elsewhere_or_to_elsewhere(tmp_path: Path):
+def test_a_journal_cannot_send_files_from_or_to_other_folders(tmp_path: Path):
     folder = tmp_path / "run"
     folder.mkdir()
     (tmp_path / "secret").write_text("secret")
@@ -89,10 +89,10 @@ def test_a_journal_cannot_send_files_from_elsewhere_or_to_elsewhere(tmp_path: Pa
     ]
 
 
-def test_a_run_sends_only_so_many_bytes(tmp_path: Path):
+def test_a_run_sends_at_most_the_limit_in_bytes(tmp_path: Path):
     for name, num_bytes in (("a", MAX_FILES_BYTES - 10), ("b", 11), ("c", 10)):
         with (tmp_path / name).open("wb") as file:
-            file.truncate(num_bytes)  # takes no room
+            file.truncate(num_bytes)  # sparse
     events = [{"kind": "file", "path": name} for name in "abc"]
 
     assert [name for name, _ in sent(tmp_path, events)] == ["a", "c"]
@@ -107,7 +107,7 @@ def test_a_run_sends_only_so_many_bytes(tmp_path: Path):
         (10**13, 1009 * 10**6, False),
     ],
 )
-def test_a_checkpoint_leaves_a_rest_of_the_disk(
+def test_a_checkpoint_leaves_a_part_of_the_disk_free(
     total: int, free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     disk = SimpleNamespace(total=total, free=free)
