@@ -83,8 +83,10 @@ def _ignored_by_git(root: Path) -> list[str]:
         root, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory"
     )
     paths = [path.rstrip("/") for path in listing.split("\0") if path]
-    # At any depth, since the same files appear again through the links in deta/.
-    return ["**/" + "".join("\\" + c if c in "\\*?[]!# " else c for c in path) for path in paths]
+    escaped = ["".join("\\" + c if c in "\\*?[]!# " else c for c in path) for path in paths]
+    # What is in a folder is excluded at any depth, since it appears again through the links in
+    # deta/. What is in the root is not: `data` must not exclude platform/data.
+    return [f"**/{path}" if "/" in path else f"/{path}" for path in escaped]
 
 
 def _own_token(root: Path) -> list[str]:

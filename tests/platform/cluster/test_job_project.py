@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,19 @@ def test_a_complete_mlflow_address_is_passed_on_as_it_is(uri: str, tmp_path: Pat
     found = job_environment(tmp_path, {"MLFLOW_TRACKING_URI": uri, "MLFLOW_RUN_ID": "not ours"})
     assert found["MLFLOW_TRACKING_URI"] == uri
     assert "MLFLOW_RUN_ID" not in found
+
+
+def test_an_ignored_folder_of_the_root_excludes_no_folder_of_its_name(tmp_path: Path):
+    """A root folder `data` must not keep the room platform/data from a job."""
+    for name in ("job.py", "data/a.jpg", "platform/data/a.py", "platform/cached/a.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "deta").mkdir()
+    (tmp_path / "deta" / "platform").symlink_to("../platform")
+    (tmp_path / ".gitignore").write_text("", encoding="utf-8")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    exclude = tmp_path / ".git" / "info" / "exclude"  # which Ray itself does not read
+    exclude.write_text("/data\n/platform/cached\n", encoding="utf-8")
+    project = Project.holding(tmp_path / "job.py")
+    # job.py, .gitignore, and a.py at its place and through the link
+    assert project.num_files == 4

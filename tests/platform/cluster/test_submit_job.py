@@ -111,7 +111,7 @@ def report(ended: subprocess.CompletedProcess[str]) -> dict:
 
 
 def test_the_exit_code_of_the_script_is_ours(ended: subprocess.CompletedProcess[str]):
-    assert ended.returncode == 7, ended.stderr
+    assert ended.returncode == 7, ended.stdout + ended.stderr
 
 
 def test_arguments_arrive_as_they_were_but_for_paths_of_data(report: dict, project: Path):
