@@ -1,8 +1,8 @@
-"""A Grafana dashboard as a table: one row for a panel, and the same in Grafana's words.
+"""Grafana dashboards as Python tables, and their conversion to Grafana's JSON.
 
-The tables are `training_panels.py`, `machine_panels.py` and `serving_panels.py`; `write.py` makes
-`grafana/*.json` of them. Panels name no data source: they take the one chosen at the top of the
-page.
+The tables are in `training_panels.py`, `machine_panels.py` and `serving_panels.py`; `write.py`
+converts them to `grafana/*.json`. Panels name no data source: they use the one that is selected at
+the top of the page.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SCHEMA = 42  # of Grafana's classic dashboards, the last one; newer and older ones read it
-WIDTH = 24  # of a page, in Grafana's columns
+SCHEMA = 42  # the last version of Grafana's classic dashboards; other Grafana versions read it
+WIDTH = 24  # of a page, in Grafana's grid columns
 
 Kind = Literal["timeseries", "stat"]
-# What a panel needs besides a run, and is empty without.
+# What a panel needs in addition to a run. Without it, the panel is empty.
 Needs = Literal["", "gpu", "serving", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A question and how to see its answer."""
+    """A panel: its queries and how to display them."""
 
     title: str
     description: str
-    unit: str  # Grafana's id, or `suffix:` and a word
+    unit: str  # a unit id of Grafana, or `suffix:` and a text
     queries: tuple[tuple[str, str], ...]  # PromQL, and the legend
     kind: Kind = "timeseries"
     needs: Needs = ""
@@ -32,19 +32,21 @@ class Panel:
     min: float | None = 0
     max: float | None = None
     log: bool = False
-    warn_above: float | None = None  # where a number asks for a look
-    bad_above: float | None = None
+    warn_above: float | None = None  # values above need attention
+    bad_above: float | None = None  # values above are a failure
 
 
 @dataclass(frozen=True)
 class Row:
+    """A titled row of panels, below each other if they do not fit."""
+
     title: str
     panels: tuple[Panel, ...]
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A choice at the top of a page; all at once by default."""
+    """A selection at the top of a page; everything is selected by default."""
 
     name: str
     label: str
@@ -53,7 +55,9 @@ class Variable:
 
 @dataclass(frozen=True)
 class Dashboard:
-    uid: str  # part of its address: never changes
+    """A dashboard: one page of rows."""
+
+    uid: str  # part of its URL, so it must never change
     title: str
     description: str
     variables: tuple[Variable, ...]
@@ -64,8 +68,8 @@ NODES = Variable("node", "Node", "label_values(ray_node_cpu_utilization, instanc
 NODE = 'instance=~"$node"'
 
 
-def rendered(dashboard: Dashboard) -> dict[str, Any]:
-    """A dashboard in Grafana's words."""
+def to_grafana(dashboard: Dashboard) -> dict[str, Any]:
+    """Convert a dashboard to the object that Grafana's JSON files contain."""
     panels: list[dict[str, Any]] = []
     y = 0
     for row in dashboard.rows:
@@ -88,7 +92,7 @@ def rendered(dashboard: Dashboard) -> dict[str, Any]:
         "schemaVersion": SCHEMA,
         "version": 1,
         "editable": True,
-        "graphTooltip": 1,  # one line over all panels
+        "graphTooltip": 1,  # a shared crosshair over all panels
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
@@ -130,7 +134,7 @@ def _variable(variable: Variable) -> dict[str, Any]:
         "datasource": SOURCE,
         "definition": variable.query,
         "query": {"query": variable.query, "refId": variable.name},
-        "refresh": 2,  # whenever the time range changes: runs come and go
+        "refresh": 2,  # when the time range changes, because runs start and end
         "sort": 1,
         "multi": True,
         "includeAll": True,
@@ -163,7 +167,7 @@ def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
         "id": number,
         "type": panel.kind,
         "title": panel.title,
-        "description": panel.description + _what_it_needs(panel),
+        "description": panel.description + _requirement(panel),
         "datasource": SOURCE,
         "gridPos": place,
         "fieldConfig": {"defaults": defaults, "overrides": []},
@@ -183,11 +187,11 @@ def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _what_it_needs(panel: Panel) -> str:
+def _requirement(panel: Panel) -> str:
     return {
         "": "",
         "gpu": " Empty without GPUs.",
-        "serving": " Empty while nothing is served.",
+        "serving": " Empty while no model is served.",
         "evaluation": " Empty before the first evaluation.",
     }[panel.needs]
 
@@ -209,7 +213,7 @@ def _lines(panel: Panel) -> dict[str, Any]:
         "lineWidth": 1,
         "fillOpacity": 0,
         "showPoints": "auto",
-        "spanNulls": 60_000,  # ms: a missed reading is no gap, a restart is one
+        "spanNulls": 60_000,  # ms: a missed scrape leaves no gap, a restart does
         "scaleDistribution": scale,
         "thresholdsStyle": {"mode": "dashed" if has_limit else "off"},
     }

@@ -1,7 +1,7 @@
-"""Is the detection service fast, and what does it refuse? platform/serving/metrics.py explains.
+"""The dashboard of the detection service; platform/serving/metrics.py explains the metrics.
 
-A service that runs without Ray shows the same names without `ray_`. No mean is taken from a
-histogram's sum: Ray makes it up from the middles of the buckets.
+A service without Ray exports the same names without `ray_`. No panel divides a histogram's sum by
+its count: Ray estimates the sum from the middles of the buckets.
 """
 
 from __future__ import annotations
@@ -9,36 +9,38 @@ from __future__ import annotations
 from deta.dashboards.panel import Dashboard, Panel, Row
 
 
-def serving(metric: str, chosen: str = "") -> str:
-    return f'{{__name__=~"(ray_)?deta_serving_{metric}"{chosen}}}'
+def serving(metric: str, matchers: str = "") -> str:
+    """Return a selector of a metric, with or without `ray_`."""
+    return f'{{__name__=~"(ray_)?deta_serving_{metric}"{matchers}}}'
 
 
-def serving_rate(metric: str, by: str = "", chosen: str = "") -> str:
-    return f"sum by ({by}) (rate({serving(metric, chosen)}[$__rate_interval]))"
+def serving_rate(metric: str, by: str = "", matchers: str = "") -> str:
+    """Return the rate per second of a counter, summed by labels."""
+    return f"sum by ({by}) (rate({serving(metric, matchers)}[$__rate_interval]))"
 
 
 def serving_quantile(share: float, metric: str = "request_seconds", by: str = "") -> str:
-    """`by` are the labels that stay apart, with a comma behind them, if any."""
+    """Return a quantile of a histogram; `by` lists labels to group by, each with a comma after."""
     return f"histogram_quantile({share}, {serving_rate(metric + '_bucket', by + 'le')})"
 
 
 SERVING = Dashboard(
     "deta-serving",
     "DETA serving",
-    "Is the detection service fast, and what does it refuse? Numbers of jobs/serve.py.",
+    "Latency, refusals and load of the detection service, jobs/serve.py.",
     (),
     (
         Row(
             "Requests",
             (
                 Panel(
-                    "Requests", "A second, by what became of them; all but ok were refused.",
+                    "Requests", "Requests per second by outcome. All outcomes but ok are refusals.",
                     "reqps",
                     ((serving_rate("requests_total", "outcome"), "{{outcome}}"),), needs="serving",
                 ),
                 Panel(
-                    "Latency", "Seconds from a request's first byte to its answer: the middle "
-                    "one, and what 5 and 1 of 100 exceed.", "s",
+                    "Latency", "Seconds from a request's first byte to its response: median, 95th "
+                    "and 99th percentile.", "s",
                     (
                         (serving_quantile(0.5), "median"),
                         (serving_quantile(0.95), "95 %"),
@@ -47,22 +49,22 @@ SERVING = Dashboard(
                     needs="serving",
                 ),
                 Panel(
-                    "Where the time goes", "Seconds of the middle request in each phase.", "s",
+                    "Time per phase", "Median seconds of a request in each phase.", "s",
                     ((serving_quantile(0.5, "phase_seconds", "phase,"), "{{phase}}"),),
                     needs="serving",
                 ),
                 Panel(
-                    "At work", "Requests that are being answered.", "none",
+                    "Requests in progress", "Requests that have no response yet.", "none",
                     ((f"sum({serving('in_flight')})", "requests"),), needs="serving",
                 ),
                 Panel(
-                    "Batch size", "Pictures answered for each time that the model ran.", "none",
+                    "Batch size", "Mean number of images per run of the model.", "none",
                     ((serving_rate("requests_total", "", ',outcome="ok"') + " / "
-                      + serving_rate("batch_size_count"), "pictures"),), needs="serving",
+                      + serving_rate("batch_size_count"), "images"),), needs="serving",
                 ),
                 Panel(
-                    "Detections", "In the middle picture, about. A jump means other pictures, or "
-                    "another model.", "none",
+                    "Detections", "Approximate median number of detections per image. A jump "
+                    "means that the images or the model changed.", "none",
                     ((serving_quantile(0.5, "detections"), "detections"),), needs="serving",
                 ),
             ),
@@ -71,19 +73,19 @@ SERVING = Dashboard(
             "Model and replicas",
             (
                 Panel(
-                    "Model", "Name and version that answer now, and how many processes have it.",
-                    "none",
+                    "Model", "Name and version of the current model, and the number of processes "
+                    "that use it.", "none",
                     ((f"sum by (name,version) ({serving('model_info')})",
                       "{{name}} {{version}}"),), "stat", "serving",
                 ),
                 Panel(
-                    "Changes of the model", "So far: new champions taken over, and those that "
-                    "could not be had.", "none",
+                    "Model changes", "New champions loaded, and those that could not be loaded, "
+                    "since the start.", "none",
                     ((f"sum by (outcome) ({serving('model_changes_total')})", "{{outcome}}"),),
                     needs="serving",
                 ),
                 Panel(
-                    "Replicas", "That Ray Serve finds healthy.", "none",
+                    "Replicas", "Replicas that Ray Serve reports as healthy.", "none",
                     (("sum by (deployment) (ray_serve_deployment_replica_healthy)",
                       "{{deployment}}"),), needs="serving",
                 ),

@@ -1,10 +1,10 @@
-"""Is this run healthy? Numbers of the runs that train now; platform/training/run_metrics.py explains them."""
+"""The dashboard of the current runs; platform/training/run_metrics.py explains the metrics."""
 
 from __future__ import annotations
 
 from deta.dashboards.panel import NODE, NODES, Dashboard, Panel, Row, Variable
 
-# Of the chosen runs. A number of a run may come from two processes for 20 s after a restart;
+# Matches the selected runs. For 20 s after a restart, two processes may export a run's metrics;
 # `max by (run)` then shows one line.
 RUN = 'run=~"$run"'
 WORKER = f"{RUN},{NODE}"
@@ -12,64 +12,65 @@ RUNS = Variable("run", "Run", "label_values(ray_deta_steps_done, run)")
 
 
 def of_run(metric: str, *, by: str = "run") -> str:
-    """A number that a whole run has."""
+    """Return the query of a metric of a run as a whole."""
     return f"max by ({by}) (ray_deta_{metric}{{{RUN}}})"
 
 
-def quantile(share: float, metric: str, chosen: str, by: str) -> str:
-    """Of a histogram; `by` are the labels that stay apart, with a comma behind them, if any."""
+def quantile(share: float, metric: str, matchers: str, by: str) -> str:
+    """Return a quantile of a histogram; `by` lists labels to group by, each with a comma after."""
     return (
         f"histogram_quantile({share}, sum by ({by}le) "
-        f"(rate({metric}_bucket{{{chosen}}}[$__rate_interval])))"
+        f"(rate({metric}_bucket{{{matchers}}}[$__rate_interval])))"
     )
 
 
 TRAINING = Dashboard(
     "deta-training",
     "DETA training",
-    "Is this run healthy? Numbers of the runs that train now, of their workers and their uploads.",
+    "The health of the current runs, of their workers and of their uploads to MLflow.",
     (RUNS, NODES),
     (
         Row(
-            "Does it get on?",
+            "Progress",
             (
                 Panel(
-                    "Progress", "Share of the schedule's steps that are done.", "percentunit",
+                    "Steps done", "Share of the schedule's steps.", "percentunit",
                     ((f"{of_run('steps_done')} / {of_run('steps_in_all')}", "{{run}}"),),
                     "stat", width=4, max=1,
                 ),
                 Panel(
-                    "Time left", "Of the training, as fast as it goes now; evaluations are not in.",
+                    "Time left", "Estimate at the current speed, without evaluations.",
                     "s", ((of_run("remaining_seconds"), "{{run}}"),), "stat", width=4,
                 ),
                 Panel(
-                    "Best AP", "Highest AP of all evaluations so far, 0 to 100.", "none",
+                    "Best AP", "Highest AP of all evaluations, 0 to 100.", "none",
                     ((of_run("best_ap"), "{{run}}"),), "stat", "evaluation", width=4, max=100,
                 ),
                 Panel(
-                    "Goodput", "Share of the time since launch that went into steps and "
-                    "evaluations that were kept. The rest is start-up, lost steps and pauses.",
+                    "Goodput", "Share of the time since launch spent in steps and evaluations "
+                    "that were not lost. The rest is start-up, lost steps and pauses.",
                     "percentunit", ((of_run("goodput"), "{{run}}"),), "stat", width=4, max=1,
                 ),
                 Panel(
-                    "Silent for", "Seconds since the run said something. Longer than a few "
-                    "looks at the losses, it hangs or evaluates.", "s",
+                    "Time since last event", "Seconds since the run last wrote to its journal. "
+                    "If it exceeds several log intervals, the run hangs or evaluates.", "s",
                     ((f"time() - {of_run('event_time_seconds')}", "{{run}}"),), "stat",
                     width=4, warn_above=120, bad_above=600,
                 ),
                 Panel(
-                    "Starts", "Times that workers began to train. Above 1, something was lost and "
-                    "came back from a checkpoint.", "none", ((of_run("starts"), "{{run}}"),),
-                    "stat", width=4, warn_above=2, bad_above=5,
+                    "Starts", "Number of times that workers started to train. Above 1, the run "
+                    "failed and resumed from a checkpoint.", "none",
+                    ((of_run("starts"), "{{run}}"),), "stat", width=4, warn_above=2, bad_above=5,
                 ),
             ),
         ),
         Row(
-            "Does it learn?",
+            "Learning",
             (
                 Panel(
-                    "Loss", "Means over the last look: the weighted total, and the parts of the "
-                    "last decoder layer and of the first stage (encoder), unweighted.", "none",
+                    "Loss", "Means over the last log interval: the weighted total, and the "
+                    "unweighted parts of the last decoder layer and the first stage (encoder).",
+                    "none",
                     ((of_run("loss", by="run,part"), "{{run}} {{part}}"),), log=True, min=None,
                 ),
                 Panel(
@@ -83,12 +84,12 @@ TRAINING = Dashboard(
                       "{{run}} {{kind}}"),), needs="evaluation", max=100,
                 ),
                 Panel(
-                    "Norm of the gradient", "Before clipping, mean over the last look. A jump "
-                    "that stays comes before a loss that diverges.", "none",
+                    "Gradient norm", "Mean over the last log interval, before clipping. A lasting "
+                    "jump precedes a diverging loss.", "none",
                     ((of_run("grad_norm"), "{{run}}"),), log=True, min=None,
                 ),
                 Panel(
-                    "Learning rate", "Of the first group of weights.", "sci",
+                    "Learning rate", "Learning rate of the first parameter group.", "sci",
                     ((of_run("learning_rate"), "{{run}}"),),
                 ),
                 Panel(
@@ -98,107 +99,110 @@ TRAINING = Dashboard(
             ),
         ),
         Row(
-            "Is it fast?",
+            "Speed",
             (
                 Panel(
-                    "Images per second of each worker", "A worker that is behind the others has "
-                    "less of its processor, or waits; all of them step together.",
+                    "Images per second of each worker", "All workers step together. A lower value "
+                    "means that a worker has less CPU time, or waits.",
                     "suffix: img/s",
                     ((f"sum by (run,rank) (rate(ray_deta_images_total{{{WORKER}}}"
                       "[$__rate_interval]))", "{{run}} rank {{rank}}"),),
                 ),
                 Panel(
-                    "Images per second", "Over all workers, as the run says at each look, without "
-                    "evaluations.", "suffix: img/s", ((of_run("images_per_second"), "{{run}}"),),
+                    "Images per second", "Over all workers, per log interval, without evaluations.",
+                    "suffix: img/s", ((of_run("images_per_second"), "{{run}}"),),
                 ),
                 Panel(
-                    "Waiting for data", "Share of its time that a worker waits for its next batch. "
-                    "Above a few percent: more data.loader_workers, shards, or smaller images.",
+                    "Waiting for data", "Share of the time that a worker waits for its next batch. "
+                    "Above a few percent, use more data.loader_workers, shards or smaller images.",
                     "percentunit",
                     ((f"sum by (run,rank) (rate(ray_deta_data_wait_seconds_total{{{WORKER}}}"
                       "[$__rate_interval]))", "{{run}} rank {{rank}}"),), max=1,
                 ),
                 Panel(
-                    "Step time", "Seconds from a batch to the new weights: the middle one, and "
-                    "what 5 of 100 exceed.", "s",
+                    "Step time", "Seconds from a batch to the new weights: median and 95th "
+                    "percentile.", "s",
                     (
                         (quantile(0.5, "ray_deta_step_seconds", WORKER, "run,"), "{{run}} median"),
                         (quantile(0.95, "ray_deta_step_seconds", WORKER, "run,"), "{{run}} 95 %"),
                     ),
                 ),
                 Panel(
-                    "Evaluation", "Seconds of the last one.", "s",
+                    "Evaluation time", "Seconds of the last evaluation.", "s",
                     ((of_run("evaluation_seconds"), "{{run}}"),), needs="evaluation",
                 ),
                 Panel(
-                    "Workers", "That train together now; fewer than asked for, where "
-                    "cluster.min_workers allows it.", "none", ((of_run("workers"), "{{run}}"),),
+                    "Workers", "Number of workers that train now. It can be below "
+                    "cluster.num_workers if cluster.min_workers allows it.", "none",
+                    ((of_run("workers"), "{{run}}"),),
                 ),
             ),
         ),
         Row(
-            "Is it safe?",
+            "Safety",
             (
                 Panel(
-                    "Checkpoints", "The last one: seconds that training stood still for its "
-                    "snapshot, and seconds until it was whole on the disk.", "s",
+                    "Checkpoint time", "For the last checkpoint: seconds that training paused for "
+                    "the snapshot, and seconds until it was complete on disk.", "s",
                     (
                         (of_run("checkpoint_pause_seconds"), "{{run}} pause"),
                         (of_run("checkpoint_seconds"), "{{run}} until on disk"),
                     ),
                 ),
                 Panel(
-                    "Age of the last checkpoint", "So much training would be lost now.", "s",
+                    "Age of the last checkpoint", "A failure now would lose this much training.",
+                    "s",
                     ((f"time() - {of_run('checkpoint_time_seconds')}", "{{run}}"),),
                     warn_above=1800,
                 ),
                 Panel(
-                    "Checkpoints that failed", "Not written, or not copied to the store; the "
-                    "console says why.", "none", ((of_run("checkpoint_failures"), "{{run}}"),),
+                    "Failed checkpoints", "Checkpoints that were not written, or not copied to the "
+                    "store. The console shows the reason.", "none",
+                    ((of_run("checkpoint_failures"), "{{run}}"),),
                     bad_above=1,
                 ),
                 Panel(
-                    "Skipped steps and replaced pictures", "Updates skipped since a number was "
-                    "not finite; broken pictures that others stand in for.", "none",
+                    "Skipped steps and replaced images", "Updates skipped because a value was not "
+                    "finite, and broken images replaced by others.", "none",
                     (
                         (of_run("skipped_steps"), "{{run}} skipped steps"),
-                        (of_run("replaced_images"), "{{run}} replaced pictures"),
+                        (of_run("replaced_images"), "{{run}} replaced images"),
                     ),
                 ),
                 Panel(
-                    "Restarts", "Starts of workers, attempts that had to be begun again, and "
-                    "steps done twice since.", "none",
+                    "Restarts", "Worker starts, new attempts, and steps that were repeated after "
+                    "a failure.", "none",
                     (
                         (of_run("starts"), "{{run}} starts"),
-                        (of_run("restarts"), "{{run}} attempts begun again"),
-                        (of_run("redone_steps"), "{{run}} steps done again"),
+                        (of_run("restarts"), "{{run}} new attempts"),
+                        (of_run("redone_steps"), "{{run}} repeated steps"),
                     ),
                 ),
                 Panel(
-                    "Goodput since launch", "Share of the time that went into what was kept.",
+                    "Goodput since launch", "Share of the time spent in steps that were not lost.",
                     "percentunit", ((of_run("goodput"), "{{run}}"),), max=1,
                 ),
             ),
         ),
         Row(
-            "Does MLflow follow?",
+            "MLflow",
             (
                 Panel(
-                    "Numbers not in MLflow yet", "Rows of the journal that wait. It grows while "
-                    "MLflow is away and is sent when it is back; training goes on.", "short",
+                    "MLflow backlog", "Metric values that are not in MLflow yet. They wait while "
+                    "MLflow is unreachable and are sent afterwards; training continues.", "short",
                     ((of_run("mlflow_backlog_rows"), "{{run}}"),), warn_above=1000,
                 ),
                 Panel(
-                    "MLflow is silent for", "Seconds since it took something. The uploader speaks "
-                    "to it every 30 s.", "s",
+                    "Time since last upload", "Seconds since MLflow last accepted an upload. The "
+                    "uploader calls it every 30 s.", "s",
                     ((f"time() - {of_run('mlflow_time_seconds')}", "{{run}}"),), warn_above=120,
                 ),
                 Panel(
-                    "Calls to MLflow", "Seconds of the last one, and 1 while it does not answer.",
-                    "none",
+                    "MLflow calls", "Seconds of the last call, and 1 while MLflow does not "
+                    "respond.", "none",
                     (
                         (of_run("mlflow_call_seconds"), "{{run}} seconds"),
-                        (of_run("mlflow_failing"), "{{run}} fails"),
+                        (of_run("mlflow_failing"), "{{run}} failing"),
                     ),
                 ),
             ),
@@ -207,13 +211,13 @@ TRAINING = Dashboard(
             "GPU memory",
             (
                 Panel(
-                    "GPU memory of each worker", "What its tensors hold now.", "bytes",
+                    "GPU memory of each worker", "Memory of its tensors.", "bytes",
                     ((f"max by (run,rank) (ray_deta_gpu_memory_bytes{{{WORKER}}})",
                       "{{run}} rank {{rank}}"),), needs="gpu", width=12,
                 ),
                 Panel(
-                    "Most GPU memory of each worker", "At once since it began. Near what the GPU "
-                    "has, lower micro_batch_size.", "bytes",
+                    "Peak GPU memory of each worker", "Maximum since the worker started. If it is "
+                    "near the GPU's memory, lower micro_batch_size.", "bytes",
                     ((f"max by (run,rank) (ray_deta_gpu_memory_peak_bytes{{{WORKER}}})",
                       "{{run}} rank {{rank}}"),), needs="gpu", width=12,
                 ),

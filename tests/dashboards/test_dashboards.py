@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deta.dashboards.write import DASHBOARDS, text
+from deta.dashboards.write import DASHBOARDS, to_json
 from deta.platform.serving.metrics import DESCRIPTIONS
 from deta.platform.training.run_metrics import METRICS
 
@@ -34,7 +34,7 @@ def queries_of(dashboard: dict[str, Any]) -> list[str]:
 def test_the_files_match_the_tables():
     assert [path.stem for path in FILES] == sorted(DASHBOARDS)
     for name, dashboard in DASHBOARDS.items():
-        assert (GRAFANA / f"{name}.json").read_text(encoding="utf-8") == text(dashboard), (
+        assert (GRAFANA / f"{name}.json").read_text(encoding="utf-8") == to_json(dashboard), (
             "python -m deta.dashboards.write"
         )
 

@@ -77,7 +77,7 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
     assert ranks == {"0", "1"}
     assert value(values["Workers", "{{run}}"]) == NUM_WORKERS
     assert value(values["Starts", "{{run}}"]) == 1
-    assert value(values["Restarts", "{{run}} attempts begun again"]) == 0
+    assert value(values["Restarts", "{{run}} new attempts"]) == 0
     assert 0 < value(values["Goodput", "{{run}}"]) < 1
     assert 0 < value(values["Step time", "{{run}} median"]) < 80
 

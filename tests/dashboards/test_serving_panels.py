@@ -81,9 +81,9 @@ def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_pa
             print(key, found)
             assert found, key
             assert all(map(math.isfinite, found)), key
-    assert values["Batch size", "pictures"] == [pytest.approx(2)]  # two requests for one batch
+    assert values["Batch size", "images"] == [pytest.approx(2)]  # two requests for one batch
     assert 5 <= values["Detections", "detections"][0] <= 10  # the bounds around 7
-    assert values["At work", "requests"] == [3]
+    assert values["Requests in progress", "requests"] == [3]
     assert values["Model", "{{name}} {{version}}"] == [1]
-    assert sorted(values["Changes of the model", "{{outcome}}"]) == [1, 1]
+    assert sorted(values["Model changes", "{{outcome}}"]) == [1, 1]
     assert 0 < values["Latency", "median"][0] <= 0.25  # of 0.001, 0.03 and 0.2, in buckets
