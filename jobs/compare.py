@@ -141,7 +141,7 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     echo(f"page: {inputs.out}")
     run_id = arguments.mlflow_run or inputs.b.run_id
     if run_id and not arguments.no_mlflow:
-        from deta.platform.registry.mlflow_registry import registry_uri
+        from deta.platform.registry.model_address import registry_uri
         from deta.platform.tracking.mlflow_store import MlflowStore
         from deta.platform.tracking.upload_process import uri_of
 

@@ -76,7 +76,7 @@ def main() -> NoReturn:
 
 
 def _prepare(arguments: argparse.Namespace) -> Policy:
-    from deta.platform.registry.model_uri import is_model_address, parse_address
+    from deta.platform.registry.model_address import is_model_address, parse_address
     from deta.platform.registry.promotion_gate import Policy
     from deta.platform.run.config import override
 
@@ -112,7 +112,7 @@ def _prepare(arguments: argparse.Namespace) -> Policy:
 def _run(policy: Policy, arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from deta.platform.registry.mlflow_registry import registry_uri
+    from deta.platform.registry.model_address import registry_uri
 
     if arguments.show:
         for key, value in asdict(policy).items():
@@ -127,8 +127,8 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
     if arguments.what == ROLLBACK:
         return _rollback(registry, arguments)
     if arguments.what == REPAIR:
-        registry.log(arguments.name).require_intact()
-        log = registry.settle(arguments.name)
+        registry.decisions.read(arguments.name).require_intact()
+        log = registry.decisions.sync_alias(arguments.name)
         echo(f"champion: {log.champion}, by the history of {len(log.entries)} decisions")
         return 0
     if not str(arguments.what).isdigit():
@@ -142,16 +142,16 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
 def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) -> int:
     from deta.platform.evaluation.evaluation_folder import read_facts
     from deta.platform.registry.decision_log import REFUSE
-    from deta.platform.registry.gate_inputs import Judge
-    from deta.platform.registry.promote import promote, whoever
+    from deta.platform.registry.gate_inputs import GateJudge
+    from deta.platform.registry.promote import current_user, promote
 
     given = {read_facts(folder)["weights_sha256"]: folder for folder in arguments.evaluation}
     outcome = promote(
         registry,
         arguments.name,
         int(arguments.what),
-        Judge(registry, policy, given, arguments.measure, echo=echo),
-        by=arguments.by or whoever(),
+        GateJudge(registry, policy, given, arguments.measure, echo=echo),
+        by=arguments.by or current_user(),
         reason=arguments.reason,
         force=arguments.force,
         dry_run=arguments.dry_run,
@@ -171,13 +171,13 @@ def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) 
 
 
 def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
-    from deta.platform.registry.promote import rollback, whoever
+    from deta.platform.registry.promote import current_user, rollback
 
     entry = rollback(
         registry,
         arguments.name,
         arguments.to,
-        by=arguments.by or whoever(),
+        by=arguments.by or current_user(),
         reason=arguments.reason,
     )
     echo(f"the champion was version {entry.champion_before} and is version {entry.champion_after}")
@@ -185,7 +185,7 @@ def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
 
 
 def _history(registry: Registry, arguments: argparse.Namespace) -> int:
-    log = registry.log(arguments.name)
+    log = registry.decisions.read(arguments.name)
     for number, entry in log.entries:
         if arguments.json:
             echo(entry.to_line())

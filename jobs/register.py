@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from deta.jobs.command_line import described_parser, echo, run_tool
 
 if TYPE_CHECKING:
-    from deta.platform.registry.register import Prepared
+    from deta.platform.registry.register import Registration
 
 DEFAULT_NAME = "deta"
 
@@ -49,18 +49,21 @@ def main() -> NoReturn:
     run_tool(lambda: _prepare(arguments), lambda prepared: _register(prepared, arguments))
 
 
-def _prepare(arguments: argparse.Namespace) -> Prepared:
-    from deta.platform.registry.register import prepare
+def _prepare(arguments: argparse.Namespace) -> Registration:
+    from deta.platform.registry.register import prepare_registration
 
-    return prepare(arguments.weights.expanduser(), arguments.evaluation, arguments.export)
+    return prepare_registration(
+        arguments.weights.expanduser(), arguments.evaluation, arguments.export
+    )
 
 
-def _register(prepared: Prepared, arguments: argparse.Namespace) -> int:
+def _register(prepared: Registration, arguments: argparse.Namespace) -> int:
     import torch
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
     from deta.platform.registry.lineage import run_folder
-    from deta.platform.registry.mlflow_registry import Registry, registry_uri
+    from deta.platform.registry.mlflow_registry import Registry
+    from deta.platform.registry.model_address import registry_uri
     from deta.platform.registry.register import register
     from deta.platform.system.redaction import redact
     from deta.platform.tracking.upload_process import uri_of

@@ -208,8 +208,7 @@ def _of_file(path: Path, annotations: Path | None) -> Side:
 
 
 def _of_mlflow(source: str, uri: str, work: Path) -> Side:
-    from deta.platform.registry.mlflow_registry import registry_uri
-    from deta.platform.registry.model_uri import parse_address
+    from deta.platform.registry.model_address import parse_address, registry_uri
 
     if source.startswith("models:/"):
         from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry

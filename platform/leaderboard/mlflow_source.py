@@ -24,14 +24,17 @@ from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from deta.platform.leaderboard.rows import LeaderboardRow, Promotion, make_row
-from deta.platform.registry import decision_log
+from deta.platform.registry.decision_log import (
+    CHAMPION,
+    ENTRY_TAG,
+    HISTORY_SUFFIX,
+    DecisionRow,
+    read_log,
+)
 from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-# As in platform/registry/mlflow_registry.py. That file needs torch: 400 MB and seconds that a
-# leaderboard has no use for. Only the registry itself checks its history for modifications.
-CHAMPION, HISTORY_SUFFIX, ENTRY_TAG = "champion", "-history", "deta.entry"
 # The first page is small, so that it arrives at once. Pages hold complete runs in memory, with all
 # their parameters and metrics.
 FIRST_PAGE, NEXT_PAGES = 50, 200
@@ -133,7 +136,7 @@ class MlflowSource:
 
     def _history(self, name: str, runs: dict[tuple[str, int], str]) -> list[Promotion]:
         rows = [
-            decision_log.Row(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
+            DecisionRow(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
             for one in self._versions(name + HISTORY_SUFFIX)
         ]
         return [
@@ -147,7 +150,7 @@ class MlflowSource:
                 champion_after=entry.champion_after,
                 run_id=runs.get((name, entry.version), ""),
             )
-            for _, entry in decision_log.read_log(rows).entries
+            for _, entry in read_log(rows).entries
         ]
 
     def _versions(self, name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the gate judges by, taken from the registry: files and figures of two versions, compared."""
+"""Loads both versions' files and metrics from the registry and compares them for the gate."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from deta.platform.registry.lineage import missing_parts
 from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry, Version
 from deta.platform.registry.model_uri import open_version
 from deta.platform.registry.promotion_gate import Candidate, Decision, Latency, Policy, decide
-from deta.platform.registry.version_folder import measure_latency, parity_of, read_documents
+from deta.platform.registry.version_folder import export_parity, measure_latency, read_documents
 from deta.platform.system.safe_read import file_sha256
 
 
 @dataclass
-class Judge:
-    """Judges a challenger by the files of both versions. Each version is looked at once."""
+class GateJudge:
+    """Decides on a challenger by the files of both versions. Each version is loaded once."""
 
     registry: Registry
     policy: Policy
-    # Evaluations to take in place of those that were registered: folders by SHA-256 of the weights.
+    # Evaluations that replace the registered ones: folders by SHA-256 of the weights.
     evaluations: Mapping[str, Path] = field(default_factory=dict)
-    measure_on: str | None = None  # device; none: the latencies that were measured at registration
-    map: Callable[..., Any] = map  # runs the resamples
+    measure_on: str | None = None  # device; None: use the latencies measured at registration
+    map: Callable[..., Any] = map  # computes the resamples
     echo: Callable[[str], None] = print
     _known: dict[int, tuple[Candidate, StoredEvaluation | None]] = field(default_factory=dict)
 
     def __call__(self, challenger: Version, champion: Version | None) -> Decision:
-        """
+        """Return the decision of the gate.
+
         Raises:
-            ValueError: the champion's files are gone or damaged.
+            ValueError: the champion's files are missing or damaged.
         """
-        one, its = self._look_at(challenger)
+        one, its = self._load_once(challenger)
         if champion is None:
             return decide(one, None, self.policy, None, {})
-        other, theirs = self._look_at(champion)
+        other, theirs = self._load_once(champion)
         if other.fault:
             raise ValueError(other.fault)
         difference, names = None, {}
@@ -59,24 +60,24 @@ class Judge:
                 )
         return decide(one, other, self.policy, difference, names)
 
-    def _look_at(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
+    def _load_once(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
         if version.number not in self._known:
-            self._known[version.number] = self._candidate(version)
+            self._known[version.number] = self._load(version)
         return self._known[version.number]
 
-    def _candidate(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
-        # Not from the cache: what MLflow gives to others counts.
-        with tempfile.TemporaryDirectory(prefix="deta-") as place:
+    def _load(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
+        # Not from the cache: the files that others get from MLflow count.
+        with tempfile.TemporaryDirectory(prefix="deta-") as work:
             try:
-                folder = self.registry.download(version, Path(place))
+                folder = self.registry.download(version, Path(work))
                 open_version(folder, version)
-                lineage, figures = read_documents(folder)
-                evaluation = self._evaluation(version, figures.evaluation_sha256)
+                lineage, metrics = read_documents(folder)
+                evaluation = self._evaluation(version, metrics.evaluation_sha256)
             except (ValueError, OSError) as error:
-                told = str(error).replace(f"{place}/", "")  # a copy's, which is gone by then
-                return _unusable(version, told.removesuffix("; use an older checkpoint")), None
-            latency = figures.latency if self.measure_on is None else self._measure(folder, version)
-        found, fault = parity_of(figures.export, version.sha256)
+                fault = str(error).replace(f"{work}/", "")  # a temporary copy
+                return _unusable(version, fault.removesuffix("; use an older checkpoint")), None
+            latency = metrics.latency if self.measure_on is None else self._measure(folder, version)
+        parity, parity_fault = export_parity(metrics.export, version.sha256)
         names = {one["id"]: one["name"] for one in evaluation.ground_truth["categories"]}
         by_class = evaluation.metrics.ap_per_category.items()
         candidate = Candidate(
@@ -88,19 +89,19 @@ class Judge:
             images_fingerprint=evaluation.images_fingerprint,
             ap=evaluation.metrics.AP,
             ap_by_class={names[key]: ap for key, ap in by_class},
-            num_bytes=figures.num_bytes,
+            num_bytes=metrics.num_bytes,
             latency=latency,
-            parity=found,
-            parity_fault=fault,
+            parity=parity,
+            parity_fault=parity_fault,
         )
         return candidate, evaluation
 
     def _evaluation(self, version: Version, expected_sha256: str) -> StoredEvaluation:
-        """The one that was given, or the one that was registered, which must not have changed."""
+        """Return the given evaluation, or the registered one, which must not have changed."""
         if version.sha256 in self.evaluations:
             return read_evaluation(self.evaluations[version.sha256])
-        with tempfile.TemporaryDirectory(prefix="deta-") as place:
-            folder = self.registry.download(version, Path(place), EVALUATION_PART)
+        with tempfile.TemporaryDirectory(prefix="deta-") as work:
+            folder = self.registry.download(version, Path(work), EVALUATION_PART)
             if file_sha256(folder / FACTS) != expected_sha256:
                 raise ValueError(f"the evaluation of {version} is not the one that was registered")
             return read_evaluation(folder)

@@ -1,8 +1,8 @@
-"""Where a model is from: what has to be known before it may be registered.
+"""The lineage of a model: the facts about its origin that registration requires.
 
-A checkpoint knows its code, configuration and data; the folder of its run knows the packages that
-were installed and the run in MLflow. All of it is asked for at once, so that a refusal names all
-that is missing.
+A checkpoint records its code, configuration and data. The folder of its run records the installed
+packages and the run in MLflow. All of them are read at once, so that an error names all that is
+missing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from deta.platform.checkpoint.format import Checkpoint, read_manifest
 from deta.platform.run.run_file import RUN_FILE, read_run_file
 from deta.platform.tracking.upload_plan import RECORD_FILE, read_record
 
-DIRTY = "-dirty"  # as `git describe --dirty` ends where code was not committed
+DIRTY = "-dirty"  # suffix of `git describe --dirty` if code was not committed
 
 
 class LineageError(ValueError):
-    """Something is not known of where a model is from."""
+    """Some of a model's lineage is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """Where a version is from."""
+    """The origin of a version."""
 
     run_id: str  # in MLflow
     run_name: str
     code_commit: str
-    code_is_dirty: bool  # some of the code was in no commit
+    code_is_dirty: bool  # some of the code was not committed
     config_sha256: str  # of config.json
     data_fingerprint: str  # of the training data
     val_fingerprint: str
@@ -44,7 +44,7 @@ class Lineage:
         return asdict(self)
 
 
-# Of each part, the fields without which it is unknown.
+# The fields that each part requires.
 PARTS = {
     "commit": ("code_commit",),
     "configuration": ("config_sha256",),
@@ -53,23 +53,23 @@ PARTS = {
     "run": ("run_id",),
 }
 ADVICE = {
-    "commit": "train from a git checkout, or set DETA_COMMIT where the code travels without one",
+    "commit": "train from a git checkout, or set DETA_COMMIT if the code is copied without one",
     "configuration": "use a checkpoint that was written by this project",
     "data fingerprint": f"{RUN_FILE} in the folder of the run has it; evaluate and train there",
-    "environment": f"{RUN_FILE} in the folder of the run has it; do not take the checkpoint out",
+    "environment": f"{RUN_FILE} in the folder of the run has it; keep the checkpoint in it",
     "run": "jobs/sync.py sends the run to MLflow",
 }
 
 
 def missing_parts(lineage: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the parts that are not known."""
+    """Return the names of the unknown parts."""
     return tuple(
         part for part, names in PARTS.items() if not all(lineage.get(name) for name in names)
     )
 
 
 def read_lineage(checkpoint: Checkpoint) -> Lineage:
-    """From a checkpoint in the folder of its run.
+    """Read the lineage of a checkpoint in the folder of its run.
 
     Raises:
         LineageError: names all that is missing, and what to do.
@@ -97,16 +97,16 @@ def read_lineage(checkpoint: Checkpoint) -> Lineage:
         epoch=state.epoch,
     )
     if missing := missing_parts(lineage.as_dict()):
-        where = f"looked for in {checkpoint.path} and in {run / RUN_FILE}, {RECORD_FILE}"
+        where = f"searched {checkpoint.path}, {run / RUN_FILE} and {RECORD_FILE}"
         advice = "\n  ".join(f"{part}: {ADVICE[part]}" for part in missing)
         raise LineageError(
-            f"{checkpoint.path}: cannot be registered, for it is not known from which "
-            f"{', '.join(missing)} it is ({where}):\n  {advice}"
+            f"{checkpoint.path}: cannot be registered, since its {', '.join(missing)} is unknown "
+            f"({where}):\n  {advice}"
         )
     return lineage
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint lies in."""
+    """Return the folder of the run that a checkpoint is in."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else folder

@@ -1,17 +1,16 @@
-"""What a person means by a model: a version of the registry, or a checkpoint on this machine.
+"""Resolves a model, given by address or path, to a folder on this machine.
 
-    models:/deta@champion    the version that the registry's gate let through last
+    models:/deta@champion    the version that was promoted last
     models:/deta/3           version 3
-    ~/deta-runs/my-run       a run's best checkpoint; or one checkpoint
+    ~/deta-runs/my-run       the best checkpoint of a run, or one checkpoint
 
-A version is kept as a checkpoint is, so either way the answer is a folder that
+A version has the files of a checkpoint, so the result is always a folder that
 `Predictor.from_checkpoint` opens. Versions are downloaded once, into the cache, and every byte is
 compared with the hash in the registry each time.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -19,84 +18,62 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from deta.platform.registry.mlflow_registry import SCHEME, ModelAddress, registry_uri
+from deta.platform.registry.model_address import is_model_address, parse_address, registry_uri
 from deta.platform.system.download import cache_folder
 
-# What needs torch is imported where it is used: an address alone needs none.
+# MLflow and torch are imported where they are used: they take seconds, and paths need no MLflow.
 if TYPE_CHECKING:
     from deta.platform.registry.mlflow_registry import Version
 
 WEIGHTS_FILE = "model.safetensors"
-_ADDRESS = re.compile(r"models:/+(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """A model on this machine."""
 
-    path: Path  # a checkpoint's folder, for `Predictor.from_checkpoint`
-    version: int | None  # in the registry; none for a checkpoint
-    name: str  # in the registry; of a checkpoint its run's
-    sha256: str  # of the weights' file
+    path: Path  # folder of a checkpoint, for `Predictor.from_checkpoint`
+    version: int | None  # in the registry; None for a checkpoint
+    name: str  # in the registry; for a checkpoint, the name of its run
+    sha256: str  # of the file of the weights
 
     def __str__(self) -> str:
         return str(self.path) if self.version is None else f"{self.name} version {self.version}"
 
 
-def is_model_address(text: str | Path) -> bool:
-    return str(text).startswith(SCHEME)
-
-
-def parse_address(text: str) -> ModelAddress:
-    """
-    Raises:
-        ValueError: it is of another form.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise ValueError(
-            f"{text!r} names no version of the registry; give models:/NAME@ALIAS or "
-            "models:/NAME/NUMBER, such as models:/deta@champion or models:/deta/3"
-        )
-    version = match["version"]
-    return ModelAddress(match["name"], int(version) if version else None, match["alias"])
-
-
 def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFolder:
-    """The folder of a model, downloaded if it is in the registry and not here yet.
+    """Return the folder of a model; download it if it is in the registry and not in the cache.
 
     Args:
-        model: an address in the registry, a checkpoint's folder, or a run's.
+        model: an address in the registry, or the folder of a checkpoint or of a run.
         tracking_uri: of MLflow; default `registry_uri()`.
 
     Raises:
-        ValueError: there is no such version, checkpoint or run, or it is not the one that was
-            registered.
-        RuntimeError: MLflow does not answer.
+        ValueError: there is no such version, checkpoint or run, or its files are not those that
+            were registered.
+        RuntimeError: MLflow is unreachable.
     """
     if not is_model_address(model):
         return _local(Path(model).expanduser())
     from deta.platform.checkpoint.format import CheckpointError
-    from deta.platform.registry.mlflow_registry import (
-        Registry,  # here: slow to import, and paths need no MLflow
-    )
+    from deta.platform.registry.mlflow_registry import Registry
 
     registry = Registry(tracking_uri or registry_uri())
     version = registry.find(parse_address(str(model)))
-    place = cache_folder().parent / "models"
-    # By all that is in it: two registries may both have a version 3.
-    folder = place / f"{quote(version.name, safe='')}-{version.number}-{version.manifest[:16]}"
+    cache = cache_folder().parent / "models"
+    # Named by its content too, since two registries may both have a version 3.
+    folder = cache / f"{quote(version.name, safe='')}-{version.number}-{version.manifest[:16]}"
     if folder.is_dir():
         try:
             return open_version(folder, version)
         except (CheckpointError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)  # damaged in the cache: once more
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as unfinished:
-        arrived = registry.download(version, Path(unfinished))
-        open_version(arrived, version)
-        if not folder.exists():  # else by another process, meanwhile
-            arrived.rename(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # damaged: download it again
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=cache) as unfinished:
+        downloaded = registry.download(version, Path(unfinished))
+        open_version(downloaded, version)
+        if not folder.exists():  # unless another process has made it meanwhile
+            downloaded.rename(folder)
     return open_version(folder, version)
 
 
@@ -109,12 +86,12 @@ def _local(path: Path) -> ModelFolder:
     checkpoint = find_checkpoint(path).resolve()
     folder = checkpoint.parent
     run = folder.parent if folder.name == "checkpoints" else folder
-    # Whoever opens it compares every byte.
+    # Opening the checkpoint compares every byte.
     return ModelFolder(checkpoint, None, run.name, read_manifest(checkpoint)[WEIGHTS_FILE].sha256)
 
 
 def open_version(folder: Path, version: Version) -> ModelFolder:
-    """Having compared every byte with the folder's manifest, and that one with the registry."""
+    """Return a version's folder after comparing all files with its manifest and the registry."""
     from deta.platform.checkpoint.format import (
         MANIFEST,
         CheckpointError,

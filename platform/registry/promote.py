@@ -1,10 +1,10 @@
-"""Who becomes champion: decided by the gate, and put into force by comparing and setting.
+"""Promotes a version to champion if the gate accepts it, and rolls back, with compare-and-set.
 
-Everybody may promote at any time. A decision is made against the champion that the log of
-decisions names, and counts only if the log still ends there when the decision arrives; otherwise
-it is made anew, against who is champion by then (platform/registry/decision_log.py). So of any number of
-promotions at once each is held against the champion before it, none is lost, and the gate's order
-of better and worse decides, not who came last.
+Any number of processes may promote at any time. A decision compares the challenger with the
+champion of the decision log. It counts only if the log has not grown when the decision arrives;
+otherwise the decision is made again, against the new champion (decision_log.py). So each of several
+concurrent promotions is compared with the champion before it, and none is lost. The gate decides
+which is better, not the order of arrival.
 """
 
 from __future__ import annotations
@@ -28,34 +28,35 @@ from deta.platform.registry.decision_log import (
     MAX_TEXT_CHARACTERS,
     REFUSE,
     ROLLBACK,
+    DecisionLog,
     Entry,
-    Log,
 )
-from deta.platform.registry.mlflow_registry import Registry, UnknownOutcomeError, Version
+from deta.platform.registry.decision_store import UnknownOutcomeError
+from deta.platform.registry.mlflow_registry import Registry, Version
 from deta.platform.registry.promotion_gate import Decision
 from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 DECISION_TAG = "deta.decision"
-MAX_TRIES = 1000  # far more than promoters at once
-# Challenger and champion, or none, to a decision.
-JudgeLike = Callable[[Version, Version | None], Decision]
+MAX_TRIES = 1000  # far more than concurrent promotions
+# Compares a challenger with the champion, if there is one.
+Gate = Callable[[Version, Version | None], Decision]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of an attempt to promote."""
+class PromotionResult:
+    """The decision of a promotion, and the champion after it."""
 
     action: str
-    decision: Decision | None  # none: forced, and nothing could be compared
-    champion: int | None  # from now on; in a dry run, from before
-    entry: Entry | None  # none for a dry run
-    tries: int  # 1, and one more for each time that somebody else was faster
+    decision: Decision | None  # None: forced, and no comparison was possible
+    champion: int | None  # after the decision; in a dry run, before it
+    entry: Entry | None  # None for a dry run
+    tries: int  # 1, plus one for each time that another process was faster
 
 
-def whoever() -> str:
-    """Who decides: the user of MLflow where there is one, and the machine."""
+def current_user() -> str:
+    """Return the user of MLflow, or else of this machine, and the host."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if not user:
         try:
@@ -69,52 +70,52 @@ def promote(
     registry: Registry,
     name: str,
     number: int,
-    judge: JudgeLike,
+    gate: Gate,
     *,
     by: str,
     reason: str = "",
     force: bool = False,
     dry_run: bool = False,
-) -> Outcome:
-    """Make a version champion if the gate lets it through.
+) -> PromotionResult:
+    """Make a version champion if the gate accepts it.
 
     Args:
-        reason: why; needed to force.
-        force: make it champion whatever the gate says, except that its files must be those that
-            were registered.
-        dry_run: only say what would be decided.
+        reason: required with `force`.
+        force: override the gate. The files of the version must still be those that were registered.
+        dry_run: decide, but change nothing.
 
     Raises:
         ValueError: there is no such version, it is champion already, a reason is missing, its files
-            are not those that were registered (forced only), or somebody tampered with the log.
-        RuntimeError: MLflow does not answer.
+            are not those that were registered (forced only), or the log was tampered with.
+        RuntimeError: MLflow is unreachable.
     """
     if force and not reason.strip():
         raise ValueError("a forced promotion needs a reason: --reason '…'")
     version = registry.version(name, number)
-    judged: dict[int | None, Decision | None] = {}  # by champion
+    decisions: dict[int | None, Decision | None] = {}  # by champion
 
-    def decide_on(log: Log) -> _Draft:
+    def decide_on(log: DecisionLog) -> _Draft:
         before = _champion(registry, name, log)
         if before == number:
             raise ValueError(f"{version} is the champion already")
-        if before not in judged:
-            judged[before] = _judge(registry, judge, version, before, log.champion_sha256, force)
-        decision = judged[before]
+        if before not in decisions:
+            sha256 = log.champion_sha256
+            decisions[before] = _compare(registry, gate, version, before, sha256, force)
+        decision = decisions[before]
         accepted = decision is not None and decision.accepted
         action = ACCEPT if accepted else FORCE if force else REFUSE
         after = before if action == REFUSE else number
         return _Draft(action, version, before, after, decision)
 
-    log = registry.log(name)
+    log = registry.decisions.read(name)
     log.require_intact()
     if dry_run:
         draft = decide_on(log)
-        return Outcome(draft.action, draft.decision, draft.before, None, 1)
-    entry, tries = _put_into_force(registry, name, decide_on, by=by, reason=reason)
-    _show_on(registry, version, entry)
-    return Outcome(
-        entry.action, judged.get(entry.champion_before), entry.champion_after, entry, tries
+        return PromotionResult(draft.action, draft.decision, draft.before, None, 1)
+    entry, tries = _commit(registry, name, decide_on, by=by, reason=reason)
+    _tag_with(registry, version, entry)
+    return PromotionResult(
+        entry.action, decisions.get(entry.champion_before), entry.champion_after, entry, tries
     )
 
 
@@ -122,39 +123,39 @@ def rollback(registry: Registry, name: str, to: int | None, *, by: str, reason: 
     """Make an earlier version champion again.
 
     Args:
-        to: its number; default: who was champion before the one that is.
+        to: number of the version; default: the champion before the current one.
 
     Raises:
-        ValueError: there is no earlier one, a reason is missing, or somebody else changed the
-            champion meanwhile.
+        ValueError: there is no earlier champion, a reason is missing, or another process changed
+            the champion meanwhile.
     """
     if not reason.strip():
         raise ValueError("a rollback needs a reason: --reason '…'")
-    log = registry.log(name)
+    log = registry.decisions.read(name)
     log.require_intact()
-    seen = _champion(registry, name, log)
+    current = _champion(registry, name, log)
     target = _earlier(name, log) if to is None else to
     version = registry.version(name, target)
-    if target == seen:
-        raise ValueError(f"{version} is the champion")
+    if target == current:
+        raise ValueError(f"{version} is the champion already")
 
-    def decide_on(log: Log) -> _Draft:
+    def decide_on(log: DecisionLog) -> _Draft:
         before = _champion(registry, name, log)
-        if before != seen:
+        if before != current:
             raise ValueError(
-                f"version {before} became champion while version {seen} was being rolled back; "
-                "look at it, and roll back again if that is wanted"
+                f"version {before} became champion while version {current} was being rolled back; "
+                "check it, and roll back again if needed"
             )
         return _Draft(ROLLBACK, version, before, target, None)
 
-    entry, _ = _put_into_force(registry, name, decide_on, by=by, reason=reason)
-    _show_on(registry, version, entry)
+    entry, _ = _commit(registry, name, decide_on, by=by, reason=reason)
+    _tag_with(registry, version, entry)
     return entry
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A decision before it is in the log."""
+    """A decision that is not in the log yet."""
 
     action: str
     version: Version
@@ -163,43 +164,50 @@ class _Draft:
     decision: Decision | None
 
 
-def _put_into_force(
-    registry: Registry, name: str, decide_on: Callable[[Log], _Draft], *, by: str, reason: str
+def _commit(
+    registry: Registry,
+    name: str,
+    decide_on: Callable[[DecisionLog], _Draft],
+    *,
+    by: str,
+    reason: str,
 ) -> tuple[Entry, int]:
-    """Decide on the end of the log and add the decision to it, again until nobody was faster.
+    """Decide on the current log and append the decision; retry while other processes are faster.
 
     Returns:
-        The entry that counts, and how often it was tried.
+        The entry that counts, and the number of tries.
     """
     id_ = uuid.uuid4().hex
     for tries in range(1, MAX_TRIES):
-        log = registry.log(name)
+        log = registry.decisions.read(name)
         log.require_intact()
-        entry = log.has(id_)  # where the answer was lost, but not the entry
+        entry = log.find(id_)  # it is there if only the response was lost
         if entry is None:
             entry = _entry(id_, log, decide_on(log), by, reason)
             try:
-                position = registry.append(name, entry.version, entry.to_line(), entry.text)
+                position = registry.decisions.append(
+                    name, entry.version, entry.to_line(), entry.text
+                )
             except UnknownOutcomeError:
                 _pause(tries)
                 continue
-            if registry.log(name).has(id_) is None:
-                registry.drop(name, position)
+            if registry.decisions.read(name).find(id_) is None:
+                registry.decisions.remove(name, position)
                 _pause(tries)
                 continue
-        registry.settle(name)
+        registry.decisions.sync_alias(name)
         return entry, tries
-    raise RuntimeError(f"the decision on {name} came too late {MAX_TRIES} times; try again")
+    raise RuntimeError(f"the decision on {name} came too late {MAX_TRIES} times; try again later")
 
 
-def _entry(id_: str, log: Log, draft: _Draft, by: str, reason: str) -> Entry:
+def _entry(id_: str, log: DecisionLog, draft: _Draft, by: str, reason: str) -> Entry:
     when = datetime.now(UTC).isoformat(timespec="seconds")
     details: dict[str, Any] = {}
     if draft.decision is not None:
         details = {
             "policy": asdict(draft.decision.policy),
             "criteria": [asdict(one) for one in draft.decision.criteria],
-            "figures": draft.decision.figures(),
+            "figures": draft.decision.measurements(),
         }
     return Entry(
         id=id_,
@@ -218,7 +226,7 @@ def _entry(id_: str, log: Log, draft: _Draft, by: str, reason: str) -> Entry:
 
 
 def _text(draft: _Draft, when: str, by: str, reason: str) -> str:
-    """The entry's page, in Markdown."""
+    """Return the text of the entry's page, in Markdown."""
     done = {
         ACCEPT: "accepted as champion",
         FORCE: "FORCED to be champion",
@@ -238,58 +246,59 @@ def _text(draft: _Draft, when: str, by: str, reason: str) -> str:
     return text[:MAX_TEXT_CHARACTERS].strip()
 
 
-def _judge(
+def _compare(
     registry: Registry,
-    judge: JudgeLike,
+    gate: Gate,
     version: Version,
     before: int | None,
     sha256: str,
     force: bool,
 ) -> Decision | None:
-    """
+    """Return the decision of the gate; None if forced and no comparison is possible.
+
     Args:
         before: number of the champion.
-        sha256: of its weights, as the log has it.
+        sha256: hash of its weights, from the log.
     """
     try:
         champion = registry.version(version.name, before) if before is not None else None
         if champion is not None and sha256 not in ("", champion.sha256):
-            raise ValueError(f"{champion} has other weights by now than when it became champion")
-        decision = judge(version, champion)
+            raise ValueError(f"{champion} does not have the weights with which it became champion")
+        decision = gate(version, champion)
     except ValueError as error:
         if force:
-            return None  # nothing to compare with, which is why it is forced
+            return None
         if before is None:
             raise
         raise ValueError(
-            f"there is no comparing with the champion, version {before}: {error}. Make another "
-            "version champion (rollback --to NUMBER), or --force this one"
+            f"the champion, version {before}, cannot be compared: {error}. Make another version "
+            "champion (rollback --to NUMBER), or --force this one"
         ) from error
     if force and decision.challenger.fault:
         raise ValueError(
-            f"{version} cannot be forced, for nobody could load it: {decision.challenger.fault}"
+            f"{version} cannot be forced, since it cannot be loaded: {decision.challenger.fault}"
         )
     return decision
 
 
-def _show_on(registry: Registry, version: Version, entry: Entry) -> None:
-    """On the version's page; the decision is in force with or without."""
+def _tag_with(registry: Registry, version: Version, entry: Entry) -> None:
+    """Show the decision on the version's page. The decision is valid without it."""
     try:
         tag = f"{entry.action}, {entry.time}, by {entry.by}"
         registry.tag_version(version, {DECISION_TAG: tag})
     except RuntimeError as error:
-        logger.warning("%s: the decision could not be noted on its page (%s)", version, error)
+        logger.warning("%s: the decision is not shown on its page (%s)", version, error)
 
 
-def _champion(registry: Registry, name: str, log: Log) -> int | None:
-    """Of the log; where nothing was decided yet, whom somebody gave the alias."""
+def _champion(registry: Registry, name: str, log: DecisionLog) -> int | None:
+    """Return the champion of the log; if the log is empty, the version with the alias."""
     return log.champion if log.entries else registry.aliases(name).get(CHAMPION)
 
 
-def _earlier(name: str, log: Log) -> int:
+def _earlier(name: str, log: DecisionLog) -> int:
     champions = log.champions()
     if len(champions) < 2:
-        raise ValueError(f"{name} has had no other champion to go back to; say which with --to")
+        raise ValueError(f"{name} has had no other champion; name a version with --to")
     return champions[-2]
 
 

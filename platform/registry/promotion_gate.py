@@ -1,6 +1,6 @@
-"""Whether a model may become champion: criteria, each with what was found and what is required.
+"""The promotion gate: checks a challenger against a policy, criterion by criterion.
 
-Pure: metrics and a policy in, a decision out. platform/registry/promote.py collects the metrics.
+Pure functions from metrics and a policy to a decision. gate_inputs.py collects the metrics.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ NUM_CLASSES_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is required. Every field is a key of jobs/promote.py; `none` is no limit."""
+    """The requirements. Every field is a key of jobs/promote.py; `none` means no limit."""
 
-    min_gain: float = 0.0  # AP, 0..1: the whole interval of the difference lies above it
+    min_gain: float = 0.0  # AP, 0..1: the interval of the difference must be above it
     confidence: float = 0.95  # of that interval
     resamples: int = 1000
     seed: int = 0
     min_ap: float = 0.0  # 0..1
-    max_class_drop: float | None = 0.05  # AP of any class below the champion's, 0..1
-    min_class_ap: float | None = None  # of any class, 0..1
-    class_floors: tuple[tuple[str, float], ...] = ()  # AP of single classes, by name
-    max_latency_ms: float | None = None  # of one picture alone
+    max_class_drop: float | None = 0.05  # how far any class may fall below the champion, AP 0..1
+    min_class_ap: float | None = None  # of every class, 0..1
+    class_floors: tuple[tuple[str, float], ...] = ()  # least AP of single classes, by name
+    max_latency_ms: float | None = None  # of one image alone
     max_latency_ratio: float | None = 1.5  # of the champion's, on the same device
-    max_megabytes: float | None = None  # of the weights' file
+    max_megabytes: float | None = None  # of the file of the weights
     max_size_ratio: float | None = 1.5  # of the champion's
-    parity: bool = True  # an exported form was checked and finds what the model finds
-    clean_code: bool = False  # trained by code that was committed
-    evaluation_set: str = ""  # how `images_fingerprint` begins; empty: the champion's
+    parity: bool = True  # an exported file was checked and its detections are the model's
+    clean_code: bool = False  # all code of the training was committed
+    evaluation_set: str = ""  # prefix of `images_fingerprint`; empty: that of the champion
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence={self.confidence} is not in 0.5..1")
         if self.resamples < 100:
-            raise ValueError(f"resamples={self.resamples} are too few for an interval; give 1000")
+            raise ValueError(f"resamples={self.resamples} are too few for an interval; use 1000")
         limits = {"min_ap": self.min_ap, "max_class_drop": self.max_class_drop}
         limits |= {"min_class_ap": self.min_class_ap} | dict(self.class_floors)
         for name, value in limits.items():
@@ -58,29 +58,29 @@ class Policy:
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one picture alone, in memory, to its detections."""
+    """The time from one image in memory to its detections."""
 
     milliseconds: float  # median
-    device: str  # model of the processor or GPU, and number of threads
+    device: str  # name of the processor or GPU, and number of threads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What is known of a version. AP in 0..1."""
+    """The metrics and facts of a version. AP in 0..1."""
 
     label: str  # "deta version 3"
     sha256: str  # of the weights, as registered
-    fault: str = ""  # why its files are not those that were registered
+    fault: str = ""  # why its files cannot be used
     missing_lineage: tuple[str, ...] = ()
     code_is_dirty: bool = False
     evaluated_sha256: str  # of the weights that were evaluated
     images_fingerprint: str
     ap: float
     ap_by_class: Mapping[str, float]  # without classes that have no box to find
-    num_bytes: int  # of the weights' file
+    num_bytes: int  # of the file of the weights
     latency: Latency | None = None
-    parity: str | None = None  # what the check of the exported form found, for people
-    parity_fault: str = "no exported form was checked; jobs/register.py --export FOLDER"
+    parity: str | None = None  # result of the check of the exported file, for people
+    parity_fault: str = "no exported file was checked; jobs/register.py --export FOLDER"
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,15 @@ class Criterion:
     """One row of the decision."""
 
     name: str
-    passed: bool | None  # none: not required, or not to be said
+    passed: bool | None  # None: not required, or not applicable
     found: str
     required: str
 
 
 @dataclass(frozen=True)
 class Decision:
+    """The result of the gate for one challenger."""
+
     challenger: Candidate
     champion: Candidate | None
     policy: Policy
@@ -110,7 +112,7 @@ class Decision:
         return tuple(one.name for one in self.criteria if one.passed is False)
 
     def table(self) -> str:
-        """The criteria, for a terminal."""
+        """Return the criteria as a table for a terminal."""
         marks = {True: "passed", False: "FAILED", None: "-"}
         rows = [("criterion", "", "found", "required")]
         rows += [(one.name, marks[one.passed], one.found, one.required) for one in self.criteria]
@@ -122,24 +124,25 @@ class Decision:
         return "\n".join(lines)
 
     def verdict(self) -> str:
+        """Return the decision in one line."""
         against = f" over {self.champion.label}" if self.champion else " as the first champion"
         if self.accepted:
             return f"{self.challenger.label} passes{against}"
         return f"{self.challenger.label} does not pass: {', '.join(self.failed)}"
 
-    def figures(self) -> dict[str, Any]:
-        """The numbers, for machines."""
-        figures: dict[str, Any] = {"ap": self.challenger.ap, "megabytes": _mb(self.challenger)}
-        figures["evaluation_set"] = self.challenger.images_fingerprint
+    def measurements(self) -> dict[str, Any]:
+        """Return the metrics by name, for the decision log."""
+        values: dict[str, Any] = {"ap": self.challenger.ap, "megabytes": _mb(self.challenger)}
+        values["evaluation_set"] = self.challenger.images_fingerprint
         if self.challenger.latency is not None:
-            figures["latency"] = asdict(self.challenger.latency)
+            values["latency"] = asdict(self.challenger.latency)
         if self.champion is not None:
-            figures["champion_ap"] = self.champion.ap
+            values["champion_ap"] = self.champion.ap
         if self.difference is not None:
             one = self.difference
-            figures |= {"difference": one.difference, "low": one.low, "high": one.high}
-            figures |= {"p_value": one.p_value, "resamples": one.resamples}
-        return figures
+            values |= {"difference": one.difference, "low": one.low, "high": one.high}
+            values |= {"p_value": one.p_value, "resamples": one.resamples}
+        return values
 
 
 def decide(
@@ -149,15 +152,15 @@ def decide(
     difference: PairedDifference | None,
     names: Mapping[Any, str],
 ) -> Decision:
-    """Hold a challenger against the policy.
+    """Check a challenger against the policy.
 
     Args:
-        champion: none for the first one; then only what is absolute is required.
-        difference: challenger minus champion; none if there is no champion, or if the two
+        champion: None for the first one; then only absolute criteria apply.
+        difference: challenger minus champion; None if there is no champion, or if the two
             evaluations cannot be compared.
-        names: of categories, by id.
+        names: names of categories by id.
     """
-    if challenger.fault:  # nothing else that is known of it is known of what lies there
+    if challenger.fault:  # its metrics are not those of the present files
         return Decision(challenger, champion, policy, (_weights(challenger),), None)
     criteria = [_weights(challenger), _lineage(challenger, policy)]
     criteria.append(_evaluation_set(challenger, champion, policy))
@@ -201,9 +204,9 @@ def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) 
     else:
         same = True
     if not wanted:
-        return Criterion("evaluation set", None, found, "the first one, so any")
+        return Criterion("evaluation set", None, found, "any, for the first champion")
     passed = same and one.images_fingerprint.startswith(wanted)
-    return Criterion("evaluation set", passed, found, f"{wanted[:12]}…, so that both are compared")
+    return Criterion("evaluation set", passed, found, f"{wanted[:12]}…, for a comparison")
 
 
 def _gain(difference: PairedDifference | None, policy: Policy) -> Criterion:
@@ -268,7 +271,7 @@ def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list
             champion is not None and policy.max_latency_ratio is not None
         )
         passed = False if needed else None
-        return [Criterion(unit, passed, "not measured", "measured; --measure does it")]
+        return [Criterion(unit, passed, "not measured", "measured, for example by --measure")]
     milliseconds = one.latency.milliseconds
     criteria = [
         _criterion(unit, milliseconds, policy.max_latency_ms, at_least=False, show=_milliseconds)
@@ -300,7 +303,7 @@ def _parity(one: Candidate, policy: Policy) -> Criterion:
     found = one.parity_fault or one.parity or ""
     if not policy.parity:
         return Criterion("exported form", None, found, "not required")
-    return Criterion("exported form", not one.parity_fault, found, "finds what the model finds")
+    return Criterion("exported form", not one.parity_fault, found, "the detections of the model")
 
 
 def _criterion(

@@ -1,10 +1,11 @@
-"""A registered version as MLflow's own loader and server see it: JPEG or PNG in, boxes out.
+"""The loader of registered versions for MLflow's own tools: JPEG or PNG in, boxes out.
 
     model = mlflow.pyfunc.load_model("models:/deta@champion")
     model.predict(pandas.DataFrame({"image": [Path("street.jpg").read_bytes()]}))
 
-MLflow keeps this file with the model and runs it when the model is loaded (models from code), so
-nothing is pickled. The rest of the project has to be installed where that happens.
+MLflow stores a copy of this file with the model and runs it when the model is loaded (models from
+code), so nothing is pickled. The rest of the project must be installed there, and the names that
+this file imports from it must stay where they are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, INPUT)]),
     outputs=Schema(
         [
-            ColSpec(Array(Array(DataType.double)), "boxes"),  # xyxy, pixels of the picture
+            ColSpec(Array(Array(DataType.double)), "boxes"),  # xyxy, pixels of the image
             ColSpec(Array(DataType.double), "scores"),
             ColSpec(Array(DataType.long), "labels"),  # class index
             ColSpec(Array(DataType.string), "names"),
@@ -53,21 +54,21 @@ class RegisteredDetector(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """What is in each picture, best first.
+        """Return the detections of each image, best first.
 
         Args:
-            model_input: one row a picture, with the bytes of a JPEG or PNG file in `image`.
+            model_input: one row per image, with the bytes of a JPEG or PNG file in `image`.
             params: `score_threshold`, 0..1.
 
         Returns:
-            One row a picture: `boxes` (N 4, xyxy in its pixels), `scores`, `labels`, `names` (N).
+            One row per image: `boxes` (N 4, xyxy in its pixels), `scores`, `labels`, `names` (N).
         """
         from deta.platform.data.image_decoding import decode_bytes
 
         threshold = float((params or {}).get("score_threshold", 0.0))
         max_pixels = self.predictor.config.data.max_pixels
         images = [
-            decode_bytes(content, Path(f"picture {number}"), max_pixels)
+            decode_bytes(content, Path(f"image {number}"), max_pixels)
             for number, content in enumerate(model_input[INPUT], 1)
         ]
         rows = []
@@ -86,23 +87,23 @@ class RegisteredDetector(PythonModel):
 
 
 def write_mlflow_model(folder: Path, version_files: Path, packages: tuple[str, ...]) -> None:
-    """Write what MLflow calls a model: its own files, this one, and those of a version.
+    """Write a model in MLflow's format: its own files, this file, and those of a version.
 
     Args:
-        folder: must not be there yet.
+        folder: must not exist yet.
         version_files: see `write_version_files`; the folder must be called `model`.
-        packages: name==version, of the environment that trained it.
+        packages: name==version, of the environment that trained the model.
     """
-    assert version_files.name == "model"  # so it is found at artifacts/model
+    assert version_files.name == "model"  # MLflow stores it as artifacts/model
     by_name = {one.partition("==")[0].lower(): one for one in packages}
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 48), (127, 127, 127)).save(picture, "JPEG")
+    image = io.BytesIO()
+    Image.new("RGB", (64, 48), (127, 127, 127)).save(image, "JPEG")
     save_model(
         folder,
         python_model=str(Path(__file__).resolve()),
         artifacts={"model": str(version_files)},
         signature=SIGNATURE,
-        input_example=pd.DataFrame({INPUT: [picture.getvalue()]}),
+        input_example=pd.DataFrame({INPUT: [image.getvalue()]}),
         pip_requirements=[by_name.get(name, name) for name in REQUIREMENTS],
     )
 

@@ -1,15 +1,15 @@
-"""The files of a registered version: all it takes to predict, and nothing that can run.
+"""The files of a registered version: everything that predictions need, and no code.
 
     model.safetensors    the weights, byte for byte those of the checkpoint
     config.json          the whole configuration of the run
     state.json           step, metrics, classes
     classes.json         class index, id and name of each class
-    preprocessing.json   what happens to a picture before the model, and to its boxes after
-    lineage.json         where the model is from (platform/registry/lineage.py)
-    figures.json         AP, size, latency, the check of the exported form
-    MANIFEST.json        size and SHA-256 of each of them
+    preprocessing.json   what happens to an image before the model, and to its boxes after
+    lineage.json         the origin of the model (lineage.py)
+    figures.json         AP, size, latency, the check of the exported file
+    MANIFEST.json        size and SHA-256 of each file
 
-That is a checkpoint without the state of the optimizer: whoever opens the one opens the other.
+This is a checkpoint without the state of the optimizer, so both are opened the same way.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ CARRIED_OVER = ("model.safetensors", "config.json", "state.json")
 LINEAGE, FIGURES = "lineage.json", "figures.json"
 EXPORT_REPORT = "model.json"  # of jobs/export.py
 MEASURED_S = 2.0
-PICTURE_SIZE_PX = (640, 480)  # width, height, of the picture that latency is measured with
+IMAGE_SIZE_PX = (640, 480)  # width, height of the image with which latency is measured
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured of a version."""
+class VersionMetrics:
+    """The measurements of a version, as figures.json has them."""
 
-    ap: Mapping[str, float]  # the twelve numbers of its evaluation, 0..1
+    ap: Mapping[str, float]  # the twelve COCO numbers of its evaluation, 0..1
     metrics: Mapping[str, float]  # when the checkpoint was saved, 0..100
-    num_bytes: int  # of the weights' file
+    num_bytes: int  # of the file of the weights
     evaluation_sha256: str  # of evaluation.json, which has the hashes of the other files
     images_fingerprint: str
     latency: Latency | None = None
@@ -63,9 +63,9 @@ class Figures:
 
 
 def write_version_files(
-    folder: Path, checkpoint: Checkpoint, lineage: Lineage, figures: Figures
+    folder: Path, checkpoint: Checkpoint, lineage: Lineage, metrics: VersionMetrics
 ) -> str:
-    """Write the folder of a version, which must not be there yet.
+    """Write the folder of a version, which must not exist yet.
 
     Returns:
         SHA-256 of its manifest.
@@ -80,7 +80,7 @@ def write_version_files(
         ],
         "preprocessing.json": preprocessing(checkpoint.config),
         LINEAGE: lineage.as_dict(),
-        FIGURES: asdict(figures),
+        FIGURES: asdict(metrics),
     }
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -90,24 +90,24 @@ def write_version_files(
     manifest = manifest_to_json(checkpoint.state.step, files)
     (folder / MANIFEST).write_text(manifest, encoding="utf-8")
     expected = parse_manifest((checkpoint.path / MANIFEST).read_bytes(), checkpoint.path)
-    for name in CARRIED_OVER:  # while it was copied, the disk or a person may have changed it
+    for name in CARRIED_OVER:  # it may have changed while it was copied
         if files[name] != expected[name]:
             raise ValueError(f"{checkpoint.path / name}: has changed; use another checkpoint")
     return hashlib.sha256(manifest.encode()).hexdigest()
 
 
-def read_documents(folder: Path) -> tuple[dict[str, Any], Figures]:
-    """Lineage and figures of a version's folder.
+def read_documents(folder: Path) -> tuple[dict[str, Any], VersionMetrics]:
+    """Read the lineage and the metrics in the folder of a version.
 
     Raises:
-        ValueError: the folder is none of a version.
+        ValueError: the folder is not that of a version.
     """
     try:
         lineage = json.loads((folder / LINEAGE).read_text(encoding="utf-8"))
         content = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
         if content["latency"] is not None:
             content["latency"] = Latency(**content["latency"])
-        return dict(lineage), Figures(**content)
+        return dict(lineage), VersionMetrics(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: is not the folder of a registered version ({error}); register it again"
@@ -115,8 +115,10 @@ def read_documents(folder: Path) -> tuple[dict[str, Any], Figures]:
 
 
 def preprocessing(config: RunConfig) -> dict[str, Any]:
-    """What happens to a picture before the model, and to its boxes after, for people and others'
-    code; our own goes by the configuration that this is made from."""
+    """Return what happens to an image before the model, and to its boxes after.
+
+    It is for people and for code of others. This project uses the configuration itself.
+    """
     size = config.data.evaluation_size
     return {
         "colour": "RGB, 8 bits a channel; the EXIF orientation is ignored",
@@ -127,60 +129,60 @@ def preprocessing(config: RunConfig) -> dict[str, Any]:
         "scale": "1/255",
         "mean": PIXEL_MEAN,
         "std": PIXEL_STD,
-        "boxes": "xyxy in pixels of the picture as it came",
+        "boxes": "xyxy in pixels of the original image",
         "precision": config.precision,
         "postprocess": flatten(config.postprocess),
     }
 
 
 def measure_latency(predictor: Predictor) -> Latency:
-    """Time one picture alone, in memory, through resizing, model and suppression.
+    """Time one image in memory through resizing, model and postprocessing.
 
-    The picture is grey, since detectors of this kind take equally long for any.
+    The image is grey, since the duration does not depend on the content.
     """
-    picture = Image.new("RGB", PICTURE_SIZE_PX, (127, 127, 127))
-    predictor.predict([picture])  # whatever is prepared at first
+    image = Image.new("RGB", IMAGE_SIZE_PX, (127, 127, 127))
+    predictor.predict([image])  # warm-up
     times_s: list[float] = []
     while len(times_s) < 3 or (sum(times_s) < MEASURED_S and len(times_s) < 50):
         began_s = time.perf_counter()
-        predictor.predict([picture])
+        predictor.predict([image])
         times_s.append(time.perf_counter() - began_s)
     return Latency(1000 * statistics.median(times_s), _device(predictor.device))
 
 
 def read_export_report(folder: Path, weights_sha256: str) -> dict[str, Any]:
-    """What jobs/export.py found when it compared the exported files with the model.
+    """Read the comparison of exported files with the model that jobs/export.py wrote.
 
     Returns:
-        Of each file its hash, size and difference; `parity_of` judges it.
+        Hash, size and difference of each file; `export_parity` evaluates them.
 
     Raises:
-        ValueError: the folder is none of jobs/export.py, is of other weights, or its files are not
-            those that were compared.
+        ValueError: the folder is not from jobs/export.py, belongs to other weights, or its files
+            are not those that were compared.
     """
     path = folder / EXPORT_REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        of, files = report["weights"]["sha256"], dict(report["files"])
+        sha256, files = report["weights"]["sha256"], dict(report["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not what jobs/export.py writes ({error})") from error
-    if of != weights_sha256:
+    if sha256 != weights_sha256:
         raise ValueError(
-            f"{folder}: was exported from other weights, SHA-256 {of[:12]}… instead of "
+            f"{folder}: was exported from other weights, SHA-256 {sha256[:12]}… instead of "
             f"{weights_sha256[:12]}…; export this checkpoint"
         )
     for name, about in files.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != about["sha256"]:
             raise ValueError(f"{folder / name}: is not the file that was checked; export again")
-    return {"weights_sha256": of, "files": files}
+    return {"weights_sha256": sha256, "files": files}
 
 
-def parity_of(export: Mapping[str, Any] | None, weights_sha256: str) -> tuple[str, str]:
-    """What the check of an exported form found, and what is wrong with it; one is empty."""
+def export_parity(export: Mapping[str, Any] | None, weights_sha256: str) -> tuple[str, str]:
+    """Return the result of the check of the exported files, and what is wrong; one is empty."""
     if export is None:
-        return "", "no exported form was checked; jobs/register.py --export FOLDER"
+        return "", "no exported file was checked; jobs/register.py --export FOLDER"
     if export["weights_sha256"] != weights_sha256 or not export["files"]:
-        return "", "the exported form is of other weights"
+        return "", "the exported file has other weights"
     found = []
     for name, about in export["files"].items():
         if about["difference"] is None:

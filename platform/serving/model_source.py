@@ -19,8 +19,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from deta.platform.inference.predictor import Predictor
-from deta.platform.registry.mlflow_registry import Registry, registry_uri
-from deta.platform.registry.model_uri import is_model_address, parse_address, resolve_model
+from deta.platform.registry.mlflow_registry import Registry
+from deta.platform.registry.model_address import is_model_address, parse_address, registry_uri
+from deta.platform.registry.model_uri import resolve_model
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel
@@ -98,7 +99,7 @@ def model_source(model: str, tracking_uri: str | None, device: str) -> ModelSour
 
     Args:
         model: an address in the registry, or the folder of a checkpoint or a run.
-        tracking_uri: of MLflow; default `mlflow_registry.registry_uri()`.
+        tracking_uri: of MLflow; default `registry_uri()`.
 
     Raises:
         ValueError: it is neither, or does not exist.

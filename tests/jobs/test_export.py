@@ -44,7 +44,7 @@ SIZE = EvaluationSize(short_edge=64, max_long_edge=90)
 LEAST_SIDE_PX = 33  # with three levels
 
 # What a person has who was given the file alone: torch, and no package of ours. Loads the program
-# once, since that takes its time, and then answers for each file of inputs that it is told of.
+# once, since that is slow, and then answers for each file of inputs on its command line.
 ALONE = """
 import sys
 import torch
@@ -104,7 +104,7 @@ class Exported:
     run: Path  # what was exported
     folder: Path  # what came out
     pictures: Path
-    said: str
+    captured: str
     predictor: Predictor
     runtimes: dict[str, Runtime]
     alone: Alone  # the runtime of the program
@@ -164,7 +164,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     config = tiny_config()
     torch.manual_seed(0)
     model = DETA(config.model)
-    with torch.no_grad():  # heads that tell queries and classes apart
+    with torch.no_grad():  # heads that separate queries and classes
         for head in model.class_heads:
             head.weight.normal_(std=0.5)
         for head in model.box_heads:
@@ -176,7 +176,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
     (root / "pictures").mkdir()
     for number, picture in enumerate(pictures((100, 130), (90, 90), (77, 64))):
         picture.save(root / "pictures" / f"{number}.png")
-    said: list[str] = []
+    captured: list[str] = []
     opened: list[Alone] = []
 
     def open_alone(path: Path, device: object = "cpu") -> Runtime:
@@ -184,20 +184,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         return opened[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_job, "echo", said.append)
+        patch.setattr(export_job, "echo", captured.append)
         patch.setattr("deta.platform.inference.exported_model.open_program", open_alone)
         patch.setattr("deta.platform.inference.export_check.MEASURED_S", 0.1)
         code = run_job(
             export_job, root / "run", "--output", root / "out", "--device", "cpu",
             "--check-images", root / "pictures" / "*.png", "--check-batch", "2",
         )  # fmt: skip
-    assert code == 0, said
+    assert code == 0, captured
     (alone,) = opened
     yield Exported(
         root / "run",
         root / "out",
         root / "pictures",
-        "\n".join(said),
+        "\n".join(captured),
         Predictor.from_checkpoint(root / "run"),
         {"pt2": alone, "onnx": open_onnx(root / "out" / "model.onnx")},
         alone,
@@ -226,12 +226,12 @@ def test_parity_of_exported_files_with_the_model(exported, runtime, sizes_px):
         difference = compare_detections(one, other, (image.height, image.width), 100)
         assert difference.num_detections >= 10
         assert difference.num_unmatched == 0
-        # Rounding of float32, through a network of a few layers.
+        # float32 rounding through a few layers.
         assert difference.scores < 2e-5
         assert difference.boxes < 2e-5
 
 
-def test_a_packed_picture_is_predicted_as_the_picture_itself(exported):
+def test_a_packed_image_is_predicted_as_the_image_itself(exported):
     for image in pictures((100, 130), (64, 61)):
         (expected,) = exported.predictor.predict([image])
         (found,) = run_eagerly(exported.predictor, packed([image]))
@@ -239,7 +239,7 @@ def test_a_packed_picture_is_predicted_as_the_picture_itself(exported):
         assert torch.equal(found.boxes_px, expected.boxes_px)
 
 
-def test_what_lies_beside_a_picture_does_not_matter(exported):
+def test_padding_does_not_matter(exported):
     batch = packed(pictures((130, 100), (60, 60)))
     noisy = batch.images.clone()
     height, width = batch.sizes_px[1].tolist()
@@ -255,7 +255,7 @@ def test_a_program_runs_where_only_torch_is(exported):
     """All that the tests here ask of the program, and the check when it was made, went there."""
     exported.runtimes["pt2"](packed(pictures((90, 90))))
 
-    assert exported.alone.num_asked > 5  # the check: three pictures alone, two batches, the speed
+    assert exported.alone.num_asked > 5  # the check: three single images, two batches, the speed
     assert exported.alone.loaded_packages == set()
 
 
@@ -290,17 +290,17 @@ def test_the_description_beside_the_files_is_true(exported):
         assert file["difference"]["num_images"] == 6  # three, alone and in batches
         assert file["difference"]["scores"] < 1e-4
         assert file["speed"]["latency_ms"] > 0
-        assert f"{name}: largest differences: scores" in exported.said
+        assert f"{name}: largest differences: scores" in exported.captured
     assert about["classes"][1] == {"id": 4, "name": "star"}
     assert about["input"]["short_edge"] == 64
     assert about["input"]["least_height_and_width"] == LEAST_SIDE_PX
     assert about["config"]["model.num_queries"] == 15
 
 
-def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatch):
-    """With the program at hand in the place of a new one, and a comparison that finds a fault."""
-    said: list[str] = []
-    monkeypatch.setattr(export_job, "echo", said.append)
+def test_a_file_with_other_detections_is_deleted(tmp_path, exported, monkeypatch):
+    """Use the existing program instead of a new one, and a comparison that finds a difference."""
+    captured: list[str] = []
+    monkeypatch.setattr(export_job, "echo", captured.append)
     monkeypatch.setattr("deta.platform.inference.export.trace", lambda *_: None)
     monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"a program"))
     monkeypatch.setattr(
@@ -318,13 +318,13 @@ def test_a_file_with_other_detections_is_not_kept(tmp_path, exported, monkeypatc
     )  # fmt: skip
 
     assert code == 1
-    assert "model.pt2: DELETED" in "\n".join(said)
+    assert "model.pt2: DELETED" in "\n".join(captured)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What is said to arguments that must be refused with exit code 2."""
+    """Return the error for arguments that must be refused with exit code 2."""
 
     def refusal(*arguments: object) -> str:
         assert run_job(export_job, *arguments) == 2
@@ -342,7 +342,7 @@ def test_refused_exports_say_what_is_wrong_and_write_nothing(tmp_path, exported,
     assert "add --unverified" in refusal(exported.run, *to)
     assert "add --unverified" in refusal(exported.run, *to, "--unverified", *checked)
     assert "no such" in refusal(exported.run, *to, "--check-images", tmp_path / "absent.jpg")
-    assert "of this pattern" in refusal(exported.run, *to, "--check-images", tmp_path / "*.jpg")
+    assert "matches this pattern" in refusal(exported.run, *to, "--check-images", tmp_path / "*.jpg")
     assert "no such" in refusal(tmp_path / "absent", *to, *checked)
     assert "exported in fp32" in refusal(exported.run, "precision=bf16", *to, *checked)
     assert "optim.lr changes nothing" in refusal(exported.run, "optim.lr=1", *to, *checked)

@@ -6,22 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deta.platform.leaderboard import mlflow_source
 from deta.platform.leaderboard.cache import Board
 from deta.platform.leaderboard.mlflow_source import MlflowSource
 from deta.platform.registry.decision_log import Entry
 from tests.platform.leaderboard.leaderboard_case import HOSTILE
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def test_names_of_the_registry_are_those_of_the_registry_room():
-    from deta.platform.registry import mlflow_registry as registry
-    from deta.platform.registry.decision_log import CHAMPION
-
-    assert mlflow_source.CHAMPION == CHAMPION
-    assert mlflow_source.HISTORY_SUFFIX == registry.HISTORY_SUFFIX
-    assert mlflow_source.ENTRY_TAG == registry.ENTRY_TAG
 
 
 def test_reading_mlflow_needs_no_torch():

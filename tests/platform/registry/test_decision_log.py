@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from deta.platform.registry.decision_log import ACCEPT, REFUSE, ROLLBACK, Entry, Row, read_log
+from deta.platform.registry.decision_log import (
+    ACCEPT,
+    REFUSE,
+    ROLLBACK,
+    DecisionRow,
+    Entry,
+    read_log,
+)
 
 
 def entry(previous: str, action: str, version: int, before: int | None, after: int | None) -> Entry:
@@ -18,8 +25,8 @@ def entry(previous: str, action: str, version: int, before: int | None, after: i
     )  # fmt: skip
 
 
-def rows_of(*entries: Entry) -> list[Row]:
-    return [Row(number, one.to_line(), one.text) for number, one in enumerate(entries, 1)]
+def rows_of(*entries: Entry) -> list[DecisionRow]:
+    return [DecisionRow(number, one.to_line(), one.text) for number, one in enumerate(entries, 1)]
 
 
 def three() -> list[Entry]:
@@ -48,7 +55,7 @@ def test_an_entry_that_came_too_late_does_not_count():
     assert log.champion == 3
     assert log.void == (3,)
     assert log.problems == ()
-    assert log.has(late.id) is None
+    assert log.find(late.id) is None
     # Its author took it out: the numbers have a gap, and nothing is missing.
     kept = [row for row in rows_of(first, second, late, third) if row.number != 3]
     assert read_log(kept).problems == ()
@@ -71,7 +78,7 @@ def test_a_changed_entry_is_seen(place: int):
 
     log = read_log(rows)
 
-    assert log.problems == (f"entry {place + 1} has been changed",)
+    assert log.problems == (f"entry {place + 1} was changed",)
     with pytest.raises(ValueError, match="tampered"):
         log.require_intact()
 
@@ -80,7 +87,7 @@ def test_a_changed_text_is_seen():
     rows = rows_of(*three())
     rows[1] = replace(rows[1], text="version 2: accept")
 
-    assert read_log(rows).problems == ("the text shown for entry 2 has been changed",)
+    assert read_log(rows).problems == ("the text shown for entry 2 was changed",)
 
 
 def test_an_entry_that_was_taken_out_is_seen():
@@ -90,7 +97,9 @@ def test_an_entry_that_was_taken_out_is_seen():
     assert read_log([rows[0], rows[2]], head).problems == (
         "an entry after entry 1 and before entry 3 is missing",
     )
-    assert read_log(rows[:2], head).problems == ("entry 3, the last one at some time, is missing",)
+    assert read_log(rows[:2], head).problems == (
+        "entry 3, which was the last one once, is missing",
+    )
     assert "missing" in read_log([], head).problems[0]
 
 
@@ -98,4 +107,4 @@ def test_what_is_no_entry_is_seen():
     rows = rows_of(*three())
     rows[2] = replace(rows[2], line="")
 
-    assert "entry 3 is no entry" in read_log(rows).problems[0]
+    assert "entry 3 cannot be read" in read_log(rows).problems[0]

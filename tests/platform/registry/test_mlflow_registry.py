@@ -31,13 +31,14 @@ from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.decision_log import ACCEPT, FORCE, REFUSE
-from deta.platform.registry.gate_inputs import Judge
+from deta.platform.registry.gate_inputs import GateJudge
 from deta.platform.registry.lineage import LineageError
 from deta.platform.registry.mlflow_registry import MODEL_PART, Registry
-from deta.platform.registry.model_uri import parse_address, resolve_model
-from deta.platform.registry.promote import Outcome, promote, rollback
+from deta.platform.registry.model_address import parse_address
+from deta.platform.registry.model_uri import resolve_model
+from deta.platform.registry.promote import PromotionResult, promote, rollback
 from deta.platform.registry.promotion_gate import Policy
-from deta.platform.registry.register import prepare, register
+from deta.platform.registry.register import prepare_registration, register
 from deta.platform.run.config import DataConfig, RunConfig, to_json
 from deta.platform.run.run_file import write_run_file
 from deta.platform.run.run_state import RunState
@@ -101,11 +102,13 @@ class World:
         return dict(json.loads(self.annotations.read_text(encoding="utf-8")))
 
     def register(self, name: str, seed: int, quality: float | Mapping[str, float]) -> int:
-        prepared = prepare(self.run(seed, quality), None, None)
+        prepared = prepare_registration(self.run(seed, quality), None, None)
         return register(self.registry, name, prepared, echo=lambda line: None).number
 
-    def promote(self, name: str, number: int, policy: Policy = POLICY, **how: Any) -> Outcome:
-        judge = Judge(self.registry, policy, echo=lambda line: None)
+    def promote(
+        self, name: str, number: int, policy: Policy = POLICY, **how: Any
+    ) -> PromotionResult:
+        judge = GateJudge(self.registry, policy, echo=lambda line: None)
         return promote(self.registry, name, number, judge, by="ann@desk", **how)
 
 
@@ -162,7 +165,9 @@ def test_a_version_is_the_checkpoint_that_was_evaluated(world: World):
     checkpoint = run / "checkpoints" / "step-00000008"
     before = Predictor.from_checkpoint(checkpoint)
     evaluated = before.evaluate(world.val_set)
-    number = register(world.registry, "same", prepare(run, None, None), echo=lambda _: None).number
+    number = register(
+        world.registry, "same", prepare_registration(run, None, None), echo=lambda _: None
+    ).number
 
     model = resolve_model(f"models:/same/{number}", world.uri)
     after = Predictor.from_checkpoint(model.path)
@@ -225,11 +230,13 @@ print(found["scores"][0][:3])
 def test_what_is_missing_of_the_lineage_is_named(world: World):
     run = world.run(120, BASE)
     (run / "run.json").unlink()
-    with pytest.raises(LineageError, match="data fingerprint, environment it is"):
-        prepare(run, None, None)
+    with pytest.raises(LineageError, match="data fingerprint, environment is unknown"):
+        prepare_registration(run, None, None)
     (run / RECORD_FILE).unlink()
-    with pytest.raises(LineageError, match=r"(?s)environment, run it is.*sends the run") as error:
-        prepare(run, None, None)
+    with pytest.raises(
+        LineageError, match=r"(?s)environment, run is unknown.*sends the run"
+    ) as error:
+        prepare_registration(run, None, None)
     assert "jobs/sync.py" in str(error.value)
 
 
@@ -237,11 +244,11 @@ def test_an_evaluation_of_other_weights_is_refused(world: World):
     run, other = world.run(130, BASE), world.run(131, BASE)
 
     with pytest.raises(ValueError, match="of other weights"):
-        prepare(run, other / "evaluations" / "best", None)
+        prepare_registration(run, other / "evaluations" / "best", None)
     checkpoint = next((run / "checkpoints").iterdir())
     (run / "evaluations" / "best" / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match=f"no evaluation of the checkpoint {checkpoint.name}"):
-        prepare(run, None, None)
+    with pytest.raises(ValueError, match=f"has no evaluation of the checkpoint {checkpoint.name}"):
+        prepare_registration(run, None, None)
 
 
 def test_a_run_that_mlflow_does_not_know_is_refused(world: World):
@@ -250,7 +257,9 @@ def test_a_run_that_mlflow_does_not_know_is_refused(world: World):
     (run / RECORD_FILE).write_text(json.dumps(asdict(record)), encoding="utf-8")
 
     with pytest.raises(ValueError, match="is not in MLflow"):
-        register(world.registry, "unknown", prepare(run, None, None), echo=lambda _: None)
+        register(
+            world.registry, "unknown", prepare_registration(run, None, None), echo=lambda _: None
+        )
 
 
 def test_the_gate_lets_the_better_one_through_and_says_no_to_others(world: World):
@@ -290,7 +299,7 @@ def test_the_gate_lets_the_better_one_through_and_says_no_to_others(world: World
         rollback(world.registry, "gate", None, by="ann@desk", reason=" ")
     assert rollback(world.registry, "gate", None, by="ann@desk", reason="bad").champion_after == 4
 
-    log = world.registry.log("gate")
+    log = world.registry.decisions.read("gate")
     assert [entry.action for _, entry in log.entries] == [
         "accept", "refuse", "refuse", "accept", "force", "rollback",
     ]  # fmt: skip
@@ -304,7 +313,7 @@ def test_the_gate_lets_the_better_one_through_and_says_no_to_others(world: World
     # Behind everybody's back:
     client.set_registered_model_alias("gate", "champion", str(first))
     assert resolve_model("models:/gate@champion", world.uri).version == better
-    world.registry.settle("gate")
+    world.registry.decisions.sync_alias("gate")
     assert world.registry.aliases("gate") == {"champion": better}
     client.delete_model_version("gate-history", str(log.entries[2][0]))
     with pytest.raises(ValueError, match="tampered"):
@@ -353,7 +362,7 @@ def test_evaluations_of_other_images_are_not_compared(world: World):
     results = made_up_results(truth, BETTER, 22)
     origin = Origin(weights_sha256=version.sha256)
     write_evaluation(other, truth, results, evaluate_detections(truth, results), origin)
-    judge = Judge(world.registry, POLICY, {version.sha256: other}, echo=lambda _: None)
+    judge = GateJudge(world.registry, POLICY, {version.sha256: other}, echo=lambda _: None)
 
     outcome = promote(world.registry, "sets", second, judge, by="ann@desk")
 
@@ -366,11 +375,11 @@ def test_what_is_not_there_is_told_with_what_is(world: World):
     number = world.register("there", 31, BASE)
     with pytest.raises(ValueError, match="no version has this alias; there are 1"):
         world.registry.find(parse_address("models:/there@champion"))
-    with pytest.raises(ValueError, match="is not there; there are 1"):
+    with pytest.raises(ValueError, match="does not exist; there are 1"):
         world.registry.find(parse_address("models:/there/7"))
     with pytest.raises(ValueError, match="no registered model 'nowhere'"):
         world.registry.find(parse_address("models:/nowhere@champion"))
-    with pytest.raises(ValueError, match="no other champion to go back to"):
+    with pytest.raises(ValueError, match="has had no other champion"):
         rollback(world.registry, "there", None, by="ann@desk", reason="bad")
     assert world.promote("there", number, replace(POLICY, min_ap=0.99)).action == REFUSE
     with pytest.raises(ValueError, match="no version has this alias"):

@@ -1,4 +1,4 @@
-"""Eight processes promote at once: the best is champion, nothing is lost, nobody crashes.
+"""Eight processes promote at once: the best is champion, no decision is lost, none crashes.
 
 On a database file, and on a real MLflow server. DETA_RACE_ROUNDS sets the number of rounds.
 """
@@ -29,12 +29,13 @@ from mlflow.entities.model_registry import ModelVersion
 
 from deta.platform.evaluation.paired_bootstrap import PairedDifference, paired_difference
 from deta.platform.registry.decision_log import ACCEPT
+from deta.platform.registry.decision_store import DecisionStore, UnknownOutcomeError
+from deta.platform.registry.mlflow_client import RetryingClient
 from deta.platform.registry.mlflow_registry import (
     MANIFEST_TAG,
     SHA256_TAG,
     Registry,
-    StoredFiles,
-    UnknownOutcomeError,
+    UploadedFiles,
     Version,
 )
 from deta.platform.registry.promote import promote
@@ -63,7 +64,7 @@ TRUTH = truth()
 
 
 def results_of(rank: int) -> list[dict[str, Any]]:
-    """What the model of a rank finds: what the lower ranks find, and more."""
+    """Return the detections of the model of a rank: those of the lower ranks, and more."""
     chance = np.random.default_rng(0).random(len(TRUTH["annotations"]))
     found = chance < (rank + 1) / (NUM_PROCESSES + 1)
     return [
@@ -73,8 +74,8 @@ def results_of(rank: int) -> list[dict[str, Any]]:
     ]
 
 
-class Judge:
-    """The gate with a real, small comparison; of two ranks it is made once."""
+class SmallGate:
+    """The gate with a real, small comparison, computed once for two ranks."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, int], PairedDifference] = {}
@@ -102,21 +103,21 @@ def candidate(version: Version) -> Candidate:
     )  # fmt: skip
 
 
-def add(registry: Registry, name: str, files: StoredFiles, rank: int) -> Version:
+def add(registry: Registry, name: str, files: UploadedFiles, rank: int) -> Version:
     tags = {SHA256_TAG: f"{rank:064d}", MANIFEST_TAG: f"{rank:064d}", "rank": str(rank)}
     return registry.add_version(name, files, tags, f"rank {rank}", uuid.uuid4().hex)
 
 
 def compete(rank: int, pipe: Connection, barrier: Any) -> None:
-    """A process: registers and promotes once for each name that it is told."""
-    registry, judge = None, Judge()
+    """Register and promote once for each name from the pipe; runs in a process."""
+    registry, gate = None, SmallGate()
     while (task := pipe.recv()) is not None:
         uri, name, files = task
         try:
             registry = registry or Registry(uri)
             version = add(registry, name, files, rank)
             barrier.wait(600)
-            outcome = promote(registry, name, version.number, judge, by=f"process {rank}")
+            outcome = promote(registry, name, version.number, gate, by=f"process {rank}")
             pipe.send((version.number, outcome.action, outcome.tries))
         except BaseException:
             barrier.abort()
@@ -125,7 +126,7 @@ def compete(rank: int, pipe: Connection, barrier: Any) -> None:
 
 @pytest.fixture(params=["database", "server"])
 def race(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, list[Connection]]]:
-    """Where MLflow is, and the ends of the pipes to the processes."""
+    """Yield the address of MLflow and the pipes to the processes."""
     barrier = fork.Barrier(NUM_PROCESSES)
     pipes, processes = [], []
     for rank in range(NUM_PROCESSES):  # before this process opens a database
@@ -170,8 +171,8 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     raise AssertionError((folder / "log").read_text())
 
 
-def some_files(uri: str, folder: Path) -> StoredFiles:
-    """What every version holds here: nothing of interest."""
+def some_files(uri: str, folder: Path) -> UploadedFiles:
+    """Upload the file that every version has here."""
     client = MlflowClient(tracking_uri=uri)  # makes the database
     place = None if uri.startswith("http") else (folder / "files").as_uri()
     experiment = client.create_experiment("race", artifact_location=place)
@@ -195,13 +196,13 @@ def test_the_best_is_champion_and_nothing_is_lost(
         answers = [pipe.recv() for pipe in pipes]
         assert not [answer for answer in answers if isinstance(answer, str)], answers
 
-        log = registry.log(name)
+        log = registry.decisions.read(name)
         versions = {rank_of(one): one.number for one in registry.versions(name)}
         assert sorted(versions) == list(range(NUM_PROCESSES))
         assert {one[0] for one in answers} == set(range(1, NUM_PROCESSES + 1))
         assert sorted(e.version for _, e in log.entries) == list(range(1, NUM_PROCESSES + 1))
         assert log.problems == ()
-        assert log.void == ()  # each author has taken out what came too late
+        assert log.void == ()  # each author has removed its late entries
         assert log.champion == versions[NUM_PROCESSES - 1]
         assert registry.aliases(name) == {"champion": log.champion}
         ranks = {version: rank for rank, version in versions.items()}
@@ -217,20 +218,20 @@ def test_the_best_is_champion_and_nothing_is_lost(
     )
 
 
-def promote_without_end(pipe: Connection) -> None:
+def promote_endlessly(pipe: Connection) -> None:
     uri, name, numbers = pipe.recv()
-    registry, judge = Registry(uri), Judge()
+    registry, gate = Registry(uri), SmallGate()
     for turn in itertools.count():
         number = numbers[turn % len(numbers)]
-        if registry.log(name).champion != number:
-            promote(registry, name, number, judge, by="doomed", force=True, reason="a test")
+        if registry.decisions.read(name).champion != number:
+            promote(registry, name, number, gate, by="doomed", force=True, reason="a test")
 
 
-def test_who_is_killed_leaves_nothing_behind_that_stops_others(tmp_path: Path):
+def test_a_killed_process_leaves_nothing_behind_that_stops_others(tmp_path: Path):
     doomed, pipes = [], []
     for _ in range(3):  # before this process opens a database
         ours, theirs = fork.Pipe()
-        doomed.append(fork.Process(target=promote_without_end, args=(theirs,), daemon=True))
+        doomed.append(fork.Process(target=promote_endlessly, args=(theirs,), daemon=True))
         doomed[-1].start()
         pipes.append(ours)
     uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", "killed"
@@ -239,28 +240,28 @@ def test_who_is_killed_leaves_nothing_behind_that_stops_others(tmp_path: Path):
     numbers = [add(registry, name, files, rank).number for rank in range(3)]
     pause = random.Random(0)
     for process, pipe in zip(doomed, pipes, strict=True):
-        before = len(registry.log(name).entries)
+        before = len(registry.decisions.read(name).entries)
         pipe.send((uri, name, numbers))
-        while len(registry.log(name).entries) < before + 2:
+        while len(registry.decisions.read(name).entries) < before + 2:
             assert process.is_alive()
             time.sleep(0.01)
         time.sleep(pause.uniform(0, 0.2))
         process.kill()
         process.join()
 
-        log = registry.log(name)
+        log = registry.decisions.read(name)
         assert log.problems == ()
         other = next(number for number in numbers if number != log.champion)
-        outcome = promote(registry, name, other, Judge(), by="ann", force=True, reason="after")
+        outcome = promote(registry, name, other, SmallGate(), by="ann", force=True, reason="after")
         assert outcome.champion == other
         assert registry.aliases(name) == {"champion": other}
-        assert registry.log(name).problems == ()
+        assert registry.decisions.read(name).problems == ()
 
 
-def test_an_answer_that_was_lost_makes_no_second_decision(tmp_path: Path):
-    """The entry is there, but whoever sent it was told of an error."""
+def test_a_lost_response_makes_no_second_decision(tmp_path: Path):
+    """The entry is stored, but its author gets an error."""
 
-    class Forgetful(Registry):
+    class Forgetful(DecisionStore):
         num_lost = 0
 
         def append(self, name: str, version: int, entry: str, text: str) -> int:
@@ -272,25 +273,26 @@ def test_an_answer_that_was_lost_makes_no_second_decision(tmp_path: Path):
 
     uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", "lost"
     files = some_files(uri, tmp_path)
-    registry = Forgetful(uri)
+    registry = Registry(uri)
+    decisions = registry.decisions = Forgetful(registry._client)
     number = add(registry, name, files, 3).number
 
-    outcome = promote(registry, name, number, Judge(), by="ann")
+    outcome = promote(registry, name, number, SmallGate(), by="ann")
 
-    assert registry.num_lost == 1
+    assert decisions.num_lost == 1
     assert outcome.champion == number
-    assert len(registry.log(name).entries) == 1
+    assert len(registry.decisions.read(name).entries) == 1
     assert registry.aliases(name) == {"champion": number}
 
 
-def test_an_entry_that_is_taken_out_while_it_is_read_is_no_tampering(tmp_path: Path):
-    """MLflow reads versions first and their tags later; what was deleted in between has none."""
+def test_an_entry_that_is_removed_while_it_is_read_is_not_tampering(tmp_path: Path):
+    """MLflow reads versions first and their tags later; a version deleted in between has none."""
 
-    class Torn(Registry):
+    class Torn(RetryingClient):
         num_torn = 0
 
-        def _search(self, name: str) -> list[ModelVersion]:
-            found = super()._search(name)
+        def model_versions(self, name: str) -> list[ModelVersion]:
+            found = super().model_versions(name)
             if found and name.endswith("-history") and self.num_torn < 1:
                 self.num_torn += 1
                 found[-1].tags.clear()
@@ -298,9 +300,10 @@ def test_an_entry_that_is_taken_out_while_it_is_read_is_no_tampering(tmp_path: P
 
     uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", "torn"
     files = some_files(uri, tmp_path)
-    registry = Torn(uri)
-    promote(registry, name, add(registry, name, files, 3).number, Judge(), by="ann")
+    registry, client = Registry(uri), Torn(uri)
+    registry.decisions = DecisionStore(client)
+    promote(registry, name, add(registry, name, files, 3).number, SmallGate(), by="ann")
 
-    assert registry.num_torn == 1
-    assert registry.log(name).problems == ()
-    assert len(registry.log(name).entries) == 1
+    assert client.num_torn == 1
+    assert registry.decisions.read(name).problems == ()
+    assert len(registry.decisions.read(name).entries) == 1
