@@ -70,7 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     torch.manual_seed(0)
     model = DETA(config.model)
     with torch.no_grad():
-        for head in model.class_heads:  # tell queries and classes apart
+        for head in model.class_heads:  # separate queries and classes
             head.weight.normal_(std=0.5)
     state = RunState(step=12, samples_seen=96, epoch=3.0, metrics={"AP": 1.5})
     snapshot = take_snapshot(state, config, val_set.categories, model.state_dict(), {})
@@ -102,7 +102,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def refusal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What a tool says to arguments that it must refuse with exit code 2; in this process."""
+    """Return the error of a job that must exit with 2; runs in this process."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def refusal(job, *arguments: object) -> str:
@@ -163,7 +163,7 @@ def test_the_same_weights_as_a_published_file_have_the_same_ap(tmp_path, trained
     assert json.loads((tmp_path / "r.json").read_text()) == trained.results
 
 
-def test_a_damaged_picture_stops_an_evaluation_with_code_1(tmp_path, trained):
+def test_a_damaged_image_stops_an_evaluation_with_code_1(tmp_path, trained):
     (tmp_path / "val").mkdir()
     for path in trained.shapes.val_images.iterdir():
         (tmp_path / "val" / path.name).write_bytes(path.read_bytes())
@@ -197,11 +197,11 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(tmp_path, trained):
         assert picture.size == (record.width, record.height)
     assert f"8/8  {names[-1]}  " in done.stdout
     counts = sum(result["score"] >= 0.2 for result in trained.results)
-    told = [line.split("  ")[-1] for line in done.stdout.splitlines() if "/8  " in line]
-    assert sum(int(text.split()[0]) for text in told) == counts > 0
+    printed = [line.split("  ")[-1] for line in done.stdout.splitlines() if "/8  " in line]
+    assert sum(int(text.split()[0]) for text in printed) == counts > 0
 
 
-def test_a_damaged_picture_is_told_of_and_the_others_are_predicted(tmp_path, trained):
+def test_a_damaged_image_is_reported_and_the_others_are_predicted(tmp_path, trained):
     folder = tmp_path / "mixed"
     (folder / "below").mkdir(parents=True)
     first, second, third = sorted(trained.shapes.val_images.iterdir())[:3]
@@ -321,7 +321,7 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
     assert "or configuration key" in refused(pictures, "postprocess.nms=0.5")
     assert "changes nothing" in refused(pictures, "optim.lr=1")
     assert "no images are given" in refused("precision=fp32")
-    assert "no file is of this pattern" in refused(pictures / "*.gif")
+    assert "no file matches this pattern" in refused(pictures / "*.gif")
     assert "no file in it ends in" in refused(tmp_path / "empty")
     assert "bad.jpg: is not JPEG" in refused(one, tmp_path / "bad.jpg")
     assert "have the same name" in refused(one, tmp_path / one.name)
