@@ -1,4 +1,4 @@
-"""Weights from one layout to another and back: every tensor accounted for, every bit kept."""
+"""Convert weights from one layout to another and back: every tensor is reported, every bit kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SMALL = ModelConfig(
     ffn_dim=32,
     num_queries=20,
 )
-# What the tensors of a SMALL model do not show.
+# The settings that the tensors of a SMALL model do not show.
 KEYS = (
     "model.backbone.name=resnet18.tv_in1k", "model.backbone.pretrained=false",
     "model.backbone.width=0.125", "model.num_heads=4", "model.num_points=2", "model.num_queries=20",
@@ -67,7 +67,7 @@ def state() -> dict[str, Tensor]:
     torch.manual_seed(1)
     model = DETA(SMALL)
     with torch.no_grad():
-        for head in model.class_heads:  # tell queries and classes apart
+        for head in model.class_heads:  # separate queries and classes
             head.weight.normal_(std=0.5)
     return model.state_dict()
 
@@ -79,7 +79,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """A job in this process and this folder: exit code, and what it said."""
+    """Run a job in this process and folder. Returns the exit code and the output."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
 
@@ -87,8 +87,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.setattr(sys, "argv", [job.__file__, *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             job.main()
-        told = capsys.readouterr()
-        return int(caught.value.code or 0), told.out + told.err
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out + printed.err
 
     return run
 
@@ -112,16 +112,16 @@ def test_published_files_become_ours_and_the_same_file_again(
 ):
     source = write_published(tmp_path / f"source{suffix}", state, layout, wrapper)
 
-    code, told = run(convert_job, source, "--to", "ours", "--output", "ours.safetensors", *KEYS)
-    assert code == 0, told
-    assert f"layout: {layout}" in told
+    code, printed = run(convert_job, source, "--to", "ours", "--output", "ours.safetensors", *KEYS)
+    assert code == 0, printed
+    assert f"layout: {layout}" in printed
     converted = read_converted(tmp_path / "ours.safetensors")
     assert_same(converted.tensors, state)
     assert converted.source["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert converted.source["layout"] == layout
 
-    code, told = run(convert_job, "ours.safetensors", "--to", layout)
-    assert code == 0, told
+    code, printed = run(convert_job, "ours.safetensors", "--to", layout)
+    assert code == 0, printed
     (back,) = tmp_path.glob(f"ours.{layout}.*")
     assert back.suffix == (".safetensors" if layout == "huggingface" else ".pth")
     assert_same(read_weights(back), to_published(state, SMALL, layout))
@@ -130,17 +130,17 @@ def test_published_files_become_ours_and_the_same_file_again(
 def test_the_account_is_a_table_and_a_file(state, run, tmp_path):
     source = write_published(tmp_path / "a.pth", state, "huggingface", "")
 
-    code, told = run(convert_job, source, "--report", "report.json", *KEYS)
+    code, printed = run(convert_job, source, "--report", "report.json", *KEYS)
 
     assert code == 0
     report = json.loads((tmp_path / "report.json").read_text())
     # Queries, keys and values apart, and heads twice: 1 of ours from 3, or from 2.
     assert len(report["used"]["decoder.layers.0.self_attention.in_proj_weight"]) == 3
     assert len(report["used"]["class_heads.0.bias"]) == 2
-    rows = {line.split()[0]: line.split() for line in told.splitlines() if line}
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
     assert rows["class_heads"][1:] == ["4", "330", "8", "0", "0"]
     assert rows["all"][1] == str(len(state))
-    assert "complete; use --to to write it" in told
+    assert "complete; use --to to write it" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "report.json"]
 
 
@@ -152,23 +152,23 @@ def test_missing_and_left_over_tensors_are_errors_unless_allowed_by_name(state, 
     command = [convert_job, "a.pth", "--to", "ours", "--output", "b.safetensors", *KEYS]
     command += ["model.num_levels=4", "model.dim=32"]
 
-    code, told = run(*command)
+    code, printed = run(*command)
     assert code == 2
-    assert "2 tensors missing, 2 tensors left over" in told
+    assert "2 tensors missing, 2 tensors left over" in printed
     for name in ("level_embedding", "first_stage.memory_projection.bias", "mask_head.a"):
-        assert f"\n  {name}" in told
+        assert f"\n  {name}" in printed
     assert not (tmp_path / "b.safetensors").exists()
 
     allowed = ["--allow-missing", "first_stage.*.bias", "--allow-unused", "mask_head.*"]
-    code, told = run(*command, *allowed)
+    code, printed = run(*command, *allowed)
     assert code == 2
-    assert "1 tensors missing, 1 tensors left over" in told
+    assert "1 tensors missing, 1 tensors left over" in printed
 
     allowed += ["--allow-missing", "level_*", "--allow-unused", "query_embed.weight"]
-    code, told = run(*command, *allowed)
-    assert code == 0, told
-    assert "missing, allowed: start untrained: 2" in told
-    assert "left over, allowed: not used: 2" in told
+    code, printed = run(*command, *allowed)
+    assert code == 0, printed
+    assert "missing, allowed: start untrained: 2" in printed
+    assert "left over, allowed: not used: 2" in printed
     found = read_converted(tmp_path / "b.safetensors").tensors
     assert found.keys() == state.keys()
     changed = {name for name in state if not torch.equal(found[name], state[name])}
@@ -178,11 +178,11 @@ def test_missing_and_left_over_tensors_are_errors_unless_allowed_by_name(state, 
 def test_a_tensor_of_another_shape_cannot_be_allowed(state, run, tmp_path):
     source = write_published(tmp_path / "a.pth", state, "official", "model")
 
-    code, told = run(convert_job, source, *KEYS, "model.num_points=4", "--allow-missing", "*")
+    code, printed = run(convert_job, source, *KEYS, "model.num_points=4", "--allow-missing", "*")
 
     assert code == 2
-    assert "OTHER SHAPE" in told
-    assert "(64, 32) instead of (128, 32)" in told
+    assert "OTHER SHAPE" in printed
+    assert "(64, 32) instead of (128, 32)" in printed
 
 
 def annotations(path: Path, *names: str) -> Path:
@@ -198,15 +198,15 @@ def test_classes_are_named_and_kept_for_a_data_set(state, run, tmp_path):
     data = annotations(tmp_path / "data.json", "Dog", "yak", "cat")
     command = [convert_job, source, "--to", "ours", "--output", "b.safetensors", *KEYS]
 
-    code, told = run(*command, "--for-data", data)
+    code, printed = run(*command, "--for-data", data)
     assert code == 2
-    assert "5 rows, whose classes the file does not name" in told
+    assert "5 rows, whose classes the file does not name" in printed
 
-    code, told = run(*command, "--for-data", data, "--classes", "names.txt")
-    assert code == 0, told
-    assert "2 of 3 by name: Dog (there dog), cat" in told
-    assert "1 new, which start untrained: yak" in told
-    assert "2 of the file are dropped: cow, emu" in told
+    code, printed = run(*command, "--for-data", data, "--classes", "names.txt")
+    assert code == 0, printed
+    assert "2 of 3 by name: Dog (there dog), cat" in printed
+    assert "1 new, which start untrained: yak" in printed
+    assert "2 of the file are dropped: cow, emu" in printed
     converted = read_converted(tmp_path / "b.safetensors")
     assert [converted.classes.by_row[row].name for row in range(3)] == ["Dog", "yak", "cat"]
     bias = converted.tensors["class_heads.0.bias"]
@@ -238,22 +238,22 @@ def test_what_is_written_evaluates_predicts_and_starts_runs(state, run, tmp_path
     data = ["--images", shapes.val_images, "--annotations", shapes.val_annotations]
     data += ["--device", "cpu"]
 
-    code, told = run(convert_job, tmp_path / "my-run", "--to", "ours")
-    assert code == 0, told
+    code, printed = run(convert_job, tmp_path / "my-run", "--to", "ours")
+    assert code == 0, printed
     path = tmp_path / "my-run.safetensors"
-    code, told = run(evaluate_job, tmp_path / "my-run", *data, "--results", "a.json")
-    assert code == 0, told
+    code, printed = run(evaluate_job, tmp_path / "my-run", *data, "--results", "a.json")
+    assert code == 0, printed
     code, again = run(evaluate_job, path, *data, "--results", "b.json", "data.loader_workers=0")
 
     assert code == 0, again
-    assert evaluation(again) == evaluation(told)
+    assert evaluation(again) == evaluation(printed)
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     assert Predictor.from_published(path, RunConfig()).names == names
     model = DETA(SMALL)
     assert load_initial_weights(model, path, categories) == []
     assert_same(dict(model.state_dict()), state)
-    code, told = run(evaluate_job, path, *data, "--variant", "deta_r50")
-    assert (code, "holds its own" in told) == (2, True)
+    code, printed = run(evaluate_job, path, *data, "--variant", "deta_r50")
+    assert (code, "holds its own" in printed) == (2, True)
 
 
 def test_ids_do_not_choose_classes_of_a_published_file(run, tmp_path, shapes):
@@ -264,13 +264,13 @@ def test_ids_do_not_choose_classes_of_a_published_file(run, tmp_path, shapes):
         tmp_path / "a.safetensors", to_published(DETA(config).state_dict(), config, "official")
     )
 
-    code, told = run(
+    code, printed = run(
         evaluate_job, "a.safetensors", "--images", shapes.val_images, "--annotations",
         shapes.val_annotations, *KEYS, *SIZE,
     )  # fmt: skip
 
     assert code == 2
-    assert "91 rows, so they are COCO's ids; among them are no disc" in told
+    assert "91 rows, so they are COCO's ids; among them are no disc" in printed
 
 
 def test_a_backbone_becomes_ours_and_is_no_detector(state, run, tmp_path):
@@ -285,16 +285,16 @@ def test_a_backbone_becomes_ours_and_is_no_detector(state, run, tmp_path):
     }
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content))
 
-    code, told = run(convert_job, "R-18.pkl", "--to", "ours")
-    assert code == 0, told
-    assert "not used: stem.fc.bias" in told
+    code, printed = run(convert_job, "R-18.pkl", "--to", "ours")
+    assert code == 0, printed
+    assert "not used: stem.fc.bias" in printed
     found = read_weights(tmp_path / "R-18.safetensors")
     ours = {n: t for n, t in state.items() if n.startswith("pyramid.backbone.")}
     assert_same(found, ours)
-    code, told = run(convert_job, "R-18.pkl", "--to", "official")
-    assert (code, "only be written with --to ours" in told) == (2, True)
-    code, told = run(convert_job, "R-18.safetensors")
-    assert code == 0, told
+    code, printed = run(convert_job, "R-18.pkl", "--to", "official")
+    assert (code, "only be written with --to ours" in printed) == (2, True)
+    code, printed = run(convert_job, "R-18.safetensors")
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize(
@@ -311,24 +311,24 @@ def test_a_backbone_becomes_ours_and_is_no_detector(state, run, tmp_path):
         (["a.pth", "--classes", "absent.txt"], "cannot be read"),
     ],
 )
-def test_refused_conversions_say_what_is_wrong(arguments, says, state, run, tmp_path):
+def test_refused_conversions_report_what_is_wrong(arguments, says, state, run, tmp_path):
     write_published(tmp_path / "a.pth", state, "official", "model")
     write_weights(tmp_path / "other.safetensors", {"rpn.weight": torch.ones(2)})
     (tmp_path / "folder.safetensors").mkdir()
 
-    code, told = run(convert_job, *arguments)
+    code, printed = run(convert_job, *arguments)
 
     assert code == 2
-    assert says in told
-    assert "Traceback" not in told
+    assert says in printed
+    assert "Traceback" not in printed
 
 
 def test_published_files_are_listed(run):
-    code, told = run(convert_job, "--list")
+    code, printed = run(convert_job, "--list")
 
     assert code == 0
-    assert "deta_r50_5scale_12ep_bs8.pth" in told
-    assert "No publisher states a SHA-256" in told
+    assert "deta_r50_5scale_12ep_bs8.pth" in printed
+    assert "No publisher states a SHA-256" in printed
 
 
 def test_as_people_start_it(tmp_path):

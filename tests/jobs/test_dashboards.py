@@ -38,7 +38,7 @@ class Dashboards:
 
 
 def tracked_run(storage: Path) -> tuple[str, str]:
-    """A run with an evaluation's page and a picture, as training sends it."""
+    """Log a run with a report and an image, as training does."""
     from deta.platform.tracking.mlflow_store import MlflowStore
 
     client = MlflowStore(f"sqlite:///{storage / 'mlflow.db'}")._connect()

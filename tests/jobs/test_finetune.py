@@ -55,7 +55,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
 
 @pytest.fixture(scope="module")
 def checkpoint(drawn: ShapesDataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Of a run on the drawn shapes; trained here, without a cluster."""
+    """Return a checkpoint of a run on drawn shapes, trained here without a cluster."""
     folder = tmp_path_factory.mktemp("first")
     train_set = CocoDataset.open(drawn.train_images, drawn.train_annotations)
     val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
@@ -68,7 +68,7 @@ def checkpoint(drawn: ShapesDataset, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def own(drawn: ShapesDataset, tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
-    """The same pictures as another data set: fewer classes, one of them new."""
+    """Return the same images as another data set: fewer classes, one of them new."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "annotations").mkdir()
     for split, images in (("train", drawn.train_images), ("val", drawn.val_images)):
@@ -111,16 +111,16 @@ Call = Callable[..., Done]
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """The same here, for what ends before a cluster is asked for."""
+    """Run it in this process, for what ends before a cluster is needed."""
 
     def call(*arguments: str) -> Done:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             finetune("deta_r50.py", VARIANTS, list(arguments))
-        told = capsys.readouterr()
-        assert "Ray cluster" not in told.out
+        output = capsys.readouterr()
+        assert "Ray cluster" not in output.out
         assert isinstance(ended.value.code, int)
-        return Done(ended.value.code, told.out, told.err)
+        return Done(ended.value.code, output.out, output.err)
 
     return call
 
@@ -163,13 +163,13 @@ def test_one_command_fine_tunes_stops_early_and_is_tracked(
         f"starting from {checkpoint.path}",
         "80 samples: 10 epochs of 8 images",
         "backbone does not train",
-        "small, medium, large",  # the first look
+        "small, medium, large",  # the data set report
         "2 of 3 by name: disc, star",
         "stopped early after step 4 of 20",  # the second evaluation cannot be 100 better
         "training.png",
     ):
         assert part in done.stdout, f"{part!r} not in:\n{done.stdout}"
-    # The look came before the cluster.
+    # The report comes before the cluster.
     assert done.stdout.index("small, medium") < done.stdout.index("Ray cluster")
     folder = tmp_path / "mine"
     with Image.open(folder / "pictures" / "training.png") as sheet:
@@ -206,7 +206,7 @@ def test_one_command_fine_tunes_stops_early_and_is_tracked(
 
 @pytest.mark.parametrize(("needed_gib", "found"), [(1, "largest micro-batch that fits"),
                                                   (10**6, "not even one image fits")])  # fmt: skip
-def test_a_look_leaves_a_sheet_and_no_run(
+def test_look_writes_a_sheet_and_no_run(
     checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call, monkeypatch,
     needed_gib: int, found: str,
 ):  # fmt: skip
@@ -275,13 +275,13 @@ def test_bad_input_is_refused_by_name_before_the_cluster(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_picture_that_does_not_decode_is_refused_and_leaves_no_run(
+def test_an_image_that_does_not_decode_is_refused_and_leaves_no_run(
     checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call
 ):
     shutil.copytree(own.train_images, tmp_path / "images")
     for picture in (tmp_path / "images").iterdir():
         content = bytearray(picture.read_bytes())
-        picture.write_bytes(bytes(content[: len(content) // 2]))  # the header stays whole
+        picture.write_bytes(bytes(content[: len(content) // 2]))  # the header stays intact
     refused = call(
         "--init", str(checkpoint.path), *data_options(own), "--train-images",
         str(tmp_path / "images"), "--name", "mine", f"storage={tmp_path / 'runs'}",

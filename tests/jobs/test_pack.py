@@ -76,12 +76,12 @@ def test_a_killed_pack_goes_on_and_verifies(loose, tmp_path, monkeypatch, capsys
 
     code = run(monkeypatch, *packing[2:])
 
-    said = capsys.readouterr()
-    assert code == 0, said.err
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
     kept = [name for name, time_ns in before.items()
             if (output / name).stat().st_mtime_ns == time_ns]  # fmt: skip
-    assert len(kept) >= 2  # the last one may have been written, but not yet noted
-    assert f"{len(kept)} existed already" in said.out
+    assert len(kept) >= 2  # the last one may be written but not yet recorded
+    assert f"{len(kept)} existed already" in captured.out
     whole, packed = CocoDataset.open(images, annotations), open_dataset(output)
     assert packed.fingerprint == whole.fingerprint
     assert all(packed.content(i) == whole.content(i) for i in range(60))
@@ -103,6 +103,6 @@ def test_what_does_not_fit_is_refused_with_code_2(loose, monkeypatch, capsys):
     assert run(monkeypatch, *given) == 2
     assert "--output is missing" in capsys.readouterr().err
     assert run(monkeypatch, *given, "--output", "s3://name:hunter2@bucket/shards") == 2
-    said = capsys.readouterr()
-    assert "contains a password" in said.err
-    assert "hunter2" not in said.err + said.out
+    captured = capsys.readouterr()
+    assert "contains a password" in captured.err
+    assert "hunter2" not in captured.err + captured.out

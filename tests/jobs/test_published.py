@@ -52,7 +52,7 @@ def test_a_change_that_nobody_explains_is_flagged(key: str, value: str):
     assert "NOT EXPLAINED" in as_text(rows, PUBLISHED["deta_r50.official_12ep"])
 
 
-def test_what_only_says_how_a_run_is_carried_out_is_no_difference():
+def test_keys_that_only_say_how_a_run_is_executed_are_no_difference():
     changes = {"name": "other", "data.loader_workers": "0", "cluster.gpu": "false"}
     config = override(VARIANTS["deta_r50.official_12ep"](), changes)
     assert unexplained(compare_configs(config, PUBLISHED["deta_r50.official_12ep"])) == []

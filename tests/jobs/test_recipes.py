@@ -113,7 +113,7 @@ def test_a_recipe_trains_and_evaluates_on_a_cpu(variant: str, coco_mini, tmp_pat
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_whole(variant: str):
-    """It has a name of its own, goes to JSON and back, and says what it is worth."""
+    """A variant has its own name, survives JSON, and states its AP."""
     config = VARIANTS[variant]()
     assert [make().name for make in VARIANTS.values()].count(config.name) == 1
     assert from_json(RunConfig, to_json(config)) == config

@@ -31,17 +31,17 @@ def refused(
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7"])
 def test_others_are_let_in_with_a_token_only(monkeypatch, capsys, checkpoint: Path, host: str):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    told = refused(monkeypatch, capsys, str(checkpoint), "--host", host, "--without-ray")
-    assert "--token-file" in told
+    output = refused(monkeypatch, capsys, str(checkpoint), "--host", host, "--without-ray")
+    assert "--token-file" in output
 
 
 def test_a_token_that_others_can_read_is_refused(monkeypatch, capsys, checkpoint, tmp_path: Path):
     file = tmp_path / "token"
     file.write_text("0123456789abcdef0123")
     file.chmod(0o644)
-    told = refused(monkeypatch, capsys, str(checkpoint), "--token-file", str(file))
-    assert "chmod 600" in told
-    assert "0123456789abcdef0123" not in told
+    output = refused(monkeypatch, capsys, str(checkpoint), "--token-file", str(file))
+    assert "chmod 600" in output
+    assert "0123456789abcdef0123" not in output
 
 
 def test_what_is_no_model_is_refused(monkeypatch, capsys, tmp_path: Path):

@@ -115,19 +115,19 @@ def test_a_study_killed_in_the_middle_goes_on_by_the_same_command(
 
 
 def wait_until_marked(study: Path) -> None:
-    """The guardian ends what is left of the killed driver, and says so in the journals."""
+    """The orphan reaper ends the processes of the killed driver and records it in the journals."""
     deadline_s = time.monotonic() + 200
     while "ended" not in kinds_of(study) and time.monotonic() < deadline_s:
         time.sleep(0.2)
 
 
-def test_the_plan_says_what_the_study_needs_and_trains_nothing(tmp_path: Path):
-    said = subprocess.run(
+def test_the_plan_prints_what_the_study_needs_and_trains_nothing(tmp_path: Path):
+    captured = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "study_batch_lr.py"), "--plan", "--sd", "0.15"],
         cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True,
     ).stdout  # fmt: skip
-    assert "5 cells × 3 seeds = 15 trials" in said
-    assert "trains exactly as" in said
+    assert "5 cells × 3 seeds = 15 trials" in captured
+    assert "trains exactly as" in captured
     assert not list(tmp_path.iterdir())
 
 

@@ -47,7 +47,7 @@ def new_run(folder: Path, *kinds: str) -> Path:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("runs")
-    new_run(storage / "told", "begin", "steps", "end", "ended")
+    new_run(storage / "output", "begin", "steps", "end", "ended")
     new_run(storage / "died", "begin", "steps")
     new_run(storage / "sweep" / "died-at-the-end", "begin", "steps", "end")
     new_run(storage / "died-again", "begin", "steps", "ended", "begin")
@@ -58,32 +58,32 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dry_run_changes_nothing(storage: Path):
     before = {p: p.read_bytes() for p in sorted(storage.rglob("*")) if p.is_file()}
     with RunLock.acquire(storage / "alive"):
-        said = sync("--dry-run", storage)
-    assert said.returncode == 1, said.stderr
-    assert "died: its process died; marked KILLED" in said.stdout
-    assert "alive: is running" in said.stdout
-    assert "told: 6 rows and 0 files are left" in said.stdout
+        captured = sync("--dry-run", storage)
+    assert captured.returncode == 1, captured.stderr
+    assert "died: its process died; marked KILLED" in captured.stdout
+    assert "alive: is running" in captured.stdout
+    assert "output: 6 rows and 0 files are left" in captured.stdout
     after = {p: p.read_bytes() for p in sorted(storage.rglob("*")) if p.is_file()}
     assert {p: b for p, b in after.items() if ".lock" not in p.name} == before
 
 
 def test_an_mlflow_that_is_away_leaves_all_for_the_next_time(tmp_path: Path):
     run = new_run(tmp_path / "run", "begin", "steps", "ended")
-    said = sync(run, "--patience", "1", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    assert said.returncode == 1, said.stdout + said.stderr
-    assert "0 rows sent, 0 skipped, 6 left" in said.stdout
+    captured = sync(run, "--patience", "1", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert captured.returncode == 1, captured.stdout + captured.stderr
+    assert "0 rows sent, 0 skipped, 6 left" in captured.stdout
     assert [event["kind"] for event, _ in read_events(run)][-1] == "ended"
 
 
 def test_all_that_is_left_is_sent_and_the_dead_are_marked(storage: Path):
     with RunLock.acquire(storage / "alive"):
-        said = sync(storage)
-        assert said.returncode == 0, said.stdout + said.stderr
+        captured = sync(storage)
+        assert captured.returncode == 0, captured.stdout + captured.stderr
         again = sync(storage)
     assert again.returncode == 0
     assert "died: 6 rows sent, 0 skipped, 0 left" in again.stdout
     status = {}
-    for path in ("told", "died", "sweep/died-at-the-end", "died-again"):
+    for path in ("output", "died", "sweep/died-at-the-end", "died-again"):
         record = json.loads((storage / path / "mlflow.json").read_text())
         client = MlflowClient(record["uri"])
         run = client.get_run(record["run_id"])
@@ -91,7 +91,7 @@ def test_all_that_is_left_is_sent_and_the_dead_are_marked(storage: Path):
         steps = [m.step for m in client.get_metric_history(record["run_id"], "train/loss")]
         assert steps == [1, 2, 3]
     assert status == {
-        "told": "FAILED",
+        "output": "FAILED",
         "died": "KILLED",
         "sweep/died-at-the-end": "FINISHED",
         "died-again": "KILLED",

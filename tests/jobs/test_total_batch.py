@@ -1,4 +1,4 @@
-"""A total batch other than the recipe's: what it says, and what it does to the learning rate."""
+"""A total batch other than the recipe's: what it prints, and its effect on the learning rate."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_rule_or_base_that_is_none_is_refused(key: str):
         OptimConfig(**{key: {"lr_rule": "cubic", "lr_base_batch": 0}[key]})
 
 
-def test_another_batch_without_a_rule_says_what_differs_from_the_recipe():
+def test_another_batch_without_a_rule_prints_what_differs_from_the_recipe():
     config, changes = changed(official_12ep(), total_batch_size="64")
     text = "\n".join(batch_notes(official_12ep(), config, changes))
     assert "total batch 64 instead of 16" in text
@@ -77,7 +77,7 @@ def test_another_batch_without_a_rule_says_what_differs_from_the_recipe():
     assert "sqrt 0.0004, linear 0.0008" in text
 
 
-def test_an_explicit_rule_is_told_of_in_one_line():
+def test_an_explicit_rule_takes_one_line():
     config, changes = changed(official_12ep(), total_batch_size="64", optim__lr_rule="none")
     (line,) = batch_notes(official_12ep(), config, changes)
     assert "optim.lr_rule=none" in line
