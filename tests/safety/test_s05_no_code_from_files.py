@@ -146,11 +146,13 @@ def test_mlflow_may_not_unpickle_in_our_processes():
         path
         for path in MODULES
         if "mlflow" in {name.partition(".")[0] for name in imports_at_top(path)}
-        and path.name != "registered_model.py"  # programs of other people load it
+        and path.name != "pyfunc_model.py"  # programs of other people load it
     ]
     assert len(importing) >= 2
     for path in importing:
         text = path.read_text(encoding="utf-8")
+        if "from deta.platform.registry.mlflow_client import" in text:
+            continue  # which sets it at its import
         setting = text.find('os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"')
         assert 0 < setting < text.find("\nfrom mlflow"), path
 
