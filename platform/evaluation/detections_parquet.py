@@ -1,17 +1,17 @@
-"""Detections as a Parquet file, one row each.
+"""Reads and writes detections as a Parquet file, one row for each detection.
 
 | column | type | |
 |---|---|---|
-| image | string | the picture's path, as it was found |
-| image_id | int64 | of the annotation file, or the number of the picture |
+| image | string | path of the image, as given |
+| image_id | int64 | id in the annotation file, or the number of the image |
 | score | float | 0..1 |
 | label | int32 | class index of the model |
 | category_id | int64 | id of the class in the training data |
 | category | string | its name |
-| x1_px, y1_px, x2_px, y2_px | float | corners, in pixels of the picture as stored |
-| weights_sha256 | string | of the file that the model's weights are from |
+| x1_px, y1_px, x2_px, y2_px | float | corners, in pixels of the stored image |
+| weights_sha256 | string | hash of the file of the model's weights |
 
-A picture without detections has no row. Text columns are stored as dictionaries. Read it with
+An image without detections has no row. Text columns are stored as dictionaries. Read the file with
 `pandas.read_parquet`, `pyarrow.parquet.read_table` or DuckDB.
 """
 
@@ -32,7 +32,7 @@ from deta.model.postprocess import Detections
 from deta.platform.data.coco_dataset import Category
 from deta.platform.system.atomic_write import replacing
 
-ROWS_PER_GROUP = 100_000  # gathered in memory before they are written
+ROWS_PER_GROUP = 100_000  # collected in memory, then written
 CORNERS = ("x1_px", "y1_px", "x2_px", "y2_px")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
 
 
 class DetectionTable:
-    """Writes a Parquet file piece by piece; it gets its name when it is complete.
+    """Writes a Parquet file in row groups. The file gets its name when it is complete.
 
     with DetectionTable(path, predictor.categories, predictor.weights_sha256) as table:
         table.add("street/1.jpg", 1, detections)
@@ -110,13 +110,13 @@ class DetectionTable:
 def table_of_results(
     results: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any], weights_sha256: str
 ) -> pa.Table:
-    """A COCO results list as such a table, in its order, with the ground truth's file names.
+    """Return a COCO results list as a table, in its order, with the ground truth's file names.
 
-    Results of categories that are not listed are left out. A label is the position of the
-    category's id among all of them.
+    Results of categories that are not listed are left out. A label is the rank of the category's
+    id, from 0.
 
     Raises:
-        ValueError: a result of an image that is not listed.
+        ValueError: a result is of an image that is not listed.
     """
     images = {image["id"]: row for row, image in enumerate(ground_truth["images"])}
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
@@ -149,10 +149,10 @@ def table_of_results(
 
 
 def results_of_table(table: pa.Table) -> list[dict[str, Any]]:
-    """The COCO results list of such a table, in its order.
+    """Return the COCO results list of a table, in its order.
 
     Raises:
-        KeyError: it lacks a column.
+        KeyError: the table lacks a column.
     """
     corners = [table[name].to_numpy().astype(np.float64) for name in CORNERS]
     boxes = np.stack(corners, axis=1)  # N 4, xyxy

@@ -1,10 +1,10 @@
-"""Is B better than A, and by how much: the paired bootstrap over images.
+"""The paired bootstrap over images: is model B better than model A, and by how much?
 
-The images of an evaluation are a sample. Drawn again and again with replacement, the same draw for
-both models, they show how far the difference in AP would scatter with other images of the same
-kind. AP of a draw is the COCO AP of the data set in which each image stands as often as it was
-drawn, copies side by side: exactly, from one match table, without matching again. It says nothing
-about other seeds of the training; that is what a study with several seeds is for (`study.py`).
+The images of an evaluation are a sample. Resampling them with replacement, with the same resample
+for both models, shows how much the difference in AP would vary with other images of the same kind.
+The AP of a resample is exactly the COCO AP of a data set with each image as often as it was drawn,
+copies adjacent. It is computed from one match table, without matching again. The interval does not
+cover other training seeds; a study with several seeds does (platform/study).
 """
 
 # K categories   T IoU thresholds   I images   B resamples
@@ -32,7 +32,7 @@ MapLike = Callable[[Callable[[Chunk], np.ndarray], Iterable[Chunk]], Iterable[np
 
 @dataclass(frozen=True)
 class CategoryDifference:
-    """B minus A in the AP of one category, 0..1. NaN where no image shows the category."""
+    """B minus A in the AP of one category, 0..1. NaN if no image has the category."""
 
     ap_a: float
     ap_b: float
@@ -41,13 +41,13 @@ class CategoryDifference:
     high: float
     p_value: float  # of this category alone
     p_adjusted: float  # Benjamini-Hochberg over all categories
-    num_images: int  # that show it; an interval from a handful is worth little
+    num_images: int  # with the category; an interval from a few images is unreliable
     num_boxes: int
 
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """B minus A in one number of the whole evaluation, 0..1."""
+    """B minus A in one metric of the evaluation, 0..1."""
 
     value_a: float
     value_b: float
@@ -76,9 +76,9 @@ class PairedDifference:
 
 
 def multiplicities(num_images: int, seed: int, index: int) -> np.ndarray:
-    """How often each image stands in a resample: I whole numbers with the sum I.
+    """Return how often each image is in a resample: I integers with the sum I.
 
-    A function of the seed and the resample's number, so it does not matter who draws it.
+    They depend only on the seed and the index of the resample, not on the process that draws it.
     """
     draw = np.random.default_rng([seed, index]).integers(num_images, size=num_images)
     return np.bincount(draw, minlength=num_images)
@@ -94,23 +94,25 @@ def paired_difference(
     confidence: float = 0.95,
     map: MapLike = map,
 ) -> PairedDifference:
-    """The difference in AP of two models on the same images, with its interval.
+    """Return the difference in AP of two models on the same images, with its interval.
 
-    A category that no image of a resample shows is left out of that resample's mean, for both
-    models alike. The interval goes from one quantile of the differences to the other; the p-value
-    is the smallest error with which such an interval would leave out 0.
+    A category without a box in a resample is left out of that resample's mean, for both models. The
+    interval lies between two quantiles of the differences. The p-value is the smallest error level
+    at which such an interval excludes 0.
 
     Args:
         ground_truth: a COCO dict of the evaluated images.
         results_a, results_b: COCO results lists of the two models.
-        map: like the built-in one; it may call the function elsewhere (`bootstrap_tasks.py`).
-            The numbers do not depend on it.
+        map: replaces the built-in one, for example to run elsewhere
+            (platform/cluster/bootstrap_tasks.py). The numbers do not depend on it.
 
     Raises:
-        ValueError: as `match_table`; there are no images; numbers out of range.
+        ValueError: as for `match_table`; there are no images; a number is out of range.
     """
     if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"resamples={resamples}, confidence={confidence}: at least 1, and 0..1")
+        raise ValueError(
+            f"resamples={resamples} must be at least 1, and confidence={confidence} in 0..1"
+        )
     began_s = time.perf_counter()
     table_a = match_table(ground_truth, results_a, AREA_RANGES[:1])
     table_b = match_table(ground_truth, results_b, AREA_RANGES[:1])
@@ -167,12 +169,12 @@ def ap_interval(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """The interval of one model's AP, 0..1, over images: what others of their kind would say.
+    """Return the bootstrap interval of one model's AP over images, 0..1.
 
-    NaN where there is nothing to find. Resamples are drawn as by `paired_difference`.
+    NaN if there is no box to find. Resamples are drawn as for `paired_difference`.
 
     Raises:
-        ValueError: as `match_table`, or there are no images.
+        ValueError: as for `match_table`, or there are no images.
     """
     table = match_table(ground_truth, results, AREA_RANGES[:1])
     num_images = len(table.image_ids)
@@ -185,10 +187,11 @@ def ap_interval(
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number: of those below q, a share of q at most is by chance.
+    """Return p-values adjusted so that, of those below q, an expected share of at most q is false.
 
-    For "which of 80 classes changed?", where a few false names among many are borne. That not one
-    be false, as Holm's correction has it, would hide most of what there is. NaN stays, uncounted.
+    Use it for "which of 80 classes changed?", where a few false positives among many are tolerable.
+    Holm's correction, which avoids every false positive, would hide most changes. NaN stays NaN
+    and does not count.
 
     Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
     """
@@ -202,7 +205,7 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.ndarray:
-    """B 2 K+3: the AP of each category, then AP, AP50 and AP75, of each model."""
+    """Return the AP of each category, then AP, AP50 and AP75, of each model: B 2 K+3."""
     rows = []
     for index in indices:
         weights = multiplicities(pair[0].num_images, seed, index)
@@ -212,7 +215,7 @@ def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.nd
 
 
 def _means(ap: np.ndarray) -> np.ndarray:
-    """2 K T to 2 3: AP, AP50, AP75 over the categories that are there, NaN if none is."""
+    """Return AP, AP50 and AP75 over the categories that have boxes: 2 K T to 2 3, NaN if none."""
     there = ap[:, ~np.isnan(ap[0, :, 0])]
     if not there.shape[1]:
         return np.full((2, 3), np.nan)
@@ -224,7 +227,7 @@ def _means(ap: np.ndarray) -> np.ndarray:
 
 
 def _differences(drawn: np.ndarray) -> np.ndarray:
-    """B 2 to B: B minus A, without the resamples in which there was nothing to find."""
+    """Return B minus A for each resample, without those that have no box to find: B 2 to B."""
     difference = drawn[:, 1] - drawn[:, 0]
     return difference[~np.isnan(difference)]
 
@@ -240,7 +243,7 @@ def _interval(drawn: np.ndarray, confidence: float) -> tuple[float, float]:
 def _categories(
     table: MatchTable, whole: np.ndarray, drawn: np.ndarray, confidence: float
 ) -> dict[Any, CategoryDifference]:
-    """Each category's difference; `whole` is 2 K, `drawn` B 2 K."""
+    """Return each category's difference. `whole` is 2 K, `drawn` is B 2 K."""
     counts = table.truth_counts[0]
     category, image = table.truth_category[counts], table.truth_image[counts]
     num_boxes = np.bincount(category, minlength=len(table.category_ids))
@@ -268,12 +271,12 @@ def _categories(
 
 
 def _p_value(differences: np.ndarray, difference: float, num_images: int) -> float:
-    """Two-sided. NaN without a box to find.
+    """Return the two-sided p-value; NaN if there is no box to find.
 
-    Counted among the resamples, as long as some ten lie on either side of 0. Beyond that, from
+    It is counted among the resamples if at least ten lie on either side of 0. Otherwise it is from
     the normal distribution with their standard deviation, since many categories need finer steps
-    than 1,000 resamples have. Never less than what swapping the models on each image by a coin
-    could give: two images prove nothing, however much the models differ on them.
+    than 1,000 resamples have. It is never less than a sign-flip test on the images could give: two
+    images prove nothing, however much the models differ on them.
     """
     if not len(differences) or math.isnan(difference):
         return math.nan

@@ -1,8 +1,8 @@
-"""AP of weighted images: a match table in the form from which it is a few sums.
+"""Computes the COCO AP of weighted images from a match table, without matching again.
 
-The COCO AP of a data set in which each image stands so many times, copies side by side, without
-matching again. A true detection that counts m times has its best precision at its last copy, and
-the recalls between lie under the same envelope, so its weight is enough.
+The weight of an image is the number of its copies in a resampled data set, where the copies are
+adjacent. A true detection that counts m times has its best precision at its last copy, and the
+recalls in between lie under the same envelope, so the weight alone is enough.
 """
 
 # N detections   S true detections of all segments   K categories   T IoU thresholds
@@ -22,32 +22,32 @@ NUM_RECALLS, NUM_IOUS = len(RECALL_THRESHOLDS), len(IOU_THRESHOLDS)
 
 @dataclass(frozen=True)
 class ApTable:
-    """A match table in the form from which the AP of weighted images is a few sums.
+    """A match table prepared so that the AP of weighted images needs only sums.
 
-    Precision has its peaks where a true detection is, so only these are looked at. A segment is
-    one category at one IoU threshold. Where detections of one image and category have the same
-    score, copies of the image interleave them; such detections stand here once for each copy, and
-    `copy` says for which (0: not such a one, it counts as often as its image does).
+    Precision peaks at true detections, so only these are evaluated. A segment is one category at
+    one IoU threshold. If detections of one image and category have equal scores, copies of the
+    image interleave them. Such detections are listed once for each copy, with the number of the
+    copy in `copy`; for all others it is 0, and they count with the weight of their image.
     """
 
     num_images: int
     num_categories: int
     image: np.ndarray  # N
-    copied: np.ndarray  # places of detections with a copy of their own
-    copy: np.ndarray  # of these, from 1
+    copied: np.ndarray  # indices of detections that are listed for each copy
+    copy: np.ndarray  # number of the copy of each of these, from 1
     starts: np.ndarray  # K+1
-    true: np.ndarray  # S, places among the detections, by segment
+    true: np.ndarray  # S, indices of the true detections, by segment
     segment: np.ndarray  # S
     segment_starts: np.ndarray  # P+1
-    ignored: np.ndarray  # places among the detections, by segment
-    ignored_before: np.ndarray  # S, how many of these stand before the true detection
+    ignored: np.ndarray  # indices of the ignored detections, by segment
+    ignored_before: np.ndarray  # S, number of these before the true detection
     ignored_starts: np.ndarray  # P
-    truth_image: np.ndarray  # boxes that count
+    truth_image: np.ndarray  # of the boxes that count
     truth_category: np.ndarray
 
     @staticmethod
     def build(table: MatchTable, max_copies: int, area: int = 0) -> ApTable:
-        """Good for weights of up to `max_copies`."""
+        """Prepare a table for weights of up to `max_copies`."""
         source, copy = _expand_ties(table, max_copies, area)
         category = table.category[source]
         num_categories = len(table.category_ids)
@@ -76,13 +76,13 @@ class ApTable:
 
 
 def weighted_ap(table: ApTable, weights: np.ndarray) -> np.ndarray:
-    """AP of each category at each IoU threshold, were each image there so many times.
+    """Return the AP of each category at each IoU threshold, with each image weighted.
 
     Args:
-        weights: I, whole numbers of at least 0, and of at most the table's `max_copies`.
+        weights: I, integers from 0 to the table's `max_copies`.
 
     Returns:
-        K T, 0..1; NaN for a category that no image of positive weight shows.
+        K T, 0..1; NaN for a category without a box in any image of positive weight.
     """
     num_segments = table.num_categories * NUM_IOUS
     weight = weights[table.image]
@@ -100,15 +100,15 @@ def weighted_ap(table: ApTable, weights: np.ndarray) -> np.ndarray:
     )
     to_find = np.repeat(np.maximum(num_boxes, 1), NUM_IOUS)
 
-    precision = num_right / (num_seen + np.spacing(1))  # the term is pycocotools'
+    precision = num_right / (num_seen + np.spacing(1))  # this term is from pycocotools
     recall = num_right / np.repeat(to_find, lengths)
-    # The first detection of a segment at which each recall is reached; its end if it never is.
+    # The first detection of a segment that reaches each recall; the segment's end if none does.
     reached = np.searchsorted(RECALL_THRESHOLDS, recall, side="right")  # 0..R
     counts = np.bincount(
         table.segment * (NUM_RECALLS + 1) + reached, minlength=num_segments * (NUM_RECALLS + 1)
     ).reshape(num_segments, NUM_RECALLS + 1)
     at = table.segment_starts[:-1, None] + counts.cumsum(axis=1)[:, :-1]  # P R
-    # The best precision from one recall to the next, then from there to the end.
+    # The best precision from one recall to the next, then from each recall to the end.
     best = np.maximum.reduceat(np.append(precision, 0.0), at.ravel()).reshape(at.shape)
     best[at >= table.segment_starts[1:, None]] = 0.0
     envelope = np.maximum.accumulate(best[:, ::-1], axis=1)
@@ -118,7 +118,7 @@ def weighted_ap(table: ApTable, weights: np.ndarray) -> np.ndarray:
 
 
 def _expand_ties(table: MatchTable, max_copies: int, area: int) -> tuple[np.ndarray, np.ndarray]:
-    """Detections with copies of tied ones: places in the table, and which copy (0: all)."""
+    """Return detections with copies of tied ones: indices into the table, and the copy (0: all)."""
     num = len(table.image)
     if num == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -127,7 +127,7 @@ def _expand_ties(table: MatchTable, max_copies: int, area: int) -> tuple[np.ndar
     new[1:] = (np.diff(category) != 0) | (np.diff(table.image) != 0) | (np.diff(table.score) != 0)
     starts = np.flatnonzero(new)
     lengths = np.diff(starts, append=num)
-    # Among detections that are all wrong, the order does not matter.
+    # If all detections are false, their order does not matter.
     true = np.add.reduceat(table.true[area].any(axis=0).astype(np.int64), starts)
     tied = (lengths > 1) & (true > 0)
     sizes = np.where(tied, lengths * max_copies, lengths)
@@ -138,13 +138,13 @@ def _expand_ties(table: MatchTable, max_copies: int, area: int) -> tuple[np.ndar
 
 
 def _by_segment(flags: np.ndarray, category: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """T N flags to the places that are set, by segment, and the segment of each."""
-    threshold, place = np.nonzero(flags)
-    segment = category[place] * NUM_IOUS + threshold
-    order = np.lexsort((place, segment))
-    return place[order], segment[order]
+    """Return the indices of the set flags (T N), by segment, and the segment of each."""
+    threshold, index = np.nonzero(flags)
+    segment = category[index] * NUM_IOUS + threshold
+    order = np.lexsort((index, segment))
+    return index[order], segment[order]
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
-    """0, then the sum up to each."""
+    """Return 0, then the cumulative sums."""
     return np.concatenate([[0], np.cumsum(values)])

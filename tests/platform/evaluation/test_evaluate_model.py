@@ -1,0 +1,67 @@
+"""A model is run over a data set in evaluation mode, and every image counts once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deta.model.backbone import BackboneConfig
+from deta.model.detector import DETA, ModelConfig
+from deta.model.postprocess import PostprocessConfig
+from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.data_loader import evaluation_loader
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.data.transforms import EvaluationSize
+from deta.platform.evaluation.evaluate_model import detect_batches, evaluate_model
+from deta.platform.learning.distributed import Worker
+
+SIZE = EvaluationSize(short_edge=64, max_long_edge=96)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    shapes = write_shapes(tmp_path_factory.mktemp("shapes"), num_train=1, num_val=5, size_px=64)
+    return CocoDataset.open(shapes.val_images, shapes.val_annotations)
+
+
+@pytest.fixture(scope="module")
+def model() -> DETA:
+    torch.manual_seed(0)
+    return DETA(
+        ModelConfig(
+            backbone=BackboneConfig(name="resnet18.tv_in1k", pretrained=False), num_classes=5,
+            dim=32, num_heads=4, num_levels=4, num_points=2, encoder_layers=1, decoder_layers=1,
+            ffn_dim=32, num_queries=20,
+        )
+    )  # fmt: skip
+
+
+def test_every_image_is_evaluated_once_and_progress_is_reported(model, dataset):
+    batches: list[int] = []
+
+    result = evaluate_model(
+        model, dataset, SIZE, PostprocessConfig(), batch_size=2, precision=torch.float32,
+        worker=Worker(0, 1, CPU), on_batch=batches.append,
+    )  # fmt: skip
+
+    assert result is not None
+    assert sum(batches) == len(dataset) == 5
+    ids = list(dict.fromkeys(entry["image_id"] for entry in result.results))
+    assert ids == [image["id"] for image in dataset.ground_truth["images"]]
+    assert 0 <= result.metrics.AP <= 1
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_the_model_returns_to_its_mode_also_after_an_early_stop(model, dataset, was_training):
+    model.train(was_training)
+    batches = evaluation_loader(
+        dataset, SIZE, batch_size=1, rank=0, world_size=1, num_loader_workers=0, pin_memory=False
+    )
+
+    found = detect_batches(model, batches, PostprocessConfig(), precision=torch.float32, device=CPU)
+    next(found)
+    assert not model.training
+    found.close()
+
+    assert model.training == was_training
