@@ -1,6 +1,6 @@
 """Analyses each evaluation of a training, and keeps the best and the newest in the run's folder.
 
-    evaluations/step-00000840/   evaluation.json and its files (evaluation_files.py)
+    evaluations/step-00000840/   evaluation.json and its files (evaluation_folder.py)
                                  explanation.json, report.html
 
 Only rank 0 does this. A failure here never ends a run: it is logged in the journal. Metrics are

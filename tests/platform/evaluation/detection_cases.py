@@ -1,4 +1,4 @@
-"""Made-up detections for tests of matching and of what builds on it, and pycocotools as judge."""
+"""Random detections for tests of matching and AP, and pycocotools as the reference."""
 
 import contextlib
 import io
@@ -13,9 +13,9 @@ from pycocotools.cocoeval import COCOeval
 def random_case(
     seed: int, num_images: int = 12, num_categories: int = 4, *, rounded: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Boxes of all sizes, some of them crowds, and detections near them, far and twice.
+    """Return boxes of all sizes, some of them crowds, with detections near, far and repeated.
 
-    Ids have gaps and come unordered. The last category has no box, the last image nothing.
+    Ids have gaps and are unordered. The last category has no box, and the last image is empty.
     """
     rng = np.random.default_rng(seed)
     image_ids = (rng.permutation(num_images) * 7 + 3).tolist()
@@ -66,7 +66,7 @@ def random_case(
 
 
 def reference(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
-    """pycocotools, evaluated and accumulated."""
+    """Return pycocotools' evaluation, accumulated."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {"info": {}} | truth
@@ -80,7 +80,7 @@ def reference(truth: dict[str, Any], results: list[dict[str, Any]]) -> COCOeval:
 def repeated(
     truth: dict[str, Any], results: list[dict[str, Any]], weights: Sequence[int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The data set in which each image, in ascending order of ids, stands so many times."""
+    """Return the data set with each image, in ascending order of ids, as often as its weight."""
     images, annotations, copies = [], [], []
     for place, image_id in enumerate(sorted(image["id"] for image in truth["images"])):
         for copy in range(weights[place]):

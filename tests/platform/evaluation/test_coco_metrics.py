@@ -1,4 +1,4 @@
-"""COCO AP against stored reference numbers, against pycocotools, and against what must hold."""
+"""COCO AP equals stored reference numbers and pycocotools, and has the properties it must have."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_eval_leaves_its_arguments_as_they_were() -> None:
 
 
 def random_problem(seed: int, num_images: int = 12) -> tuple[dict, list[dict]]:
-    """Boxes of every size, crowds, ids out of order, jittered, wrong and superfluous detections."""
+    """Return boxes of every size, crowds, unordered ids, and jittered and false detections."""
     rng = random.Random(seed)
     image_ids = rng.sample(range(1, 10_000), num_images)
     category_ids = sorted(rng.sample(range(100), rng.randint(1, 5)))

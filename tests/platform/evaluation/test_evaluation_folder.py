@@ -28,7 +28,7 @@ ORIGIN = Origin(
 
 
 def example(seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Three images with boxes as a model gives them, the last without a detection."""
+    """Return three images with boxes as a model returns them, the last without a detection."""
     generator = torch.Generator().manual_seed(seed)
     corners = 300 * torch.rand(2, 7, 2, 2, generator=generator)
     boxes_px = torch.cat([corners.amin(2), corners.amax(2)], -1)  # 2 images, 7 boxes
@@ -86,7 +86,7 @@ def test_no_detections_at_all(tmp_path: Path) -> None:
     assert read_evaluation(tmp_path).results == []
 
 
-def test_the_fingerprint_is_of_what_ap_depends_on() -> None:
+def test_the_fingerprint_covers_all_that_ap_depends_on() -> None:
     ground_truth, _ = example()
     own = images_fingerprint(ground_truth)
     turned = {kind: entries[::-1] for kind, entries in ground_truth.items()}
@@ -104,7 +104,7 @@ def test_the_fingerprint_is_of_what_ap_depends_on() -> None:
     assert len({own, images_fingerprint(fewer), images_fingerprint(moved)}) == 3
 
 
-def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
     ground_truth, results = example()
     metrics = evaluate_detections(ground_truth, results)
     with pytest.raises(ValueError, match=r"not a complete evaluation.*--out"):

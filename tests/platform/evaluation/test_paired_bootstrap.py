@@ -1,4 +1,4 @@
-"""The paired bootstrap: against really repeated images, and by what must hold."""
+"""The paired bootstrap equals AP on repeated images, and its intervals cover the difference."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from tests.platform.evaluation.detection_cases import random_case, reference, re
 
 
 def worse(results: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The same detections with noise on scores and boxes."""
+    """Return the detections with noise on scores and boxes."""
     rng = np.random.default_rng(seed)
     return [
         r
@@ -91,7 +91,7 @@ def test_the_interval_of_one_model_is_that_of_really_repeated_images():
 
 
 def test_the_interval_is_that_of_an_independent_bootstrap() -> None:
-    """Images really repeated, evaluated by hotcoco, drawn by another generator."""
+    """Another generator draws, images are copied, and hotcoco evaluates them."""
     truth, results = random_case(7, num_images=25)
     other = worse(results, 1)
     rng = np.random.default_rng(123)
@@ -204,13 +204,13 @@ def test_benjamini_and_hochberg_by_hand() -> None:
 
 
 def test_the_interval_covers_a_known_difference() -> None:
-    """B finds each box with 0.15 more chance. Few and small here; more in DECISIONS.md."""
+    """B finds each box with a probability higher by 0.15. DECISIONS.md has a larger trial."""
     covered = sum(_covers(seed) for seed in range(25))
     assert covered >= 20  # of 25; with 95 % each, 19 or fewer come once in 500 times
 
 
 def _covers(seed: int) -> bool:
-    """Whether the interval holds the difference of expectations.
+    """Return whether the interval covers the difference of expectations.
 
     One class, one box per image, found exactly or not at all: AP is the share of images in which
     it is found, to within the steps of recall.

@@ -1,4 +1,4 @@
-"""Of a log that can only be appended to, everybody sees the same entries count, and tampering."""
+"""All readers of the append-only log agree on its valid entries and detect tampering."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def three() -> list[Entry]:
     return [first, second, entry(second.hash, ACCEPT, 3, 1, 3)]
 
 
-def test_the_last_entry_says_who_is_champion():
+def test_the_last_entry_determines_the_champion():
     log = read_log(rows_of(*three()))
 
     assert log.champion == 3
@@ -61,7 +61,7 @@ def test_an_entry_that_came_too_late_does_not_count():
     assert read_log(kept).problems == ()
 
 
-def test_a_rollback_goes_back_to_the_champion_before():
+def test_a_rollback_returns_to_the_champion_before():
     first, second, third = three()
     back = entry(third.hash, ROLLBACK, 1, 3, 1)
     again = entry(back.hash, ACCEPT, 4, 1, 4)
@@ -71,7 +71,7 @@ def test_a_rollback_goes_back_to_the_champion_before():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_changed_entry_is_seen(place: int):
+def test_a_changed_entry_is_detected(place: int):
     rows = rows_of(*three())
     content = json.loads(rows[place].line) | {"by": "eve@desk"}
     rows[place] = replace(rows[place], line=json.dumps(content))
@@ -83,14 +83,14 @@ def test_a_changed_entry_is_seen(place: int):
         log.require_intact()
 
 
-def test_a_changed_text_is_seen():
+def test_a_changed_text_is_detected():
     rows = rows_of(*three())
     rows[1] = replace(rows[1], text="version 2: accept")
 
     assert read_log(rows).problems == ("the text shown for entry 2 was changed",)
 
 
-def test_an_entry_that_was_taken_out_is_seen():
+def test_a_removed_entry_is_detected():
     rows, head = rows_of(*three()), read_log(rows_of(*three())).head_line
 
     assert read_log(rows[1:], head).problems == ("an entry before entry 2 is missing",)
@@ -103,7 +103,7 @@ def test_an_entry_that_was_taken_out_is_seen():
     assert "missing" in read_log([], head).problems[0]
 
 
-def test_what_is_no_entry_is_seen():
+def test_an_unreadable_entry_is_detected():
     rows = rows_of(*three())
     rows[2] = replace(rows[2], line="")
 

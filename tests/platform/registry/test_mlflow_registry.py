@@ -1,7 +1,7 @@
-"""From a run to a champion in a real MLflow: what is registered, loaded, refused and rolled back.
+"""From a run to a champion in a real MLflow: versions are registered, loaded, refused, rolled back.
 
-The models are tiny and know nothing, so for the gate detections are made up, of known quality;
-their evaluations are stored for the models' weights, as the gate demands.
+The models are tiny and untrained. So detections of known quality are made up for the gate, and
+their evaluations are stored for the models' weights, as the gate requires.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from deta.platform.system.safe_read import file_sha256
 from deta.platform.tracking.upload_plan import RECORD_FILE, UploadRecord
 
 ROOT = Path(__file__).resolve().parents[3]
-# Two processors' worth of noise must not decide a test.
+# Noise of the latency on a small machine must not decide a test.
 POLICY = Policy(resamples=200, max_latency_ratio=None, parity=False)
 BASE, BETTER = 0.5, 0.9  # share of the boxes that a made-up model finds
 
@@ -63,7 +63,7 @@ class World:
     experiment: str
 
     def run(self, seed: int, quality: float | Mapping[str, float]) -> Path:
-        """A run's folder with a checkpoint, and an evaluation as good as it is wanted."""
+        """Make the folder of a run with a checkpoint, and an evaluation of the given quality."""
         folder = self.root / f"run-{seed}"
         config = small_config()
         torch.manual_seed(seed)
@@ -108,8 +108,8 @@ class World:
     def promote(
         self, name: str, number: int, policy: Policy = POLICY, **how: Any
     ) -> PromotionResult:
-        judge = GateJudge(self.registry, policy, echo=lambda line: None)
-        return promote(self.registry, name, number, judge, by="ann@desk", **how)
+        gate = GateJudge(self.registry, policy, echo=lambda line: None)
+        return promote(self.registry, name, number, gate, by="ann@desk", **how)
 
 
 def small_config() -> RunConfig:
@@ -130,7 +130,7 @@ def small_config() -> RunConfig:
 def made_up_results(
     truth: Mapping[str, Any], quality: float | Mapping[str, float], seed: int
 ) -> list[dict[str, Any]]:
-    """The true boxes, as many of each class as wanted, a little off."""
+    """Return a share of the true boxes of each class, slightly shifted."""
     random = np.random.default_rng(seed)
     names = {one["id"]: one["name"] for one in truth["categories"]}
     results = []
@@ -196,12 +196,12 @@ def test_mlflow_itself_loads_a_version_without_a_pickle(world: World):
     """In a process of its own, as somebody else would, with unpickling forbidden."""
     number = world.register("loads", 110, BASE)
     world.promote("loads", number)
-    picture = world.val_set.records[0].path
+    image_path = world.val_set.records[0].path
     code = f"""
 import mlflow, pandas
 mlflow.set_tracking_uri({world.uri!r})
 model = mlflow.pyfunc.load_model("models:/loads@champion")
-content = open({str(picture)!r}, "rb").read()
+content = open({str(image_path)!r}, "rb").read()
 found = model.predict(pandas.DataFrame({{"image": [content, content]}}))
 assert list(found.columns) == ["boxes", "scores", "labels", "names"], found
 assert len(found) == 2 and len(found["boxes"][0]) == len(found["names"][0]) > 0
@@ -218,7 +218,7 @@ print(found["scores"][0][:3])
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ours = Predictor.from_checkpoint(resolve_model("models:/loads@champion", world.uri).path)
-    ((_, found),) = ours.predict_files([picture])
+    ((_, found),) = ours.predict_files([image_path])
     assert json.loads(done.stdout) == pytest.approx(found.scores[:3].tolist(), abs=1e-6)
     whole = world.root / "whole"
     whole.mkdir()
@@ -227,7 +227,7 @@ print(found["scores"][0][:3])
     assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"}
 
 
-def test_what_is_missing_of_the_lineage_is_named(world: World):
+def test_missing_lineage_is_named(world: World):
     run = world.run(120, BASE)
     (run / "run.json").unlink()
     with pytest.raises(LineageError, match="data fingerprint, environment is unknown"):
@@ -251,7 +251,7 @@ def test_an_evaluation_of_other_weights_is_refused(world: World):
         prepare_registration(run, None, None)
 
 
-def test_a_run_that_mlflow_does_not_know_is_refused(world: World):
+def test_a_run_that_is_not_in_mlflow_is_refused(world: World):
     run = world.run(140, BASE)
     record = UploadRecord(uri=world.uri, run_id="0" * 32)
     (run / RECORD_FILE).write_text(json.dumps(asdict(record)), encoding="utf-8")
@@ -262,7 +262,7 @@ def test_a_run_that_mlflow_does_not_know_is_refused(world: World):
         )
 
 
-def test_the_gate_lets_the_better_one_through_and_says_no_to_others(world: World):
+def test_the_gate_accepts_the_better_version_and_refuses_others(world: World):
     names = [category.name for category in world.val_set.categories]
     first = world.register("gate", 1, BASE)
     worse = world.register("gate", 2, 0.3)
@@ -320,7 +320,7 @@ def test_the_gate_lets_the_better_one_through_and_says_no_to_others(world: World
         world.promote("gate", first)
 
 
-def test_a_version_whose_weights_were_exchanged_is_refused(world: World):
+def test_a_version_with_exchanged_weights_is_refused(world: World):
     first, second = world.register("hash", 11, BASE), world.register("hash", 12, BETTER)
     world.promote("hash", first)
     client = MlflowClient(tracking_uri=world.uri)
@@ -362,16 +362,16 @@ def test_evaluations_of_other_images_are_not_compared(world: World):
     results = made_up_results(truth, BETTER, 22)
     origin = Origin(weights_sha256=version.sha256)
     write_evaluation(other, truth, results, evaluate_detections(truth, results), origin)
-    judge = GateJudge(world.registry, POLICY, {version.sha256: other}, echo=lambda _: None)
+    gate = GateJudge(world.registry, POLICY, {version.sha256: other}, echo=lambda _: None)
 
-    outcome = promote(world.registry, "sets", second, judge, by="ann@desk")
+    outcome = promote(world.registry, "sets", second, gate, by="ann@desk")
 
     assert outcome.action == REFUSE
     assert outcome.decision is not None
     assert "evaluation set" in outcome.decision.failed
 
 
-def test_what_is_not_there_is_told_with_what_is(world: World):
+def test_a_missing_version_is_refused_with_the_existing_ones(world: World):
     number = world.register("there", 31, BASE)
     with pytest.raises(ValueError, match="no version has this alias; there are 1"):
         world.registry.find(parse_address("models:/there@champion"))

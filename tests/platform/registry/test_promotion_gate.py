@@ -1,4 +1,4 @@
-"""The gate lets through what is better in every respect that the policy names, and nothing else."""
+"""The gate accepts a version that meets every criterion of the policy, and no other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def difference(low: float = 0.01, high: float = 0.05, star: float = 0.03) -> Pai
     )  # fmt: skip
 
 
-def judge(
+def decide_on(
     challenger: Candidate = CHALLENGER,
     champion: Candidate | None = CHAMPION,
     policy: Policy | None = None,
@@ -44,7 +44,7 @@ def judge(
 
 
 def test_a_better_one_passes():
-    decision = judge()
+    decision = decide_on()
 
     assert decision.accepted
     assert decision.failed == ()
@@ -60,25 +60,27 @@ def test_a_better_one_passes():
         (difference(star=-0.10), "class drops"),
     ],
 )
-def test_a_difference_that_does_not_do_is_refused(found: PairedDifference, failed: str):
-    decision = judge(found=found)
+def test_an_insufficient_difference_is_refused(found: PairedDifference, failed: str):
+    decision = decide_on(found=found)
 
     assert not decision.accepted
     assert decision.failed == (failed,)
 
 
 def test_a_class_that_drops_is_named():
-    row = next(one for one in judge(found=difference(star=-0.1)).criteria if one.passed is False)
+    row = next(
+        one for one in decide_on(found=difference(star=-0.1)).criteria if one.passed is False
+    )
 
     assert row.found == "star 30.0 -> 20.0"
 
 
-def test_a_class_that_is_not_there_is_no_drop():
+def test_a_class_without_boxes_is_not_a_drop():
     found = difference()
     nothing = replace(found.per_category[2], ap_a=np.nan, ap_b=np.nan, difference=np.nan)
     found = replace(found, per_category={1: found.per_category[1], 2: nothing})
 
-    assert judge(found=found).accepted
+    assert decide_on(found=found).accepted
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_a_class_that_is_not_there_is_no_drop():
     ],
 )
 def test_each_criterion_refuses_alone(change: dict[str, object], policy: Policy, failed: str):
-    decision = judge(replace(CHALLENGER, **change), policy=policy)  # type: ignore[arg-type]
+    decision = decide_on(replace(CHALLENGER, **change), policy=policy)  # type: ignore[arg-type]
 
     assert not decision.accepted
     assert failed in decision.failed
@@ -112,14 +114,14 @@ def test_each_criterion_refuses_alone(change: dict[str, object], policy: Policy,
 
 
 def test_the_first_champion_has_only_absolute_criteria():
-    decision = judge(champion=None)
+    decision = decide_on(champion=None)
 
     assert decision.accepted
     assert not {"AP gain", "class drops", "latency ratio", "size ratio"} & {
         one.name for one in decision.criteria
     }
-    assert not judge(champion=None, policy=Policy(min_ap=0.5)).accepted
-    assert not judge(replace(CHALLENGER, parity_fault="none"), champion=None).accepted
+    assert not decide_on(champion=None, policy=Policy(min_ap=0.5)).accepted
+    assert not decide_on(replace(CHALLENGER, parity_fault="none"), champion=None).accepted
 
 
 def test_two_evaluations_of_other_images_are_not_compared():
@@ -135,6 +137,6 @@ def test_two_evaluations_of_other_images_are_not_compared():
     [{"confidence": 1.0}, {"resamples": 5}, {"min_ap": 40.0}, {"max_size_ratio": 0.0},
      {"class_floors": (("disc", 40.0),)}],
 )  # fmt: skip
-def test_a_policy_that_cannot_be_is_refused(change: dict[str, object]):
+def test_an_impossible_policy_is_refused(change: dict[str, object]):
     with pytest.raises(ValueError, match=next(iter(change)).replace("class_floors", "disc")):
         Policy(**change)  # type: ignore[arg-type]
