@@ -1,4 +1,4 @@
-"""What the tests of the model share: published models, and how a difference is measured."""
+"""Fixtures for the tests of the model: published models and a measure of differences."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ VARIANTS = {
 
 @pytest.fixture
 def compare(record_property) -> Callable[[str, str, Tensor, Tensor, float], None]:
-    """Assert that two tensors agree, and record by how much: `benchmarks/parity.py` reads it.
+    """Assert that two tensors agree, and record their difference for `benchmarks/parity.py`.
 
-    A difference is the largest one of any element, over the largest magnitude that was expected.
-    Infinities must stand at the same places.
+    The difference is the largest one of any element, over the largest expected magnitude.
+    Infinities must be at the same positions.
     """
 
     def compare(group: str, name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
         found, expected = found.detach(), expected.detach()
         assert found.shape == expected.shape, f"{name} is {found.shape}, not {expected.shape}"
         finite = expected.isfinite()
-        assert torch.equal(finite, found.isfinite()), f"{name} is not finite at other places"
+        assert torch.equal(finite, found.isfinite()), f"{name} is not finite at other positions"
         assert torch.equal(found[~finite], expected[~finite].to(found.dtype)), name
         found, expected = found[finite].double(), expected[finite].double()
         difference = 0.0
@@ -64,7 +64,7 @@ def compare(record_property) -> Callable[[str, str, Tensor, Tensor, float], None
 
 
 class SmallResNet(nn.Module):
-    """The backbone of the shrunken published models; stem and first stage do not train."""
+    """The backbone of the shrunken published models; stem and first stage are frozen."""
 
     def __init__(self, stem: int, planes: list[int], blocks: list[int]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SmallResNet(nn.Module):
 
 @dataclass
 class PublishedModel:
-    """A shrunken published model under our names, and what it gave."""
+    """A shrunken published model under our names, with its published outputs."""
 
     group: str  # the folder's name
     variant: str
@@ -113,14 +113,14 @@ class PublishedModel:
     criterion: Criterion
     batch: Batch
     sizes_px: Tensor  # B 2, (height, width)
-    features: list[Tensor]  # of the backbone
+    features: list[Tensor]  # from the backbone
     has_backbone: bool
     expected: dict[str, Tensor]
     losses: dict
-    gradients: dict[str, Tensor]  # of some parameters
+    gradients: dict[str, Tensor]  # for some parameters
 
     def run(self) -> Outputs:
-        """From the images where there is a backbone, else from the features."""
+        """Run from the images where there is a backbone, else from the features."""
         if self.has_backbone:
             return self.model(self.batch.images, self.batch.padding)
         return self.run_from_features()
@@ -197,10 +197,10 @@ def published_model() -> Callable[[Path, str], PublishedModel]:
 
 @pytest.fixture(scope="session")
 def published_order() -> Callable[[Tensor, Tensor], Tensor]:
-    """Rows may come in another order where scores are nearly equal; this undoes it."""
+    """Return a function that maps published rows to ours; nearly equal scores may swap rows."""
 
     def published_order(found: Tensor, expected: Tensor) -> Tensor:
-        """B Q 4 and B Q 4 boxes -> B Q, the row of ours that stands for each published one."""
+        """Return for each published box the row of ours: B Q 4 and B Q 4 boxes -> B Q."""
         distance = torch.cdist(expected.double(), found.double(), p=1)
         return torch.stack(
             [torch.from_numpy(linear_sum_assignment(image.numpy())[1]) for image in distance]
@@ -211,7 +211,7 @@ def published_order() -> Callable[[Tensor, Tensor], Tensor]:
 
 @contextmanager
 def recorded_parts(model: DETA) -> Iterator[dict]:
-    """What the parts of a model are given and give in the forward pass inside."""
+    """Record the inputs and outputs of a model's parts in the forward pass of this context."""
     parts: dict = {}
 
     def keep_features(module: nn.Module, inputs: tuple, output: list[Tensor]) -> None:
@@ -241,7 +241,7 @@ def record_parts() -> Callable[[DETA], AbstractContextManager[dict]]:
 
 
 def named_weight(name: str, shape: torch.Size, salt: str) -> Tensor:
-    """The weight that the full-size cases define by a parameter's official name."""
+    """Return the weight that the full-size cases define by a parameter's official name."""
     seed = zlib.crc32((name + salt).encode())
     r = np.random.RandomState(seed).standard_normal(int(np.prod(shape))).reshape(shape)
     root_fan = np.sqrt(np.prod(shape[1:]))
@@ -291,7 +291,7 @@ def named_weights_model(num_classes: int, num_queries: int, salt: str) -> DETA:
     state = rename_from_published(weights)
     counters = {
         name: tensor for name, tensor in model.state_dict().items() if name not in state
-    }  # of updates of a BatchNorm; they change nothing
+    }  # BatchNorm's counters of updates, without effect
     assert not any(tensor.is_floating_point() for tensor in counters.values())
     model.load_state_dict(state | counters)
     return model.eval()
@@ -307,7 +307,7 @@ def named_image(seed: int, height: int, width: int) -> Tensor:
 
 @pytest.fixture(scope="session")
 def full_size_run() -> Iterator[Callable[[Path], SimpleNamespace]]:
-    """The whole R50 model on one image of a full-size case. Several seconds, so done once."""
+    """Run the complete R50 model on the image of a full-size case: several seconds, cached."""
 
     @cache
     def full_size_run(path: Path) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""Anchor DETR against plain loops over pixels, and against what its public code fixes."""
+"""Anchor DETR against plain loops over pixels and against facts of its public code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY = AnchorDETRConfig(
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter moved a little, so that nothing is zero, equal or symmetric by chance."""
+    """Move every parameter a little, so that none is zero, equal or symmetric by chance."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +57,7 @@ def tiny_model(**changes: object) -> AnchorDETR:
 
 
 def attention_inputs(height: int, width: int, num_queries: int = 5) -> list[Tensor]:
-    """Queries for x and y, keys for x and y, values, padding; of two images."""
+    """Return queries for x and y, keys for x and y, values and padding of two images."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -73,7 +73,7 @@ def attention_inputs(height: int, width: int, num_queries: int = 5) -> list[Tens
 def attend_by_loops(
     layer: RowColumnAttention, inputs: list[Tensor], image: int, query: int
 ) -> Tensor:
-    """D, the definition: one weight for every pixel, pixel by pixel."""
+    """Compute the definition, with one weight for each pixel, pixel by pixel: D."""
     queries_x, queries_y, keys_x, keys_y, values, padding = (each[image] for each in inputs)
     weight, bias = layer.in_weight.view(5, DIM, DIM), layer.in_bias.view(5, DIM)
     height, width = padding.shape
@@ -119,7 +119,7 @@ def test_gradients_of_attention_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda *inputs: layer(*inputs, padding), floats)
 
 
-def test_what_lies_in_the_padding_has_no_weight():
+def test_values_in_the_padding_have_no_weight():
     layer = shaken(RowColumnAttention(DIM, HEADS, dropout=0.0)).double()
     inputs = attention_inputs(4, 5)
     read = layer(*inputs)
@@ -129,7 +129,7 @@ def test_what_lies_in_the_padding_has_no_weight():
 
 
 def sines(place: Tensor, num_features: int) -> Tensor:
-    """D of one number in 0..1."""
+    """Encode one number in 0..1 as D sines and cosines."""
     return torch.stack(
         [
             (torch.sin if i % 2 == 0 else torch.cos)(
@@ -141,7 +141,7 @@ def sines(place: Tensor, num_features: int) -> Tensor:
 
 
 def detect_one_by_one(model: AnchorDETR, feature: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The paper's model on one unpadded feature map D H W, with full H·W attention maps."""
+    """Run the paper's model on one unpadded feature map D H W, with full H·W attention maps."""
     config = model.config
     height, width = feature.shape[1:]
     xs = [torch.tensor((w + 0.5) / width, dtype=torch.float64) for w in range(width)]
@@ -195,7 +195,7 @@ def detect_one_by_one(model: AnchorDETR, feature: Tensor) -> tuple[list[Tensor],
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 4), (4, 3)])
-def test_the_model_is_the_papers_with_full_attention_maps(height: int, width: int):
+def test_the_model_equals_the_paper_with_full_attention_maps(height: int, width: int):
     model = tiny_model()
     feature = torch.randn(DIM, height, width, dtype=torch.float64)
     padding = torch.zeros(1, 32 * height, 32 * width, dtype=torch.bool)
@@ -210,7 +210,7 @@ def test_the_model_is_the_papers_with_full_attention_maps(height: int, width: in
 
 
 def detect_padded(model: AnchorDETR, fill: float, rows: int, columns: int) -> Tensor:
-    """Logits from a 3 x 4 map with so much padding below and to the right."""
+    """Return logits from a 3 x 4 map with this many rows and columns of padding."""
     generator = torch.Generator().manual_seed(2)
     feature = torch.randn(1, DIM, 3, 4, generator=generator, dtype=torch.float64)
     padded = F.pad(feature, (0, columns, 0, rows), value=fill)
@@ -220,7 +220,7 @@ def detect_padded(model: AnchorDETR, fill: float, rows: int, columns: int) -> Te
         return model.detect(padded, padding).logits
 
 
-def test_padding_changes_nothing_where_averages_leave_it_out():
+def test_padding_changes_nothing_where_averages_exclude_it():
     model = tiny_model(average_padding=False)
     alone = detect_padded(model, 0.0, rows=0, columns=0)
     for fill, rows, columns in ((0.0, 1, 2), (9.0, 1, 2), (9.0, 4, 0)):
@@ -260,7 +260,7 @@ def test_r50_has_the_published_number_of_parameters():
     assert round(trainable / 1e6) == 37  # without stem and first stage
 
 
-def test_it_starts_as_the_released_code_does():
+def test_initial_weights_are_those_of_the_released_code():
     torch.manual_seed(0)
     model = AnchorDETR(replace(TINY, num_points=50))
     batch = pad_batch([torch.randn(3, 64, 96)], [Target(torch.zeros(0, 4), torch.zeros(0).long())])
@@ -298,7 +298,7 @@ def test_every_parameter_learns():
     assert without == []
 
 
-def test_losses_are_those_of_every_layer_matched_by_itself():
+def test_losses_are_those_of_every_layer_matched_on_its_own():
     generator = torch.Generator().manual_seed(3)
     target = Target(torch.rand(3, 4, generator=generator) / 2, torch.tensor([0, 2, 2]))
     batch = pad_batch([torch.zeros(3, 8, 8)], [target])
@@ -322,7 +322,7 @@ def test_assignment_by_iou_is_refused_for_a_model_without_proposals():
         make_criterion(CriterionConfig(), AnchorDETRConfig())
 
 
-def test_the_kind_of_configuration_decides_on_the_detector():
+def test_the_type_of_the_configuration_selects_the_detector():
     assert isinstance(make_detector(TINY), AnchorDETR)
     assert isinstance(make_criterion(CriterionConfig(), ModelConfig()), Criterion)
 
@@ -366,11 +366,11 @@ def test_dc5_is_torchvisions_dilated_resnet():
     torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
-# Published names, as the modules of the public code make them.
+# Published names, as the modules of the public code define them.
 
 
 def published_names(format_: str, num_layers: int) -> set[str]:
-    """Of the official code, without the backbone."""
+    """Return the names in a published file, without the backbone."""
     names = {"transformer.pattern.weight", "transformer.position.weight"}
     rcda = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     layer = [

@@ -1,4 +1,4 @@
-"""Which prediction answers for which object: published cases, plain references, the repairs."""
+"""Assignment of predictions to objects: published cases, plain references, the repairs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARED = Path(
 
 
 def listed(pattern: str) -> dict:
-    """Arguments of parametrize: every case of the lists with such a name."""
+    """Return the arguments of parametrize for every case of the lists with such a name."""
     chosen = [
         (path, case)
         for path in sorted((SHARED / "parity").glob(f"*/assigners/{pattern}.json"))
@@ -64,7 +64,7 @@ def tensors_of(path: Path, case: dict) -> dict[str, Tensor]:
 
 
 def published_priority(case: dict, tensors: dict[str, Tensor]) -> Tensor:
-    """What stays when positives are thinned out, drawn as the released code draws it."""
+    """Return the priority of positives in the subsampling, drawn as in the released code."""
     priority = torch.full((1, case["n_proposals"]), case["n_proposals"], dtype=torch.int64)
     positives = tensors.get("positive_proposals_before_sampling")
     if positives is not None:
@@ -93,7 +93,7 @@ def test_parity_of_assignment(path: Path, case: dict, record_property):
     predictions, objects = matches.pairs(0)
     assert len(predictions) == len(objects)
     if case["raises"]:
-        # Released code wants four predictions; here an object gets as many as there are.
+        # Released code needs four predictions; here an object gets as many as there are.
         assert (objects.bincount() <= case["n_proposals"]).all()
         return
     expected = torch.stack([tensors["pred_indices"], tensors["gt_indices"]], 1).tolist()
@@ -140,7 +140,7 @@ PLAIN = IouAssignerConfig(positive_iou=0.6, max_positives=20)
 def assign_plainly(
     boxes: Tensor, objects: Tensor, priority: Tensor, config: IouAssignerConfig
 ) -> set[tuple[int, int]]:
-    """The definition for one image, with loops: (prediction, object) pairs."""
+    """Return the (prediction, object) pairs of one image by the definition, with loops."""
     iou = box_iou(cxcywh_to_xyxy(objects), cxcywh_to_xyxy(boxes)).tolist()
     num_objects, num_boxes = len(objects), len(boxes)
     if num_objects == 0:
@@ -177,7 +177,7 @@ def pairs_of(matches: Matches, image: int = 0) -> set[tuple[int, int]]:
 
 
 def random_boxes(num_boxes: int, seed: int) -> Tensor:
-    """cxcywh, inside 0..1 and so dense that overlaps are common."""
+    """Return cxcywh boxes inside 0..1, so dense that overlaps are common."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(num_boxes, 2, 2, generator=generator) * 0.4
     return xyxy_to_cxcywh(torch.cat([corners.amin(1), corners.amax(1) + 0.1], -1))
@@ -201,7 +201,9 @@ def objects_only(boxes: Tensor) -> Targets:
         replace(PLAIN, max_per_object=1, exclusive=True, require_overlap=True, subsample=False),
     ],
 )
-def test_assignment_is_its_definition(config: IouAssignerConfig, num_boxes: int, num_objects: int):
+def test_assignment_equals_its_definition(
+    config: IouAssignerConfig, num_boxes: int, num_objects: int
+):
     for seed in range(3):
         boxes, objects = random_boxes(num_boxes, seed), random_boxes(num_objects, seed + 100)
         priority = random_priority(torch.tensor([seed]), num_boxes)
@@ -227,7 +229,7 @@ def test_an_assignment_does_not_depend_on_the_other_images():
 
 
 def boxes_at(*x_and_width: tuple[float, float]) -> Tensor:
-    """cxcywh, as high as the image, with this left side and width."""
+    """Return cxcywh boxes as high as the image, with this left side and width."""
     return torch.tensor([[x + width / 2, 0.5, width, 1.0] for x, width in x_and_width])
 
 
@@ -245,7 +247,7 @@ def test_exclusive_gives_a_prediction_to_the_object_that_it_overlaps_more():
     assert assign_one(boxes, objects, replace(config, exclusive=True)) == {(1, 0), (2, 1)}
 
 
-def test_require_overlap_leaves_an_object_that_nothing_overlaps_without_match():
+def test_with_require_overlap_an_object_that_nothing_overlaps_has_no_match():
     boxes = boxes_at((0.0, 0.2), (0.25, 0.2), (0.4, 0.1))
     objects = boxes_at((0.01, 0.2), (0.8, 0.1))
     # Without overlap for object 1, all three become positive for it; two of them, not
@@ -260,7 +262,7 @@ def test_subsample_keeps_the_positives_that_come_first():
     objects = boxes_at((0.0, 0.2), (0.5, 0.2))
     few = replace(PLAIN, max_positives=2)
     targets = objects_only(objects)
-    # Both that stay chose object 0, which so gets its best two; object 1 gets none.
+    # Both remaining positives chose object 0, which gets its best two; object 1 gets none.
     priority = torch.tensor([[0, 2, 1, 3]])
     assert pairs_of(assign_by_iou(boxes[None], targets, priority, few)) == {(0, 0), (2, 0)}
     everyone = pairs_of(
@@ -280,7 +282,7 @@ def test_equal_overlaps_go_to_the_first_object():
     assert assign_one(boxes, boxes.repeat(3, 1), PLAIN) == {(0, 0)}
 
 
-def test_of_several_objects_the_last_names_the_class():
+def test_of_several_objects_the_last_gives_the_class():
     matches = Matches(
         torch.tensor([[[0, 1], [1, 2], [3, 3]]]),
         torch.tensor([[[True, True], [True, False], [False, False]]]),
@@ -289,7 +291,7 @@ def test_of_several_objects_the_last_names_the_class():
 
 
 def splitmix64(seed: int, index: int) -> int:
-    """The published generator's output number `index` (from 1), in unsigned arithmetic."""
+    """Return the published generator's output number `index` (from 1), in unsigned arithmetic."""
     mask = 2**64 - 1
     z = (seed + index * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -305,7 +307,7 @@ def test_random_priority_is_splitmix64():
         assert found[row].tolist() == expected
 
 
-def test_random_priority_follows_from_the_seed_alone():
+def test_random_priority_depends_on_the_seed_only():
     seeds = torch.tensor([5, 17, 5])
     found = random_priority(seeds, 100)
     assert torch.equal(found[0], found[2])
@@ -314,14 +316,14 @@ def test_random_priority_follows_from_the_seed_alone():
     assert not torch.equal(found[0], random_priority(~seeds, 100)[0])
 
 
-def test_random_priority_prefers_no_place():
-    # Of 64 places each should be the first one 20000 / 64 = 312 times, give or take 18.
+def test_random_priority_prefers_no_position():
+    # Each of 64 positions should be the first one 20000 / 64 = 312 times, give or take 18.
     first = random_priority(torch.arange(20_000), 64).argmin(1).bincount(minlength=64)
     assert ((first - 20_000 / 64).abs() < 5 * math.sqrt(20_000 / 64)).all()
 
 
 @pytest.mark.parametrize(("num_predictions", "num_objects"), [(4, 3), (3, 4), (4, 1), (1, 1)])
-def test_matching_is_the_cheapest_of_all(num_predictions: int, num_objects: int):
+def test_matching_is_the_cheapest_one(num_predictions: int, num_objects: int):
     generator = torch.Generator().manual_seed(num_predictions)
     logits = torch.randn(2, 1, num_predictions, 5, generator=generator)
     boxes = torch.stack([random_boxes(num_predictions, seed)[None] for seed in (0, 1)])
@@ -369,6 +371,6 @@ def test_matching_survives_predictions_that_are_not_finite():
         ({"max_per_object": 0}, "max_per_object=0"),
     ],
 )
-def test_settings_without_meaning_are_refused(changes: dict, message: str):
+def test_invalid_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **changes)

@@ -1,4 +1,4 @@
-"""The attention module against published numbers, and its first look around."""
+"""The attention module against published numbers, and its initial sampling offsets."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def make_attention(**changes) -> tuple[MultiScaleDeformableAttention, dict]:
     return attention, arguments | changes
 
 
-def test_what_is_under_the_padding_is_never_read():
+def test_memory_under_the_padding_is_never_read():
     attention, arguments = make_attention()
     expected = attention(**arguments)
     junk = arguments["memory"].masked_fill(arguments["padding"][..., None], 1e6)
@@ -96,7 +96,7 @@ def test_queries_do_not_depend_on_each_other():
     torch.testing.assert_close(together[:, 2:3], alone)
 
 
-def test_at_first_every_head_looks_its_own_way_further_with_every_point():
+def test_initially_each_head_samples_in_its_own_direction_further_with_each_point():
     attention = MultiScaleDeformableAttention(32, num_heads=4, num_levels=3, num_points=2)
     offsets = attention.sampling_offsets.bias.detach().view(4, 3, 2, 2)
     directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])

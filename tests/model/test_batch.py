@@ -29,7 +29,7 @@ def test_images_lie_in_the_top_left_corner_and_padding_is_zero():
 
 
 @pytest.mark.parametrize("counts", [[0], [0, 0], [3, 0, 1], [1]])
-def test_targets_come_back_from_the_padding(counts: list[int]):
+def test_targets_are_recovered_from_the_padding(counts: list[int]):
     targets = [make_target(count, seed) for seed, count in enumerate(counts)]
     padded = pad_targets(targets)
     assert padded.labels.shape == (len(counts), max(1, *counts, 0))
@@ -61,7 +61,7 @@ def test_images_keep_their_precision():
 @pytest.mark.parametrize(
     ("num_images", "num_targets", "seeds"), [(0, 0, None), (2, 1, None), (2, 2, [1])]
 )
-def test_what_does_not_belong_together_is_refused(num_images, num_targets, seeds):
+def test_images_targets_and_seeds_of_different_numbers_are_refused(num_images, num_targets, seeds):
     images = [torch.zeros(3, 2, 2)] * num_images
     with pytest.raises(ValueError, match="a batch needs images"):
         pad_batch(images, [make_target(1)] * num_targets, seeds)

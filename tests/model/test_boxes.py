@@ -31,7 +31,7 @@ CASES = [
 
 
 def cases(prefix: str) -> dict:
-    """Arguments of parametrize: every shared case whose name begins so."""
+    """Return the arguments of parametrize for every shared case with this prefix."""
     chosen = [case for case in CASES if case[1].startswith(prefix)]
     return {
         "argnames": ("path", "name"),
@@ -41,7 +41,7 @@ def cases(prefix: str) -> dict:
 
 
 def random_boxes(num_boxes: int, seed: int) -> torch.Tensor:
-    """xyxy, in 0..1."""
+    """Return xyxy boxes in 0..1."""
     generator = torch.Generator().manual_seed(seed)
     corners = torch.rand(num_boxes, 2, 2, generator=generator)
     return torch.cat([corners.amin(1), corners.amax(1)], -1)
@@ -51,7 +51,7 @@ def random_boxes(num_boxes: int, seed: int) -> torch.Tensor:
 def test_parity_of_iou_and_generalized_iou(path: Path, name: str, compare):
     case = load_file(path)
     boxes1, boxes2 = (cxcywh_to_xyxy(case[f"{name}.{key}"]) for key in "ab")
-    # A single rounding apart; detrex's epsilon would show as 5e-6.
+    # One rounding of difference; detrex's epsilon would show as 5e-6.
     compare("functions", "IoU", pairwise_iou(boxes1, boxes2), case[f"{name}.iou"], 1e-6)
     found = pairwise_generalized_iou(boxes1, boxes2)
     compare("functions", "GIoU", found, case[f"{name}.giou"], 1e-6)
@@ -108,7 +108,7 @@ def test_leading_dimensions_are_kept():
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
-def test_box_logits_are_finite_and_undone_by_the_sigmoid(eps: float):
+def test_box_logits_are_finite_and_the_sigmoid_inverts_them(eps: float):
     boxes = torch.tensor([-1.0, 0.0, eps / 2, eps, 0.25, 0.5, 1 - 2 * eps, 1.0, 2.0])
     logits = box_logits(boxes, eps)
     assert logits.isfinite().all()

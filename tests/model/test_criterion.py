@@ -1,4 +1,4 @@
-"""Losses, matches and gradients against published models, and properties of every batch."""
+"""Losses, matches and gradients against published models, and properties of all batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL_CASES = [
     (path.parent, path.stem.removeprefix("losses_"))
     for path in sorted((SHARED / "parity").glob("*/model_*/losses_*.json"))
 ]
-# Without the images, what flows into the backbone is not known.
+# Without the images, the gradients of the backbone are unknown.
 IMAGE_CASES = [
     (folder, variant)
     for folder, variant in MODEL_CASES
@@ -68,7 +68,7 @@ def test_parity_of_focal_loss(path: Path, name: str, compare):
 
 
 def our_loss_name(published: str) -> str | None:
-    """None for what is only logged."""
+    """Return our name, or None for a value that is only logged."""
     kinds = {"loss_ce": "class", "loss_bbox": "l1", "loss_giou": "giou"}
     for kind, ours in kinds.items():
         if published == kind or published.startswith(f"{kind}_"):
@@ -86,7 +86,7 @@ def compare_losses(compare, group: str, found: dict[str, Tensor], expected: dict
 
 
 def pairs_of(matches: Matches, image: int, order: Tensor | None = None) -> set[tuple[int, int]]:
-    """(prediction, object) pairs, predictions renumbered by `order`, published row to ours."""
+    """Return (prediction, object) pairs; `order` maps published rows to ours."""
     predictions, objects = matches.pairs(image)
     if order is not None:
         predictions = order[image].argsort()[predictions]
@@ -96,7 +96,7 @@ def pairs_of(matches: Matches, image: int, order: Tensor | None = None) -> set[t
 def compare_matches(
     record_property, group: str, found: list[Matches], encoder: Matches, expected: dict, order
 ) -> None:
-    """`found` has one entry a decoder layer."""
+    """Compare the matches; `found` has one entry per decoder layer."""
     num_layers = len(found)
     lists = {"encoder": (encoder, None)}
     for key in expected:
@@ -159,10 +159,11 @@ def test_parity_of_gradients(folder: Path, variant: str, published_model, compar
     }
     assert set(expected) <= set(ours)
     assert set(case.losses["parameters_without_gradient"]).isdisjoint(ours)
-    if case.model.config.dim <= 32:  # a GroupNorm of one channel a group takes the bias out again
+    if case.model.config.dim <= 32:  # a GroupNorm of one channel per group cancels the bias
         expected = {name: s for name, s in expected.items() if not BEFORE_NORM.fullmatch(name)}
-    # Other gradients are zero but for rounding, too, so a millionth of the whole passes. 1e-3 is
-    # for the sampling offsets and all below: their gradient jumps where a sample crosses a pixel.
+    # Other gradients are also zero up to rounding, so a millionth of the total norm passes. 1e-3
+    # is for the sampling offsets and all layers before them: their gradient jumps where a sample
+    # crosses a pixel.
     total_norm = math.sqrt(sum(norm**2 for norm, _, _ in expected.values()))
     worst = 0.0
     for name, (norm, _, largest) in expected.items():
@@ -183,7 +184,7 @@ def test_parity_of_gradients(folder: Path, variant: str, published_model, compar
     ids=[f"{folder.name}-{variant}" for folder, variant in IMAGE_CASES],
 )
 def test_parity_of_training_steps(folder: Path, variant: str, published_model, compare):
-    """Official groups: a tenth of the rate for the backbone and for sampling offsets."""
+    """Train with the official groups: a tenth of the rate for backbone and sampling offsets."""
     case = published_model(folder, variant)
     groups: dict[float, list[Tensor]] = {2e-4: [], 2e-5: []}
     for name, parameter in case.model.named_parameters():
@@ -192,7 +193,7 @@ def test_parity_of_training_steps(folder: Path, variant: str, published_model, c
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": lr} for lr, parameters in groups.items()], weight_decay=1e-4
     )
-    # The first steps of Adam amplify the rounding of gradients near zero, more with each step.
+    # Adam's first steps amplify the rounding of gradients near zero, more with each step.
     for step, (expected, tolerance) in enumerate(
         zip(case.losses["adamw_steps"][:3], (1e-5, 1e-3, 1e-3), strict=True)
     ):
@@ -226,7 +227,7 @@ def test_parity_of_full_size_losses(path: Path, full_size_run, compare, record_p
     )
 
 
-# A small stand-in for a model's outputs, whose losses and gradients can be followed.
+# A small replacement for a model's outputs, whose losses and gradients are easy to follow.
 
 
 def make_outputs(num_images: int = 2, num_classes: int = 3, seed: int = 0) -> Outputs:
@@ -265,7 +266,7 @@ CONFIGS = [CriterionConfig(), CriterionConfig(assignment="one_to_one")]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.assignment)
-def test_losses_are_their_definition(config: CriterionConfig):
+def test_losses_equal_their_definition(config: CriterionConfig):
     outputs, batch = make_outputs(), make_batch(3, 1)
     criterion = Criterion(config, num_queries=20)
     with torch.no_grad():
@@ -358,7 +359,7 @@ def test_the_total_is_weighted():
     assert float(total) == 1 + 2 + 30 + 400
 
 
-def test_a_prediction_that_is_not_finite_shows_in_the_loss():
+def test_a_prediction_that_is_not_finite_makes_the_loss_not_finite():
     outputs, batch = make_outputs(), make_batch(3, 1)
     with torch.no_grad():
         outputs.logits[0, 1, 7, 2] = torch.nan
@@ -376,7 +377,7 @@ def test_repairs_reach_both_assigners(repair: str):
     assert getattr(criterion.second_stage, repair) is not default
 
 
-def test_settings_without_meaning_are_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="assignment='greedy'"):
         CriterionConfig(assignment="greedy")
     with pytest.raises(ValueError, match=r"positive_iou=2\.0"):

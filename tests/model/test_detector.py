@@ -1,4 +1,4 @@
-"""The whole model against published models, and properties that hold for every input."""
+"""The complete model against published models, and properties that hold for every input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL_CASES = [
 IMAGE_CASES = sorted(
     {folder for folder, _ in MODEL_CASES if "images" in load_file(folder / "inputs.safetensors")}
 )
-# A case without a recipe (hf_seed0) hangs on the order in which Hugging Face draws its numbers.
+# A case without a recipe (hf_seed0) depends on the order in which Hugging Face draws its numbers.
 FULL_SIZE_CASES = [
     path
     for path in sorted((SHARED / "parity").glob("*/full_size/*.json"))
@@ -38,7 +38,7 @@ FULL_SIZE_CASES = [
 
 
 def in_order(rows: Tensor, order: Tensor) -> Tensor:
-    """… B Q D in the order B Q."""
+    """Reorder rows … B Q D by B Q."""
     index = order[..., None].expand(*rows.shape[:-1], rows.shape[-1])
     return rows.gather(-2, index)
 
@@ -56,7 +56,7 @@ def test_parity_of_a_shrunken_model(
     with torch.no_grad(), record_parts(case.model) as parts:
         outputs = case.run_from_features()
 
-    # A GroupNorm of one channel a group, as in the smallest of these, amplifies rounding tenfold.
+    # A GroupNorm of one channel per group, as in the smallest case, amplifies rounding tenfold.
     compare(group, "memory", parts["memory"], expected["memory"], 1e-4)
     compare(group, "valid ratios", parts["levels"].valid_ratio, expected["valid_ratios"], 1e-6)
     compare(group, "first-stage logits", outputs.encoder_logits, expected["enc_logits"], 1e-4)
@@ -74,7 +74,7 @@ def test_parity_of_a_shrunken_model(
         ("boxes", outputs.boxes, "pred_boxes", 1e-5),
     ):
         compare(group, name, in_order(found, order), expected[key], tolerance)
-    # Where float64 results are given, they are the truth that both float32 programs miss a little.
+    # Where float64 results exist, they are the reference from which both float32 programs deviate.
     for name, found, key, tolerance in (
         ("proposals, from float64", outputs.proposals, "f64.init_reference", 1e-5),
         ("logits, from float64", outputs.logits[-1], "f64.pred_logits", 1e-4),
@@ -95,10 +95,10 @@ def test_parity_of_a_small_backbone(folder: Path, published_model, compare):
 
 
 def compare_summary(compare, name: str, found: Tensor, expected: dict, ordered: bool) -> None:
-    """Against the numbers that stand for a whole tensor in a full-size case.
+    """Compare a tensor with the numbers that summarise it in a full-size case.
 
-    Rows of queries whose scores are nearly equal may swap: then the first ones are looked for
-    among our first ones.
+    Rows of queries whose scores are nearly equal may swap. So unless `ordered`, the first published
+    rows may be anywhere among our first rows.
     """
     assert list(found.shape) == expected["shape"], name
     values = found.double()
@@ -112,7 +112,7 @@ def compare_summary(compare, name: str, found: Tensor, expected: dict, ordered: 
     }
     wanted = torch.tensor([expected[key] for key in statistics], dtype=torch.float64) / scale
     wanted[-1] /= found.numel()
-    # Of the largest element: 1e-4 for the extremes; means come much closer.
+    # Relative to the largest element: 1e-4 for the extremes; means are much closer.
     compare("full_size", name, torch.stack(list(statistics.values())), wanted, 1e-4)
     first, last = torch.tensor(expected["first16"]), torch.tensor(expected["last8"])
     if ordered:
@@ -192,7 +192,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def small_model(**changes) -> DETA:
-    """With box heads that do something, unlike at the very start."""
+    """Return a model with random heads; the initial box heads change nothing."""
     torch.manual_seed(0)
     model = DETA(small_config(**changes))
     for head in model.box_heads:
@@ -238,7 +238,7 @@ VARIANTS = [("spread", "iou"), ("highest", "one_to_one")]
         ([(40, 40), (48, 30)], [0, 0]),
     ],
 )
-def test_images_of_any_size_with_any_number_of_objects_teach_all_parameters(
+def test_images_of_any_size_with_any_number_of_objects_train_all_parameters(
     sizes, counts, selection, assignment
 ):
     model = small_model(proposal_selection=selection)
@@ -249,7 +249,7 @@ def test_images_of_any_size_with_any_number_of_objects_teach_all_parameters(
         assert parameter.grad.isfinite().all(), name
 
 
-def test_outputs_are_what_they_say():
+def test_outputs_have_the_documented_shapes_and_ranges():
     model = small_model()
     batch = random_batch([(64, 96), (50, 40)], [0, 0])
     outputs = model(batch.images, batch.padding)
@@ -265,7 +265,7 @@ def test_outputs_are_what_they_say():
 
 
 def random_levels(height: int, width: int, num_images: int = 2) -> list[Tensor]:
-    """What the pyramid might give for images of multiples of 128 pixels."""
+    """Return possible outputs of the pyramid for images of multiples of 128 pixels."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randn(num_images, 64, height // stride, width // stride, generator=generator)
@@ -281,9 +281,11 @@ def assert_same_queries(found: Outputs, expected: Outputs, tolerance: float = 0.
 
 
 @torch.no_grad()
-def test_what_is_under_the_padding_changes_nothing():
-    """Of the levels. A whole model does look under it, as published ones do: convolutions mix
-    neighbours, and a GroupNorm takes its statistics over the padded map."""
+def test_level_pixels_under_the_padding_change_nothing():
+    """Start from the levels, because a complete model does read padding, as published ones do.
+
+    Convolutions mix neighbours, and a GroupNorm takes its statistics over the padded map.
+    """
     model = small_model()
     levels = random_levels(128, 256)
     padding = torch.zeros(2, 128, 256, dtype=torch.bool)
@@ -303,12 +305,12 @@ def test_what_is_under_the_padding_changes_nothing():
 
 @torch.no_grad()
 def test_more_padding_changes_nothing():
-    """Given the same levels, and as far as it is true of published models.
+    """Start from the same levels; the property holds only as far as in published models.
 
-    Frames must be whole pixels on every level; elsewhere a pixel at the border is part image and
-    part padding. Unused pixels must score low, as training teaches; otherwise one becomes a
-    proposal. With "spread" it becomes one whatever it scores on a level with fewer pixels than its
-    share, so padding costs up to one query a level there, and this holds for "highest" only.
+    Image sizes must be whole pixels on every level; otherwise a border pixel is part image and part
+    padding. Unused pixels must score low, as after training; otherwise one becomes a proposal. With
+    "spread", an unused pixel of a level with fewer pixels than its share becomes a proposal with
+    any score. So padding costs up to one query per level there, and this holds for "highest" only.
     """
     model = small_model(proposal_selection="highest")
     stage = model.first_stage
@@ -323,13 +325,13 @@ def test_more_padding_changes_nothing():
         torch.nn.functional.pad(level, (0, 2 * level.shape[3], 0, level.shape[2]), value=7.0)
         for level in levels
     ]
-    # Rounding only: samples are placed in another frame.
+    # Rounding only: sample positions are relative to another size.
     assert_same_queries(model.detect(wider, padding), expected, tolerance=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("selection", ["spread", "highest"])
-def test_an_image_is_alone_in_its_batch(selection: str):
+def test_an_image_does_not_depend_on_the_other_images_of_its_batch(selection: str):
     model = small_model(proposal_selection=selection)
     levels = random_levels(128, 128)
     padding = torch.zeros(2, 128, 128, dtype=torch.bool)
@@ -343,7 +345,7 @@ def test_an_image_is_alone_in_its_batch(selection: str):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_nothing_but_suppression_waits_for_the_device(monkeypatch, channels_last: bool):
-    """On the meta device there are no values: whatever asks for one raises."""
+    """Run on the meta device, which has no values: code that reads one raises."""
 
     def keep_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
         return torch.arange(len(scores), device=scores.device)
@@ -369,7 +371,7 @@ def test_bfloat16_gives_nearly_the_same_loss():
     with torch.autocast("cpu", torch.bfloat16):
         found = train_once(model, batch, "iou")
     assert found.dtype == torch.float32
-    # 8 bits, and other proposals where scores were close.
+    # 8 bits of precision, and other proposals where scores were close.
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -386,7 +388,7 @@ def test_parity_of_the_number_of_parameters(num_classes: int, total: int, traina
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
 
 
-def test_first_weights_are_as_in_the_official_code():
+def test_initial_weights_are_those_of_the_official_code():
     torch.manual_seed(0)
     model = DETA(small_config())
     for class_head, box_head in zip(model.class_heads, model.box_heads, strict=True):
@@ -417,6 +419,6 @@ def test_first_weights_are_as_in_the_official_code():
         ({"proposal_selection": "best"}, "proposal_selection='best'"),
     ],
 )
-def test_settings_without_meaning_are_refused(changes: dict, message: str):
+def test_invalid_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         small_config(**changes)

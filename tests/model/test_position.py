@@ -24,7 +24,7 @@ CASES = [
 
 
 def cases(prefix: str) -> dict:
-    """Arguments of parametrize: every shared case whose name begins so."""
+    """Return the arguments of parametrize for every shared case with this prefix."""
     chosen = [case for case in CASES if case[1].startswith(prefix)]
     return {
         "argnames": ("path", "name"),
@@ -49,7 +49,7 @@ def test_parity_of_box_encoding(path: Path, name: str, compare):
     compare("functions", "box encoding", found, expected, 1e-6)
 
 
-def test_pixel_encoding_is_the_formula():
+def test_pixel_encoding_equals_the_formula():
     padding = torch.ones(1, 4, 5, dtype=torch.bool)
     padding[:, :3, :4] = False
     encoded = encode_pixels(padding, 8)

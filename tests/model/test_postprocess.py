@@ -40,7 +40,7 @@ TIE = 1e-5  # scores closer than this may swap between two correct programs
 
 
 def outputs_with(logits: Tensor, boxes: Tensor) -> Outputs:
-    """Only the last layer is read; the rest is not there."""
+    """Return outputs with the last layer only; the rest is empty and never read."""
     nothing = torch.empty(0)
     return Outputs(logits[None], boxes[None], nothing, nothing, nothing, nothing)
 
@@ -48,14 +48,14 @@ def outputs_with(logits: Tensor, boxes: Tensor) -> Outputs:
 def compare_detections(
     compare, group: str, found: Detections, scores: Tensor, labels: Tensor, boxes: Tensor
 ) -> None:
-    """Each published detection has one of ours, each of ours stands for one of them."""
+    """Pair each published detection with one of ours, and compare the pairs."""
     assert len(found.scores) == len(scores)
     free = torch.ones(len(found.scores), dtype=torch.bool)
     theirs, ours = [], []
     for row, (score, label, box) in enumerate(zip(scores, labels, boxes, strict=True)):
         alike = free & ((found.scores - score).abs() <= TIE) & (found.labels == label)
         if not alike.any() and score <= found.scores[-1] + TIE:
-            continue  # another one was as good for the last place
+            continue  # another one tied for the last rank
         assert alike.any(), f"no detection of class {label} with score {score}"
         distance = (found.boxes_px - box).abs().amax(1).masked_fill(~alike, torch.inf)
         ours.append(int(distance.argmin()))
@@ -123,7 +123,7 @@ def test_parity_of_full_size_detections(path: Path, full_size_run, compare):
 def suppress_plainly(
     scores: Tensor, boxes_px: Tensor, config: PostprocessConfig
 ) -> list[tuple[float, int]]:
-    """(score, class) of what stays of one image, one pair at a time."""
+    """Return (score, class) of one image's surviving detections, computed pair by pair."""
     pairs = sorted(
         ((float(scores[q, c]), q, c) for q in range(len(scores)) for c in range(scores.shape[1])),
         reverse=True,
@@ -138,7 +138,7 @@ def suppress_plainly(
 
 
 @pytest.mark.parametrize("max_candidates", [10, 10_000])
-def test_suppression_is_its_definition(max_candidates: int):
+def test_suppression_equals_its_definition(max_candidates: int):
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(2, 5, 4, generator=generator) * 0.4 + 0.2
     boxes = boxes.repeat(1, 3, 1) + 0.02 * torch.rand(2, 15, 4, generator=generator)
@@ -194,6 +194,6 @@ def test_one_query_and_one_class_give_one_detection():
         ({"max_detections": 0}, "max_detections"),
     ],
 )
-def test_settings_without_meaning_are_refused(changes: dict, message: str):
+def test_invalid_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         PostprocessConfig(**changes)

@@ -1,4 +1,4 @@
-"""Published weights under our names and back, against key lists of the three public codes."""
+"""Published weights renamed to ours and back, against key lists of the three public codes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SWIN = BackboneConfig(
 
 
 def swin_of(name: str, **sizes) -> BackboneConfig:
-    """A Swin of any size, under a name of its own like any other network of timm."""
+    """Register a Swin of any size in timm under its own name."""
 
     def build(pretrained: bool = False, **options) -> SwinTransformer:
         return _create_swin_transformer(name, pretrained, **{**options, **sizes})
@@ -78,7 +78,7 @@ SMALL_RESNET = replace(SMALL, backbone=replace(RESNET, name="resnet18.tv_in1k"))
 
 
 def shared_json(kind: str) -> list:
-    """The JSON tables of published names whose entries have this field, one case each."""
+    """Return the JSON tables of published names whose entries have this field, one case each."""
     tables = {path.stem: json.loads(path.read_text()) for path in SHARED.glob("keys/*.json")}
     cases = [
         pytest.param(table, id=name)
@@ -109,18 +109,18 @@ def randomised(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    """Of a SMALL model."""
+    """Random weights of a SMALL model."""
     return randomised(DETA(SMALL))
 
 
 @pytest.fixture(scope="module")
 def resnet_state() -> dict[str, Tensor]:
-    """Of a SMALL_RESNET model."""
+    """Random weights of a SMALL_RESNET model."""
     return randomised(DETA(SMALL_RESNET))
 
 
 def config_of(shapes: dict[str, torch.Size]) -> ModelConfig:
-    """The published model that has these tensors, by our names."""
+    """Return the configuration of the published model with these tensors, by our names."""
 
     def count(pattern: str) -> int:
         return len({found[0] for name in shapes if (found := re.match(pattern, name))})
@@ -141,7 +141,7 @@ def config_of(shapes: dict[str, torch.Size]) -> ModelConfig:
 @pytest.mark.parametrize("keys", shared_json("dtype"))
 def test_parity_of_names_and_shapes_with_published_weights(keys):
     published = {
-        # All zeros of a tensor lie in one place, so a Swin-L costs no memory.
+        # All elements of a tensor share one zero, so a Swin-L costs no memory.
         entry["name"]: torch.zeros((), dtype=getattr(torch, entry["dtype"])).expand(entry["shape"])
         for entry in keys
     }
@@ -163,7 +163,7 @@ def test_parity_of_names_and_shapes_with_published_weights(keys):
 
 @pytest.mark.parametrize("table", shared_json("official"))
 def test_parity_of_every_name_in_the_tables_of_all_three_layouts(table):
-    """Each tensor has its own random values, which must arrive under the same name of ours."""
+    """Give each tensor its own random values, which must end under the same name of ours."""
     generator = torch.Generator().manual_seed(0)
     states: dict[str, dict[str, Tensor]] = {layout: {} for layout in FORMATS}
     for entry in table:
@@ -215,7 +215,7 @@ def test_parity_of_swin_features_from_published_weights(case, compare):
 
     assert len(features) == len(expected)
     for number, feature in enumerate(features):
-        # 1e-5: room for another order of summation; on the machine of the fixture it is exact.
+        # 1e-5 allows another order of summation; on the fixture's machine the result is exact.
         compare("swin", f"feat{number}", feature, expected[f"feat{number}"], 1e-5)
     exported = rename_to_published(ours, "official")
     assert exported.keys() == {f"backbone.0.body.{name}" for name in weights}
@@ -224,7 +224,7 @@ def test_parity_of_swin_features_from_published_weights(case, compare):
 
 
 def position_index(window: int) -> Tensor:
-    """Which row of the bias table lies between each two pixels of a window; P P, by loops."""
+    """Return the row of the bias table for each two pixels of a window: P P, by loops."""
     reach = 2 * window - 1
     pixels = [(y, x) for y in range(window) for x in range(window)]
     return torch.tensor(
@@ -259,7 +259,7 @@ def test_one_of_two_copies_is_enough(state, layout):
         assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
-def test_copies_that_differ_are_named(state):
+def test_different_copies_of_a_tensor_are_named(state):
     published = to_published(state, SMALL, "official")
     published["class_embed.1.bias"] = published["class_embed.1.bias"] + 1
 
@@ -267,7 +267,7 @@ def test_copies_that_differ_are_named(state):
         from_published(published, SMALL)
 
 
-def test_missing_and_left_over_tensors_are_named_and_counted(state):
+def test_missing_and_unused_tensors_are_named_and_counted(state):
     published = to_published(state, SMALL, "official")
     missing = {name: tensor for name, tensor in published.items() if "encoder" not in name}
     with pytest.raises(ValueError, match=r"encoder\.layers\.0\..* and 6 more missing"):
@@ -339,7 +339,7 @@ def test_a_backbone_without_published_names_cannot_be_exported():
         to_published(state, config, "official")
 
 
-def test_names_that_are_no_published_ones_are_refused(state):
+def test_names_that_are_not_published_are_refused(state):
     with pytest.raises(ValueError, match="already have this project's names"):
         detect_format(state)
     with pytest.raises(ValueError, match=r"rpn\.head\.weight: no name of a DETA"):
@@ -399,7 +399,7 @@ def test_detections_of_selected_classes_do_not_change(state, rows):
             )
 
 
-def test_the_first_stage_ranks_by_the_old_row_0_and_has_it_once(state):
+def test_the_first_stage_ranks_by_the_old_row_0_once(state):
     heads = [f"class_heads.{head}.bias" for head in range(3)]
     numbered = {**state, **{head: torch.arange(12.0) for head in heads}}
 

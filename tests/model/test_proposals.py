@@ -1,4 +1,4 @@
-"""Anchors and the choice of proposals, against published numbers and a plain reference."""
+"""Anchors and the selection of proposals, against published numbers and a plain reference."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_parity_of_selection(path: Path, case: dict, record_property):
 def select_spread_plainly(
     scores: Tensor, boxes: Tensor, shapes: list[tuple[int, int]], num_proposals: int
 ) -> list[int]:
-    """The definition of DETA's choice for one image, one pixel at a time."""
+    """Select one image's proposals by DETA's definition, one pixel at a time."""
     boxes = cxcywh_to_xyxy(boxes).clamp(0, 1).double()
     survivors, level_of = [], {}
     start = 0
@@ -109,7 +109,7 @@ def select_spread_plainly(
 def random_stage(
     shapes: list[tuple[int, int]], seed: int, num_distinct: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and boxes of two images; of `num_distinct` different boxes, if that is given."""
+    """Return scores and boxes of two images, with only `num_distinct` different boxes if given."""
     generator = torch.Generator().manual_seed(seed)
     num_pixels = sum(height * width for height, width in shapes)
     scores = torch.randn(2, num_pixels, generator=generator)
@@ -122,7 +122,7 @@ def random_stage(
 @pytest.mark.parametrize("num_proposals", [1, 4, 10, 37])
 @pytest.mark.parametrize("num_distinct", [None, 15, 1])
 @pytest.mark.parametrize("shapes", [[(8, 9), (4, 5), (2, 3)], [(6, 6), (1, 1)], [(7, 7)]])
-def test_spread_selection_is_its_definition(shapes, num_distinct, num_proposals):
+def test_spread_selection_equals_its_definition(shapes, num_distinct, num_proposals):
     scores, boxes = random_stage(shapes, num_proposals, num_distinct)
     found = select_spread(scores, boxes, shapes, num_proposals)
     for image in range(2):
@@ -150,7 +150,7 @@ def test_fewer_pixels_than_proposals_give_all_of_them(select: str):
     assert torch.equal(found, scores.argsort(1, descending=True))
 
 
-def test_selection_is_the_same_alone_and_in_a_batch():
+def test_an_image_gets_the_same_selection_alone_and_in_a_batch():
     shapes = [(8, 9), (4, 5)]
     scores, boxes = random_stage(shapes, seed=1, num_distinct=60)
     together = select_spread(scores, boxes, shapes, 20)
@@ -159,7 +159,7 @@ def test_selection_is_the_same_alone_and_in_a_batch():
         assert torch.equal(alone[0], together[image])
 
 
-def test_unused_pixels_have_no_anchor_and_stay_at_one():
+def test_unused_pixels_have_no_anchor_and_their_boxes_stay_at_one():
     padding = torch.zeros(1, 4, 4, dtype=torch.bool)
     padding[:, 3] = True
     levels = Levels.of([padding, torch.zeros(1, 1, 1, dtype=torch.bool)])
@@ -174,6 +174,6 @@ def test_unused_pixels_have_no_anchor_and_stay_at_one():
 def test_anchors_larger_than_the_image_are_not_used():
     padding = torch.zeros(1, 1, 1, dtype=torch.bool)
     logits, used = make_anchors(Levels.of([padding] * 7))
-    # 0.05 · 2^5 = 1.6 is no box of an image.
+    # 0.05 · 2^5 = 1.6 is larger than the image.
     assert used[0].tolist() == [True] * 5 + [False] * 2
     assert logits[0, 5:].isposinf().all()

@@ -1,4 +1,4 @@
-"""The suppression that is exported decides as torchvision's does."""
+"""The exportable suppression keeps the same boxes as torchvision's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deta.model.suppression import best_surviving, surviving
 
 
 def crowded_boxes(num_images: int, num_boxes: int, seed: int) -> Tensor:
-    """B N 4 xyxy float64, on a grid, so that overlaps of exactly the limit and equals occur."""
+    """Return boxes on a grid, B N 4 xyxy float64; equal boxes and IoUs at the limit occur."""
     generator = torch.Generator().manual_seed(seed)
     low = torch.randint(0, 12, (num_images, num_boxes, 2), generator=generator)
     size = torch.randint(0, 7, (num_images, num_boxes, 2), generator=generator)
@@ -20,7 +20,7 @@ def crowded_boxes(num_images: int, num_boxes: int, seed: int) -> Tensor:
 
 
 def falling_scores(num_boxes: int) -> Tensor:
-    """With equal ones: torchvision's sort is stable, and so keeps the order."""
+    """Return descending scores with ties, whose order torchvision's stable sort preserves."""
     return torch.linspace(1, 0, num_boxes).mul(20).round().div(20).double()
 
 
@@ -51,8 +51,8 @@ def test_the_best_survivors_of_each_class_are_those_of_torchvision(num_boxes, nu
         assert chosen[image].tolist() == expected + [-1] * (num_best - len(expected))
 
 
-def test_a_long_chain_of_removals_is_settled():
-    """Each box removes the next alone, so every second one stays: as many rounds as boxes."""
+def test_a_long_chain_of_removals_ends():
+    """Each box removes only the next, so every second one stays, after as many rounds as boxes."""
     left = torch.arange(50.0, dtype=torch.float64)
     boxes = torch.stack([left, left * 0, left + 2.5, left * 0 + 1], -1)[None]  # 1 50 4
 
@@ -67,11 +67,11 @@ def test_proposals_are_the_same_with_either_suppression(monkeypatch, seed):
     shapes = [(40, 44), (12, 11), (3, 4)]
     num_pixels = sum(height * width for height, width in shapes)
     scores = torch.randn(2, num_pixels, generator=generator)
-    scores = scores.round(decimals=3 - seed)  # the coarser, the more equal ones
+    scores = scores.round(decimals=3 - seed)  # coarser rounding gives more ties
     boxes = torch.rand(2, num_pixels, 4, generator=generator) * 0.05 + 0.4
 
     expected = select_spread(scores, boxes, shapes, 60)
-    # Not an export, but the path that one takes; loops run as plain Python.
+    # Takes the code path of an export; loops run as plain Python.
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     monkeypatch.setattr("deta.model.suppression.while_loop", _plain_loop)
 

@@ -1,4 +1,4 @@
-"""Encoder, decoder and what they know of the pyramid."""
+"""Encoder, decoder and their description of the pyramid's levels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_parity_of_valid_ratios_and_encoder_reference_points(path: Path, name: s
     centres = torch.empty(0)
 
     class Probe(nn.Module):
-        """Stands in for an encoder layer and keeps where it was told to look."""
+        """Replaces an encoder layer and records its reference points."""
 
         def forward(self, memory, position, seen, levels):
             nonlocal centres
@@ -63,7 +63,7 @@ def test_parity_of_valid_ratios_and_encoder_reference_points(path: Path, name: s
 
 
 def make_levels(valid=((4, 6), (2, 3)), padded=((5, 7), (3, 4))) -> Levels:
-    """Two levels of one image, each valid in its top left corner."""
+    """Return two levels of one image, each valid in its top left corner."""
     paddings = []
     for (rows, columns), (height, width) in zip(valid, padded, strict=True):
         padding = torch.ones(1, height, width, dtype=torch.bool)
@@ -101,7 +101,7 @@ def test_levels_by_hand():
     torch.testing.assert_close(centres[35 + 4 + 1], torch.tensor([1.5 / 3, 1.5 / 2]))
 
 
-def test_decoder_queries_can_come_in_any_order():
+def test_the_order_of_decoder_queries_does_not_matter():
     decoder, _, arguments = make_decoder()
     queries, boxes = decoder(**arguments)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -122,15 +122,15 @@ def test_each_layer_corrects_the_boxes_of_the_one_before():
         reference = boxes[layer]
 
 
-def test_a_box_teaches_its_own_head_only():
+def test_a_box_trains_its_own_head_only():
     decoder, heads, arguments = make_decoder()
     _, boxes = decoder(**arguments)
     boxes[1].sum().backward()
-    taught = [head.mlp[-1].weight.grad is not None for head in heads]
-    assert taught == [False, True, False, False]
+    trained = [head.mlp[-1].weight.grad is not None for head in heads]
+    assert trained == [False, True, False, False]
 
 
-def test_what_is_under_the_padding_reaches_no_query_and_no_pixel():
+def test_memory_under_the_padding_affects_no_query_and_no_pixel():
     decoder, _, arguments = make_decoder()
     levels = arguments["levels"]
     junk = arguments["memory"].masked_fill(levels.padding[..., None], 1e4)
@@ -145,13 +145,13 @@ def test_what_is_under_the_padding_reaches_no_query_and_no_pixel():
     assert torch.equal(encoder(junk, position, levels)[0, inside], expected)
 
 
-def test_a_new_box_head_leaves_the_reference_as_it_is():
+def test_a_new_box_head_does_not_change_the_reference():
     boxes = torch.rand(2, 3, 4)
     head = BoxHead(8)
     torch.testing.assert_close(head(torch.randn(2, 3, 8), box_logits(boxes, 1e-5)).sigmoid(), boxes)
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_in_training_only():
     torch.manual_seed(0)
     ffn = FeedForward(8, 16, dropout=0.5)
     x = torch.randn(4, 8)
