@@ -190,7 +190,7 @@ def _check(
     from deta.platform.inference.export_check import (
         OutputDifference,
         compare_detections,
-        measure_speed,
+        measure_runtime_speed,
         run_eagerly,
     )
     from deta.platform.inference.exported_model import (
@@ -218,19 +218,19 @@ def _check(
             )
             difference += compare_detections(one, other, size_px, limit)
     echo(f"{path.name}: largest differences: {difference}")
-    speed = measure_speed(run, pack_images(images[:1], size, least))
+    speed = measure_runtime_speed(run, pack_images(images[:1], size, least))
     echo(f"{path.name}: {speed}")
     return _Checked(digest, num_bytes, difference, speed)
 
 
 def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> RuntimeSpeed:
     from deta.platform.inference.export import least_side_px
-    from deta.platform.inference.export_check import measure_speed, run_eagerly
+    from deta.platform.inference.export_check import measure_runtime_speed, run_eagerly
     from deta.platform.inference.exported_model import pack_images
 
     least = least_side_px(predictor.model.config)
     image = pack_images(images[:1], predictor.config.data.evaluation_size, least)
-    speed = measure_speed(partial(run_eagerly, predictor), image)
+    speed = measure_runtime_speed(partial(run_eagerly, predictor), image)
     echo(f"the model itself, on {predictor.device.type}: {speed}")
     return speed
 

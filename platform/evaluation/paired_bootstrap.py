@@ -119,16 +119,7 @@ def paired_difference(
     num_images = len(table_a.image_ids)
     if num_images == 0:
         raise ValueError("the ground truth lists no images, so there is nothing to compare")
-    draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
-    max_copies = int(max(draws))
-    pair = ApTable.build(table_a, max_copies), ApTable.build(table_b, max_copies)
-
-    whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])  # 2 K T
-    chunks = [
-        tuple(range(first, min(first + CHUNK, resamples))) for first in range(0, resamples, CHUNK)
-    ]
-    parts = map(partial(_resample, pair, seed), chunks)
-    drawn = np.concatenate(list(parts))  # B 2 K+3
+    whole, drawn = _resample_all(table_a, table_b, seed, resamples, map)
 
     num_categories = len(table_a.category_ids)
     ap = _means(whole)  # 2 3
@@ -202,6 +193,22 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
         least = min(least, p_values[i] * len(given) / rank)
         adjusted[i] = least
     return adjusted
+
+
+def _resample_all(
+    table_a: MatchTable, table_b: MatchTable, seed: int, resamples: int, map: MapLike
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the AP of all images (2 K T), and of each resample as from `_resample`: B 2 K+3."""
+    num_images = len(table_a.image_ids)
+    draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
+    max_copies = int(max(draws))
+    pair = ApTable.build(table_a, max_copies), ApTable.build(table_b, max_copies)
+    whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])
+    chunks = [
+        tuple(range(first, min(first + CHUNK, resamples))) for first in range(0, resamples, CHUNK)
+    ]
+    parts = map(partial(_resample, pair, seed), chunks)
+    return whole, np.concatenate(list(parts))
 
 
 def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.ndarray:

@@ -154,7 +154,9 @@ class RuntimeSpeed:
         )
 
 
-def measure_speed(run: Callable[[PackedImages], object], image: PackedImages) -> RuntimeSpeed:
+def measure_runtime_speed(
+    run: Callable[[PackedImages], object], image: PackedImages
+) -> RuntimeSpeed:
     """Time one image, then double the batch while that raises the throughput.
 
     Args:

@@ -342,7 +342,9 @@ def test_refused_exports_say_what_is_wrong_and_write_nothing(tmp_path, exported,
     assert "add --unverified" in refusal(exported.run, *to)
     assert "add --unverified" in refusal(exported.run, *to, "--unverified", *checked)
     assert "no such" in refusal(exported.run, *to, "--check-images", tmp_path / "absent.jpg")
-    assert "matches this pattern" in refusal(exported.run, *to, "--check-images", tmp_path / "*.jpg")
+    assert "matches this pattern" in refusal(
+        exported.run, *to, "--check-images", tmp_path / "*.jpg"
+    )
     assert "no such" in refusal(tmp_path / "absent", *to, *checked)
     assert "exported in fp32" in refusal(exported.run, "precision=bf16", *to, *checked)
     assert "optim.lr changes nothing" in refusal(exported.run, "optim.lr=1", *to, *checked)

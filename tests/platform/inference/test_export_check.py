@@ -11,7 +11,7 @@ from deta.model.postprocess import Detections
 from deta.platform.inference.export_check import (
     OutputDifference,
     compare_detections,
-    measure_speed,
+    measure_runtime_speed,
 )
 from deta.platform.inference.exported_model import PackedImages
 
@@ -87,7 +87,7 @@ def test_batches_are_doubled_while_that_is_faster(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
     one = PackedImages(torch.zeros(1, 3, 8, 8), torch.tensor([[8, 8]]), torch.tensor([[8, 8]]))
 
-    speed = measure_speed(run, one)
+    speed = measure_runtime_speed(run, one)
 
     assert speed.latency_ms == pytest.approx(400)
     assert (speed.best_batch, speed.images_per_s) == (4, pytest.approx(4 / 0.7))
