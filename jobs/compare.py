@@ -120,8 +120,12 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         mapped: MapLike = map
         if arguments.ray:
-            from deta.platform.cluster.bootstrap_tasks import ray_tasks
-
+            try:
+                from deta.platform.cluster.bootstrap_tasks import ray_tasks
+            except ModuleNotFoundError as error:
+                raise RuntimeError(
+                    f"--ray needs Ray ({error}): pip install 'deta-platform[train]'"
+                ) from error
             mapped = stack.enter_context(ray_tasks(echo))
         comparison = compare_sides(
             inputs.a,
@@ -142,9 +146,15 @@ def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
     run_id = arguments.mlflow_run or inputs.b.run_id
     if run_id and not arguments.no_mlflow:
         from deta.platform.registry.model_address import registry_uri
-        from deta.platform.tracking.mlflow_store import MlflowStore
-        from deta.platform.tracking.upload_process import uri_of
+        from deta.platform.tracking.upload_plan import uri_of
 
+        try:
+            from deta.platform.tracking.mlflow_store import MlflowStore
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                f"{inputs.out} is not logged, since MLflow is missing ({error}): pip install "
+                "'deta-platform[train]', or add --no-mlflow"
+            ) from error
         try:
             folder = inputs.b.run_folder
             uri = arguments.mlflow or (uri_of(folder) if folder else registry_uri())

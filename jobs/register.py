@@ -66,7 +66,7 @@ def _register(prepared: Registration, arguments: argparse.Namespace) -> int:
     from deta.platform.registry.model_address import registry_uri
     from deta.platform.registry.register import register
     from deta.platform.system.redaction import redact
-    from deta.platform.tracking.upload_process import uri_of
+    from deta.platform.tracking.upload_plan import uri_of
 
     lineage, checkpoint = prepared.lineage, prepared.checkpoint
     ap = prepared.evaluation.metrics.AP

@@ -211,14 +211,22 @@ def _of_mlflow(source: str, uri: str, work: Path) -> Side:
     from deta.platform.registry.model_address import parse_address, registry_uri
 
     if source.startswith("models:/"):
-        from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
-
+        try:
+            from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{source}: needs MLflow ({error}): pip install 'deta-platform[train]'"
+            ) from error
         registry = Registry(uri or registry_uri())
         version = registry.find(parse_address(source))
         folder = registry.download(version, work, EVALUATION_PART)
         return replace(_of_evaluation(folder), name=str(version), source=source)
-    from deta.platform.tracking.mlflow_store import MlflowStore
-
+    try:
+        from deta.platform.tracking.mlflow_store import MlflowStore
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{source}: needs MLflow ({error}): pip install 'deta-platform[train]'"
+        ) from error
     store = MlflowStore(uri or registry_uri())
     name, folder = store.fetch_folder(source, "evaluation", work)
     return replace(_of_evaluation(folder), name=name, source=source, run_id=source)

@@ -29,9 +29,9 @@ from deta.model.detector import ModelConfig
 from deta.model.postprocess import PostprocessConfig, detect_fixed_number
 from deta.ops.ms_deform_attn import plain_decompositions
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
+from deta.platform.inference.exported_model import INPUTS
 
 ONNX_OPSET = 18  # the first with GridSample, LayerNormalization and GroupNormalization
-INPUTS = ("images", "sizes_px", "original_sizes_px")
 OUTPUTS = ("scores", "labels", "boxes_px")
 COARSEST_MAP_STRIDE = 32
 TRACED_IMAGES = 2  # torch.export would compile a batch of one in as a constant
@@ -180,8 +180,12 @@ def _graphs(module: nn.Module) -> Iterator[torch.fx.Graph]:
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Write a program as one ONNX file of at most 2 GB. Needs onnx and onnxscript."""
-    from onnxscript import optimizer
-
+    try:
+        from onnxscript import optimizer
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: needs onnxscript: pip install 'deta-platform[export]'"
+        ) from error
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs what it does not optimise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,7 +18,9 @@ from torchvision.transforms.v2 import functional
 
 from deta.model.postprocess import Detections
 from deta.platform.data.transforms import EvaluationSize, resized_size
-from deta.platform.inference.export import INPUTS
+
+INPUTS = ("images", "sizes_px", "original_sizes_px")
+
 
 # Packed images to scores (B N), labels (B N) and boxes (B N 4), as `DetectionProgram` returns them
 Runtime = Callable[["PackedImages"], tuple[Tensor, Tensor, Tensor]]
@@ -74,8 +76,12 @@ def open_program(path: Path, device: torch.device | str = "cpu") -> Runtime:
 
 def open_onnx(path: Path) -> Runtime:
     """Open an ONNX file on the CPU, with as many threads as torch uses."""
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: needs ONNX Runtime: pip install 'deta-platform[export]'"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

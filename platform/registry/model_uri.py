@@ -56,7 +56,13 @@ def resolve_model(model: str | Path, tracking_uri: str | None = None) -> ModelFo
     if not is_model_address(model):
         return _local(Path(model).expanduser())
     from deta.platform.checkpoint.format import CheckpointError
-    from deta.platform.registry.mlflow_registry import Registry
+
+    try:
+        from deta.platform.registry.mlflow_registry import Registry
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{model}: registered models need MLflow ({error}): pip install 'deta-platform[train]'"
+        ) from error
 
     registry = Registry(tracking_uri or registry_uri())
     version = registry.find(parse_address(str(model)))

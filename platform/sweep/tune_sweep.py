@@ -1,8 +1,8 @@
 """Train the trials of a search space or a study design on Ray Tune.
 
 Every trial is a separate training with its own workers and run folder, through the same
-`fit_on_cluster` as a single run. Ray Tune decides when a trial begins and, with ASHA, which one stops early.
-All state is in the trials' folders and nowhere else (`scheduler.py`): a sweep that was
+`fit_on_cluster` as a single run. Ray Tune decides when a trial begins and, with ASHA, which one
+stops early. All state is in the trials' folders and nowhere else (`scheduler.py`): a sweep that was
 killed reads them and creates a new Tuner for the rest, since a kill can corrupt Tune's own
 snapshots.
 """

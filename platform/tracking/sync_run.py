@@ -15,8 +15,8 @@ from pathlib import Path
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_lock import is_alive
 from deta.platform.system.redaction import redact
-from deta.platform.tracking.upload_plan import count_unsent
-from deta.platform.tracking.upload_process import find_runs, uri_of
+from deta.platform.tracking.upload_plan import count_unsent, uri_of
+from deta.platform.tracking.upload_process import find_runs
 from deta.platform.tracking.uploader import BusyError, RunUploader, TrackingStore
 
 PATIENCE_S = 30.0  # how long to retry while MLflow takes nothing

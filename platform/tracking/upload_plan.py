@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from deta.platform.run.journal import read_events
+from deta.platform.run.run_file import RUN_FILE, tracking_uri
 from deta.platform.system.artifact_names import artifact_fault
 from deta.platform.system.atomic_write import write_json
-from deta.platform.system.redaction import redact
+from deta.platform.system.redaction import REDACTED, redact
+
+NUM_LEVELS = 3  # of folders between a sweep and its runs
+
 
 logger = logging.getLogger(__name__)
 
@@ -303,3 +308,29 @@ def _rows(event: dict[str, Any], values: dict[str, Any]) -> list[UploadRow]:
 
 def _time_ms(event: dict[str, Any]) -> int:
     return int(event["time_s"] * 1000)
+
+
+def uri_of(folder: Path) -> str:
+    """Return the tracking URI of a run: `MLFLOW_TRACKING_URI`, its earlier one, or the default.
+
+    The default is a database beside the run's folder.
+
+    Raises:
+        ValueError: the earlier URI had a password, which is not stored.
+    """
+    known = read_record(folder).uri
+    if os.environ.get("MLFLOW_TRACKING_URI") or not known:
+        return tracking_uri(_storage_of(folder))
+    if REDACTED in known:
+        raise ValueError(
+            f"{folder}: belongs to MLflow at {known}, and its password is not stored; set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return known
+
+
+def _storage_of(folder: Path) -> Path:
+    """Return the folder that contains the runs; for a trial, the one that contains its sweep."""
+    folder = folder.resolve()
+    sweeps = [one for one in folder.parents[:NUM_LEVELS] if (one / RUN_FILE).is_file()]
+    return (sweeps[-1] if sweeps else folder).parent

@@ -17,17 +17,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from deta.platform.run.journal import JOURNAL_FILE
-from deta.platform.run.run_file import RUN_FILE, tracking_uri
+from deta.platform.run.run_file import RUN_FILE
 from deta.platform.system.places import child_environment
-from deta.platform.system.redaction import REDACTED
-from deta.platform.tracking.upload_plan import count_unsent, read_record
+from deta.platform.tracking.upload_plan import NUM_LEVELS, count_unsent
 
 STATE_FILE = "uploader.json"
 LOG_FILE = "uploader.log"
 MAX_LOG_BYTES = 1_000_000
 # Folders inside a run, which contain no runs.
 PARTS_OF_RUNS = ("checkpoints", "evaluations", "pictures", "stacks", "heartbeats", "ray")
-NUM_LEVELS = 3  # of folders between a sweep and its runs
 START_WITHIN_S = 60.0  # of the uploader; a new database file takes long on a slow disk
 LAST_TRY_S = 3.0  # of the uploader's time at the end, for a last try after SIGTERM
 
@@ -52,32 +50,6 @@ class UploadState:
     @property
     def is_complete(self) -> bool:
         return self.state == "finished"
-
-
-def uri_of(folder: Path) -> str:
-    """Return the tracking URI of a run: `MLFLOW_TRACKING_URI`, its earlier one, or the default.
-
-    The default is a database beside the run's folder.
-
-    Raises:
-        ValueError: the earlier URI had a password, which is not stored.
-    """
-    known = read_record(folder).uri
-    if os.environ.get("MLFLOW_TRACKING_URI") or not known:
-        return tracking_uri(_storage_of(folder))
-    if REDACTED in known:
-        raise ValueError(
-            f"{folder}: belongs to MLflow at {known}, and its password is not stored; set "
-            "MLFLOW_TRACKING_URI"
-        )
-    return known
-
-
-def _storage_of(folder: Path) -> Path:
-    """Return the folder that contains the runs; for a trial, the one that contains its sweep."""
-    folder = folder.resolve()
-    sweeps = [one for one in folder.parents[:NUM_LEVELS] if (one / RUN_FILE).is_file()]
-    return (sweeps[-1] if sweeps else folder).parent
 
 
 def start_uploader(

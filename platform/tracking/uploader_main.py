@@ -17,7 +17,7 @@ from pathlib import Path
 from deta.platform.system.redaction import redact
 from deta.platform.tracking.follower import Follower, stop_on_signals
 from deta.platform.tracking.mlflow_store import MlflowStore
-from deta.platform.tracking.upload_process import uri_of
+from deta.platform.tracking.upload_plan import uri_of
 
 logger = logging.getLogger(__name__)
 
