@@ -1,12 +1,11 @@
-"""What checkpoints cost a training: DETA R50 as published, with averaged weights.
+"""Measure the cost of checkpoints for a training of DETA R50 as published, with EMA weights.
 
   python benchmarks/checkpoint.py [--size 320 320] [--saves 4] [--folder DIR] [--every-minutes 5]
 
-One process trains, and saves as a run does: a copy of the state in memory, for which the training
-waits, and a thread that writes, hashes and forces it to disk. Steps are timed with no save in
-flight and with one, in turns. The cost at an interval is what the steps waited, and what they took
-longer beside a write, over that interval. torch.save in place, which the training waits for, stands
-beside it.
+One process trains and saves as a run does: training waits for a snapshot of the state in memory,
+and a thread writes it to disk, with hashes and fsync. Steps are timed in turns without and with a
+save in progress. The cost is the time that steps wait, plus the time by which a write slows them,
+divided by the interval between two saves. For comparison, training also waits for a torch.save.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 from measuring import processor
-from published_step import Step, drawn_run, one_batch
+from published_step import Step, one_batch, synthetic_run
 
 from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.checkpoint.local import Snapshot, take_snapshot
@@ -40,19 +39,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(320, 320), metavar=("H", "W"))
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--every-minutes", type=float, default=5.0)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: temporary")
+    parser.add_argument(
+        "--folder", type=Path, help="a folder on the disk to measure; default: temporary"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         measure(Path(temporary), tuple(arguments.size), arguments.saves, arguments.every_minutes)
 
 
 def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: float) -> None:
-    run = drawn_run(folder)
+    run = synthetic_run(folder)
     train_state = make_train_state(run, Worker(), None)
     step = Step(run.config, train_state, [one_batch(size)])
     writer = CheckpointWriter(run.checkpoints)
     print(f"{processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    step.seconds()  # moments are made, allocators warm up
+    step.seconds()  # creates the optimizer's state and warms up allocators
     quiet, beside, blocked, written, num_bytes = [], [], [], [], 0
     for save in range(saves + 1):
         quiet += [step.seconds() for _ in range(QUIET_STEPS)]
@@ -68,10 +69,10 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
         print(
             f"save {save}: {num_bytes / 1e6:.0f} MB, steps waited {waited_s:.2f} s, on disk after "
             f"{outcome.seconds:.1f} s, {len(during)} steps of {statistics.median(during):.2f} s "
-            "beside it" + (" (first: its memory is taken now)" if save == 0 else ""),
+            "during the write" + (" (the first allocates its memory)" if save == 0 else ""),
             flush=True,
         )
-        if save > 0:  # the last of `during` may have gone on after the write
+        if save > 0:  # the last of `during` may have ended after the write
             blocked.append(waited_s)
             written.append(outcome.seconds)
             beside += during[:-1] or during
@@ -83,17 +84,17 @@ def measure(folder: Path, size: tuple[int, int], saves: int, every_minutes: floa
     interval_s = 60 * every_minutes
     slowed_s = write_s * (1 - 1 / ratio) if ratio > 1 else 0.0
     print(f"\nload {os.getloadavg()[0]:.1f}; medians of {saves} saves of {num_bytes / 1e6:.0f} MB")
-    print("| | seconds | of the time, at one save in "
+    print("| | seconds | share of the time, with a save every "
           f"{every_minutes:g} min |\n|---|---|---|")  # fmt: skip
     for what, seconds in (
-        ("steps wait for the copy in memory", waited_s),
-        (f"a step beside a write takes {ratio:.2f}× (n={len(beside)}): lost", slowed_s),
-        ("torch.save in place, steps wait for all of it", in_place),
+        ("steps wait for the snapshot in memory", waited_s),
+        (f"a step during a write takes {ratio:.2f}× (n={len(beside)}): lost", slowed_s),
+        ("torch.save, steps wait for all of it", in_place),
     ):
         print(f"| {what} | {seconds:.2f} | {100 * seconds / interval_s:.2f} % |")
     share = 100 * waited_s / interval_s
-    word = "reached" if share <= GOAL_PERCENT else "NOT reached"
-    print(f"\nwaiting {share:.2f} % of the time; goal ≤ {GOAL_PERCENT} %: {word}")
+    verdict = "reached" if share <= GOAL_PERCENT else "NOT reached"
+    print(f"\nwaiting {share:.2f} % of the time; goal ≤ {GOAL_PERCENT} %: {verdict}")
 
 
 def snapshot_of(run: Run, train_state: TrainState, step: int, into: Snapshot | None) -> Snapshot:
@@ -104,7 +105,7 @@ def snapshot_of(run: Run, train_state: TrainState, step: int, into: Snapshot | N
 
 
 def torch_save(path: Path, train_state: TrainState) -> float:
-    """The same tensors, forced to disk as well."""
+    """Save the same tensors with torch.save and fsync; return the seconds."""
     state = {"model": train_state.eval_model.state_dict(), "training": train_state.training_state()}
     began_s = time.perf_counter()
     with path.open("wb") as file:

@@ -1,12 +1,12 @@
-"""What knowing more than AP takes, at the size of COCO val2017, with drawn detections.
+"""Measure the cost of error analysis and comparison at the size of COCO val2017.
 
   python benchmarks/evaluation.py                        5,000 images, 1,000 resamples
   python benchmarks/evaluation.py --images 500 --resamples 100 --no-ray
 
-In one run: COCO's numbers, the explanation of them (jobs/evaluate.py and each evaluation of a
-training make both), what is kept on disk, and the paired bootstrap of jobs/compare.py, in this
-process and as Ray tasks. What share of an evaluation the explanation takes depends on how many
-images a second the model looks at, so it is printed for several.
+One run measures COCO's metrics and the error analysis (jobs/evaluate.py and each evaluation of a
+training do both), the files written to disk, and the paired bootstrap of jobs/compare.py, in this
+process and as Ray tasks. Ground truth and detections are synthetic. The share of the analysis in an
+evaluation depends on the speed of the model, so it is printed for several speeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 from deta.platform.evaluation.paired_bootstrap import ap_interval, paired_difference
 
-BOXES_PER_IMAGE, NUM_CLASSES, DETECTIONS_PER_IMAGE = 7.4, 80, 100  # of COCO and of its metrics
+BOXES_PER_IMAGE, NUM_CLASSES, DETECTIONS_PER_IMAGE = 7.4, 80, 100  # as in COCO and its metrics
 IMAGES_PER_S = (10, 50, 200)
 
 T = TypeVar("T")
@@ -42,23 +42,29 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--no-ray", action="store_true")
     arguments = parser.parse_args()
-    truth = drawn_truth(arguments.images)
-    a, b = (drawn_results(truth, seed, noise) for seed, noise in ((1, 0.08), (2, 0.06)))
+    truth = synthetic_truth(arguments.images)
+    a, b = (synthetic_results(truth, seed, noise) for seed, noise in ((1, 0.08), (2, 0.06)))
     print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{len(truth['images'])} images, {len(truth['annotations'])} boxes, "
           f"{NUM_CLASSES} classes, {len(a)} detections\n")  # fmt: skip
     print("| | seconds |\n|---|---|")
-    metrics = timed("COCO's numbers", lambda: evaluate_detections(truth, a))
-    explanation = timed("explanation", lambda: explain(truth, a))
+    metrics = timed("COCO metrics", lambda: evaluate_detections(truth, a))
+    explanation = timed("error analysis", lambda: explain(truth, a))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "evaluation"
-        origin = Origin(description="drawn", data_fingerprint="0" * 64)
-        timed("kept on disk", lambda: write_evaluation(folder, truth, a, metrics, origin))
-        timed("explanation, kept", lambda: write_explanation(folder / EXPLANATION, explanation))
-    print("\nexplanation, of all the time that an evaluation takes:")
+        origin = Origin(description="synthetic", data_fingerprint="0" * 64)
+        timed(
+            "evaluation, written to disk",
+            lambda: write_evaluation(folder, truth, a, metrics, origin),
+        )
+        timed(
+            "error analysis, written to disk",
+            lambda: write_explanation(folder / EXPLANATION, explanation),
+        )
+    print("\nshare of the error analysis in the time of an evaluation:")
     for rate in IMAGES_PER_S:
-        looking_s = arguments.images / rate
-        share = explanation.seconds / (explanation.seconds + looking_s)
+        inference_s = arguments.images / rate
+        share = explanation.seconds / (explanation.seconds + inference_s)
         print(f"  {100 * share:.0f} % at {rate} images/s")
     print()
 
@@ -79,7 +85,7 @@ def main() -> None:
             lambda: paired_difference(truth, a, b, resamples=arguments.resamples, map=ray_map),
         )
     same = (there.low, there.high) == (here.low, here.high)
-    assert same, "tasks must give the same interval"
+    assert same, "Ray tasks must give the same interval"
 
 
 def timed(what: str, call: Callable[[], T]) -> T:
@@ -89,7 +95,7 @@ def timed(what: str, call: Callable[[], T]) -> T:
     return result
 
 
-def drawn_truth(num_images: int) -> dict[str, Any]:
+def synthetic_truth(num_images: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     annotations = []
     for image_id in range(1, num_images + 1):
@@ -97,7 +103,7 @@ def drawn_truth(num_images: int) -> dict[str, Any]:
             w, h = np.exp(rng.uniform(2.5, 5.5, 2))
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image_id,
-                "category_id": int(1 + NUM_CLASSES * rng.random() ** 2),  # some are frequent
+                "category_id": int(1 + NUM_CLASSES * rng.random() ** 2),  # some are more frequent
                 "bbox": [*rng.uniform(0, (400, 300)).tolist(), float(w), float(h)],
                 "area": float(w * h), "iscrowd": int(rng.random() < 0.01),
             })  # fmt: skip
@@ -108,8 +114,8 @@ def drawn_truth(num_images: int) -> dict[str, Any]:
     }
 
 
-def drawn_results(truth: dict[str, Any], seed: int, noise: float) -> list[dict[str, Any]]:
-    """Most boxes found, with errors of that share of their size; the rest of 100 is noise."""
+def synthetic_results(truth: dict[str, Any], seed: int, noise: float) -> list[dict[str, Any]]:
+    """Make detections: most true boxes, shifted by `noise` of their size, and random boxes."""
     rng = np.random.default_rng(seed)
     results = []
     true: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}

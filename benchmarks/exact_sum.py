@@ -1,11 +1,11 @@
-"""What it costs a step that gradients are summed in float64 (`optim.exact_sum`).
+"""Measure the cost per step of summing gradients in float64 (`optim.exact_sum`).
 
   python benchmarks/exact_sum.py [--workers 2] [--micro-batches 2] [--size 320 320] [--steps 8]
 
-Steps of DETA R50 as published, with sums in float64 and as PyTorch does it (float32, exchanged by
-DistributedDataParallel during the backward pass), in turns in the same processes. Workers are
-processes on this machine with one thread each, or one for each GPU. Between machines the exchange
-takes longer: what is exchanged is printed, and is twice as much.
+The same processes take steps of DETA R50 as published in turns: with sums in float64, and as
+PyTorch does it (float32, exchanged by DistributedDataParallel during the backward pass). Workers
+are processes on this machine, with one thread each or one GPU each. The exchange, twice as large in
+float64, takes longer between machines: its size is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from measuring import processor
-from published_step import Step, drawn_run, one_batch
+from published_step import Step, one_batch, synthetic_run
 
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.optimizer import trainable
@@ -35,7 +35,9 @@ def main() -> None:
     )
     num_gpus = torch.cuda.device_count()
     parser.add_argument("--workers", type=int, default=num_gpus or 2)
-    parser.add_argument("--micro-batches", type=int, default=2, help="of one image, a worker")
+    parser.add_argument(
+        "--micro-batches", type=int, default=2, help="per worker, of one image each"
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(320, 320), metavar=("H", "W"))
     parser.add_argument("--steps", type=int, default=8, help="of each kind")
     arguments = parser.parse_args()
@@ -56,7 +58,7 @@ def work(
     num_steps: int,
     folder: Path,
 ) -> None:
-    """One worker; the first one prints."""
+    """Run one worker; rank 0 prints."""
     is_gpu = torch.cuda.device_count() >= num_workers
     device = torch.device("cuda", rank) if is_gpu else torch.device("cpu")
     torch.set_num_threads(1)
@@ -66,7 +68,7 @@ def work(
     )  # fmt: skip
     steps = {}
     for exact in (False, True):
-        run = drawn_run(folder / f"{rank}-{exact}", ema_decay=None, exact_sum=exact)
+        run = synthetic_run(folder / f"{rank}-{exact}", ema_decay=None, exact_sum=exact)
         train_state = make_train_state(run, Worker(rank, num_workers, device), None)
         batches = [one_batch(size)] * num_micro_batches
         steps[exact] = Step(run.config, train_state, batches, num_workers)
@@ -93,11 +95,11 @@ def report(
     where = torch.cuda.get_device_name() if is_gpu else processor()
     print(
         f"{where}, {num_workers} workers, {num_micro_batches} micro-batches of one image each, "
-        f"{num_weights / 1e6:.1f} million weights that train, load {os.getloadavg()[0]:.1f}"
+        f"{num_weights / 1e6:.1f} million trainable weights, load {os.getloadavg()[0]:.1f}"
     )
     plain_s, exact_s = (statistics.median(took_s[exact]) for exact in (False, True))
     differences = [b - a for a, b in zip(took_s[False], took_s[True], strict=True)]
-    print("| gradients summed | median step, s | ratio | exchanged by a worker, MB |")
+    print("| gradients summed | median step, s | ratio | exchanged per worker, MB |")
     print("|---|---|---|---|")
     print(f"| as PyTorch does, float32 | {plain_s:.3f} | 1.00 | {4 * num_weights / 1e6:.0f} |")
     print(f"| in float64 | {exact_s:.3f} | {exact_s / plain_s:.2f} | {8 * num_weights / 1e6:.0f} |")

@@ -1,11 +1,11 @@
-"""How soon the leaderboard shows something, with thousands of runs, in a real browser.
+"""Measure how fast a browser shows the leaderboard with thousands of runs.
 
     python benchmarks/leaderboard.py [--runs 5000] [--storage FOLDER]
 
-Writes that many drawn runs, as large as real ones, into a new MLflow database (or takes the one in
-FOLDER), then opens the page twice: as at the very first start, and as at every later one, where the
-copy on disk is shown first. For each: from asking for the page until its first rows stand on the
-screen, until all runs are in it, and what sorting and filtering them takes.
+Writes synthetic runs, as large as real ones, into a new MLflow database, or uses the one in FOLDER.
+Then it opens the page twice: as at the first start, and as at a later start, which shows the cached
+copy from disk first. For each it measures the time from the request until the first rows are
+visible, the time until all runs are loaded, and the times of sorting and filtering.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECIPES = {"deta_r50.deta-r50-12ep": 50.0, "deta_swin_l.deta-swin-l-24ep": 58.0,
            "anchor_detr_r50.dc5": 44.0, "deta_r50.demo": 20.0}  # fmt: skip
 NUM_CLASSES = 60
 WITHIN_MS = 600_000
-# One call in the page, so that the time between two calls is not in it.
+# One call in the page, so that the time between calls does not count.
 HANDLE = """() => {
   const times = [performance.now()], next = () => times.push(performance.now());
   change({ sort: "gpu_hours", order: "ascending" }); next();
@@ -48,14 +48,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="deta-") as folder:
         storage = arguments.storage or Path(folder)
         if arguments.storage is None:
-            draw_runs(storage, arguments.runs)
+            write_runs(storage, arguments.runs)
         shutil.rmtree(storage / "dashboards", ignore_errors=True)
         for start in ("first start", "later start"):
             measure(storage, start)
 
 
-def draw_runs(storage: Path, number: int) -> None:
-    """Straight into the tables: through MLflow's interface it would take an hour."""
+def write_runs(storage: Path, number: int) -> None:
+    """Insert runs into MLflow's tables directly: its API would take an hour."""
     from deta.platform.run.config import RunConfig, flatten
     from deta.platform.tracking.mlflow_store import MlflowStore
 
@@ -110,7 +110,7 @@ def measure(storage: Path, start: str) -> None:
     assert server.stdout is not None
     found = re.search(r"http://\S+", server.stdout.readline())
     assert found is not None
-    print(f"{start}: answers after {time.perf_counter() - began_s:.1f} s")
+    print(f"{start}: responds after {time.perf_counter() - began_s:.1f} s")
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -126,7 +126,7 @@ def measure(storage: Path, start: str) -> None:
             sort, narrow, widen, draw = page.evaluate(HANDLE)
             print(f"{start}: first rows {first_ms:.0f} ms, all {number} runs {whole_s:.1f} s")
             print(f"{start}: sort {sort} ms, filter {narrow} ms, back {widen} ms, draw {draw} ms")
-            print(f"{start}: memory of the server {peak_mb(server.pid)} MB at most")
+            print(f"{start}: peak memory of the server {peak_mb(server.pid)} MB")
             browser.close()
     finally:
         server.terminate()

@@ -1,4 +1,4 @@
-"""Seconds, bytes and bandwidth, for all benchmarks."""
+"""Measure time, memory and bandwidth; shared by all benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """Bytes, of the device, or of the process where the kernel tells (Linux)."""
+    """Return the peak bytes of a call: of the GPU, or of this process (on Linux; else NaN)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -35,8 +35,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     if not reset.exists():
         call()
         return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would be used again, and not count
-    reset.write_text("5")  # the peak starts again from now
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier calls would be reused and not count
+    reset.write_text("5")  # resets the peak
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
@@ -48,7 +48,7 @@ def resident(what: str) -> float:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes read and written in a second by a plain copy too large for the caches."""
+    """Return the bytes per second, read and written, of a copy too large for the caches."""
     source = torch.ones(1 << 26 if device.type == "cpu" else 1 << 29, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

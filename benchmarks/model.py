@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""DETA R50 5-scale, whole: ours against Hugging Face's, with the same weights in one run.
+"""Compare the complete DETA R50 5-scale, ours and Hugging Face's, with the same weights.
 
   python benchmarks/model.py [--threads 2] [--size 800 1066] [--bf16] [--profile]
 
-Needs `pip install transformers==4.57.6`, best into an environment of its own. A training step is
+Needs `pip install transformers==4.57.6`, preferably in a separate environment. A training step is
 the forward pass in training mode, all losses and the backward pass, with eight objects. Rounds are
-interleaved and the median counts. Both must give the same boxes and losses before they are timed.
+interleaved, and the median counts. Both must give the same boxes and losses before they are timed.
 """
 
 from __future__ import annotations
@@ -37,17 +37,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true", help="ours under autocast, too")
-    parser.add_argument(
-        "--profile", action="store_true", help="where our training step's time goes"
-    )
+    parser.add_argument("--bf16", action="store_true", help="also time ours under autocast")
+    parser.add_argument("--profile", action="store_true", help="profile our training step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     torch.manual_seed(0)
     config = ModelConfig(backbone=BackboneConfig(pretrained=False), num_classes=91)
     ours = DETA(config)
-    for head in ours.box_heads:  # they start at zero, where every box is its reference
+    for head in ours.box_heads:  # they start at zero, which makes every box its reference
         torch.nn.init.normal_(head.mlp[-1].weight, std=0.02)  # type: ignore[arg-type]
     theirs = huggingface_model(ours, config)
     print(f"{processor()}, {arguments.threads} threads, PyTorch {torch.__version__}")
@@ -61,7 +59,7 @@ def main() -> None:
 
 
 def huggingface_model(ours: DETA, config: ModelConfig) -> torch.nn.Module:
-    """The same network with the same weights, configured as published and not as by default."""
+    """Build the same network with the same weights, as published rather than by default."""
     theirs = DetaForObjectDetection(
         DetaConfig(
             num_queries=900,
@@ -80,7 +78,7 @@ def huggingface_model(ours: DETA, config: ModelConfig) -> torch.nn.Module:
         )
     )
     theirs.load_state_dict(to_published(ours.state_dict(), config, "huggingface"))
-    for name, parameter in theirs.named_parameters():  # frozen as ours are
+    for name, parameter in theirs.named_parameters():  # freeze the same weights as ours
         parameter.requires_grad_("backbone" not in name or "stages.0" not in name)
     return theirs
 
@@ -130,7 +128,7 @@ def compare(
 
         return lowered
 
-    # Queries whose scores tie to the last bit may come in another order.
+    # Queries with exactly equal scores may be in another order.
     found, expected = our_forward()[0], their_forward()[0]
     off = float(torch.cdist(found, expected, p=1).min(1).values.median())
     assert off < 1e-4, f"boxes differ by {off:.1e}"

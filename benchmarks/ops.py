@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""The operator against every other way to compute it, side by side in one run.
+"""Compare the operator with all other ways to compute it, in one run.
 
   python benchmarks/ops.py [--threads 2] [--device cuda] [--images 1] [--repeats 5]
 
-Shapes are those of DETA R50 5-scale on an image of 800 × 1333. What is timed always begins with
-references, offsets and logits, as a network predicts them; `prepared` rows begin with locations and
-weights, and are compared with each other. Rounds are interleaved, so that a slow moment of the
-machine meets all alike; the median counts. Hugging Face's DETA needs `pip install
-transformers==4.57.6`, best into an environment of its own; on a GPU, `mmcv` is taken along where it
-is installed. What is not installed is left out, and said.
+Shapes are those of DETA R50 5-scale on an image of 800 × 1333. Timed calls start with references,
+offsets and logits, as a network predicts them; `prepared` rows start with locations and weights,
+and are compared with each other. Rounds are interleaved, so that a slow phase of the machine
+affects all of them; the median counts. Hugging Face's DETA needs `pip install
+transformers==4.57.6`, preferably in a separate environment. On a GPU, `mmcv` is measured too if it
+is installed. What is not installed is omitted, with a message.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     bandwidth = measure_bandwidth(device)
     print(f"{name}, {arguments.threads} threads, PyTorch {torch.__version__}")
-    print(f"our kernels: {path(device.type)}; copying runs at {bandwidth / 1e9:.1f} GB/s\n")
+    print(f"our kernels: {path(device.type)}; a copy runs at {bandwidth / 1e9:.1f} GB/s\n")
     for missing in ("transformers", *(["mmcv"] if device.type == "cuda" else [])):
         if importlib.util.find_spec(missing) is None:
-            print(f"{missing} is not installed: left out\n")
+            print(f"{missing} is not installed: omitted\n")
 
     for stage in ("encoder", "decoder"):
         work = make_workload(stage, size, arguments.images).to(device, torch.float32)
@@ -68,16 +68,16 @@ def main() -> None:
                 )
         print()
     print(
-        "ratio: to grid_sample. memory: the peak of forward and backward over what is kept. floor: "
-        "forward and backward over the time it takes to move each tensor of the fused form once."
+        "ratio: speed relative to grid_sample. memory: peak of forward and backward. "
+        "floor: time of forward and backward relative to moving each tensor of the fused form once."
     )
 
 
-# The ways to compute it. Each takes the workload and its four differentiable tensors.
+# The candidates. Each takes the workload and its four differentiable tensors.
 
 
 def operators(device: torch.device) -> dict[str, Operator]:
-    """From references, offsets and logits."""
+    """Return the candidates that start with references, offsets and logits."""
 
     def fused(work: Workload, value: Tensor, *others: Tensor) -> Tensor:
         return ms_deform_attn_fused(value, work.shapes, *others)
@@ -106,7 +106,7 @@ def operators(device: torch.device) -> dict[str, Operator]:
 
 
 def prepared(device: torch.device) -> dict[str, Operator]:
-    """From locations and weights, which `measure` gives in the place of offsets and logits."""
+    """Return those that start with locations and weights instead of offsets and logits."""
 
     def ours(work: Workload, value: Tensor, _: Tensor, locations: Tensor, weights: Tensor):
         return ms_deform_attn(value, work.shapes, locations, weights)
@@ -132,7 +132,7 @@ def prepared(device: torch.device) -> dict[str, Operator]:
 def eager_preparation(
     work: Workload, references: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Softmax and sampling locations as DETA's modules compute them."""
+    """Compute softmax and sampling locations as DETA's modules do."""
     weights = logits.flatten(3).softmax(-1).view_as(logits)
     if references.shape[-1] == 2:
         sides = torch.tensor([(w, h) for h, w in work.shapes], device=offsets.device)
@@ -144,7 +144,7 @@ def eager_preparation(
 
 
 def grid_sample(work: Workload, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """What DETA runs without its CUDA kernel: all levels sampled, stacked, then weighted."""
+    """Compute as DETA does without its CUDA kernel: sample all levels, stack and weight them."""
     images, _, heads, channels = value.shape
     queries = locations.shape[1]
     grids = 2 * locations - 1
@@ -172,13 +172,13 @@ def find_huggingface() -> Operator | None:
     return operator
 
 
-# Measuring.
+# Measurement.
 
 
 def measure(
     candidates: dict[str, Operator], work: Workload, repeats: int
 ) -> dict[str, tuple[float, float, float]]:
-    """Seconds of the forward pass and of both, and peak bytes of both, by candidate.
+    """Return for each candidate: seconds of the forward pass, and seconds and bytes of both passes.
 
     All candidates must agree before they are timed.
     """
@@ -191,8 +191,8 @@ def measure(
         output = operator(work, *given).float()
         expected = output if expected is None else expected
         tolerance = 1e-2 if "bfloat16" in label else 1e-4
-        off = float((output - expected).abs().max() / expected.abs().max())
-        assert off < tolerance, f"{label} is off by {off:.1e}"
+        error = float((output - expected).abs().max() / expected.abs().max())
+        assert error < tolerance, f"{label} has an error of {error:.1e}"
         seconds[label] = ([], [])
         memory[label] = peak_memory(lambda op=operator: both_ways(op, work, given), device)
     for _ in range(repeats):

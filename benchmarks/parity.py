@@ -1,12 +1,11 @@
-"""How far we are from published code, as the parity tests measure it.
+"""Measure the differences from published code with the parity tests.
 
     python benchmarks/parity.py [pytest arguments, such as -k "parity and not full_size"]
 
-It runs the tests whose names say parity, about a minute and a half on two cores.
-
-Prints a Markdown table: for each group of shared cases the largest difference of any tensor, over
-its largest element, and the largest share of indices (proposals, matches) that are others.
-Needs the shared cases, in the folder that DETA_SHARED names.
+It runs the tests that have "parity" in their names, about 90 seconds on two cores. It prints a
+Markdown table: for each group of shared cases the largest difference of any tensor, relative to its
+largest element, and the largest share of indices (proposals, matches) that differ. It needs the
+shared cases, in the folder given by the environment variable DETA_SHARED.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Differences:
-    """A pytest plugin: collects what tests record as `difference`, (group, name, value)."""
+    """A pytest plugin that collects the (group, name, value) of each recorded `difference`."""
 
     def __init__(self) -> None:
-        self.tests: dict[str, set[str]] = defaultdict(set)  # of each group
+        self.tests: dict[str, set[str]] = defaultdict(set)  # by group
         self.failed: set[str] = set()
         self.tensors: dict[str, list[tuple[float, str]]] = defaultdict(list)
         self.indices: dict[str, list[float]] = defaultdict(list)

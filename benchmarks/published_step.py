@@ -1,4 +1,4 @@
-"""The training's own step of the published DETA R50, for benchmarks that time it."""
+"""The training step of the published DETA R50, for benchmarks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
 from deta.platform.training.train_state import TrainState
 
-NUM_OBJECTS = 8  # in an image
+NUM_OBJECTS = 8  # per image
 
 
-def drawn_run(folder: Path, ema_decay: float | None = 0.9997, exact_sum: bool = True) -> Run:
-    """The published recipe; the data set is only there for its classes."""
-    drawn = write_shapes(folder / "drawn", num_train=4, num_val=2, size_px=64)
+def synthetic_run(folder: Path, ema_decay: float | None = 0.9997, exact_sum: bool = True) -> Run:
+    """Make a run of the published recipe. Its synthetic data set only provides the classes."""
+    shapes = write_shapes(folder / "shapes", num_train=4, num_val=2, size_px=64)
     config = official_12ep()
     config = replace(
         config,
@@ -32,13 +32,13 @@ def drawn_run(folder: Path, ema_decay: float | None = 0.9997, exact_sum: bool = 
         optim=replace(config.optim, exact_sum=exact_sum),
         ema_decay=ema_decay,
     )
-    train_set = CocoDataset.open(drawn.train_images, drawn.train_annotations)
-    val_set = CocoDataset.open(drawn.val_images, drawn.val_annotations)
+    train_set = CocoDataset.open(shapes.train_images, shapes.train_annotations)
+    val_set = CocoDataset.open(shapes.val_images, shapes.val_annotations)
     return Run(config, folder / "run", train_set, val_set)
 
 
 def one_batch(size: tuple[int, int]) -> Batch:
-    """One image of noise.
+    """Make a batch of one random image.
 
     Args:
         size: height and width in pixels.
@@ -51,7 +51,7 @@ def one_batch(size: tuple[int, int]) -> Batch:
 
 
 class Step:
-    """A step with these micro-batches, and the average that a run keeps."""
+    """A training step with these micro-batches, including the EMA update."""
 
     def __init__(
         self, config: RunConfig, train_state: TrainState, batches: list[Batch], num_workers: int = 1
@@ -64,6 +64,7 @@ class Step:
         train_state.model.train()
 
     def seconds(self) -> float:
+        """Take one step and return its duration."""
         synchronize(self.device)
         began_s = time.perf_counter()
         train_step(

@@ -1,13 +1,13 @@
-"""The detection service beside the bare model in a loop: throughput and latencies, in one run.
+"""Compare throughput and latency of the detection service with the bare model in a loop.
 
   python benchmarks/serving.py ~/deta-runs/my-run
   python benchmarks/serving.py ~/deta-runs/my-run --ray --clients 1 4 16
 
-First the model alone: JPEGs from memory are decoded and looked at one after the other, and in
-batches, in this process. Then clients in this process send the same JPEGs, each as soon as it has
-its last answer, to a service in another process on loopback. Ratios are to the model alone, one by
-one. Clients use the same processors as the service, so on a machine of few the service cannot
-reach 1 without batches that pay.
+First the model alone: this process decodes JPEGs from memory and runs the model on them, one by one
+and in batches. Then clients in this process send the same JPEGs to a service in another process on
+loopback, each client as soon as it has its last response. Ratios are relative to the model alone,
+one by one. Clients and service share the CPUs. So with few CPUs the ratio stays below 1, unless
+batches are faster.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from deta.platform.serving.upload import decode_image
 
 ROOT = Path(__file__).resolve().parents[1]
 START_WITHIN_S = 600
-NUM_PICTURES = 16  # different ones
+NUM_IMAGES = 16  # different ones
 
 
 @dataclass(frozen=True)
 class Load:
-    """What came of a measurement."""
+    """The result of a measurement."""
 
     what: str
-    pictures: int
+    num_images: int
     elapsed_s: float
     latencies_s: Sequence[float]
     failed: int = 0
@@ -57,7 +57,7 @@ class Load:
 
     @property
     def per_second(self) -> float:
-        return self.pictures / self.elapsed_s
+        return self.num_images / self.elapsed_s
 
     def row(self, base: Load) -> str:
         p50, p99 = (1000 * np.percentile(self.latencies_s, q) for q in (50, 99))
@@ -72,16 +72,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs; default: drawn, 640 x 480")
+    parser.add_argument(
+        "--images", type=Path, help="a folder of JPEGs; default: synthetic, 640 x 480"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--pictures", type=int, default=200, help="in each measurement, at most")
-    parser.add_argument("--seconds", type=float, default=20, help="each measurement, at most")
+    parser.add_argument(
+        "--requests", "--pictures", type=int, default=200, help="at most, per measurement"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="at most, per measurement")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--ray", action="store_true", help="through Ray Serve also")
+    parser.add_argument("--ray", action="store_true", help="also measure Ray Serve")
     arguments = parser.parse_args()
 
     contents = _contents(arguments.images)
-    limit = arguments.pictures, arguments.seconds
+    limit = arguments.requests, arguments.seconds
     source = model_source(arguments.model, None, arguments.device)
     model = source.open(source.current())
     config = ServingConfig()
@@ -98,7 +102,7 @@ def main() -> None:
     print(bare(model, contents, config, config.max_batch, limit).row(base), flush=True)
     for ray in (False, True) if arguments.ray else (False,):
         with service(arguments.model, arguments.device, ray) as port:
-            load(port, contents, 1, (8, arguments.seconds), "")  # connections, caches
+            load(port, contents, 1, (8, arguments.seconds), "")  # warm-up
             for clients in arguments.clients:
                 name = f"{'Ray Serve' if ray else 'alone'}, {clients} clients"
                 print(load(port, contents, clients, limit, name).row(base), flush=True)
@@ -129,7 +133,7 @@ def bare(
 def load(
     port: int, contents: Sequence[bytes], clients: int, limit: tuple[int, float], what: str
 ) -> Load:
-    """So many clients, each with one connection and one request at a time."""
+    """Send requests from several clients, each with one connection and one request at a time."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(limit[0]):
         waiting.put(number)
@@ -166,14 +170,14 @@ def load(
     for thread in threads:
         thread.join()
     elapsed_s = time.perf_counter() - began_s
-    # By pictures, so of a batch as many as were in it; the mean over batches is the harmonic one.
+    # One value per image, so a batch counts as often as it has images; the harmonic mean corrects.
     batch = statistics.harmonic_mean(batches) if batches else 0.0
     return Load(what, len(latencies_s), elapsed_s, latencies_s or [0.0], failed, batch)
 
 
 @contextmanager
 def service(model: str, device: str, ray: bool) -> Iterator[int]:
-    """jobs/serve.py in a process of its own."""
+    """Run jobs/serve.py in another process, and yield its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -184,7 +188,7 @@ def service(model: str, device: str, ray: bool) -> Iterator[int]:
         began_s = time.monotonic()
         while not _is_ready(port):
             if process.poll() is not None or time.monotonic() - began_s > START_WITHIN_S:
-                raise RuntimeError("the service did not start; what it said is above")
+                raise RuntimeError("the service did not start; see its messages above")
             time.sleep(0.2)
         yield port
     finally:
@@ -205,18 +209,18 @@ def _is_ready(port: int) -> bool:
 
 def _contents(folder: Path | None) -> list[bytes]:
     if folder is not None:
-        paths = sorted(folder.glob("*.jpg"))[:NUM_PICTURES]
+        paths = sorted(folder.glob("*.jpg"))[:NUM_IMAGES]
         if not paths:
-            raise SystemExit(f"{folder}: no *.jpg in it")
+            raise SystemExit(f"{folder}: contains no *.jpg")
         return [path.read_bytes() for path in paths]
     rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(NUM_PICTURES):
+    contents = []
+    for _ in range(NUM_IMAGES):
         blocks = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         stream = io.BytesIO()
         Image.fromarray(blocks).resize((640, 480)).save(stream, "JPEG", quality=90)
-        drawn.append(stream.getvalue())
-    return drawn
+        contents.append(stream.getvalue())
+    return contents
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Images per second from loose files beside Parquet shards, in one run.
+"""Compare the images per second from loose files and from Parquet shards.
 
-  python benchmarks/shards.py                                      drawn pictures, 640 px
+  python benchmarks/shards.py                                      synthetic images, 640 px
   python benchmarks/shards.py --images val2017 --annotations instances_val2017.json
   python benchmarks/shards.py --shards s3://bucket/coco-val --images … --annotations …
 
-"read" is the bytes alone, "decode" decodes too, and "2 workers" is the training loader with its
-augmentation. "row groups" reads the same images as Parquet readers do: the row group that holds
-the image, and the last few of them kept. Files are in the page cache of the system unless --cold,
-which asks the kernel to forget them before each measurement (Linux).
+"read" reads only the bytes, "decode" also decodes them, and "2 workers" is the training loader with
+its augmentation. "row groups" reads the same images as Parquet readers do: the complete row group
+of each image, with a cache of the last few. Files are in the system's page cache, unless --cold
+asks the kernel to drop them before each measurement (Linux).
 """
 
 from __future__ import annotations
@@ -47,18 +47,23 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path)
     parser.add_argument("--shards", help="folder or address; default: a temporary folder")
     parser.add_argument("--shard-mb", type=int, default=256)
-    parser.add_argument("--first", type=int, default=300, help="images to measure with")
+    parser.add_argument("--first", type=int, default=300, help="number of images to measure")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cold", action="store_true", help="forget cached files first")
+    parser.add_argument(
+        "--cold", action="store_true", help="drop cached files before each measurement"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.images is None:
-            drawn = write_shapes(
-                Path(temporary) / "drawn", num_train=arguments.first, num_val=1, size_px=640
+            shapes = write_shapes(
+                Path(temporary) / "shapes", num_train=arguments.first, num_val=1, size_px=640
             )
-            arguments.images, arguments.annotations = drawn.train_images, drawn.train_annotations
+            arguments.images, arguments.annotations = (
+                shapes.train_images,
+                shapes.train_annotations,
+            )
         loose = CocoDataset.open(arguments.images, arguments.annotations)
         location = arguments.shards or Path(temporary) / "shards"
         began = time.perf_counter()
@@ -121,7 +126,7 @@ def row(
     cold: bool,
 ) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):  # in turns, so that all share what else the machine does
+    for _ in range(repeats):  # in turns, so that other load on the machine affects all
         for name, call in calls.items():
             if cold:
                 for dataset in datasets:
@@ -169,7 +174,7 @@ def training(dataset: CocoDataset, workers: int) -> Callable[[], None]:
 
 
 def reading_row_groups(dataset: CocoDataset, order: list[int]) -> Callable[[], None]:
-    """The same bytes through Parquet, as a reader that knows no offsets must."""
+    """Read the same bytes as a Parquet reader without offsets must."""
     assert isinstance(dataset, ShardedDataset)
     if is_address(dataset.store.shown):
         return lambda: None
