@@ -17,7 +17,7 @@ DetectorConfig = ModelConfig | AnchorDETRConfig
 Detector = DETA | AnchorDETR  # `detector(images, padding)` gives at least `Predictions`
 DetectorCriterion = Criterion | OneToOneCriterion
 
-# The modules that know the tensors of each architecture, ours and published ones. Each has the
+# The modules that name and check the tensors of each architecture. Each has the
 # functions `fit`, `select_classes`, `shapes_of`, `trace_published`, `published_config` and
 # `to_published`.
 LAYOUTS: dict[type[DetectorConfig], ModuleType] = {

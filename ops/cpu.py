@@ -1,6 +1,6 @@
 """The compiled CPU kernels: find the library, choose this processor's version, and call it.
 
-`ms_deform_attn.py` uses them if they were built, and plain PyTorch otherwise; `path` tells which.
+`ms_deform_attn.py` uses them if they were built, and plain PyTorch otherwise; `path` shows which.
 """
 
 # B images   Q queries   H heads   L feature levels   P points   S pixels of all levels   D channels
