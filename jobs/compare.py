@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _CompareInputs:
     a: Side
     b: Side
     image_folder: Path | None
@@ -83,7 +83,7 @@ def main() -> NoReturn:
         )
 
 
-def _prepare(arguments: argparse.Namespace, work: Path) -> _Inputs:
+def _prepare(arguments: argparse.Namespace, work: Path) -> _CompareInputs:
     from deta.platform.comparison.sources import open_side, refuse_other_images
 
     if arguments.resamples < 1 or not 0 < arguments.confidence < 1:
@@ -110,10 +110,10 @@ def _prepare(arguments: argparse.Namespace, work: Path) -> _Inputs:
     folders = [Path(side.image_folder) for side in reversed(sides) if side.image_folder]
     found = arguments.images or next((folder for folder in folders if folder.is_dir()), None)
     default = Path(f"comparison-{_file_name(sides[0].name)}-{_file_name(sides[1].name)}.html")
-    return _Inputs(sides[0], sides[1], found, arguments.out or default)
+    return _CompareInputs(sides[0], sides[1], found, arguments.out or default)
 
 
-def _compare(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+def _compare(inputs: _CompareInputs, arguments: argparse.Namespace) -> int:
     from deta.platform.comparison.compare import compare_sides
     from deta.platform.comparison.report import verdict_sentences, write_comparison
 

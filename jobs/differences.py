@@ -83,15 +83,13 @@ def as_text(rows: Sequence[DifferenceRow], published: Published) -> str:
     width = max(len(row.key) for row in rows)
     for row in different:
         lines += [
-            f"{row.key:<{width}}  ours {format_value(row.ours)}, "
-            f"published {format_value(row.published)}",
+            f"{row.key:<{width}}  ours {value_text(row.ours)}, "
+            f"published {value_text(row.published)}",
             f"{'':<{width}}  {row.verdict} [{row.source}]",
         ]
     lines += ["", f"the same ({len(rows) - len(different)}):"]
     lines += [
-        f"{row.key:<{width}}  {format_value(row.ours)} [{row.source}]"
-        for row in rows
-        if row.is_same
+        f"{row.key:<{width}}  {value_text(row.ours)} [{row.source}]" for row in rows if row.is_same
     ]
     lines += ["", "beyond the configuration:"]
     lines += [
@@ -101,12 +99,12 @@ def as_text(rows: Sequence[DifferenceRow], published: Published) -> str:
     return "\n".join(lines)
 
 
-def format_value(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Format a value for people."""
     if value is None:
         return "none"
     if isinstance(value, (tuple, list)):
-        return ", ".join(map(format_value, value)) or "nothing"
+        return ", ".join(map(value_text, value)) or "nothing"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

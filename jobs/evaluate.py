@@ -54,7 +54,7 @@ EVALUATION_KEYS = (
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _EvaluateInputs:
     predictor: Predictor
     dataset: CocoDataset
 
@@ -89,7 +89,7 @@ def main() -> NoReturn:
     run_tool(lambda: _prepare(arguments), lambda inputs: _evaluate(inputs, arguments))
 
 
-def _prepare(arguments: argparse.Namespace) -> _Inputs:
+def _prepare(arguments: argparse.Namespace) -> _EvaluateInputs:
     from PIL import Image
 
     from deta.platform.shards.open_dataset import open_dataset
@@ -126,10 +126,10 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
         predictor = open_predictor(arguments, changes, dataset.categories)
     if arguments.pictures is not None and predictor.config.num_pictures == 0:
         raise ValueError("num_pictures=0 leaves --pictures without images; leave one of them out")
-    return _Inputs(predictor, dataset)
+    return _EvaluateInputs(predictor, dataset)
 
 
-def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+def _evaluate(inputs: _EvaluateInputs, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from deta.platform.data.draw_boxes import write_validation_sheet
@@ -180,7 +180,10 @@ def _evaluate(inputs: _Inputs, arguments: argparse.Namespace) -> int:
 
 
 def _write_folder(
-    inputs: _Inputs, evaluation: EvaluationResult, arguments: argparse.Namespace, elapsed_s: float
+    inputs: _EvaluateInputs,
+    evaluation: EvaluationResult,
+    arguments: argparse.Namespace,
+    elapsed_s: float,
 ) -> None:
     """Write the evaluation folder with its report, and print how long that took."""
     from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation

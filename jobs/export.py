@@ -62,7 +62,7 @@ FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _ExportInputs:
     predictor: Predictor
     images: list[Path]
     formats: list[str]
@@ -110,7 +110,7 @@ def main() -> NoReturn:
     run_tool(lambda: _prepare(arguments), lambda inputs: _export(inputs, arguments))
 
 
-def _prepare(arguments: argparse.Namespace) -> _Inputs:
+def _prepare(arguments: argparse.Namespace) -> _ExportInputs:
     from deta.platform.inference.batching import check_headers
     from deta.platform.inference.image_paths import find_images
 
@@ -132,10 +132,10 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     paths = _spread(paths, arguments.check_first)
     predictor = open_predictor(arguments, changes)
     check_headers(paths, predictor.config.data.max_pixels)
-    return _Inputs(predictor, paths, formats)
+    return _ExportInputs(predictor, paths, formats)
 
 
-def _export(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+def _export(inputs: _ExportInputs, arguments: argparse.Namespace) -> int:
     import torch
 
     from deta.platform.data.image_decoding import decode

@@ -56,7 +56,7 @@ class _Image:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _PredictInputs:
     predictor: Predictor
     pictures: list[_Image]
 
@@ -96,7 +96,7 @@ def main() -> NoReturn:
     run_tool(lambda: _prepare(arguments), lambda inputs: _predict(inputs, arguments))
 
 
-def _prepare(arguments: argparse.Namespace) -> _Inputs:
+def _prepare(arguments: argparse.Namespace) -> _PredictInputs:
     from deta.platform.inference.batching import check_headers
     from deta.platform.inference.image_paths import read_listing
 
@@ -123,10 +123,10 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     (arguments.output if arguments.no_pictures else arguments.output / "pictures").mkdir(
         parents=True, exist_ok=True
     )
-    return _Inputs(predictor, pictures)
+    return _PredictInputs(predictor, pictures)
 
 
-def _predict(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from deta.platform.data.image_decoding import ImageError

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from deta.jobs.command_line import described_parser
-from deta.jobs.differences import DifferenceRow, compare_configs, format_value, unexplained
+from deta.jobs.differences import DifferenceRow, compare_configs, unexplained, value_text
 from deta.jobs.published import PUBLISHED, Published
 from deta.jobs.recipes import RECIPES, VARIANTS
 from deta.platform.run.config import RunConfig
@@ -84,7 +84,7 @@ def results_table() -> str:
         rows.append(
             (
                 f"{published.system} ([{published.origin}]({published.url}))",
-                format_value(config.schedule.epochs),
+                value_text(config.schedule.epochs),
                 published.ap,
                 command,
                 f"[{_count(len(different))}]({FOLDER.name}/{recipe}.md#{variant})",
@@ -108,7 +108,7 @@ def _section(
     )
     if different:
         cells = [
-            (_key(r), format_value(r.ours), format_value(r.published), r.verdict, r.source)
+            (_key(r), value_text(r.ours), value_text(r.published), r.verdict, r.source)
             for r in different
         ]
         parts.append(_table(("key", "ours", "published", "why", "source"), cells))
@@ -120,7 +120,7 @@ def _section(
         parts.append(_table(("published", "here", "source"), remarks))
     same = _table(
         ("key", "both", "source"),
-        [(_key(row), format_value(row.ours), row.source) for row in rows if row.is_same],
+        [(_key(row), value_text(row.ours), row.source) for row in rows if row.is_same],
     )
     summary = f"<summary>the same: {len(rows) - len(different)} numbers</summary>"
     parts.append(f"<details>{summary}\n\n{same}\n\n</details>")

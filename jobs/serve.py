@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class _ServeInputs:
     source: ModelSource
     config: ServingConfig
 
@@ -82,7 +82,7 @@ def main() -> NoReturn:
     run_tool(lambda: _prepare(arguments), lambda inputs: _serve(inputs, arguments))
 
 
-def _prepare(arguments: argparse.Namespace) -> _Inputs:
+def _prepare(arguments: argparse.Namespace) -> _ServeInputs:
     from deta.platform.serving.config import (
         TOKEN_VARIABLE,
         ServingConfig,
@@ -119,10 +119,10 @@ def _prepare(arguments: argparse.Namespace) -> _Inputs:
     config = ServingConfig(token_sha256=token_hash(token) if token else "", hosts=hosts, **given)
     os.environ.pop(TOKEN_VARIABLE, None)  # child processes must not inherit it
     source = model_source(arguments.model, arguments.tracking_uri, arguments.device)
-    return _Inputs(source, config)
+    return _ServeInputs(source, config)
 
 
-def _serve(inputs: _Inputs, arguments: argparse.Namespace) -> int:
+def _serve(inputs: _ServeInputs, arguments: argparse.Namespace) -> int:
     if arguments.without_ray:
         from deta.platform.serving.uvicorn_server import serve_alone
 

@@ -84,7 +84,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Criterion:
+class GateCriterion:
     """One row of the decision."""
 
     name: str
@@ -100,7 +100,7 @@ class Decision:
     challenger: Candidate
     champion: Candidate | None
     policy: Policy
-    criteria: tuple[Criterion, ...]
+    criteria: tuple[GateCriterion, ...]
     difference: PairedDifference | None  # challenger minus champion
 
     @property
@@ -175,27 +175,27 @@ def decide(
     return Decision(challenger, champion, policy, tuple(criteria), difference)
 
 
-def _weights(one: Candidate) -> Criterion:
+def _weights(one: Candidate) -> GateCriterion:
     required = f"SHA-256 {one.sha256[:12]}… in the registry, of its files and of what was evaluated"
     if one.fault:
-        return Criterion("weights", False, one.fault, required)
+        return GateCriterion("weights", False, one.fault, required)
     if one.evaluated_sha256 != one.sha256:
         found = f"the evaluation is of {one.evaluated_sha256[:12] or 'unknown weights'}…"
-        return Criterion("weights", False, found, required)
-    return Criterion("weights", True, "the same", required)
+        return GateCriterion("weights", False, found, required)
+    return GateCriterion("weights", True, "the same", required)
 
 
-def _lineage(one: Candidate, policy: Policy) -> Criterion:
+def _lineage(one: Candidate, policy: Policy) -> GateCriterion:
     required = "commit, configuration, data, environment, run" + ", no uncommitted code" * (
         policy.clean_code
     )
     if one.missing_lineage:
-        return Criterion("lineage", False, f"lacks {', '.join(one.missing_lineage)}", required)
+        return GateCriterion("lineage", False, f"lacks {', '.join(one.missing_lineage)}", required)
     found = "complete" + ", uncommitted code" * one.code_is_dirty
-    return Criterion("lineage", not (policy.clean_code and one.code_is_dirty), found, required)
+    return GateCriterion("lineage", not (policy.clean_code and one.code_is_dirty), found, required)
 
 
-def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) -> Criterion:
+def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) -> GateCriterion:
     found = f"{one.images_fingerprint[:12]}…"
     wanted = policy.evaluation_set or (champion.images_fingerprint if champion else "")
     if champion is not None and policy.evaluation_set:
@@ -204,32 +204,32 @@ def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) 
     else:
         same = True
     if not wanted:
-        return Criterion("evaluation set", None, found, "any, for the first champion")
+        return GateCriterion("evaluation set", None, found, "any, for the first champion")
     passed = same and one.images_fingerprint.startswith(wanted)
-    return Criterion("evaluation set", passed, found, f"{wanted[:12]}…, for a comparison")
+    return GateCriterion("evaluation set", passed, found, f"{wanted[:12]}…, for a comparison")
 
 
-def _gain(difference: PairedDifference | None, policy: Policy) -> Criterion:
+def _gain(difference: PairedDifference | None, policy: Policy) -> GateCriterion:
     name = "AP gain"
     required = f"{100 * policy.confidence:g} % interval above {100 * policy.min_gain:+.2f}"
     if difference is None:
-        return Criterion(name, False, "not comparable with the champion's evaluation", required)
+        return GateCriterion(name, False, "not comparable with the champion's evaluation", required)
     found = (
         f"{100 * difference.difference:+.2f}, {100 * difference.low:+.2f} to "
         f"{100 * difference.high:+.2f}"
     )
-    return Criterion(name, difference.low > policy.min_gain, found, required)
+    return GateCriterion(name, difference.low > policy.min_gain, found, required)
 
 
 def _class_drop(
     difference: PairedDifference | None, policy: Policy, names: Mapping[Any, str]
-) -> Criterion:
+) -> GateCriterion:
     name = "class drops"
     if policy.max_class_drop is None:
-        return Criterion(name, None, "-", "no limit")
+        return GateCriterion(name, None, "-", "no limit")
     required = f"no class more than {100 * policy.max_class_drop:.1f} below the champion's"
     if difference is None:
-        return Criterion(name, False, "not comparable with the champion's evaluation", required)
+        return GateCriterion(name, False, "not comparable with the champion's evaluation", required)
     drops = [
         (-one.difference, f"{names.get(key, key)} {100 * one.ap_a:.1f} -> {100 * one.ap_b:.1f}")
         for key, one in difference.per_category.items()
@@ -238,19 +238,19 @@ def _class_drop(
     drops.sort(key=lambda drop: -drop[0])
     over = [drop for drop in drops if drop[0] > policy.max_class_drop]
     if over:
-        return Criterion(
+        return GateCriterion(
             name, False, short_list([text for _, text in over], NUM_CLASSES_SHOWN), required
         )
     found = f"largest drop: {drops[0][1]}" if drops and drops[0][0] > 0 else "no class drops"
-    return Criterion(name, True, found, required)
+    return GateCriterion(name, True, found, required)
 
 
-def _class_floors(one: Candidate, policy: Policy) -> Criterion:
+def _class_floors(one: Candidate, policy: Policy) -> GateCriterion:
     name = "class floors"
     floors = dict.fromkeys(one.ap_by_class, policy.min_class_ap) | dict(policy.class_floors)
     floors_set = {key: floor for key, floor in floors.items() if floor is not None}
     if not floors_set:
-        return Criterion(name, None, "-", "none")
+        return GateCriterion(name, None, "-", "none")
     required = "AP of " + short_list(
         [f"{key} {100 * floor:.1f}" for key, floor in floors_set.items()], NUM_CLASSES_SHOWN
     )
@@ -259,19 +259,19 @@ def _class_floors(one: Candidate, policy: Policy) -> Criterion:
         for key, floor in floors_set.items()
         if one.ap_by_class.get(key, -1.0) < floor
     ]
-    return Criterion(
+    return GateCriterion(
         name, not under, short_list(under, NUM_CLASSES_SHOWN) if under else "all above", required
     )
 
 
-def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list[Criterion]:
+def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list[GateCriterion]:
     unit = "latency"
     if one.latency is None:
         needed = policy.max_latency_ms is not None or (
             champion is not None and policy.max_latency_ratio is not None
         )
         passed = False if needed else None
-        return [Criterion(unit, passed, "not measured", "measured, for example by --measure")]
+        return [GateCriterion(unit, passed, "not measured", "measured, for example by --measure")]
     milliseconds = one.latency.milliseconds
     criteria = [
         _criterion(unit, milliseconds, policy.max_latency_ms, at_least=False, show=_milliseconds)
@@ -283,36 +283,38 @@ def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list
     if other is None or other.device != one.latency.device:
         where = "was not measured" if other is None else f"was measured on {other.device}"
         found = f"the champion's {where}; --measure measures both here"
-        return [*criteria, Criterion(name, False, found, required)]
+        return [*criteria, GateCriterion(name, False, found, required)]
     ratio = milliseconds / other.milliseconds
     found = f"{ratio:.2f} of {other.milliseconds:.1f} ms"
-    return [*criteria, Criterion(name, ratio <= policy.max_latency_ratio, found, required)]
+    return [*criteria, GateCriterion(name, ratio <= policy.max_latency_ratio, found, required)]
 
 
-def _size(one: Candidate, champion: Candidate | None, policy: Policy) -> list[Criterion]:
+def _size(one: Candidate, champion: Candidate | None, policy: Policy) -> list[GateCriterion]:
     criteria = [_criterion("size", _mb(one), policy.max_megabytes, at_least=False, show=_megabytes)]
     if champion is None or policy.max_size_ratio is None:
         return criteria
     ratio = one.num_bytes / champion.num_bytes
     required = f"at most {policy.max_size_ratio:g} of the champion's"
     found = f"{ratio:.2f} of {_mb(champion):.1f} MB"
-    return [*criteria, Criterion("size ratio", ratio <= policy.max_size_ratio, found, required)]
+    return [*criteria, GateCriterion("size ratio", ratio <= policy.max_size_ratio, found, required)]
 
 
-def _parity(one: Candidate, policy: Policy) -> Criterion:
+def _parity(one: Candidate, policy: Policy) -> GateCriterion:
     found = one.parity_fault or one.parity or ""
     if not policy.parity:
-        return Criterion("exported form", None, found, "not required")
-    return Criterion("exported form", not one.parity_fault, found, "the detections of the model")
+        return GateCriterion("exported form", None, found, "not required")
+    return GateCriterion(
+        "exported form", not one.parity_fault, found, "the detections of the model"
+    )
 
 
 def _criterion(
     name: str, value: float, limit: float | None, *, at_least: bool, show: Callable[[float], str]
-) -> Criterion:
+) -> GateCriterion:
     if limit is None or (at_least and limit == 0):
-        return Criterion(name, None, show(value), "no limit")
+        return GateCriterion(name, None, show(value), "no limit")
     passed = value >= limit if at_least else value <= limit
-    return Criterion(
+    return GateCriterion(
         name, passed, show(value), f"at {'least' if at_least else 'most'} {show(limit)}"
     )
 
