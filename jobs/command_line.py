@@ -1,4 +1,4 @@
-"""What the command lines of all jobs share: a parser, printed lines, signals and exit codes."""
+"""Parsers, printed lines, signals and exit codes that all jobs share."""
 
 from __future__ import annotations
 

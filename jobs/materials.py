@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What is installed here, as a bill of materials (CycloneDX JSON); or whether it was altered.
+"""List what is installed as a bill of materials (CycloneDX JSON), or check it for changes.
 
   python jobs/materials.py --output sbom.json
   python jobs/materials.py --verify

@@ -58,7 +58,7 @@ class _Image:
 @dataclass(frozen=True)
 class _PredictInputs:
     predictor: Predictor
-    pictures: list[_Image]
+    image_files: list[_Image]
 
 
 def main() -> NoReturn:
@@ -115,15 +115,15 @@ def _prepare(arguments: argparse.Namespace) -> _PredictInputs:
     categories, image_ids = None, None
     if arguments.annotations is not None:
         categories, image_ids = read_listing(arguments.annotations)
-    pictures = _number(named_files, arguments.output, arguments.annotations, image_ids)
+    image_files = _number(named_files, arguments.output, arguments.annotations, image_ids)
     predictor = open_predictor(arguments, changes, categories)
     if categories is not None:
         predictor.check_categories(categories, str(arguments.annotations))
-    check_headers([picture.path for picture in pictures], predictor.config.data.max_pixels)
+    check_headers([image_file.path for image_file in image_files], predictor.config.data.max_pixels)
     (arguments.output if arguments.no_pictures else arguments.output / "pictures").mkdir(
         parents=True, exist_ok=True
     )
-    return _PredictInputs(predictor, pictures)
+    return _PredictInputs(predictor, image_files)
 
 
 def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
@@ -133,25 +133,25 @@ def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
     from deta.platform.evaluation.coco_metrics import to_coco_results
     from deta.platform.evaluation.detections_parquet import DetectionTable
 
-    predictor, pictures = inputs.predictor, inputs.pictures
+    predictor, image_files = inputs.predictor, inputs.image_files
     echo(f"model: {predictor.description}")
-    by_path = {picture.path: picture for picture in pictures}
+    by_path = {image_file.path: image_file for image_file in image_files}
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
-    num_width = len(str(len(pictures)))
+    num_width = len(str(len(image_files)))
     # disable=None: no progress bar without a terminal
-    bar = tqdm(total=len(pictures), unit=" images", file=sys.stderr, disable=None)
+    bar = tqdm(total=len(image_files), unit=" images", file=sys.stderr, disable=None)
 
     def print_line(text: str) -> None:
         number = len(images) + len(unreadable)
-        bar.write(f"{number:>{num_width}}/{len(pictures)}  {text}", file=sys.stdout)
+        bar.write(f"{number:>{num_width}}/{len(image_files)}  {text}", file=sys.stdout)
         sys.stdout.flush()
         bar.update()
 
     def on_unreadable(path: Path, error: ImageError) -> None:
-        picture = by_path[path]
-        unreadable.append(_entry(picture) | {"reason": str(error)})
+        image_file = by_path[path]
+        unreadable.append(_entry(image_file) | {"reason": str(error)})
         print_line(f"not readable: {error}")
 
     began_s = time.perf_counter()
@@ -162,13 +162,13 @@ def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
         for path, found in predictor.predict_files(
             by_path, batch_size=arguments.batch_size, on_unreadable=on_unreadable
         ):
-            picture = by_path[path]
-            width, height = _draw(picture, found, predictor, arguments)
-            results += to_coco_results(found, picture.image_id, predictor.category_ids)
-            table.add(str(path), picture.image_id, found)
-            images.append(_entry(picture) | {"width": width, "height": height})
+            image_file = by_path[path]
+            width, height = _draw(image_file, found, predictor, arguments)
+            results += to_coco_results(found, image_file.image_id, predictor.category_ids)
+            table.add(str(path), image_file.image_id, found)
+            images.append(_entry(image_file) | {"width": width, "height": height})
             shown = found.labels[found.scores >= arguments.threshold].tolist()
-            print_line(f"{picture.name}  {_counts(shown, predictor.names)}")
+            print_line(f"{image_file.name}  {_counts(shown, predictor.names)}")
     elapsed_s = time.perf_counter() - began_s
 
     categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
@@ -186,12 +186,12 @@ def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
         f"{predictor.device.type}: {arguments.output}"
     )
     if unreadable:
-        echo(f"{len(unreadable)} of {len(pictures)} images could not be read, see above")
+        echo(f"{len(unreadable)} of {len(image_files)} images could not be read, see above")
     return 1 if unreadable else 0
 
 
 def _draw(
-    picture: _Image, found: Detections, predictor: Predictor, arguments: argparse.Namespace
+    image_file: _Image, found: Detections, predictor: Predictor, arguments: argparse.Namespace
 ) -> tuple[int, int]:
     """Draw an image with its boxes unless --no-pictures. Returns its (width, height)."""
     from deta.platform.data.draw_boxes import draw_detections
@@ -199,16 +199,16 @@ def _draw(
 
     max_pixels = predictor.config.data.max_pixels
     if arguments.no_pictures:
-        header = read_header(picture.path, max_pixels)
+        header = read_header(image_file.path, max_pixels)
         return header.width, header.height
     # Decoded again: images are large, and detections only need their size.
-    image = decode(picture.path, max_pixels)
+    image = decode(image_file.path, max_pixels)
     shown = found.scores >= arguments.threshold
     drawing = draw_detections(
         image, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names
     )
-    picture.target.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save(picture.target, quality=JPEG_QUALITY)
+    image_file.target.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(image_file.target, quality=JPEG_QUALITY)
     return image.width, image.height
 
 
@@ -257,28 +257,28 @@ def _number(
                 f"{annotations}: does not list the images {', '.join(missing[:5])}{more}; "
                 "leave out --annotations, or these images"
             )
-    pictures = []
+    image_files = []
     by_target: dict[Path, _Image] = {}
     by_id: dict[int, _Image] = {}
     for (name, path), image_id in zip(named_files, ids, strict=True):
         target = output / "pictures" / name
         if target.suffix.lower() not in WRITTEN_SUFFIXES:
             target = target.with_name(target.name + ".png")
-        picture = _Image(path, name, image_id, target)
-        other = by_target.setdefault(target, picture)
-        if other is picture:
-            other = by_id.setdefault(image_id, picture)
-        if other is not picture:
+        image_file = _Image(path, name, image_id, target)
+        other = by_target.setdefault(target, image_file)
+        if other is image_file:
+            other = by_id.setdefault(image_id, image_file)
+        if other is not image_file:
             raise ValueError(
                 f"{other.path} and {path} have the same name: one would overwrite the other; give "
                 "the folder above them, or run the job twice"
             )
-        pictures.append(picture)
-    return pictures
+        image_files.append(image_file)
+    return image_files
 
 
-def _entry(picture: _Image) -> dict[str, Any]:
-    return {"id": picture.image_id, "file_name": picture.name}
+def _entry(image_file: _Image) -> dict[str, Any]:
+    return {"id": image_file.image_id, "file_name": image_file.name}
 
 
 def _counts(labels: Sequence[int], names: Sequence[str]) -> str:

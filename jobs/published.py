@@ -1,4 +1,4 @@
-"""What was published of each system, number by number, in the terms of our configuration.
+"""The published numbers of each system, in the terms of our configuration.
 
 A `Fact` belongs to a key of ours and says what the public code has there and where; where our
 recipe has another value on purpose it says why. A `Remark` is a difference that no key expresses.

@@ -79,7 +79,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well scores predict the share of correct detections."""
+    """The calibration of the scores: the share of correct detections at each score."""
 
     error: float  # 0..1; 0 is best
     largest: float  # of one bin

@@ -65,7 +65,7 @@ def submit_job(
 
     Raises:
         ValueError: the script, the project or the address is invalid.
-        ClusterError: the cluster does not answer or rejects the token; tells what to set.
+        ClusterError: the cluster does not answer or rejects the token; says what to set.
     """
     project = Project.holding(script, working_dir)
     variables = {**job_environment(project.root, os.environ), **(env or {})}

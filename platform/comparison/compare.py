@@ -53,7 +53,7 @@ class ImageChange:
 
 @dataclass(frozen=True)
 class FoundBoxes:
-    """How many true boxes each model finds."""
+    """The numbers of true boxes that each model finds."""
 
     both: int
     only_a: int

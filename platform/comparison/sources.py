@@ -234,7 +234,7 @@ def _of_mlflow(source: str, uri: str, work: Path) -> Side:
 
 @dataclass
 class _History:
-    """What a run's journal records about its course."""
+    """The course of a run, read from its journal."""
 
     curve: dict[float, float] = field(default_factory=dict)  # epoch to AP
     speeds: list[float] = field(default_factory=list)  # images/s

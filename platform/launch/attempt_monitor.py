@@ -75,7 +75,7 @@ class AttemptMonitor:
 
     @property
     def is_safe_to_kill(self) -> bool:
-        """Whether an evaluation is running and the state before it is saved."""
+        """Return whether an evaluation is running and the state before it is saved."""
         return self._evaluating_step is not None and self._saved_step >= self._evaluating_step
 
     @property

@@ -86,7 +86,7 @@ class Suggestion:
 
     @property
     def fits(self) -> bool:
-        """Whether the configured micro-batch fits."""
+        """Return whether the configured micro-batch fits."""
         return self.configured <= self.largest
 
     def lines(self) -> list[str]:

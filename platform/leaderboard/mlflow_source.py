@@ -45,7 +45,7 @@ KIND_TAG = "deta.kind"  # of the parent run of a sweep or study, which is no tra
 
 @dataclass(frozen=True)
 class RegisteredModels:
-    """What the registry records about runs."""
+    """The versions and champions that the registry records for runs."""
 
     versions: dict[str, list[str]] = field(default_factory=dict)  # by run id
     champions: frozenset[str] = frozenset()  # ids of their runs

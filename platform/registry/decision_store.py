@@ -1,10 +1,10 @@
 """Stores the log of promotion decisions in MLflow, where several processes may append at once.
 
 MLflow has no compare-and-set, with one exception: of several clients that add a version to a
-registered model, each gets a number of its own, and whoever sees a number sees all numbers below
-it. So the log of decisions on the model NAME is a registered model NAME-history with one version
-for each decision (decision_log.py). This log alone determines the champion. The alias `champion`
-follows it, for MLflow's own loaders and pages.
+registered model, each gets a number of its own, and a reader who sees a number sees all numbers
+below it. So the log of decisions on the model NAME is a registered model NAME-history with one
+version for each decision (decision_log.py). This log alone determines the champion. The alias
+`champion` follows it, for MLflow's own loaders and pages.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt ended, as its driver reports it to the supervisor."""
+    """The outcome of an attempt, as its driver reports it to the supervisor."""
 
     # refused: the cluster can never provide the requested resources. unreachable: no cluster.
     kind: Literal["ended", "refused", "unreachable", "lost"]
@@ -80,7 +80,7 @@ class AttemptOutcome:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended."""
+    """The result of a run."""
 
     folder: Path
     metrics: dict[str, float]  # of the last evaluation, in 0..100

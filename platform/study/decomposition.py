@@ -128,7 +128,9 @@ def _paragraph(
     if whole.estimate is None or any(step.difference.estimate is None for step in steps):
         sentences.append("So no decomposition can be given.")
     elif whole.interval is None:
-        sentences.append("Without an estimate of the noise, no share can be told from chance.")
+        sentences.append(
+            "Without an estimate of the noise, no share can be distinguished from chance."
+        )
     elif steps[0].share is None:
         sentences.append(
             f"With {num_of(len(whole.seeds), 'seed')} the whole is not significant, so no "
@@ -153,7 +155,7 @@ def _paragraph(
 
 
 def _chance(reported: float, seed_sd: float, df: int, confidence: float) -> str:
-    """What two single runs differ by through chance alone, beside what was reported."""
+    """Compare the difference that chance alone causes between two runs with the reported one."""
     limit = float(stdtrit(df, (1 + confidence) / 2)) * math.sqrt(2) * seed_sd
     where = "within" if reported <= limit else "beyond"
     return (

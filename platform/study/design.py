@@ -1,4 +1,4 @@
-"""What a study trains: factors crossed with one another, named cells beside them, and seeds."""
+"""The design of a study: crossed factors, additional named cells, and seeds."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Design:
             raise ValueError(f"cell {key!r}: {error}") from error
 
     def changed(self, first: str, second: str) -> dict[str, tuple[Any, Any]]:
-        """What tells two cells apart: dotted key to both values, the rate as it really is."""
+        """Return the keys in which two cells differ, with both values and actual learning rates."""
         configs = {cell.key: self.config(cell) for cell in self.cells()}
         for key in (first, second):
             if key not in configs:

@@ -22,7 +22,7 @@ Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialCost:
-    """What a trial used. A quantity that was not measured is None, which is not the same as 0."""
+    """The resources that a trial used. None means not measured, which is not the same as 0."""
 
     wall_s: float | None = None  # from the first step to the last, over all restarts
     gpu_hours: float | None = None  # GPUs held, times the hours they were held

@@ -16,7 +16,7 @@ from deta.platform.study.trial_record import TrialRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """How a study was run: what a person needs to run it again."""
+    """The information that a person needs to run a study again."""
 
     command: str = ""
     code_commit: str = ""

@@ -2,7 +2,7 @@
 
 Neither is a Python package, and training needs neither: a run exports its metrics
 (`training/run_metrics.py`) even if nothing reads them. This file starts the installed programs with
-the files of `dashboards/`; if one is missing, the error tells where to get it.
+the files of `dashboards/`; if one is missing, the error says where to get it.
 
 Every local run may have its own Ray cluster. A cluster lists its metrics ports in a file and
 renews that file while it runs. `SessionFollower` copies the lists of running clusters to where
@@ -53,7 +53,7 @@ GRAFANA_MISSING = (
 
 
 class NotInstalledError(RuntimeError):
-    """A program is not on this machine; the message tells where to get it."""
+    """A program is not on this machine; the message says where to get it."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class UploadRow:
 
 @dataclass
 class UploadRecord:
-    """What MLflow has already. Saved as mlflow.json, which is only a cache; see above."""
+    """The rows and files that MLflow has already, cached in mlflow.json; see above."""
 
     uri: str = ""  # without its password
     run_id: str = ""

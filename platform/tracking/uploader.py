@@ -43,7 +43,7 @@ HEARTBEAT_S = 30.0
 
 
 class TrackingStore(Protocol):
-    """What the uploader needs from MLflow; see `mlflow_store.py`. Any call may raise anything."""
+    """The calls to MLflow that the uploader needs (`mlflow_store.py`); any may raise anything."""
 
     shown_uri: str  # without its password
     call_s: float  # how long the last call took
