@@ -1,5 +1,5 @@
-// Calls the CPU kernels with random shapes and wild places. Every tensor is an allocation of its
-// own, of its exact size, so that the address sanitizer sees any step beyond it.
+// Calls the CPU kernels with random shapes and extreme locations. Every tensor is a separate
+// allocation of its exact size, so that the address sanitizer detects any access beyond it.
 
 #include <cmath>
 #include <cstdio>

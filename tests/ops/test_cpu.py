@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: every instruction set against the plain kernels, memory, threads."""
+"""The compiled CPU kernels: all instruction sets against the plain kernels, memory, threads."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _CAPABILITIES = {"base": (), "avx2": ("avx2", "fma"), "avx512": ("avx512f", "avx
 
 
 def instruction_sets() -> list[str]:
-    """Those that this processor has."""
+    """Return the instruction sets of this processor."""
     information = Path("/proc/cpuinfo")
     flags = information.read_text().split() if information.exists() else []
     return [name for name, needed in _CAPABILITIES.items() if all(flag in flags for flag in needed)]
 
 
 def random_case(shapes, images, queries, heads, points, channels, reference_size, seed, dtype):
-    """Arguments of a kernel after the value, samples off the knots of the interpolation."""
+    """Return random arguments of a kernel, with samples off the knots of the interpolation."""
     generator = torch.Generator().manual_seed(seed)
     size = (images, queries, heads, len(shapes), points)
     num_pixels = sum(h * w for h, w in shapes)
     value = torch.randn(images, num_pixels, heads, channels, generator=generator)
     attention = torch.randn(size, generator=generator)
     sides = torch.tensor([(w, h) for h, w in shapes]).float()
-    # In pixels, up to two pixels outside; never within 0.05 of a pixel centre.
+    # In pixels, up to two pixels outside, and never within 0.05 of a pixel centre.
     pixel = torch.rand(*size, 2, generator=generator) * (sides[:, None] + 4) - 2.5
     pixel = pixel.floor() + (pixel - pixel.floor()).clamp(0.05, 0.95)
     flat = [side for shape in shapes for side in shape]
@@ -50,7 +50,7 @@ def random_case(shapes, images, queries, heads, points, channels, reference_size
 
 
 def run(kernels, grad_output: Tensor, value: Tensor, flat, places, attention) -> tuple[Tensor, ...]:
-    """Output and all gradients, by the form that the places are given in."""
+    """Return the output and all gradients, in the form that `places` is given in."""
     arguments = (value, flat, *places, attention)
     if len(places) == 1:
         return kernels.forward(*arguments), *kernels.backward(grad_output, *arguments)
@@ -58,7 +58,7 @@ def run(kernels, grad_output: Tensor, value: Tensor, flat, places, attention) ->
 
 
 def exact(value: Tensor, flat, places, attention, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """The same by the plain kernels in float64."""
+    """Return the same from the plain kernels in float64."""
     return run(
         plain,
         grad_output.double(),
@@ -70,7 +70,7 @@ def exact(value: Tensor, flat, places, attention, grad_output: Tensor) -> tuple[
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest element."""
+    """Assert that tensors agree, relative to the largest element."""
     scale = expected.abs().max().clamp(min=1e-3) if expected.numel() else 1.0
     torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
@@ -129,7 +129,7 @@ def test_every_instruction_set_in_every_precision(
     instruction_set, dtype, tolerance, shapes, queries, each_pixel, heads, points, channels,
     reference_size, seed,
 ):  # fmt: skip
-    if each_pixel:  # then queries are worked off in tiles
+    if each_pixel:  # then queries are processed in tiles
         queries = sum(h * w for h, w in shapes)
     value, flat, places, attention = random_case(
         shapes, 2, queries, heads, points, channels, reference_size, seed, dtype
@@ -147,7 +147,7 @@ def test_every_instruction_set_in_every_precision(
 
 
 @pytest.mark.parametrize("reference_size", [0, 2, 4])
-@pytest.mark.parametrize("queries", [80, 320])  # heads left where they are, and laid apart
+@pytest.mark.parametrize("queries", [80, 320])  # heads in place, and rearranged by head
 def test_the_same_bits_on_any_number_of_threads(queries: int, reference_size: int):
     shapes = [(16, 16), (8, 8)]
     value, flat, places, attention = random_case(
@@ -157,7 +157,7 @@ def test_the_same_bits_on_any_number_of_threads(queries: int, reference_size: in
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3, 9):  # 9: more than heads, so levels are shared out too
+        for threads in (1, 2, 3, 9):  # 9: more than heads, so levels are divided too
             torch.set_num_threads(threads)
             results.append(run(cpu, grad_output, value, flat, places, attention))
     finally:
@@ -167,7 +167,7 @@ def test_the_same_bits_on_any_number_of_threads(queries: int, reference_size: in
 
 
 def test_pixels_that_no_sample_touches_do_not_matter():
-    """Not even where they are not numbers."""
+    """Such pixels may even be NaN or infinite."""
     value, flat, _, attention = random_case([(4, 4)], 1, 3, 1, 1, 16, 0, 0, torch.float32)
     inner = torch.full((1, 3, 1, 1, 1, 2), 0.5)  # between the four pixels in the middle
     expected = cpu.forward(value, flat, inner, attention)
@@ -188,9 +188,9 @@ def test_a_level_without_pixels_contributes_nothing():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_sanitizers_find_nothing(tmp_path: Path):
-    """Random shapes, also wild ones, under the address and undefined behaviour sanitizers."""
+    """Run random shapes and extreme locations under the address and UB sanitizers."""
     source = Path(__file__).with_name("sanitize_cpu.cpp")
     kernels = Path(__file__).resolve().parents[2] / "ops" / "csrc"
     program = tmp_path / "sanitize"

@@ -1,6 +1,7 @@
-"""The operator on a CUDA device. All of it is skipped where there is none.
+"""The operator on a CUDA device; skipped where there is none.
 
-`test_cuda_emulated.py` tests the same kernels without a device, `test_cuda_code.py` their code.
+`test_cuda_emulated.py` tests the same kernels without a device, and `test_cuda_code.py` tests
+their machine code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SHAPES = [(25, 42), (13, 21), (7, 11), (4, 6)]
 FLAT = [side for shape in SHAPES for side in shape]
 SIZES = torch.tensor(SHAPES).flip(-1)[:, None]  # L 1 2, (width, height)
 NUM_PIXELS = sum(h * w for h, w in SHAPES)
-# Against float64 arithmetic on the same inputs. Float32 sums are formed in no fixed order.
+# Against float64 arithmetic on the same inputs. Float32 sums have no fixed order.
 TOLERANCE = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
@@ -33,7 +34,7 @@ needs_library = pytest.mark.skipif(
 
 
 def inputs(dtype, reference_size, queries=NUM_PIXELS, channels=32, device="cuda", points=4):
-    """Value, references (or none), places, weights, grad_output; samples lie off the knots."""
+    """Return value, references or None, places, weights, grad_output; samples are off the knots."""
     generator = torch.Generator().manual_seed(0)
     size = (2, queries, 4, len(SHAPES), points)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,7 +57,7 @@ def inputs(dtype, reference_size, queries=NUM_PIXELS, channels=32, device="cuda"
 
 
 def both(kernels, value, references, places, weights, grad_output) -> tuple[Tensor, ...]:
-    """Output and the three gradients."""
+    """Return the output and the three gradients."""
     if references is None:
         arguments = (value, FLAT, places, weights)
         return (kernels.forward(*arguments), *kernels.backward(grad_output, *arguments))
@@ -136,7 +137,7 @@ def test_compiles_into_one_graph(reference_size):
 
 
 @needs_library
-def test_is_recorded_into_a_cuda_graph():
+def test_can_be_captured_in_a_cuda_graph():
     *arguments, grad_output = inputs(torch.bfloat16, 2)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -146,7 +147,7 @@ def test_is_recorded_into_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = both(cuda, *arguments, grad_output)
-    arguments[0].normal_()  # what the graph reads changes after it was recorded
+    arguments[0].normal_()  # the graph's input changes after the capture
     graph.replay()
     assert_close(found, both(plain, *widened((*arguments, grad_output))), 1e-2)
 
@@ -177,7 +178,7 @@ def test_runs_on_a_device_that_is_not_the_current_one():
 
 
 @pytest.mark.parametrize("reference_size", [0, 2])
-def test_operator_keeps_pytorchs_contract(reference_size):
+def test_the_operator_passes_pytorchs_checks(reference_size):
     value, references, places, weights, grad_output = inputs(torch.float64, reference_size, 30)
     places = places.nan_to_num(0, 0, 0)
     name = "ms_deform_attn" if references is None else "ms_deform_attn_fused"

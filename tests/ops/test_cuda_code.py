@@ -1,4 +1,4 @@
-"""What the CUDA compiler made of the kernels, read from the machine code. Needs no GPU."""
+"""Properties of the kernels' machine code, as the CUDA compiler made it. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[2] / "ops/csrc"
 ACCESS = r"\bLDG\.E\.128"  # a read of 16 bytes
-VECTOR_ADDITION = r"\bREDG\.E\.ADD\.F32x4"  # an atomic addition to four neighbours at once
+VECTOR_ADDITION = r"\bREDG\.E\.ADD\.F32x4"  # an atomic addition to four neighbouring floats
 SCALAR_ADDITION = r"\bRED(G)?\.E\.ADD\.(F32\.|64)|\bATOM"
 
 
@@ -25,12 +25,12 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump() -> str | None:
-    """Of the toolkit, or the one that Triton carries."""
+    """Find cuobjdump in the toolkit or in Triton's package."""
     package = importlib.util.find_spec("triton")
-    carried = package and package.submodule_search_locations
+    bundled = package and package.submodule_search_locations
     for folder in (
         Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
-        Path(carried[0], "backends/nvidia/bin") if carried else None,
+        Path(bundled[0], "backends/nvidia/bin") if bundled else None,
     ):
         if folder and (folder / "cuobjdump").is_file():
             return str(folder / "cuobjdump")
@@ -38,7 +38,7 @@ def find_cuobjdump() -> str | None:
 
 
 def installed_library() -> Path | None:
-    """The one that was built with the package, unless its source has changed since."""
+    """Return the library built with the package, unless its source has changed since."""
     package = importlib.util.find_spec("_deta_ops")
     places = package.submodule_search_locations if package else None
     changed = max(path.stat().st_mtime for path in SOURCES.glob("*cuda*"))
@@ -50,7 +50,7 @@ def installed_library() -> Path | None:
 
 
 class Code:
-    """The kernels of a library for sm_90: resources, and instructions in the order of the code."""
+    """The kernels of a library for sm_90: resources, and instructions in code order."""
 
     def __init__(self, cuobjdump: str, library: Path) -> None:
         def dump(*options: str) -> str:
@@ -67,7 +67,7 @@ class Code:
         self.instructions = dict(zip(parts[1::2], parts[2::2], strict=True))
 
     def kernel(self, kind: str, dtype: str, vector: int, lanes: int, fixed: str = "") -> str:
-        """The mangled name of a kernel with these template arguments."""
+        """Return the mangled name of a kernel with these template arguments."""
         number = {"half": "6__half", "bfloat16": "13__nv_bfloat16", "float": "f"}[dtype]
         pattern = f"{kind}_kernelI{number}Li{vector}ELi{lanes}E{fixed}E"
         (name,) = (name for name in self.instructions if pattern in name)
@@ -81,11 +81,11 @@ class Code:
 def code(tmp_path_factory) -> Code:
     cuobjdump, nvcc = find_cuobjdump(), find_nvcc()
     if cuobjdump is None:
-        pytest.skip("no cuobjdump, neither the toolkit's nor Triton's")
+        pytest.skip("no cuobjdump, neither from the toolkit nor from Triton")
     library = installed_library()
     if library is None:
         if nvcc is None:
-            pytest.skip("no CUDA library was built, and no nvcc is there")
+            pytest.skip("no CUDA library was built, and no nvcc is installed")
         library = tmp_path_factory.mktemp("code") / "cuda.cubin"
         command = [nvcc, "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-cubin"]
         command += [str(SOURCES / "ms_deform_attn_cuda.cu"), "-o", str(library)]
@@ -109,7 +109,7 @@ def test_no_kernel_spills_registers(code: Code):
 def test_values_are_read_16_bytes_at_a_time(code: Code, dtype, vector, lanes):
     for kind, fixed in (("forward", ""), ("backward", "Lb0E")):
         name = code.kernel(kind, dtype, vector, lanes, fixed)
-        # Four pixels for each of the samples that are visited together.
+        # Four pixels for each of the samples that are processed together.
         assert code.count(name, ACCESS) >= 4 * lanes
 
 
@@ -121,8 +121,8 @@ def test_the_value_gradient_is_added_four_numbers_at_a_time(code: Code, dtype, v
 
 
 @pytest.mark.parametrize(("dtype", "vector", "lanes"), HOT)
-def test_enough_warps_fit_to_hide_the_memory(code: Code, dtype, vector, lanes):
-    """65536 registers of a multiprocessor, 256 threads a block."""
+def test_enough_warps_fit_to_hide_the_memory_latency(code: Code, dtype, vector, lanes):
+    """A multiprocessor has 65536 registers, and a block 256 threads."""
     forward = code.resources[code.kernel("forward", dtype, vector, lanes)]
     backward = code.resources[code.kernel("backward", dtype, vector, lanes, "Lb0E")]
     assert forward["REG"] <= 64  # 32 warps

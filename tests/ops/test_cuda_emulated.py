@@ -1,8 +1,8 @@
-"""The CUDA kernels' own source, compiled by g++ and run on the processor, one fiber a thread.
+"""The CUDA kernels' own source, compiled by g++ and run on the processor, one fiber per thread.
 
-What a GPU would compute, without one: `cuda_emulation/` says how. It shows that the arithmetic, the
-indices and the shuffles are right; it says nothing of speed, nor of what the CUDA compiler makes of
-the source (`test_cuda_code.py`).
+It computes what a GPU would, without one; `cuda_emulation/` explains how. It shows that the
+arithmetic, the indices and the shuffles are right. It shows nothing about speed or about the CUDA
+compiler's machine code (`test_cuda_code.py`).
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def emulated(library: ctypes.CDLL, monkeypatch) -> Iterator[ctypes.CDLL]:
 
 
 def inputs(case: str, dtype: torch.dtype, reference_size: int, seed: int = 0) -> tuple:
-    """Value, flat shapes, references, locations or offsets, weights or logits, grad_output.
+    """Return value, flat shapes, references, locations or offsets, weights or logits, grad_output.
 
-    Samples lie off the lines between pixel centres, where gradients jump, and some outside. A few
-    locations are not finite.
+    Samples are off the lines between pixel centres, where gradients jump, and some are outside. A
+    few locations are not finite.
     """
     images, queries, heads, points, channels, shapes = CASES[case]
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +125,7 @@ def inputs(case: str, dtype: torch.dtype, reference_size: int, seed: int = 0) ->
 
 
 def both(run, value, flat, references, places, weights, grad_output) -> tuple[Tensor, ...]:
-    """Output and the three gradients."""
+    """Return the output and the three gradients."""
     if references is None:
         arguments = (value, flat, places, weights)
         return (run.forward(*arguments), *run.backward(grad_output, *arguments))
@@ -158,7 +158,7 @@ def test_kernels_equal_the_plain_one(emulated, case, dtype, reference_size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reference_size", [0, 4])
-def test_half_values_go_with_float32_weights(emulated, dtype, reference_size):
+def test_half_values_can_have_float32_weights(emulated, dtype, reference_size):
     arguments = inputs("usual head", dtype, reference_size)
     arguments = (*arguments[:3], *(x.float() for x in arguments[3:5]), arguments[5])
     found = both(cuda, *arguments)
@@ -173,7 +173,7 @@ def test_deterministic_mode_gives_the_same_bits_in_any_order(emulated, case, dty
     arguments = inputs(case, dtype, reference_size)
     torch.use_deterministic_algorithms(True)
     results = []
-    for seed in range(3):  # of the order of blocks and lanes
+    for seed in range(3):  # for the order of blocks and lanes
         emulated.emulation_seed(seed)
         results.append(both(cuda, *arguments))
     for other in results[1:]:
@@ -182,7 +182,7 @@ def test_deterministic_mode_gives_the_same_bits_in_any_order(emulated, case, dty
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e30])
-def test_deterministic_mode_fits_gradients_of_any_size(emulated, scale):
+def test_deterministic_mode_scales_to_gradients_of_any_size(emulated, scale):
     *arguments, grad_output = inputs("usual head", torch.float32, 2)
     torch.use_deterministic_algorithms(True)
     found = both(cuda, *arguments, grad_output * scale)[1] / scale
@@ -191,7 +191,7 @@ def test_deterministic_mode_fits_gradients_of_any_size(emulated, scale):
 
 
 def test_deterministic_mode_survives_the_worst_sum(emulated):
-    """All samples of all queries on one pixel, with the largest gradient there is."""
+    """Put all samples of all queries on one pixel, with the largest gradient."""
     value = torch.zeros(1, 1, 1, 4)
     locations = torch.full((1, 300, 1, 1, 7, 2), 0.5)
     weights = torch.ones(1, 300, 1, 1, 7)
@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(emulated, bad):
 
 
 def test_a_value_outside_of_a_sample_does_not_matter(emulated):
-    """Not even one that is not a number: what lies outside is not read, rather than times zero."""
+    """Even NaN does not: a value outside is not read, rather than multiplied by zero."""
     value, flat, _, places, weights, _ = inputs("usual head", torch.float32, 0)
     value[:] = math.nan
     places[:] = 5.0
@@ -245,7 +245,7 @@ def test_strided_and_misaligned_tensors_are_copied(emulated):
         assert all(torch.equal(a, b) for a, b in zip(expected, both(cuda, *other), strict=True))
 
 
-def test_nothing_in_gives_nothing_out(emulated):
+def test_empty_inputs_give_empty_outputs(emulated):
     value, flat, _, places, weights, grad_output = inputs("odd", torch.float32, 0)
     for few in (slice(0, 0), slice(0, 7)):
         arguments = (value[:0], flat, places[:0, few], weights[:0, few])
@@ -254,7 +254,7 @@ def test_nothing_in_gives_nothing_out(emulated):
         assert not gradient.any()
 
 
-def test_too_many_levels_are_refused_with_a_way_out():
+def test_too_many_levels_are_refused_with_an_alternative():
     with pytest.raises(ValueError, match="DETA_OPS=plain"):
         cuda.forward(
             torch.zeros(1, 33, 1, 4),
@@ -264,7 +264,7 @@ def test_too_many_levels_are_refused_with_a_way_out():
         )
 
 
-# Memory: every tensor ends where a page begins that may not be touched, or starts behind one.
+# Memory: every tensor ends where a protected page begins, or starts behind one.
 
 
 def guarded(tensor: Tensor, at_end: bool) -> Tensor:
@@ -282,7 +282,7 @@ def guarded(tensor: Tensor, at_end: bool) -> Tensor:
 
 
 def run_guarded() -> None:
-    """In a process of its own: an access outside of a tensor ends it."""
+    """Run all cases with guarded tensors; an access outside of a tensor kills this process."""
     library = load(Path(sys.argv[1]))
     with pytest.MonkeyPatch.context() as monkeypatch:
         use(monkeypatch, library)
@@ -296,15 +296,15 @@ def run_guarded() -> None:
                     for x in inputs(case, dtype, size, seed=1)
                 )
                 if any(isinstance(x, Tensor) and x.data_ptr() % 16 for x in arguments):
-                    continue  # would be copied
+                    continue  # a misaligned tensor would be copied
                 found = both(cuda, *arguments)
                 if at_end:
                     assert_close(found, both(plain, *widened(arguments)), TOLERANCE[dtype])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are guarded as Linux does it")
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's mprotect")
 def test_nothing_is_read_or_written_outside_of_a_tensor(tmp_path):
-    # As for devices before 9.0, whose additions are the ones that differ.
+    # The code for devices before 9.0, whose additions differ.
     flags = ["-D__CUDA_ARCH__=800", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     library = build(tmp_path, *flags)
     command = [sys.executable, __file__, str(library)]

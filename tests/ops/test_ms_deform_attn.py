@@ -23,7 +23,7 @@ PARITY_CASES = sorted((SHARED / "parity").glob("*/op/*.safetensors"))
 
 
 def brute_force(value: Tensor, shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition, one sample at a time."""
+    """Compute the definition, one sample at a time."""
     num_images, _, num_heads, num_channels = value.shape
     _, num_queries, _, num_levels, num_points, _ = locations.shape
     output = value.new_zeros(num_images, num_queries, num_heads, num_channels)
@@ -65,7 +65,7 @@ def random_inputs(
 
 
 def random_references(locations: Tensor, shapes, size: int, seed: int = 0):
-    """References and offsets that come to the same locations."""
+    """Return references and offsets that give the same locations."""
     generator = torch.Generator().manual_seed(seed)
     images, queries, _, levels, points, _ = locations.shape
     references = torch.rand(images, queries, levels, size, generator=generator).double() + 0.1
@@ -128,7 +128,7 @@ def test_any_shape_equals_the_definition(images, queries, heads, points, channel
 def test_the_fused_form_equals_the_definition(size: int):
     value, shapes, locations, weights = random_inputs()
     references, offsets = random_references(locations, shapes, size)
-    logits = weights.log() + 3.0  # a softmax does not see a constant
+    logits = weights.log() + 3.0  # a constant does not change a softmax
     expected = brute_force(value, shapes, locations, weights / weights.sum((3, 4), keepdim=True))
     found = ms_deform_attn_fused(value, shapes, references, offsets, logits)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -174,7 +174,7 @@ def test_fused_gradients_agree_with_finite_differences(size: int):
     )
 
 
-def test_operator_keeps_pytorchs_contract():
+def test_the_operator_passes_pytorchs_checks():
     value, shapes, locations, weights = random_inputs()
     flat_shapes = [size for shape in shapes for size in shape]
     tensors = [tensor.requires_grad_() for tensor in (value, locations, weights)]
@@ -191,7 +191,7 @@ def test_operator_keeps_pytorchs_contract():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_fused_operator_keeps_pytorchs_contract(size: int):
+def test_the_fused_operator_passes_pytorchs_checks(size: int):
     value, shapes, locations, weights = random_inputs()
     references, offsets = random_references(locations, shapes, size)
     flat_shapes = [size for shape in shapes for size in shape]
@@ -231,7 +231,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype):
     expected = ms_deform_attn(value.double(), shapes, locations, weights.double())
     output = ms_deform_attn(value, shapes, locations.float(), weights)
     assert output.dtype == dtype
-    # One rounding to 8 (bfloat16) or 11 (float16) bits at the end, none on the way.
+    # One rounding to 8 (bfloat16) or 11 (float16) bits at the end, none before.
     torch.testing.assert_close(
         output.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3
     )
@@ -248,7 +248,7 @@ def test_a_strided_view_gives_the_same_as_its_copy():
 
 
 @pytest.mark.parametrize(("images", "queries"), [(0, 3), (2, 0)])
-def test_nothing_in_gives_nothing_out(images: int, queries: int):
+def test_empty_inputs_give_empty_outputs(images: int, queries: int):
     value, shapes, locations, weights = random_inputs()
     value = value[:images].requires_grad_()
     output = ms_deform_attn(value, shapes, locations[:images, :queries], weights[:images, :queries])
@@ -257,7 +257,7 @@ def test_nothing_in_gives_nothing_out(images: int, queries: int):
     assert torch.equal(value.grad, torch.zeros_like(value))
 
 
-def test_shapes_that_do_not_belong_together_are_named():
+def test_inconsistent_shapes_are_named():
     value, shapes, locations, weights = random_inputs()
     with pytest.raises(ValueError, match="42 pixels"):
         ms_deform_attn(value, [(6, 5), (3, 5)], locations, weights)
@@ -265,7 +265,7 @@ def test_shapes_that_do_not_belong_together_are_named():
         ms_deform_attn(value, shapes, locations, weights[:, :, :1])
 
 
-def test_autocast_lowers_the_features_alone():
+def test_autocast_lowers_the_precision_of_the_features_only():
     value, shapes, locations, weights = random_inputs(((40, 60), (20, 30)), channels=16)
     value, locations, weights = value.float(), locations.float(), weights.float()
     references, offsets = random_references(locations, shapes, 2)
@@ -284,7 +284,7 @@ def test_autocast_lowers_the_features_alone():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_an_exported_program_holds_standard_operators_alone(size: int):
+def test_an_exported_program_contains_only_standard_operators(size: int):
     value, shapes, locations, weights = random_inputs()
     references, offsets = random_references(locations, shapes, size)
     inputs = tuple(t.float() for t in (value, references, offsets, weights.log()))
@@ -302,7 +302,7 @@ def test_an_exported_program_holds_standard_operators_alone(size: int):
     torch.testing.assert_close(program.module()(*alone), Attention()(*alone))
 
 
-def test_references_that_do_not_fit_are_named():
+def test_references_of_a_wrong_shape_are_named():
     value, shapes, locations, weights = random_inputs()
     references, offsets = random_references(locations, shapes, 2)
     with pytest.raises(ValueError, match="reference_points must be B Q L 2 or B Q L 4"):

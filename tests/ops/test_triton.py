@@ -1,4 +1,4 @@
-"""The Triton kernels: by Triton's interpreter on the processor, and compiled for sm_90."""
+"""The Triton kernels, run by Triton's interpreter on the processor and compiled for sm_90."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(dtype: torch.dtype, channels: int, reference_size: int) -> tuple:
     weights = torch.randn(size, generator=generator).to(dtype)
     grad_output = torch.randn(1, 3, 2 * channels, generator=generator).to(dtype)
     references = torch.rand(1, 3, 3, reference_size, generator=generator).to(exact)
-    # Never near a line between pixel centres, where gradients jump.
+    # Away from the lines between pixel centres, where gradients jump.
     places = (torch.randint(-8, 16, (*size, 2), generator=generator) / 4 + 0.125).to(exact)
     if reference_size == 0:
         places = (places + 0.5) / torch.tensor(SHAPES).view(3, 2).flip(1)[:, None]
@@ -39,7 +39,7 @@ def inputs(dtype: torch.dtype, channels: int, reference_size: int) -> tuple:
 
 
 def both(kernels, value, references, places, weights, grad_output) -> tuple[Tensor, ...]:
-    """Output and the three gradients."""
+    """Return the output and the three gradients."""
     if references.shape[-1] == 0:
         arguments = (value, SHAPES, places, weights)
         return (kernels.forward(*arguments), *kernels.backward(grad_output, *arguments))
@@ -48,7 +48,7 @@ def both(kernels, value, references, places, weights, grad_output) -> tuple[Tens
 
 
 def check_all() -> None:
-    """With TRITON_INTERPRET=1, which Triton reads when it is imported: in a process of its own."""
+    """Check all cases in a separate process, since Triton reads TRITON_INTERPRET at its import."""
     for dtype, channels, reference_size in (
         (torch.float32, 8, 0),
         (torch.float32, 5, 2),

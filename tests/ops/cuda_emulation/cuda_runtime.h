@@ -1,10 +1,10 @@
-// CUDA on the processor: enough of it that g++ compiles the kernels as they are, runs them, and
-// finds lanes that miss a shuffle. For tests, on machines without a GPU.
+// The part of CUDA that the kernels need, on the processor: g++ compiles them unchanged, runs them,
+// and detects lanes that miss a shuffle. For tests on machines without a GPU.
 //
-// One block at a time. Each thread of the block is a fiber that runs until it meets a function of
-// the whole warp; threads and blocks take turns in an order drawn from a seed. A warp goes on when
-// all the lanes named in the mask have arrived at the same kind of call; a lane that comes with
-// another mask, or never, ends the process with a message. Shared memory starts as rubbish.
+// One block runs at a time. Each thread of the block is a fiber that runs until it calls a function
+// of the whole warp. Threads and blocks take turns in an order drawn from a seed. A warp continues
+// when all lanes of the mask have arrived at the same kind of call. A lane that arrives with another
+// mask, or never, aborts the process with a message. Shared memory starts with invalid content.
 
 #pragma once
 
@@ -123,10 +123,10 @@ inline void run_kernel() {
   swapcontext(&threads[current].context, &scheduler);
 }
 
-// A thread meets a function of the warp: it waits, and gets what the others gave.
+// Makes a thread wait at a function of the warp, and returns what the others gave.
 inline uint64_t meet(Call call, unsigned mask, int distance, uint64_t given) {
   Thread& thread = threads[current];
-  if (!(mask >> (current % 32) & 1)) fail("is not in the mask that it names", current);
+  if (!(mask >> (current % 32) & 1)) fail("is not in its own mask", current);
   thread.call = call;
   thread.mask = mask;
   thread.distance = distance;
@@ -138,19 +138,19 @@ inline uint64_t meet(Call call, unsigned mask, int distance, uint64_t given) {
 
 inline bool is_in(unsigned mask, int lane) { return mask >> lane & 1; }
 
-// Lets the lanes of one mask go on, if all of them wait. Returns whether they did.
+// Releases the lanes of one mask if all of them wait. Returns whether it did.
 inline bool release(int first_thread, int leader) {
   const Thread& example = threads[leader];
   const int end = std::min<int>(first_thread + 32, threads.size());
   for (int lane = 0; lane < 32; ++lane) {
     if (!is_in(example.mask, lane)) continue;
     const int i = first_thread + lane;
-    if (i >= end) fail("names a lane that the block does not have", leader);
+    if (i >= end) fail("has a lane in its mask that the block does not have", leader);
     if (threads[i].is_finished) fail("waits for a lane that has ended", leader);
     if (!threads[i].is_waiting) return false;
     if (threads[i].call != example.call || threads[i].mask != example.mask ||
         threads[i].distance != example.distance) {
-      fail("meets a lane of its mask at another call", leader);
+      fail("has a lane in its mask that waits at another call", leader);
     }
   }
   bool all = true;
@@ -199,7 +199,7 @@ inline void run_block(int num_threads) {
     for (int i = 0; i < num_threads; ++i) {
       if (threads[i].is_waiting && release(i / 32 * 32, i)) has_moved = true;
     }
-    if (!has_moved) fail("waits for ever", turns[0]);
+    if (!has_moved) fail("waits forever", turns[0]);
   }
 }
 
@@ -222,7 +222,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::meet(emulation::Call::SYNC, mask, 0, 0);
 }
 
-// What the host calls.
+// Functions that the host calls.
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
@@ -267,7 +267,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     run_block(num_threads);
     for (size_t i = config->dynamicSmemBytes; i < sizeof(shared); ++i) {
       if (reinterpret_cast<unsigned char*>(shared)[i] != 0xff) {
-        fail("wrote behind the shared memory that the launch asked for", 0);
+        fail("wrote behind the shared memory that the launch requested", 0);
       }
     }
   }
