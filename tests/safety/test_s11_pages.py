@@ -28,8 +28,8 @@ MARKUP = (
     "insertAdjacentHTML", "document.write", "javascript:",
 )  # fmt: skip
 MAY = {
-    "platform/pages/safe_text.py": "says where JSON is safe",
-    "platform/system/download.py": "knows a web page when it gets one in place of a file",
+    "platform/pages/safe_text.py": "documents where JSON is safe",
+    "platform/system/download.py": "detects a web page in place of a file",
     "platform/weights/weight_files.py": "the same",
 }
 # Markup switches escaping off: only these make it, of JSON and of files of the program.
