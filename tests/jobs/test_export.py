@@ -301,7 +301,7 @@ def test_a_file_with_other_detections_is_deleted(tmp_path, exported, monkeypatch
     """Use the existing program instead of a new one, and a comparison that finds a difference."""
     captured: list[str] = []
     monkeypatch.setattr(export_job, "echo", captured.append)
-    monkeypatch.setattr("deta.platform.inference.export.trace", lambda *_: None)
+    monkeypatch.setattr("deta.platform.inference.export.trace_detector", lambda *_: None)
     monkeypatch.setattr("torch.export.save", lambda _, path: path.write_bytes(b"a program"))
     monkeypatch.setattr(
         "deta.platform.inference.exported_model.open_program", lambda *_: exported.runtimes["pt2"]
