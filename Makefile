@@ -25,9 +25,10 @@ help:
 
 # One stamp file for each installed extra. A changed version or dependency installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
-	touch $@
+	@echo "installing into $(VENV): PyTorch, Ray, MLflow and more; several minutes, up to 7 GB"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
 
 install: $(VENV)/.installed-all
 
