@@ -45,6 +45,7 @@ STANDS_FOR = {  # in the README: here
 # Enough boxes of each class for a training not to warn of too few.
 FEW_IMAGES = ["data.train_first=100", "data.val_first=20"]
 SHORT = [*FEW_IMAGES, "schedule.epochs=1", "schedule.warmup_epochs=0"]
+PRINTS_ONLY = ("--help", "--show", "--compare")
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,17 @@ def shortened(command: str) -> str:
     if command.startswith("make demo"):
         return f'{command} ARGS="{" ".join(SHORT)}"'
     words = command.split()
-    job = Path(words[1]).name if words[0] == "python" and len(words) > 1 else ""
-    trains = job.startswith(("deta_", "anchor_", "improved_"))
-    if not trains or {"--help", "--show", "--compare", "--resume"} & set(words):
-        shorter = [] if not job.startswith(("sweep_", "study_")) else ["--no-probe", *SHORT]
-    elif words[2] == "finetune":
-        shorter = ["--samples", "100", *FEW_IMAGES]
-    else:
-        shorter = SHORT if "--variant" in words else ["--variant small", *SHORT]
-    return " ".join([command, *shorter])
+    job = Path(words[1]).stem if words[0] == "python" and len(words) > 1 else ""
+    if job == "export":
+        return f"{command} --check-first 4"
+    if job.startswith(("sweep_", "study_")):
+        return " ".join([command, "--trials 2 --no-probe", *SHORT])
+    if not job.startswith(("deta_", "anchor_", "improved_")) or words[-1] in PRINTS_ONLY:
+        return command
+    if words[2] == "finetune":
+        return " ".join([command, "--samples 100", *FEW_IMAGES])
+    variant = [] if "--variant" in words else ["--variant small"]
+    return " ".join([command, *variant, *SHORT])
 
 
 def run(command: str, log: Path) -> str:
