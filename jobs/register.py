@@ -83,7 +83,7 @@ def _register(prepared: Registration, arguments: argparse.Namespace) -> int:
     version = register(registry, arguments.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
     where = "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
-    echo(f"next: {where}jobs/promote.py {version.number} --name {version.name} --dry-run")
+    echo(f"next: {where}python jobs/promote.py {version.number} --name {version.name} --dry-run")
     return 0
 
 
