@@ -153,7 +153,7 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    # In the background of a shell SIGINT is ignored, and so by everything that is started from here.
+    # In the background of a shell SIGINT is ignored, and so by all that is started from here.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     shutil.rmtree(HOME, ignore_errors=True)
