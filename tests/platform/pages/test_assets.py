@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jinja2 import Environment
+from setuptools import find_namespace_packages
 
 ROOMS = Path(__file__).resolve().parents[3] / "platform"
 STYLES, SCRIPTS, TEMPLATES = (sorted(ROOMS.rglob(f"*.{end}")) for end in ("css", "js", "j2"))
@@ -80,3 +82,14 @@ def test_lines_are_short_and_clean(path: Path):
         assert len(line) <= 100, f"line {number} is longer than 100"
         assert line == line.rstrip(), f"line {number} ends in blanks"
         assert "\t" not in line, f"line {number} has a tab"
+
+
+def test_a_wheel_ships_every_asset():
+    root = ROOMS.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["*"]
+    packages = find_namespace_packages(str(root), include=["deta.platform*"])
+    for path in (*STYLES, *SCRIPTS, *TEMPLATES):
+        package = ".".join(["deta", *path.relative_to(root).parent.parts])
+        assert package in packages
+        assert any(path.match(pattern) for pattern in patterns), f"{name(path)} is not shipped"
