@@ -35,6 +35,7 @@ from deta.platform.shards.manifest import (
     read_pack_manifest,
 )
 from deta.platform.shards.object_store import ObjectStore
+from deta.platform.system.atomic_write import LEFTOVER_SUFFIX
 
 ROW_GROUP_IMAGES = 32  # for other Parquet readers; ours reads single images
 ROW_GROUP_BYTES = 64 << 20
@@ -193,7 +194,7 @@ def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
             "--shard-mb; delete it, or choose another output"
         )
     for name in sizes:  # left over from a killed call
-        if name.startswith(".") and name.endswith(".tmp"):
+        if name.startswith(".") and name.endswith(LEFTOVER_SUFFIX):
             store.delete(name)
     return resumed
 

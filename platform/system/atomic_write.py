@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+LEFTOVER_SUFFIX = ".unfinished"  # end of the names of files that a killed process may leave behind
+
 
 def write_atomic(
     path: Path,
@@ -51,7 +53,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     with replacing(path) as unfinished:
         image.save(unfinished)
     """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{LEFTOVER_SUFFIX}")
     try:
         yield unfinished
         if durable:

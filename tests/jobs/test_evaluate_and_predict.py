@@ -331,4 +331,4 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
     assert not output.exists()
     output.mkdir()
     (output / "a.jpg").write_bytes(one.read_bytes())
-    assert "could be written over" in refused(output / "a.jpg")
+    assert "could be overwritten" in refused(output / "a.jpg")
