@@ -194,7 +194,7 @@ def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
             "--shard-mb; delete it, or choose another output"
         )
     for name in sizes:  # left over from a killed call
-        if name.startswith(".") and name.endswith(LEFTOVER_SUFFIX):
+        if name.startswith(".") and name.endswith((LEFTOVER_SUFFIX, ".tmp")):  # .tmp: until 2026-11
             store.delete(name)
     return resumed
 

@@ -357,7 +357,8 @@ def test_packing_goes_on_with_whole_shards_and_writes_harmed_ones_again(folder, 
     begun = manifest | {"annotations": None, "shards": manifest["shards"][:-1]}
     (own / "PACKING.json").write_text(json.dumps(begun))
     (own / "shard-00000.parquet").write_bytes(b"cut")
-    (own / ".shard-00002.parquet.123.tmp").write_bytes(b"half")
+    (own / ".shard-00002.parquet.123.tmp").write_bytes(b"half")  # of an earlier version
+    (own / ".shard-00002.parquet.1a2b.unfinished").write_bytes(b"half")
 
     packed = pack_dataset(loose, ObjectStore(own), shard_bytes=60_000)
 
