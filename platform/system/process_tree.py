@@ -49,7 +49,9 @@ def marked_processes(name: str, value: str) -> list[int]:
     # Sessions started by a marked process: their leader carries the mark, or has exited.
     began = {
         sessions[pid] for pid in found if sessions[pid] in found or sessions[pid] not in sessions
-    } - {home, os.getsid(0)}
+    } - {home}
+    if os.getsid(0) != os.getpid():  # a leader's session holds only what it started
+        began.discard(os.getsid(0))
     return sorted(
         pid
         for pid, session in sessions.items()

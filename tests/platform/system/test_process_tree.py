@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_a_process_that_exits_when_its_input_closes_is_not_killed():
     )  # fmt: skip
     terminate(polite, mark)
     assert polite.returncode == 7
+
+
+# As the Ray driver does at its end: it leads a session, in which agents have hidden their mark.
+DRIVER = """
+import os, subprocess, sys
+from deta.platform.system.process_tree import ATTEMPT_MARK, kill_marked
+mark = os.environ.pop(ATTEMPT_MARK)
+hidden = subprocess.Popen(["sleep", "300"])
+os.environ[ATTEMPT_MARK] = mark
+print(hidden.pid, kill_marked(ATTEMPT_MARK, mark), hidden.wait(10), flush=True)
+"""
+
+
+def test_a_session_leader_kills_processes_of_its_session_that_hide_their_mark():
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        env=child_environment({ATTEMPT_MARK: new_mark()}),
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, left, code = done.stdout.split()
+    assert (left, code) == ("0", str(-signal.SIGKILL))
 
 
 LEADER = """
