@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import metadata, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -182,3 +182,14 @@ def test_a_job_imports_only_what_its_extra_declares(extra: str, job: str):
             f"{path.relative_to(ROOT)} can do without {module}, but does not name an extra of "
             f"pyproject.toml that brings it: {said}"
         )
+
+
+@pytest.mark.parametrize("name", sorted(declared("all")))
+def test_a_declared_package_has_no_copyleft_or_proprietary_licence(name: str):
+    about = metadata(name)
+    classifiers = [one for one in about.get_all("Classifier") or [] if one.startswith("License")]
+    # The field License may hold the whole text; its first line names it.
+    field = (about.get("License") or "").strip().partition("\n")[0]
+    licence = " ".join([about.get("License-Expression") or "", field, *classifiers])
+    assert licence.strip(), f"{name} names no licence"
+    assert not re.search(r"\bL?A?GPL|Affero|SSPL|Proprietary", licence), f"{name}: {licence}"
