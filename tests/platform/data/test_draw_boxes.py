@@ -13,10 +13,9 @@ from PIL import Image
 
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.draw_boxes import (
-    SheetItem,
     colour_of,
+    contact_sheet,
     draw_detections,
-    validation_sheet,
     write_validation_sheet,
 )
 from deta.platform.data.synthetic_shapes import write_shapes
@@ -133,48 +132,17 @@ def test_neighbouring_classes_have_different_colours() -> None:
         assert np.abs(np.subtract(one, other)).max() > 90
 
 
-def item(width: int, height: int, num_boxes: int = 2) -> SheetItem:
-    boxes_px = np.tile([[10.0, 10.0, 60.0, 50.0]], (num_boxes, 1))
-    scores = torch.linspace(0.2, 0.9, num_boxes) if num_boxes else torch.zeros(0)
-    labels = [0] * num_boxes
-    return SheetItem(grey(width, height), boxes_px, labels, boxes_px, labels, scores, "Bild é 猫")
-
-
 @pytest.mark.parametrize("columns", [1, 2, 5])
 @pytest.mark.parametrize("size", [(128, 96), (96, 128), (1000, 750), (3000, 40)])
-def test_a_sheet_has_room_for_every_image_twice(columns: int, size: tuple[int, int]) -> None:
-    items = [item(*size), item(*size, num_boxes=0), item(*size, num_boxes=1)]
+def test_a_sheet_has_room_for_every_image(columns: int, size: tuple[int, int]) -> None:
+    cells = [(grey(*size), ["Bild é 猫" * 20, "b"])] * 3
+    legend = [(f"class {label} 猫", colour_of(label)) for label in range(12)]
 
-    sheet = validation_sheet(items, NAMES, columns=columns)
+    sheet = np.asarray(contact_sheet(cells, columns, ["one", "two"], legend))
 
-    longer_px = max(size)
-    scale = 3 if longer_px == 128 else min(longer_px, 480) / longer_px
-    across, down = min(columns, 3), -(-3 // min(columns, 3))
-    assert sheet.width > across * 2 * round(size[0] * scale)
-    assert sheet.height > down * round(size[1] * scale)
-    # Grey as in the images, less what is drawn on them.
-    grey_part = (np.asarray(sheet) == 90).all(axis=2).sum()
-    assert grey_part > 0.6 * 6 * size[0] * size[1] * scale**2
-
-
-def test_a_sheet_leaves_out_what_is_below_the_threshold_and_inputs_as_they_were() -> None:
-    one = item(128, 96)
-    before = one.boxes_px.copy()  # type: ignore[union-attr]
-
-    low = validation_sheet([one], NAMES, score_threshold=0.1)
-    high = validation_sheet([one], NAMES, score_threshold=0.95)
-
-    assert low.size == high.size
-    assert changed(low, high)[60:, low.width // 2 :].any()
-    assert np.array_equal(one.boxes_px, before)
-    assert not changed(one.image, grey()).any()
-
-
-def test_a_sheet_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 images"):
-        validation_sheet([], NAMES)
-    with pytest.raises(ValueError, match="0 columns"):
-        validation_sheet([item(128, 96)], NAMES, columns=0)
+    assert (sheet == 90).all(axis=2).sum() == 3 * size[0] * size[1]
+    for _, colour in legend:
+        assert (sheet == colour).all(axis=2).any()
 
 
 def test_a_sheet_of_a_data_set_is_written_with_and_without_detections(tmp_path: Path) -> None:
@@ -187,10 +155,17 @@ def test_a_sheet_of_a_data_set_is_written_with_and_without_detections(tmp_path: 
     write_validation_sheet(with_boxes, dataset, results, num_images=3)
     write_validation_sheet(without, dataset, [], num_images=3)
     write_validation_sheet(tmp_path / "all.png", dataset, results, num_images=100)
+    high = tmp_path / "high.png"
+    write_validation_sheet(high, dataset, results, num_images=3, score_threshold=0.95)
 
     with Image.open(with_boxes) as one, Image.open(without) as other:
         assert one.size == other.size
-        assert changed(one, other).any()
+        different = changed(one, other)
+        assert different[:, one.width // 2 :].any()
         with Image.open(tmp_path / "all.png") as larger:
             assert larger.height > one.height
+        with Image.open(high) as few:
+            right = np.s_[60:-60, one.width // 4 :]
+            assert few.size == one.size
+            assert changed(one, few)[right].any()
     assert sorted(path.name for path in with_boxes.parent.iterdir()) == ["with.png", "without.png"]

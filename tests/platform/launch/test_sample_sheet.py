@@ -15,7 +15,6 @@ from deta.platform.data.transforms import tiny_augmentation
 from deta.platform.launch.sample_sheet import (
     CELL_PX,
     first_epoch_images,
-    training_sheet,
     write_training_sheet,
 )
 from tests.platform.launch.tiny_splits import DATA, make_run, write_split
@@ -68,8 +67,3 @@ def test_a_sheet_is_drawn_for_any_number_of_boxes(tmp_path: Path, num_boxes: int
     with Image.open(tmp_path / "pictures" / "training.png") as sheet:
         assert sheet.width >= CELL_PX / 2
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["training.png"]
-
-
-def test_a_sheet_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one image"):
-        training_sheet([], [])
