@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deta.dashboards.panel import Dashboard, Panel
 from deta.platform.tracking.prometheus_grafana import (
     NotInstalledError,
     Server,
@@ -22,23 +23,36 @@ from deta.platform.tracking.prometheus_grafana import (
     write_prometheus_config,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARDS = tuple(path.stem for path in sorted((ROOT / "dashboards" / "grafana").glob("*.json")))
+_GPU = re.compile(r"gpu|gram_used", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Query:
     """One line of a panel."""
 
-    panel: Panel
+    title: str  # of the panel
     text: str  # PromQL without variables
     legend: str
+    needs: str  # what is missing where it may have no answer: "gpu", "serving" or ""
 
 
-def queries_of(dashboard: Dashboard, run: str = ".+") -> list[Query]:
-    return [
-        Query(panel, chosen(text, run), legend)
-        for row in dashboard.rows
-        for panel in row.panels
-        for text, legend in panel.queries
-    ]
+def panels_of(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def queries_of(dashboard: str, run: str = ".+") -> list[Query]:
+    """Return the queries of dashboards/grafana/DASHBOARD.json."""
+    path = ROOT / "dashboards" / "grafana" / f"{dashboard}.json"
+    found = []
+    for panel in panels_of(json.loads(path.read_text(encoding="utf-8"))):
+        for target in panel["targets"]:
+            is_gpu = "gpu" if _GPU.search(target["expr"]) else ""
+            needs = "serving" if dashboard == "serving" else is_gpu
+            text, legend = chosen(target["expr"], run), target["legendFormat"]
+            found.append(Query(panel["title"], text, legend, needs))
+    return found
 
 
 def chosen(text: str, run: str) -> str:

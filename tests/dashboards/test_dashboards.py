@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from deta.dashboards.write import DASHBOARDS, to_json
 from deta.platform.serving.metrics import DESCRIPTIONS
 from deta.platform.training.run_metrics import METRICS
+from tests.dashboards.prometheus import panels_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "dashboards" / "grafana"
@@ -23,20 +23,8 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def panels_of(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-
-
 def queries_of(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in panels_of(dashboard) for target in panel["targets"]]
-
-
-def test_the_files_match_the_tables():
-    assert [path.stem for path in FILES] == sorted(DASHBOARDS)
-    for name, dashboard in DASHBOARDS.items():
-        assert (GRAFANA / f"{name}.json").read_text(encoding="utf-8") == to_json(dashboard), (
-            "python -m deta.dashboards.write"
-        )
 
 
 def test_addresses_of_dashboards_never_change():

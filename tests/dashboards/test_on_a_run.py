@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from deta.dashboards.write import DASHBOARDS
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.tracking.prometheus_grafana import TARGETS, SessionFollower
-from tests.dashboards.prometheus import Query, answer, queries_of, running_prometheus
+from tests.dashboards.prometheus import DASHBOARDS, Query, answer, queries_of, running_prometheus
 
 pytestmark = pytest.mark.cluster
 
@@ -46,7 +45,7 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
         "--val-images", str(drawn.val_images), "--val-annotations", str(drawn.val_annotations),
         f"storage={tmp_path}", *TINY, "schedule.epochs=100000", "schedule.warmup_epochs=0",
     ]  # fmt: skip
-    queries = [q for board in DASHBOARDS.values() for q in queries_of(board, run="shown")]
+    queries = [q for board in DASHBOARDS for q in queries_of(board, run="shown")]
     with (
         running_prometheus(tmp_path / "prometheus") as prometheus,
         SessionFollower(tmp_path / "prometheus" / TARGETS, [ray_cluster.folder]),
@@ -71,7 +70,7 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
     lacking = missing(found, queries)
     assert not lacking, f"{[q.text for q in lacking]}\n{table}\n{log_tail}"
 
-    values = {(q.panel.title, q.legend): found[q] for q in queries}
+    values = {(q.title, q.legend): found[q] for q in queries}
     ranks = {labels["rank"] for labels, _ in values["Images per second of each worker",
                                                     "{{run}} rank {{rank}}"]}  # fmt: skip
     assert ranks == {"0", "1"}
@@ -110,7 +109,7 @@ print(sorted(took_s)[1000])
 def missing(
     found: dict[Query, list[tuple[dict[str, str], float]]], queries: list[Query]
 ) -> list[Query]:
-    return [q for q in queries if q.panel.needs not in MAY_BE_EMPTY and not is_good(found, q)]
+    return [q for q in queries if q.needs not in MAY_BE_EMPTY and not is_good(found, q)]
 
 
 def is_good(found: dict[Query, list[tuple[dict[str, str], float]]], query: Query) -> bool:
@@ -129,6 +128,6 @@ def value(rows: list[tuple[dict[str, str], float]]) -> float:
 
 
 def line(query: Query, rows: list[tuple[dict[str, str], float]]) -> str:
-    shown = ", ".join(f"{v:.4g}" for _, v in rows[:4]) or MAY_BE_EMPTY.get(query.panel.needs, "-")
+    shown = ", ".join(f"{v:.4g}" for _, v in rows[:4]) or MAY_BE_EMPTY.get(query.needs, "-")
     more = f" … ({len(rows)} lines)" if len(rows) > 4 else ""
-    return f"{query.panel.title} | {query.legend} | {shown}{more}"
+    return f"{query.title} | {query.legend} | {shown}{more}"

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from deta.dashboards.training_panels import TRAINING
 from deta.jobs.deta_r50 import demo
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
@@ -89,7 +88,7 @@ def test_every_query_of_the_training_dashboard_has_an_answer(tmp_path: Path):
     meter = WorkerMeter(export, 0, on_gpu=False)
     training = threading.Thread(target=train, args=(run, worker), kwargs={"on_step": meter})
     server, _ = start_http_server(0, "127.0.0.1", export.registry)
-    queries = [q for q in queries_of(TRAINING, run="shown") if q.panel.needs != "gpu"]
+    queries = [q for q in queries_of("training", run="shown") if q.needs != "gpu"]
     values: dict[str, list[float]] = {}
     try:
         training.start()
@@ -101,7 +100,7 @@ def test_every_query_of_the_training_dashboard_has_an_answer(tmp_path: Path):
             while time.monotonic() < deadline_s and training.is_alive():
                 run_meter.poll()
                 values = {
-                    f"{q.panel.title} | {q.legend}": [v for _, v in answer(prometheus, q.text)]
+                    f"{q.title} | {q.legend}": [v for _, v in answer(prometheus, q.text)]
                     for q in queries
                 }
                 if all(found and all(map(math.isfinite, found)) for found in values.values()):

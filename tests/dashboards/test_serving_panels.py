@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from deta.dashboards.serving_panels import SERVING
 from deta.platform.serving.metrics import ProcessMeasurements
 from deta.platform.serving.model import ModelName
 from deta.platform.tracking.prometheus_grafana import TARGETS
@@ -65,13 +64,12 @@ def test_every_query_of_the_serving_dashboard_has_an_answer(service: str, tmp_pa
     with running_prometheus(tmp_path) as prometheus:
         targets = [{"labels": {"job": "deta"}, "targets": [service]}]
         (tmp_path / TARGETS / "service.json").write_text(json.dumps(targets))
-        queries = [q for q in queries_of(SERVING) if "ray_serve_" not in q.text]
+        queries = [q for q in queries_of("serving") if "ray_serve_" not in q.text]
         values: dict[tuple[str, str], list[float]] = {}
         deadline_s = time.monotonic() + WITHIN_S
         while time.monotonic() < deadline_s:
             values = {
-                (q.panel.title, q.legend): [v for _, v in answer(prometheus, q.text)]
-                for q in queries
+                (q.title, q.legend): [v for _, v in answer(prometheus, q.text)] for q in queries
             }
             # Rates need two scrapes.
             if all(found and all(map(math.isfinite, found)) for found in values.values()):
