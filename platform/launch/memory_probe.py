@@ -10,15 +10,16 @@ line predicts the largest micro-batch that fits, which is then measured before i
 
 from __future__ import annotations
 
-import json
-import os
+import multiprocessing
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -34,7 +35,7 @@ from deta.platform.data.transforms import (
 from deta.platform.learning.gradient_sum import GradientSum
 from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
 from deta.platform.learning.train_step import PRECISIONS, train_step
-from deta.platform.run.config import RunConfig, from_json, to_json
+from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
 
 GIB = 2**30
@@ -44,11 +45,9 @@ WARM_UP_PX = 128  # a first small update creates the optimizer's state before th
 USABLE = {"cuda": 0.9, "cpu": 0.8}
 MAX_TRIES = 3  # to confirm the prediction, each try smaller than the last
 MAX_MEASURE_S = 120  # sizes that would take longer, as on a CPU, are not measured
-PROBE_TIMEOUT_S = 1800
 
 
-@dataclass(frozen=True)
-class WorstBatch:
+class WorstBatch(NamedTuple):
     """The size of the largest padded micro-batch; an upper bound within a few pixels."""
 
     height_px: int
@@ -56,15 +55,13 @@ class WorstBatch:
     num_boxes: int  # of the fullest image
     tallest: str  # file name of the image that decides the height
     widest: str
-    fullest: str
 
     def __str__(self) -> str:
         text = f"{self.width_px}x{self.height_px} px, {self.num_boxes} boxes an image"
         return f"{text} (width from {self.widest}, height from {self.tallest})"
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(NamedTuple):
     """The measurement of one size of the worst micro-batch."""
 
     num_images: int
@@ -99,15 +96,14 @@ class Suggestion:
             "images at a time     memory       time    an image",
         ]
         for row in self.measured:
-            cells = f"{row.num_images:>11}"
             if row.peak_bytes is None:
-                lines.append(f"{cells}     does not fit")
+                lines.append(f"{row.num_images:>11}     does not fit")
                 continue
             lines.append(
-                f"{cells}      {row.peak_bytes / GIB:7.2f} GiB   {row.seconds:6.1f} s   "
-                f"{row.seconds / row.num_images:6.2f} s"
-                + ("   <- micro_batch_size" if row.num_images == self.configured else "")
-                + ("" if row.peak_bytes <= self.usable_bytes else "   too much")
+                f"{row.num_images:>11}      {row.peak_bytes / GIB:7.2f} GiB   {row.seconds:6.1f} s"
+                f"   {row.seconds / row.num_images:6.2f} s"
+                + "   <- micro_batch_size" * (row.num_images == self.configured)
+                + "   too much" * (row.peak_bytes > self.usable_bytes)
             )
         if self.largest == 0:
             lines.append(
@@ -134,17 +130,17 @@ def worst_batch(
     Images are padded to the height of the tallest and the width of the widest of them, which may be
     two different images. A single image cannot be both.
     """
-    tallest = widest = fullest = largest = (0, 0, 0, "")  # what counts, height, width, file
-    for record in dataset.records:
-        name = record.path.name
-        for height, width in _largest_sizes(record.height, record.width, augmentation):
-            tallest = max(tallest, (height, height, width, name))
-            widest = max(widest, (width, height, width, name))
-            largest = max(largest, (height * width, height, width, name))
-        fullest = max(fullest, (len(record.labels), 0, 0, name))
+    files = {(record.height, record.width): record.path.name for record in dataset.records}
+    sizes = [
+        (*size, name)
+        for (height, width), name in files.items()
+        for size in _largest_sizes(height, width, augmentation)
+    ]
+    tallest, widest = max(sizes), max(sizes, key=lambda size: size[1])
     if num_images == 1:
-        tallest = widest = largest
-    return WorstBatch(tallest[1], widest[2], fullest[0], tallest[3], widest[3], fullest[3])
+        tallest = widest = max(sizes, key=lambda size: size[0] * size[1])
+    num_boxes = max(len(record.labels) for record in dataset.records)
+    return WorstBatch(tallest[0], widest[1], num_boxes, tallest[2], widest[2])
 
 
 def _largest_sizes(height: int, width: int, config: AugmentationConfig) -> list[tuple[int, int]]:
@@ -188,7 +184,7 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
     usable = int(free_bytes(device, config.cluster.num_workers) * USABLE[device])
     measured: dict[int, ProbeResult] = {}
 
-    def measure_once(num_images: int) -> ProbeResult:
+    def measure(num_images: int) -> ProbeResult:
         if num_images not in measured:
             echo(f"  measuring {num_images} image{'s' * (num_images > 1)} at a time …")
             measured[num_images] = measure_update(config, worst, num_images, device, usable)
@@ -197,11 +193,11 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
     def fits(one: ProbeResult) -> bool:
         return one.peak_bytes is not None and one.peak_bytes <= usable
 
-    first, second = measure_once(1), None
+    first, second = measure(1), None
     if fits(first) and share > 1:
-        second = measure_once(max(2, configured))
+        second = measure(max(2, configured))
         if second.peak_bytes is None and configured > 2:
-            second = measure_once(2)
+            second = measure(2)
     candidate = 0
     if second is not None and first.peak_bytes is not None and second.peak_bytes is not None:
         slope = (second.peak_bytes - first.peak_bytes) / (second.num_images - 1)
@@ -213,7 +209,7 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
     elif second is not None:
         candidate = second.num_images - 1
     for _ in range(MAX_TRIES):
-        if candidate < 1 or fits(measure_once(candidate)):
+        if candidate < 1 or fits(measure(candidate)):
             break
         candidate = min(candidate - 1, int(0.9 * candidate))
     good = [size for size, one in measured.items() if fits(one)]
@@ -239,19 +235,13 @@ def free_bytes(device: str, num_workers: int) -> int:
                 f"the free memory of the GPU could not be read:\n{query.stderr[-2000:]}"
             )
         return int(query.stdout)
-    free = available_bytes(Path("/proc/meminfo").read_text(encoding="utf-8"))
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    # Linux's own estimate of what is available without swapping.
+    free = int(memory["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return max(0, free) // num_workers
-
-
-def available_bytes(meminfo: str) -> int:
-    """Return Linux's own estimate of the memory that is available without swapping."""
-    for line in meminfo.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable; this kernel is older than 3.14")
 
 
 def measure_update(
@@ -264,64 +254,57 @@ def measure_update(
             processes of the machine to be killed.
 
     Raises:
-        RuntimeError: it failed for another reason than too little memory; has the process's output.
+        RuntimeError: it failed for another reason than too little memory.
     """
-    request = {
-        "config": to_json(config),
-        "worst": asdict(worst),
-        "num_images": num_images,
-        "device": device,
-        "limit_bytes": limit_bytes,
-        "num_threads": max(1, int(config.cluster.cpus_per_worker)),
-    }
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_probe, args=(sender, config, worst, num_images, device, limit_bytes)
+    )
+    process.start()
+    sender.close()
+    result: ProbeResult | None = None
     try:
-        process = subprocess.run(
-            [sys.executable, "-m", "deta.platform.launch.memory_probe"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT_S,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(
-            f"the memory probe of {num_images} images took more than {PROBE_TIMEOUT_S} s"
-        ) from error
-    if process.returncode == -9:  # the kernel's OOM killer
+        result = receiver.recv()
+    except EOFError:  # it ended without an answer
+        pass
+    finally:
+        process.join()
+    if result is None and process.exitcode == -9:  # the kernel's OOM killer
         return ProbeResult(num_images, None)
-    if process.returncode != 0:
-        raise RuntimeError(f"the memory probe failed:\n{process.stderr[-2000:]}")
-    answer = json.loads(process.stdout.splitlines()[-1])
-    return ProbeResult(num_images, answer["peak_bytes"], answer["seconds"])
+    if result is None:
+        raise RuntimeError(f"the memory probe failed (exit code {process.exitcode}); see above")
+    return result
 
 
-def _answer(request: dict) -> dict:
-    """Compute the answer for `measure_update`, in the probe's own process."""
-    config = from_json(RunConfig, request["config"])
-    worst, num_images = WorstBatch(**request["worst"]), request["num_images"]
-    device = torch.device(request["device"])
-    if device.type == "cpu":
-        torch.set_num_threads(request["num_threads"])
-        limit = request["limit_bytes"]
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def _probe(
+    sender: Connection,
+    config: RunConfig,
+    worst: WorstBatch,
+    num_images: int,
+    device: str,
+    limit_bytes: int,
+) -> None:
+    """Send the result for `measure_update`, from the probe's own process."""
+    if device == "cpu":
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     try:
-        seconds = _update_once(config, worst, num_images, device)
+        seconds = _update_once(config, worst, num_images, torch.device(device))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        is_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not is_memory and not any(t in str(error) for t in ("allocate memory", "bad_alloc")):
             raise
-        return {"peak_bytes": None, "seconds": 0.0}
-    if device.type == "cuda":
-        return {"peak_bytes": torch.cuda.max_memory_allocated(), "seconds": seconds}
-    return {"peak_bytes": _peak_resident_bytes(), "seconds": seconds}
-
-
-def _peak_resident_bytes() -> int:
-    """Return the peak of this process alone; getrusage includes that of its parent at the fork."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        sender.send(ProbeResult(num_images, None))
+        return
+    if device == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated()
+    else:  # the peak of this process alone; getrusage includes that of its parent at the fork
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        peak_bytes = int(status["VmHWM"].split()[0]) * 1024
+    sender.send(ProbeResult(num_images, peak_bytes, seconds))
 
 
 def _update_once(
@@ -373,14 +356,4 @@ def _noise(num_images: int, height: int, width: int, num_boxes: int, num_classes
         labels=torch.randint(num_classes, (num_boxes,)),
     )
     images = [torch.randn(3, height, width) for _ in range(num_images)]
-    return pad_batch(images, [replace(target)] * num_images)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error) or "bad_alloc" in str(error)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_answer(json.load(sys.stdin))))
+    return pad_batch(images, [target] * num_images)
