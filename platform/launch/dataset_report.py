@@ -5,14 +5,15 @@ vanish when images are resized, validation images that are training images too. 
 show all of this in seconds. Crowd regions and dropped boxes are not counted.
 """
 
-# N boxes of one split   C classes
+# I images and N boxes of one split   C classes
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -35,17 +36,13 @@ MAX_HASHED_FILES = 2000
 class SplitSummary:
     """Statistics of one split."""
 
-    num_images: int
-    num_empty: int  # images without boxes
-    image_aspects: np.ndarray  # width over height, of every image
-    most_boxes: int  # in one image
+    boxes_of_image: np.ndarray  # I
+    image_aspects: np.ndarray  # I, width over height
     labels: np.ndarray  # N, class index
     images_of_class: np.ndarray  # C, images with a box of it
     boxes_of_class: np.ndarray  # C
-    areas_px2: np.ndarray  # N, as in the file
-    areas_seen_px2: np.ndarray  # N, at the size the model sees
-    sides_seen_px: np.ndarray  # N, the shorter side, at that size
-    elongations: np.ndarray  # N, longer over shorter side
+    sides_px: np.ndarray  # N 2, width and height as in the file
+    sides_seen_px: np.ndarray  # N 2, at the size the model sees
     seen_short_edge_px: int
 
     @property
@@ -53,9 +50,26 @@ class SplitSummary:
         return len(self.labels)
 
     @property
-    def num_tiny(self) -> int:
-        """Boxes with a side below one pixel of the finest feature map."""
-        return int((self.sides_seen_px < TINY_PX).sum())
+    def is_tiny(self) -> np.ndarray:
+        """Whether a side is below one pixel of the finest feature map: N."""
+        return self.sides_seen_px.min(1, initial=np.inf) < TINY_PX
+
+    def rows(self) -> dict[str, object]:
+        """Return the cells of this split's column in the report."""
+        elongated = self.sides_px.max(1, initial=0) > ELONGATED * self.sides_px.min(1, initial=1e9)
+        aspects = [f"{end:.2f}" for end in (self.image_aspects.min(), self.image_aspects.max())]
+        return {
+            "images": len(self.boxes_of_image),
+            "  without boxes": (self.boxes_of_image == 0).sum(),
+            "  width : height, least to most": " to ".join(dict.fromkeys(aspects)),
+            "boxes": self.num_boxes,
+            "  most in one image": self.boxes_of_image.max(),
+            f"  longer than {ELONGATED:g} : 1": percent_of(elongated.sum(), self.num_boxes),
+            "  small, medium, large": _sizes(self.sides_px.prod(1)),
+            "    as the model sees them": _sizes(self.sides_seen_px.prod(1)),
+            "    at a short edge of": f"{self.seen_short_edge_px} px",
+            f"    with a side under {TINY_PX} px": percent_of(self.is_tiny.sum(), self.num_boxes),
+        }
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,10 @@ class DatasetSummary:
 
     def lines(self) -> list[str]:
         """Return text for a terminal: tables of the splits and the classes, and the warnings."""
+        val = self.val.rows()
+        cells = [(title, str(one), str(val[title])) for title, one in self.train.rows().items()]
         return [
-            *_split_table(self.train, self.val),
+            *_aligned([("", "training", "validation"), *cells]),
             "",
             *_class_table(self.categories, self.train, self.val),
             *(f"! {warning}" for warning in self.warnings()),
@@ -81,42 +97,37 @@ class DatasetSummary:
         train, val = self.train, self.val
         found: list[str] = []
         in_train, in_val = train.boxes_of_class > 0, val.boxes_of_class > 0
+        few = in_train & (train.boxes_of_class < FEW_BOXES)
+        never = "only in validation, so they are never learned and their AP stays 0"
         for chosen, text in (
-            (
-                in_val & ~in_train,
-                "only in validation, so they are never learned and their AP stays 0",
-            ),
+            (in_val & ~in_train, never),
             (in_train & ~in_val, "only in training, so no AP measures how well they are learned"),
             (~in_train & ~in_val, "listed, but in neither split; a head is trained for nothing"),
+            (few, f"fewer than {FEW_BOXES} training boxes; expect a low AP"),
         ):
             if chosen.any():
                 found.append(f"{_classes(self.categories, chosen)}: {text}")
-        few = in_train & (train.boxes_of_class < FEW_BOXES)
-        if few.any():
+        if train.is_tiny.sum() > MUCH_TINY * train.num_boxes:
+            counts = np.bincount(train.labels[train.is_tiny])
             found.append(
-                f"{_classes(self.categories, few)}: fewer than {FEW_BOXES} training boxes; expect "
-                "a low AP"
+                f"{percent_of(train.is_tiny.sum(), train.num_boxes)} of the training boxes have a "
+                f"side under {TINY_PX} px when images are resized to {train.seen_short_edge_px} px "
+                f"(most of {self.categories[counts.argmax()].name}: {counts.max()}); the finest "
+                f"feature map has a stride of {TINY_PX} px. Larger data.augmentation.short_edges "
+                "and data.evaluation_size help, or tiles cut from the images"
             )
-        if train.num_boxes and train.num_tiny > MUCH_TINY * train.num_boxes:
-            tiny = Counter(train.labels[train.sides_seen_px < TINY_PX].tolist())
-            (label, count), *_ = tiny.most_common(1)
+        most = max(train.boxes_of_image.max(), val.boxes_of_image.max())
+        if most > AP_DETECTIONS:
             found.append(
-                f"{percent_of(train.num_tiny, train.num_boxes)} of the training boxes have a side "
-                f"under {TINY_PX} px when images are resized to {train.seen_short_edge_px} px "
-                f"(most of {self.categories[label].name}: {count}); the finest feature map has a "
-                f"stride of {TINY_PX} px. Larger data.augmentation.short_edges and "
-                "data.evaluation_size help, or tiles cut from the images"
+                f"an image has {most} boxes; AP counts the best {AP_DETECTIONS} detections of an "
+                "image and class"
             )
-        if max(train.most_boxes, val.most_boxes) > AP_DETECTIONS:
-            found.append(
-                f"an image has {max(train.most_boxes, val.most_boxes)} boxes; AP counts the best "
-                f"{AP_DETECTIONS} detections of an image and class"
-            )
+        num_images, num_empty = len(train.boxes_of_image), (train.boxes_of_image == 0).sum()
         if train.num_boxes == 0:
             found.append("no training image has a box: there is nothing to learn")
-        elif train.num_empty > train.num_images / 2:
+        elif num_empty > num_images / 2:
             found.append(
-                f"{percent_of(train.num_empty, train.num_images)} of the training images have no "
+                f"{percent_of(num_empty, num_images)} of the training images have no "
                 "box; if they contain objects without annotations, the model learns to miss them"
             )
         if self.num_shared_images:
@@ -146,33 +157,25 @@ def summarize_datasets(
 
 
 def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitSummary:
+    _, images, rows = dataset.tables
+    image_of = np.repeat(np.arange(len(images)), images["end"] - images["start"])[rows["target"]]
+    rows = rows[rows["target"]]  # N
+    sizes_px = np.stack([images["width"], images["height"]], axis=1)  # I 2
+    seen_px = [
+        resized_size(height, width, short_edge, max_long_edge)[::-1]
+        for width, height in sizes_px.tolist()
+    ]
+    sides_px = (rows["box_px"][:, 2:] - rows["box_px"][:, :2]).astype(np.float64)  # N 2
     num_classes = len(dataset.categories)
-    images_of_class = np.zeros(num_classes, np.int64)
-    counts, aspects = [], []
-    labels, sides, seen = [np.zeros(0, np.int64)], [np.zeros((0, 2))], [np.zeros((0, 2))]
-    for record in dataset.records:
-        counts.append(len(record.labels))
-        aspects.append(record.width / record.height)
-        images_of_class[np.unique(record.labels)] += 1
-        height, width = resized_size(record.height, record.width, short_edge, max_long_edge)
-        sides_px = (record.boxes_px[:, 2:] - record.boxes_px[:, :2]).astype(np.float64)  # N 2, w h
-        labels.append(record.labels)
-        sides.append(sides_px)
-        seen.append(sides_px * [width / record.width, height / record.height])
-    all_labels = np.concatenate(labels)  # N
-    all_sides, all_seen = np.concatenate(sides), np.concatenate(seen)  # N 2
+    pairs = np.unique(np.stack([image_of, rows["label"]]), axis=1)  # (image, class), each once
     return SplitSummary(
-        num_images=len(counts),
-        num_empty=counts.count(0),
-        image_aspects=np.array(aspects),
-        most_boxes=max(counts),
-        labels=all_labels,
-        images_of_class=images_of_class,
-        boxes_of_class=np.bincount(all_labels, minlength=num_classes),
-        areas_px2=all_sides.prod(1),
-        areas_seen_px2=all_seen.prod(1),
-        sides_seen_px=all_seen.min(1, initial=np.inf),
-        elongations=all_sides.max(1, initial=0) / all_sides.min(1, initial=np.inf),
+        boxes_of_image=np.bincount(image_of, minlength=len(images)),
+        image_aspects=sizes_px[:, 0] / sizes_px[:, 1],
+        labels=rows["label"],
+        images_of_class=np.bincount(pairs[1], minlength=num_classes),
+        boxes_of_class=np.bincount(rows["label"], minlength=num_classes),
+        sides_px=sides_px,
+        sides_seen_px=sides_px * (np.array(seen_px) / sizes_px)[image_of],
         seen_short_edge_px=short_edge,
     )
 
@@ -186,51 +189,19 @@ def num_shared_images(train_set: CocoDataset, val_set: CocoDataset) -> int:
     for index, length in enumerate(train_set.num_bytes.tolist()):
         by_length[length].append(index)
 
-    hashes: dict[int, bytes] = {}
-
+    @cache
     def hash_of(index: int) -> bytes:
-        if index not in hashes:
-            hashes[index] = hashlib.sha256(train_set.content(index)).digest()
-        return hashes[index]
+        return hashlib.sha256(train_set.content(index)).digest()
 
     shared = 0
     for index, length in enumerate(val_set.num_bytes.tolist()):
         likely = by_length.get(length, [])
-        if len(hashes) + len(likely) > MAX_HASHED_FILES:
+        if hash_of.cache_info().currsize + len(likely) > MAX_HASHED_FILES:
             break
         if likely:
             own = hashlib.sha256(val_set.content(index)).digest()
             shared += any(hash_of(other) == own for other in likely)
     return shared
-
-
-def _split_table(train: SplitSummary, val: SplitSummary) -> list[str]:
-    rows = [("", "training", "validation")]
-
-    def row(title: str, *cells: object) -> None:
-        rows.append((title, *map(str, cells)))  # type: ignore[arg-type]
-
-    splits = (train, val)
-    row("images", *(split.num_images for split in splits))
-    row("  without boxes", *(split.num_empty for split in splits))
-    row("  width : height, least to most", *(_range(split.image_aspects) for split in splits))
-    row("boxes", *(split.num_boxes for split in splits))
-    row("  most in one image", *(split.most_boxes for split in splits))
-    row(
-        f"  longer than {ELONGATED:g} : 1",
-        *(percent_of((s.elongations > ELONGATED).sum(), s.num_boxes) for s in splits),
-    )
-    row("  small, medium, large", *(_sizes(split.areas_px2) for split in splits))
-    row(
-        "    as the model sees them",
-        *(_sizes(split.areas_seen_px2) for split in splits),
-    )
-    row("    at a short edge of", *(f"{split.seen_short_edge_px} px" for split in splits))
-    row(
-        f"    with a side under {TINY_PX} px",
-        *(percent_of(split.num_tiny, split.num_boxes) for split in splits),
-    )
-    return _aligned(rows)
 
 
 def _class_table(
@@ -242,21 +213,13 @@ def _class_table(
     hidden = len(order) - 2 * half if len(order) > MAX_CLASS_ROWS else 0
     shown = order[:half] + order[-half:] if hidden else order
     rows = [("class", "training boxes", "in images", "validation boxes", "in images", "")]
+    flags = {(True, False): "! not in validation", (False, True): "! not in training"}
     for label in shown:
-        boxes = int(train.boxes_of_class[label]), int(val.boxes_of_class[label])
-        flag = {(True, False): "! not in validation", (False, True): "! not in training"}.get(
-            (boxes[0] > 0, boxes[1] > 0), "" if any(boxes) else "! no box"
-        )
-        rows.append(
-            (
-                categories[label].name[:40],
-                str(boxes[0]),
-                str(train.images_of_class[label]),
-                str(boxes[1]),
-                str(val.images_of_class[label]),
-                flag,
-            )
-        )
+        boxes = train.boxes_of_class[label], val.boxes_of_class[label]
+        flag = flags.get((boxes[0] > 0, boxes[1] > 0), "" if any(boxes) else "! no box")
+        images = train.images_of_class[label], val.images_of_class[label]
+        cells = map(str, (boxes[0], images[0], boxes[1], images[1]))
+        rows.append((categories[label].name[:40], *cells, flag))
     lines = _aligned(rows)
     if hidden:
         lines.insert(1 + half, f"  … {hidden} more classes in between …")
@@ -283,15 +246,9 @@ def _sizes(areas_px2: np.ndarray) -> str:
     return f"{100 * small:.0f}, {100 * (1 - small - large):.0f}, {100 * large:.0f} %"
 
 
-def _range(values: np.ndarray) -> str:
-    least, most = f"{values.min():.2f}", f"{values.max():.2f}"
-    return least if least == most else f"{least} to {most}"
-
-
 def _classes(categories: Sequence[Category], chosen: np.ndarray, limit: int = 6) -> str:
     """Return `class dog`, or `3 classes (dog, cat, bird)`."""
-    names = [category.name for category, is_chosen in zip(categories, chosen, strict=True)
-             if is_chosen]  # fmt: skip
+    names = [categories[label].name for label in np.flatnonzero(chosen).tolist()]
     if len(names) == 1:
         return f"class {names[0]}"
     return f"{len(names)} classes ({', '.join(names[:limit])}{', …' * (len(names) > limit)})"

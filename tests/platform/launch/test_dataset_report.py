@@ -24,17 +24,16 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
 
 
 def test_images_boxes_and_classes_are_counted(summary: DatasetSummary):
-    assert (summary.train.num_images, summary.train.num_empty, summary.train.num_boxes) == (4, 1, 4)
+    assert summary.train.boxes_of_image.tolist() == [2, 1, 0, 1]
     assert summary.train.boxes_of_class.tolist() == [2, 2, 0, 0]
     assert summary.val.boxes_of_class.tolist() == [1, 0, 2, 0]
     assert summary.val.images_of_class.tolist() == [1, 0, 1, 0]
-    assert summary.val.most_boxes == 2
 
 
 def test_sizes_are_those_of_the_file_and_those_that_the_model_sees(summary: DatasetSummary):
-    assert summary.train.areas_px2.tolist() == [9600, 300, 1600, 300]
-    assert summary.train.areas_seen_px2.tolist() == [2400, 75, 400, 75]  # a quarter, at 50 px
-    assert summary.train.num_tiny == 2  # 30 x 10 becomes 15 x 5
+    assert summary.train.sides_px.tolist() == [[120, 80], [30, 10], [40, 40], [30, 10]]
+    assert summary.train.sides_seen_px[:2].tolist() == [[60, 40], [15, 5]]  # half, at 50 px
+    assert summary.train.is_tiny.sum() == 2  # 30 x 10 becomes 15 x 5
 
 
 def test_the_user_is_warned_of_what_cannot_work(summary: DatasetSummary):
