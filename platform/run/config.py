@@ -7,9 +7,9 @@ and as a parameter in MLflow. Every part validates itself when it is made.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -123,13 +123,6 @@ class EvaluationConfig:
 
     engine: Engine = "hotcoco"
 
-    def __post_init__(self) -> None:
-        if self.engine not in typing.get_args(Engine):
-            raise ValueError(
-                f"evaluation.engine={self.engine!r} is not one of "
-                f"{', '.join(typing.get_args(Engine))}"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -177,10 +170,6 @@ class RunConfig:
                 f"name={self.name!r} is not a run name: letters, digits, '.', '_' and '-', "
                 "beginning with a letter or digit, at most 128"
             )
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision={self.precision!r} is neither fp32 nor bf16")
-        if self.init_classes not in ("by_name", "in_order", "drop"):
-            raise ValueError(f"init_classes={self.init_classes!r} is not by_name, in_order or drop")
         if self.init_checkpoint is not None and self.init_backbone is not None:
             raise ValueError(
                 "init_checkpoint holds a backbone already; leave one of init_backbone and "
@@ -222,50 +211,20 @@ def to_json(config: Any) -> str:
 
 
 def from_json(kind: type[Config], text: str) -> Config:
-    """Read a configuration that `to_json` wrote.
+    """Read a configuration that `to_json` wrote, of this version or an earlier one.
 
     Raises:
-        ValueError: an unknown key, or a value that a check refuses.
+        ValueError: an unknown key, a value of the wrong type, or one that a check refuses. The
+            message names the key.
     """
+    from pydantic import ValidationError  # here and below, since models train without it
+
     if len(text) > MAX_JSON_CHARACTERS:
         raise ValueError(f"a configuration has at most {MAX_JSON_CHARACTERS:,} characters")
     try:
-        values = json.loads(text)
-    except RecursionError:
-        raise ValueError("the configuration is nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"a configuration is an object of keys, not a {type(values).__name__}")
-    return _from_dict(kind, values, "")
-
-
-def _from_dict(kind: type[Config], values: Mapping[str, Any], prefix: str) -> Config:
-    types_by_name = _types(kind)
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in types_by_name:
-            raise _unknown(f"{prefix}{name}", [f"{prefix}{known}" for known in types_by_name])
-        part = _part(types_by_name[name], value, f"{prefix}{name}")
-        if part is not None:
-            arguments[name] = _from_dict(part, value, f"{prefix}{name}.")
-        else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
-
-
-def _part(kind: Any, values: Any, key: str) -> type | None:
-    """Return the dataclass for a value, or None if the field is not a dataclass.
-
-    Among several, the `architecture` of the value decides. A value without one, from when there
-    was only one architecture, gets the first.
-    """
-    kinds: list[Any] = [one for one in (typing.get_args(kind) or (kind,)) if is_dataclass(one)]
-    if len(kinds) <= 1:
-        return kinds[0] if kinds else None
-    by_name = {one.architecture: one for one in kinds}  # it has a default, so the class has it
-    name = values.get("architecture", kinds[0].architecture)
-    if name not in by_name:
-        raise ValueError(f"{key}.architecture={name!r} is not one of {', '.join(by_name)}")
-    return by_name[name]
+        return _adapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        raise _refusal(error, list(flatten(kind()))) from None
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -285,28 +244,62 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         if key not in known:
             raise _unknown(key, list(known))
     # All at once: two values may only be valid together.
-    return _override(config, changes, "")
+    return _replaced(config, changes, "")
 
 
-def _override(config: Config, changes: Mapping[str, Any], prefix: str) -> Config:
-    types_by_name = _types(type(config))
-    new_values: dict[str, Any] = {}
+def _replaced(config: Config, changes: Mapping[str, Any], prefix: str) -> Config:
+    kinds = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
-        head, _, rest = name.partition(".")
-        if rest:
-            continue
-        new_values[head] = _parse(value, types_by_name[head], f"{prefix}{head}")
-    for head in {name.partition(".")[0] for name in changes if "." in name}:
-        inner = {
-            name[len(head) + 1 :]: v for name, v in changes.items() if name.startswith(f"{head}.")
-        }
-        new_values[head] = _override(getattr(config, head), inner, f"{prefix}{head}.")
-    return replace(config, **new_values)  # type: ignore[type-var]
+        head, is_inner, rest = name.partition(".")
+        if is_inner:
+            parts.setdefault(head, {})[rest] = value
+        else:
+            values[head] = _parsed(value, kinds[head], f"{prefix}{head}")
+    for head, inner in parts.items():
+        values[head] = _replaced(getattr(config, head), inner, f"{prefix}{head}.")
+    return replace(config, **values)  # type: ignore[type-var]
 
 
-def _types(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {part.name: hints[part.name] for part in fields(kind)}
+def _parsed(value: Any, kind: Any, key: str) -> Any:
+    from pydantic import ValidationError
+
+    # pydantic reads numbers and truth values from text, but neither `none` nor lists.
+    read = value
+    if isinstance(value, str):
+        if value.lower() in ("none", "null") and type(None) in typing.get_args(kind):
+            return None
+        if typing.get_origin(kind) in (tuple, Sequence):
+            items = (item.strip(" '\"") for item in value.strip("[]() ").split(","))
+            read = tuple(item for item in items if item)
+    try:
+        return _adapter(kind).validate_python(read)
+    except ValidationError as error:
+        raise ValueError(f"{key}={value!r}: {error.errors()[0]['msg']}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _refusal(error: Any, known: Sequence[str]) -> ValueError:
+    """Return the first problem that pydantic found, by its dotted key."""
+    found = error.errors(include_url=False)
+    # Of several architectures, each reports what it misses; those of another name do not count.
+    others = {one["loc"][:2] for one in found if one["loc"][2:] == ("architecture",)}
+    first = next((one for one in found if one["loc"][:2] not in others), found[0])
+    if first["type"] == "value_error":  # of our own check, which names the key
+        return ValueError(str(first["ctx"]["error"]))
+    # Where there are several architectures, the class is named too.
+    key = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper())
+    if first["type"] == "unexpected_keyword_argument":
+        return _unknown(key, known)
+    what = f"{key}={first['input']!r}" if key else "the configuration"
+    return ValueError(f"{what}: {first['msg']}")
 
 
 def _unknown(key: str, known: Sequence[str]) -> ValueError:
@@ -315,42 +308,3 @@ def _unknown(key: str, known: Sequence[str]) -> ValueError:
     suggestions = list(dict.fromkeys(same_leaf + near))[:4]
     hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
     return ValueError(f"there is no configuration key {key!r}{hint}")
-
-
-def _parse(value: Any, kind: Any, key: str) -> Any:
-    """Parse text as a type, or check a value that already has it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        (inner,) = [argument for argument in arguments if argument is not type(None)]
-        return _parse(value, inner, key)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}={value!r} is not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is not None and issubclass(origin, Sequence):  # tuple[X, ...] or Sequence[X]
-        items = value
-        if isinstance(value, str):
-            parts = [part.strip(" '\"") for part in value.strip("[]() ").split(",")]
-            items = [part for part in parts if part]
-        return tuple(_parse(item, arguments[0], key) for item in items)
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in words:
-            return words[value.lower()]
-    elif kind is str:
-        if isinstance(value, str):
-            return value
-    elif kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float:
-                return number
-            if number.is_integer():
-                return int(value) if not isinstance(value, str) else int(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise ValueError(f"{key}={value!r} is not of type {getattr(kind, '__name__', kind)}")

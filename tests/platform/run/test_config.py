@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from deta.model.anchor_detr import AnchorDETRConfig
 from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
 
 
@@ -40,15 +41,15 @@ def test_text_becomes_the_type_of_its_field(key: str, text: str, value: object):
         ("lr", "1", "did you mean optim.lr"),
         ("optim.learning_rate", "1", "there is no configuration key"),
         ("optim", "1", "there is no configuration key"),
-        ("total_batch_size", "eight", "total_batch_size='eight' is not of type int"),
-        ("total_batch_size", "8.5", "is not of type int"),
+        ("total_batch_size", "eight", "total_batch_size='eight': Input should be a valid integer"),
+        ("total_batch_size", "8.5", "total_batch_size='8.5': Input should be a valid integer"),
         ("total_batch_size", "4", "without an image"),
-        ("precision", "fp16", "is not one of fp32, bf16"),
+        ("precision", "fp16", "precision='fp16': Input should be 'fp32' or 'bf16'"),
         ("optim.lr", "-1", "must be positive"),
         ("schedule.epochs", "5", "lie outside the 5 epochs"),
         ("name", "../x", "is not a run name"),
-        ("evaluation.engine", "coco", "is not one of hotcoco, pycocotools"),
-        ("cluster.gpu", "maybe", "is not of type bool"),
+        ("evaluation.engine", "coco", "should be 'hotcoco' or 'pycocotools'"),
+        ("cluster.gpu", "maybe", "should be a valid boolean"),
         ("model.dim", "100", "multiple"),
     ],
 )
@@ -65,6 +66,38 @@ def test_two_values_that_only_fit_together_can_be_changed_together():
 def test_json_gives_back_the_same_configuration():
     config = override(RunConfig(), {"optim.lr": "3e-5", "ema_decay": "0.9", "seed": "7"})
     assert from_json(RunConfig, to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("", "seed", "abc"),
+        ("", "seed", 1.5),
+        ("", "log_every_steps", "5"),
+        ("", "ema_decay", "none"),
+        ("", "precision", "fp16"),
+        ("data", "lenient", "false"),
+        ("cluster", "num_workers", True),
+        ("optim", "lr", None),
+        ("optim", "betas", [0.9]),
+        ("optim", "freeze", "backbone"),
+        ("model", "num_queries", "900"),
+    ],
+)
+def test_json_with_a_value_of_the_wrong_type_is_refused_by_name(part: str, key: str, value: object):
+    values = json.loads(to_json(RunConfig()))
+    (values[part] if part else values)[key] = value
+    with pytest.raises(ValueError, match=rf"^{part}\.?{key}.*(should be|required)"):
+        from_json(RunConfig, json.dumps(values))
+
+
+def test_json_of_each_architecture_is_checked_by_its_own_keys():
+    text = '{"model": {"architecture": "anchor_detr", "num_patterns": 2}}'
+    assert from_json(RunConfig, text).model == AnchorDETRConfig(num_patterns=2)
+    with pytest.raises(ValueError, match="did you mean"):
+        from_json(RunConfig, text.replace("num_patterns", "num_querys"))
+    with pytest.raises(ValueError, match=r"model\.dim='3': Input should be a valid integer"):
+        from_json(RunConfig, text.replace('"num_patterns": 2', '"dim": "3"'))
 
 
 def test_json_from_before_the_choice_of_an_engine_means_hotcoco():
