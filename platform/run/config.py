@@ -222,7 +222,7 @@ def from_json(kind: type[Config], text: str) -> Config:
     if len(text) > MAX_JSON_CHARACTERS:
         raise ValueError(f"a configuration has at most {MAX_JSON_CHARACTERS:,} characters")
     try:
-        return _adapter(kind).validate_json(text, strict=True, extra="forbid")
+        return _adapter(kind).validate_json(text, strict=True, extra="forbid")  # type: ignore[arg-type]
     except ValidationError as error:
         raise _refusal(error, list(flatten(kind()))) from None
 
