@@ -3,7 +3,7 @@
 The structure is checked here, field by field; `coco_dataset.py` checks geometry and image files.
 The rules are stricter than those of Python's `json` and of pycocotools:
 
-- UTF-8, with or without byte order mark. NaN and Infinity are not JSON: an error in any field.
+- UTF-8, with or without byte order mark. Numbers are finite: NaN and Infinity are not JSON.
 - All ids are 64-bit integers, so that they fit into tensors; the string "1" is not an id. Category
   ids are not negative, because -1 mostly means "ignore". Gaps, 0 and huge ids are allowed.
 - `id`, `name`, `file_name`, `width`, `height`, `image_id`, `category_id` and `bbox` are required,
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,9 +31,7 @@ from deta.platform.system.safe_read import read_bounded
 
 NUM_SHOWN = 10  # problems listed in one error
 NUM_IDS_SHOWN = 5  # ids listed in one note
-INT64 = range(-(2**63), 2**63)
 MAX_ANNOTATION_BYTES = 4 << 30  # COCO has 0.5 GB; Objects365, the largest we know, has 2.5 GB
-LARGEST_FLOAT = 1.7976931348623157e308
 
 REPEATED_IMAGE = "image record given twice"
 IMAGE_NOT_LISTED = "annotation of an image that is not listed"
@@ -73,7 +72,7 @@ class Problems:
         refused = self.errors if lenient else self.errors + skippable
         if not refused:
             return
-        lines = [f"{self.path}: {len(refused)} {_plural('problem', len(refused))} found"]
+        lines = [f"{self.path}: {len(refused)} problem{'s' * (len(refused) > 1)} found"]
         lines += [f"  {text}" for text in refused[:NUM_SHOWN]]
         if len(refused) > NUM_SHOWN:
             lines.append(f"  ... and {len(refused) - NUM_SHOWN} more")
@@ -101,7 +100,7 @@ def records_note(path: Path, what: str, ids: list[int]) -> str:
     """Return one line that counts records and lists the first of their ids."""
     shown = ", ".join(str(i) for i in ids[:NUM_IDS_SHOWN])
     more = ", ..." if len(ids) > NUM_IDS_SHOWN else ""
-    return f"{path}: {len(ids)} {_plural('record', len(ids))} {what} (ids {shown}{more})"
+    return f"{path}: {len(ids)} record{'s' * (len(ids) > 1)} {what} (ids {shown}{more})"
 
 
 def read_coco_file(path: Path, problems: Problems) -> CocoFile:
@@ -122,18 +121,18 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
         if document.get(name) == []:
             problems.add_error("top level", name, "is empty; at least one is needed")
 
+    # Ids of broken records count as known: an error on a reference would only repeat the fault.
     known_categories = {c.get("id") for c in categories if type(c.get("id")) is int}
     known_images = {i.get("id") for i in images if type(i.get("id")) is int}
 
     categories = _checked(categories, CATEGORY_FIELDS, "category", problems)
-    images = _checked(images, IMAGE_FIELDS, "image", problems)
+    images = _without_repeats(_checked(images, IMAGE_FIELDS, "image", problems), problems)
     annotations = _checked(annotations, ANNOTATION_FIELDS, "annotation", problems)
-    images = _without_repeats(images, problems)
-    _refuse_shared_ids(categories, "category", problems)
-    _refuse_shared_ids(images, "image", problems)
-    _refuse_shared_ids(annotations, "annotation", problems)
+    for records, noun in ((categories, "category"), (images, "image"), (annotations, "annotation")):
+        for record_id, count in Counter(record["id"] for record in records).items():
+            if count > 1:
+                problems.add_error(f"{noun} {record_id}", "id", f"is used by {count} records")
 
-    # Ids of broken records count as known: an error on a reference would only repeat the fault.
     listed = []
     for a in annotations:
         if known_categories and a["category_id"] not in known_categories:
@@ -167,55 +166,25 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
         ) from error
     del content  # half a gigabyte for COCO
 
-    constants: list[str] = []
-
-    def record_constant(name: str) -> float:
-        constants.append(name)
-        return float(name)
-
-    def check_object(record: dict[str, Any]) -> dict[str, Any]:
-        if constants:
-            _refuse_constants(record, constants[0], problems)
-            constants.clear()
+    def without_masks(record: dict[str, Any]) -> dict[str, Any]:
         record.pop("segmentation", None)
         return record
 
     try:
-        document = json.loads(text, object_hook=check_object, parse_constant=record_constant)
+        document = json.loads(text, object_hook=without_masks)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path}: is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         raise DatasetError(f"{path}: cannot be read as JSON: {error}") from error
-
-    if isinstance(document, list):
-        raise DatasetError(
-            f"{path}: is a list at top level; is this a results file? An annotation file is an "
-            "object with `images`, `annotations` and `categories`"
-        )
     if not isinstance(document, dict):
+        hint = "; is this a results file?" if isinstance(document, list) else ""
         raise DatasetError(
-            f"{path}: holds {_show(document)}, not an object with `images`, `annotations` and "
-            "`categories`"
+            f"{path}: holds {_show(document)} at top level{hint}; an annotation file is an object "
+            "with `images`, `annotations` and `categories`"
         )
     return document
-
-
-def _refuse_constants(record: dict[str, Any], name: str, problems: Problems) -> None:
-    """Report NaN and Infinity in fields that no later check reads."""
-    noun = "annotation" if "image_id" in record else "image" if "file_name" in record else "object"
-    fields = ANNOTATION_FIELDS | IMAGE_FIELDS | CATEGORY_FIELDS if noun != "object" else {}
-    for field_name, value in record.items():
-        if field_name not in fields and _holds_constant(value):
-            where = f"{noun} {_show(record['id'])}" if "id" in record else f"{noun} without id"
-            problems.add_error(where, field_name, f"holds {name}, which is not JSON")
-
-
-def _holds_constant(value: object) -> bool:
-    if isinstance(value, list):
-        return any(_holds_constant(element) for element in value)
-    return isinstance(value, float) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT
 
 
 def _records(document: dict[str, Any], name: str, problems: Problems) -> list[dict[str, Any]]:
@@ -234,53 +203,13 @@ def _records(document: dict[str, Any], name: str, problems: Problems) -> list[di
     return [record for record in records if isinstance(record, dict)]
 
 
-# A fault function describes what is wrong with a value, or returns None. Types are compared, not
-# tested by isinstance: True is an int in Python, but not a valid number here.
+def _show(value: object) -> str:
+    """Return a value for a message, shortened: it may be a list of millions, or 4000 digits."""
+    return _SHORT.repr(value)
 
 
-def _id_fault(value: object) -> str | None:
-    if type(value) is not int:
-        return f"is {_show(value)}, not an integer"
-    if value not in INT64:
-        return f"is {_show(value)}, which does not fit in 64 bits"
-    return None
-
-
-def _category_id_fault(value: object) -> str | None:
-    if type(value) is int and value < 0:
-        return f"is {_show(value)}; category ids start at 0"
-    return _id_fault(value)
-
-
-def _length_fault(value: object) -> str | None:
-    if type(value) is not int or value < 1:
-        return f"is {_show(value)}, not an integer number of pixels of at least 1"
-    return None
-
-
-def _number_fault(value: object) -> str | None:
-    if type(value) is not float and type(value) is not int:
-        return f"is {_show(value)}, not a number"
-    if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:  # NaN fails this too
-        return f"is {_show(value)}, not a finite number"
-    return None
-
-
-def _box_fault(value: object) -> str | None:
-    if type(value) is not list or len(value) != 4:
-        return f"is {_show(value)}, not a list of four numbers [x, y, width, height]"
-    for number in value:
-        if _number_fault(number):
-            return f"{_show(value)} holds {_show(number)}, not a finite number"
-    return None
-
-
-def _crowd_fault(value: object) -> str | None:
-    return None if type(value) is int and value in (0, 1) else f"is {_show(value)}, not 0 or 1"
-
-
-def _text_fault(value: object) -> str | None:
-    return None if type(value) is str else f"is {_show(value)}, not a string"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120  # a complete path
 
 
 def file_name_fault(value: object) -> str | None:
@@ -291,27 +220,46 @@ def file_name_fault(value: object) -> str | None:
     """
     if type(value) is not str:
         return f"is {_show(value)}, not a string"
-    if not value:
-        return "is empty"
-    if "\0" in value:
-        return f"{_show(value)} holds a NUL character"
-    if "\\" in value:
-        return f"{_show(value)} holds a backslash; write folders with /"
-    if "://" in value:
-        return f"{_show(value)} is a URL; download the file and give its path"
-    if value.startswith("/") or re.match("[A-Za-z]:", value):
-        return f"{_show(value)} is an absolute path; make it relative to the image folder"
-    if ".." in value.split("/"):
-        return f"{_show(value)} holds .. and could leave the image folder"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"{_show(value)} is not valid Unicode"
+    for found, what in (
+        (not value, "is empty"),
+        ("\0" in value, "holds a NUL character"),
+        ("\\" in value, "holds a backslash; write folders with /"),
+        ("://" in value, "is a URL; download the file and give its path"),
+        (
+            re.match("/|[A-Za-z]:", value),
+            "is an absolute path; make it relative to the image folder",
+        ),
+        (".." in value.split("/"), "holds .. and could leave the image folder"),
+        (re.search("[\ud800-\udfff]", value), "is not valid Unicode"),
+    ):
+        if found:
+            return f"{_show(value)} {what}"
     return None
 
 
+# Types are compared, not tested by isinstance: True is an int in Python, but not a number here.
+
+
+def _is_int(value: object, least: int = -(2**63)) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _expect(is_valid: Callable[[Any], bool], what: str) -> Callable[[object], str | None]:
+    """Return a function that describes what is wrong with a value, or returns None."""
+    return lambda value: None if is_valid(value) else f"is {_show(value)}, not {what}"
+
+
+_id_fault = _expect(_is_int, "an integer of 64 bits")
+_length_fault = _expect(lambda v: _is_int(v, 1), "an integer number of pixels of at least 1")
 Faults = dict[str, Callable[[object], str | None]]
-CATEGORY_FIELDS: Faults = {"id": _category_id_fault, "name": _text_fault}
+CATEGORY_FIELDS: Faults = {
+    "id": _expect(lambda v: _is_int(v, 0), "an integer of 64 bits from 0 on"),
+    "name": _expect(lambda v: type(v) is str, "a string"),
+}
 IMAGE_FIELDS: Faults = {
     "id": _id_fault,
     "file_name": file_name_fault,
@@ -321,10 +269,13 @@ IMAGE_FIELDS: Faults = {
 ANNOTATION_FIELDS: Faults = {
     "id": _id_fault,
     "image_id": _id_fault,
-    "category_id": _id_fault,
-    "bbox": _box_fault,
-    "area": _number_fault,
-    "iscrowd": _crowd_fault,
+    "category_id": CATEGORY_FIELDS["id"],
+    "bbox": _expect(
+        lambda v: type(v) is list and len(v) == 4 and all(map(_is_number, v)),
+        "a list of four finite numbers [x, y, width, height]",
+    ),
+    "area": _expect(_is_number, "a finite number"),
+    "iscrowd": _expect(lambda v: type(v) is int and v in (0, 1), "0 or 1"),
 }
 OPTIONAL_FIELDS = frozenset({"area", "iscrowd"})
 
@@ -362,24 +313,3 @@ def _without_repeats(images: list[dict[str, Any]], problems: Problems) -> list[d
             what = f"image {image['id']}, id: the same record is given twice"
             problems.add_skippable(REPEATED_IMAGE, image["id"], what)
     return unique
-
-
-def _refuse_shared_ids(records: list[dict[str, Any]], noun: str, problems: Problems) -> None:
-    counts = Counter(record["id"] for record in records)
-    if len(counts) < len(records):
-        for record_id, count in counts.items():
-            if count > 1:
-                problems.add_error(f"{noun} {record_id}", "id", f"is used by {count} records")
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else f"{noun}s"
-
-
-def _show(value: object) -> str:
-    """Return a value for a message, shortened: it may be a list of millions, or 4000 digits."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 120  # a complete path
