@@ -34,8 +34,8 @@ import numpy as np
 from measuring import processor
 from PIL import Image
 
+from deta.platform.inference.predictor import Predictor
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.model import ServedModel
 from deta.platform.serving.model_source import model_source
 from deta.platform.serving.upload import decode_image
 
@@ -87,11 +87,12 @@ def main() -> None:
     contents = _contents(arguments.images)
     limit = arguments.requests, arguments.seconds
     source = model_source(arguments.model, None, arguments.device)
-    model = source.open(source.current())
+    served = source.open(source.current())
     config = ServingConfig()
-    model.warm_up(config.max_batch)
-    size = model.predictor.config.data.evaluation_size
-    print(f"{processor()}, {os.cpu_count()} processors, device {model.predictor.device}")
+    served.warm_up(config.max_batch)
+    model = served.predictor
+    size = model.config.data.evaluation_size
+    print(f"{processor()}, {os.cpu_count()} processors, device {model.device}")
     print(f"load before: {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
     print(f"{len(contents)} JPEGs of {sum(map(len, contents)) / len(contents) / 1000:.0f} kB, "
           f"model at {size.short_edge} to {size.max_long_edge} pixels\n")  # fmt: skip
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def bare(
-    model: ServedModel,
+    model: Predictor,
     contents: Sequence[bytes],
     config: ServingConfig,
     batch: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deta.model.batch import Batch
 from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.data_loader import LoadedBatch, evaluation_loader
+from deta.platform.data.data_loader import evaluation_loader
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.coco_metrics import (
     CocoMetrics,
@@ -24,33 +25,28 @@ from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import Engine
 
 
-def detect_batches(
+def detect_batch(
     model: nn.Module,
-    batches: Iterator[LoadedBatch],
+    batch: Batch,
+    sizes_px: Sequence[tuple[int, int]],
     postprocess: PostprocessConfig,
     *,
     precision: torch.dtype,
     device: torch.device,
-) -> Iterator[tuple[LoadedBatch, list[Detections]]]:
-    """Yield each batch with its detections, on the host. The model runs in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        for loaded in batches:
-            batch = loaded.batch
-            with (
-                torch.inference_mode(),
-                torch.autocast(device.type, precision, enabled=precision != torch.float32),
-            ):
-                outputs = model(
-                    batch.images.to(device, non_blocking=True),
-                    batch.padding.to(device, non_blocking=True),
-                )
-            sizes_px = torch.tensor(loaded.original_sizes_px)
-            detections = detect_objects(outputs, sizes_px, postprocess)
-            yield loaded, [found.cpu() for found in detections]
-    finally:
-        model.train(was_training)
+) -> list[Detections]:
+    """Return the detections in each image, on the host. The model must be in evaluation mode.
+
+    Args:
+        sizes_px: (height, width) of each image before it was resized.
+    """
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, precision, enabled=precision != torch.float32),
+    ):
+        outputs = model(
+            batch.images.to(device, non_blocking=True), batch.padding.to(device, non_blocking=True)
+        )
+    return [found.cpu() for found in detect_objects(outputs, torch.tensor(sizes_px), postprocess)]
 
 
 @dataclass(frozen=True)
@@ -91,13 +87,20 @@ def evaluate_model(
         pin_memory=worker.device.type == "cuda",
     )
     shard: dict[int, list[dict[str, Any]]] = {}
-    for loaded, detections in detect_batches(
-        model, batches, postprocess, precision=precision, device=worker.device
-    ):
-        for image_id, found in zip(loaded.image_ids, detections, strict=True):
-            shard[image_id] = to_coco_results(found, image_id, category_ids)
-        if on_batch is not None:
-            on_batch(len(loaded))
+    was_training = model.training
+    model.eval()
+    try:
+        for loaded in batches:
+            detections = detect_batch(
+                model, loaded.batch, loaded.original_sizes_px, postprocess,
+                precision=precision, device=worker.device,
+            )  # fmt: skip
+            for image_id, found in zip(loaded.image_ids, detections, strict=True):
+                shard[image_id] = to_coco_results(found, image_id, category_ids)
+            if on_batch is not None:
+                on_batch(len(loaded))
+    finally:
+        model.train(was_training)
     shards: list[Any] | None = [shard]
     if worker.world_size > 1:
         shards = [None] * worker.world_size if worker.is_leader else None

@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torchvision.transforms.v2 import functional
 
 from deta.model.batch import pad_batch
 from deta.model.postprocess import Detections
-from deta.platform.data.data_loader import LoadedBatch
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
-from deta.platform.evaluation.evaluate_model import detect_batches
+from deta.platform.evaluation.evaluate_model import detect_batch
 from deta.platform.inference.exported_model import PackedImages
 from deta.platform.inference.predictor import NO_TARGET, Predictor
 
@@ -45,15 +44,14 @@ def run_eagerly(predictor: Predictor, packed: PackedImages) -> list[Detections]:
         images=F.pad(batch.images, (0, right, 0, below)),
         padding=F.pad(batch.padding, (0, right, 0, below), value=True),
     )
-    sizes_px = [(height, width) for height, width in packed.original_sizes_px.tolist()]
-    ((_, found),) = detect_batches(
+    return detect_batch(
         predictor.model,
-        iter([LoadedBatch(batch, list(range(len(pixels))), sizes_px)]),
+        batch,
+        packed.original_sizes_px.tolist(),
         predictor.config.postprocess,
         precision=torch.float32,
         device=predictor.device,
     )
-    return found
 
 
 @dataclass(frozen=True)
@@ -164,22 +162,20 @@ def measure_runtime_speed(
     """
     latency_s = _median_s(run, image)
     best_batch, best_rate = 1, 1 / latency_s
-    batch_size = 2
-    while batch_size <= MAX_LATENCY_BATCH:
-        batch = PackedImages(*(part.repeat_interleave(batch_size, 0) for part in image))
-        rate = batch_size / _median_s(run, batch)
-        if rate <= best_rate:
+    while 2 * best_batch <= MAX_LATENCY_BATCH:
+        num_images = 2 * best_batch
+        batch = PackedImages(*(part.repeat_interleave(num_images, 0) for part in image))
+        if (rate := num_images / _median_s(run, batch)) <= best_rate:
             break
-        best_batch, best_rate = batch_size, rate
-        batch_size *= 2
+        best_batch, best_rate = num_images, rate
     return RuntimeSpeed(1000 * latency_s, best_batch, best_rate)
 
 
 def _median_s(run: Callable[[PackedImages], object], batch: PackedImages) -> float:
-    run(batch)  # warm-up
-    times_s: Sequence[float] = []
-    while len(times_s) < 3 or (sum(times_s) < MEASURED_S and len(times_s) < 50):
-        began_s = time.perf_counter()
-        run(batch)
-        times_s = [*times_s, time.perf_counter() - began_s]
-    return statistics.median(times_s)
+    timer = Timer(
+        "run(batch)",
+        timer=time.perf_counter,
+        globals={"run": run, "batch": batch},
+        num_threads=torch.get_num_threads(),
+    )
+    return timer.blocked_autorange(min_run_time=MEASURED_S).median  # its warm-up does not count

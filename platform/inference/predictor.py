@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,10 +24,9 @@ from deta.model.postprocess import Detections
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_dataset import Category, CocoDataset, Sample
-from deta.platform.data.data_loader import LoadedBatch
 from deta.platform.data.image_decoding import EIGHT_BIT_MODES, ImageError, decode
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
-from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batches, evaluate_model
+from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batch, evaluate_model
 from deta.platform.inference.batching import batches_of_one_shape, check_headers, read_ahead
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.train_step import PRECISIONS
@@ -39,6 +38,18 @@ from deta.platform.weights.model_file import open_model_file
 NUM_SHOWN = 10  # differences named in one message
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+
+
+class PreparedImage(NamedTuple):
+    """An image at the size of the model's input."""
+
+    pixels: Tensor  # 3 h w, normalised
+    size_px: tuple[int, int]  # (height, width) before it was resized
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) at the model's input."""
+        return self.pixels.shape[1], self.pixels.shape[2]
 
 
 class Predictor:
@@ -189,6 +200,30 @@ class Predictor:
             "be the same"
         )
 
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """Resize and normalise an 8-bit RGB image as for an evaluation. Any thread may call it."""
+        size_px = image.height, image.width
+        sample = Sample(image, NO_TARGET.boxes, NO_TARGET.labels, 0, size_px)
+        resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
+        return PreparedImage(to_model_input(resized)[0], size_px)
+
+    def detect(self, images: Sequence[PreparedImage]) -> list[Detections]:
+        """Return the detections in each image of one batch, in pixels before the resize.
+
+        Raises:
+            ValueError: the images have different shapes; see `batches_of_one_shape`.
+        """
+        if len(shapes := sorted({image.shape for image in images})) != 1:
+            raise ValueError(f"images of one batch must have one shape, not {shapes}")
+        return detect_batch(
+            self.model,
+            pad_batch([image.pixels for image in images], [NO_TARGET] * len(images)),
+            [image.size_px for image in images],
+            self.config.postprocess,
+            precision=PRECISIONS[self.config.precision],
+            device=self.device,
+        )
+
     def predict(self, images: Sequence[Image.Image], *, batch_size: int = 1) -> list[Detections]:
         """Return the detections of each image, in pixels of that image, best first.
 
@@ -202,11 +237,8 @@ class Predictor:
             ValueError: an image has more than 8 bits per channel.
         """
         rgb = [_rgb(image) for image in images]
-        found = self._predict_batches(
-            [self._shape(image.height, image.width) for image in rgb],
-            lambda index: self._model_input(_sample(rgb[index], index)),
-            batch_size,
-        )
+        shapes = [self._shape(image.height, image.width) for image in rgb]
+        found = self._predict_batches(shapes, lambda i: self.prepare(rgb[i]), batch_size)
         return [detections for _, detections in found]
 
     def predict_files(
@@ -233,9 +265,8 @@ class Predictor:
         files = [Path(path) for path in paths]
         headers = check_headers(files, self.config.data.max_pixels)
 
-        def read(index: int) -> _Input:
-            image = decode(files[index], self.config.data.max_pixels)
-            return self._model_input(_sample(image, index))
+        def read(index: int) -> PreparedImage:
+            return self.prepare(decode(files[index], self.config.data.max_pixels))
 
         def handle_unreadable(index: int, error: ImageError) -> None:
             if on_unreadable is None:
@@ -284,7 +315,7 @@ class Predictor:
     def _predict_batches(
         self,
         shapes: Sequence[tuple[int, int]],
-        read: Callable[[int], _Input],
+        read: Callable[[int], PreparedImage],
         batch_size: int,
         on_unreadable: Callable[[int, ImageError], None] | None = None,
     ) -> Iterator[tuple[int, Detections]]:
@@ -293,68 +324,34 @@ class Predictor:
         Args:
             shapes: (height, width) of each image as the model gets it.
             read: makes the model's input for the image of an index; called from several threads.
+            on_unreadable: called for an image whose `read` raises ImageError; it is left out.
         """
         plan = batches_of_one_shape(shapes, batch_size)
+        reading = read_ahead(read, [index for batch in plan for index in batch])
         finished: dict[int, Detections | None] = {}  # None: unreadable
-
-        def batches() -> Iterator[LoadedBatch]:
-            reading = read_ahead(read, [index for batch in plan for index in batch])
-            for batch in plan:
-                inputs = []
-                for index, future in islice(reading, len(batch)):
-                    try:
-                        inputs.append(future.result())
-                    except ImageError as error:
-                        if on_unreadable is None:
-                            raise
-                        on_unreadable(index, error)
-                        finished[index] = None
-                if inputs:
-                    yield _collate(inputs)
-
         next_index = 0
-
-        def in_order() -> Iterator[tuple[int, Detections]]:
-            nonlocal next_index
+        for batch in plan:
+            images = {}
+            for index, future in islice(reading, len(batch)):
+                try:
+                    images[index] = future.result()
+                except ImageError as error:
+                    if on_unreadable is None:
+                        raise
+                    on_unreadable(index, error)
+                    finished[index] = None
+            if images:
+                finished.update(zip(images, self.detect([*images.values()]), strict=True))
             while next_index in finished:
                 found = finished.pop(next_index)
                 if found is not None:
                     yield next_index, found
                 next_index += 1
 
-        for loaded, detections in detect_batches(
-            self.model,
-            batches(),
-            self.config.postprocess,
-            precision=PRECISIONS[self.config.precision],
-            device=self.device,
-        ):
-            finished.update(zip(loaded.image_ids, detections, strict=True))
-            yield from in_order()
-        yield from in_order()  # images that waited for one that turned out unreadable
-
     def _shape(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to which an image is resized."""
         size = self.config.data.evaluation_size
         return resized_size(height, width, size.short_edge, size.max_long_edge)
-
-    def _model_input(self, sample: Sample) -> _Input:
-        resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
-        return to_model_input(resized)[0], sample.image_id, sample.original_size_px
-
-
-# An image 3 h w, normalised; its index; its (height, width) before it was resized.
-_Input = tuple[Tensor, int, tuple[int, int]]
-
-
-def _collate(inputs: list[_Input]) -> LoadedBatch:
-    images, indices, sizes_px = zip(*inputs, strict=True)
-    return LoadedBatch(pad_batch(images, [NO_TARGET] * len(images)), list(indices), list(sizes_px))
-
-
-def _sample(image: Image.Image, index: int) -> Sample:
-    """Return the sample of an image without annotations."""
-    return Sample(image, NO_TARGET.boxes, NO_TARGET.labels, index, (image.height, image.width))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -20,37 +20,41 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from deta.platform.inference.predictor import Predictor, PreparedImage
+from deta.platform.pages.render import content_policy, render_page
 from deta.platform.serving.batcher import Batcher
-from deta.platform.serving.config import Refusal, ServingConfig
+from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
-from deta.platform.serving.model import PreparedImage, ServedModel
 from deta.platform.serving.model_source import ModelSlot, ModelSource
-from deta.platform.serving.origin_guard import OriginGuard
-from deta.platform.serving.page import page_policy, serving_page
+from deta.platform.serving.origin_guard import OriginGuard, Refusal
 from deta.platform.serving.schema import DETECT_BODY, Detected, Problem, Served
 from deta.platform.serving.upload import decode_image, read_image
 
 log = logging.getLogger(__name__)
 
+PAGE_STYLES, PAGE_SCRIPTS = ["serving/page.css"], ["serving/page.js"]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The body is empty, or a form that cannot be read"},
-    401: {"model": Problem, "description": "The token is missing or wrong"},
-    408: {"model": Problem, "description": "The body did not arrive in time"},
-    413: {"model": Problem, "description": "Too many bytes or pixels"},
-    415: {"model": Problem, "description": "Neither JPEG nor PNG"},
-    422: {"model": Problem, "description": "The image or a parameter is broken"},
-    503: {"model": Problem, "description": "Too many requests, or no model yet; see Retry-After"},
-    504: {"model": Problem, "description": "The model did not answer in time"},
+    status: {"model": Problem, "description": description}
+    for status, description in (
+        (400, "The body is empty, or a form that cannot be read"),
+        (401, "The token is missing or wrong"),
+        (408, "The body did not arrive in time"),
+        (413, "Too many bytes or pixels"),
+        (415, "Neither JPEG nor PNG"),
+        (422, "The image or a parameter is broken"),
+        (503, "Too many requests, or no model yet; see Retry-After"),
+        (504, "The model did not answer in time"),
+    )
 }
 MinScore = Annotated[
     float, Query(ge=0, le=1, description="Leave out detections with a lower score")
@@ -120,14 +124,14 @@ class DetectionService:
         began_s = time.monotonic()
         outcome = "internal"
         self.in_flight += 1
-        self.measurements.in_flight(self.in_flight)
+        self.measurements.record("in_flight", self.in_flight)
         try:
             if self.in_flight > self.config.max_requests:
                 detail = f"{self.config.max_requests} requests are in progress; try again later"
                 raise Refusal(503, "busy", detail, self.retry_after())
             content = await read_image(request.headers, request.stream(), self.config)
             read_s = time.monotonic() - began_s
-            self.measurements.phase("read", read_s)
+            self.measurements.record("phase_seconds", read_s, phase="read")
             try:
                 async with asyncio.timeout(self.config.answer_timeout_s):
                     response = await self._run_model(content, min_score, max_detections, upright)
@@ -135,8 +139,8 @@ class DetectionService:
                 detail = f"no answer within {self.config.answer_timeout_s:g} s; try again later"
                 raise Refusal(504, "answer_timeout", detail, self.retry_after()) from None
             outcome = "ok"
-            response["seconds"]["read"] = round(read_s, 6)
-            response["seconds"]["total"] = round(time.monotonic() - began_s, 6)
+            total_s = time.monotonic() - began_s
+            response["seconds"] |= {"read": round(read_s, 6), "total": round(total_s, 6)}
             return response
         except Refusal as refusal:
             outcome = refusal.kind
@@ -146,30 +150,26 @@ class DetectionService:
             raise
         finally:
             self.in_flight -= 1
-            self.measurements.in_flight(self.in_flight)
+            self.measurements.record("in_flight", self.in_flight)
             self.measurements.request(outcome, time.monotonic() - began_s)
 
     async def _run_model(
         self, content: bytes, min_score: float, max_detections: int, upright: bool
     ) -> dict[str, Any]:
-        model = self.slot.model
-        if model is None:
-            reason = f": {self.slot.problem}" if self.slot.problem else ""
-            raise Refusal(503, "no_model", f"no model is loaded yet{reason}", {"Retry-After": "5"})
+        model = self.slot.loaded()
         began_s = time.monotonic()
         prepared = await asyncio.get_running_loop().run_in_executor(
-            self.decoders, _decode_and_prepare, model, content, self.config, upright
+            self.decoders, _decode_and_prepare, model.predictor, content, self.config, upright
         )
-        del content
         decode_s = time.monotonic() - began_s
-        result = await self.batcher.detect(model, prepared)
+        result = await self.batcher.detect(model.predictor, prepared)
         detections = model.as_json(
             result.detections, min_score=min_score, max_detections=max_detections
         )
         seconds = {"decode": decode_s, "wait": result.wait_s, "model": result.model_s}
         for name, value in seconds.items():
-            self.measurements.phase(name, value)
-        self.measurements.detections(len(detections))
+            self.measurements.record("phase_seconds", value, phase=name)
+        self.measurements.record("detections", len(detections))
         height, width = prepared.size_px
         return {
             "model": model.name.as_json(),
@@ -210,7 +210,7 @@ def create_app(
         responses={403: {"model": Problem, "description": "A foreign Host or Origin"}},
     )
     app.state.service = service
-    app.add_middleware(OriginGuard, config=config)
+    app.add_middleware(OriginGuard, hosts=config.hosts, accepts_token=config.accepts_token)
     app.add_exception_handler(RequestValidationError, _parameter_problem)
     app.add_exception_handler(HTTPException, _http_problem)
 
@@ -233,13 +233,11 @@ def create_app(
     @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
     async def model() -> Response:
         """Return the current model, its classes, and the limits of an upload."""
-        served = service.slot.model
-        if served is None:
-            raise Refusal(503, "no_model", service.slot.problem or "no model is loaded yet")
+        served = service.slot.loaded()
         return JSONResponse(
             {
                 "model": served.name.as_json(),
-                "categories": [{"id": c.id, "name": c.name} for c in served.categories],
+                "categories": [asdict(category) for category in served.predictor.categories],
                 "max_bytes": config.max_bytes,
                 "max_pixels": config.max_pixels,
                 "problem": service.slot.problem or None,
@@ -256,8 +254,7 @@ def create_app(
     @app.get("/ready", responses={503: PROBLEMS[503]})
     async def ready() -> dict[str, str]:
         """Return 200 if a model is loaded."""
-        if service.slot.model is None:
-            raise Refusal(503, "no_model", "no model is loaded yet", {"Retry-After": "5"})
+        service.slot.loaded()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
@@ -268,23 +265,34 @@ def create_app(
             raise Refusal(404, "metrics", "Ray exports this service's metrics on its own port")
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
+    # The page is the same for everybody. Its policy lets the browser run this script, call this
+    # service and do nothing else.
+    policy = content_policy(PAGE_SCRIPTS, styles=PAGE_STYLES, is_served=True)
+    front_page = HTMLResponse(
+        render_page(
+            "serving/page.html.j2",
+            title="Objects in an image",
+            styles=PAGE_STYLES,
+            scripts=PAGE_SCRIPTS,
+        ),
+        headers={"Content-Security-Policy": policy},
+    )
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(serving_page(), headers={"Content-Security-Policy": page_policy()})
+    async def page() -> Response:
+        return front_page
 
     return app
 
 
 def _decode_and_prepare(
-    model: ServedModel, content: bytes, config: ServingConfig, upright: bool
+    predictor: Predictor, content: bytes, config: ServingConfig, upright: bool
 ) -> PreparedImage:
-    image: Image.Image = decode_image(content, config, upright=upright)
     try:
-        return model.prepare(image)
+        return predictor.prepare(decode_image(content, config, upright=upright))
     except MemoryError as error:
-        raise Refusal(
-            503, "memory", "too little memory for this image at the moment; try again later"
-        ) from error
+        detail = "too little memory for this image at the moment; try again later"
+        raise Refusal(503, "memory", detail) from error
 
 
 def _parameter_problem(_request: Request, error: Exception) -> Response:
@@ -293,12 +301,13 @@ def _parameter_problem(_request: Request, error: Exception) -> Response:
         f"{'.'.join(str(part) for part in fault['loc'][1:])}: {fault['msg']}"
         for fault in error.errors()[:4]
     )
-    return JSONResponse(Refusal(422, "parameter", faults).body(), status_code=422)
+    return Refusal(422, "parameter", faults).response()
 
 
 def _http_problem(_request: Request, error: Exception) -> Response:
-    """Return the framework's own errors, such as 404 and 405, in the form of this API."""
+    """Return a refusal, or an error of the framework, such as 404 and 405, in the same form."""
     assert isinstance(error, HTTPException)
-    kinds = {404: "path", 405: "method"}
-    refusal = Refusal(error.status_code, kinds.get(error.status_code, "request"), error.detail)
-    return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
+    if not isinstance(error, Refusal):
+        kind = {404: "path", 405: "method"}.get(error.status_code, "request")
+        error = Refusal(error.status_code, kind, error.detail, error.headers)
+    return error.response()

@@ -12,13 +12,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from deta.model.postprocess import Detections
+from deta.platform.inference.predictor import Predictor, PreparedImage
 from deta.platform.serving.metrics import Measurements
-from deta.platform.serving.model import PreparedImage, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class BatchResult:
 
 @dataclass(frozen=True, eq=False)
 class _QueuedImage:
-    model: ServedModel
+    model: Predictor
     image: PreparedImage
     since_s: float
     answer: asyncio.Future[BatchResult]
@@ -52,7 +51,7 @@ class Batcher:
         self.measurements = measurements
         self.batch_began_s: float | None = None  # start of the current batch
         self.mean_batch_s = 0.1  # a running mean, for Retry-After
-        self._queue: deque[_QueuedImage] = deque()
+        self._queue: list[_QueuedImage] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._task: asyncio.Task[None] | None = None
@@ -83,7 +82,7 @@ class Batcher:
         """Return whether the task that takes images from the queue is alive."""
         return self._task is not None and not self._task.done()
 
-    async def detect(self, model: ServedModel, image: PreparedImage) -> BatchResult:
+    async def detect(self, model: Predictor, image: PreparedImage) -> BatchResult:
         """Return the detections in an image. A cancelled caller leaves the queue.
 
         Raises:
@@ -98,38 +97,26 @@ class Batcher:
         while True:
             batch = await self._next_batch()
             self.batch_began_s = time.monotonic()
-            try:
-                await self._process(batch)
-            finally:
-                self.batch_began_s = None
+            await self._process(batch)
+            self.batch_began_s = None
 
     async def _next_batch(self) -> list[_QueuedImage]:
         """Wait for at least one image; return those that can share a batch with the oldest."""
         while True:
             self._arrived.clear()
-            batch = self._matching()
-            if len(batch) == self.max_batch:
-                break
-            if batch:
-                left_s = batch[0].since_s + self.batch_wait_s - time.monotonic()
-                if left_s <= 0:
-                    break
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._arrived.wait(), left_s)
-            else:
+            self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]
+            if not self._queue:
                 await self._arrived.wait()
-        taken = set(batch)
-        self._queue = deque(waiting for waiting in self._queue if waiting not in taken)
-        return batch
-
-    def _matching(self) -> list[_QueuedImage]:
-        while self._queue and self._queue[0].answer.done():
-            self._queue.popleft()
-        if not self._queue:
-            return []
-        first = self._queue[0]
-        matching = (w for w in self._queue if w.matches(first) and not w.answer.done())
-        return [waiting for _, waiting in zip(range(self.max_batch), matching, strict=False)]
+                continue
+            first = self._queue[0]
+            batch = [waiting for waiting in self._queue if waiting.matches(first)]
+            batch = batch[: self.max_batch]
+            left_s = first.since_s + self.batch_wait_s - time.monotonic()
+            if len(batch) == self.max_batch or left_s <= 0:
+                self._queue = [waiting for waiting in self._queue if waiting not in batch]
+                return batch
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), left_s)
 
     async def _process(self, batch: list[_QueuedImage]) -> None:
         """Set the result of each image of a batch, or the error that the image alone causes."""
@@ -139,20 +126,18 @@ class Batcher:
         try:
             found = await loop.run_in_executor(self._thread, batch[0].model.detect, images)
         except Exception as error:
-            if len(batch) == 1:
+            if len(batch) > 1:
+                log.warning("a batch of %d failed (%s); retrying one by one", len(batch), error)
+                for waiting in batch:  # so that one bad image does not fail the others
+                    await self._process([waiting])
+            else:
                 log.exception("the model failed on an image of %s", images[0].shape)
                 if not batch[0].answer.done():
                     batch[0].answer.set_exception(error)
-                return
-            log.warning(
-                "a batch of %d failed (%s); retrying its images one by one", len(batch), error
-            )
-            for waiting in batch:  # so that one bad image does not fail the others
-                await self._process([waiting])
             return
         model_s = time.monotonic() - began_s
         self.mean_batch_s += 0.2 * (model_s - self.mean_batch_s)
-        self.measurements.batch(len(batch), model_s)
+        self.measurements.record("batch_size", len(batch))
         for waiting, detections in zip(batch, found, strict=True):
             if not waiting.answer.done():
                 wait_s = began_s - waiting.since_s

@@ -1,8 +1,6 @@
-"""The limits of a detection service, its token, and the exception for a refused request.
+"""The limits of a detection service, and its token.
 
-A service reads what strangers send, so each limit has the reason for its default. A `Refusal` has
-an HTTP status, one word for programs, which is also a label of the metrics, and a sentence for
-people.
+A service reads what strangers send, so each limit has the reason for its default.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 TOKEN_VARIABLE = "DETA_SERVE_TOKEN"
@@ -38,45 +35,15 @@ class ServingConfig:
     hosts: tuple[str, ...] = ()  # accepted Host names; empty: all
 
     def __post_init__(self) -> None:
-        for key in ("max_bytes", "max_pixels", "max_batch", "max_requests", "decoders"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("read_timeout_s", "answer_timeout_s", "stuck_s", "poll_s"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         if self.batch_wait_s < 0:
             raise ValueError(f"batch_wait_s={self.batch_wait_s} must be at least 0")
+        for key, value in asdict(self).items():
+            if isinstance(value, int | float) and value <= 0 and key != "batch_wait_s":
+                raise ValueError(f"{key}={value} must be above 0")
 
     def accepts_token(self, token: str) -> bool:
         """Return whether a request with this token, or with none (empty), is allowed."""
-        if not self.token_sha256:
-            return True
-        return hmac.compare_digest(token_hash(token), self.token_sha256)
-
-
-class Refusal(Exception):
-    """A request that is refused, with its HTTP response."""
-
-    def __init__(
-        self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """
-        Args:
-            status: of HTTP.
-            kind: one word, the same for every request with this fault.
-            detail: what was found and what to do.
-            headers: of the response.
-        """
-        super().__init__(detail)
-        self.status, self.kind, self.detail = status, kind, detail
-        self.headers = dict(headers or {})
-
-    def __str__(self) -> str:
-        return f"{self.status} {self.kind}: {self.detail}"
-
-    def body(self) -> dict[str, str]:
-        """Return the body of the response, for JSON."""
-        return {"error": self.kind, "detail": self.detail}
+        return not self.token_sha256 or hmac.compare_digest(token_hash(token), self.token_sha256)
 
 
 def token_hash(token: str) -> str:
@@ -91,28 +58,23 @@ def read_token(file: Path | None) -> str:
         ValueError: others can read the file, or its content is no valid token.
     """
     if file is None:
-        token, origin = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
+        token = os.environ.get(TOKEN_VARIABLE, "").strip()
         if not token:
             return ""
     else:
-        token, origin = _token_from(file), str(file)
-    if len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        try:
+            with file.open("rb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode
+                token = stream.read(MAX_TOKEN_FILE + 1).decode("utf-8", "replace").strip()
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ValueError(f"{file}: other accounts can read it; chmod 600 {file}")
+    printable = token.isascii() and token.isprintable() and " " not in token
+    if not MIN_TOKEN <= len(token) <= MAX_TOKEN_FILE or not printable:
         raise ValueError(
-            f"{origin}: a token has at least {MIN_TOKEN} printable ASCII characters and no space "
-            f"(this one has {len(token)} characters); make one with: openssl rand -hex 32"
+            f"{file or TOKEN_VARIABLE}: a token has at least {MIN_TOKEN} printable ASCII "
+            f"characters and no space (this one has {len(token)} characters); make one with: "
+            "openssl rand -hex 32"
         )
     return token
-
-
-def _token_from(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            content = stream.read(MAX_TOKEN_FILE + 1)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ValueError(f"{file}: other accounts can read it; chmod 600 {file}")
-    if len(content) > MAX_TOKEN_FILE:
-        raise ValueError(f"{file}: is too long for a token")
-    return content.decode("utf-8", "replace").strip()

@@ -4,19 +4,21 @@ Any page in a browser on this machine can send requests to a service on loopback
 be a name of this machine, which a foreign name that resolves to it (DNS rebinding) is not, and
 requests from pages of another origin are refused. If other machines can reach the service, each
 request needs the token, except for paths that reveal nothing.
+
+Starlette's TrustedHostMiddleware cannot do the first part: it reads `[::1]:8000` as the host `[`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from deta.platform.serving.config import Refusal, ServingConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +35,43 @@ HEADERS = {
 }
 
 
-class OriginGuard:
-    """ASGI middleware around the whole application."""
+class Refusal(HTTPException):
+    """A request that is refused.
 
-    def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
-        self.app, self.config = app, config
+    Its response has an HTTP status, one word for programs (`kind`), the same for every request with
+    this fault, and a sentence for people: what was found, and what to do.
+    """
+
+    def __init__(
+        self, status: int, kind: str, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, detail, headers)
+        self.kind = kind
+
+    def response(self) -> JSONResponse:
+        body = {"error": self.kind, "detail": self.detail}
+        return JSONResponse(body, self.status_code, self.headers)
+
+
+class OriginGuard:
+    """ASGI middleware around a whole application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Collection[str] = (),
+        accepts_token: Callable[[str], bool] = lambda token: True,
+    ) -> None:
+        """
+        Args:
+            hosts: accepted Host names without port, in lower case; empty: all.
+            accepts_token: whether a request with this token, or with none (empty), is allowed.
+        """
+        self.app, self.hosts, self.accepts_token = app, hosts, accepts_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            else:
-                await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         has_started = False
 
         async def send_guarded(message: Message) -> None:
@@ -58,62 +84,32 @@ class OriginGuard:
             await send(message)
 
         try:
-            check_request(scope["path"], Headers(scope=scope), self.config)
+            self.check(scope["path"], Headers(scope=scope))
             await self.app(scope, receive, send_guarded)
         except Refusal as refusal:
-            await send_refusal(refusal, send_guarded)
+            await refusal.response()(scope, receive, send_guarded)
         except Exception:
             log.exception("%s %s", scope["method"], scope["path"])
             if has_started:
                 raise
-            await send_refusal(
-                Refusal(500, "internal", "an error of the service; see its log"),
-                send_guarded,
-            )
+            failure = Refusal(500, "internal", "an error of the service; see its log")
+            await failure.response()(scope, receive, send_guarded)
 
+    def check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Check a request's Host, Origin and token.
 
-def check_request(path: str, headers: Mapping[str, str], config: ServingConfig) -> None:
-    """Check a request's Host, Origin and token.
-
-    Raises:
-        Refusal: 401 or 403.
-    """
-    host = headers.get("host", "")
-    if config.hosts and host_name(host) not in config.hosts:
-        raise Refusal(
-            403, "host", f"no service for the host {host[:80]!r}; use {' or '.join(config.hosts)}"
-        )
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
-        raise Refusal(403, "origin", f"a page of {origin[:80]!r} may not call this service")
-    if path in OPEN_PATHS:
-        return
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if not config.accepts_token(token.strip() if scheme.lower() == "bearer" else ""):
-        raise Refusal(
-            401,
-            "token",
-            "send the service's token: Authorization: Bearer …",
-            {"WWW-Authenticate": "Bearer"},
-        )
-
-
-def host_name(host: str) -> str:
-    """Return a Host header without its port, in lower case."""
-    name, _, port = host.rpartition(":")
-    if name and port.isdecimal():
-        return name.lower()
-    return host.lower()
-
-
-async def send_refusal(refusal: Refusal, send: Send) -> None:
-    """Send the response of a refusal."""
-    body = json.dumps(refusal.body()).encode()
-    headers = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        **refusal.headers,
-    }
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+        Raises:
+            Refusal: 401 or 403.
+        """
+        host = headers.get("host", "")
+        if self.hosts and re.sub(r":\d+$", "", host).lower() not in self.hosts:
+            known = " or ".join(self.hosts)
+            raise Refusal(403, "host", f"no service for the host {host[:80]!r}; use {known}")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise Refusal(403, "origin", f"a page of {origin[:80]!r} may not call this service")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        token = token.strip() if scheme.lower() == "bearer" else ""
+        if path not in OPEN_PATHS and not self.accepts_token(token):
+            detail = "send the service's token: Authorization: Bearer …"
+            raise Refusal(401, "token", detail, {"WWW-Authenticate": "Bearer"})

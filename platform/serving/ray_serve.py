@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +24,16 @@ from deta.platform.cluster.auth_token import configure_own_cluster, starts_own_c
 if starts_own_cluster():  # read by Ray when it is imported
     configure_own_cluster()
 
-import ray
+import ray.util.metrics
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import LoggingConfig
-from ray.util.metrics import Counter, Gauge, Histogram
 
 from deta.platform.cluster.connection import join_cluster
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.metrics import BATCH_SIZES, DESCRIPTIONS, DETECTIONS, SECONDS
+from deta.platform.serving.metrics import METRICS, RECORDING, Measurements, Metric
 from deta.platform.serving.model import ModelName
 from deta.platform.serving.model_source import ModelSource
 from deta.platform.system.child_server import is_loopback
@@ -55,64 +54,22 @@ class Placement:
     device: str = "auto"  # "cuda": a GPU for each; "auto": the same if the cluster has any
 
 
-class RayMeasurements:
+class RayMeasurements(Measurements):
     """The metrics of metrics.py, exported by Ray."""
 
-    def __init__(self) -> None:
-        def described(name: str) -> tuple[str, str]:
-            return name, DESCRIPTIONS[name]
+    def record(self, metric: str, value: float = 1, /, **labels: str) -> None:
+        getattr(self._metrics[metric], RECORDING[METRICS[metric].kind])(value, tags=labels)
 
-        # Ray's exporter appends "_total" to a counter's name if it is missing.
-        self._requests = Counter(*described("deta_serving_requests_total"), tag_keys=("outcome",))
-        self._seconds = Histogram(*described("deta_serving_request_seconds"), boundaries=[*SECONDS])
-        self._phases = Histogram(
-            *described("deta_serving_phase_seconds"), boundaries=[*SECONDS], tag_keys=("phase",)
-        )
-        self._batches = Histogram(*described("deta_serving_batch_size"), boundaries=[*BATCH_SIZES])
-        self._detections = Histogram(
-            *described("deta_serving_detections"), boundaries=[*DETECTIONS]
-        )
-        self._in_flight = Gauge(*described("deta_serving_in_flight"))
-        labels = ("name", "version", "sha256")
-        self._model = Gauge(*described("deta_serving_model_info"), tag_keys=labels)
-        self._changes = Counter(
-            *described("deta_serving_model_changes_total"), tag_keys=("outcome",)
-        )
-        self._name: ModelName | None = None
-
-    def request(self, outcome: str, seconds: float) -> None:
-        self._requests.inc(tags={"outcome": outcome})
-        if outcome == "ok":
-            self._seconds.observe(seconds)
-
-    def phase(self, name: str, seconds: float) -> None:
-        self._phases.observe(seconds, tags={"phase": name})
-
-    def batch(self, size: int, model_s: float) -> None:
-        self._batches.observe(size)
-
-    def detections(self, number: int) -> None:
-        self._detections.observe(number)
-
-    def in_flight(self, number: int) -> None:
-        self._in_flight.set(number)
-
-    def model(self, name: ModelName) -> None:
-        if self._name is not None:
-            self._changes.inc(tags={"outcome": "ok"})
-            self._model.set(0, tags=_tags(self._name))  # Ray removes no series; 0: not current
-        self._name = name
-        self._model.set(1, tags=_tags(name))
-
-    def change_failed(self) -> None:
-        self._changes.inc(tags={"outcome": "failed"})
-
-    def text(self) -> bytes | None:
+    def text(self) -> None:
         return None
 
+    def _new(self, name: str, metric: Metric) -> Any:
+        options = {"boundaries": [*metric.buckets]} if metric.buckets else {}
+        kind = getattr(ray.util.metrics, metric.kind)
+        return kind(name, metric.description, tag_keys=metric.labels, **options)
 
-def _tags(name: ModelName) -> dict[str, str]:
-    return {"name": name.name, "version": name.version, "sha256": name.weights_sha256}
+    def _end_of(self, name: ModelName) -> None:
+        self.record("model_info", 0, **name.labels())  # Ray removes no series
 
 
 @serve.ingress()
@@ -148,7 +105,6 @@ def service_on_ray(
     """
     echo(join_cluster())
     gpus = _gpus(placement)
-    _check_capacity(placement, gpus)
     loopback = is_loopback(placement.host)
     limit_s = config.read_timeout_s + config.answer_timeout_s + SPARE_S
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -182,18 +138,10 @@ def service_on_ray(
 
 def wait_for_a_signal() -> int:
     """Wait for SIGINT or SIGTERM and return its number."""
-    arrived = threading.Event()
-    number = 0
-
-    def on_signal(received: int, _frame: object) -> None:
-        nonlocal number
-        number = received
-        arrived.set()
-
+    received: queue.SimpleQueue[int] = queue.SimpleQueue()
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, on_signal)
-    while not arrived.wait(1.0):  # an unlimited wait would not be interrupted
-        pass
+        signal.signal(name, lambda number, _: received.put(number))
+    number = received.get()
     logging.getLogger("ray").setLevel(logging.ERROR)
     return number
 
@@ -208,13 +156,14 @@ def metrics_addresses() -> list[str]:
 
 
 def _gpus(placement: Placement) -> int:
-    has_any = ray.cluster_resources().get("GPU", 0) >= 1
-    return int(placement.device == "cuda" or (placement.device == "auto" and has_any))
+    """Return the GPUs of each replica.
 
-
-def _check_capacity(placement: Placement, gpus: int) -> None:
-    """Raise if the cluster is too small, instead of waiting forever."""
+    Raises:
+        RuntimeError: the cluster is too small; Ray would wait forever.
+    """
     available = ray.cluster_resources()
+    has_any = available.get("GPU", 0) >= 1
+    gpus = int(placement.device == "cuda" or (placement.device == "auto" and has_any))
     for kind, each in (("CPU", placement.cpus), ("GPU", gpus)):
         wanted, has = placement.replicas * each, available.get(kind, 0)
         if wanted > has:
@@ -222,3 +171,4 @@ def _check_capacity(placement: Placement, gpus: int) -> None:
                 f"{placement.replicas} replicas need {wanted:g} {kind}s, and the cluster has "
                 f"{has:g}; ask for fewer with --replicas or --cpus"
             )
+    return gpus

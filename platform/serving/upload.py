@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from python_multipart.multipart import parse_options_header
@@ -22,7 +23,8 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from deta.platform.data.image_decoding import PNG_SIGNATURE, ImageError, decode_bytes
-from deta.platform.serving.config import Refusal, ServingConfig
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.origin_guard import Refusal
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs a line for each broken form
 
@@ -35,21 +37,11 @@ MAX_FIELDS = 4
 MAX_DRAINED = 4  # times the limit; a longer body is not read to its end
 MAX_SCANS = 64  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
 ORIENTATION = 0x0112  # the tag of EXIF
+CLOSE = {"Connection": "close"}
 
 # Ends a JPEG's entropy-coded data: FF, then neither a stuffed zero, a restart marker nor a fill.
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 START_OF_SCAN, END_OF_IMAGE, TEMPORARY = 0xDA, 0xD9, 0x01
-
-# EXIF orientation to the transposition that makes an image upright. Source: EXIF 2.3, 4.6.4.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 async def read_image(
@@ -67,9 +59,8 @@ async def read_image(
     kind, options = parse_options_header(content_type)
     media_type = kind.decode("latin-1").lower()
     if (encoding := headers.get("content-encoding", "")) and encoding.lower() != "identity":
-        raise Refusal(
-            415, "content_encoding", f"Content-Encoding {encoding[:40]!r}: send it uncompressed"
-        )
+        detail = f"Content-Encoding {encoding[:40]!r}: send it uncompressed"
+        raise Refusal(415, "content_encoding", detail)
     if media_type not in (*RAW_TYPES, FORM_TYPE):
         raise Refusal(
             415,
@@ -79,28 +70,38 @@ async def read_image(
         )
     is_form = media_type == FORM_TYPE
     limit = config.max_bytes + (FORM_BYTES if is_form else 0)
-    declared = _length(headers)
-    # The rest of a refused body is read and discarded, so that the client sees the response. If
-    # the rest is long or of unknown length, the connection is closed.
-    closes = declared is None or declared > MAX_DRAINED * limit
+    length = headers.get("content-length", "")
+    declared = int(length) if length.isdecimal() and len(length) < 20 else None
+    too_large = f"more than {config.max_bytes:,} bytes; shrink the image"
     if declared is not None and declared > limit:
-        raise _too_large(config, closes)
+        # The rest of a refused body is read and discarded, so that the client sees the response.
+        # If it is long or of unknown length, the connection is closed.
+        raise Refusal(413, "too_large", too_large, CLOSE if declared > MAX_DRAINED * limit else {})
+
+    async def limited() -> AsyncIterator[bytes]:
+        num_bytes = 0
+        async for part in body:
+            num_bytes += len(part)
+            if num_bytes > limit:
+                raise Refusal(413, "too_large", too_large, CLOSE)
+            yield part
+
     try:
         async with asyncio.timeout(config.read_timeout_s):
             if is_form:
-                content = await _from_form(content_type, options, _limited(body, limit, config))
+                content = await _from_form(content_type, options, limited())
             else:
-                content = b"".join([part async for part in _limited(body, limit, config)])
+                content = b"".join([part async for part in limited()])
     except TimeoutError:
         raise Refusal(
             408,
             "read_timeout",
             f"the body did not arrive within {config.read_timeout_s:g} s, or is shorter than "
             "its Content-Length",
-            {"Connection": "close"},
+            CLOSE,
         ) from None
     if len(content) > config.max_bytes:
-        raise _too_large(config, closes=False)
+        raise Refusal(413, "too_large", too_large)
     if not content:
         raise Refusal(400, "empty", "the body is empty; send the bytes of a JPEG or PNG file")
     return content
@@ -114,6 +115,7 @@ def decode_image(content: bytes, config: ServingConfig, *, upright: bool = False
 
     Raises:
         Refusal: 413 for too many pixels, 415 for another format, 422 if it does not decode.
+        MemoryError: too little memory at the moment.
     """
     if not content.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)):
         raise Refusal(
@@ -125,24 +127,19 @@ def decode_image(content: bytes, config: ServingConfig, *, upright: bool = False
         raise Refusal(
             422, "undecodable", f"a JPEG of {scans} scans, more than {MAX_SCANS}; save it again"
         )
-    size = _size_from_header(content)
-    if size is not None and size[0] * size[1] > config.max_pixels:
-        raise Refusal(
-            413,
-            "too_many_pixels",
-            f"{size[0]} x {size[1]} pixels are more than {config.max_pixels:,}; shrink the image",
-        )
-    orientation = _orientation(content) if upright else 1
+    opened = _open_header(content)
+    if opened is not None and math.prod(opened.size) > config.max_pixels:
+        size = " x ".join(map(str, opened.size))
+        detail = f"{size} pixels are more than {config.max_pixels:,}; shrink the image"
+        raise Refusal(413, "too_many_pixels", detail)
     try:
         image = decode_bytes(content, Path("the image"), config.max_pixels)
     except ImageError as error:
         raise Refusal(422, "undecodable", str(error)) from error
-    except MemoryError as error:
-        raise Refusal(
-            503, "memory", "too little memory for this image at the moment; try again later"
-        ) from error
-    turn = UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    if upright and opened is not None and (orientation := _orientation(opened)) != 1:
+        image.getexif()[ORIENTATION] = orientation
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def count_scans(content: bytes) -> int:
@@ -165,17 +162,6 @@ def count_scans(content: bytes) -> int:
     return scans
 
 
-async def _limited(
-    body: AsyncIterator[bytes], limit: int, config: ServingConfig
-) -> AsyncIterator[bytes]:
-    num_bytes = 0
-    async for part in body:
-        num_bytes += len(part)
-        if num_bytes > limit:
-            raise _too_large(config, closes=True)
-        yield part
-
-
 class _Parser(MultiPartParser):
     spool_max_size = 1 << 40  # in memory, not on disk: the body is limited already
 
@@ -194,43 +180,34 @@ async def _from_form(
     )
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise Refusal(400, "form", f"the form cannot be read: {error.message}") from error
-    except (ValueError, KeyError, LookupError) as error:  # charset names, header bytes
-        raise Refusal(400, "form", f"the form cannot be read: {error}") from error
+    except (MultiPartException, ValueError, LookupError) as error:  # charset names, header bytes
+        reason = getattr(error, "message", error)
+        raise Refusal(400, "form", f"the form cannot be read: {reason}") from error
     try:
         upload = form.get(FIELD)
         if not isinstance(upload, UploadFile):
             names = ", ".join(repr(name[:40]) for name in form) or "no fields"
-            raise Refusal(
-                400, "form", f"no file in the field {FIELD!r} of the form; it has {names}"
-            )
+            detail = f"no file in the field {FIELD!r} of the form; it has {names}"
+            raise Refusal(400, "form", detail)
         return await upload.read()
     finally:
         await form.close()
 
 
-def _too_large(config: ServingConfig, closes: bool) -> Refusal:
-    detail = f"more than {config.max_bytes:,} bytes; shrink the image"
-    return Refusal(413, "too_large", detail, {"Connection": "close"} if closes else None)
+def _open_header(content: bytes) -> ImageFile.ImageFile | None:
+    """Return the image with its header read; None if it is broken, which decoding reports."""
+    opener = JpegImageFile if content.startswith(JPEG_SIGNATURE) else PngImageFile
+    try:
+        return opener(BytesIO(content))
+    except MemoryError:
+        raise
+    except Exception:  # as in image_decoding.py
+        return None
 
 
-def _length(headers: Mapping[str, str]) -> int | None:
-    """Return the Content-Length; None if it is missing or invalid."""
-    declared = headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() and len(declared) < 20 else None
-
-
-def _size_from_header(content: bytes) -> tuple[int, int] | None:
-    """Return (width, height) from the header; None if it is broken."""
-    opened = _open_header(content)
-    return None if opened is None else opened.size
-
-
-def _orientation(content: bytes) -> int:
+def _orientation(opened: ImageFile.ImageFile) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if it is missing or invalid."""
-    opened = _open_header(content)
-    if opened is None or (isinstance(opened, PngImageFile) and "exif" not in opened.info):
+    if isinstance(opened, PngImageFile) and "exif" not in opened.info:
         return 1  # PIL would decode the whole PNG to find EXIF data after the pixels
     try:
         return int(opened.getexif().get(ORIENTATION, 1))
@@ -238,13 +215,3 @@ def _orientation(content: bytes) -> int:
         raise
     except Exception:  # broken EXIF data counts as none
         return 1
-
-
-def _open_header(content: bytes) -> ImageFile.ImageFile | None:
-    opener = JpegImageFile if content.startswith(JPEG_SIGNATURE) else PngImageFile
-    try:
-        return opener(BytesIO(content))
-    except MemoryError:
-        raise
-    except Exception:  # as in image_decoding.py; decoding reports what is wrong
-        return None

@@ -9,7 +9,7 @@ import uvicorn
 
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model_source import ModelSource
 
 MAX_CONNECTIONS = 512  # beyond these, uvicorn itself answers 503
@@ -33,29 +33,26 @@ def serve_alone(
     Raises:
         OSError: the port is taken, or this machine has no such address.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
-        listening.listen(128)
-        on_listening(f"http://{_host_in_url(host)}:{listening.getsockname()[1]}/")
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(source, config, ProcessMeasurements()),
-                log_level="error",  # lower levels log a line for each invalid request
-                access_log=False,
-                server_header=False,
-                ws="none",
-                limit_concurrency=MAX_CONNECTIONS,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(config.answer_timeout_s) + 1,
-            )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(source, config, Measurements()),
+            log_level="error",  # lower levels log a line for each invalid request
+            access_log=False,
+            server_header=False,
+            ws="none",
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(config.answer_timeout_s) + 1,
         )
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server(
+            (host, port), family=family, dualstack_ipv6=family == socket.AF_INET6
+        )
+    except OSError as error:
+        raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
+    with listening:
+        name = f"[{host}]" if ":" in host else host
+        on_listening(f"http://{name}:{listening.getsockname()[1]}/")
         server.run(sockets=[listening])
-
-
-def _host_in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName
 from deta.platform.tracking.prometheus_grafana import TARGETS
 from tests.dashboards.prometheus import answer, queries_of, running_prometheus
@@ -27,17 +27,17 @@ WITHIN_S = 120
 class Answers(BaseHTTPRequestHandler):
     """A service that records one more request of each kind at each scrape."""
 
-    measured = ProcessMeasurements()
+    measured = Measurements()
 
     def do_GET(self) -> None:
         to = self.measured
         for outcome, seconds in (("ok", 0.03), ("ok", 0.2), ("too_large", 0.001)):
             to.request(outcome, seconds)
         for phase in ("read", "decode", "wait", "model"):
-            to.phase(phase, 0.01)
-        to.batch(2, 0.02)
-        to.detections(7)
-        to.in_flight(3)
+            to.record("phase_seconds", 0.01, phase=phase)
+        to.record("batch_size", 2)
+        to.record("detections", 7)
+        to.record("in_flight", 3)
         body = to.text() or b""
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4")
@@ -53,7 +53,7 @@ def service() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     Answers.measured.model(ModelName("deta", "3", "ab" * 32))
     Answers.measured.model(ModelName("deta", "4", "cd" * 32))
-    Answers.measured.change_failed()
+    Answers.measured.record("model_changes_total", outcome="failed")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -9,10 +9,9 @@ from deta.model.backbone import BackboneConfig
 from deta.model.detector import DETA, ModelConfig
 from deta.model.postprocess import PostprocessConfig
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.data_loader import evaluation_loader
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import EvaluationSize
-from deta.platform.evaluation.evaluate_model import detect_batches, evaluate_model
+from deta.platform.evaluation.evaluate_model import evaluate_model
 from deta.platform.learning.distributed import Worker
 
 SIZE = EvaluationSize(short_edge=64, max_long_edge=96)
@@ -53,15 +52,17 @@ def test_every_image_is_evaluated_once_and_progress_is_reported(model, dataset):
 
 
 @pytest.mark.parametrize("was_training", [True, False])
-def test_the_model_returns_to_its_mode_also_after_an_early_stop(model, dataset, was_training):
+def test_the_model_returns_to_its_mode_also_after_an_error(model, dataset, was_training):
     model.train(was_training)
-    batches = evaluation_loader(
-        dataset, SIZE, batch_size=1, rank=0, world_size=1, num_loader_workers=0, pin_memory=False
-    )
 
-    found = detect_batches(model, batches, PostprocessConfig(), precision=torch.float32, device=CPU)
-    next(found)
-    assert not model.training
-    found.close()
+    def stop(_: int) -> None:
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(
+            model, dataset, SIZE, PostprocessConfig(), batch_size=1, precision=torch.float32,
+            worker=Worker(0, 1, CPU), on_batch=stop,
+        )  # fmt: skip
 
     assert model.training == was_training

@@ -29,7 +29,7 @@ from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
 from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.metrics import ProcessMeasurements
+from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel
 
 CATEGORIES = tuple(Category(7 * i + 3, name) for i, name in enumerate(["disc", "<b>star</b>"]))
@@ -104,7 +104,7 @@ class Server:
 
     app: FastAPI
     port: int
-    measurements: ProcessMeasurements
+    measurements: Measurements
 
     @property
     def address(self) -> str:
@@ -148,7 +148,7 @@ class Server:
 
 @contextmanager
 def running(source: Any, config: ServingConfig, *, ready: bool = True) -> Iterator[Server]:
-    measurements = ProcessMeasurements()
+    measurements = Measurements()
     app = create_app(source, config, measurements)
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=10)

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deta.platform.inference.predictor import Predictor
 from deta.platform.serving.config import ServingConfig, token_hash
-from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.model_source import ModelSource
 from deta.platform.serving.schema import Detected, Problem, Served
 from deta.platform.serving.upload import ORIENTATION
 from tests.platform.serving.serving_case import (
@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path]) -> Iterator[Server]:
-    with running(FolderSource(folders["1"], "cpu"), CONFIG) as here:
+    with running(ModelSource(str(folders["1"]), None, "cpu"), CONFIG) as here:
         yield here
 
 
@@ -180,7 +180,7 @@ def test_a_body_beyond_the_limit_is_refused_whether_declared_or_not(server: Serv
 def test_a_body_that_never_ends_is_408(folders: dict[str, Path]):
     config = replace(CONFIG, read_timeout_s=0.5)
     with (
-        running(FolderSource(folders["1"], "cpu"), config) as here,
+        running(ModelSource(str(folders["1"]), None, "cpu"), config) as here,
         socket.create_connection(("127.0.0.1", here.port), 300) as connection,
     ):
         connection.sendall(
@@ -252,7 +252,7 @@ def test_without_the_token_requests_are_refused(folders: dict[str, Path]):
     token = "0123456789abcdef0123"
     config = replace(CONFIG, token_sha256=token_hash(token))
     content = encoded(random_image())
-    with running(FolderSource(folders["1"], "cpu"), config) as here:
+    with running(ModelSource(str(folders["1"]), None, "cpu"), config) as here:
         status, headers, body = here.request("POST", "/v1/detect", content, JPEG)
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert token not in body.decode()
@@ -265,7 +265,7 @@ def test_without_the_token_requests_are_refused(folders: dict[str, Path]):
 def test_detections_under_load_are_those_of_each_image_alone(folders: dict[str, Path]):
     config = replace(CONFIG, max_batch=4, batch_wait_s=0.02)
     contents = [encoded(random_image(seed, 80, 60 if seed % 3 else 90)) for seed in range(12)]
-    with running(FolderSource(folders["1"], "cpu"), config) as here:
+    with running(ModelSource(str(folders["1"]), None, "cpu"), config) as here:
         alone = [here.detect(content)[1]["detections"] for content in contents]
         with ThreadPoolExecutor(12) as clients:
             together = list(clients.map(here.detect, contents * 3))
@@ -285,7 +285,7 @@ def test_more_requests_than_allowed_get_503_and_retry_after(
     folders: dict[str, Path],
 ):
     config = replace(CONFIG, max_requests=2)
-    with running(FolderSource(folders["1"], "cpu"), config) as here:
+    with running(ModelSource(str(folders["1"]), None, "cpu"), config) as here:
         waiting = [socket.create_connection(("127.0.0.1", here.port), 60) for _ in range(2)]
         head = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
         for connection in waiting:
@@ -307,7 +307,7 @@ def test_a_response_that_takes_too_long_is_504_and_the_service_recovers(folders:
     source = AliasSource(folders, "1")
     config = replace(CONFIG, answer_timeout_s=0.5, stuck_s=0.2)
     with running(source, config) as here:
-        model = here.app.state.service.slot.model
+        model = here.app.state.service.slot.model.predictor
         held, detect = threading.Event(), model.detect
 
         def hold(images):

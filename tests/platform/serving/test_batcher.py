@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from deta.model.postprocess import Detections
+from deta.platform.inference.predictor import PreparedImage
 from deta.platform.serving.batcher import Batcher, BatchResult
-from deta.platform.serving.metrics import ProcessMeasurements
-from deta.platform.serving.model import PreparedImage
+from deta.platform.serving.metrics import Measurements
 
 
 class RecordingModel:
@@ -49,7 +49,7 @@ def batcher(**options: Any) -> Batcher:
     return Batcher(**{"max_batch": 4, "batch_wait_s": 0.01} | options, measurements=MEASUREMENTS)
 
 
-MEASUREMENTS = ProcessMeasurements()
+MEASUREMENTS = Measurements()
 
 
 async def until_taken(model: RecordingModel, batches: int) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from deta.platform.data.image_decoding import ImageError, decode
-from deta.platform.serving.config import Refusal, ServingConfig
-from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.model_source import ModelSource
+from deta.platform.serving.origin_guard import Refusal
 from deta.platform.serving.upload import decode_image
 from tests.platform.serving.hostile_uploads import forget_peak, peak_mib, send, uploads
 from tests.platform.serving.serving_case import encoded, random_image, running, tiny_checkpoint
@@ -23,7 +24,7 @@ def test_hostile_uploads_are_refused_with_a_reason_and_cost_little_memory(tmp_pa
     checkpoint = tiny_checkpoint(tmp_path / "run")
     made = list(uploads(NUMBER, seed=1))
     config = ServingConfig(read_timeout_s=60, answer_timeout_s=300, max_requests=4)
-    with running(FolderSource(checkpoint, "cpu"), config) as here:
+    with running(ModelSource(str(checkpoint), None, "cpu"), config) as here:
         for upload in made[:22]:
             send(upload, "127.0.0.1", here.port)
         if os.access("/proc/self/clear_refs", os.W_OK):

@@ -20,10 +20,11 @@ def served() -> ServedModel:
 def test_detections_are_those_of_the_predictor_and_do_not_depend_on_the_batch(served: ServedModel):
     images = [random_image(seed) for seed in range(5)]
     expected = served.predictor.predict(images)
-    prepared = [served.prepare(image) for image in images]
+    predictor = served.predictor
+    prepared = [predictor.prepare(image) for image in images]
 
-    alone = [served.detect([one])[0] for one in prepared]
-    together = served.detect(prepared)
+    alone = [predictor.detect([one])[0] for one in prepared]
+    together = predictor.detect(prepared)
 
     assert len({tuple(found.scores.tolist()) for found in expected}) == 5
     for one, other, best in zip(alone, together, expected, strict=True):
@@ -36,9 +37,10 @@ def test_detections_are_those_of_the_predictor_and_do_not_depend_on_the_batch(se
 
 
 def test_images_of_two_shapes_are_refused_as_one_batch(served: ServedModel):
-    prepared = [served.prepare(random_image(1)), served.prepare(random_image(1, 60, 80))]
+    predictor = served.predictor
+    prepared = [predictor.prepare(random_image(1, *size)) for size in ((80, 60), (60, 80))]
     with pytest.raises(ValueError, match="one shape"):
-        served.detect(prepared)
+        predictor.detect(prepared)
 
 
 def test_a_score_that_is_not_a_number_is_an_error(served: ServedModel):

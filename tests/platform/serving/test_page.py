@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from deta.platform.serving.config import ServingConfig, token_hash
-from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.model_source import ModelSource
 from tests.platform.serving.serving_case import (
     Server,
     encoded,
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[Server]:
-    with running(FolderSource(checkpoint, "cpu"), CONFIG) as here:
+    with running(ModelSource(str(checkpoint), None, "cpu"), CONFIG) as here:
         yield here
 
 
@@ -218,7 +218,7 @@ def test_an_image_with_an_exif_orientation_is_shown_and_detected_upright(
 
 def test_a_service_with_a_token_shows_the_field_for_it(browser: Any, checkpoint: Path):
     config = replace(CONFIG, token_sha256=token_hash(TOKEN))
-    with running(FolderSource(checkpoint, "cpu"), config) as here:
+    with running(ModelSource(str(checkpoint), None, "cpu"), config) as here:
         view, _ = opened(browser, here)
         until(view, "!document.getElementById('token-row').hidden")
         shot(view, "token")

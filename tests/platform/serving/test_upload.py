@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deta.platform.serving.config import Refusal, ServingConfig
+from deta.platform.serving.config import ServingConfig
+from deta.platform.serving.origin_guard import Refusal
 from deta.platform.serving.upload import (
     MAX_SCANS,
     ORIENTATION,
@@ -63,11 +64,11 @@ def test_a_body_of_any_of_these_types_is_the_image(content_type: str):
 )
 def test_another_declared_type_is_415(content_type: str):
     found = refusal(b"abc", content_type=content_type)
-    assert (found.status, found.kind) == (415, "content_type")
+    assert (found.status_code, found.kind) == (415, "content_type")
 
 
 def test_a_compressed_body_is_415():
-    assert refusal(b"abc", content_encoding="gzip").status == 415
+    assert refusal(b"abc", content_encoding="gzip").status_code == 415
 
 
 def test_the_file_of_a_form_is_the_image():
@@ -93,32 +94,32 @@ def test_the_file_of_a_form_is_the_image():
 )  # fmt: skip
 def test_a_broken_form_is_400(body: bytes, content_type: str):
     found = refusal(body, content_type=content_type)
-    assert (found.status, found.kind) == (400, "form")
+    assert (found.status_code, found.kind) == (400, "form")
 
 
 def test_two_files_in_a_form_are_400():
     one, content_type = form(b"abc")
     both = one.removesuffix(b"--\r\n") + b"\r\n" + form(b"def")[0]
-    assert refusal(both, content_type=content_type).status == 400
+    assert refusal(both, content_type=content_type).status_code == 400
 
 
 def test_too_many_bytes_are_413_declared_or_not():
-    assert refusal(b"", content_length="100001").status == 413
-    assert refusal(*[b"x" * 1000] * 101).status == 413
+    assert refusal(b"", content_length="100001").status_code == 413
+    assert refusal(*[b"x" * 1000] * 101).status_code == 413
     body, content_type = form(b"x" * 100_001)
-    assert refusal(body, content_type=content_type).status == 413
+    assert refusal(body, content_type=content_type).status_code == 413
     assert len(read(b"x" * 100_000)) == 100_000
 
 
 def test_a_slow_body_is_408():
     found = refusal(*[b"x"] * 9, pause_s=0.1)
-    assert (found.status, found.kind) == (408, "read_timeout")
+    assert (found.status_code, found.kind) == (408, "read_timeout")
 
 
 def test_an_empty_body_is_400():
-    assert refusal().status == 400
+    assert refusal().status_code == 400
     body, content_type = form(b"")
-    assert refusal(body, content_type=content_type).status == 400
+    assert refusal(body, content_type=content_type).status_code == 400
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -151,7 +152,7 @@ def test_an_upright_image_is_rotated_by_its_exif_orientation(orientation: int):
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "BMP", "PDF"])
 def test_other_formats_are_415(kind: str):
     found = not_decoded(encoded(random_image(), kind))
-    assert (found.status, found.kind) == (415, "format")
+    assert (found.status_code, found.kind) == (415, "format")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -159,7 +160,7 @@ def test_other_formats_are_415(kind: str):
 def test_a_truncated_image_is_422(kind: str, share: float):
     content = encoded(random_image(3), kind)
     found = not_decoded(content[: max(8, int(share * len(content)))])
-    assert (found.status, found.kind) == (422, "undecodable")
+    assert (found.status_code, found.kind) == (422, "undecodable")
 
 
 def test_too_many_pixels_are_413_by_the_header_alone():
@@ -168,7 +169,7 @@ def test_too_many_pixels_are_413_by_the_header_alone():
     content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
     content += struct.pack(">I", zlib.crc32(chunk))
     found = not_decoded(content + b"\0" * 40)
-    assert (found.status, found.kind) in ((413, "too_many_pixels"), (422, "undecodable"))
+    assert (found.status_code, found.kind) in ((413, "too_many_pixels"), (422, "undecodable"))
 
     whole = encoded(Image.new("L", (1001, 1000)), "PNG")
     assert not_decoded(whole).kind == "too_many_pixels"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.model_source import ModelSource
 from deta.platform.serving.uvicorn_server import serve_alone
 from tests.platform.serving.serving_case import tiny_checkpoint
 
@@ -24,9 +24,9 @@ CODE = """
 import sys
 from pathlib import Path
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.model_source import FolderSource
+from deta.platform.serving.model_source import ModelSource
 from deta.platform.serving.uvicorn_server import serve_alone
-source = FolderSource(Path(sys.argv[1]), "cpu")
+source = ModelSource(str(Path(sys.argv[1])), None, "cpu")
 serve_alone(source, ServingConfig(), "127.0.0.1", 0, lambda address: print(address, flush=True))
 """
 
@@ -60,7 +60,7 @@ def test_a_process_serves_on_a_free_port_until_sigterm(tmp_path: Path):
 
 
 def test_a_taken_port_is_named(tmp_path: Path):
-    source = FolderSource(tmp_path, "cpu")
+    source = ModelSource(str(tmp_path), None, "cpu")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"127.0.0.1:{port}: "):
