@@ -4,8 +4,8 @@
   python jobs/leaderboard.py ~/deta-runs                       a page on http://127.0.0.1:5050
   python jobs/leaderboard.py ~/deta-runs --out leaderboard.html   one self-contained file
 
-The page is live: it shows the best runs at once, the others as MLflow returns them, and follows
-new runs. `make dashboards` starts it together with MLflow, Prometheus and Grafana.
+The served page shows the best runs at once, the others as MLflow returns them, and follows new
+runs. `make dashboards` starts it together with MLflow, Prometheus and Grafana.
 
 MLFLOW_TRACKING_URI names MLflow; the default is the database file in the folder of the runs. Links
 lead to MLflow's pages if it is a server, or to the address of --mlflow.
@@ -26,14 +26,13 @@ from deta.jobs.command_line import (
     exit_cleanly_on_signals,
 )
 from deta.platform.run.run_file import tracking_uri
-from deta.platform.system.child_server import free_port, is_loopback
-from deta.platform.tracking.mlflow_server import check_hosts
+from deta.platform.system.child_server import is_loopback
+from deta.platform.tracking.mlflow_server import host_names
 
 if TYPE_CHECKING:
-    from deta.platform.leaderboard.cache import Board
+    from deta.platform.leaderboard.board import Board
 
 PORT = 5050
-CACHE_FILE = "leaderboard.json.gz"
 
 
 def main() -> NoReturn:
@@ -86,72 +85,63 @@ def _write(arguments: argparse.Namespace) -> int:
     uri = _uri(arguments.storage)
     if arguments.out.is_dir():
         raise ValueError(f"{arguments.out}: is a folder; name the file to write")
-    from deta.platform.leaderboard.cache import Board
+    from deta.platform.leaderboard.board import Board
     from deta.platform.leaderboard.mlflow_source import MlflowSource
-    from deta.platform.leaderboard.page import whole_page
+    from deta.platform.leaderboard.page import leaderboard_page
     from deta.platform.system.atomic_write import write_atomic
 
     board = Board(uri)
-    board.read_all(MlflowSource(uri))
-    text = whole_page(board.changes(0), arguments.mlflow or _server_of(uri))
+    board.refresh(MlflowSource(uri))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(arguments.out, text)
-    print(f"{len(board.rows())} runs: {arguments.out}", flush=True)
+    write_atomic(arguments.out, leaderboard_page(board.content, arguments.mlflow or uri))
+    print(f"{len(board.content['rows'])} runs: {arguments.out}", flush=True)
     return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     uri = _uri(arguments.storage)
-    port = free_port(arguments.host, arguments.port)
-    hosts: list[str] = []
-    password = ""
-    if not is_loopback(arguments.host):
-        if port != arguments.port:
-            raise ValueError(f"--port {arguments.port} of {arguments.host} is taken")
-        hosts = check_hosts(arguments.host, port, arguments.allow_host)
+    host, password = arguments.host, ""
+    names = host_names(host, arguments.port, arguments.allow_host)
+    port = int(names[0].rpartition(":")[2]) if is_loopback(host) else arguments.port
+    if not is_loopback(host):
         if arguments.password_file is None:
             raise ValueError(
-                f"--host {arguments.host}: others can reach it, so it needs --password-file; "
+                f"--host {host}: others can reach it, so it needs --password-file; "
                 "`make dashboards` creates one, together with MLflow's"
             )
         password = arguments.password_file.read_text(encoding="ascii").strip()
         if len(password) < 16:
             raise ValueError(f"{arguments.password_file}: a password has at least 16 characters")
-    from deta.platform.leaderboard.cache import Board
-    from deta.platform.leaderboard.server import LeaderboardServer
+    import uvicorn
 
-    cache = arguments.storage.expanduser() / "dashboards" / CACHE_FILE
-    board = Board(uri, cache)
-    server = LeaderboardServer(
-        board,
-        arguments.mlflow or _server_of(uri),
-        host=arguments.host,
-        port=port,
-        allowed_hosts=hosts,
-        password=password,
-    )
-    stop = threading.Event()
-    # Importing MLflow takes seconds; meanwhile the page shows the cache.
-    follower = threading.Thread(target=_follow, args=(board, uri, stop), daemon=True)
-    follower.start()
+    from deta.platform.leaderboard.app import create_app
+    from deta.platform.leaderboard.board import Board
+
+    folder = arguments.storage.expanduser() / "dashboards"
+    folder.mkdir(parents=True, exist_ok=True)
+    board = Board(uri, folder)
+    hosts = [name.rpartition(":")[0].lower() for name in names]
+    app = create_app(board, arguments.mlflow or uri, hosts=hosts, password=password)
+    # Importing MLflow takes seconds; meanwhile the page shows the copy of the last start.
+    threading.Thread(target=_follow, args=(board, uri), daemon=True).start()
     moved = "" if port == arguments.port else f" (port {arguments.port} is taken)"
-    print(f"leaderboard: http://{min(server.allowed_hosts)}{moved}", flush=True)
-    try:
-        server.serve_forever(poll_interval=0.2)
-    finally:
-        stop.set()
-        server.server_close()
+    print(f"leaderboard: http://{names[0]}{moved}", flush=True)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="error",
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=2,
+    )
     return 0
 
 
-def _follow(board: Board, uri: str, stop: threading.Event) -> None:
+def _follow(board: Board, uri: str) -> None:
     from deta.platform.leaderboard.mlflow_source import MlflowSource
 
-    board.follow(MlflowSource(uri), stop)
-
-
-def _server_of(uri: str) -> str:
-    return uri if uri.startswith(("http://", "https://")) else ""
+    board.follow(MlflowSource(uri), threading.Event())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Read the leaderboard's data from MLflow: runs page by page, and the registry's champions.
 
 MLflow has no query for changes. A run can start in the past (its journal is uploaded later), and
-its tags and metrics can change after its end. So a leaderboard often reads what is likely new
-(`recent`), and sometimes everything (`pages`).
+its tags and metrics can change after its end. So a leaderboard often reads what is likely new, and
+sometimes everything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the board itself retries
@@ -21,9 +20,13 @@ os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no pickles are st
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
-from mlflow.exceptions import MlflowException
 
-from deta.platform.leaderboard.rows import LeaderboardRow, Promotion, make_row
+from deta.platform.leaderboard.rows import (
+    LeaderboardRow,
+    Promotion,
+    RegisteredModels,
+    make_row,
+)
 from deta.platform.registry.decision_log import (
     CHAMPION,
     ENTRY_TAG,
@@ -43,15 +46,6 @@ ORDER = ["metrics.`best/AP` DESC", "attributes.start_time DESC"]
 KIND_TAG = "deta.kind"  # of the parent run of a sweep or study, which is no training
 
 
-@dataclass(frozen=True)
-class RegisteredModels:
-    """The versions and champions that the registry records for runs."""
-
-    versions: dict[str, list[str]] = field(default_factory=dict)  # by run id
-    champions: frozenset[str] = frozenset()  # ids of their runs
-    promotions: tuple[Promotion, ...] = ()  # the newest first
-
-
 class MlflowSource:
     """The runs and registered models of one MLflow. Every call may raise any MLflow error."""
 
@@ -60,81 +54,61 @@ class MlflowSource:
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._experiments: dict[str, str] = {}
 
-    def pages(self) -> Iterator[list[LeaderboardRow]]:
-        """Yield all runs in pages, highest AP first."""
-        self._look_up_experiments()
-        yield from self._search("")
-
-    def recent(self, since_s: float) -> Iterator[list[LeaderboardRow]]:
-        """Yield runs that are running, and those that began or ended since.
+    def pages(self, since_s: float | None = None) -> Iterator[list[LeaderboardRow]]:
+        """Yield runs in pages, highest AP first.
 
         Args:
-            since_s: seconds since 1970.
+            since_s: seconds since 1970: only runs that are running, and those that began or ended
+                since. None: all.
         """
-        self._look_up_experiments()
-        since_ms = int(since_s * 1000)
-        for condition in (
-            "attributes.status = 'RUNNING'",
-            f"attributes.start_time >= {since_ms}",
-            f"attributes.end_time >= {since_ms}",
-        ):
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S  # MLflow reads it at each call
+        found = _all(lambda token: self._client.search_experiments(page_token=token))
+        self._experiments = {one.experiment_id: one.name for one in found}
+        conditions = [""]
+        if since_s is not None:
+            since = f">= {int(since_s * 1000)}"
+            conditions = ["attributes.status = 'RUNNING'", f"attributes.start_time {since}",
+                          f"attributes.end_time {since}"]  # fmt: skip
+        for condition in conditions:
             yield from self._search(condition)
-
-    def get_run(self, run_id: str) -> LeaderboardRow | None:
-        """Return the row of a run as it is now; None if the run was deleted."""
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        return self._row(run) if run.info.lifecycle_stage == "active" else None
 
     def models(self) -> RegisteredModels:
         """Return the registered versions by run, and the history of champions."""
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S
-        models = _all(lambda token: self._client.search_registered_models(page_token=token))
-        aliases = {
-            one.name: {alias: int(number) for alias, number in one.aliases.items()}
-            for one in models
-        }
+        found = _all(lambda token: self._client.search_registered_models(page_token=token))
+        models = {one.name: one for one in found}
         versions: dict[str, list[str]] = defaultdict(list)
         champions: set[str] = set()
-        runs: dict[tuple[str, int], str] = {}
-        for name in sorted(aliases):
-            if name.endswith(HISTORY_SUFFIX) and name.removesuffix(HISTORY_SUFFIX) in aliases:
-                continue
-            for version in self._versions(name):
-                number, run_id = int(version.version), version.run_id or ""
-                runs[name, number] = run_id
-                own = sorted(alias for alias, target in aliases[name].items() if target == number)
-                text = " ".join([name, str(number), *(f"@{alias}" for alias in own)])
-                versions[run_id].append(redact(text))
-                if CHAMPION in own:
-                    champions.add(run_id)
         promotions: list[Promotion] = []
-        for name, model_aliases in aliases.items():
-            if f"{name}{HISTORY_SUFFIX}" in aliases:
+        for name in sorted(models):
+            if name.endswith(HISTORY_SUFFIX) and name.removesuffix(HISTORY_SUFFIX) in models:
+                continue
+            runs: dict[int, str] = {}
+            aliases = {alias: int(number) for alias, number in models[name].aliases.items()}
+            for version in self._versions(name):
+                number = int(version.version)
+                runs[number] = version.run_id or ""
+                own = sorted(alias for alias, target in aliases.items() if target == number)
+                text = " ".join([name, str(number), *(f"@{alias}" for alias in own)])
+                versions[runs[number]].append(redact(text))
+            champion = aliases.get(CHAMPION)
+            champions.add(runs.get(champion or 0, ""))
+            if f"{name}{HISTORY_SUFFIX}" in models:
                 promotions += self._history(name, runs)
-            else:
-                promotions += [
+            elif champion is not None:
+                promotions.append(
                     Promotion(
-                        model=name,
-                        version=number,
-                        time="",
-                        action="alias",
-                        champion_after=number,
-                        run_id=runs.get((name, number), ""),
+                        model=name, version=champion, time="", action="alias",
+                        champion_after=champion, run_id=runs.get(champion, ""),
                     )
-                    for alias, number in model_aliases.items()
-                    if alias == CHAMPION
-                ]
-        versions.pop("", None)
-        newest = sorted(promotions, key=lambda one: one.time, reverse=True)
-        return RegisteredModels(dict(versions), frozenset(champions - {""}), tuple(newest))
+                )  # fmt: skip
+        return RegisteredModels(
+            {run: ", ".join(texts) for run, texts in versions.items() if run},
+            frozenset(champions),
+            tuple(sorted(promotions, key=lambda one: one.time, reverse=True)),
+        )
 
-    def _history(self, name: str, runs: dict[tuple[str, int], str]) -> list[Promotion]:
+    def _history(self, name: str, runs: dict[int, str]) -> list[Promotion]:
         rows = [
             DecisionRow(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
             for one in self._versions(name + HISTORY_SUFFIX)
@@ -148,7 +122,7 @@ class MlflowSource:
                 by=redact(entry.by),
                 reason=redact(entry.reason),
                 champion_after=entry.champion_after,
-                run_id=runs.get((name, entry.version), ""),
+                run_id=runs.get(entry.version, ""),
             )
             for _, entry in read_log(rows).entries
         ]
@@ -162,11 +136,6 @@ class MlflowSource:
             )
         )
         return sorted(found, key=lambda one: int(one.version))
-
-    def _look_up_experiments(self) -> None:
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S  # MLflow reads it at each call
-        found = _all(lambda token: self._client.search_experiments(page_token=token))
-        self._experiments = {one.experiment_id: one.name for one in found}
 
     def _search(self, condition: str) -> Iterator[list[LeaderboardRow]]:
         if not self._experiments:

@@ -1,4 +1,4 @@
-// Fills the leaderboard's table, sorts, filters, draws the figure, and polls for changes.
+// Fills the leaderboard's table, sorts, filters, draws the figure, and asks for changes.
 //
 // Everything from MLflow is set as text, never as HTML. Links are built from addresses that the
 // server made. The page's address holds the filters and the order, so that a view can be shared.
@@ -7,8 +7,9 @@ const byId = (id) => document.getElementById(id);
 const setup = JSON.parse(byId("setup").textContent);
 const STEP = 100, MAX_POINTS = 1500, POLL_MS = 1000, IDLE_MS = 15000, NUM_COLORS = 6;
 const rows = new Map();
-let revision = 0, promotions = [], numShown = STEP, visible = [], timer = 0;
+let promotions = [], numShown = STEP, visible = [], timer = 0;
 let latest = {};  // the last answer of the server
+let tag = "";  // of that answer
 let empty = new Set();  // keys of columns without a value
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -69,19 +70,16 @@ function dateTime(seconds) {
   return seconds ? new Date(1000 * seconds).toISOString().slice(0, 16).replace("T", " ") : "";
 }
 
-function merge(content) {
+function take(content) {
+  rows.clear();
   for (const values of content.rows) {
     const row = Object.fromEntries(content.columns.map((name, i) => [name, values[i]]));
     row.search = [row.name, row.recipe, row.data, row.experiment, row.models, row.commit, row.id]
       .join("\n").toLowerCase();
     rows.set(row.id, row);
   }
-  for (const id of content.removed) rows.delete(id);
-  const isNew = content.rows.length || content.removed.length || content.revision !== revision;
-  revision = content.revision;
   promotions = content.promotions;
   latest = content;
-  return isNew;
 }
 
 function matches(row, except) {
@@ -373,22 +371,26 @@ byId("plotly")?.addEventListener("load", renderFigure);
 addEventListener("load", renderFigure);
 
 async function poll() {
-  let wait = IDLE_MS;
   try {
-    const answer = await fetch(`rows?since=${revision}&of=${setup.of}`, { cache: "no-store" });
-    if (!answer.ok) throw new Error(`the leaderboard answered with status ${answer.status}`);
-    const content = await answer.json();
-    if (content.of !== setup.of) return location.reload();  /* the server was restarted */
-    if (merge(content)) render(); else renderNote();
-    if (!content.is_complete) wait = POLL_MS;
+    const answer = await fetch("rows", { cache: "no-store", headers: { "If-None-Match": tag } });
+    if (answer.status === 304) {
+      latest.refreshed_s = Date.parse(answer.headers.get("Last-Modified")) / 1000;
+      renderNote();
+    } else if (!answer.ok) {
+      throw new Error(`the leaderboard answered with status ${answer.status}`);
+    } else {
+      tag = answer.headers.get("ETag");
+      take(await answer.json());
+      render();
+    }
   } catch (error) {
     latest = { ...latest, error: String(error.message || error) };
     renderNote();
   }
-  setTimeout(poll, wait);
+  setTimeout(poll, latest.is_complete ? IDLE_MS : POLL_MS);
 }
 
-merge(setup.content);
+take(setup.content);
 fromHash();
 render();
 performance.mark("first-rows");

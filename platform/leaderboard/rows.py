@@ -12,8 +12,10 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from scipy.special import stdtrit  # quantiles of Student's t
 
 from deta.platform.system.redaction import redact
 
@@ -23,9 +25,6 @@ IGNORED_PARAMETERS = (
     "data.loader_workers", "data.val_", "data.train_",  # paths; fingerprints identify the data
 )  # fmt: skip
 MAX_TEXT = 300  # characters of a name in a table
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; above, the normal one is near.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-        2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +58,6 @@ class LeaderboardRow:
     commit: str = ""
     group: str = ""  # equal for runs that differ in their seed alone
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> LeaderboardRow:
-        """Return the row that `to_json` wrote.
-
-        Raises:
-            TypeError: another version of this program wrote it.
-        """
-        return cls(**content)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 COLUMNS = tuple(part.name for part in fields(LeaderboardRow))
 
@@ -87,6 +74,15 @@ class Promotion:
     reason: str = ""
     champion_after: int | None = None
     run_id: str = ""
+
+
+@dataclass(frozen=True)
+class RegisteredModels:
+    """The versions and champions that the registry records for runs."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)  # "deta 3 @champion" by run id
+    champions: frozenset[str] = frozenset()  # ids of their runs
+    promotions: tuple[Promotion, ...] = ()  # the newest first
 
 
 def make_row(
@@ -155,47 +151,37 @@ def with_seed_intervals(rows: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
     AP of a single run can be outside of it.
     """
     rows = list(rows)
-    groups: dict[str, list[LeaderboardRow]] = defaultdict(list)
+    groups: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row.group and row.ap is not None and row.status == "FINISHED":
-            groups[row.group].append(row)
-    found: dict[str, tuple[float, float, str]] = {}
-    for group, members in groups.items():
-        if len(members) < 2:
-            continue
-        values = [row.ap for row in members if row.ap is not None]
-        degrees = len(values) - 1
-        quantile = T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.5 / degrees
-        half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-        mean = statistics.fmean(values)
-        found[group] = (mean - half, mean + half, f"{len(values)} seeds")
-    result = []
-    for row in rows:
-        known = found.get(row.group) if row.status == "FINISHED" and row.ap is not None else None
-        if row.interval != "images":
-            low, high, kind = known or (None, None, "")
-            if (row.low, row.high, row.interval) != (low, high, kind):
-                row = replace(row, low=low, high=high, interval=kind)
-        result.append(row)
-    return result
+            groups[row.group].append(row.ap)
+    found: dict[str, dict[str, Any]] = {}
+    for group, values in groups.items():
+        if (number := len(values)) > 1:
+            half = stdtrit(number - 1, 0.975) * statistics.stdev(values) / math.sqrt(number)
+            mean = statistics.fmean(values)
+            found[group] = {
+                "low": mean - half, "high": mean + half, "interval": f"{number} seeds",
+            }  # fmt: skip
+    return [
+        replace(row, **found[row.group])
+        if row.interval != "images"
+        and row.group in found
+        and row.status == "FINISHED"
+        and row.ap is not None
+        else row
+        for row in rows
+    ]
 
 
-def with_models(
-    rows: Iterable[LeaderboardRow], versions: Mapping[str, list[str]], champions: frozenset[str]
-) -> list[LeaderboardRow]:
-    """Return the rows with the versions that were registered from them.
-
-    Args:
-        versions: by run id.
-        champions: ids of the runs that produced the current champions.
-    """
-    result = []
-    for row in rows:
-        models, is_champion = ", ".join(versions.get(row.id, ())), row.id in champions
-        if (row.models, row.is_champion) != (models, is_champion):
-            row = replace(row, models=models, is_champion=is_champion)
-        result.append(row)
-    return result
+def with_models(rows: Iterable[LeaderboardRow], models: RegisteredModels) -> list[LeaderboardRow]:
+    """Return the rows with the versions that were registered from them."""
+    return [
+        replace(row, models=models.versions[row.id], is_champion=row.id in models.champions)
+        if row.id in models.versions
+        else row
+        for row in rows
+    ]
 
 
 def _group_key(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str) -> str:

@@ -1,9 +1,8 @@
 """Starts MLflow's own server, with its web pages and REST interface, in a safe configuration.
 
-By default any web page can read it (names that begin like private addresses pass its check of
-hosts), it has no password, and it starts eight helper processes that a tracking server does not
-need. Here it answers to exact host names only and cannot be framed. Beyond loopback it requires a
-password, which is generated once and stored in a file that only its owner can read.
+The configuration is dashboards/mlflow/server.env. The server answers to exact host names only.
+Beyond loopback it requires a password, which is generated once and stored in a file that only its
+owner can read.
 """
 
 from __future__ import annotations
@@ -27,26 +26,23 @@ from deta.platform.system.child_server import (
     is_loopback,
     start_child_server,
 )
+from deta.platform.system.places import PROJECT_ROOT
 
 PORT = 5000
 USER = "admin"
 START_WITHIN_S = 600.0  # it takes 10 s, or minutes if all cores are busy; an exit is seen at once
+SETTINGS = PROJECT_ROOT / "deta" / "dashboards" / "mlflow" / "server.env"
 # A name or an address, and a port. No patterns, since MLflow would interpret them.
 EXACT_HOST = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class MlflowServer:
-    """A running server of MLflow."""
+class Server:
+    """A server that runs until it is stopped or this process ends."""
 
-    address: str  # for browsers, such as http://127.0.0.1:5000
-    inner: str  # the address for this machine
     service: ChildServer
-    allowed_hosts: tuple[str, ...]
-    password_file: Path | None  # of the user `admin`; None without a password
-
-    def is_healthy(self) -> bool:
-        return self.service.is_alive() and is_mlflow_at(self.inner)
+    url: str  # for browsers, such as http://127.0.0.1:5000
+    password_file: Path | None = None  # of the user `admin`; None without a password
 
     def stop(self) -> None:
         self.service.stop()
@@ -60,55 +56,62 @@ def start_mlflow_server(
     port: int = PORT,
     allowed_hosts: Sequence[str] = (),
     within_s: float = START_WITHIN_S,
-) -> MlflowServer:
+) -> Server:
     """Start the server and wait until it answers.
 
     Args:
         uri: database with the runs, such as sqlite:////runs/mlflow.db.
         folder: for logs, new artifacts and, beyond loopback, the password.
         port: on loopback, another one is used if this one is taken.
-        allowed_hosts: beyond loopback, the exact addresses that people enter in their browsers,
-            such as "gpu1:5000". Needed if `host` is not such a name (0.0.0.0). A proxy must forward
-            one of them.
+        allowed_hosts: see `host_names`. A proxy must forward one of them.
 
     Raises:
         ValueError: an address that cannot be used, a pattern for a host, or a password file that
             others can read.
         ChildServerError: the server does not start.
     """
-    if uri.startswith(("http://", "https://")):
-        raise ValueError(f"{uri} is a running server already; open it in a browser")
-    wanted, port = port, free_port(host, port)
-    own = [f"127.0.0.1:{port}", f"localhost:{port}"]
-    names = own if is_loopback(host) else check_hosts(host, port, allowed_hosts)
-    if port != wanted and not is_loopback(host):
-        raise ValueError(f"port {wanted} of {host} is taken; choose another one with --port")
-    password_file = None
-    env = {
+    names = host_names(host, port, allowed_hosts)
+    port = int(names[0].rpartition(":")[2]) if is_loopback(host) else port
+    lines = SETTINGS.read_text(encoding="utf-8").splitlines()
+    env = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    env |= {
         "MLFLOW_BACKEND_STORE_URI": uri,  # not in the command: it may hold a password
         "MLFLOW_ARTIFACTS_DESTINATION": str(folder.resolve() / "mlartifacts"),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "",
-        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_TRACKING_URI": "",  # the server is its own
-        "FORWARDED_ALLOW_IPS": "",  # trust no X-Forwarded-For header
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(names),
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
-    command += ["--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", f"--host={host}", f"--port={port}"]
+    command += ["--workers=1"]
+    password_file = None
     if not is_loopback(host):
         password_file = ensure_password_file(folder)
         env |= _auth_settings(password_file.parent)
         command += ["--app-name", "basic-auth"]
-    env["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join(names)
-    inner = f"http://{_reachable(host)}:{port}"
+    health = f"{address_here(host, port)}/health"
     service = start_child_server(
-        "MLflow", command, folder / "mlflow-server.log", lambda: is_mlflow_at(inner),
+        "MLflow", command, folder / "mlflow-server.log", lambda: answers(health),
         env=env, within_s=within_s,
     )  # fmt: skip
-    return MlflowServer(f"http://{names[0]}", inner, service, tuple(names), password_file)
+    return Server(service, f"http://{names[0]}", password_file)
+
+
+def host_names(host: str, port: int, allowed: Sequence[str]) -> list[str]:
+    """Return the names, with ports, that a server answers to, after checking host and port.
+
+    Args:
+        port: on loopback, another one is in the names if this one is taken.
+        allowed: beyond loopback, the exact addresses that people enter in their browsers, such as
+            "gpu1:5000". Needed if `host` is every address of the machine (0.0.0.0).
+
+    Raises:
+        ValueError: nothing can listen there, no name is given for every address, or one is not
+            exact.
+    """
+    free = free_port(host, port)
+    if is_loopback(host):
+        return [f"127.0.0.1:{free}", f"localhost:{free}"]
+    if free != port:
+        raise ValueError(f"port {port} of {host} is taken; choose another one")
+    return check_hosts(host, port, allowed)
 
 
 def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
@@ -139,13 +142,12 @@ def ensure_password_file(folder: Path) -> Path:
     place = folder / "mlflow-auth"
     place.mkdir(parents=True, mode=0o700, exist_ok=True)
     path = place / "password"
-    if not path.exists():
-        if (place / "users.db").exists():
-            raise ValueError(
-                f"{path}: is missing, and {place / 'users.db'} has only a hash of the password; "
-                "restore it, or remove that file for a new password"
-            )
-        _write_secret(path, secrets.token_urlsafe(24))
+    if not path.exists() and (place / "users.db").exists():
+        raise ValueError(
+            f"{path}: is missing, and {place / 'users.db'} has only a hash of the password; "
+            "restore it, or remove that file for a new password"
+        )
+    ensure_secret(path)
     for one in (place, path):
         mode = stat.S_IMODE(one.stat().st_mode)
         if mode & 0o077 or one.stat().st_uid != os.getuid():
@@ -156,15 +158,30 @@ def ensure_password_file(folder: Path) -> Path:
     return path
 
 
-def is_mlflow_at(address: str, timeout_s: float = 2.0) -> bool:
-    """Return whether MLflow's server answers at an address."""
+def ensure_secret(path: Path) -> str:
+    """Return the random secret in a file, which is created for its owner alone."""
+    if not path.exists():
+        write_atomic(path, secrets.token_urlsafe(24), mode=0o600)
+    return path.read_text(encoding="ascii").strip()
+
+
+def answers(address: str) -> bool:
+    """Return whether a server answers, if only to ask for a password or refuse this name of it."""
     # Not through a proxy of the environment, since it is this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{address}/health", timeout=timeout_s) as response:
-            return response.status == 200 and response.read(16).strip() == b"OK"
-    except (OSError, urllib.error.URLError, ValueError):
+        with opener.open(address, timeout=2):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError):
         return False
+
+
+def address_here(host: str, port: int) -> str:
+    """Return the address by which this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _auth_settings(place: Path) -> dict[str, str]:
@@ -178,37 +195,20 @@ def _auth_settings(place: Path) -> dict[str, str]:
             "install it, or leave --host out"
         )
     settings = place / "basic_auth.ini"
-    users = (place / "users.db").resolve()
-    _write_secret(
+    write_atomic(
         settings,
         "[mlflow]\n"
         "default_permission = NO_PERMISSIONS\n"
-        f"database_uri = sqlite:///{users}\n"
+        f"database_uri = sqlite:///{(place / 'users.db').resolve()}\n"
         f"admin_username = {USER}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         # A page of MLflow makes ten requests; without a cache, each computes a slow password hash.
         "auth_cache_ttl_seconds = 60\n",
+        mode=0o600,
     )
-    key = place / "session-key"
-    if not key.exists():
-        _write_secret(key, secrets.token_hex(32))
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings.resolve()),
         "MLFLOW_AUTH_ADMIN_USERNAME": USER,
-        "MLFLOW_AUTH_ADMIN_PASSWORD": (place / "password").read_text(encoding="ascii").strip(),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": key.read_text(encoding="ascii").strip(),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": ensure_secret(place / "password"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": ensure_secret(place / "session-key"),
     }
-
-
-def _write_secret(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, from the first byte on."""
-    write_atomic(path, text, mode=0o600)
-
-
-def _reachable(host: str) -> str:
-    """Return the host by which this machine reaches a server that listens on `host`."""
-    if host in ("0.0.0.0", ""):
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
+from deta.platform.tracking.mlflow_server import Server
 from deta.platform.tracking.prometheus_grafana import (
     NotInstalledError,
-    Server,
     find_prometheus,
     start_prometheus,
-    write_prometheus_config,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,19 +68,20 @@ def running_prometheus(folder: Path) -> Iterator[Server]:
         find_prometheus()
     except NotInstalledError as error:
         pytest.skip(str(error))
-    config = write_prometheus_config(folder)
-    text = config.read_text()
+    text = (ROOT / "dashboards" / "prometheus" / "prometheus.yml").read_text()
     text = text.replace("scrape_interval: 10s", "scrape_interval: 2s")
     text = text.replace("scrape_timeout: 9s", "scrape_timeout: 2s")
+    folder.mkdir(exist_ok=True)
+    config = folder / "fast.yml"
     config.write_text(text.replace("refresh_interval: 10s", "refresh_interval: 2s"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = start_prometheus(folder, port=port)
+    server = start_prometheus(folder, port=port, config=config)
     try:
         yield server
     finally:
-        server.close()
+        server.stop()
 
 
 def answer(server: Server, query: str) -> list[tuple[dict[str, str], float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.tracking.prometheus_grafana import TARGETS, SessionFollower
+from deta.platform.tracking.prometheus_grafana import TARGETS, copy_targets
 from tests.dashboards.prometheus import DASHBOARDS, Query, answer, queries_of, running_prometheus
 
 pytestmark = pytest.mark.cluster
@@ -48,7 +48,6 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
     queries = [q for board in DASHBOARDS for q in queries_of(board, run="shown")]
     with (
         running_prometheus(tmp_path / "prometheus") as prometheus,
-        SessionFollower(tmp_path / "prometheus" / TARGETS, [ray_cluster.folder]),
         (tmp_path / "run.log").open("wb") as log,
         subprocess.Popen(command, env=ray_cluster.env, stdout=log, stderr=log) as run,
     ):
@@ -56,6 +55,7 @@ def test_every_query_has_an_answer_while_a_run_trains(ray_cluster, tmp_path: Pat
             deadline_s = time.monotonic() + WITHIN_S
             found: dict[Query, list[tuple[dict[str, str], float]]] = {}
             while time.monotonic() < deadline_s and run.poll() is None:
+                copy_targets(tmp_path / "prometheus" / TARGETS, [ray_cluster.folder])
                 found |= {q: answer(prometheus, q.text) for q in queries if not is_good(found, q)}
                 if not missing(found, queries):
                     break

@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("mlflow")
 
-from deta.platform.tracking.mlflow_server import MlflowServer, start_mlflow_server
+from deta.platform.tracking.mlflow_server import Server, start_mlflow_server
 
 SEARCH = "/api/2.0/mlflow/experiments/search"
 PAGES = ("/", "/ajax-api/2.0/mlflow/experiments/search?max_results=1", f"{SEARCH}?max_results=1")
@@ -45,7 +45,7 @@ def fetch(
         return error.code, {k.lower(): v for k, v in error.headers.items()}
 
 
-def server_at(folder: Path, host: str, allowed: tuple[str, ...], port: int) -> MlflowServer:
+def server_at(folder: Path, host: str, allowed: tuple[str, ...], port: int) -> Server:
     return start_mlflow_server(
         f"sqlite:///{folder / 'mlflow.db'}", folder, host=host, port=port, allowed_hosts=allowed,
         within_s=500,
@@ -53,7 +53,7 @@ def server_at(folder: Path, host: str, allowed: tuple[str, ...], port: int) -> M
 
 
 @pytest.fixture(scope="module")
-def on_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
+def on_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, int]]:
     port = free_port()
     server = server_at(tmp_path_factory.mktemp("home"), "127.0.0.1", (), port)
     yield server, port
@@ -61,7 +61,7 @@ def on_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mlfl
 
 
 @pytest.fixture(scope="module")
-def off_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, int]]:
+def off_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, int]]:
     pytest.importorskip("flask_wtf")
     port = free_port()
     # Listens on every address of this machine, under one host name, with a password.
@@ -75,7 +75,7 @@ def off_loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Mlf
 @pytest.mark.parametrize("stranger", STRANGERS)
 @pytest.mark.parametrize("path", PAGES)
 def test_a_name_that_is_not_its_own_is_refused(
-    on_loopback: tuple[MlflowServer, int], stranger: str, path: str
+    on_loopback: tuple[Server, int], stranger: str, path: str
 ):
     _, port = on_loopback
     assert fetch(port, path, host=f"{stranger}:{port + 1}")[0] == 403
@@ -84,7 +84,7 @@ def test_a_name_that_is_not_its_own_is_refused(
     assert fetch(port, path, host=f"127.0.0.1:{port}")[0] == 200
 
 
-def test_a_page_of_another_origin_can_change_nothing(on_loopback: tuple[MlflowServer, int]):
+def test_a_page_of_another_origin_can_change_nothing(on_loopback: tuple[Server, int]):
     _, port = on_loopback
     create = "/api/2.0/mlflow/experiments/create"
     own = f"127.0.0.1:{port}"
@@ -102,7 +102,7 @@ def test_a_page_of_another_origin_can_change_nothing(on_loopback: tuple[MlflowSe
     assert fetch(port, "/", host=own)[1]["x-frame-options"] == "DENY"
 
 
-def test_off_loopback_the_password_is_required(off_loopback: tuple[MlflowServer, int]):
+def test_off_loopback_the_password_is_required(off_loopback: tuple[Server, int]):
     server, port = off_loopback
     own = f"deta.test:{port}"
     assert server.password_file is not None
@@ -119,7 +119,7 @@ def test_off_loopback_the_password_is_required(off_loopback: tuple[MlflowServer,
 
 
 def test_the_password_is_in_a_private_file_and_in_no_command_line(
-    off_loopback: tuple[MlflowServer, int],
+    off_loopback: tuple[Server, int],
 ):
     server, _ = off_loopback
     assert server.password_file is not None

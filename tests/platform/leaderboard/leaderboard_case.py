@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from deta.platform.leaderboard.cache import Board
-from deta.platform.leaderboard.mlflow_source import RegisteredModels
-from deta.platform.leaderboard.rows import LeaderboardRow, Promotion
+from deta.platform.leaderboard.board import Board
+from deta.platform.leaderboard.rows import LeaderboardRow, Promotion, RegisteredModels
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -38,18 +37,22 @@ class FixedSource:
     def __init__(self, rows: list[LeaderboardRow], models: RegisteredModels | None = None) -> None:
         self.rows, self.found = rows, models or RegisteredModels()
 
-    def pages(self) -> Iterator[list[LeaderboardRow]]:
+    def pages(self, since_s: float | None = None) -> Iterator[list[LeaderboardRow]]:
         for begin in range(0, len(self.rows), 10):
-            yield self.rows[begin : begin + 10]
-
-    def recent(self, since_s: float) -> Iterator[list[LeaderboardRow]]:
-        yield [row for row in self.rows if row.status == "RUNNING" or row.ended_s >= since_s]
-
-    def get_run(self, run_id: str) -> LeaderboardRow | None:
-        return next((row for row in self.rows if row.id == run_id), None)
+            yield [
+                row
+                for row in self.rows[begin : begin + 10]
+                if since_s is None or row.status == "RUNNING" or row.ended_s >= since_s
+            ]
 
     def models(self) -> RegisteredModels:
         return self.found
+
+
+def filled_board(*rows: LeaderboardRow) -> Board:
+    board = Board("x")
+    board.refresh(FixedSource(list(rows)))
+    return board
 
 
 def hostile_board() -> Board:
@@ -62,6 +65,10 @@ def hostile_board() -> Board:
         model=HOSTILE[0], version=1, time=HOSTILE[1], action=HOSTILE[2], by=HOSTILE[0],
         reason=HOSTILE[1], run_id=rows[0].id,
     )  # fmt: skip
-    versions = {row.id: [HOSTILE[0]] for row in rows}
-    board.read_all(FixedSource(rows, RegisteredModels(versions, frozenset(), (promotion,))))
+    versions = {row.id: HOSTILE[0] for row in rows}
+    board.refresh(FixedSource(rows, RegisteredModels(versions, frozenset(), (promotion,))))
     return board
+
+
+def column(content: dict[str, Any], name: str) -> list[Any]:
+    return [row[content["columns"].index(name)] for row in content["rows"]]

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deta.platform.leaderboard.cache import Board
+from deta.platform.leaderboard.board import Board
 from deta.platform.leaderboard.mlflow_source import MlflowSource
 from deta.platform.registry.decision_log import Entry
-from tests.platform.leaderboard.leaderboard_case import HOSTILE
+from tests.platform.leaderboard.leaderboard_case import HOSTILE, column
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,17 +40,17 @@ def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
     client.create_model_version("deta", (tmp_path / "f").as_uri(), run_id=ids[2])
     client.set_registered_model_alias("deta", "champion", "1")
     board = Board(uri)
-    board.read_all(MlflowSource(uri))
-    assert [row.id for row in board.rows()] == [ids[1], ids[2], ids[0]]
-    assert board.rows()[0].name == HOSTILE[1]
-    champion = board.rows()[1]
-    assert (champion.models, champion.is_champion) == ("deta 1 @champion", True)
-    assert board.promotions[0].run_id == ids[2]
+    board.refresh(MlflowSource(uri))
+    assert column(board.content, "id") == [ids[1], ids[2], ids[0]]
+    assert column(board.content, "name")[0] == HOSTILE[1]
+    assert column(board.content, "models")[1] == "deta 1 @champion"
+    assert column(board.content, "is_champion") == [False, True, False]
+    assert board.content["promotions"][0]["run_id"] == ids[2]
 
     client.log_metric(ids[0], "best/AP", 60.0, step=2)
+    board.refresh(MlflowSource(uri), is_full=False)  # all are RUNNING
+    assert column(board.content, "id") == [ids[0], ids[1], ids[2]]
     client.delete_run(ids[1])
-    board.read_recent(MlflowSource(uri))
-    assert [row.id for row in board.rows()] == [ids[0], ids[2]]
 
     entry = Entry(
         id="a", previous="", action="accept", version=1, sha256="0" * 64, champion_before=None,
@@ -62,7 +62,12 @@ def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
         "deta-history", "models:/deta/1", tags={"deta.entry": entry.to_line()},
         description=entry.text,
     )  # fmt: skip
-    board.read_recent(MlflowSource(uri))
-    (promotion,) = board.promotions
-    assert (promotion.by, promotion.action, promotion.run_id) == ("anna@gpu1", "accept", ids[2])
-    assert promotion.reason == HOSTILE[0]
+    board.refresh(MlflowSource(uri))
+    (promotion,) = board.content["promotions"]
+    assert column(board.content, "id") == [ids[0], ids[2]]
+    assert (promotion["by"], promotion["action"], promotion["run_id"]) == (
+        "anna@gpu1",
+        "accept",
+        ids[2],
+    )
+    assert promotion["reason"] == HOSTILE[0]

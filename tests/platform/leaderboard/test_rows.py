@@ -55,8 +55,3 @@ def test_runs_that_differ_in_the_seed_alone_have_the_interval_of_their_mean():
     assert rows[2].interval == ""  # another learning rate
     failed = replace(row_with_metrics(2, 42.0), status="FAILED")
     assert with_seed_intervals([row_with_metrics(1, 40.0), failed])[0].interval == ""
-
-
-def test_an_interval_of_seeds_is_removed_with_its_seeds():
-    rows = with_seed_intervals([row_with_metrics(1, 40.0), row_with_metrics(2, 42.0)])
-    assert with_seed_intervals(rows[:1])[0].interval == ""

@@ -17,19 +17,19 @@ import pytest
 import yaml
 
 from deta.platform.system.child_server import ChildServerError
+from deta.platform.tracking.mlflow_server import Server
 from deta.platform.tracking.prometheus_grafana import (
+    DASHBOARDS,
     STALE_S,
     TARGETS,
     TARGETS_FILE,
     NotInstalledError,
-    Server,
-    SessionFollower,
+    copy_targets,
     find_grafana,
     find_prometheus,
     start_grafana,
     start_prometheus,
     write_grafana_config,
-    write_prometheus_config,
 )
 
 
@@ -46,10 +46,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     except NotInstalledError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("prometheus")
-    write_prometheus_config(folder)
     server = start_prometheus(folder, port=free_port())
     yield server
-    server.close()
+    server.stop()
 
 
 def session(ray: Path, name: str, content: str, age_s: float = 0.0) -> Path:
@@ -71,38 +70,28 @@ def test_running_clusters_are_followed_and_ended_ones_removed(tmp_path: Path):
     session(ray, "session_3", "[{half")
     (ray / "session_latest").symlink_to(ray / "session_1")
     (targets / "own.json").write_text("[]")  # a person's
-    follower = SessionFollower(targets, [ray, ray / "session_1", tmp_path / "none"])
-    assert follower.poll() == ["session_1"]
+    folders = [ray, ray / "session_1", tmp_path / "none"]
+    assert copy_targets(targets, folders) == ["session_1"]
     assert (targets / "session_1.json").read_text() == TARGET
+    alive.write_text("[]")
+    copy_targets(targets, folders)
+    assert (targets / "session_1.json").read_text() == "[]"
     os.utime(alive, (0, 0))
-    assert follower.poll() == []
+    assert copy_targets(targets, folders) == []
     assert [path.name for path in targets.glob("*")] == ["own.json"]
-
-
-def test_a_changed_list_is_copied(tmp_path: Path):
-    follower = SessionFollower(tmp_path / "targets", [tmp_path / "ray"])
-    (tmp_path / "targets").mkdir()
-    path = session(tmp_path / "ray", "session_1", TARGET)
-    follower.poll()
-    path.write_text("[]")
-    follower.poll()
-    assert (tmp_path / "targets" / "session_1.json").read_text() == "[]"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_files_of_other_users_in_tmp_are_not_scraped(tmp_path: Path):
     path = session(tmp_path / "ray", "session_1", TARGET)
     os.chown(path, 65534, 65534)
-    (tmp_path / "targets").mkdir()
-    assert SessionFollower(tmp_path / "targets", [tmp_path / "ray"]).poll() == []
+    assert copy_targets(tmp_path / "targets", [tmp_path / "ray"]) == []
 
 
-def test_prometheus_reads_the_folder_beside_its_configuration(tmp_path: Path):
-    path = write_prometheus_config(tmp_path / "state")
-    config = yaml.safe_load(path.read_text())
+def test_prometheus_reads_the_folder_beside_its_configuration():
+    config = yaml.safe_load((DASHBOARDS / "prometheus" / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job["file_sd_configs"][0]["files"] == [f"{TARGETS}/*.json"]
-    assert (tmp_path / "state" / TARGETS).is_dir()
 
 
 def test_grafana_requires_a_password_that_only_its_owner_can_read(tmp_path: Path):
@@ -190,6 +179,5 @@ def test_nothing_is_deleted_or_stopped_through_prometheus(prometheus: Server):
 
 
 def test_a_taken_port_is_reported(prometheus: Server, tmp_path: Path):
-    write_prometheus_config(tmp_path)
     with pytest.raises(ChildServerError, match="choose another port"):
         start_prometheus(tmp_path, port=int(prometheus.url.rpartition(":")[2]))
