@@ -36,9 +36,9 @@ from deta.platform.serving.batcher import Batcher
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model_source import ModelSlot, ModelSource
-from deta.platform.serving.origin_guard import OriginGuard, Refusal
 from deta.platform.serving.schema import DETECT_BODY, Detected, Problem, Served
 from deta.platform.serving.upload import decode_image, read_image
+from deta.platform.system.origin_guard import OriginGuard, Refusal
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from deta.platform.registry.model_uri import resolve_model
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel
-from deta.platform.serving.origin_guard import Refusal
+from deta.platform.system.origin_guard import Refusal
 from deta.platform.system.redaction import redact
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from deta.platform.data.image_decoding import PNG_SIGNATURE, ImageError, decode_bytes
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.origin_guard import Refusal
+from deta.platform.system.origin_guard import Refusal
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs a line for each broken form
 

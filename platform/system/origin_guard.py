@@ -92,8 +92,8 @@ class OriginGuard:
             log.exception("%s %s", scope["method"], scope["path"])
             if has_started:
                 raise
-            refusal = Refusal(500, "internal", "an error of the service; see its log")
-            await refusal.response()(scope, receive, send_guarded)
+            failure = Refusal(500, "internal", "an error of the service; see its log")
+            await failure.response()(scope, receive, send_guarded)
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
         """Check a request's Host, Origin and token.

@@ -11,8 +11,8 @@ import pytest
 from deta.platform.data.image_decoding import ImageError, decode
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.model_source import ModelSource
-from deta.platform.serving.origin_guard import Refusal
 from deta.platform.serving.upload import decode_image
+from deta.platform.system.origin_guard import Refusal
 from tests.platform.serving.hostile_uploads import forget_peak, peak_mib, send, uploads
 from tests.platform.serving.serving_case import encoded, random_image, running, tiny_checkpoint
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.origin_guard import Refusal
 from deta.platform.serving.upload import (
     MAX_SCANS,
     ORIENTATION,
@@ -20,6 +19,7 @@ from deta.platform.serving.upload import (
     decode_image,
     read_image,
 )
+from deta.platform.system.origin_guard import Refusal
 from tests.platform.serving.serving_case import encoded, form, random_image
 
 CONFIG = ServingConfig(max_bytes=100_000, max_pixels=1_000_000, read_timeout_s=0.3)

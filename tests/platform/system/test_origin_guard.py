@@ -6,8 +6,8 @@ import pytest
 from starlette.applications import Starlette
 
 from deta.platform.serving.config import ServingConfig, token_hash
-from deta.platform.serving.origin_guard import OriginGuard, Refusal
 from deta.platform.system.child_server import is_loopback
+from deta.platform.system.origin_guard import OriginGuard, Refusal
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
