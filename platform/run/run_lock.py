@@ -1,10 +1,10 @@
 """The lock of a run: one supervisor at a time may use the folder of the run.
 
-The lock is a file in that folder, so that it holds on every machine that sees the folder. Files
-are created exclusively, which local and network file systems allow to one process alone.
+Files in that folder, so that the lock holds on every machine that sees the folder. They are created
+exclusively, which local and network file systems allow to one process alone.
 
-    run.lock           the owner: host, process, start. Its modification time is the heartbeat.
-    .run.lock-after-T  the owner that took over from the dead owner with token T
+    run.lock      the owner: host, process, start. Its modification time is the heartbeat.
+    .run.lock-N   the owner that took over from the dead owner of run.lock, or of .run.lock-(N-1)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -20,12 +21,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
-TAKEOVER_RECORDS_S = 3600.0  # far longer than any process takes from reading a lock to acting on it
+_NAME = re.compile(r"run\.lock|\.run\.lock-(\d{1,6})")
 
 
 class RunLockedError(ValueError):
@@ -43,16 +43,23 @@ class _Owner:
     token: str
     since_s: float
 
-    @classmethod
-    def this_process(cls) -> _Owner:
-        return cls(
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            process_start=_process_start(os.getpid()) or "",
-            token=secrets.token_hex(8),
-            since_s=time.time(),
-        )
+
+@dataclass(frozen=True)
+class _Claim:
+    """A lock file at one moment."""
+
+    path: Path
+    number: int  # of takeovers before it
+    owner: _Owner | None  # None: the file is being written, or its writer died
+    beat: tuple[int, int]  # inode and modification time: changes with each heartbeat
+    age_s: float  # since the last heartbeat, by the clock of the disk
+
+    def has_exited(self) -> bool:
+        """Return whether the owner was a process of this machine that exists no more."""
+        owner = self.owner
+        if owner is None or owner.machine != _machine():
+            return False
+        return _process_start(owner.pid) not in (owner.process_start, "")
 
 
 class RunLock:
@@ -63,27 +70,23 @@ class RunLock:
     """
 
     def __init__(
-        self, folder: Path, owner: _Owner, descriptor: int, on_lost: Callable[[], None] | None
+        self, path: Path, number: int, descriptor: int, on_lost: Callable[[], None] | None
     ) -> None:
         """Use `acquire`."""
-        self.folder, self.path = folder, folder / LOCK_FILE
-        self._owner, self._descriptor, self._on_lost = owner, descriptor, on_lost
+        self.path, self._number, self._descriptor = path, number, descriptor
+        self._on_lost, self._pid = on_lost, os.getpid()
         self._lost = self._released = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._send_heartbeats, name="run-lock", daemon=True)
         self._thread.start()
 
     @classmethod
-    def acquire(
-        cls,
-        folder: Path,
-        stale_after_s: float = STALE_AFTER_S,
-        on_lost: Callable[[], None] | None = None,
-    ) -> RunLock:
+    def acquire(cls, folder: Path, on_lost: Callable[[], None] | None = None) -> RunLock:
         """Acquire the lock of a run's folder, also from a dead owner.
 
-        A dead owner on this machine is detected at once; on another machine, when its heartbeat
-        is older than `stale_after_s`.
+        An owner that has exited on this machine is detected at once. Any other one is watched: its
+        heartbeat must stand still by the clock of this process, so that a clock that was set, here
+        or on the disk, takes the lock from nobody.
 
         Args:
             on_lost: called once, from a thread, if another process takes this lock over because
@@ -94,32 +97,49 @@ class RunLock:
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        owner = _Owner.this_process()
-        descriptor = _create(folder / LOCK_FILE, owner)
-        if descriptor is None:
-            descriptor = _take_over(folder, owner, stale_after_s)
-        lock = cls(folder, owner, descriptor, on_lost)
-        if lock.lost:  # a file system that lets two processes create one file
-            lock.release()
-            raise RunLockedError(_refusal(folder, *_holder(folder), stale_after_s))
-        _delete_old_takeovers(folder)
-        return lock
+        watched: _Claim | None = None
+        watched_since_s = 0.0
+        while True:
+            holder = _holder(folder)
+            if holder is not None and not holder.has_exited():
+                if watched is None or watched.beat != holder.beat:
+                    if watched is not None or 0 <= holder.age_s < 2 * HEARTBEAT_S:
+                        raise RunLockedError(_refusal(folder, holder))
+                    watched, watched_since_s = holder, time.monotonic()
+                # A heartbeat that seems old may come from a clock that was set: wait for the next.
+                needed_s = max(STALE_AFTER_S - max(0.0, watched.age_s), 1.5 * HEARTBEAT_S)
+                if time.monotonic() - watched_since_s < needed_s:
+                    time.sleep(0.1)
+                    continue
+            number = 0 if holder is None else holder.number + 1
+            path = folder / (f".{LOCK_FILE}-{number}" if number else LOCK_FILE)
+            descriptor = _create(path)
+            if descriptor is None:
+                continue
+            if _is_sole(folder, number, holder):
+                break
+            os.close(descriptor)
+            path.unlink()
+            time.sleep(0.05)
+        for former in _claims(folder):
+            if former.number < number:
+                former.path.unlink(missing_ok=True)
+        return cls(path, number, descriptor, on_lost)
 
     @property
     def lost(self) -> bool:
         """Return whether another process has taken the lock over or removed it."""
         if not self._lost and not self._released:
             try:
-                self._lost = not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
-            except FileNotFoundError:
-                self._lost = True
+                newest = _holder(self.path.parent)
+                self._lost = newest is None or newest.beat[0] != os.fstat(self._descriptor).st_ino
             except OSError:  # a disk that does not answer proves nothing about the lock
                 return False
         return self._lost
 
     def release(self) -> None:
         """Release the lock. Does nothing the second time, or in a child process."""
-        if self._ended.is_set() or os.getpid() != self._owner.pid:
+        if self._ended.is_set() or os.getpid() != self._pid:
             return
         self._ended.set()
         if not self.lost:
@@ -133,12 +153,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def _send_heartbeats(self) -> None:
@@ -151,94 +166,56 @@ class RunLock:
                 os.utime(self._descriptor)
 
 
-def is_alive(folder: Path, stale_after_s: float = STALE_AFTER_S) -> bool:
+def is_alive(folder: Path) -> bool:
     """Return whether a process supervises the run in this folder."""
-    owner, age_s = _holder(folder)
-    return age_s is not None and not _is_dead(owner, age_s, stale_after_s)
+    holder = _holder(folder)
+    return holder is not None and holder.age_s <= STALE_AFTER_S and not holder.has_exited()
 
 
-def _take_over(folder: Path, owner: _Owner, stale_after_s: float) -> int:
-    """Take the lock over from a dead owner; return its descriptor.
+def _is_sole(folder: Path, number: int, victim: _Claim | None) -> bool:
+    """Return whether a lock file that was just created holds the lock.
 
-    Only one process can create the record of following that owner, so exactly one of several
-    processes that see a dead owner succeeds.
+    It does not if the victim awoke, or if others took over and released since it was read: then
+    a process may already have begun again with the first name.
     """
-    deadline_s = time.monotonic() + 2
-    while True:
-        victim, age_s = _holder(folder)
-        if age_s is None:  # released meanwhile
-            descriptor = _create(folder / LOCK_FILE, owner)
-            if descriptor is not None:
-                return descriptor
-        elif isinstance(victim, _Owner) and not _is_dead(victim, age_s, stale_after_s):
-            raise RunLockedError(_refusal(folder, victim, age_s, stale_after_s))
-        elif isinstance(victim, _Owner) or age_s > stale_after_s:
-            record = _create(_record(folder, _token(victim)), owner)
-            if record is not None:
-                os.close(record)
-                break
-        if time.monotonic() > deadline_s:
-            raise RunLockedError(_refusal(folder, victim, age_s, stale_after_s))
-        time.sleep(0.05)
-
-    temporary = folder / f".{LOCK_FILE}-{owner.token}"
-    descriptor = _create(temporary, owner)
-    assert descriptor is not None
-    try:
-        now, _ = _holder(folder)
-        if _token(now) != owner.token:  # others took over and released since the victim was read
-            raise RunLockedError(_refusal(folder, now, 0.0, stale_after_s))
-        os.replace(temporary, folder / LOCK_FILE)
-    except BaseException:
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)
-        _record(folder, _token(victim)).unlink(missing_ok=True)
-        raise
-    return descriptor
-
-
-def _holder(folder: Path) -> tuple[_Owner | str, float | None]:
-    """Return the owner of the lock, after all takeovers, and the age of its last heartbeat.
-
-    The owner is only a token if the file cannot be parsed, because it is being written or its
-    writer died. The age is None if there is no lock.
-    """
-    owner, age_s = _read(folder / LOCK_FILE)
-    while age_s is not None:
-        successor, its_age_s = _read(_record(folder, _token(owner)))
-        if its_age_s is None:
-            break
-        owner, age_s = successor, its_age_s
-    return owner, age_s
-
-
-def _read(path: Path) -> tuple[_Owner | str, float | None]:
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            text = file.read()
-    except FileNotFoundError:
-        return "", None
-    owner: _Owner | str
-    try:
-        owner = _Owner(**json.loads(text))
-    except (ValueError, TypeError):
-        owner = f"{status.st_ino:x}-{status.st_mtime_ns:x}"
-    is_ours = isinstance(owner, _Owner) and owner.machine == _machine()
-    now_s = time.time() if is_ours else _time_of_disk(path.parent)
-    return owner, max(0.0, now_s - status.st_mtime)
-
-
-def _is_dead(owner: _Owner | str, age_s: float, stale_after_s: float) -> bool:
-    if age_s > stale_after_s:
-        return True
-    if isinstance(owner, str) or owner.machine != _machine():
+    claims = _claims(folder)
+    if claims[-1].number != number:
         return False
-    return _process_start(owner.pid) not in (owner.process_start, "")
+    return victim is None or any(
+        (one.number, one.beat) == (victim.number, victim.beat) for one in claims
+    )
 
 
-def _create(path: Path, owner: _Owner) -> int | None:
-    """Create a file that names the owner; return its descriptor, or None if it exists."""
+def _holder(folder: Path) -> _Claim | None:
+    claims = _claims(folder)
+    return claims[-1] if claims else None
+
+
+def _claims(folder: Path) -> list[_Claim]:
+    """Return all lock files, the newest last."""
+    found = []
+    for match in filter(None, map(_NAME.fullmatch, os.listdir(folder) if folder.is_dir() else ())):
+        path, owner = folder / match[0], None
+        try:
+            with path.open("rb") as file:  # a network disk shows the newest heartbeat at an opening
+                status = os.fstat(file.fileno())
+                owner = _Owner(**json.loads(file.read()))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError):
+            pass
+        age_s = _time_of_disk(folder) - status.st_mtime
+        beat = (status.st_ino, status.st_mtime_ns)
+        found.append(_Claim(path, int(match[1] or 0), owner, beat, age_s))
+    return sorted(found, key=lambda claim: claim.number)
+
+
+def _create(path: Path) -> int | None:
+    """Create a lock file of this process; return its descriptor, or None if it exists."""
+    start = _process_start(os.getpid()) or ""
+    owner = _Owner(
+        socket.gethostname(), _machine(), os.getpid(), start, secrets.token_hex(8), time.time()
+    )
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -253,31 +230,16 @@ def _create(path: Path, owner: _Owner) -> int | None:
     return descriptor
 
 
-def _record(folder: Path, token: str) -> Path:
-    return folder / f".{LOCK_FILE}-after-{token}"
-
-
-def _token(owner: _Owner | str) -> str:
-    return owner.token if isinstance(owner, _Owner) else owner
-
-
-def _delete_old_takeovers(folder: Path) -> None:
-    now_s = _time_of_disk(folder)
-    for path in folder.glob(f".{LOCK_FILE}-*"):
-        with contextlib.suppress(OSError):
-            if now_s - path.stat().st_mtime > TAKEOVER_RECORDS_S:
-                path.unlink()
-
-
-def _refusal(folder: Path, owner: _Owner | str, age_s: float | None, stale_after_s: float) -> str:
-    if isinstance(owner, str):
+def _refusal(folder: Path, holder: _Claim) -> str:
+    owner = holder.owner
+    if owner is None:
         return f"{folder}: another process is starting this run right now; try again in a minute"
     since = datetime.fromtimestamp(owner.since_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return (
         f"{folder}: is in use by process {owner.pid} on host {owner.host} since {since} (last "
-        f"heartbeat {age_s or 0:.0f} s ago). Wait for that run, stop it (touch {folder / 'stop'}), "
-        "or choose another name=. If that machine is lost, try again after "
-        f"{stale_after_s:.0f} s."
+        f"heartbeat {max(0.0, holder.age_s):.0f} s ago). Wait for that run, stop it (touch "
+        f"{folder / 'stop'}), or choose another name=. If that machine is lost, try again after "
+        f"{STALE_AFTER_S:.0f} s."
     )
 
 
@@ -300,17 +262,11 @@ def _process_start(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]  # a zombie has exited
     except (OSError, IndexError):  # no /proc, or it hides processes of other users
-        return "" if _exists(pid) else None
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(PermissionError):
+                os.kill(pid, 0)
+            return ""
+        return None
 
 
 def _time_of_disk(folder: Path) -> float:
