@@ -1,4 +1,8 @@
-"""Parsers, printed lines, signals and exit codes that all jobs share."""
+"""The command line, printed lines, signals and exit codes of all jobs.
+
+The options of a job are a frozen dataclass: its fields are the options, the comments beside them
+the help. Arguments of the form `key=value` change the configuration.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,165 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import tyro
+from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from deta.platform.data.synthetic_shapes import ShapesDataset
 
+Options = TypeVar("Options")
 Inputs = TypeVar("Inputs")
 DEFAULT_STORAGE = "~/deta-runs"
+HELP_OF_KEYS = """
+
+Arguments key=value change the configuration: optim.lr=1e-4, or --optim.lr 1e-4. --keys lists all
+keys with their values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """The folder of the runs, as an argument without a name."""
+
+    storage: Positional[Path] = Path(DEFAULT_STORAGE)  # the folder of the runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The images for training and validation with their annotations."""
+
+    train_images: str | None = None  # a folder; or shards, a folder or address (jobs/pack.py)
+    train_annotations: str | None = None  # a file, COCO format
+    val_images: str | None = None  # as --train-images
+    val_annotations: str | None = None  # a file, COCO format
+
+    def changes(self) -> dict[str, str]:
+        """Return what was given, by configuration key."""
+        given = {field.name: getattr(self, field.name) for field in fields(DataOptions)}
+        return {f"data.{name}": value for name, value in given.items() if value is not None}
+
+
+def read_options(
+    kind: type[Options],
+    doc: str | None,
+    *,
+    program: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> Options:
+    """Parse a command line without `key=value`; see `read_command_line`."""
+    return read_command_line(kind, doc, program=program, arguments=arguments)[0]
+
+
+def read_command_line(
+    kind: type[Options],
+    doc: str | None,
+    config: Any = None,
+    *,
+    program: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> tuple[Options, dict[str, str]]:
+    """Parse a command line. Exits with 0 after --help and --keys, with 2 if it is refused.
+
+    Args:
+        kind: dataclass of the options.
+        doc: description of the job, usually its docstring.
+        config: configuration whose keys `key=value` changes; none: there are no such arguments.
+        program: name in the help; default: the script's.
+        arguments: default: those of this process.
+
+    Returns:
+        The options, and the changes of the configuration as text, which `override` checks.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    program = program or Path(sys.argv[0]).name
+    known: Mapping[str, Any] = {}
+    if config is not None:
+        from deta.platform.run.config import flatten  # not at the top: it imports torch
+
+        known = flatten(config)
+        if "--keys" in words:
+            _print_keys(config, program)
+    words, changes = _sorted_words(words, kind, known)
+    options = tyro.cli(
+        kind,
+        prog=program,
+        description=(doc or "").strip() + (HELP_OF_KEYS if known else ""),
+        args=words,
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.DisallowNone,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
+    )
+    return options, changes
+
+
+def _print_keys(config: Any, program: str) -> NoReturn:
+    tyro.cli(
+        type(config),
+        default=config,
+        prog=program,
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    sys.exit(0)
+
+
+def flags_of(kind: type) -> set[str]:
+    """Return the options of a dataclass that take no value."""
+    hints = typing.get_type_hints(kind)
+    return {"-h", "--help"} | {_option(name) for name, hint in hints.items() if hint is bool}
+
+
+def _sorted_words(
+    words: Sequence[str], kind: type, known: Mapping[str, Any]
+) -> tuple[list[str], dict[str, str]]:
+    """Put arguments without a name first, however mixed they were, and take out `key=value`."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    lists = {_option(name) for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    # Names of files may hold a `=`.
+    takes_files = any(
+        Positional in getattr(hint, "__metadata__", ())
+        and typing.get_origin(hint.__origin__) is tuple
+        for hint in hints.values()
+    )
+    flags, own = flags_of(kind), {_option(name) for name in hints}
+    plain: list[str] = []
+    named: list[str] = []
+    changes: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            is_key = equals and (name in known or (known and not takes_files and "/" not in name))
+            if is_key:
+                changes[name] = value
+            else:
+                plain.append(word)
+        elif name not in own and name[2:] in known:
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    refuse(ValueError(f"{name} needs a value: {name} VALUE"))
+                value = rest.pop(0)
+            changes[name[2:]] = value
+        else:
+            named.append(word)
+            takes = 0 if equals or word in flags else len(rest) if word in lists else 1
+            while takes and rest and not rest[0].startswith("--"):
+                named.append(rest.pop(0))
+                takes -= 1
+    return plain + named, changes
+
+
+def _option(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
 
 
 def described_parser(
@@ -135,13 +289,19 @@ def _exit_on_signal(number: int, _frame: object) -> None:
         os._exit(128 + number)  # the orphan reaper ends what is left
 
 
-def run_tool(prepare: Callable[[], Inputs], work: Callable[[Inputs], int]) -> NoReturn:
+def run_tool(
+    prepare: Callable[[], Inputs], work: Callable[[Inputs], int], again: str = ""
+) -> NoReturn:
     """Check the input with `prepare`, call `work` and exit.
 
     The exit code is 2 if `prepare` refused the input, 1 for a failure, 130 or 143 after Ctrl-C or
     SIGTERM, and otherwise what `work` returns.
+
+    Args:
+        again: hint printed after a failure or an interruption.
     """
-    signal.signal(signal.SIGTERM, _exit_with_signal)
+    hint = again and f"; {again}"
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         try:
@@ -150,22 +310,14 @@ def run_tool(prepare: Callable[[], Inputs], work: Callable[[Inputs], int]) -> No
             refuse(error)
         sys.exit(work(inputs))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"\nfailed: {error}", file=sys.stderr)
+        print(f"\nfailed: {error}{hint}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(f"\nstopped{hint}", file=sys.stderr)
         sys.exit(130)
-
-
-def _exit_with_signal(number: int, _frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def exit_cleanly_on_signals() -> None:
     """Make Ctrl-C end a server with exit code 0, and other signals with 128 + their number."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_from_server)
-
-
-def _exit_from_server(number: int, _frame: object) -> NoReturn:
-    sys.exit(0 if number == signal.SIGINT else 128 + number)
+        signal.signal(number, lambda n, _frame: sys.exit(0 if n == signal.SIGINT else 128 + n))

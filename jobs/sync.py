@@ -19,13 +19,16 @@ beside the runs. The exit code is 0 if all is sent, 1 if something is left, 2 fo
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from deta.jobs.command_line import DEFAULT_STORAGE, described_parser
+from tyro.conf import Positional, UseAppendAction
+
+from deta.jobs.command_line import DEFAULT_STORAGE, read_options, run_tool
 from deta.platform.run.run_file import RUN_FILE, read_run_file, tracking_uri
 from deta.platform.system.redaction import redact
 from deta.platform.tracking.sync_run import PATIENCE_S, sync_runs
@@ -33,72 +36,58 @@ from deta.platform.tracking.upload_process import find_runs
 from deta.platform.tracking.uploader import TrackingStore
 
 
+@dataclass(frozen=True, kw_only=True)
+class SyncOptions:
+    folders: Positional[tuple[Path, ...]] = (Path(DEFAULT_STORAGE),)  # runs, or folders of runs
+    dry_run: bool = False  # change nothing, only say
+    reap: bool = False  # mark dead runs of other machines
+    patience: float = PATIENCE_S  # give MLflow up that takes nothing for so many seconds
+    # For --reap. Default: those of the runs found, or deta.
+    experiment: UseAppendAction[tuple[str, ...]] = ()
+
+
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        type=Path,
-        metavar="RUN_OR_STORAGE",
-        help=f"default: {DEFAULT_STORAGE}",
+    options = read_options(SyncOptions, __doc__)
+    run_tool(
+        lambda: _find_all(options.folders),
+        lambda runs: _sync(runs, options),
+        "what is sent is sent",
     )
-    parser.add_argument("--dry-run", action="store_true", help="change nothing, only say")
-    parser.add_argument("--reap", action="store_true", help="mark dead runs of other machines")
-    parser.add_argument(
-        "--patience", type=float, default=PATIENCE_S, metavar="SECONDS",
-        help="give MLflow up that takes nothing for so long (default: 30)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--experiment", action="append", metavar="NAME",
-        help="for --reap; default: those of the runs found, or deta",
-    )  # fmt: skip
-    arguments = parser.parse_args()
-    # Not evaluate.py's run_tool: that knows models, and this has to be quick.
-    try:
-        sys.exit(_sync(_prepare(arguments.folders), arguments))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; what is sent is sent", file=sys.stderr)
-        sys.exit(130)
 
 
-def _prepare(folders: list[Path]) -> list[Path]:
+def _find_all(folders: Sequence[Path]) -> list[Path]:
     runs: list[Path] = []
-    for folder in folders or [Path(DEFAULT_STORAGE)]:
+    for folder in folders:
         path = folder.expanduser().resolve()
         if not path.is_dir():
             raise ValueError(f"{path}: is no folder; give a run, or a folder of runs")
         found = find_runs(path)
-        if not found and folders:
+        if not found:
             print_line(f"{path}: there is no run in it (a run has a {RUN_FILE})")
         runs += [run for run in found if run not in runs]
     return runs
 
 
-def _sync(runs: list[Path], arguments: argparse.Namespace) -> int:
+def _sync(runs: list[Path], options: SyncOptions) -> int:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     stores: dict[str, TrackingStore] = {}
     is_all_sent = sync_runs(
         runs,
         stores,
-        patience_s=arguments.patience,
-        dry_run=arguments.dry_run,
+        patience_s=options.patience,
+        dry_run=options.dry_run,
         echo=print_line,
         show_progress=_show,
     )
-    if arguments.reap:
-        is_all_sent &= _reap(runs, stores, arguments)
+    if options.reap:
+        is_all_sent &= _reap(runs, stores, options)
     return 0 if is_all_sent else 1
 
 
-def _reap(
-    runs: list[Path], stores: dict[str, TrackingStore], arguments: argparse.Namespace
-) -> bool:
+def _reap(runs: list[Path], stores: dict[str, TrackingStore], options: SyncOptions) -> bool:
     from deta.platform.tracking.mlflow_store import MlflowStore, reap
 
-    experiments = set(arguments.experiment or ())
+    experiments = set(options.experiment)
     if not experiments:
         experiments = {read_run_file(run)["config"].get("experiment", "deta") for run in runs}
     if not stores:
@@ -109,7 +98,7 @@ def _reap(
         assert isinstance(store, MlflowStore)
         for experiment in sorted(experiments or {"deta"}):
             try:
-                dead = reap(store, experiment, dry_run=arguments.dry_run)
+                dead = reap(store, experiment, dry_run=options.dry_run)
             except Exception as error:
                 print_line(f"{store.shown_uri}: {redact(str(error))}")
                 is_well = False

@@ -46,7 +46,7 @@ def commands(page: Path) -> list[list[str]]:
 def options(source: Path) -> frozenset[str]:
     """Return the options that a job declares, in its file and in the files of jobs/ it imports.
 
-    An option in an f-string, such as `--{split}-images`, is a pattern: its parts in braces stand
+    They are the fields of its dataclass of options. An option in an f-string, such as `--{split}-images`, is a pattern: its parts in braces stand
     for any text.
     """
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -62,6 +62,9 @@ def options(source: Path) -> frozenset[str]:
                         re.escape(p.value) if isinstance(p, ast.Constant) else "[a-z-]+"
                         for p in parts
                     ))  # fmt: skip
+        elif isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
+            names = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
+            found |= {re.escape(f"--{name.replace('_', '-')}") for name in names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deta.jobs."):
             imported = ROOT / "jobs" / f"{node.module.split('.')[2]}.py"
             found |= options(imported)
