@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # Names in MLflow
@@ -24,7 +24,6 @@ HISTORY_SUFFIX = "-history"
 ENTRY_TAG, HEAD_TAG = "deta.entry", "deta.history_head"
 
 ACCEPT, REFUSE, FORCE, ROLLBACK = "accept", "refuse", "force", "rollback"
-ACTIONS = (ACCEPT, REFUSE, FORCE, ROLLBACK)
 FORMAT = 1
 MAX_TEXT_CHARACTERS = 5000  # of MLflow's descriptions
 
@@ -94,10 +93,7 @@ class DecisionLog:
     @property
     def head_line(self) -> str:
         """Return number and hash of the last entry, and the champion; empty for an empty log."""
-        if not self.entries:
-            return ""
-        number, entry = self.entries[-1]
-        return f"{number} {entry.hash} {entry.champion_after}"
+        return "".join(f"{n} {one.hash} {one.champion_after}" for n, one in self.entries[-1:])
 
     def find(self, id_: str) -> Entry | None:
         return next((entry for _, entry in self.entries if entry.id == id_), None)
@@ -106,14 +102,15 @@ class DecisionLog:
         """Return the versions that rollbacks go back to, then the champion."""
         stack: list[int] = []
         for _, entry in self.entries:
-            if entry.action in (ACCEPT, FORCE) and entry.champion_after is not None:
-                if not stack and entry.champion_before is not None:
-                    stack.append(entry.champion_before)  # champion before the log began
-                stack.append(entry.champion_after)
-            elif entry.action == ROLLBACK and entry.champion_after is not None:
+            if entry.action == REFUSE or entry.champion_after is None:
+                continue
+            if not stack and entry.champion_before is not None:
+                stack.append(entry.champion_before)  # champion before the log began
+            if entry.action == ROLLBACK:
                 while stack and stack[-1] != entry.champion_after:
                     stack.pop()
-                stack = stack or [entry.champion_after]
+            if stack[-1:] != [entry.champion_after]:
+                stack.append(entry.champion_after)
         return stack
 
     def require_intact(self) -> None:
@@ -137,20 +134,23 @@ def read_log(rows: Sequence[DecisionRow], head_line: str = "") -> DecisionLog:
         head_line: the `head_line` of the log at an earlier time.
     """
     counted: list[tuple[int, Entry]] = []
-    hashes: list[str] = []  # of the entries that count, as they state them
+    hashes = [""]  # of the entries that count, as they state them
     void: list[int] = []
     problems: list[str] = []
     for row in rows:
         try:
-            entry, stated = _parse(row.line)
+            content = json.loads(row.line)
+            stated = str(content.pop("hash"))
+            entry = Entry(**content)
+            if entry.format != FORMAT:
+                raise ValueError(f"it has format {entry.format}; this version reads {FORMAT}")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             problems.append(f"entry {row.number} cannot be read ({error})")
             continue
-        expected = hashes[-1] if hashes else ""
-        if entry.previous != expected:
-            if entry.previous in hashes or entry.previous == "":
-                void.append(row.number)
-                continue
+        if entry.previous in hashes[:-1]:
+            void.append(row.number)
+            continue
+        if entry.previous != hashes[-1]:
             place = f"after entry {counted[-1][0]} and " if counted else ""
             problems.append(f"an entry {place}before entry {row.number} is missing")
         if entry.hash != stated:
@@ -164,13 +164,3 @@ def read_log(rows: Sequence[DecisionRow], head_line: str = "") -> DecisionLog:
         if stated not in hashes:
             problems.append(f"entry {number}, which was the last one once, is missing")
     return DecisionLog(tuple(counted), tuple(void), tuple(problems))
-
-
-def _parse(line: str) -> tuple[Entry, str]:
-    content = json.loads(line)
-    stated = str(content.pop("hash"))
-    if content.get("format") != FORMAT:
-        raise ValueError(f"it has format {content.get('format')}; this version reads {FORMAT}")
-    if unknown := content.keys() - {part.name for part in fields(Entry)}:
-        raise ValueError(f"it has unknown keys {sorted(unknown)}")
-    return Entry(**content), stated

@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 import time
 
-from mlflow.exceptions import MlflowException
-
 from deta.platform.registry.decision_log import (
     CHAMPION,
     ENTRY_TAG,
@@ -23,7 +21,7 @@ from deta.platform.registry.decision_log import (
     DecisionRow,
     read_log,
 )
-from deta.platform.registry.mlflow_client import MISSING, RetryingClient, aliases_of
+from deta.platform.registry.mlflow_client import RetryingClient, aliases_of
 from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -50,12 +48,16 @@ class DecisionStore:
         Raises:
             ValueError: there is no such model.
         """
-        log = self._read_once(name)
-        for _ in range(NUM_READS - 1):
-            if not log.problems:
+        for number in range(NUM_READS):
+            model = self._client.model(name)  # first, so that its tag is not newer than the log
+            rows = [
+                DecisionRow(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
+                for one in self._client.model_versions(name + HISTORY_SUFFIX)
+            ]
+            log = read_log(rows, model.tags.get(HEAD_TAG, ""))
+            if not log.problems or number == NUM_READS - 1:
                 break
             time.sleep(PAUSE_S)
-            log = self._read_once(name)
         return log
 
     def append(self, name: str, version: int, entry: str, text: str) -> int:
@@ -76,10 +78,7 @@ class DecisionStore:
         )
         try:
             added = self._client.mlflow.create_model_version(
-                history,
-                f"models:/{name}/{version}",
-                tags={ENTRY_TAG: entry},
-                description=text,
+                history, f"models:/{name}/{version}", tags={ENTRY_TAG: entry}, description=text
             )
         except Exception as error:
             self._client.raise_if_final(error)
@@ -88,33 +87,40 @@ class DecisionStore:
 
     def remove(self, name: str, number: int) -> None:
         """Remove an entry that came too late to count."""
-        try:
-            self._client.call(
-                self._client.mlflow.delete_model_version, name + HISTORY_SUFFIX, str(number)
-            )
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
+        delete = self._client.mlflow.delete_model_version
+        self._client.call_if_present(delete, name + HISTORY_SUFFIX, str(number))
 
     def sync_alias(self, name: str) -> DecisionLog:
         """Set the alias and the tag of the model according to the log, and return the log.
 
-        Other processes may do the same at once, from an older log. A process that has changed
-        something reads again, so the last one to change something has seen the last entry.
+        A process that was killed between its entry and the alias left an older alias; each decision
+        begins and ends with this. Other processes may do the same at once, from an older log. A
+        process that has changed something reads again, so the last one to change something has seen
+        the last entry.
+
+        Raises:
+            ValueError: the log was tampered with.
         """
-        while True:
-            log = self.read(name)
-            model = self._client.model(name)
+        client, is_synced = self._client.mlflow, False
+        while not is_synced:
             is_synced = True
+            log = self.read(name)
+            log.require_intact()
+            model = self._client.model(name)
             if log.champion is not None and aliases_of(model).get(CHAMPION) != log.champion:
-                is_synced = not self._set_champion(name, log.champion)
-            if log.head_line and model.tags.get(HEAD_TAG) != log.head_line:
-                self._client.call(
-                    self._client.mlflow.set_registered_model_tag, name, HEAD_TAG, log.head_line
+                is_synced = not self._client.call_if_present(
+                    client.set_registered_model_alias, name, CHAMPION, str(log.champion)
                 )
+                if is_synced:
+                    logger.warning(
+                        "%s version %s is champion, but it was deleted in MLflow; "
+                        "`jobs/promote.py rollback --to NUMBER` makes another version champion",
+                        name, log.champion,
+                    )  # fmt: skip
+            if log.head_line and model.tags.get(HEAD_TAG) != log.head_line:
+                self._client.call(client.set_registered_model_tag, name, HEAD_TAG, log.head_line)
                 is_synced = False
-            if is_synced:
-                return log
+        return log
 
     def champion(self, name: str) -> int | None:
         """Return the champion: the alias if it agrees with the end of the log, else the log's."""
@@ -124,35 +130,10 @@ class DecisionStore:
         if alias is not None and (not head or head.split()[-1] == str(alias)):
             return alias
         champion = self.read(name).champion
-        if champion is not None and alias != champion:
+        if champion not in (None, alias):
             logger.warning(
                 "%s: the alias champion is version %s, but the log of decisions has version %s, "
                 "which is used; `jobs/promote.py repair` sets the alias again",
                 name, alias, champion,
             )  # fmt: skip
-        return champion if champion is not None else alias
-
-    def _read_once(self, name: str) -> DecisionLog:
-        model = self._client.model(name)  # first, so that its tag is not newer than the log
-        rows = [
-            DecisionRow(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
-            for one in self._client.model_versions(name + HISTORY_SUFFIX)
-        ]
-        return read_log(rows, model.tags.get(HEAD_TAG, ""))
-
-    def _set_champion(self, name: str, number: int) -> bool:
-        """Return False if that version was deleted."""
-        try:
-            self._client.call(
-                self._client.mlflow.set_registered_model_alias, name, CHAMPION, str(number)
-            )
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
-            logger.warning(
-                "%s version %s is champion, but it was deleted in MLflow; "
-                "`jobs/promote.py rollback --to NUMBER` makes another version champion",
-                name, number,
-            )  # fmt: skip
-            return False
-        return True
+        return alias if champion is None else champion

@@ -80,6 +80,16 @@ class RetryingClient:
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(MAX_BACKOFF_S, 2 * pause_s)
 
+    def call_if_present(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """Call MLflow as `call` does; return False if what it is about does not exist."""
+        try:
+            self.call(function, *args, **kwargs)
+        except MlflowException as error:
+            if error.error_code != MISSING:
+                raise
+            return False
+        return True
+
     def raise_if_final(self, error: Exception) -> None:
         """Raise an error that a retry does not change; return for all others."""
         if isinstance(error, (TypeError, AttributeError, FileNotFoundError)):
@@ -110,17 +120,12 @@ class RetryingClient:
 
     def ensure_model(self, name: str, description: str) -> None:
         """Create a registered model unless it exists."""
-        try:
-            self.call(self.mlflow.get_registered_model, name)
-            return
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
-        try:
-            self.call(self.mlflow.create_registered_model, name, description=description)
-        except MlflowException as error:
-            if error.error_code != TAKEN:  # another process has just created it
-                raise
+        if not self.call_if_present(self.mlflow.get_registered_model, name):
+            try:
+                self.call(self.mlflow.create_registered_model, name, description=description)
+            except MlflowException as error:
+                if error.error_code != TAKEN:  # another process has just created it
+                    raise
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return the version number of each alias of a registered model."""
@@ -138,10 +143,10 @@ class RetryingClient:
                 max_results=10_000,
                 page_token=token,
             )
-            found += page
-            token = page.token
+            found, token = [*found, *page], page.token
             if not token:
-                return sorted(found, key=lambda one: int(one.version))
+                break
+        return sorted(found, key=lambda one: int(one.version))
 
 
 def aliases_of(model: RegisteredModel) -> dict[str, int]:

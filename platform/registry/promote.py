@@ -9,6 +9,7 @@ which is better, not the order of arrival.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
@@ -42,6 +43,13 @@ DECISION_TAG = "deta.decision"
 MAX_TRIES = 1000  # far more than concurrent promotions
 # Compares a challenger with the champion, if there is one.
 Gate = Callable[[Version, Version | None], Decision]
+Draft = tuple[str, int | None, Decision | None]  # action, champion before, comparison
+DONE = {
+    ACCEPT: "accepted as champion",
+    FORCE: "FORCED to be champion",
+    REFUSE: "refused",
+    ROLLBACK: "champion again (rollback)",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def promote(
     version = registry.version(name, number)
     decisions: dict[int | None, Decision | None] = {}  # by champion
 
-    def decide_on(log: DecisionLog) -> _Draft:
+    def decide_on(log: DecisionLog) -> Draft:
         before = _champion(registry, name, log)
         if before == number:
             raise ValueError(f"{version} is the champion already")
@@ -103,20 +111,16 @@ def promote(
             decisions[before] = _compare(registry, gate, version, before, sha256, force)
         decision = decisions[before]
         accepted = decision is not None and decision.accepted
-        action = ACCEPT if accepted else FORCE if force else REFUSE
-        after = before if action == REFUSE else number
-        return _Draft(action, version, before, after, decision)
+        return ACCEPT if accepted else FORCE if force else REFUSE, before, decision
 
-    log = registry.decisions.read(name)
-    log.require_intact()
     if dry_run:
-        draft = decide_on(log)
-        return PromotionResult(draft.action, draft.decision, draft.before, None, 1)
-    entry, tries = _commit(registry, name, decide_on, by=by, reason=reason)
-    _tag_with(registry, version, entry)
-    return PromotionResult(
-        entry.action, decisions.get(entry.champion_before), entry.champion_after, entry, tries
-    )
+        log = registry.decisions.read(name)
+        log.require_intact()
+        action, before, decision = decide_on(log)
+        return PromotionResult(action, decision, before, None, 1)
+    entry, tries = _commit(registry, version, decide_on, by, redact(reason))
+    decision = decisions.get(entry.champion_before)
+    return PromotionResult(entry.action, decision, entry.champion_after, entry, tries)
 
 
 def rollback(registry: Registry, name: str, to: int | None, *, by: str, reason: str) -> Entry:
@@ -134,41 +138,28 @@ def rollback(registry: Registry, name: str, to: int | None, *, by: str, reason: 
     log = registry.decisions.read(name)
     log.require_intact()
     current = _champion(registry, name, log)
-    target = _earlier(name, log) if to is None else to
-    version = registry.version(name, target)
-    if target == current:
-        raise ValueError(f"{version} is the champion already")
+    if to is None and len(log.champions()) < 2:
+        raise ValueError(f"{name} has had no other champion; name a version with --to")
+    version = registry.version(name, log.champions()[-2] if to is None else to)
 
-    def decide_on(log: DecisionLog) -> _Draft:
+    def decide_on(log: DecisionLog) -> Draft:
         before = _champion(registry, name, log)
         if before != current:
             raise ValueError(
                 f"version {before} became champion while version {current} was being rolled back; "
                 "check it, and roll back again if needed"
             )
-        return _Draft(ROLLBACK, version, before, target, None)
+        if before == version.number:
+            raise ValueError(f"{version} is the champion already")
+        return ROLLBACK, before, None
 
-    entry, _ = _commit(registry, name, decide_on, by=by, reason=reason)
-    _tag_with(registry, version, entry)
-    return entry
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A decision that is not in the log yet."""
-
-    action: str
-    version: Version
-    before: int | None
-    after: int | None
-    decision: Decision | None
+    return _commit(registry, version, decide_on, by, redact(reason))[0]
 
 
 def _commit(
     registry: Registry,
-    name: str,
-    decide_on: Callable[[DecisionLog], _Draft],
-    *,
+    version: Version,
+    decide_on: Callable[[DecisionLog], Draft],
     by: str,
     reason: str,
 ) -> tuple[Entry, int]:
@@ -177,73 +168,69 @@ def _commit(
     Returns:
         The entry that counts, and the number of tries.
     """
-    id_ = uuid.uuid4().hex
+    id_, name, decisions = uuid.uuid4().hex, version.name, registry.decisions
+    log = decisions.sync_alias(name)  # the alias may lag behind the log: see there
     for tries in range(1, MAX_TRIES):
-        log = registry.decisions.read(name)
-        log.require_intact()
         entry = log.find(id_)  # it is there if only the response was lost
-        if entry is None:
-            entry = _entry(id_, log, decide_on(log), by, reason)
-            try:
-                position = registry.decisions.append(
-                    name, entry.version, entry.to_line(), entry.text
-                )
-            except UnknownOutcomeError:
-                _pause(tries)
-                continue
-            if registry.decisions.read(name).find(id_) is None:
-                registry.decisions.remove(name, position)
-                _pause(tries)
-                continue
-        registry.decisions.sync_alias(name)
-        return entry, tries
-    raise RuntimeError(f"the decision on {name} came too late {MAX_TRIES} times; try again later")
+        if entry is not None:
+            break
+        entry = _entry(id_, log, version, decide_on(log), by, reason)
+        position: int | None = None
+        with contextlib.suppress(UnknownOutcomeError):
+            position = decisions.append(name, entry.version, entry.to_line(), entry.text)
+        log = decisions.read(name)
+        log.require_intact()
+        if log.find(id_) is not None:
+            break
+        if position is not None:
+            decisions.remove(name, position)
+        time.sleep(random.uniform(0.0, min(2.0, 0.02 * 2 ** min(tries, 7))))
+        log = decisions.read(name)
+        log.require_intact()
+    else:
+        raise RuntimeError(
+            f"the decision on {name} came too late {MAX_TRIES} times; try again later"
+        )
+    decisions.sync_alias(name)
+    try:  # show the decision on the version's page; it is valid without
+        registry.tag_version(version, {DECISION_TAG: f"{entry.action}, {entry.time}, by {by}"})
+    except RuntimeError as error:
+        logger.warning("%s: the decision is not shown on its page (%s)", version, error)
+    return entry, tries
 
 
-def _entry(id_: str, log: DecisionLog, draft: _Draft, by: str, reason: str) -> Entry:
+def _entry(
+    id_: str, log: DecisionLog, version: Version, draft: Draft, by: str, reason: str
+) -> Entry:
+    action, before, decision = draft
+    after = before if action == REFUSE else version.number
     when = datetime.now(UTC).isoformat(timespec="seconds")
+    text = f"**Version {version.number} {DONE[action]}**, {when}, by {by}.\n\n"
+    text += f"Champion before: {'none' if before is None else f'version {before}'}; "
+    text += f"after: version {after}." if after is not None else "after: none."
+    text += f"\n\nReason: {reason}" if reason else ""
     details: dict[str, Any] = {}
-    if draft.decision is not None:
+    if decision is not None:
+        text += f"\n```\n{decision.table()}\n```"
         details = {
-            "policy": asdict(draft.decision.policy),
-            "criteria": [asdict(one) for one in draft.decision.criteria],
-            "figures": draft.decision.measurements(),
+            "policy": asdict(decision.policy),
+            "criteria": [asdict(one) for one in decision.criteria],
+            "figures": decision.measurements(),
         }
     return Entry(
         id=id_,
         previous=log.head,
-        action=draft.action,
-        version=draft.version.number,
-        sha256=draft.version.sha256,
-        champion_before=draft.before,
-        champion_after=draft.after,
+        action=action,
+        version=version.number,
+        sha256=version.sha256,
+        champion_before=before,
+        champion_after=after,
         by=by,
         time=when,
-        reason=redact(reason),
-        text=_text(draft, when, by, redact(reason)),
+        reason=reason,
+        text=text[:MAX_TEXT_CHARACTERS].strip(),
         **details,
     )
-
-
-def _text(draft: _Draft, when: str, by: str, reason: str) -> str:
-    """Return the text of the entry's page, in Markdown."""
-    done = {
-        ACCEPT: "accepted as champion",
-        FORCE: "FORCED to be champion",
-        REFUSE: "refused",
-        ROLLBACK: "champion again (rollback)",
-    }[draft.action]
-    before = "none" if draft.before is None else f"version {draft.before}"
-    lines = [f"**Version {draft.version.number} {done}**, {when}, by {by}."]
-    lines.append(f"Champion before: {before}; after: version {draft.after}.")
-    if draft.after is None:
-        lines[-1] = "There is no champion."
-    if reason:
-        lines.append(f"Reason: {reason}")
-    if draft.decision is not None:
-        lines += ["```", draft.decision.table(), "```"]
-    text = "\n\n".join(lines[:3]) + "\n" + "\n".join(lines[3:])
-    return text[:MAX_TEXT_CHARACTERS].strip()
 
 
 def _compare(
@@ -281,26 +268,6 @@ def _compare(
     return decision
 
 
-def _tag_with(registry: Registry, version: Version, entry: Entry) -> None:
-    """Show the decision on the version's page. The decision is valid without it."""
-    try:
-        tag = f"{entry.action}, {entry.time}, by {entry.by}"
-        registry.tag_version(version, {DECISION_TAG: tag})
-    except RuntimeError as error:
-        logger.warning("%s: the decision is not shown on its page (%s)", version, error)
-
-
 def _champion(registry: Registry, name: str, log: DecisionLog) -> int | None:
     """Return the champion of the log; if the log is empty, the version with the alias."""
     return log.champion if log.entries else registry.aliases(name).get(CHAMPION)
-
-
-def _earlier(name: str, log: DecisionLog) -> int:
-    champions = log.champions()
-    if len(champions) < 2:
-        raise ValueError(f"{name} has had no other champion; name a version with --to")
-    return champions[-2]
-
-
-def _pause(tries: int) -> None:
-    time.sleep(random.uniform(0.0, min(2.0, 0.02 * 2 ** min(tries, 7))))

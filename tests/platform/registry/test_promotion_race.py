@@ -28,7 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from deta.platform.evaluation.paired_bootstrap import PairedDifference, paired_difference
-from deta.platform.registry.decision_log import ACCEPT
+from deta.platform.registry.decision_log import ACCEPT, DecisionLog
 from deta.platform.registry.decision_store import DecisionStore, UnknownOutcomeError
 from deta.platform.registry.mlflow_client import RetryingClient
 from deta.platform.registry.mlflow_registry import (
@@ -38,6 +38,7 @@ from deta.platform.registry.mlflow_registry import (
     UploadedFiles,
     Version,
 )
+from deta.platform.registry.model_address import parse_address
 from deta.platform.registry.promote import promote
 from deta.platform.registry.promotion_gate import Candidate, Decision, Policy, decide
 
@@ -256,6 +257,34 @@ def test_a_killed_process_leaves_nothing_behind_that_stops_others(tmp_path: Path
         assert outcome.champion == other
         assert registry.aliases(name) == {"champion": other}
         assert registry.decisions.read(name).problems == ()
+
+
+def test_the_next_decision_sets_the_alias_after_a_kill_between_entry_and_alias(tmp_path: Path):
+    class Killed(DecisionStore):
+        num_syncs = 0
+
+        def sync_alias(self, name: str) -> DecisionLog:
+            self.num_syncs += 1
+            if self.num_syncs == 2:  # after the entry
+                raise SystemExit
+            return super().sync_alias(name)
+
+    uri, name = f"sqlite:///{tmp_path / 'mlflow.db'}", "lagging"
+    files = some_files(uri, tmp_path)
+    registry, doomed = Registry(uri), Registry(uri)
+    first, second = (add(registry, name, files, rank).number for rank in (1, 5))
+    promote(registry, name, first, SmallGate(), by="ann")
+    doomed.decisions = Killed(doomed._client)
+    with pytest.raises(SystemExit):
+        promote(doomed, name, second, SmallGate(), by="ann")
+    assert registry.decisions.read(name).champion == second
+    assert registry.aliases(name) == {"champion": first}
+
+    with pytest.raises(ValueError, match="is the champion already"):
+        promote(registry, name, second, SmallGate(), by="ann")
+
+    assert registry.aliases(name) == {"champion": second}
+    assert registry.find(parse_address(f"models:/{name}@champion")).number == second
 
 
 def test_a_lost_response_makes_no_second_decision(tmp_path: Path):
