@@ -27,6 +27,7 @@ Images are sorted by id, whatever the order of the file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -34,8 +35,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 
 from deta.platform.data.coco_annotations import DatasetError, Problems, read_coco_file
-from deta.platform.data.coco_tables import make_tables, set_ranges
+from deta.platform.data.coco_tables import CocoTables, make_tables
 from deta.platform.data.image_decoding import MAX_PIXELS, ImageError, decode_bytes, read_file
 from deta.platform.data.image_folder import inspect_images, size_mismatch
 
@@ -90,21 +91,17 @@ class CocoDataset:
     def __init__(
         self,
         folder: Path,
-        file_names: list[str],
-        image_rows: np.ndarray,
-        annotation_rows: np.ndarray,
+        tables: CocoTables,
         categories: tuple[Category, ...],
         notes: list[str],
         max_pixels: int,
     ) -> None:
-        """Wrap tables that `open` has checked: I names, I image rows, A annotation rows."""
+        """Wrap tables that `open` has checked."""
         self.folder = folder
+        self.tables = tables
         self.categories = categories
         self.notes = notes
         self.max_pixels = max_pixels
-        self._file_names = file_names
-        self._image_rows = image_rows
-        self._annotation_rows = annotation_rows
 
     @classmethod
     def open(
@@ -146,16 +143,15 @@ class CocoDataset:
         ids = sorted(category["id"] for category in coco.categories)
         names = {category["id"]: category["name"] for category in coco.categories}
         categories = tuple(Category(i, names[i]) for i in ids)
-        image_rows, annotation_rows, notes = make_tables(annotations, coco, usable, ids, num_bytes)
+        tables, notes = make_tables(annotations, coco, usable, ids, num_bytes)
 
         notes = problems.notes() + notes
         for note in notes:
             logger.warning(note)
-        file_names = [str(PurePosixPath(image["file_name"])) for image in usable]
-        return cls(images, file_names, image_rows, annotation_rows, categories, notes, max_pixels)
+        return cls(images, tables, categories, notes, max_pixels)
 
     def __len__(self) -> int:
-        return len(self._image_rows)
+        return len(self.tables.images)
 
     def __getitem__(self, index: int) -> Sample:
         """Decode image `index` and return it with its training boxes.
@@ -184,14 +180,9 @@ class CocoDataset:
         return read_file(self.records[index].path, self.max_pixels)
 
     @property
-    def tables(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """File names, image rows and annotation rows (`coco_tables.py`); do not modify."""
-        return self._file_names, self._image_rows, self._annotation_rows
-
-    @property
     def num_bytes(self) -> np.ndarray:
         """Size of each image file in bytes: I int64."""
-        return self._image_rows["num_bytes"].copy()
+        return self.tables.images["num_bytes"].copy()
 
     @property
     def records(self) -> ImageRecords:
@@ -205,40 +196,30 @@ class CocoDataset:
         It has every annotation of these images, with boxes and category ids as in the file.
         Annotations are numbered from 1.
         """
-        images = [
-            {"id": image_id, "file_name": name, "width": width, "height": height}
-            for image_id, name, width, height in zip(
-                self._image_rows["id"].tolist(),
-                self._file_names,
-                self._image_rows["width"].tolist(),
-                self._image_rows["height"].tolist(),
-                strict=True,
-            )
-        ]
-        rows = self._annotation_rows
-        counts = self._image_rows["end"] - self._image_rows["start"]
+        file_names, image_rows, rows = self.tables
         category_ids = np.array([category.id for category in self.categories], np.int64)
-        annotations = [
-            {
-                "id": number,
-                "image_id": image_id,
-                "category_id": category_id,
-                "bbox": bbox,
-                "area": area,
-                "iscrowd": crowd,
-            }
-            for number, image_id, category_id, bbox, area, crowd in zip(
-                range(1, len(rows) + 1),
-                np.repeat(self._image_rows["id"], counts).tolist(),
-                category_ids[rows["label"]].tolist(),
-                rows["bbox"].tolist(),
-                rows["area"].tolist(),
-                rows["crowd"].astype(np.int64).tolist(),
-                strict=True,
-            )
-        ]
+        images = {
+            "id": image_rows["id"].tolist(),
+            "file_name": file_names,
+            "width": image_rows["width"].tolist(),
+            "height": image_rows["height"].tolist(),
+        }
+        annotations = {
+            "id": range(1, len(rows) + 1),
+            "image_id": np.repeat(
+                image_rows["id"], image_rows["end"] - image_rows["start"]
+            ).tolist(),
+            "category_id": category_ids[rows["label"]].tolist(),
+            "bbox": rows["bbox"].tolist(),
+            "area": rows["area"].tolist(),
+            "iscrowd": rows["crowd"].astype(np.int64).tolist(),
+        }
         categories = [{"id": category.id, "name": category.name} for category in self.categories]
-        return {"images": images, "annotations": annotations, "categories": categories}
+        return {
+            "images": _records(images),
+            "annotations": _records(annotations),
+            "categories": categories,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -250,16 +231,15 @@ class CocoDataset:
         """
         digest = hashlib.sha256(b"deta coco 1\n")
         digest.update(_line([[category.id, category.name] for category in self.categories]))
-        for row, name in zip(self._image_rows.tolist(), self._file_names, strict=True):
+        for row, name in zip(self.tables.images.tolist(), self.tables.file_names, strict=True):
             image_id, height, width, num_bytes, start, end = row
-            rows = self._annotation_rows[start:end]
-            rows = rows[rows["target"]]
+            rows = self._targets(start, end)
             digest.update(_line([image_id, name, width, height, num_bytes, len(rows)]))
             digest.update(rows["box_px"].tobytes())
             digest.update(rows["label"].tobytes())
         return digest.hexdigest()
 
-    def first(self, num_images: int) -> CocoDataset:
+    def first(self, num_images: int) -> Self:
         """Return a data set of the images with the lowest ids.
 
         Raises:
@@ -271,7 +251,7 @@ class CocoDataset:
             )
         return self.subset(range(num_images))
 
-    def subset(self, indices: Iterable[int]) -> CocoDataset:
+    def subset(self, indices: Iterable[int]) -> Self:
         """Return a data set of some of the images, sorted by id.
 
         All categories stay, so class indices keep their meaning.
@@ -285,49 +265,24 @@ class CocoDataset:
             raise ValueError(f"a subset needs one index or more, each once, not {chosen[:10]}")
         if chosen[0] < 0 or chosen[-1] >= len(self):
             raise IndexError(f"indices {chosen[0]} to {chosen[-1]} in a data set of {len(self)}")
-        image_rows = self._image_rows[chosen]
-        counts = image_rows["end"] - image_rows["start"]
-        rows = [
-            self._annotation_rows[start:end]
-            for start, end in zip(image_rows["start"], image_rows["end"], strict=True)
-        ]
-        set_ranges(image_rows, counts)
-        notes = [*self.notes, f"{len(chosen)} of {len(self)} images were chosen"]
-        return self._with_images(chosen, image_rows, np.concatenate(rows), notes)
-
-    def _with_images(
-        self,
-        chosen: list[int],
-        image_rows: np.ndarray,
-        annotation_rows: np.ndarray,
-        notes: list[str],
-    ) -> CocoDataset:
-        """Return the data set of the images at some indices, given their rows."""
-        return CocoDataset(
-            self.folder,
-            [self._file_names[i] for i in chosen],
-            image_rows,
-            annotation_rows,
-            self.categories,
-            notes,
-            self.max_pixels,
-        )
+        part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
+        part.tables = self.tables.take(chosen)
+        part.notes = [*self.notes, f"{len(chosen)} of {len(self)} images were chosen"]
+        return part
 
     def _path(self, index: int) -> Path:
-        return self.folder / self._file_names[index]
+        return self.folder / self.tables.file_names[index]
+
+    def _targets(self, start: int, end: int) -> np.ndarray:
+        rows = self.tables.annotations[start:end]
+        return rows[rows["target"]]
 
     def _record(self, index: int) -> ImageRecord:
-        image_id, height, width, _, start, end = self._image_rows[index].tolist()
-        rows = self._annotation_rows[start:end]
-        rows = rows[rows["target"]]
-        return ImageRecord(
-            image_id,
-            self._path(index),
-            width,
-            height,
-            rows["box_px"].copy(),
-            rows["label"].copy(),
-        )
+        image_id, height, width, _, start, end = self.tables.images[index].tolist()
+        rows = self._targets(start, end)
+        boxes_px, labels = rows["box_px"].copy(), rows["label"].copy()
+        return ImageRecord(image_id, self._path(index), width, height, boxes_px, labels)
 
 
 class ImageRecords(Sequence[ImageRecord]):
@@ -347,6 +302,10 @@ class ImageRecords(Sequence[ImageRecord]):
         if isinstance(index, slice):
             return [self._dataset._record(i) for i in range(*index.indices(len(self)))]
         return self._dataset._record(range(len(self))[index])  # range handles negative indices
+
+
+def _records(columns: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _line(values: object) -> bytes:

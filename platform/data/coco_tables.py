@@ -4,15 +4,15 @@ Arrays are used instead of objects because they pickle fast, and because they ha
 counts, whose updates would copy a forked worker's memory page by page.
 """
 
-# A annotations of all images
+# I images   A annotations of all images
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
 from itertools import chain
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,21 @@ ANNOTATION_ROW = np.dtype(
         ("target", "?"),  # true: a training box
     ]
 )
+
+
+class CocoTables(NamedTuple):
+    """All images, sorted by id, and their annotations; do not modify."""
+
+    file_names: list[str]  # I
+    images: np.ndarray  # I rows of IMAGE_ROW
+    annotations: np.ndarray  # A rows of ANNOTATION_ROW, sorted by image
+
+    def take(self, chosen: list[int]) -> CocoTables:
+        """Return the tables of some images, given their indices in rising order."""
+        images = self.images[chosen]
+        rows = [self.annotations[image["start"] : image["end"]] for image in images]
+        set_ranges(images, images["end"] - images["start"])
+        return CocoTables([self.file_names[i] for i in chosen], images, np.concatenate(rows))
 
 
 def training_boxes(
@@ -96,8 +111,8 @@ def make_tables(
     images: list[dict[str, Any]],
     category_ids: list[int],
     num_bytes: dict[int, int],
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return image rows, annotation rows sorted by image, and notes on suspicious records."""
+) -> tuple[CocoTables, list[str]]:
+    """Return the tables of some images, sorted by id, and notes on suspicious records."""
     place_of = {image["id"]: place for place, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     annotations = [a for a in coco.annotations if a["image_id"] in place_of]
@@ -124,12 +139,14 @@ def make_tables(
     size_px = np.stack([image_rows["height"], image_rows["width"]], axis=1)[places]  # A 2
     reasons = set_training_boxes(rows, size_px)
 
-    notes = []
-    for reason, dropped in reasons.items():
-        dropped = dropped & ~rows["crowd"]
-        if dropped.any():
-            notes.append(records_note(path, reason, ids[dropped].tolist()))
-    return image_rows, rows, notes + _warnings(path, coco, image_rows, rows)
+    notes = [
+        records_note(path, reason, ids[dropped & ~rows["crowd"]].tolist())
+        for reason, dropped in reasons.items()
+        if (dropped & ~rows["crowd"]).any()
+    ]
+    file_names = [str(PurePosixPath(image["file_name"])) for image in images]
+    tables = CocoTables(file_names, image_rows, rows)
+    return tables, notes + _warnings(path, coco, image_rows, rows)
 
 
 def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarray) -> list[str]:

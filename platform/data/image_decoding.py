@@ -20,13 +20,13 @@ JPEG that was cut and then closed by a valid end marker.
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import stat
-import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -39,15 +39,19 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-PROGRESS_AFTER_S = 3.0
-
-
 MAX_PIXELS = 50_000_000  # 150 MB as RGB, 600 MB as the float tensor of a model input
 BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA: no accepted file needs more
 OTHER_BYTES = 16 << 20  # allowed besides the pixels: previews, profiles, text
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, 32 and 64 bit
+FORMATS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    (re.compile(PNG_SIGNATURE), PngImageFile),
+    (re.compile(rb"BM"), BmpImageFile),
+    (re.compile(rb"(?s)RIFF....WEBP"), WebPImageFile),
+    # Little and big endian, 32 and 64 bit.
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+)
 LFS_POINTER = b"version https://git-lfs"
 
 # PIL modes whose values use the full 8-bit range, so that convert("RGB") is correct.
@@ -55,18 +59,7 @@ EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "
 
 # File system errors that a retry does not fix: the data set is at fault. Any other error, such as a
 # network failure, is passed on, so that no image is skipped because of it.
-PERMANENT_ERRORS = frozenset(
-    {
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EINVAL,
-    }
-)
+PERMANENT_ERRORS = {EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
 
 
 class ImageError(ValueError):
@@ -167,9 +160,9 @@ def _open_header(
     """
     head = file.read(32)
     file.seek(0)
-    format_class = _format_class(head)
-    if format_class is None and head.startswith(LFS_POINTER):
+    if head.startswith(LFS_POINTER):
         raise ImageError(f"{path}: is a Git LFS pointer, not the image; run `git lfs pull`")
+    format_class = next((each for begins, each in FORMATS if begins.match(head)), None)
     if format_class is None:
         raise ImageError(
             f"{path}: is not JPEG, PNG, BMP, WebP or TIFF but begins with {head[:12]!r}; "
@@ -199,38 +192,20 @@ def _open_header(
     return image
 
 
-def _format_class(head: bytes) -> type[ImageFile.ImageFile] | None:
-    if head.startswith(b"\xff\xd8\xff"):
-        return JpegImageFile
-    if head.startswith(PNG_SIGNATURE):
-        return PngImageFile
-    if head.startswith(b"BM"):
-        return BmpImageFile
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return WebPImageFile
-    if head.startswith(TIFF_SIGNATURES):
-        return TiffImageFile
-    return None
-
-
 def _check_png_chunks(content: bytes, path: Path) -> None:
     """Refuse a PNG that ends early or has a wrong checksum; ignore bytes after its end.
 
     Source: PNG specification, section 5.3, https://www.w3.org/TR/png-3/#5Chunk-layout
     """
     view = memoryview(content)
-    start = len(PNG_SIGNATURE)
-    name = b""
+    start, name = len(PNG_SIGNATURE), b""
     while name != b"IEND":
-        if start + 12 > len(view):
-            raise ImageError(f"{path}: ends before its IEND chunk; download the file again")
-        (length,) = struct.unpack_from(">I", view, start)
+        length = int.from_bytes(view[start : start + 4], "big")
         end = start + 8 + length
         if end + 4 > len(view):
-            raise ImageError(f"{path}: ends in the middle of a chunk; download the file again")
+            raise ImageError(f"{path}: ends before its IEND chunk; download the file again")
         name = bytes(view[start + 4 : start + 8])
-        (checksum,) = struct.unpack_from(">I", view, end)
-        if zlib.crc32(view[start + 4 : end]) != checksum:
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise ImageError(
                 f"{path}: chunk {name!r} has a wrong checksum; download the file again"
             )

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from deta.platform.data.coco_annotations import Problems
-from deta.platform.data.image_decoding import PROGRESS_AFTER_S, Header, ImageError, read_header
+from deta.platform.data.image_decoding import Header, ImageError, read_header
+from deta.platform.data.progress import progress_bar
 
 NUM_READERS = 16  # threads that read headers; network storage keeps more of them busy than cores
 IMAGES_PER_TASK = 128
 
 IMAGE_UNREADABLE = "image missing or unreadable"
 IMAGE_OF_OTHER_SIZE = "image of another size than annotated"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class OutsideFolderError(ValueError):
@@ -69,17 +65,12 @@ def inspect_images(
 ) -> dict[int, int]:
     """Return image id -> file size in bytes, for each image with a valid path and header.
 
-    Args:
-        folder: the image folder.
-        images: image records of the annotation file.
-        max_pixels: the largest image to accept, width times height.
-        progress: show a bar on stderr if it takes long.
-        problems: receives a fault for every other image.
+    `problems` receives a fault for every other image, also for one of over `max_pixels`.
     """
     image_folder = ImageFolder(folder)
 
-    def inspect(chunk: list[dict[str, Any]]) -> list[Header | ImageError | OutsideFolderError]:
-        found: list[Header | ImageError | OutsideFolderError] = []
+    def inspect(chunk: list[dict[str, Any]]) -> list[Header | ValueError]:
+        found: list[Header | ValueError] = []
         for image in chunk:
             try:
                 found.append(read_header(image_folder.path(image["file_name"]), max_pixels))
@@ -88,47 +79,29 @@ def inspect_images(
         return found
 
     num_bytes = {}
-    for image, found in zip(images, _in_threads(inspect, images, progress), strict=True):
-        image_id = image["id"]
-        if isinstance(found, OutsideFolderError):
-            problems.add_error(f"image {image_id}", "file_name", str(found))
-        elif isinstance(found, ImageError):
-            text = f"image {image_id}, file_name: {found}"
-            problems.add_skippable(IMAGE_UNREADABLE, image_id, text)
-        elif (found.width, found.height) != (image["width"], image["height"]):
-            annotated = image["width"], image["height"]
-            fault = size_mismatch(folder / image["file_name"], found[:2], annotated)
-            field = "width" if found.width != image["width"] else "height"
-            problems.add_skippable(
-                IMAGE_OF_OTHER_SIZE, image_id, f"image {image_id}, {field}: {fault}"
-            )
-        else:
-            num_bytes[image_id] = found.num_bytes
+    starts = range(0, len(images), IMAGES_PER_TASK)
+    chunks = [images[start : start + IMAGES_PER_TASK] for start in starts]
+    with (
+        ThreadPoolExecutor(NUM_READERS) as pool,
+        progress_bar("image headers", len(images), show=progress) as advance,
+    ):
+        for chunk, results in zip(chunks, pool.map(inspect, chunks), strict=True):
+            for image, found in zip(chunk, results, strict=True):
+                image_id, annotated = image["id"], (image["width"], image["height"])
+                if isinstance(found, OutsideFolderError):
+                    problems.add_error(f"image {image_id}", "file_name", str(found))
+                elif isinstance(found, ValueError):
+                    text = f"image {image_id}, file_name: {found}"
+                    problems.add_skippable(IMAGE_UNREADABLE, image_id, text)
+                elif found[:2] != annotated:
+                    fault = size_mismatch(folder / image["file_name"], found[:2], annotated)
+                    field = "width" if found.width != image["width"] else "height"
+                    text = f"image {image_id}, {field}: {fault}"
+                    problems.add_skippable(IMAGE_OF_OTHER_SIZE, image_id, text)
+                else:
+                    num_bytes[image_id] = found.num_bytes
+            advance(len(chunk))
     return num_bytes
-
-
-def _in_threads(
-    work: Callable[[list[Item]], list[Result]], items: list[Item], progress: bool
-) -> Iterator[Result]:
-    """Yield the results for all items in order, computed in chunks by several threads."""
-    starts = range(0, len(items), IMAGES_PER_TASK)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        results = pool.map(lambda start: work(items[start : start + IMAGES_PER_TASK]), starts)
-        if progress:
-            from tqdm import tqdm
-
-            results = tqdm(
-                results,
-                "image headers",
-                total=len(starts),
-                unit=" images",
-                unit_scale=IMAGES_PER_TASK,
-                mininterval=1.0,
-                delay=PROGRESS_AFTER_S,
-                file=sys.stderr,
-            )
-        for chunk in results:
-            yield from chunk
 
 
 def size_mismatch(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> str:

@@ -24,10 +24,10 @@ from safetensors.numpy import load, save
 
 from deta.platform.data.coco_annotations import file_name_fault
 from deta.platform.data.coco_dataset import Category, CocoDataset
-from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW
+from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW, CocoTables
 from deta.platform.run.config import RunConfig, from_json, to_json
 from deta.platform.run.run import Run
-from deta.platform.shards.manifest import SHARD_NAME, Shard
+from deta.platform.shards.manifest import Shard
 from deta.platform.shards.object_store import ObjectStore
 from deta.platform.shards.sharded_dataset import LOCATION_ROW, ShardedDataset
 from deta.platform.system.atomic_write import write_atomic
@@ -151,24 +151,19 @@ def _dataset(
     _require_within(annotation_rows["label"], len(categories), "categories")
 
     max_pixels = int(about["max_pixels"])
+    coco = CocoTables(names, image_rows, annotation_rows)
     dataset: CocoDataset
     if about["shards"] is None:
-        dataset = CocoDataset(
-            Path(images), names, image_rows, annotation_rows, categories, notes, max_pixels
-        )
+        dataset = CocoDataset(Path(images), coco, categories, notes, max_pixels)
     else:
         places = _table(rows[f"{split}.places"], LOCATION_ROW)
         shards = tuple(Shard(**shard) for shard in about["shards"])
-        for shard in shards:
-            if not SHARD_NAME.fullmatch(shard.name):
-                raise ValueError(f"{shard.name!r} is not the name of a shard")
         if len(places) != len(image_rows):
             raise ValueError(f"{len(places)} places for {len(image_rows)} images")
         _require_within(places["shard"], len(shards), "shards")
-        dataset = ShardedDataset.from_tables(
-            ObjectStore(images), shards, places, names, image_rows, annotation_rows, categories,
-            notes, max_pixels,
-        )  # fmt: skip
+        dataset = ShardedDataset(
+            ObjectStore(images), shards, places, coco, categories, notes, max_pixels
+        )
     if dataset.fingerprint != about["fingerprint"]:
         raise ValueError(
             f"the {split} data set does not have the fingerprint that it was stored with"

@@ -13,6 +13,7 @@ from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.coco_tables import (
     ANNOTATION_ROW,
     IMAGE_ROW,
+    CocoTables,
     set_ranges,
     set_training_boxes,
 )
@@ -59,8 +60,8 @@ def to_arrow(dataset: CocoDataset, images: range) -> pa.Table:
     )
 
 
-def from_arrow(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return image rows and annotation rows, equal to those that `make_tables` made."""
+def from_arrow(table: pa.Table, categories: tuple[Category, ...]) -> CocoTables:
+    """Return tables equal to those that `make_tables` made."""
 
     def column(name: str) -> Any:
         return table[name].combine_chunks()
@@ -81,4 +82,4 @@ def from_arrow(table: pa.Table, categories: tuple[Category, ...]) -> tuple[np.nd
     rows["label"] = np.searchsorted(category_ids, column("category_id").flatten().to_numpy())
     sizes_px = np.stack([image_rows["height"], image_rows["width"]], axis=1)
     set_training_boxes(rows, np.repeat(sizes_px, counts, axis=0))
-    return image_rows, rows
+    return CocoTables(table["file_name"].to_pylist(), image_rows, rows)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import Category
-from deta.platform.data.image_decoding import PROGRESS_AFTER_S
+from deta.platform.data.progress import progress_bar
 from deta.platform.shards.object_store import ObjectStore
 
 MANIFEST = "MANIFEST.json"
@@ -36,6 +35,10 @@ class Shard:
     num_images: int
     num_bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if self.name != ANNOTATIONS and not SHARD_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is not the name of a shard")
 
 
 @dataclass(frozen=True)
@@ -74,23 +77,17 @@ class Manifest:
             )
         try:
             annotations = values["annotations"]
-            manifest = cls(
-                **values
-                | {
-                    "categories": tuple(Category(**each) for each in values["categories"]),
-                    "notes": tuple(values["notes"]),
-                    "annotations": None if annotations is None else Shard(**annotations),
-                    "shards": tuple(Shard(**each) for each in values["shards"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
+            values |= {
+                "categories": tuple(Category(**each) for each in values["categories"]),
+                "notes": tuple(values["notes"]),
+                "annotations": None if annotations is None else Shard(**annotations),
+                "shards": tuple(Shard(**each) for each in values["shards"]),
+            }
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
             raise ShardError(
                 f"{name}: is damaged ({error}); copy it again, or pack the data set again"
             ) from None
-        for shard in manifest.shards:
-            if not SHARD_NAME.fullmatch(shard.name):
-                raise ShardError(f"{name}: {shard.name!r} is not a shard name")
-        return manifest
 
 
 def read_pack_manifest(store: ObjectStore) -> Manifest:
@@ -140,23 +137,18 @@ def verify_shards(store: ObjectStore, manifest: Manifest, progress: bool = False
     Raises:
         ShardError: names all files that are missing, truncated or altered.
     """
-    from tqdm import tqdm
-
     files = [*manifest.shards, *([manifest.annotations] if manifest.annotations else [])]
     sizes = store.sizes()
     faults = []
     total = sum(file.num_bytes for file in files)
-    with tqdm(
-        desc="checksums", total=total, unit="B", unit_scale=True, disable=not progress,
-        delay=PROGRESS_AFTER_S, file=sys.stderr,
-    ) as bar:  # fmt: skip
+    with progress_bar("checksums", total, is_bytes=True, show=progress) as advance:
         for file in files:
             try:
                 check_size(store, file, sizes)
                 check_sha256(store, file, store.read(file.name))
             except ShardError as error:
                 faults.append(str(error))
-            bar.update(file.num_bytes)
+            advance(file.num_bytes)
     if faults:
         raise ShardError("\n".join(faults))
 

@@ -11,10 +11,10 @@ A store is cheap to pickle: each process opens a file when it first reads it.
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -32,6 +32,14 @@ def is_address(location: str | Path) -> bool:
     return "://" in str(location)
 
 
+class _Connection(NamedTuple):
+    """What one process has opened."""
+
+    process: int
+    filesystem: fs.FileSystem
+    open_file: Callable[[str], Any]  # keeps the files that were read last
+
+
 class ObjectStore:
     """One folder of files. Reads are thread-safe, and safe after a fork."""
 
@@ -41,50 +49,30 @@ class ObjectStore:
         Raises:
             DatasetError: the address contains a password.
         """
-        text = str(location)
-        self.shown = text  # for messages: never contains a secret
+        self.shown = self._address = str(location)  # `shown` never contains a secret
+        self._connection: _Connection | None = None
         self._local: Path | None = None
-        self._address = ""
-        if is_address(text):
-            parts = urlsplit(text)
-            host = parts.netloc.rpartition("@")[2]
-            self.shown = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
-            keys = [key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)]
-            if ":" in parts.netloc.rpartition("@")[0] or any(
-                word in key for key in keys for word in SECRET_WORDS
-            ):
-                raise DatasetError(
-                    f"{self.shown}: the address contains a password, which would end up in logs "
-                    "and configurations; set it in the environment (AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY for S3, or a credentials file)"
-                )
-            self._address = text
-            if parts.scheme == "file":
-                self._local = Path(parts.path)
-        else:
-            self._local = Path(text).expanduser()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._filesystem: fs.FileSystem | None = None
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        if not is_address(location):
+            self._local = Path(location).expanduser().absolute()
+            return
+        parts = urlsplit(self._address)
+        user, _, host = parts.netloc.rpartition("@")
+        self.shown = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
+        keys = [key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)]
+        if ":" in user or any(word in key for key in keys for word in SECRET_WORDS):
+            raise DatasetError(
+                f"{self.shown}: the address contains a password, which would end up in logs "
+                "and configurations; set it in the environment (AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY for S3, or a credentials file)"
+            )
+        if parts.scheme == "file":
+            self._local = Path(parts.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("shown", "_local", "_address")
-        return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+        return self.__dict__ | {"_connection": None}
 
     def __repr__(self) -> str:
         return f"ObjectStore({self.shown!r})"
-
-    @property
-    def is_local(self) -> bool:
-        return self._local is not None
 
     def name_of(self, file: str) -> str:
         """Return the name of a file for messages."""
@@ -96,13 +84,10 @@ class ObjectStore:
         Raises:
             DatasetError: the store cannot be listed.
         """
-        if self._local is not None:
-            if not self._local.is_dir():
-                return {}
-            entries = [entry for entry in os.scandir(self._local) if entry.is_file()]
-            return {entry.name: entry.stat().st_size for entry in entries}
         try:
-            found = self._remote().get_file_info(fs.FileSelector("", allow_not_found=True))
+            found = self._connect().filesystem.get_file_info(
+                fs.FileSelector("", allow_not_found=True)
+            )
         except (OSError, pa.ArrowException) as error:
             raise DatasetError(f"{self.shown}: cannot be listed: {error}") from None
         return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
@@ -113,9 +98,7 @@ class ObjectStore:
         Raises:
             OSError: there is no such file, or the storage failed.
         """
-        if self._local is not None:
-            return (self._local / file).read_bytes()
-        with self._remote().open_input_stream(file) as stream:
+        with self._connect().filesystem.open_input_stream(file) as stream:
             content: bytes = stream.read()
         return content
 
@@ -127,66 +110,45 @@ class ObjectStore:
         Raises:
             OSError: there is no such file, or the storage failed.
         """
-        opened = self._open_file(file)
-        if self._local is not None:
-            return os.pread(opened.fileno(), num_bytes, offset)
-        content: bytes = opened.read_at(num_bytes, offset)
+        content: bytes = self._connect().open_file(file).read_at(num_bytes, offset)
         return content
 
     def write(self, file: str, content: bytes | memoryview) -> None:
-        """Write a file atomically.
+        """Write a complete file: a reader sees all of it, or the file as it was before.
 
         Raises:
             OSError: the storage failed.
         """
-        if self._local is None:  # object stores publish only complete objects
-            with self._remote().open_output_stream(file) as stream:
-                stream.write(content)
+        if self._local is not None:
+            self._local.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._local / file, content, durable=True)
             return
-        self._local.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._local / file, content, durable=True)
+        # Object stores publish only complete objects.
+        with self._connect().filesystem.open_output_stream(file) as stream:
+            stream.write(content)
 
     def delete(self, file: str) -> None:
         """Delete a file."""
-        if self._local is not None:
-            (self._local / file).unlink(missing_ok=True)
-        else:
-            self._remote().delete_file(file)
+        self._connect().filesystem.delete_file(file)
 
-    def _open_file(self, file: str) -> Any:
-        """Open a file once per process; the most recently read files stay open."""
-        self._reset_after_fork()
-        with self._lock:
-            opened = self._open.pop(file, None)
-            if opened is None:
-                if self._local is not None:
-                    opened = open(self._local / file, "rb", buffering=0)  # noqa: SIM115
-                else:
-                    opened = self._connect().open_input_file(file)
-                if len(self._open) >= MAX_OPEN_FILES:
-                    self._open.popitem(last=False)  # its last reader closes it
-            self._open[file] = opened
-            return opened
-
-    def _remote(self) -> fs.FileSystem:
-        self._reset_after_fork()
-        with self._lock:
-            return self._connect()
-
-    def _reset_after_fork(self) -> None:
+    def _connect(self) -> _Connection:
         # A forked process must not use its parent's connections, or a lock that may be held.
-        if self._process != os.getpid():
-            self._reset()
-
-    def _connect(self) -> fs.FileSystem:
-        if self._filesystem is None:
-            try:
-                filesystem, root = fs.FileSystem.from_uri(self._address)
-            except (OSError, ValueError, pa.ArrowException, ImportError) as error:
-                # Leave out the error's text and cause: they may repeat the complete address.
-                raise DatasetError(
-                    f"{self.shown}: pyarrow cannot open this address ({type(error).__name__}); "
-                    "give s3://bucket/folder, gs://, abfs://, hdfs:// or file:///folder"
-                ) from None
-            self._filesystem = fs.SubTreeFileSystem(root, filesystem)
-        return self._filesystem
+        connection = self._connection
+        if connection is not None and connection.process == os.getpid():
+            return connection
+        try:
+            filesystem, root = (
+                (fs.LocalFileSystem(), str(self._local))
+                if self._local is not None
+                else fs.FileSystem.from_uri(self._address)
+            )
+        except (OSError, ValueError, pa.ArrowException, ImportError) as error:
+            # Leave out the error's text and cause: they may repeat the complete address.
+            raise DatasetError(
+                f"{self.shown}: pyarrow cannot open this address ({type(error).__name__}); "
+                "give s3://bucket/folder, gs://, abfs://, hdfs:// or file:///folder"
+            ) from None
+        folder = fs.SubTreeFileSystem(root, filesystem)
+        open_file = lru_cache(MAX_OPEN_FILES)(folder.open_input_file)
+        self._connection = _Connection(os.getpid(), folder, open_file)
+        return self._connection

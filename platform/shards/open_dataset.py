@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from deta.platform.data.coco_annotations import DatasetError
@@ -60,12 +59,7 @@ def open_dataset(
 
 def _holds_shards(folder: Path) -> bool:
     """Return True for a local folder that `jobs/pack.py` wrote, completely or not."""
-    for name in (MANIFEST, UNFINISHED):
-        try:
-            content = json.loads((folder / name).read_bytes())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):  # a broken manifest if there are shards: an error on opening
-            return any(folder.glob("shard-*.parquet"))
-        return isinstance(content, dict) and content.get("format") == FORMAT
-    return any(folder.glob("shard-*.parquet"))
+    manifests = [folder / name for name in (MANIFEST, UNFINISHED)]
+    return any(folder.glob("shard-*.parquet")) or any(
+        FORMAT.encode() in path.read_bytes()[:100] for path in manifests if path.is_file()
+    )

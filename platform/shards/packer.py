@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from deta.platform.data.coco_annotations import NUM_SHOWN, DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.image_folder import NUM_READERS
+from deta.platform.data.progress import progress_bar
 from deta.platform.shards.arrow_tables import ANNOTATION_FIELDS, to_arrow
 from deta.platform.shards.manifest import (
     ANNOTATIONS,
@@ -50,14 +49,13 @@ SHARD_SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *ANNOT
 
 
 class ImageLocation(NamedTuple):
-    """The position and checksum of an image in its shard."""
+    """Where a shard has an image."""
 
     offset: int
     crc32: int
 
 
-@dataclass(frozen=True)
-class PackedDataset:
+class PackedDataset(NamedTuple):
     """The result of `pack_dataset`."""
 
     manifest: Manifest
@@ -107,10 +105,9 @@ def pack_dataset(
     tables: list[pa.Table] = []
     num_reused = 0
     total = int(dataset.num_bytes.sum())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
+    with progress_bar("packing", total, is_bytes=True, show=progress) as advance:
         for number, images in enumerate(plan):
             name = f"shard-{number:05d}.parquet"
-            bar.set_description(f"{name} of {len(plan)}")
             content = _read_finished(store, earlier.get(name))
             if content is not None:
                 shards.append(earlier[name])
@@ -119,8 +116,12 @@ def pack_dataset(
                 content = _encode_shard(dataset, images)
                 shards.append(_write_file(store, name, len(images), content))
                 store.write(UNFINISHED, replace(empty, shards=tuple(shards)).to_json())
-            tables.append(_add_locations(to_arrow(dataset, images), number, locate_images(content)))
-            bar.update(int(dataset.num_bytes[images.start : images.stop].sum()))
+            table, locations = to_arrow(dataset, images), locate_images(content)
+            columns = ([number] * len(images), *zip(*locations, strict=True))
+            for field, column in zip(LOCATION_FIELDS, columns, strict=True):
+                table = table.append_column(field, pa.array(column, field.type))
+            tables.append(table)
+            advance(int(dataset.num_bytes[images.start : images.stop].sum()))
 
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
@@ -174,13 +175,12 @@ def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
                 f"{manifest.fingerprint[:12]}, this one {empty.fingerprint[:12]}); "
                 "choose another output"
             )
+        assert manifest.annotations is not None
         for file in (manifest.annotations, *manifest.shards):
-            assert file is not None
             check_size(store, file, sizes)
         return manifest
     if UNFINISHED not in sizes:
-        unknown = [name for name in sizes if not name.startswith(".")]
-        if unknown:
+        if unknown := [name for name in sizes if not name.startswith(".")]:
             raise DatasetError(
                 f"{store.shown}: is not empty and contains no pack to resume "
                 f"({unknown[0]}); choose another output"
@@ -246,17 +246,6 @@ def _write_file(store: ObjectStore, name: str, num_images: int, content: bytes) 
     return Shard(name, num_images, len(content), hashlib.sha256(content).hexdigest())
 
 
-def _add_locations(table: pa.Table, shard: int, locations: list[ImageLocation]) -> pa.Table:
-    columns = [
-        pa.array([shard] * len(locations), pa.int32()),
-        pa.array([place.offset for place in locations], pa.int64()),
-        pa.array([place.crc32 for place in locations], pa.uint32()),
-    ]
-    for field, column in zip(LOCATION_FIELDS, columns, strict=True):
-        table = table.append_column(field, column)
-    return table
-
-
 def _only_decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> CocoDataset:
     """Return the data set without images that do not decode; raise unless `lenient`."""
 
@@ -267,16 +256,15 @@ def _only_decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> Coco
             return f"image {dataset.records[index].image_id}, file_name: {error}"
         return None
 
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        found = tqdm(
-            pool.map(fault, range(len(dataset))),
-            "decoding",
-            total=len(dataset),
-            unit=" images",
-            disable=not progress,
-            file=sys.stderr,
-        )
-        faults = {index: text for index, text in enumerate(found) if text is not None}
+    faults = {}
+    with (
+        ThreadPoolExecutor(NUM_READERS) as pool,
+        progress_bar("decoding", len(dataset), show=progress) as advance,
+    ):
+        for index, text in enumerate(pool.map(fault, range(len(dataset)))):
+            if text is not None:
+                faults[index] = text
+            advance(1)
     if not faults:
         return dataset
     lines = list(faults.values())[:NUM_SHOWN]

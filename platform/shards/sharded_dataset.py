@@ -25,21 +25,22 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deta.platform.data.coco_annotations import DatasetError
-from deta.platform.data.coco_dataset import Category, CocoDataset
+from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
 from deta.platform.shards.arrow_tables import from_arrow
 from deta.platform.shards.manifest import (
     ANNOTATIONS,
     MANIFEST,
     REPAIR,
-    Manifest,
     Shard,
     ShardError,
     check_sha256,
@@ -61,9 +62,17 @@ class ShardedDataset(CocoDataset):
     `record.path` is the path that an image would have if its shard were a folder.
     """
 
-    store: ObjectStore
-    shards: tuple[Shard, ...]
-    _locations: np.ndarray  # I rows of LOCATION_ROW
+    def __init__(
+        self, store: ObjectStore, shards: tuple[Shard, ...], locations: np.ndarray, *others: Any
+    ) -> None:
+        """Wrap tables that were checked before.
+
+        Args:
+            locations: the location of each image, I rows of LOCATION_ROW; do not modify.
+            others: the arguments of `CocoDataset` after the folder.
+        """
+        super().__init__(Path(store.shown), *others)
+        self.store, self.shards, self.locations = store, shards, locations
 
     @classmethod
     def open_shards(
@@ -92,16 +101,22 @@ class ShardedDataset(CocoDataset):
         store = ObjectStore(location)
         manifest = read_pack_manifest(store)
         sizes = store.sizes()
-        files = [manifest.annotations, *manifest.shards] if manifest.annotations else []
-        for file in files:
-            check_size(store, file, sizes)
         assert manifest.annotations is not None
+        for file in (manifest.annotations, *manifest.shards):
+            check_size(store, file, sizes)
         content = store.read(manifest.annotations.name)
         check_sha256(store, manifest.annotations, content)
         if verify:
             verify_shards(store, manifest, progress)
-        dataset = cls._from_table(store, manifest, pq.read_table(pa.BufferReader(content)))
-        dataset.max_pixels = max_pixels
+        table = pq.read_table(pa.BufferReader(content))
+        tables = from_arrow(table, manifest.categories)
+        locations = np.zeros(len(table), LOCATION_ROW)
+        for name in LOCATION_ROW.names or ():
+            locations[name] = table[name].to_numpy()
+        notes = list(manifest.notes)
+        dataset = cls(
+            store, manifest.shards, locations, tables, manifest.categories, notes, max_pixels
+        )
         if len(dataset) != manifest.num_images or dataset.fingerprint != manifest.fingerprint:
             raise ShardError(
                 f"{store.name_of(MANIFEST)}: its fingerprint {manifest.fingerprint[:12]} is not "
@@ -112,55 +127,6 @@ class ShardedDataset(CocoDataset):
             logger.warning(note)
         return dataset._without_oversized(lenient)
 
-    @classmethod
-    def _from_table(cls, store: ObjectStore, manifest: Manifest, table: pa.Table) -> ShardedDataset:
-        image_rows, annotation_rows = from_arrow(table, manifest.categories)
-        locations = np.zeros(len(image_rows), LOCATION_ROW)
-        for name in LOCATION_ROW.names or ():
-            locations[name] = table[name].to_numpy()
-        return cls.from_tables(
-            store,
-            manifest.shards,
-            locations,
-            table["file_name"].to_pylist(),
-            image_rows,
-            annotation_rows,
-            manifest.categories,
-            list(manifest.notes),
-            MAX_PIXELS,
-        )
-
-    @classmethod
-    def from_tables(
-        cls,
-        store: ObjectStore,
-        shards: tuple[Shard, ...],
-        locations: np.ndarray,
-        file_names: list[str],
-        image_rows: np.ndarray,
-        annotation_rows: np.ndarray,
-        categories: tuple[Category, ...],
-        notes: list[str],
-        max_pixels: int,
-    ) -> ShardedDataset:
-        """Wrap tables that were checked before; `locations` has I rows of LOCATION_ROW."""
-        dataset = cls(
-            Path(store.shown),
-            file_names,
-            image_rows,
-            annotation_rows,
-            categories,
-            notes,
-            max_pixels,
-        )
-        dataset.store, dataset.shards, dataset._locations = store, shards, locations
-        return dataset
-
-    @property
-    def locations(self) -> np.ndarray:
-        """The location of each image, I rows of LOCATION_ROW; do not modify."""
-        return self._locations
-
     def content(self, index: int) -> bytes:
         """Return the packed bytes of image `index`.
 
@@ -169,60 +135,45 @@ class ShardedDataset(CocoDataset):
             OSError: the storage failed.
         """
         index = range(len(self))[index]
-        shard, offset, checksum = self._locations[index].tolist()
-        name = self.shards[shard].name
-        length = int(self._image_rows["num_bytes"][index])
+        shard, offset, checksum = self.locations[index].tolist()
+        name, image = self.shards[shard].name, self.tables.file_names[index]
+        length = int(self.tables.images["num_bytes"][index])
         try:
             content = self.store.read_at(name, offset, length)
         except FileNotFoundError:
             raise ShardError(missing_message(self.store, name)) from None
         if len(content) < length:
             raise ShardError(
-                f"{self.store.name_of(name)}: ends at image {self._file_names[index]}, so it was "
+                f"{self.store.name_of(name)}: ends at image {image}, so it was "
                 f"cut since it was opened; {REPAIR}"
             )
         if zlib.crc32(content) != checksum:
             raise ShardError(
-                f"{self.store.name_of(name)}: the bytes of image {self._file_names[index]}, from "
+                f"{self.store.name_of(name)}: the bytes of image {image}, from "
                 f"byte {offset}, are not the packed ones (CRC-32 differs); {REPAIR}"
             )
         return content
 
-    def _with_images(
-        self,
-        chosen: list[int],
-        image_rows: np.ndarray,
-        annotation_rows: np.ndarray,
-        notes: list[str],
-    ) -> ShardedDataset:
-        return ShardedDataset.from_tables(
-            self.store,
-            self.shards,
-            self._locations[chosen],
-            [self._file_names[i] for i in chosen],
-            image_rows,
-            annotation_rows,
-            self.categories,
-            notes,
-            self.max_pixels,
-        )
+    def subset(self, indices: Iterable[int]) -> Self:
+        chosen = sorted(indices)
+        part = super().subset(chosen)
+        part.locations = self.locations[chosen]
+        return part
 
     def _path(self, index: int) -> Path:
-        shard = self.shards[self._locations["shard"][index]].name
-        return self.folder / shard / self._file_names[index]
+        shard = self.shards[self.locations["shard"][index]].name
+        return self.folder / shard / self.tables.file_names[index]
 
-    def _without_oversized(self, lenient: bool) -> ShardedDataset:
-        fits = self._image_rows["width"] * self._image_rows["height"] <= self.max_pixels
+    def _without_oversized(self, lenient: bool) -> Self:
+        fits = self.tables.images["width"] * self.tables.images["height"] <= self.max_pixels
         if fits.all():
             return self
-        name = self._file_names[int(np.argmin(fits))]
         note = (
-            f"{self.store.shown}: {(~fits).sum()} images, the first of them {name}, have more than "
+            f"{self.store.shown}: {(~fits).sum()} images, the first of them "
+            f"{self.tables.file_names[int(np.argmin(fits))]}, have more than "
+            f"max_pixels={self.max_pixels:,} pixels"
         )
-        note += f"max_pixels={self.max_pixels:,} pixels"
         if not lenient or not fits.any():
             raise DatasetError(f"{note}; raise the limit, or pass data.lenient=true to skip them")
         self.notes.append(f"{note} and were skipped")
-        smaller = self.subset(np.flatnonzero(fits))
-        assert isinstance(smaller, ShardedDataset)
-        return smaller
+        return self.subset(np.flatnonzero(fits).tolist())

@@ -283,7 +283,7 @@ def test_all_harmed_shards_are_named_at_once(own):
         ({"annotations": None}, "is incomplete"),
         (
             {"shards": [{"name": "../x", "num_images": 1, "num_bytes": 1, "sha256": ""}]},
-            "is not a shard name",
+            "is not the name of a shard",
         ),
     ],
 )
@@ -417,9 +417,8 @@ def test_images_are_found_where_one_is_the_beginning_of_another(tmp_path):
             return contents[index]
 
     dataset = write_loose(tmp_path, 5)
-    names, image_rows, annotation_rows = dataset.tables
-    image_rows["num_bytes"] = [len(content) for content in contents]
-    drawn = Bytes(dataset.folder, names, image_rows, annotation_rows, dataset.categories, [], 10**6)
+    dataset.tables.images["num_bytes"] = [len(content) for content in contents]
+    drawn = Bytes(dataset.folder, dataset.tables, dataset.categories, [], 10**6)
     pack_dataset(drawn, ObjectStore(tmp_path / "shards"), shard_bytes=1000)
     shard = (tmp_path / "shards" / "shard-00000.parquet").read_bytes()
     locations = locate_images(shard)
