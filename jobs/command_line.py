@@ -162,7 +162,10 @@ def _sorted_words(
         else:
             named.append(word)
             takes = 0 if equals or word in flags else len(rest) if word in lists else 1
+            is_list = takes > 1
             while takes and rest and not rest[0].startswith("--"):
+                if is_list and rest[0].partition("=")[0] in known:
+                    break
                 named.append(rest.pop(0))
                 takes -= 1
     return plain + named, changes

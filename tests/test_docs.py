@@ -46,8 +46,8 @@ def commands(page: Path) -> list[list[str]]:
 def options(source: Path) -> frozenset[str]:
     """Return the options that a job declares, in its file and in the files of jobs/ it imports.
 
-    They are the fields of its dataclass of options. An option in an f-string, such as `--{split}-images`, is a pattern: its parts in braces stand
-    for any text.
+    They are the fields of its dataclass of options. An option in an f-string, such as
+    `--{split}-images`, is a pattern: its parts in braces stand for any text.
     """
     tree = ast.parse(source.read_text(encoding="utf-8"))
     found = set()
