@@ -14,8 +14,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from deta.platform.system.short_list import short_list
+
+Entries = Sequence[Mapping[str, Any]]
+# The values of each key, of all entries at once.
+VALID: dict[str, TypeAdapter] = {
+    "bbox": TypeAdapter(list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]]),
+    "area": TypeAdapter(list[FiniteFloat | None]),
+    "score": TypeAdapter(list[FiniteFloat]),
+}
 
 
 class Columns(NamedTuple):
@@ -41,9 +50,7 @@ class CocoColumns:
     scores: np.ndarray  # M
 
 
-def read_columns(
-    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
-) -> CocoColumns:
+def read_columns(ground_truth: Mapping[str, Any], results: Entries) -> CocoColumns:
     """Return the entries that count, checked. The arguments are those of `evaluate_detections`.
 
     Raises:
@@ -54,95 +61,60 @@ def read_columns(
             f"the ground truth lacks {sorted(missing)}; is it a COCO annotation file? "
             f"Its keys are {sorted(ground_truth)}"
         )
-    images, categories = _ranks(ground_truth["images"]), _ranks(ground_truth["categories"])
-    annotations = ground_truth["annotations"]
-    true_rows = _listed(annotations, images, categories)
-    found_rows = _listed(results, images, categories)
-    if unknown := {result["image_id"] for result in results} - images.keys():
+    # Ranks from 1 in ascending order of ids: COCO orders equal scores by image id.
+    images, categories = (
+        {key: rank for rank, key in enumerate(sorted({one["id"] for one in entries}), start=1)}
+        for entries in (ground_truth["images"], ground_truth["categories"])
+    )
+    if unknown := {result.get("image_id") for result in results} - images.keys() - {None}:
         raise ValueError(
             f"{len(unknown)} images of the results are not in the ground truth: "
             f"{short_list(sorted(unknown, key=str))}; is this the right annotation file?"
         )
-    true_entries = [annotations[row] for row in true_rows]
-    found_entries = [results[row] for row in found_rows]
-    true = _columns(true_entries, images, categories)
+    annotations, true_rows, true = _listed(ground_truth["annotations"], images, categories)
+    results, found_rows, found = _listed(results, images, categories)
+    areas = _numbers(annotations, "area")  # NaN where an annotation has none
     return CocoColumns(
         image_ids=list(images),
         category_ids=list(categories),
         true=true,
-        true_rows=np.array(true_rows, np.int64),
-        crowd=np.array([bool(entry.get("iscrowd", 0)) for entry in true_entries], bool),
-        areas=_areas(true_entries, true.boxes),
-        found=_columns(found_entries, images, categories),
-        found_rows=np.array(found_rows, np.int64),
-        scores=_numbers(found_entries, "score", 1)[:, 0],
+        true_rows=true_rows,
+        crowd=np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], bool),
+        areas=np.where(np.isnan(areas), true.boxes[:, 2] * true.boxes[:, 3], areas),
+        found=found,
+        found_rows=found_rows,
+        scores=_numbers(results, "score"),
     )
-
-
-def _ranks(entries: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
-    """Map each id to its rank, from 1, in ascending order. COCO orders equal scores by image id."""
-    return {key: rank for rank, key in enumerate(sorted({one["id"] for one in entries}), start=1)}
 
 
 def _listed(
-    entries: Sequence[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
-) -> list[int]:
-    """Return the positions of entries whose image and category the ground truth lists."""
-    for position, entry in enumerate(entries):
-        if "image_id" not in entry or "category_id" not in entry:
-            raise ValueError(
-                f"entry {position} of {len(entries)} lacks image_id or category_id: {entry}"
-            )
-    return [
-        position
-        for position, entry in enumerate(entries)
-        if entry["image_id"] in images and entry["category_id"] in categories
-    ]
-
-
-def _columns(
-    entries: Sequence[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
-) -> Columns:
-    return Columns(
-        np.array([images[entry["image_id"]] for entry in entries], np.int64),
-        np.array([categories[entry["category_id"]] for entry in entries], np.int64),
-        _numbers(entries, "bbox", 4),
-    )
-
-
-def _areas(annotations: Sequence[Mapping[str, Any]], boxes: np.ndarray) -> np.ndarray:
-    """Return the area of each annotation: its own (the mask's in COCO), else that of its box."""
-    areas = boxes[:, 2] * boxes[:, 3]
-    given = [i for i, entry in enumerate(annotations) if entry.get("area") is not None]
-    areas[given] = _numbers([annotations[i] for i in given], "area", 1)[:, 0]
-    return areas
-
-
-def _numbers(entries: Sequence[Mapping[str, Any]], key: str, width: int) -> np.ndarray:
-    """Return the values under a key: M width, float64, every number finite."""
-    if not entries:
-        return np.empty((0, width))
+    entries: Entries, images: Mapping[Any, int], categories: Mapping[Any, int]
+) -> tuple[Entries, np.ndarray, Columns]:
+    """Return the entries whose image and category are listed, their positions and columns."""
     try:
-        values = np.array([entry[key] for entry in entries], np.float64)
-        if values.shape[1:] == _shape(width) and np.isfinite(values).all():
-            return values.reshape(len(entries), width)
-    except (KeyError, TypeError, ValueError):
-        pass  # the code below finds the entry and names it
-    wrong = [entry for entry in entries if not _is_finite(entry.get(key), width)]
-    raise ValueError(
-        f"{len(wrong)} of {len(entries)} entries have a {key} that is not "
-        f"{'a finite number' if width == 1 else f'{width} finite numbers'}; the first is of image "
-        f"{wrong[0]['image_id']!r}, category {wrong[0]['category_id']!r}: {wrong[0].get(key)!r}"
-    )
+        pairs = [
+            (images.get(entry["image_id"], 0), categories.get(entry["category_id"], 0))
+            for entry in entries
+        ]
+    except KeyError as error:
+        raise ValueError(f"an entry of {len(entries)} lacks image_id or category_id") from error
+    ranks = np.array(pairs, np.int64).reshape(-1, 2)
+    rows = np.flatnonzero(ranks.all(axis=1))
+    listed = [entries[row] for row in rows.tolist()]
+    boxes = _numbers(listed, "bbox").reshape(-1, 4)
+    return listed, rows, Columns(ranks[rows, 0], ranks[rows, 1], boxes)
 
 
-def _is_finite(value: Any, width: int) -> bool:
+def _numbers(entries: Entries, key: str) -> np.ndarray:
+    """Return the values under a key as float64, every number finite."""
+    values = [entry.get(key) for entry in entries]
     try:
-        numbers = np.array(value, np.float64)
-    except (TypeError, ValueError):
-        return False
-    return numbers.shape == _shape(width) and bool(np.isfinite(numbers).all())
-
-
-def _shape(width: int) -> tuple[int, ...]:
-    return () if width == 1 else (width,)
+        return np.array(VALID[key].validate_python(values), np.float64)
+    except ValidationError as error:
+        wrong = sorted({int(fault["loc"][0]) for fault in error.errors()})
+        first = entries[wrong[0]]
+        raise ValueError(
+            f"{len(wrong)} of {len(entries)} entries have a {key} that is not "
+            f"{'4 finite numbers' if key == 'bbox' else 'a finite number'}; the first is of image "
+            f"{first['image_id']!r}, category {first['category_id']!r}: {first.get(key)!r}"
+        ) from error

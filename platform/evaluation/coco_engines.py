@@ -1,7 +1,7 @@
 """The engines of AP: programs that match detections with ground truth by the rules of COCO.
 
 hotcoco is the default: it is fast. pycocotools is the reference. Both give the same numbers, and
-the tests compare them. Both return an object whose `eval` has the tables `precision` and `recall`.
+the tests compare them.
 """
 
 # M entries of a list
@@ -42,21 +42,18 @@ def match_detections(
     return Matched(**vars(columns), evaluation=hotcoco_evaluation(columns))
 
 
-def accumulated_tables(columns: CocoColumns, engine: Engine) -> Mapping[str, np.ndarray]:
-    """Return the tables of COCO from either engine, -1 where a category has no box to find.
+def evaluated(columns: CocoColumns, engine: Engine) -> Any:
+    """Return an evaluation by either engine, -1 where a category has no box to find.
 
     Returns:
+        An object with `stats`, the twelve numbers in COCO's order, and with the tables of `eval`:
         `precision` by IoU threshold, recall threshold, category, area range and limit on the
         detections per image; `recall` by the same without the recall threshold.
     """
-    run = {"hotcoco": hotcoco_evaluation, "pycocotools": pycocotools_evaluation}[engine]
-    tables = run(columns).eval
-    assert tables is not None
-    return tables
+    return {"hotcoco": hotcoco_evaluation, "pycocotools": pycocotools_evaluation}[engine](columns)
 
 
 def hotcoco_evaluation(columns: CocoColumns) -> hotcoco.COCOeval:
-    """Return an accumulated evaluation by hotcoco."""
     import hotcoco
 
     true, found = columns.true, columns.found
@@ -74,55 +71,41 @@ def hotcoco_evaluation(columns: CocoColumns) -> hotcoco.COCOeval:
     evaluation = hotcoco.COCOeval(expected, expected.load_res(rows.astype(np.float64)), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
+    evaluation.summary_lines()  # computes `stats`; `summarize` would print
     return evaluation
 
 
 def pycocotools_evaluation(columns: CocoColumns) -> Any:
-    """Return an accumulated evaluation by pycocotools."""
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
+    def coco(boxes: Columns, **values: np.ndarray) -> COCO:
+        """Return a set of boxes. `COCO.loadRes` would do for detections, but fails on none."""
+        named = {
+            "image_id": boxes.images, "category_id": boxes.categories, "bbox": boxes.boxes, **values
+        }  # fmt: skip
+        rows = zip(*(column.tolist() for column in named.values()), strict=True)
+        data = COCO()
+        data.dataset = {
+            "images": [{"id": rank} for rank in _ranks(columns.image_ids)],
+            "categories": [{"id": rank} for rank in _ranks(columns.category_ids)],
+            "annotations": [
+                {"id": number, **dict(zip(named, row, strict=True))}
+                for number, row in enumerate(rows, start=1)
+            ],
+        }
+        data.createIndex()
+        return data
 
     areas = columns.found.boxes[:, 2] * columns.found.boxes[:, 3]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        expected = _pycocotools_set(
-            columns, columns.true, area=columns.areas, iscrowd=columns.crowd.astype(np.int64)
-        )
-        detected = _pycocotools_set(columns, columns.found, area=areas, score=columns.scores)
+        expected = coco(columns.true, area=columns.areas, iscrowd=columns.crowd.astype(np.int64))
+        detected = coco(columns.found, area=areas, score=columns.scores)
         evaluation = COCOeval(expected, detected, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
+        evaluation.summarize()
     return evaluation
-
-
-def _pycocotools_set(columns: CocoColumns, boxes: Columns, **values: np.ndarray) -> Any:
-    """Return boxes as a `pycocotools.coco.COCO`, with further values for each of them.
-
-    `COCO.loadRes` does this for detections, but fails if there are none.
-    """
-    from pycocotools.coco import COCO
-
-    data = COCO()
-    data.dataset = {
-        "images": [{"id": rank} for rank in _ranks(columns.image_ids)],
-        "categories": [{"id": rank} for rank in _ranks(columns.category_ids)],
-        "annotations": [
-            {"id": number, "image_id": image, "category_id": category, "bbox": box, **named}
-            for number, image, category, box, named in zip(
-                range(1, len(boxes.images) + 1),
-                boxes.images.tolist(),
-                boxes.categories.tolist(),
-                boxes.boxes.tolist(),
-                _rows(values, len(boxes.images)),
-                strict=True,
-            )
-        ],
-    }
-    data.createIndex()
-    return data
-
-
-def _rows(values: Mapping[str, np.ndarray], num_rows: int) -> list[dict[str, Any]]:
-    columns = {name: column.tolist() for name, column in values.items()}
-    return [{name: column[i] for name, column in columns.items()} for i in range(num_rows)]
 
 
 def _ranks(ids: list[Any]) -> range:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deta.platform.evaluation.coco_columns import read_columns
-from deta.platform.evaluation.coco_engines import accumulated_tables
+from deta.platform.evaluation.coco_engines import evaluated
 from deta.platform.run.config import Engine
 from deta.platform.system.short_list import short_list
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deta.platform.data.coco_dataset import Category
 
 ALL, SMALL, MEDIUM, LARGE = range(4)  # area ranges, split at 32² and 96² pixels (COCO)
-TOP1, TOP10, TOP100 = range(3)  # detections kept per image and category (COCO)
+TOP100 = 2  # of the limits 1, 10 and 100 on detections per image and category (COCO)
 AP50_INDEX, AP75_INDEX = 0, 5  # in the IoU thresholds 0.50, 0.55, ... 0.95
 TABLE_WIDTH = 100  # characters
 
@@ -111,32 +111,12 @@ def evaluate_detections(
             a coordinate is not finite.
     """
     columns = read_columns(ground_truth, results)
-    return _metrics(accumulated_tables(columns, engine), columns.category_ids)
-
-
-def _metrics(tables: Mapping[str, np.ndarray], category_ids: Sequence[Any]) -> CocoMetrics:
-    precision = tables["precision"]  # T R K A D, -1 where a category has no box
-    recall = tables["recall"]  # T K A D, the same
-
-    return CocoMetrics(
-        AP=_mean(precision[..., ALL, TOP100]),
-        AP50=_mean(precision[AP50_INDEX, ..., ALL, TOP100]),
-        AP75=_mean(precision[AP75_INDEX, ..., ALL, TOP100]),
-        APs=_mean(precision[..., SMALL, TOP100]),
-        APm=_mean(precision[..., MEDIUM, TOP100]),
-        APl=_mean(precision[..., LARGE, TOP100]),
-        AR1=_mean(recall[..., ALL, TOP1]),
-        AR10=_mean(recall[..., ALL, TOP10]),
-        AR100=_mean(recall[..., ALL, TOP100]),
-        ARs=_mean(recall[..., SMALL, TOP100]),
-        ARm=_mean(recall[..., MEDIUM, TOP100]),
-        ARl=_mean(recall[..., LARGE, TOP100]),
-        ap_per_category={
-            category_id: ap
-            for k, category_id in enumerate(category_ids)
-            if (ap := _mean(precision[:, :, k, ALL, TOP100])) >= 0
-        },
-    )
+    evaluation = evaluated(columns, engine)
+    # K T R, -1 where a category has no box
+    precision = np.moveaxis(evaluation.eval["precision"][..., ALL, TOP100], 2, 0)
+    by_category = zip(columns.category_ids, precision.mean(axis=(1, 2)).tolist(), strict=True)
+    numbers = [*evaluation.stats.tolist(), {key: ap for key, ap in by_category if ap >= 0}]
+    return CocoMetrics(*numbers)
 
 
 def to_coco_results(
@@ -202,9 +182,3 @@ def merge_shards(
             f"{short_list(unknown)}; do all of them read the same annotation file?"
         )
     return [dict(result) for image_id in wanted for result in merged[image_id]]
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the defined values, or -1."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else -1.0

@@ -20,8 +20,8 @@ An image without detections has no row. Text columns are stored as dictionaries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -37,16 +37,10 @@ CORNERS = ("x1_px", "y1_px", "x2_px", "y2_px")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
     [
-        ("image", _TEXT),
-        ("image_id", pa.int64()),
-        ("score", pa.float32()),
-        ("label", pa.int32()),
-        ("category_id", pa.int64()),
-        ("category", _TEXT),
-        ("x1_px", pa.float32()),
-        ("y1_px", pa.float32()),
-        ("x2_px", pa.float32()),
-        ("y2_px", pa.float32()),
+        *(("image", _TEXT), ("image_id", pa.int64())),
+        *(("score", pa.float32()), ("label", pa.int32())),
+        *(("category_id", pa.int64()), ("category", _TEXT)),
+        *((corner, pa.float32()) for corner in CORNERS),
         ("weights_sha256", _TEXT),
     ]
 )
@@ -60,51 +54,66 @@ class DetectionTable:
     """
 
     def __init__(self, path: Path, categories: Sequence[Category], weights_sha256: str) -> None:
-        self.path = path
         self.categories = categories
         self.weights_sha256 = weights_sha256
-        self._file = replacing(path)
-        self._writer = pq.ParquetWriter(self._file.__enter__(), SCHEMA, compression="zstd")
         self._tables: list[pa.Table] = []
-        self._num_rows = 0
+        self._open = ExitStack()
+        unfinished = self._open.enter_context(replacing(path))
+        self._writer = self._open.enter_context(
+            pq.ParquetWriter(unfinished, SCHEMA, compression="zstd")
+        )
 
     def add(self, image: str, image_id: int, found: Detections) -> None:
-        labels = found.labels.tolist()
-        chosen = [self.categories[label] for label in labels]
-        corners = found.boxes_px.float().numpy().T  # 4 N
-        columns = [
-            pa.array([image] * len(labels), pa.string()).dictionary_encode(),
-            pa.array([image_id] * len(labels), pa.int64()),
-            pa.array(found.scores.float().numpy()),
-            pa.array(labels, pa.int32()),
-            pa.array([category.id for category in chosen], pa.int64()),
-            pa.array([category.name for category in chosen], pa.string()).dictionary_encode(),
-            *(pa.array(corner) for corner in corners),
-            pa.array([self.weights_sha256] * len(labels), pa.string()).dictionary_encode(),
-        ]
-        self._tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
-        self._num_rows += len(labels)
-        if self._num_rows >= ROWS_PER_GROUP:
+        number = len(found.labels)
+        self._tables.append(
+            _table(
+                [image] * number,
+                [image_id] * number,
+                found.scores.float().numpy(),
+                found.labels.numpy(),
+                self.categories,
+                found.boxes_px.float().numpy(),
+                self.weights_sha256,
+            )
+        )
+        if sum(map(len, self._tables)) >= ROWS_PER_GROUP:
             self._flush()
 
     def __enter__(self) -> DetectionTable:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None:
             self._flush()
-        self._writer.close()
-        self._file.__exit__(kind, error, traceback)
+        self._open.__exit__(kind, *error)
 
     def _flush(self) -> None:
         if self._tables:
             self._writer.write_table(pa.concat_tables(self._tables).unify_dictionaries())
-        self._tables, self._num_rows = [], 0
+        self._tables = []
+
+
+def _table(
+    images: Sequence[str],
+    image_ids: Sequence[int],
+    scores: np.ndarray,  # N
+    labels: np.ndarray,  # N
+    categories: Sequence[Category],  # by label
+    boxes_px: np.ndarray,  # N 4, xyxy
+    weights_sha256: str,
+) -> pa.Table:
+    chosen = [categories[label] for label in labels.tolist()]
+    columns = [
+        images,
+        image_ids,
+        scores,
+        labels,
+        [category.id for category in chosen],
+        [category.name for category in chosen],
+        *boxes_px.T,
+        [weights_sha256] * len(chosen),
+    ]
+    return pa.Table.from_pydict(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
 
 
 def table_of_results(
@@ -118,34 +127,27 @@ def table_of_results(
     Raises:
         ValueError: a result is of an image that is not listed.
     """
-    images = {image["id"]: row for row, image in enumerate(ground_truth["images"])}
-    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    label_of = {category["id"]: label for label, category in enumerate(categories)}
+    paths = {image["id"]: str(image.get("file_name", "")) for image in ground_truth["images"]}
+    listed = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    categories = [Category(category["id"], str(category["name"])) for category in listed]
+    label_of = {category.id: label for label, category in enumerate(categories)}
     counted = [result for result in results if result["category_id"] in label_of]
-    if unknown := {result["image_id"] for result in counted} - images.keys():
+    if unknown := {result["image_id"] for result in counted} - paths.keys():
         raise ValueError(
             f"{len(unknown)} images of the results are not in the ground truth, such as "
             f"{min(unknown, key=str)!r}"
         )
-    labels = np.array([label_of[result["category_id"]] for result in counted], np.int32)
-    rows = np.array([images[result["image_id"]] for result in counted], np.int32)
     boxes = np.array([result["bbox"] for result in counted], np.float64).reshape(-1, 4)  # N 4, xywh
     boxes[:, 2:] += boxes[:, :2]  # N 4, xyxy
-    names = [str(category["name"]) for category in categories]
-    paths = [str(image.get("file_name", "")) for image in ground_truth["images"]]
-    columns = [
-        pa.DictionaryArray.from_arrays(rows, pa.array(paths, pa.string())),
-        pa.array(np.array([image["id"] for image in ground_truth["images"]], np.int64)[rows]),
-        pa.array(np.array([result["score"] for result in counted], np.float32)),
-        pa.array(labels),
-        pa.array(np.array([category["id"] for category in categories], np.int64)[labels]),
-        pa.DictionaryArray.from_arrays(labels, pa.array(names, pa.string())),
-        *(pa.array(corner) for corner in boxes.T.astype(np.float32)),
-        pa.DictionaryArray.from_arrays(
-            np.zeros(len(labels), np.int32), pa.array([weights_sha256], pa.string())
-        ),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    return _table(
+        [paths[result["image_id"]] for result in counted],
+        [result["image_id"] for result in counted],
+        np.array([result["score"] for result in counted], np.float32),
+        np.array([label_of[result["category_id"]] for result in counted], np.int32),
+        categories,
+        boxes.astype(np.float32),
+        weights_sha256,
+    )
 
 
 def results_of_table(table: pa.Table) -> list[dict[str, Any]]:
@@ -154,16 +156,11 @@ def results_of_table(table: pa.Table) -> list[dict[str, Any]]:
     Raises:
         KeyError: the table lacks a column.
     """
-    corners = [table[name].to_numpy().astype(np.float64) for name in CORNERS]
-    boxes = np.stack(corners, axis=1)  # N 4, xyxy
-    boxes[:, 2:] -= boxes[:, :2]  # N 4, xywh
-    return [
-        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-        for image_id, category_id, box, score in zip(
-            table["image_id"].to_pylist(),
-            table["category_id"].to_pylist(),
-            boxes.tolist(),
-            table["score"].to_pylist(),
-            strict=True,
-        )
-    ]
+    boxes = np.stack([table[name].to_numpy().astype(np.float64) for name in CORNERS], axis=1)
+    boxes[:, 2:] -= boxes[:, :2]  # N 4, xyxy to xywh
+    names = ("image_id", "category_id", "bbox", "score")
+    image_ids, category_ids, scores = (
+        table[name].to_pylist() for name in ("image_id", "category_id", "score")
+    )
+    rows = zip(image_ids, category_ids, boxes.tolist(), scores, strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]

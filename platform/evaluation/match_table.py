@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -111,8 +111,7 @@ def match_table(
     )
 
 
-@dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Boxes with their image and category, both as indices into the ascending ids."""
 
     row: np.ndarray  # index into the list that they are from
@@ -127,10 +126,7 @@ class _Boxes:
         return _Boxes(row, image, category, category * num_images + image, columns.boxes)
 
     def take(self, index: np.ndarray) -> _Boxes:
-        return _Boxes(
-            self.row[index], self.image[index], self.category[index], self.group[index],
-            self.box[index],
-        )  # fmt: skip
+        return _Boxes(*(column[index] for column in self))
 
 
 def _match(found: _Boxes, truths: _Boxes, crowd: np.ndarray, ignore: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy.stats import false_discovery_control
 
 from deta.platform.evaluation.match_table import AREA_RANGES, MatchTable, match_table
 from deta.platform.evaluation.weighted_ap import ApTable, weighted_ap
@@ -186,13 +187,11 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
     Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
     """
-    given = [i for i, p in enumerate(p_values) if not math.isnan(p)]
-    adjusted = [math.nan] * len(p_values)
-    least = 1.0
-    for rank, i in reversed(list(enumerate(sorted(given, key=lambda i: p_values[i]), start=1))):
-        least = min(least, p_values[i] * len(given) / rank)
-        adjusted[i] = least
-    return adjusted
+    adjusted = np.array(p_values, np.float64)
+    given = ~np.isnan(adjusted)
+    if given.any():
+        adjusted[given] = false_discovery_control(adjusted[given])
+    return adjusted.tolist()
 
 
 def _resample_all(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deta.platform.evaluation.coco_columns import read_columns
-from deta.platform.evaluation.coco_engines import accumulated_tables, match_detections
+from deta.platform.evaluation.coco_engines import evaluated, match_detections
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from tests.platform.evaluation.detection_cases import random_case
 
@@ -30,7 +30,7 @@ def require_equal(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -
     """The tables are equal cell by cell, and so are the metrics."""
     before = copy.deepcopy((ground_truth, results))
     columns = read_columns(ground_truth, results)
-    tables = [accumulated_tables(columns, engine) for engine in ("hotcoco", "pycocotools")]
+    tables = [evaluated(columns, engine).eval for engine in ("hotcoco", "pycocotools")]
     for name in ("precision", "recall"):
         assert tables[0][name].shape == tables[1][name].shape
         np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=0, atol=TOLERANCE)
