@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo dashboards test chaos check format wheel parity docs site verified hashes
+.PHONY: help install demo dashboards test chaos check format wheel parity docs site verified hashes materials
 
 help:
 	@echo "make install     install what jobs need to run"
@@ -22,6 +22,7 @@ help:
 	@echo "make wheel       build a wheel in dist/"
 	@echo "make verified    install what jobs need, each package checked by its hash"
 	@echo "make hashes      write hashes.txt again, after a change of versions"
+	@echo "make materials   write sbom.json, the installed packages as CycloneDX"
 
 # One stamp file for each installed extra. A changed version or dependency installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -59,18 +60,20 @@ check: $(VENV)/.installed-dev
 	$(SIDE_BY_SIDE) -m "not cluster"
 	$(SIDE_BY_SIDE) -m cluster
 
-# Packages are checked by content: pip refuses one that differs in a byte. hashes.txt names the
-# system it is for; `make hashes` writes it for this system, after a change of versions.
+# Packages are checked by content: pip refuses one that differs in a byte.
 verified:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement hashes.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(VENV)/.installed-all
 
-hashes: $(VENV)/.installed-all
-	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report $(VENV)/report.json \
-	    --constraint constraints.txt "setuptools>=77" --editable ".[all]"
-	$(BIN)/python jobs/materials.py --hashes $(VENV)/report.json --output hashes.txt
+hashes: $(VENV)/.installed-release
+	$(BIN)/uv pip compile --quiet --universal --extra all --constraint constraints.txt \
+	    --generate-hashes --no-annotate --no-header --python $(BIN)/python \
+	    --output-file hashes.txt pyproject.toml
+
+materials: $(VENV)/.installed-release
+	$(BIN)/cyclonedx-py environment --output-file sbom.json $(BIN)/python
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
