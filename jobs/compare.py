@@ -11,9 +11,7 @@ an MLflow run; or a file of detections, Parquet or COCO results JSON, with --ann
 cover the same images and boxes.
 
 The job writes one self-contained HTML page, and logs it to the MLflow run of B as
-comparisons/A-B.html. The difference in AP has a paired bootstrap interval over images; the
-resamples run in this process, or with --ray as tasks on the cluster that RAY_ADDRESS names, else on
-one started here.
+comparisons/A-B.html. The difference in AP has a paired bootstrap interval over images.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -30,7 +27,6 @@ from deta.jobs.command_line import described_parser, echo, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
-    from deta.platform.evaluation.paired_bootstrap import MapLike
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,6 @@ def main() -> NoReturn:
     parser.add_argument(
         "--confidence", metavar="SHARE", type=float, default=0.95, help="default 0.95"
     )
-    parser.add_argument("--ray", action="store_true", help="resample in Ray tasks")
     parser.add_argument(
         "--mlflow",
         metavar="URI",
@@ -117,24 +112,13 @@ def _compare(inputs: _CompareInputs, arguments: argparse.Namespace) -> int:
     from deta.platform.comparison.compare import compare_sides
     from deta.platform.comparison.report import verdict_sentences, write_comparison
 
-    with ExitStack() as stack:
-        mapped: MapLike = map
-        if arguments.ray:
-            try:
-                from deta.platform.cluster.bootstrap_tasks import ray_tasks
-            except ModuleNotFoundError as error:
-                raise RuntimeError(
-                    f"--ray needs Ray ({error}): pip install 'deta-platform[train]'"
-                ) from error
-            mapped = stack.enter_context(ray_tasks(echo))
-        comparison = compare_sides(
-            inputs.a,
-            inputs.b,
-            resamples=arguments.resamples,
-            seed=arguments.seed,
-            confidence=arguments.confidence,
-            map=mapped,
-        )
+    comparison = compare_sides(
+        inputs.a,
+        inputs.b,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+        confidence=arguments.confidence,
+    )
     for sentence in verdict_sentences(comparison):
         echo(sentence)
     num_images = write_comparison(inputs.out, comparison, inputs.image_folder)
