@@ -104,8 +104,8 @@ def paired_difference(
     Args:
         ground_truth: a COCO dict of the evaluated images.
         results_a, results_b: COCO results lists of the two models.
-        map: replaces the built-in one, for example to run elsewhere
-            (platform/cluster/bootstrap_tasks.py). The numbers do not depend on it.
+        map: replaces the built-in one, for example to run elsewhere. The numbers do not depend on
+            it.
 
     Raises:
         ValueError: as for `match_table`; there are no images; a number is out of range.
