@@ -58,7 +58,7 @@ def compare_configs(config: RunConfig, published: Published) -> list[DifferenceR
     rows = []
     for key, fact in published.facts.items():
         if key not in ours:
-            raise KeyError(f"published.py has a fact for {key!r}, which is no key of this model")
+            raise KeyError(f"published.toml has a fact for {key!r}, which is no key of this model")
         rows.append(DifferenceRow(key, ours[key], fact.value, fact.source, fact.why))
     rows += [
         DifferenceRow(key, value, defaults.get(key), "no published counterpart; our default", "")

@@ -1,25 +1,25 @@
 #!/usr/bin/env python
-"""Write docs/recipes/*.md and the table in docs/RESULTS.md from the recipes and published.py.
+"""Write docs/recipes/*.md and the table in docs/RESULTS.md from the recipes and published.toml.
 
   python jobs/recipe_pages.py           # write the files that have changed
   python jobs/recipe_pages.py --check   # write nothing; exit with 1 if a file is out of date
 
 The pages compare each configuration with the published one. A difference without an explanation in
-published.py is an error.
+published.toml is an error.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-from deta.jobs.command_line import described_parser
-from deta.jobs.differences import DifferenceRow, compare_configs, unexplained, value_text
+from deta.jobs.command_line import echo, read_options, run_tool
+from deta.jobs.differences import compare_configs, unexplained, value_text
 from deta.jobs.published import PUBLISHED, Published
 from deta.jobs.recipes import RECIPES, VARIANTS
 from deta.platform.run.config import RunConfig
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("docs") / "recipes"
 RESULTS = Path("docs") / "RESULTS.md"
 BEGIN, END = "<!-- recipes: begin, written by jobs/recipe_pages.py -->", "<!-- recipes: end -->"
-NOTE = "<!-- Written by jobs/recipe_pages.py; change the recipe or jobs/published.py instead. -->"
+NOTE = "<!-- Written by jobs/recipe_pages.py; change the recipe or jobs/published.toml. -->"
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -46,7 +46,7 @@ def pages(root: Path) -> dict[Path, str]:
     if problems:
         raise ValueError(
             "these recipes differ from what was published without a reason. Change the recipe, or "
-            "give the fact in jobs/published.py a `why`:\n  " + "\n  ".join(problems)
+            "give the fact in jobs/published.toml a `why`:\n  " + "\n  ".join(problems)
         )
     written = {
         root / FOLDER / f"{recipe}.md": recipe_page(recipe, module)
@@ -79,6 +79,7 @@ def results_table() -> str:
         recipe, _, variant = name.partition(".")
         config = VARIANTS[name]()
         different = [row.key for row in compare_configs(config, published) if not row.is_same]
+        number = f"{len(different)}, explained" if different else "none"
         is_default = variant == next(iter(RECIPES[recipe].VARIANTS))
         command = f"`jobs/{recipe}.py`" + ("" if is_default else f" `--variant {variant}`")
         rows.append(
@@ -87,7 +88,7 @@ def results_table() -> str:
                 value_text(config.schedule.epochs),
                 published.ap,
                 command,
-                f"[{_count(len(different))}]({FOLDER.name}/{recipe}.md#{variant})",
+                f"[{number}]({FOLDER.name}/{recipe}.md#{variant})",
             )
         )
     return _table(("system", "epochs", "published AP", "command", "differences"), rows)
@@ -108,7 +109,7 @@ def _section(
     )
     if different:
         cells = [
-            (_key(r), value_text(r.ours), value_text(r.published), r.verdict, r.source)
+            (f"`{r.key}`", value_text(r.ours), value_text(r.published), r.verdict, r.source)
             for r in different
         ]
         parts.append(_table(("key", "ours", "published", "why", "source"), cells))
@@ -120,16 +121,12 @@ def _section(
         parts.append(_table(("published", "here", "source"), remarks))
     same = _table(
         ("key", "both", "source"),
-        [(_key(row), value_text(row.ours), row.source) for row in rows if row.is_same],
+        [(f"`{row.key}`", value_text(row.ours), row.source) for row in rows if row.is_same],
     )
     summary = f"<summary>the same: {len(rows) - len(different)} numbers</summary>"
     parts.append(f"<details>{summary}\n\n{same}\n\n</details>")
     parts.append(f"`python jobs/{recipe}.py --variant {variant} --compare` prints this table.")
     return "\n\n".join(parts)
-
-
-def _key(row: DifferenceRow) -> str:
-    return f"`{row.key}`"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -152,32 +149,28 @@ def _code(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _count(number: int) -> str:
-    return "none" if number == 0 else f"{number}, explained"
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    check: bool = False  # write nothing; exit with 1 if a file is out of date
 
 
-def main() -> None:
-    parser = described_parser(__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if a file is out of date"
-    )
-    arguments = parser.parse_args()
-    try:
-        wanted = pages(ROOT)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> NoReturn:
+    options = read_options(PageOptions, __doc__)
+    run_tool(lambda: pages(ROOT), lambda wanted: _write(wanted, check=options.check))
+
+
+def _write(wanted: dict[Path, str], *, check: bool) -> int:
     stale = [
         path
         for path, text in wanted.items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     for path in stale:
-        print(f"{'out of date' if arguments.check else 'written'}: {path.relative_to(ROOT)}")
-        if not arguments.check:
+        echo(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
+        if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
-    sys.exit(1 if arguments.check and stale else 0)
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":
