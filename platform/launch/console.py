@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from deta.ops.ms_deform_attn import path as operator_path
 from deta.platform.pages.number_format import duration
@@ -16,10 +19,22 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Prints lines about one run."""
+    """Prints lines about one run; on a terminal, progress is a bar below them."""
 
-    def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
-        self.run, self.echo = run, echo
+    def __init__(self, run: Run, echo: Callable[[str], None], *, is_live: bool = False) -> None:
+        """
+        Args:
+            is_live: show progress as a bar on stdout, a terminal. Otherwise each report is a line.
+        """
+        self.run, self.echo, self.is_live = run, echo, is_live
+        self._bar: Progress | None = None
+        self._ap = ""
+
+    def close(self) -> None:
+        """Leave the bar as it is, and print below it from now on."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def print_start(self) -> None:
         """Print data sets, schedule, batch and folder of the run."""
@@ -56,18 +71,11 @@ class Console:
             else:
                 self.echo(f"training has started with {workers}")
         elif kind == "progress":
-            metrics = event["metrics"]
-            self.echo(
-                f"step {event['step']:>6}/{event['num_steps']}  "
-                f"epoch {metrics['train/epoch']:6.2f}  "
-                f"loss {metrics.get('train/loss', float('nan')):8.3f}  "
-                f"lr {metrics['train/lr']:.1e}  "
-                f"{metrics['train/images_per_s']:7.1f} images/s  "
-                f"{duration(event['remaining_s'])} left"
-            )
+            self._print_progress(event)
         elif kind == "evaluation":
             self.echo(f"validation after step {event['step']}, in percent:")
             self.echo("  " + event["table"].replace("\n", "\n  "))
+            self._ap = f"AP {event['metrics'].get('val/AP', math.nan):.1f}  "
             self._echo_explanation(event["metrics"])
         elif kind == "skipped":
             self.echo(
@@ -86,6 +94,29 @@ class Console:
         elif kind == "end" and event.get("reason"):
             self.echo(event["reason"])
 
+    def _print_progress(self, event: dict[str, Any]) -> None:
+        metrics = event["metrics"]
+        loss = metrics.get("train/loss", math.nan)
+        speed = f"{metrics['train/images_per_s']:7.1f} images/s"
+        left = f"{duration(event['remaining_s'])} left"
+        if not self.is_live:
+            self.echo(
+                f"step {event['step']:>6}/{event['num_steps']}  "
+                f"epoch {metrics['train/epoch']:6.2f}  loss {loss:8.3f}  "
+                f"lr {metrics['train/lr']:.1e}  {speed}  {left}"
+            )
+            return
+        if self._bar is None:
+            self._bar = Progress(MofNCompleteColumn(), BarColumn(10), "{task.description}")
+            self._bar.add_task("")
+        self._bar.update(
+            self._bar.task_ids[0],
+            description=f"loss {loss:.3f}  {self._ap}{speed.strip()}  {left}",
+            completed=event["step"],
+            total=event["num_steps"],
+        )
+        self._bar.start()  # from now on, what is printed appears above it
+
     def _echo_explanation(self, metrics: dict[str, float]) -> None:
         begins = "val/error_"
         costs = {n[len(begins) :]: v for n, v in metrics.items() if n.startswith(begins)}
@@ -102,7 +133,7 @@ class Console:
     def print_result(self, result: RunResult) -> None:
         """Print metrics, paths and goodput of a run that has ended."""
         self.echo("")
-        self.echo(f"AP {result.metrics.get('AP', float('nan')):.1f} (last evaluation)")
+        self.echo(f"AP {result.metrics.get('AP', math.nan):.1f} (last evaluation)")
         if result.best_checkpoint is not None:
             self.echo(f"best checkpoint: {result.best_checkpoint}")
         if reports := sorted(self.run.folder.glob("evaluations/*/report.html")):

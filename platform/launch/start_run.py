@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 
 from deta.platform.launch.console import Console
@@ -62,7 +63,7 @@ def launch_prepared(
         preview: called for a new run once its folder exists and before the cluster is used; may
             write images and journal events. If it fails, the folder is removed.
     """
-    console = Console(run, echo)
+    console = Console(run, echo, is_live=sys.stdout.isatty())
     console.print_start()
     open_run_folder(run, resume=resume)
     with RunLock.acquire(run.folder) as lock:

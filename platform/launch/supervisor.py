@@ -81,6 +81,7 @@ class Supervisor:
             with contextlib.suppress(OSError):  # the disk may be read-only by now
                 (run.folder / STOP_FILE).unlink(missing_ok=True)
             self.monitor.poll()
+            self.console.close()
             self.last = newest_checkpoint(run.checkpoints)
             self.events.log_end(status, reason, self._goodput())
             uploaded = finish_uploader(uploader, run.folder, within_s=UPLOAD_S)

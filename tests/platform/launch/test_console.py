@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +62,41 @@ def test_the_result_names_where_everything_is(console: Console, tmp_path: Path):
     text = "\n".join(console.printed)  # type: ignore[attr-defined]
     for part in ("AP 12.3", str(tmp_path / "best"), "validation.png", "goodput 90 %", "run abc"):
         assert part in text
+
+
+PROGRESS = {
+    "kind": "progress", "step": 123456, "num_steps": 654321, "remaining_s": 99_999,
+    "metrics": {"train/loss": 12.345, "train/epoch": 3.5, "train/lr": 1e-4,
+                "train/images_per_s": 1234.5},
+}  # fmt: skip
+LIVE = f"""
+import sys
+from deta.platform.launch.console import Console
+console = Console(None, print, is_live=sys.stdout.isatty())
+metrics = {{"val/AP": 45.67}}
+console.print_event({{"kind": "evaluation", "step": 1, "table": "", "metrics": metrics}})
+console.print_event({PROGRESS})
+console.print_event({{"kind": "drift", "step": 3, "parameter": "w"}})
+console.close()
+"""
+
+
+def test_progress_is_a_bar_on_a_terminal_of_80_columns():
+    reader, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-c", LIVE]
+    subprocess.run(command, stdout=terminal, stderr=terminal, env=environment, check=True)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", os.read(reader, 1 << 20).decode())
+    lines = re.split("[\r\n]+", shown)
+    assert max(map(len, lines)) <= 80
+    assert "! step 3: w differs among the workers" in lines
+    (bar,) = {line for line in lines if line.startswith("123456/654321")}
+    for part in ("━", "loss 12.345", "AP 45.7", "1234.5 images/s", "27 h 47 min left"):
+        assert part in bar
+
+
+def test_progress_is_a_plain_line_elsewhere(console: Console):
+    console.print_event(PROGRESS)
+    (line,) = console.printed  # type: ignore[attr-defined]
+    assert line.startswith("step 123456/654321  epoch   3.50  loss   12.345  lr 1.0e-04")
+    assert line.endswith("1234.5 images/s  27 h 47 min left")
