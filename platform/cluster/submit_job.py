@@ -6,11 +6,9 @@ import asyncio
 import os
 import shlex
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +18,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from deta.platform.cluster.auth_token import OPEN_CLUSTER, is_open
-from deta.platform.cluster.job_project import STOP_WAIT_S, Project, job_environment
+from deta.platform.cluster.job_project import (
+    STOP_WAIT_S,
+    excludes,
+    job_environment,
+    project_root,
+)
 from deta.platform.system.redaction import redact_value
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -54,7 +57,7 @@ def submit_job(
         working_dir: the folder to send; by default the script's project.
         follow: wait for the end. Otherwise only the job's id is printed.
         stop_on_interrupt: Ctrl-C also stops the job. Otherwise the job continues.
-        python: the interpreter on the cluster. The default is this one if the cluster runs on this
+        python: the interpreter on the cluster. The default is this one if the address is of this
             machine, otherwise `python`.
         env: variables of the job, in addition to those of `job_environment`.
         echo: prints a line about the submission.
@@ -67,28 +70,34 @@ def submit_job(
         ValueError: the script, the project or the address is invalid.
         ClusterError: the cluster does not answer or rejects the token; says what to set.
     """
-    project = Project.holding(script, working_dir)
-    variables = {**job_environment(project.root, os.environ), **(env or {})}
+    if not script.is_file():
+        raise ValueError(f"{script}: no such script (relative to {Path.cwd()})")
+    script = script.resolve()
+    root = project_root(script) if working_dir is None else working_dir.resolve()
+    if not script.is_relative_to(root):
+        raise ValueError(f"{script} is not in {root}, so it would not be sent with it")
+    variables = {**job_environment(root, os.environ), **(env or {})}
     client, address = connect_client(address)
     if is_open(address):
         _refuse_secrets(address, variables)
         echo(f"WARNING, {address}: {OPEN_CLUSTER}")
-    echo(
-        f"project: {project.root} ({project.num_files} files, {project.size_bytes / 1e6:.1f} MB) "
-        f"at {variables.get('DETA_COMMIT', 'no commit')}"
-    )
+    echo(f"project: {root} at {variables.get('DETA_COMMIT', 'no commit')}")
     echo(f"cluster: {address}")
     passed_on = sorted(set(variables) - {"DETA_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"})
     if passed_on:
         echo(f"passed on: {', '.join(passed_on)}")
-    python = python or _wait_for(lambda: _our_python(client), address)
-    entrypoint = [python, str(script.resolve().relative_to(project.root)), *arguments]
-    runtime_env: dict[str, object] = {
-        "working_dir": str(project.root),
-        "excludes": list(project.excludes),
+    # A job's `python` is the first on the PATH of the shell that started Ray. That one has no Ray
+    # if the command was `.venv/bin/ray start`.
+    python = python or (sys.executable if _is_this_machine(address) else "python")
+    entrypoint = shlex.join([python, str(script.relative_to(root)), *arguments])
+    runtime_env = {
+        "working_dir": str(root),
+        "excludes": excludes(root),
         "env_vars": variables,
     }
-    job_id = _wait_for(lambda: _hand_over(client, shlex.join(entrypoint), runtime_env), address)
+    job_id = _hand_over(
+        lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env), address
+    )
     if not follow:
         print(job_id, flush=True)
         return 0
@@ -126,8 +135,7 @@ def _refuse_secrets(address: str, variables: Mapping[str, str]) -> None:
         ClusterError: a secret would go to an open cluster on another machine.
     """
     named = sorted(name for name, value in variables.items() if redact_value(name, value) != value)
-    host = urlsplit(address).hostname or ""
-    if named and host not in ("127.0.0.1", "localhost", "::1"):
+    if named and not _is_this_machine(address):
         raise ClusterError(
             f"{', '.join(named)} must not be sent to the Ray cluster at {address}: {OPEN_CLUSTER}; "
             "or unset these variables"
@@ -170,8 +178,8 @@ def connect_client(address: str | None) -> tuple[JobSubmissionClient, str]:
     try:
         # Ray's own client has no timeout.
         requests.get(f"{address}/api/version", timeout=(CONNECT_WITHIN_S, ANSWER_WITHIN_S))
-        with _environment_variable("RAY_API_SERVER_ADDRESS", address):  # overrides the argument
-            return JobSubmissionClient(address), address
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # overrides the argument in Ray
+        return JobSubmissionClient(address), address
     except AuthenticationError as error:
         raise ClusterError(_rejection(address, error)) from error
     except requests.ReadTimeout as error:
@@ -187,8 +195,12 @@ def connect_client(address: str | None) -> tuple[JobSubmissionClient, str]:
         ) from error
 
 
-def _wait_for(step: Callable[[], str | None], address: str) -> str:
-    """Call `step` until it has a result; it has none while the cluster is starting.
+def _is_this_machine(address: str) -> bool:
+    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def _hand_over(submit: Callable[[], str], address: str) -> str:
+    """Submit a job and return its id, also to a cluster that is still starting.
 
     Raises:
         ClusterError: the cluster does not become ready, or refuses.
@@ -196,60 +208,17 @@ def _wait_for(step: Callable[[], str | None], address: str) -> str:
     deadline_s = time.monotonic() + READY_WITHIN_S
     while True:
         try:
-            result = step()
+            return submit()
         except (OSError, RuntimeError) as error:
-            raise ClusterError(f"the cluster at {address} refused the job: {error}") from error
-        if result is not None:
-            return result
-        if time.monotonic() > deadline_s:
-            raise ClusterError(
-                f"the dashboard at {address} answers, but the cluster has accepted no job for "
-                f"{READY_WITHIN_S:.0f} s; check with `ray status` on its head that it has a node"
-            )
+            if "No available agent" not in str(error):
+                raise ClusterError(f"the cluster at {address} refused the job: {error}") from error
+            if time.monotonic() > deadline_s:
+                raise ClusterError(
+                    f"the dashboard at {address} answers, but the cluster has accepted no job for "
+                    f"{READY_WITHIN_S:.0f} s; check with `ray status` on its head that it has a "
+                    "node"
+                ) from error
         time.sleep(0.5)
-
-
-def _hand_over(
-    client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, object]
-) -> str | None:
-    """Submit the job and return its id; None if the cluster cannot accept it yet."""
-    try:
-        return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-    except RuntimeError as error:
-        if "No available agent" in str(error):
-            return None
-        raise
-
-
-def _our_python(client: JobSubmissionClient) -> str | None:
-    """Return this interpreter if the cluster's head is this machine, otherwise `python`.
-
-    A job's `python` is the first on the PATH of the shell that started Ray. That one has no Ray if
-    the command was `.venv/bin/ray start`. A forwarded port may lead to another machine. None if the
-    cluster does not know its head yet.
-    """
-    try:
-        nodes = client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
-        head = next((node for node in nodes if node["raylet"].get("isHeadNode")), None)
-        if head is None:
-            return None
-        same_name = head["raylet"].get("nodeManagerHostname") == socket.gethostname()
-    except (OSError, ValueError, KeyError, TypeError):  # another format than that of Ray 2.60
-        return "python"
-    # Many machines have a name such as "localhost", so boot times are compared too. Ray reports
-    # its boot time some seconds after it started.
-    theirs_s, ours_s = head.get("bootTime"), _booted_at_s()
-    same_boot = not theirs_s or not ours_s or abs(theirs_s - ours_s) < 3
-    return sys.executable if same_name and same_boot else "python"
-
-
-def _booted_at_s() -> float | None:
-    """Return the Unix time at which Linux booted; None on other systems."""
-    try:
-        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((float(line.split()[1]) for line in lines if line.startswith("btime ")), None)
 
 
 def _follow(client: JobSubmissionClient, job_id: str, *, show: bool = True) -> JobDetails:
@@ -315,27 +284,11 @@ def _next_commands(job_id: str, address: str) -> str:
 
 
 def _rejection(address: str, error: AuthenticationError) -> str:
-    mode = os.environ.get("RAY_AUTH_MODE", "not set")
-    source = next(
-        (name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)),
-        "~/.ray/auth_token",
-    )
+    given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     reason = str(error).partition("\n")[0].partition(". ")[0]
     return (
         f"the Ray cluster at {address} rejected the request: {reason}\n"
-        f"RAY_AUTH_MODE is {mode}, the token would come from {source}. Set RAY_AUTH_MODE=token, "
-        "and RAY_AUTH_TOKEN_PATH to the file with the cluster's token (or RAY_AUTH_TOKEN)"
+        f"RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')}, the token would come from "
+        f"{(given or ['~/.ray/auth_token'])[0]}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+        "to the file with the cluster's token (or RAY_AUTH_TOKEN)"
     )
-
-
-@contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

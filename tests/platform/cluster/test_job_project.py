@@ -9,8 +9,13 @@ import pytest
 
 pytest.importorskip("ray")
 
-from deta.platform.cluster import job_project
-from deta.platform.cluster.job_project import Project, job_environment, project_root
+from deta.platform.cluster.job_project import (
+    NEVER_SENT,
+    excludes,
+    job_environment,
+    project_root,
+)
+from deta.platform.cluster.submit_job import submit_job
 
 
 def test_the_project_is_the_nearest_folder_that_looks_like_one(tmp_path: Path):
@@ -22,31 +27,14 @@ def test_the_project_is_the_nearest_folder_that_looks_like_one(tmp_path: Path):
     (tmp_path / "outer" / "inner" / "pyproject.toml").touch()
     assert project_root(script) == tmp_path / "outer" / "inner"
     with pytest.raises(ValueError, match="would not be sent"):
-        Project.holding(script, tmp_path / "elsewhere")
-
-
-def test_a_project_too_big_to_send_is_refused_by_its_largest_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(job_project, "MAX_UPLOAD_BYTES", 10_000)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.jpg").write_bytes(bytes(20_000))
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "job.py").touch()
-    (project / "linked").symlink_to(tmp_path / "elsewhere")  # Ray would follow it
-    with pytest.raises(ValueError, match=r"linked.*\.gitignore"):
-        Project.holding(project / "job.py")
-    (project / ".rayignore").write_text("linked\n", encoding="utf-8")
-    assert Project.holding(project / "job.py").num_files == 2
+        submit_job(script, [], working_dir=tmp_path / "elsewhere")
 
 
 def test_a_token_inside_the_project_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("job.py", "my_token"):
-        (tmp_path / name).touch()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "my_token"))
-    assert Project.holding(tmp_path / "job.py").num_files == 1
+    assert "/my_token" in excludes(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/elsewhere/my_token")
+    assert excludes(tmp_path) == list(NEVER_SENT)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +51,8 @@ def test_an_ignored_folder_of_the_root_excludes_no_folder_of_its_name(tmp_path: 
     for name in ("job.py", "data/a.jpg", "platform/data/a.py", "platform/cached/a.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "deta").mkdir()
-    (tmp_path / "deta" / "platform").symlink_to("../platform")
-    (tmp_path / ".gitignore").write_text("", encoding="utf-8")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     exclude = tmp_path / ".git" / "info" / "exclude"  # which Ray itself does not read
     exclude.write_text("/data\n/platform/cached\n", encoding="utf-8")
-    project = Project.holding(tmp_path / "job.py")
-    # job.py, .gitignore, and a.py at its place and through the link
-    assert project.num_files == 4
+    # The second also at its place behind the link in deta/.
+    assert excludes(tmp_path)[len(NEVER_SENT) :] == ["/data", "**/platform/cached"]

@@ -225,11 +225,19 @@ def test_a_wrong_token_is_reported_with_a_remedy(project: Path, ray_cluster, wro
 
 
 def test_a_cluster_that_is_still_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch):
-    answers = iter([None, None, "raysubmit_x"])
-    assert submit._wait_for(lambda: next(answers), "http://a:1") == "raysubmit_x"
+    answers = iter([RuntimeError("No available agent to submit job"), "raysubmit_x"])
+
+    def submit_job() -> str:
+        answer = next(answers)
+        if isinstance(answer, str):
+            return answer
+        raise answer
+
+    assert submit._hand_over(submit_job, "http://a:1") == "raysubmit_x"
     monkeypatch.setattr(submit, "READY_WITHIN_S", 0.0)
+    answers = iter([RuntimeError("No available agent to submit job")])
     with pytest.raises(submit.ClusterError, match="accepted no job"):
-        submit._wait_for(lambda: None, "http://a:1")
+        submit._hand_over(submit_job, "http://a:1")
 
 
 def test_rays_own_command_works_with_a_working_dir(ray_cluster):
