@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,9 +34,9 @@ def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> 
     plan = []
     window = batch_size * WINDOW_BATCHES
     for start in range(0, len(shapes), window):
-        by_shape: dict[tuple[int, int], list[int]] = {}
+        by_shape = defaultdict(list)
         for index in range(start, min(start + window, len(shapes))):
-            by_shape.setdefault(shapes[index], []).append(index)
+            by_shape[shapes[index]].append(index)
         batches = [
             indices[first : first + batch_size]
             for indices in by_shape.values()
@@ -58,13 +58,13 @@ def check_headers(paths: Sequence[Path], max_pixels: int) -> list[Header]:
             headers.append(future.result())
         except ImageError as error:
             faults.append(str(error))
-    if not faults:
-        return headers
-    more = [f"... and {len(faults) - NUM_SHOWN} more"] if len(faults) > NUM_SHOWN else []
-    raise ImageError(
-        f"{len(faults)} of {len(paths)} images cannot be used, so none was predicted:\n  "
-        + "\n  ".join(faults[:NUM_SHOWN] + more)
-    )
+    if faults:
+        more = [f"... and {len(faults) - NUM_SHOWN} more"] if len(faults) > NUM_SHOWN else []
+        raise ImageError(
+            f"{len(faults)} of {len(paths)} images cannot be used, so none was predicted:\n  "
+            + "\n  ".join(faults[:NUM_SHOWN] + more)
+        )
+    return headers
 
 
 def read_ahead(

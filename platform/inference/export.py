@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,12 @@ def foreign_operators(program: ExportedProgram) -> set[str]:
     """Return the names of operators from outside PyTorch in a program, loops included."""
     return {
         str(node.target)
-        for graph in _graphs(program.graph_module)
-        for node in graph.nodes
+        for part in program.graph_module.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         and node.target.namespace not in ("aten", "prims", "higher_order")
     }
-
-
-def _graphs(module: nn.Module) -> Iterator[torch.fx.Graph]:
-    for part in module.modules():
-        if isinstance(part, torch.fx.GraphModule):
-            yield part.graph
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:

@@ -102,7 +102,7 @@ class Predictor:
             ValueError: there is no checkpoint, it is damaged, or a change does not fit.
         """
         checkpoint = read_checkpoint(find_checkpoint(path))
-        config = _without_download(override(checkpoint.config, changes))
+        config = _with_changes(checkpoint.config, changes)
         model = make_detector(config.model)
         try:
             model.load_state_dict(checkpoint.model_state())
@@ -112,17 +112,10 @@ class Predictor:
                 f"overrides that change the model ({error})"
             ) from error
         state = checkpoint.state
-        description = f"{checkpoint.path} (step {state.step}, epoch {state.epoch:.2f}"
-        if "AP" in state.metrics:
-            description += f", AP {state.metrics['AP']:.1f} when it was saved"
-        return cls(
-            model,
-            config,
-            checkpoint.categories,
-            device,
-            description + ")",
-            file_sha256(checkpoint.path / "model.safetensors"),
-        )
+        ap = f", AP {state.metrics['AP']:.1f} when it was saved" if "AP" in state.metrics else ""
+        description = f"{checkpoint.path} (step {state.step}, epoch {state.epoch:.2f}{ap})"
+        sha256 = file_sha256(checkpoint.path / "model.safetensors")
+        return cls(model, config, checkpoint.categories, device, description, sha256)
 
     @classmethod
     def from_published(
@@ -153,13 +146,13 @@ class Predictor:
         try:
             rows, categories = file.rows_of(categories)
             model = replace(file.config.model, num_classes=len(categories))
-            config = _without_download(override(replace(file.config, model=model), changes))
+            config = _with_changes(replace(file.config, model=model), changes)
             detector = make_detector(config.model)
             detector.load_state_dict(file.state_of(rows, config.model))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        classes = f"{len(rows)} of {file.classes.num_rows} classes, {_names(categories)}"
-        description = f"{file.origin}; {classes}"
+        count = f"{len(rows)} of {file.classes.num_rows} classes"
+        description = f"{file.origin}; {count}, {_names(categories)}"
         return cls(detector, config, categories, device, description, file_sha256(path))
 
     @property
@@ -183,21 +176,21 @@ class Predictor:
         """
         if categories == self.categories:
             return
-        known = {category.id: category.name for category in self.categories}
-        given = {category.id: category.name for category in categories}
+        known, given = (
+            {category.id: category.name for category in some}
+            for some in (self.categories, categories)
+        )
         differences = [
             f"id {i} is {known[i]!r} there and {given[i]!r} here"
             for i in sorted(known.keys() & given.keys())
             if known[i] != given[i]
         ]
         for which, one, other in (("there", known, given), ("here", given, known)):
-            if only := sorted(one.keys() - other.keys()):
-                shown = short_list([f"{i} {one[i]!r}" for i in only], 4)
-                differences.append(f"only {which}: {shown}")
+            if only := [f"{i} {one[i]!r}" for i in sorted(one.keys() - other.keys())]:
+                differences.append(f"only {which}: {short_list(only, 4)}")
         raise ValueError(
-            f"{origin}: its {len(categories)} categories are not the {len(self.categories)} that "
-            f"the model was trained on; {'; '.join(differences[:NUM_SHOWN])}. Ids and names must "
-            "be the same"
+            f"{origin}: its {len(given)} categories are not the {len(known)} that the model was "
+            f"trained on; {'; '.join(differences[:NUM_SHOWN])}. Ids and names must be the same"
         )
 
     def prepare(self, image: Image.Image) -> PreparedImage:
@@ -236,9 +229,16 @@ class Predictor:
         Raises:
             ValueError: an image has more than 8 bits per channel.
         """
-        rgb = [_rgb(image) for image in images]
-        shapes = [self._shape(image.height, image.width) for image in rgb]
-        found = self._predict_batches(shapes, lambda i: self.prepare(rgb[i]), batch_size)
+        if wrong := {image.mode for image in images} - EIGHT_BIT_MODES:
+            raise ValueError(
+                f"an image of PIL's mode {min(wrong)} does not have 8 bits per channel; convert "
+                "it, or read its file with deta.platform.data.image_decoding.decode"
+            )
+        found = self._predict_batches(
+            [(image.height, image.width) for image in images],
+            lambda index: self.prepare(images[index].convert("RGB")),
+            batch_size,
+        )
         return [detections for _, detections in found]
 
     def predict_files(
@@ -273,8 +273,8 @@ class Predictor:
                 raise error
             on_unreadable(files[index], error)
 
-        shapes = [self._shape(header.height, header.width) for header in headers]
-        found = self._predict_batches(shapes, read, batch_size, handle_unreadable)
+        sizes_px = [(header.height, header.width) for header in headers]
+        found = self._predict_batches(sizes_px, read, batch_size, handle_unreadable)
         return ((files[index], detections) for index, detections in found)
 
     def evaluate(
@@ -314,7 +314,7 @@ class Predictor:
 
     def _predict_batches(
         self,
-        shapes: Sequence[tuple[int, int]],
+        sizes_px: Sequence[tuple[int, int]],
         read: Callable[[int], PreparedImage],
         batch_size: int,
         on_unreadable: Callable[[int, ImageError], None] | None = None,
@@ -322,10 +322,12 @@ class Predictor:
         """Yield the index and detections of each image, in order.
 
         Args:
-            shapes: (height, width) of each image as the model gets it.
+            sizes_px: (height, width) of each image.
             read: makes the model's input for the image of an index; called from several threads.
             on_unreadable: called for an image whose `read` raises ImageError; it is left out.
         """
+        size = self.config.data.evaluation_size
+        shapes = [resized_size(*one, size.short_edge, size.max_long_edge) for one in sizes_px]
         plan = batches_of_one_shape(shapes, batch_size)
         reading = read_ahead(read, [index for batch in plan for index in batch])
         finished: dict[int, Detections | None] = {}  # None: unreadable
@@ -348,23 +350,10 @@ class Predictor:
                     yield next_index, found
                 next_index += 1
 
-    def _shape(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) to which an image is resized."""
-        size = self.config.data.evaluation_size
-        return resized_size(height, width, size.short_edge, size.max_long_edge)
 
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ValueError(
-            f"an image of PIL's mode {image.mode} does not have 8 bits per channel; convert it, or "
-            "read its file with deta.platform.data.image_decoding.decode"
-        )
-    return image.convert("RGB")
-
-
-def _without_download(config: RunConfig) -> RunConfig:
-    """Skip the download of backbone weights, since all weights are replaced."""
+def _with_changes(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Override values, and skip the download of a backbone, since all weights are replaced."""
+    config = override(config, changes)
     return replace(config, model=without_download(config.model))
 
 

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -85,11 +85,7 @@ class DetectionService:
 
     @asynccontextmanager
     async def running(self, *, load_first: bool) -> AsyncIterator[None]:
-        """Run the batcher and follow the model source until the end of the block.
-
-        Args:
-            load_first: load a model before the first request is accepted.
-        """
+        """Run the batcher and follow the model source until the end of the block."""
         if load_first:
             await self.slot.refresh()
         async with self.batcher:
@@ -113,10 +109,11 @@ class DetectionService:
         batches = math.ceil((self.batcher.num_waiting + 1) / self.config.max_batch)
         return {"Retry-After": str(min(60, math.ceil(batches * self.batcher.mean_batch_s)))}
 
-    async def detect(
-        self, request: Request, *, min_score: float, max_detections: int, upright: bool
-    ) -> dict[str, Any]:
+    async def detect(self, request: Request, upright: bool, **limits: Any) -> dict[str, Any]:
         """Return the response to one request, with its metrics recorded.
+
+        Args:
+            limits: of `ServedModel.as_json`.
 
         Raises:
             Refusal, ClientDisconnect: recorded as the request's outcome.
@@ -134,7 +131,7 @@ class DetectionService:
             self.measurements.record("phase_seconds", read_s, phase="read")
             try:
                 async with asyncio.timeout(self.config.answer_timeout_s):
-                    response = await self._run_model(content, min_score, max_detections, upright)
+                    response = await self._run_model(content, upright, limits)
             except TimeoutError:
                 detail = f"no answer within {self.config.answer_timeout_s:g} s; try again later"
                 raise Refusal(504, "answer_timeout", detail, self.retry_after()) from None
@@ -154,7 +151,7 @@ class DetectionService:
             self.measurements.request(outcome, time.monotonic() - began_s)
 
     async def _run_model(
-        self, content: bytes, min_score: float, max_detections: int, upright: bool
+        self, content: bytes, upright: bool, limits: Mapping[str, Any]
     ) -> dict[str, Any]:
         model = self.slot.loaded()
         began_s = time.monotonic()
@@ -163,9 +160,7 @@ class DetectionService:
         )
         decode_s = time.monotonic() - began_s
         result = await self.batcher.detect(model.predictor, prepared)
-        detections = model.as_json(
-            result.detections, min_score=min_score, max_detections=max_detections
-        )
+        detections = model.as_json(result.detections, **limits)
         seconds = {"decode": decode_s, "wait": result.wait_s, "model": result.model_s}
         for name, value in seconds.items():
             self.measurements.record("phase_seconds", value, phase=name)
@@ -190,7 +185,8 @@ def create_app(
     """Return the application.
 
     Args:
-        load_first: see `DetectionService.running`; for load balancers that do not check /ready.
+        load_first: load a model before the first request is accepted, for load balancers that do
+            not check /ready.
     """
     service = DetectionService(source, config, measurements)
 
@@ -213,6 +209,8 @@ def create_app(
     app.add_middleware(OriginGuard, hosts=config.hosts, accepts_token=config.accepts_token)
     app.add_exception_handler(RequestValidationError, _parameter_problem)
     app.add_exception_handler(HTTPException, _http_problem)
+    # No client reads it.
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
 
     @app.post("/v1/detect", responses=PROBLEMS, response_model=Detected, openapi_extra=DETECT_BODY)
     async def detect(
@@ -222,13 +220,8 @@ def create_app(
         upright: Upright = False,
     ) -> Response:
         """Return the detections in an image, best first."""
-        try:
-            answer = await service.detect(
-                request, min_score=min_score, max_detections=max_detections, upright=upright
-            )
-        except ClientDisconnect:
-            return Response(status_code=499)  # no client reads it
-        return JSONResponse(answer)
+        limits = {"min_score": min_score, "max_detections": max_detections}
+        return JSONResponse(await service.detect(request, upright, **limits))
 
     @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
     async def model() -> Response:

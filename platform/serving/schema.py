@@ -10,30 +10,21 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deta.platform.serving.upload import FIELD, FORM_TYPE
+from deta.platform.serving.upload import FIELD, FORM_TYPE, RAW_TYPES
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BINARY = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "properties": {FIELD: _BINARY}, "required": [FIELD]}
 DETECT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {
-            "image/jpeg": _BINARY,
-            "image/png": _BINARY,
-            "application/octet-stream": _BINARY,
-            FORM_TYPE: {
-                "schema": {
-                    "type": "object",
-                    "properties": {FIELD: {"type": "string", "format": "binary"}},
-                    "required": [FIELD],
-                }
-            },
-        },
+        "content": {FORM_TYPE: {"schema": _FORM}}
+        | {kind: {"schema": _BINARY} for kind in RAW_TYPES if kind},
     }
 }
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid")
 
 
 class Model(_Strict):
