@@ -10,7 +10,7 @@ from tests.platform.evaluation.detection_cases import random_case, reference
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["scores differ", "scores tie"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_match_is_that_of_pycocotools(seed: int, rounded: bool) -> None:
     truth, results = random_case(seed, rounded=rounded)
     entries = [entry for entry in reference(truth, results).evalImgs if entry is not None]
@@ -67,16 +67,10 @@ def test_nothing_detected_and_nothing_to_find_are_no_errors() -> None:
     assert len(table.row) == len(results)
 
 
-def test_a_result_for_an_unknown_image_is_refused() -> None:
-    truth, results = random_case(1)
-    wrong = {**results[0], "image_id": 12345}
-    with pytest.raises(ValueError, match="12345; is this the right annotation file"):
-        match_table(truth, [*results, wrong])
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"image_id": 12345}, "12345; is this the right annotation file"),
         ({"score": float("nan")}, "have a score that is not a finite number; .*: nan"),
         ({"bbox": [0, 0, 1]}, r"have a bbox that is not 4 finite numbers; .*: \[0, 0, 1\]"),
         ({"bbox": None}, "have a bbox that is not 4 finite numbers; .*: None"),

@@ -90,19 +90,27 @@ def test_the_interval_of_one_model_is_that_of_really_repeated_images():
     assert (100 * low, 100 * high) == pytest.approx(tuple(wanted), abs=1e-6)
 
 
+def differences_of(
+    truth: dict[str, Any], a: list[dict[str, Any]], b: list[dict[str, Any]], draws: Any
+) -> list[float]:
+    """Return B minus A in AP, by copying images and evaluating, for each draw of weights."""
+    differences = []
+    for weights in draws:
+        again, copies = repeated(truth, a, weights.tolist())
+        _, other_copies = repeated(truth, b, weights.tolist())
+        differences.append(
+            evaluate_detections(again, other_copies).AP - evaluate_detections(again, copies).AP
+        )
+    return differences
+
+
 def test_the_interval_is_that_of_an_independent_bootstrap() -> None:
     """Another generator draws, images are copied, and hotcoco evaluates them."""
     truth, results = random_case(7, num_images=25)
     other = worse(results, 1)
     rng = np.random.default_rng(123)
-    differences = []
-    for _ in range(200):
-        weights = np.bincount(rng.integers(25, size=25), minlength=25).tolist()
-        again, copies = repeated(truth, results, weights)
-        _, other_copies = repeated(truth, other, weights)
-        differences.append(
-            evaluate_detections(again, other_copies).AP - evaluate_detections(again, copies).AP
-        )
+    draws = (np.bincount(rng.integers(25, size=25), minlength=25) for _ in range(200))
+    differences = differences_of(truth, results, other, draws)
     low, high = np.quantile(differences, [0.025, 0.975])
 
     found = paired_difference(truth, results, other, resamples=1000)
@@ -118,14 +126,8 @@ def test_the_interval_is_that_of_an_independent_bootstrap() -> None:
 def test_the_same_draws_by_hand_give_the_same_interval() -> None:
     truth, results = random_case(8, rounded=True)
     other = worse(results, 2)
-    differences = []
-    for index in range(40):
-        weights = multiplicities(12, 3, index).tolist()
-        again, copies = repeated(truth, results, weights)
-        _, other_copies = repeated(truth, other, weights)
-        differences.append(
-            evaluate_detections(again, other_copies).AP - evaluate_detections(again, copies).AP
-        )
+    draws = (multiplicities(12, 3, index) for index in range(40))
+    differences = differences_of(truth, results, other, draws)
 
     found = paired_difference(truth, results, other, resamples=40, seed=3, confidence=0.8)
 
