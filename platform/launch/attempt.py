@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -12,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from deta.platform.launch.attempt_monitor import AttemptMonitor
-from deta.platform.launch.run_events import RunEvents, resume_point
+from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
+from deta.platform.launch.console import Console
 from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, AttemptOutcome, Run
-from deta.platform.run.run_file import RUN_FILE
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.places import child_environment
 from deta.platform.system.process_tree import (
@@ -29,61 +27,22 @@ from deta.platform.system.process_tree import (
 LOG_FILE = "attempt.log"  # the output of the Ray drivers
 POLL_EVERY_S = 0.25
 GRACE_S = 20.0  # after a request to stop, for a step and a checkpoint
-READ_ONLY_S = 10.0  # how long a read-only disk is tolerated
 EXIT_WITHIN_S = 2.0  # for all workers, once the watchdog of one has ended it
 REPLACED_WITHIN_S = 90.0  # for Ray to replace hung workers
-
-
-class RunFailedError(RuntimeError):
-    """The run cannot continue; the message has the reason."""
-
-
-class DiskWatch:
-    """Fails a run whose folder stays read-only.
-
-    A full disk may get space again; a read-only one needs a person.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._writable_s = time.monotonic()  # when the folder was last writable
-
-    def is_writable(self) -> bool:
-        return is_writable(self.run.folder / RUN_FILE)
-
-    def require(self, tolerance_s: float = READ_ONLY_S) -> None:
-        """
-        Raises:
-            RunFailedError: the folder has not been writable for `tolerance_s`.
-        """
-        if self.is_writable():
-            self._writable_s = time.monotonic()
-        elif tolerance_s == 0 or time.monotonic() - self._writable_s > tolerance_s:
-            raise RunFailedError(
-                f"{self.run.folder}: cannot be written to any more (the file system is read-only), "
-                "so no progress could be saved. Make it writable; then --resume continues from "
-                f"{resume_point(self.run)}"
-            )
 
 
 class Attempt:
     """One Ray driver process, from its start to its outcome."""
 
     def __init__(
-        self,
-        run: Run,
-        lock: RunLock,
-        monitor: AttemptMonitor,
-        events: RunEvents,
-        disk: DiskWatch,
-        run_mark: str,
+        self, run: Run, lock: RunLock, monitor: AttemptMonitor, console: Console, run_mark: str
     ) -> None:
         """
         Args:
             run_mark: the mark of all processes of this run; see `process_tree.py`.
         """
-        self.run, self.lock, self.monitor, self.events = run, lock, monitor, events
-        self.disk, self.run_mark = disk, run_mark
+        self.run, self.lock, self.monitor, self.console = run, lock, monitor, console
+        self.run_mark = run_mark
         self.mark = new_mark()
         self.process: subprocess.Popen[bytes] | None = None
         self._log_offset = 0  # where the log of this attempt begins, in bytes
@@ -97,8 +56,7 @@ class Attempt:
             RunFailedError: the run cannot continue.
         """
         folder = self.run.folder
-        while not self.disk.is_writable():
-            self.disk.require()
+        while not self.monitor.require_writable():
             time.sleep(POLL_EVERY_S)
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
         self.monitor.begin_attempt()
@@ -119,7 +77,7 @@ class Attempt:
         self.monitor.poll()
         if self.process is None or self.monitor.ended or not self.monitor.has_begun:
             return
-        self.events.echo("stopping: saving the state …")
+        self.console.echo("stopping: saving the state …")
         (self.run.folder / STOP_FILE).touch()
         deadline_s = time.monotonic() + GRACE_S
         while time.monotonic() < deadline_s and self.process.poll() is None:
@@ -146,7 +104,7 @@ class Attempt:
                     f"{self.run.folder}: another process has taken over this run, because this one "
                     "sent no heartbeat for too long"
                 )
-            self.disk.require()
+            self.monitor.require_writable()
             if self.monitor.ended:
                 ended_s = ended_s or time.monotonic()
                 # What remains is Ray's clean-up; all results are written.
@@ -162,7 +120,7 @@ class Attempt:
             if (hang := self.monitor.hung_worker()) and not self._is_recovering(hang):
                 return AttemptOutcome("lost", hang)
             if self.monitor.failed_since_start:
-                require_progress(self.run, self.monitor, "")
+                self.monitor.require_progress()
 
     def _is_recovering(self, hang: str) -> bool:
         """Return whether to leave it to Ray to replace hung workers.
@@ -174,7 +132,7 @@ class Attempt:
         now_s, start = time.monotonic(), self.monitor.num_starts
         if self._hung_start != start:
             self._hung_start, self._hung_s, self._are_killed = start, now_s, False
-            require_progress(self.run, self.monitor, hang)
+            self.monitor.require_progress(hang)
         if now_s - self._hung_s < EXIT_WITHIN_S:
             return True
         if not self._are_killed:
@@ -186,12 +144,12 @@ class Attempt:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             self._are_killed = True
-            self.events.log_restart(hang)
+            self.console.log_restart(hang)
         return now_s - self._hung_s < REPLACED_WITHIN_S
 
     def _outcome(self, process: subprocess.Popen[bytes]) -> AttemptOutcome:
         self.monitor.poll()
-        self.disk.require(tolerance_s=0)
+        self.monitor.require_writable(tolerance_s=0)
         if self.monitor.ended:  # the cluster may be gone by now, but the run is done
             return AttemptOutcome("ended")
         try:
@@ -209,40 +167,5 @@ class Attempt:
         lines = output.decode(errors="replace").splitlines(keepends=True)
         found = [line for line in lines if line.startswith("Ray cluster ") and line.endswith("\n")]
         if found:
-            self.events.echo(found[0].rstrip())
+            self.console.echo(found[0].rstrip())
         return bool(found)
-
-
-def require_progress(
-    run: Run, monitor: AttemptMonitor, message: str, failed_attempts: int = 0
-) -> None:
-    """Fail a run that restarts again and again without progress.
-
-    Args:
-        message: why the last attempt ended, unless a worker has reported a failure.
-        failed_attempts: attempts in a row whose workers did not start.
-
-    Raises:
-        RunFailedError: `cluster.max_fruitless_starts` starts in a row made no progress.
-    """
-    limit = run.config.cluster.max_fruitless_starts
-    count = max(monitor.fruitless_starts, failed_attempts)
-    if count >= limit:
-        raise RunFailedError(
-            f"{count} starts in a row made no progress beyond step {monitor.start_step} "
-            f"(cluster.max_fruitless_starts={limit}). The last failure: "
-            f"{monitor.last_failure() or message}"
-        )
-
-
-def is_writable(file: Path) -> bool:
-    """Return whether an existing file may be changed. Nothing is written; a full disk counts.
-
-    The file is opened for writing: after an error, ext4 refuses to write (Linux 6.15 and later)
-    although neither the mode nor the flags of the file system show it.
-    """
-    try:
-        os.close(os.open(file, os.O_WRONLY))
-    except OSError as error:
-        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
-    return True

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from deta.platform.launch.console import Console
+from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.learning.hang_watchdog import HEARTBEATS, host, stack_files
 from deta.platform.run.journal import JOURNAL_FILE, read_events
 from deta.platform.run.run import FAILURES, Run
+from deta.platform.run.run_file import RUN_FILE
 
 # Watchdogs write a heartbeat every 5 s. After this time without any, not even the watchdogs run,
 # and Ray, which replaces workers that exit, has not replaced them.
 SILENCE_S = 120.0
+READ_ONLY_S = 10.0  # how long a read-only disk is tolerated
+
+
+class RunFailedError(RuntimeError):
+    """The run cannot continue; the message has the reason."""
 
 
 class AttemptMonitor:
-    """The state of an attempt; `poll` reads what is new and prints it."""
+    """The state of a run and of its current attempt; `poll` reads what is new."""
 
-    def __init__(self, run: Run, console: Console) -> None:
-        self.run, self.console = run, console
+    def __init__(
+        self, run: Run, on_event: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> None:
+        """
+        Args:
+            on_event: receives every new event of the journal.
+        """
+        self.run, self.on_event = run, on_event
         journal = run.folder / JOURNAL_FILE
         # For a resumed run, print new events only.
         self._offset = journal.stat().st_size if journal.exists() else 0
@@ -30,6 +46,7 @@ class AttemptMonitor:
         self.fruitless_starts = 0  # in a row, that began at the same step as another
         self.ended = self.stopped = False
         self.end_reason = ""
+        self._writable_s = time.monotonic()  # when the folder was last writable
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
@@ -41,11 +58,11 @@ class AttemptMonitor:
         self._saved_step = -1
 
     def poll(self) -> None:
-        """Read new events of the journal and print them."""
+        """Read new events of the journal."""
         for event, offset in read_events(self.run.folder, self._offset):
             self._offset = offset
             self._update(event)
-            self.console.print_event(event)
+            self.on_event(event)
 
     def _update(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -96,6 +113,44 @@ class AttemptMonitor:
         own = [text for text in found if "onnection" not in text and "peer" not in text]
         return (own or (["a worker was lost"] if found else [""]))[0]
 
+    def require_progress(self, message: str = "", failed_attempts: int = 0) -> None:
+        """Fail a run that restarts again and again without progress.
+
+        Args:
+            message: why the last attempt ended, unless a worker has reported a failure.
+            failed_attempts: attempts in a row whose workers did not start.
+
+        Raises:
+            RunFailedError: `cluster.max_fruitless_starts` starts in a row made no progress.
+        """
+        limit = self.run.config.cluster.max_fruitless_starts
+        count = max(self.fruitless_starts, failed_attempts)
+        if count >= limit:
+            raise RunFailedError(
+                f"{count} starts in a row made no progress beyond step {self.start_step} "
+                f"(cluster.max_fruitless_starts={limit}). The last failure: "
+                f"{self.last_failure() or message}"
+            )
+
+    def require_writable(self, tolerance_s: float = READ_ONLY_S) -> bool:
+        """Return whether the folder is writable now.
+
+        A full disk may get space again; a read-only one needs a person.
+
+        Raises:
+            RunFailedError: it has not been writable for `tolerance_s`.
+        """
+        if is_writable(self.run.folder / RUN_FILE):
+            self._writable_s = time.monotonic()
+            return True
+        if tolerance_s == 0 or time.monotonic() - self._writable_s > tolerance_s:
+            raise RunFailedError(
+                f"{self.run.folder}: cannot be written to any more (the file system is read-only), "
+                "so no progress could be saved. Make it writable; then --resume continues from "
+                f"{resume_point(self.run)}"
+            )
+        return False
+
     def hang(self) -> str:
         """Return why the training hangs; empty while it makes progress."""
         return self.hung_worker() or self.missing_heartbeats()
@@ -137,11 +192,29 @@ class AttemptMonitor:
 
     def _failures(self, since_s: float) -> list[dict[str, Any]]:
         found = []
-        folder = self.run.folder / FAILURES
-        for path in sorted(folder.glob("rank-*.json")) if folder.is_dir() else ():
+        for path in sorted((self.run.folder / FAILURES).glob("rank-*.json")):
             try:
                 if path.stat().st_mtime > since_s:
                     found.append(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError):  # being replaced
                 continue
         return found
+
+
+def resume_point(run: Run) -> str:
+    """Return the name of the checkpoint that the run continues from."""
+    newest = newest_checkpoint(run.checkpoints)
+    return newest.path.name if newest is not None else "the beginning"
+
+
+def is_writable(file: Path) -> bool:
+    """Return whether an existing file may be changed. Nothing is written; a full disk counts.
+
+    The file is opened for writing: after an error, ext4 refuses to write (Linux 6.15 and later)
+    although neither the mode nor the flags of the file system show it.
+    """
+    try:
+        os.close(os.open(file, os.O_WRONLY))
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return True

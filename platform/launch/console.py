@@ -1,21 +1,23 @@
-"""Prints a run for its user: what will happen, its progress, and its result."""
+"""Prints a run for its user, and logs in its journal what the supervisor does."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from deta.ops.ms_deform_attn import path as operator_path
+from deta.platform.evaluation.evaluation_folder import best_evaluation, read_evaluation
+from deta.platform.evaluation.paired_bootstrap import ap_interval
+from deta.platform.launch.attempt_monitor import resume_point
 from deta.platform.pages.number_format import duration
 from deta.platform.run.config import RunConfig
-from deta.platform.run.run import Run
+from deta.platform.run.journal import Journal
+from deta.platform.run.run import Run, RunResult
 from deta.platform.system.short_list import short_list
-
-if TYPE_CHECKING:
-    from deta.platform.run.run import RunResult
+from deta.platform.tracking.upload_process import UploadState
 
 
 class Console:
@@ -129,6 +131,50 @@ class Console:
             f"  analysed in {metrics['val/explain_seconds']:.1f} s, "
             f"{100 * metrics['val/explain_share']:.1f} % of the evaluation"
         )
+
+    def log_restart(self, reason: str, backoff_s: float = 0.0) -> None:
+        """Log that workers or an attempt are replaced."""
+        first_line = reason.strip().partition("\n")[0]
+        self.echo(
+            f"{first_line}; continuing from {resume_point(self.run)}"
+            + (f" in {backoff_s:.0f} s" if backoff_s else "")
+        )
+        self._write("restart", reason=reason, backoff_s=backoff_s)
+
+    def log_end(self, status: str, reason: str, goodput: float) -> None:
+        """Log how the run ended."""
+        self._write("ended", status=status, reason=reason, goodput=goodput)
+
+    def log_interval(self) -> None:
+        """Log the confidence interval of the best AP. No worker waits for it here."""
+        folder = best_evaluation(self.run.folder)
+        if folder is None:
+            return
+        try:
+            read = read_evaluation(folder)
+            low, high = (100 * bound for bound in ap_interval(read.ground_truth, read.results))
+        except Exception as error:  # the training is done even without the interval
+            self.echo(f"the interval of the best AP could not be computed: {error}")
+            return
+        if math.isnan(low):
+            return
+        step, best = read.origin.step or 0, 100 * read.metrics.AP
+        self.echo(f"best AP {best:.1f}, 95 % interval over images {low:.1f} to {high:.1f}")
+        self._write("interval", step=step, low=low, high=high)
+
+    def print_upload(self, uploaded: UploadState) -> None:
+        """Print what MLflow does not have, and how to send it."""
+        if not uploaded.is_complete:
+            self.echo(
+                f"MLflow at {uploaded.uri} does not have everything yet ({uploaded.left_rows} rows "
+                f"are left{': ' + uploaded.error if uploaded.error else ''}). Nothing is lost; "
+                f"send the rest with: python jobs/sync.py {self.run.folder}"
+            )
+
+    def _write(self, kind: str, **values: object) -> None:
+        journal = Journal(self.run.folder)
+        journal.write(kind, **values)
+        journal.close()
 
     def print_result(self, result: RunResult) -> None:
         """Print metrics, paths and goodput of a run that has ended."""

@@ -84,7 +84,7 @@ def launch_prepared(
                 raise
         write_run_file(run.folder, describe_run(run, original, tags=tags))
         with working_in(run.folder):
-            return Supervisor(run, lock, console, echo).supervise()
+            return Supervisor(run, lock, console).supervise()
 
 
 def _log_changes(

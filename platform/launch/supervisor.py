@@ -12,15 +12,13 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from typing import Literal
 
 from deta.platform.checkpoint.local import best_checkpoint, newest_checkpoint
-from deta.platform.launch.attempt import Attempt, DiskWatch, RunFailedError, require_progress
-from deta.platform.launch.attempt_monitor import AttemptMonitor
+from deta.platform.launch.attempt import Attempt
+from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import CLEAN_EXIT, start_orphan_reaper
-from deta.platform.launch.run_events import RunEvents
 from deta.platform.run.dataset_snapshot import write_dataset_snapshot
 from deta.platform.run.run import STOP_FILE, AttemptOutcome, Run, RunResult
 from deta.platform.run.run_lock import RunLock
@@ -36,18 +34,14 @@ MAX_BACKOFF_S = 60.0
 class Supervisor:
     """Runs attempt after attempt until the run has ended or cannot continue."""
 
-    def __init__(
-        self, run: Run, lock: RunLock, console: Console, echo: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: Run, lock: RunLock, console: Console) -> None:
         self.run, self.lock, self.console = run, lock, console
         self.began_s = time.monotonic()
         self.last = newest_checkpoint(run.checkpoints)
         self.useful_s_before = self.last.state.useful_s if self.last is not None else 0.0
         self.mark = new_mark()
         os.environ[RUN_MARK] = self.mark  # inherited by all processes that are started here
-        self.monitor = AttemptMonitor(run, console)
-        self.events = RunEvents(run, lock, echo)
-        self.disk = DiskWatch(run)
+        self.monitor = AttemptMonitor(run, console.print_event)
         self.attempt: Attempt | None = None
 
     def supervise(self) -> RunResult:
@@ -66,7 +60,7 @@ class Supervisor:
         try:
             self._retry_until_done()
             status, reason = "FINISHED", self.monitor.end_reason
-            self.events.log_interval()
+            self.console.log_interval()
         except (KeyboardInterrupt, SystemExit):
             if status != "FINISHED":  # otherwise only the computation of the interval was stopped
                 status, reason = "KILLED", "stopped from outside"
@@ -83,9 +77,10 @@ class Supervisor:
             self.monitor.poll()
             self.console.close()
             self.last = newest_checkpoint(run.checkpoints)
-            self.events.log_end(status, reason, self._goodput())
+            if not self.lock.lost:  # otherwise another process writes the journal
+                self.console.log_end(status, reason, self._goodput())
             uploaded = finish_uploader(uploader, run.folder, within_s=UPLOAD_S)
-            self.events.print_upload(uploaded)
+            self.console.print_upload(uploaded)
             _release(reaper)
         return self._conclude(uploaded)
 
@@ -117,7 +112,7 @@ class Supervisor:
                 unreachable_since_s = None
                 if not self.monitor.has_started:
                     failed_attempts += 1
-                require_progress(self.run, self.monitor, outcome.message, failed_attempts)
+                self.monitor.require_progress(outcome.message, failed_attempts)
             if self.monitor.step > step_before:
                 failed_attempts = 0
             fruitless = max(self.monitor.fruitless_starts - 1, failed_attempts - 1, 0)
@@ -125,11 +120,11 @@ class Supervisor:
             if outcome.kind == "unreachable":
                 backoff_s = RECONNECT_EVERY_S
             reason = self.monitor.last_failure() or outcome.message
-            self.events.log_restart(f"the attempt ended: {reason}", backoff_s)
+            self.console.log_restart(f"the attempt ended: {reason}", backoff_s)
             time.sleep(backoff_s)
 
     def _run_attempt(self) -> AttemptOutcome:
-        self.attempt = Attempt(self.run, self.lock, self.monitor, self.events, self.disk, self.mark)
+        self.attempt = Attempt(self.run, self.lock, self.monitor, self.console, self.mark)
         outcome = self.attempt.run_to_end()
         self._end_attempt()
         return outcome

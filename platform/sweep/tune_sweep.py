@@ -39,7 +39,6 @@ from ray.tune.search import Searcher
 
 from deta.platform.cluster.reservations import release_reservations
 from deta.platform.launch.attempt_monitor import AttemptMonitor
-from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import CLEAN_EXIT, start_orphan_reaper
 from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
@@ -255,9 +254,9 @@ def _train_trial(given: dict[str, Any], base: Run) -> None:
     config, folder = from_json(RunConfig, given["config"]), Path(given["folder"])
     run = replace(base, config=config, folder=folder)
     (folder / OUTCOME_FILE).unlink(missing_ok=True)
-    monitor = AttemptMonitor(run, Console(run, lambda _: None))
+    monitor = AttemptMonitor(run)
     threading.Thread(target=_end_if_silent, args=(monitor,), daemon=True).start()
-    began = AttemptMonitor(run, Console(run, lambda _: None))
+    began = AttemptMonitor(run)
     try:
         # A lost worker ends the attempt. Tune starts the next one and counts them.
         fit_on_cluster(run, max_failures=0, callbacks=[TuneReportCallback()])

@@ -11,16 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from deta.platform.launch import attempt as attempt_module
-from deta.platform.launch.attempt import (
-    Attempt,
-    DiskWatch,
-    RunFailedError,
-    is_writable,
-    require_progress,
-)
-from deta.platform.launch.attempt_monitor import AttemptMonitor
+from deta.platform.launch.attempt import Attempt
+from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
 from deta.platform.launch.console import Console
-from deta.platform.launch.run_events import RunEvents
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, Run
 from deta.platform.run.run_file import RUN_FILE
@@ -47,9 +40,8 @@ def start(run: Run, monkeypatch: pytest.MonkeyPatch, driver: str, lock: object =
     monkeypatch.setattr(attempt_module, "subprocess", patched)
     printed: list[str] = []
     lock = lock or SimpleNamespace(lost=False)
-    monitor = AttemptMonitor(run, Console(run, printed.append))
-    events = RunEvents(run, lock, printed.append)  # type: ignore[arg-type]
-    attempt = Attempt(run, lock, monitor, events, DiskWatch(run), new_mark())  # type: ignore[arg-type]
+    console = Console(run, printed.append)
+    attempt = Attempt(run, lock, AttemptMonitor(run), console, new_mark())  # type: ignore[arg-type]
     attempt.printed = printed  # type: ignore[attr-defined]
     return attempt
 
@@ -103,31 +95,3 @@ def test_a_stop_is_requested_once_the_training_has_begun(run: Run, monkeypatch):
     attempt.request_stop()
     assert child.wait(10) == 0
     assert attempt.printed[-1] == "stopping: saving the state …"  # type: ignore[attr-defined]
-
-
-def test_a_folder_that_stays_read_only_fails_the_run(run: Run, monkeypatch):
-    disk = DiskWatch(run)
-    disk.require(tolerance_s=0)
-    monkeypatch.setattr(attempt_module, "is_writable", lambda path: False)
-    disk.require()  # not for long enough
-    with pytest.raises(RunFailedError, match=r"read-only.*--resume continues from the beginning"):
-        disk.require(tolerance_s=0)
-
-
-def test_writability_is_what_the_file_system_says(tmp_path: Path):
-    file = tmp_path / "file"
-    file.write_text("kept")
-    assert is_writable(file)
-    assert is_writable(tmp_path / "missing")  # not read-only
-    assert file.read_text() == "kept"
-
-
-@pytest.mark.parametrize(("starts", "attempts"), [(0, -1), (-1, 0)])
-def test_starts_without_progress_fail_the_run(run: Run, starts: int, attempts: int):
-    limit = run.config.cluster.max_fruitless_starts
-    monitor = AttemptMonitor(run, Console(run, lambda line: None))
-    monitor.fruitless_starts = limit - 1
-    require_progress(run, monitor, "why", limit - 1)
-    monitor.fruitless_starts = limit + starts
-    with pytest.raises(RunFailedError, match=r"no progress beyond step 0 .*: why"):
-        require_progress(run, monitor, "why", limit + attempts)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from deta.platform.launch import attempt_monitor
-from deta.platform.launch.attempt_monitor import AttemptMonitor
-from deta.platform.launch.console import Console
+from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
 from deta.platform.learning.hang_watchdog import HEARTBEATS, STACKS, host
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import FAILURES, Run
@@ -27,7 +26,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def monitor(run: Run) -> AttemptMonitor:
-    return AttemptMonitor(run, Console(run, lambda line: None))
+    return AttemptMonitor(run)
 
 
 def write(run: Run, *events: tuple[str, dict[str, object]]) -> None:
@@ -55,7 +54,7 @@ def test_starts_without_progress_are_counted(run: Run, monitor: AttemptMonitor):
 
 def test_events_of_an_earlier_launch_are_not_read_again(run: Run):
     write(run, starting(0), begin(0), ("end", {"step": 9, "reason": ""}))
-    monitor = AttemptMonitor(run, Console(run, lambda line: None))
+    monitor = AttemptMonitor(run)
     monitor.poll()
     assert not monitor.ended
     assert monitor.num_starts == 0
@@ -121,3 +120,31 @@ def test_old_heartbeats_are_missing_heartbeats(
     assert monitor.local_workers() == [os.getpid()] * 2
     (run.folder / HEARTBEATS / "rank-1.json").write_text(json.dumps({"host": "x", "pid": 1}))
     assert monitor.local_workers() == []
+
+
+def test_a_folder_that_stays_read_only_fails_the_run(run: Run, monkeypatch):
+    monitor = AttemptMonitor(run)
+    assert monitor.require_writable(tolerance_s=0)
+    monkeypatch.setattr(attempt_monitor, "is_writable", lambda path: False)
+    assert not monitor.require_writable()  # not for long enough
+    with pytest.raises(RunFailedError, match=r"read-only.*--resume continues from the beginning"):
+        monitor.require_writable(tolerance_s=0)
+
+
+def test_writability_is_what_the_file_system_says(tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert attempt_monitor.is_writable(file)
+    assert attempt_monitor.is_writable(tmp_path / "missing")  # not read-only
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize(("starts", "attempts"), [(0, -1), (-1, 0)])
+def test_starts_without_progress_fail_the_run(run: Run, starts: int, attempts: int):
+    limit = run.config.cluster.max_fruitless_starts
+    monitor = AttemptMonitor(run)
+    monitor.fruitless_starts = limit - 1
+    monitor.require_progress("why", limit - 1)
+    monitor.fruitless_starts = limit + starts
+    with pytest.raises(RunFailedError, match=r"no progress beyond step 0 .*: why"):
+        monitor.require_progress("why", limit + attempts)

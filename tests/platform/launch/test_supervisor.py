@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from deta.platform.launch import supervisor
-from deta.platform.launch.attempt import RunFailedError
+from deta.platform.launch.attempt_monitor import RunFailedError, resume_point
 from deta.platform.launch.console import Console
-from deta.platform.launch.run_events import RunEvents, resume_point
 from deta.platform.launch.supervisor import Supervisor
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import STOP_FILE, AttemptOutcome, Run
@@ -48,9 +47,7 @@ class World:
         monkeypatch.setenv(supervisor.RUN_MARK, "")
         for name, value in patches.items():
             monkeypatch.setattr(supervisor, name, value)
-        self.supervisor = Supervisor(
-            run, self.lock, Console(run, self.printed.append), self.printed.append  # type: ignore[arg-type]
-        )  # fmt: skip
+        self.supervisor = Supervisor(run, self.lock, Console(run, self.printed.append))  # type: ignore[arg-type]
 
     def _clock(self) -> float:
         self.now_s += 1.0
@@ -173,11 +170,12 @@ def test_an_interrupted_run_is_asked_to_save(world: World):
 
 
 def test_a_run_that_was_taken_over_gets_no_end(world: World):
-    events = RunEvents(world.run, world.lock, world.printed.append)  # type: ignore[arg-type]
-    world.lock.lost = True
-    events.log_end("FAILED", "x", 0.5)
+    def lose() -> AttemptOutcome:
+        world.lock.lost = True
+        raise RunFailedError("taken over")
+
+    world.attempts = [lose]
+    with pytest.raises(RunFailedError, match="taken over"):
+        world.supervisor.supervise()
     assert world.events("ended") == []
-    world.lock.lost = False
-    events.log_end("FAILED", "x", 0.5)
-    assert world.events("ended")[0]["goodput"] == 0.5
     assert resume_point(world.run) == "the beginning"
