@@ -223,17 +223,23 @@ def operating_point(matched: Matched, errors: DetectionErrors) -> tuple[float, f
     return float(scores[best]), float(f1[best])
 
 
+def outcomes(
+    matched: Matched, errors: DetectionErrors, operating_score: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which detections from the operating score on are wrong (M), and what is found (A)."""
+    sure = matched.scores >= operating_score
+    by = errors.found_by
+    return (errors.kind >= 0) & sure, (by >= 0) & np.append(sure, False)[by]
+
+
 def worst_images(
     matched: Matched, errors: DetectionErrors, operating_score: float
 ) -> tuple[WorstImage, ...]:
     """Return the images with errors at the operating score: most errors first, then by id."""
-    sure = matched.scores >= operating_score
-    false = (errors.kind >= 0) & sure
-    by = errors.found_by
-    lost = ~matched.crowd & ~((by >= 0) & np.append(sure, False)[by])
+    wrong, found = outcomes(matched, errors, operating_score)
     length = len(matched.image_ids)
-    num_false = np.bincount(matched.found.images[false] - 1, minlength=length)
-    num_missed = np.bincount(matched.true.images[lost] - 1, minlength=length)
+    num_false = np.bincount(matched.found.images[wrong] - 1, minlength=length)
+    num_missed = np.bincount(matched.true.images[~matched.crowd & ~found] - 1, minlength=length)
     order = np.argsort(-(num_false + num_missed), kind="stable")
     return tuple(
         WorstImage(matched.image_ids[i], int(num_false[i]), int(num_missed[i]))

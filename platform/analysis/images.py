@@ -1,6 +1,4 @@
-"""Show the images of an evaluation's report: small JPEGs with true and predicted boxes."""
-
-# N boxes of one image
+"""Show images with their boxes: found, wrong and missed ones, and annotations to check."""
 
 from __future__ import annotations
 
@@ -11,29 +9,36 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deta.platform.analysis.analysis import Explanation, label_error_row
+from deta.platform.analysis.analysis import Explanation, label_error_row, outcomes
 from deta.platform.analysis.label_errors import LabelError
+from deta.platform.analysis.tide_errors import NOT_COUNTED
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.draw_boxes import draw_detections
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.pages.content import (
-    Column,
+    Box,
     ImageCard,
     ImageGrid,
     Jpeg,
+    Number,
     Paragraph,
     Part,
     Section,
-    Table,
+    table,
 )
 
 NUM_WORST, NUM_LABEL_ERRORS, MAX_ROWS = 12, 24, 100
 MAX_IMAGE_BYTES = 1_500_000  # of all images of a page; those beyond are left out
 MIN_SUSPICION = 0.1  # of a label error that is shown as an image
-LONGER_PX = 420  # of an image with many errors
-CROP_PX = 260
-JPEG_QUALITY = 72
-MAX_DRAWN = 30  # predicted boxes on one image, by score; more would hide it
+LONGER_PX, CROP_PX = 640, 260  # longer side of an image, and of the surroundings of a label error
+JPEG_QUALITY = 74
+MAX_BOXES = 40  # on one image: those that another model sees differently, and those of high score
+KEY = (
+    ("right", "✓ found"),
+    ("wrong", "✗ wrong: nothing there, or an inaccurate box"),
+    ("missed", "missed"),
+)
+LABEL_KEY = (("missed", "annotated"), ("wrong", "found"))
+WORDS = {"right": "✓", "wrong": "✗", "missed": "missed"}
 
 # An image by its id, decoded; None where its file is gone or broken.
 OpenImage = Callable[[Any], Image.Image | None]
@@ -44,194 +49,155 @@ def worst_images_section(
 ) -> Section:
     """Return the section of images with the most errors."""
     cards, used = [], 0
-    for worst in explanation.worst[:NUM_WORST] if open_image is not None else ():
-        image = open_image(worst.image_id) if open_image is not None else None
+    for worst in explanation.worst[:NUM_WORST] if open_image else ():
+        image = open_image(worst.image_id) if open_image else None
         if image is None or used > MAX_IMAGE_BYTES * 2 // 3:
             continue
-        drawn = draw_worst_image(explanation, worst.image_id, image)
-        used += sum(len(one.content) for one in drawn)
+        jpeg = small_jpeg(image, LONGER_PX)
+        used += len(jpeg.content)
         name = names.get(worst.image_id) or f"image {worst.image_id}"
         lines = [f"{worst.num_false} false, {worst.num_missed} not found"]
-        cards.append(ImageCard(name, lines, drawn))
+        boxes = drawn(boxes_of(explanation, worst.image_id, image.size))
+        cards.append(ImageCard(name, lines, jpeg, boxes))
     text = (
         f"{len(explanation.worst)} of {len(names)} images have errors at a score of "
-        f"{explanation.operating_score:.2f} or more. These have the most: true boxes first, "
-        "dashed, then detections."
+        f"{explanation.operating_score:.2f} or more. These have the most."
     )
-    table = Table(
-        caption="Images with the most errors",
-        columns=[
-            Column(title="Image"),
-            Column(title="Id"),
-            Column(title="False", is_number=True),
-            Column(title="Not found", is_number=True),
-        ],
-        rows=[
-            [
-                names.get(one.image_id) or "-",
-                str(one.image_id),
-                str(one.num_false),
-                str(one.num_missed),
-            ]
-            for one in explanation.worst[:MAX_ROWS]
-        ],
+    rows = [
+        [names.get(one.image_id) or None, str(one.image_id), one.num_false, one.num_missed]
+        for one in explanation.worst[:MAX_ROWS]
+    ]
+    images = table(
+        "Images with the most errors", ["Image", "Id", Number("False"), Number("Not found")], rows
     )
-    grid = [ImageGrid(cards)] if cards else []
-    return Section(name="worst", title="Worst images", parts=[Paragraph(text), *grid, table])
+    grid = [ImageGrid(cards, KEY)] if cards else []
+    return Section("worst", "Worst images", [Paragraph(text), *grid, images])
+
+
+def boxes_of(
+    explanation: Explanation,
+    image_id: Any,
+    size_px: tuple[int, int],
+    found_by_other: np.ndarray | None = None,
+) -> list[Box]:
+    """Return the detections of one image from the operating score on, and its missed boxes.
+
+    Args:
+        size_px: width and height.
+        found_by_other: for each true box, whether another model finds it; boxes for which the two
+            differ are strong.
+    """
+    matched, errors = explanation.matched, explanation.errors
+    wrong, found = outcomes(matched, errors, explanation.operating_score)
+    differs = np.zeros_like(found) if found_by_other is None else found != found_by_other
+    rank = matched.image_ids.index(image_id) + 1
+    counts = (errors.kind != NOT_COUNTED) & (matched.scores >= explanation.operating_score)
+    shown = np.flatnonzero(counts & (matched.found.images == rank))
+    missed = np.flatnonzero(~matched.crowd & ~found & (matched.true.images == rank))
+
+    def box(xywh: np.ndarray, category: int, kind: str, score: str, is_strong: bool) -> Box:
+        x, y, w, h = (xywh / np.tile(size_px, 2)).tolist()
+        name = explanation.classes[category - 1].name
+        return Box(x, y, w, h, kind, f"{WORDS[kind]} {name}{score}", bool(is_strong))
+
+    boxes = [
+        box(matched.found.boxes[m], matched.found.categories[m], "wrong" if wrong[m] else "right",
+            f" {matched.scores[m]:.2f}", not wrong[m] and differs[errors.box[m]])
+        for m in shown[np.argsort(-matched.scores[shown], kind="stable")]
+    ]  # fmt: skip
+    boxes += [
+        box(matched.true.boxes[a], matched.true.categories[a], "missed", "", differs[a])
+        for a in missed
+    ]
+    return boxes
+
+
+def drawn(boxes: Sequence[Box]) -> list[Box]:
+    """Return at most `MAX_BOXES`, strong ones above the others."""
+    chosen = sorted(boxes, key=lambda one: not one.is_strong)[:MAX_BOXES]
+    return sorted(chosen, key=lambda one: one.is_strong)
 
 
 def label_errors_section(
     explanation: Explanation, names: Mapping[Any, str], open_image: OpenImage | None
 ) -> Section:
     """Return the section of annotations that are likely wrong."""
+    if not explanation.label_errors:
+        return Section("suspects", "Annotations to check", [Paragraph("None.")])
     cards, used = [], 0
     shown = [one for one in explanation.label_errors if one.suspicion >= MIN_SUSPICION]
     for error in choose_label_errors(shown, NUM_LABEL_ERRORS):
-        image = open_image(error.image_id) if open_image is not None else None
-        if image is None or used > MAX_IMAGE_BYTES // 3:
-            continue
-        drawn = draw_label_error(explanation, error, image)
-        used += len(drawn.content)
-        row = label_error_row(explanation, error)
-        lines = [
-            ", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row),
-            names.get(error.image_id) or f"image {error.image_id}",
-        ]
-        cards.append(ImageCard(f"{error.kind}, {error.suspicion:.2f}", lines, [drawn]))
+        image = open_image(error.image_id) if open_image else None
+        if image is not None and used <= MAX_IMAGE_BYTES // 3:
+            name = names.get(error.image_id) or f"image {error.image_id}"
+            cards.append(label_error_card(explanation, error, image, name))
+            used += len(cards[-1].jpeg.content)
     rows = []
     for error in explanation.label_errors[:MAX_ROWS]:
         row = label_error_row(explanation, error)
         box = row.get("annotated_box") or row["found_box"]
         rows.append(
-            [
-                names.get(error.image_id) or str(error.image_id),
-                error.kind,
-                f"{error.suspicion:.2f}",
-                row.get("annotated", "-"),
-                row.get("found", "-"),
-                ", ".join(f"{number:.0f}" for number in box),
-            ]
-        )
-    table = Table(
-        caption=f"The first {len(rows)} of {len(explanation.label_errors)}",
-        columns=[
-            Column(title="Image"),
-            Column(title="Kind"),
-            Column(title="Suspicion", unit="0 to 1", is_number=True),
-            Column(title="Annotated as"),
-            Column(title="Found as"),
-            Column(title="Box", unit="x, y, width, height in pixels", is_number=True),
-        ],
-        rows=rows,
-    )
+            [names.get(error.image_id) or str(error.image_id), error.kind, error.suspicion,
+             row.get("annotated"), row.get("found"), ", ".join(f"{side:.0f}" for side in box)]
+        )  # fmt: skip
+    errors = table(
+        f"The first {len(rows)} of {len(explanation.label_errors)}",
+        ["Image", "Kind", Number("Suspicion", "0 to 1", 2), "Annotated as", "Found as",
+         Number("Box", "x, y, width, height in pixels")],
+        rows,
+    )  # fmt: skip
     text = Paragraph(
-        "Places where the model contradicts the annotation most confidently: the annotation is "
-        "dashed, the detection has its score. Check these; a model repeats what it has learned, "
-        "wrong labels too."
+        "Places where the model contradicts the annotation most confidently. Check these; a model "
+        "repeats what it has learned, wrong labels too."
     )
-    grid = [ImageGrid(cards, is_small=True)] if cards else []
-    parts: list[Part] = [text, *grid, table] if rows else [Paragraph("None.")]
-    return Section(name="suspects", title="Annotations to check", parts=parts)
+    grid: list[Part] = [ImageGrid(cards, LABEL_KEY, is_small=True)] if cards else []
+    return Section("suspects", "Annotations to check", [text, *grid, errors])
 
 
-def draw_worst_image(
-    explanation: Explanation, image_id: Any, image: Image.Image
-) -> tuple[Jpeg, Jpeg]:
-    """Draw an image with its true boxes, dashed, and with detections from the operating score."""
-    matched = explanation.matched
-    names = [one.name for one in explanation.classes]
-    rank = matched.image_ids.index(image_id) + 1
-    true = np.flatnonzero(matched.true.images == rank)
-    found = np.flatnonzero(
-        (matched.found.images == rank) & (matched.scores >= explanation.operating_score)
-    )
-    found = found[np.argsort(-matched.scores[found], kind="stable")][:MAX_DRAWN]
-    scale = min(1.0, LONGER_PX / max(image.size))
-    small = _resized(image, scale)
-    with_true = draw_detections(
-        small,
-        _corners(matched.true.boxes[true]) * scale,
-        matched.true.categories[true] - 1,
-        None,
-        names,
-        dashed=True,
-    )
-    with_found = draw_detections(
-        small,
-        _corners(matched.found.boxes[found]) * scale,
-        matched.found.categories[found] - 1,
-        matched.scores[found],
-        names,
-    )
-    return _jpeg(with_true), _jpeg(with_found)
-
-
-def draw_label_error(explanation: Explanation, error: LabelError, image: Image.Image) -> Jpeg:
-    """Draw the surroundings of a label error: the annotation dashed, the detection solid."""
-    matched = explanation.matched
-    names = [one.name for one in explanation.classes]
-    boxes = [
-        _corners(columns.boxes[[place]])[0]
-        for columns, place in ((matched.true, error.true), (matched.found, error.found))
-        if place is not None
-    ]
-    low, high = np.min(boxes, 0)[:2], np.max(boxes, 0)[2:]
-    side = max(float((high - low).max()) * 1.7, 64.0)
-    centre = (low + high) / 2
-    left, top = np.floor(np.maximum(0, centre - side / 2)).astype(int).tolist()
-    right = min(image.width, round(centre[0] + side / 2))
-    bottom = min(image.height, round(centre[1] + side / 2))
-    right, bottom = max(right, left + 1), max(bottom, top + 1)
-    crop = image.crop((left, top, right, bottom))
-    scale = CROP_PX / max(crop.size)
-    drawn = _resized(crop, scale)
-    shift = np.array([left, top, left, top])
+def label_error_card(
+    explanation: Explanation, error: LabelError, image: Image.Image, name: str
+) -> ImageCard:
+    """Return the surroundings of a label error: the annotation dashed, the detection solid."""
+    matched, row = explanation.matched, label_error_row(explanation, error)
+    boxes = {}  # kind to text and box, xywh
     if error.true is not None:
-        drawn = draw_detections(
-            drawn,
-            (_corners(matched.true.boxes[[error.true]]) - shift) * scale,
-            matched.true.categories[[error.true]] - 1,
-            None,
-            names,
-            dashed=True,
-        )
+        boxes["missed"] = row["annotated"], matched.true.boxes[error.true]
     if error.found is not None:
-        drawn = draw_detections(
-            drawn,
-            (_corners(matched.found.boxes[[error.found]]) - shift) * scale,
-            matched.found.categories[[error.found]] - 1,
-            matched.scores[[error.found]],
-            names,
-        )
-    return _jpeg(drawn)
+        score = matched.scores[error.found]
+        boxes["wrong"] = f"{row['found']} {score:.2f}", matched.found.boxes[error.found]
+    corners = np.array([[*box[:2], *box[:2] + box[2:]] for _, box in boxes.values()])
+    low, high = corners.min(0)[:2], corners.max(0)[2:]
+    half, centre = max(float((high - low).max()) * 0.85, 32.0), (low + high) / 2
+    left, top = np.floor(np.maximum(0, centre - half)).astype(int).tolist()
+    right = max(min(image.width, round(centre[0] + half)), left + 1)
+    bottom = max(min(image.height, round(centre[1] + half)), top + 1)
+    size = np.array([right - left, bottom - top])
+    shown = []
+    for kind, (text, box) in boxes.items():
+        x, y, w, h = ((box - [left, top, 0, 0]) / np.tile(size, 2)).tolist()
+        shown.append(Box(x, y, w, h, kind, text))
+    lines = [", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row), name]
+    jpeg = small_jpeg(image.crop((left, top, right, bottom)), CROP_PX, may_grow=True)
+    return ImageCard(f"{error.kind}, {error.suspicion:.2f}", lines, jpeg, shown)
 
 
 def choose_label_errors(errors: Sequence[LabelError], most: int) -> list[LabelError]:
     """Return the first ones, at most one of each image while there are others."""
-    first: list[LabelError] = []
-    later: list[LabelError] = []
-    seen = set()
-    for error in errors[: 20 * most]:
-        (later if error.image_id in seen else first).append(error)
-        seen.add(error.image_id)
-    chosen = (first + later)[:most]
-    return sorted(chosen, key=lambda one: -one.suspicion)
+    first = {error.image_id: error for error in reversed(errors[: 20 * most])}
+    later = [error for error in errors[: 20 * most] if error is not first[error.image_id]]
+    ordered = sorted(first.values(), key=lambda one: -one.suspicion) + later
+    return sorted(ordered[:most], key=lambda one: -one.suspicion)
 
 
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    """Convert N 4 from xywh to xyxy."""
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-
-
-def _resized(image: Image.Image, scale: float) -> Image.Image:
-    size = [max(1, round(side * scale)) for side in image.size]
-    return image.convert("RGB").resize((size[0], size[1]), Image.Resampling.BILINEAR)
-
-
-def _jpeg(image: Image.Image) -> Jpeg:
+def small_jpeg(image: Image.Image, longer_px: int, *, may_grow: bool = False) -> Jpeg:
+    """Return the image with a longer side of at most `longer_px`."""
+    scale = longer_px / max(image.size)
+    scale = scale if may_grow else min(1.0, scale)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return Jpeg(buffer.getvalue(), image.size)
+    small = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    small.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return Jpeg(buffer.getvalue(), size)
 
 
 def image_opener(dataset: CocoDataset) -> OpenImage:

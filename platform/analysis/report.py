@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deta.platform.analysis.analysis import Explanation
+from deta.platform.analysis.analysis import SIZES, Explanation
 from deta.platform.analysis.figures import (
     MAX_CONFUSED,
     class_precision_recall,
     confusion_matrix,
     error_costs,
-    mean_precision_recall,
+    precision_recall,
     reliability,
 )
 from deta.platform.analysis.images import OpenImage, label_errors_section, worst_images_section
 from deta.platform.analysis.tide_errors import KINDS
 from deta.platform.evaluation.coco_metrics import CocoMetrics, percent_text
 from deta.platform.evaluation.evaluation_folder import Origin
-from deta.platform.pages.content import (
-    Column,
-    Figure,
-    Paragraph,
-    Part,
-    Section,
-    Table,
-)
+from deta.platform.pages.content import Cell, Figure, Number, Paragraph, Section, Table, table
 from deta.platform.pages.page import write_page
 
 NOUNS = {
@@ -63,7 +56,6 @@ def write_evaluation_report(
         open_image: returns an image by its id; None makes a page without images.
 
     Raises:
-        RuntimeError: plotly is not installed.
         OSError: the page cannot be written.
     """
     names = {image["id"]: str(image.get("file_name", "")) for image in ground_truth["images"]}
@@ -108,25 +100,19 @@ def _summary(explanation: Explanation, metrics: CocoMetrics, num_images: int) ->
 
 def _errors(explanation: Explanation) -> Section:
     errors = explanation.errors
-    counts = dict(zip((*KINDS, "missed"), errors.counts.sum(0).tolist(), strict=True))
     sure = explanation.matched.scores >= explanation.operating_score
-    rows = []
-    for place, (kind, cost) in enumerate(errors.cost.items()):
-        at = "" if kind == "missed" else str(int((errors.kind[sure] == place).sum()))
-        rows.append([kind, f"{100 * cost:.1f}", str(counts[kind]), at, MEANING[kind]])
-    table = Table(
-        caption="Error types, and how much AP50 would rise if only those were repaired",
-        columns=[
-            Column(title="Type"),
-            Column(title="Cost", unit="AP50 points", is_number=True),
-            Column(title="Number", unit="any score", is_number=True),
-            Column(
-                title="Number", unit=f"score ≥ {explanation.operating_score:.2f}", is_number=True
-            ),
-            Column(title="Meaning"),
-        ],
-        rows=rows,
-    )
+    rows: list[list[Cell]] = []
+    for place, (kind, number) in enumerate(
+        zip((*KINDS, "missed"), errors.counts.sum(0).tolist(), strict=True)
+    ):
+        at = "" if kind == "missed" else int((errors.kind[sure] == place).sum())
+        rows.append([kind, 100 * errors.cost[kind], number, at, MEANING[kind]])
+    numbers = table(
+        "Error types, and how much AP50 would rise if only those were repaired",
+        ["Type", Number("Cost", "AP50 points", 1), Number("Number", "any score"),
+         Number("Number", f"score ≥ {explanation.operating_score:.2f}"), "Meaning"],
+        rows,
+    )  # fmt: skip
     note = (
         f"AP50 is {100 * max(0.0, errors.ap50):.1f}. Without false detections it would rise by "
         f"{100 * errors.false_positives_cost:.1f}, without missed boxes by "
@@ -136,99 +122,87 @@ def _errors(explanation: Explanation) -> Section:
         name="error-costs",
         title="Cost of each error type",
         description="Bars: how much AP50 would rise if errors of a type were repaired",
-        wide=error_costs(explanation),
+        plots=[error_costs({"": explanation})],
         note=note,
     )
-    return Section(name="errors", title="Error types", parts=[figure, table])
+    return Section("errors", "Error types", [figure, numbers])
 
 
 def _classes(explanation: Explanation) -> Section:
-    columns = [
-        Column(title="Class"),
-        Column(title="Boxes", is_number=True),
-        *(Column(title=name, is_number=True) for name in ("AP", "AP50", "AP75", "AR")),
-        *(Column(title="AP", unit=size, is_number=True) for size in ("small", "medium", "large")),
-        Column(title="Precision", unit=f"≥ {explanation.operating_score:.2f}", is_number=True),
-        Column(title="Recall", unit=f"≥ {explanation.operating_score:.2f}", is_number=True),
-        Column(title="Confused with"),
-    ]
-    order = sorted(explanation.classes, key=lambda one: (one.AP < 0, one.AP))
-    place = {one.category_id: k for k, one in enumerate(explanation.classes)}
-    rows = [
+    score = f"≥ {explanation.operating_score:.2f}"
+    rows: list[list[Cell]] = [
         [
             one.name,
-            str(one.num_boxes),
-            *(percent_text(value) for value in (one.AP, one.AP50, one.AP75, one.AR)),
-            *(percent_text(one.by_size[size]) for size in ("small", "medium", "large")),
-            percent_text(one.precision),
-            percent_text(one.recall),
-            _confused_with(explanation, place[one.category_id]),
+            one.num_boxes,
+            *map(_percent, (one.AP, one.AP50, one.AP75, one.AR)),
+            *(_percent(one.by_size[size]) for size in SIZES),
+            _percent(one.precision),
+            _percent(one.recall),
+            _confused_with(explanation, k),
         ]
-        for one in order
+        for k, one in sorted(
+            enumerate(explanation.classes), key=lambda item: (item[1].AP < 0, item[1].AP)
+        )
     ]
-    table = Table(
-        caption=(
-            "The weakest class first, in percent; “-” where it is not defined. Precision "
-            f"and recall at an IoU of 0.5, of detections with a score of "
-            f"{explanation.operating_score:.2f} or more."
-        ),
-        columns=columns,
-        rows=rows,
+    classes = table(
+        "The weakest class first, in percent; “–” where it is not defined. Precision and recall at "
+        f"an IoU of 0.5, of detections with a score of {explanation.operating_score:.2f} or more.",
+        [
+            "Class",
+            Number("Boxes"),
+            *(Number(name, "", 1) for name in ("AP", "AP50", "AP75", "AR")),
+            *(Number("AP", size, 1) for size in SIZES),
+            Number("Precision", score, 1),
+            Number("Recall", score, 1),
+            "Confused with",
+        ],
+        rows,
     )
-    return Section(name="classes", title="Classes", parts=[table])
+    return Section("classes", "Classes", [classes])
 
 
 def _confused_with(explanation: Explanation, k: int) -> str:
     row = explanation.confusion[k, :-1].copy()
     row[k] = 0
-    best = int(row.argmax()) if len(row) else 0
-    if not len(row) or not row[best]:
-        return ""
-    return f"{explanation.classes[best].name} ({row[best]})"
+    best = int(row.argmax())
+    return f"{explanation.classes[best].name} ({row[best]})" if row[best] else ""
 
 
 def _curves(explanation: Explanation) -> Section:
-    parts: list[Part] = []
-    if explanation.curves:
-        shown = [one for one in explanation.classes if one.precision_at_recall]
-        parts = [
-            Figure(
-                name="mean-curves",
-                title="Precision over recall, mean of the classes",
-                description="A line of precision over recall for each IoU threshold",
-                wide=mean_precision_recall(explanation, narrow=False),
-                narrow=mean_precision_recall(explanation, narrow=True),
-                note="If the lines for a high IoU fall first, boxes are inaccurate.",
-                table=_curve_table(
-                    {f"IoU {iou:g}": curve for iou, curve in explanation.curves.items()}
-                ),
-            ),
-            Figure(
-                name="class-curves",
-                title="Precision over recall of each class, IoU 0.5",
-                description="Precision of each class at each recall",
-                wide=class_precision_recall(explanation.classes, narrow=False),
-                narrow=class_precision_recall(explanation.classes, narrow=True),
-                table=_curve_table({one.name: one.precision_at_recall for one in shown}),
-            ),
-        ]
-    else:
-        parts = [Paragraph("There is no box to find.")]
-    return Section(name="curves", title="Precision and recall", parts=parts)
+    title = "Precision and recall"
+    if not explanation.curves:
+        return Section("curves", title, [Paragraph("There is no box to find.")])
+    means = {f"IoU {iou:g}": curve for iou, curve in explanation.curves.items()}
+    classes = {
+        one.name: one.precision_at_recall for one in explanation.classes if one.precision_at_recall
+    }
+    parts = [
+        Figure(
+            name="mean-curves",
+            title="Precision over recall, mean of the classes",
+            description="A line of precision over recall for each IoU threshold",
+            plots=[precision_recall({"": means})],
+            note="If the lines for a high IoU fall first, boxes are inaccurate.",
+            table=curve_table(means),
+        ),
+        Figure(
+            name="class-curves",
+            title="Precision over recall of each class, IoU 0.5",
+            description="Precision of each class at each recall",
+            plots=[class_precision_recall(explanation.classes)],
+            table=curve_table(classes),
+        ),
+    ]
+    return Section("curves", title, parts)
 
 
-def _curve_table(curves: Mapping[str, tuple[float, ...]]) -> Table:
+def curve_table(curves: Mapping[str, Sequence[float]]) -> Table:
+    """Return the precision of curves at eleven recalls."""
     recalls = range(0, 101, 10)
-    return Table(
-        caption="Precision in percent at each recall",
-        columns=[
-            Column(title="Recall"),
-            *(Column(title=f"{recall}%", is_number=True) for recall in recalls),
-        ],
-        rows=[
-            [name, *(percent_text(curve[recall]) for recall in recalls)]
-            for name, curve in curves.items()
-        ],
+    return table(
+        "Precision in percent at each recall",
+        ["Curve", *(Number(f"{recall}%", "", 1) for recall in recalls)],
+        [[name, *(_percent(curve[r]) for r in recalls)] for name, curve in curves.items()],
     )
 
 
@@ -238,22 +212,16 @@ def _confusions(explanation: Explanation) -> Section:
     names = [one.name for one in explanation.classes]
     mixed = matrix[:-1, :-1].copy()
     np.fill_diagonal(mixed, 0)
-    pairs = np.argsort(-mixed, axis=None, kind="stable")[:20]
-    rows = []
-    for pair in pairs.tolist():
+    rows: list[list[Cell]] = []
+    for pair in np.argsort(-mixed, axis=None, kind="stable")[:20].tolist():
         true, found = divmod(pair, num_classes)
         if mixed[true, found]:
-            share = mixed[true, found] / max(1, matrix[true].sum())
-            rows.append([names[true], names[found], str(mixed[true, found]), percent_text(share)])
-    table = Table(
-        caption="The most frequent confusions" if rows else "No box was found as another class",
-        columns=[
-            Column(title="Annotated as"),
-            Column(title="Found as"),
-            Column(title="Number", is_number=True),
-            Column(title="Of the class", unit="%", is_number=True),
-        ],
-        rows=rows,
+            share = mixed[true, found] / matrix[true].sum()
+            rows.append([names[true], names[found], int(mixed[true, found]), 100 * share])
+    confusions = table(
+        "The most frequent confusions" if rows else "No box was found as another class",
+        ["Annotated as", "Found as", Number("Number"), Number("Of the class", "%", 1)],
+        rows,
     )
     note = (
         f"Detections with a score of {explanation.operating_score:.2f} or more, matched across "
@@ -266,11 +234,10 @@ def _confusions(explanation: Explanation) -> Section:
         name="confusion-matrix",
         title="Confusion matrix",
         description="Of the boxes of each class, the share that is found as each class",
-        wide=confusion_matrix(explanation, narrow=False),
-        narrow=confusion_matrix(explanation, narrow=True),
+        plots=[confusion_matrix(explanation)],
         note=note,
     )
-    return Section(name="confusions", title="Confusions", parts=[figure, table])
+    return Section("confusions", "Confusions", [figure, confusions])
 
 
 def _calibration(explanation: Explanation) -> Section:
@@ -278,36 +245,28 @@ def _calibration(explanation: Explanation) -> Section:
     confident = "" if calibration.confident_error < 0 else (
         f"; of those with a score of 0.3 or more {percent_text(calibration.confident_error)}"
     )  # fmt: skip
-    table = Table(
-        caption="Scores and the share of correct detections (IoU 0.5)",
-        columns=[
-            Column(title="Score", unit="bin"),
-            Column(title="Mean score", unit="%", is_number=True),
-            Column(title="Correct", unit="%", is_number=True),
-            Column(title="Detections", is_number=True),
-        ],
-        rows=[
-            [
-                f"{place / 10:.1f} to {(place + 1) / 10:.1f}",
-                *((percent_text(score), percent_text(share)) if number else ("-", "-")),
-                str(number),
-            ]
+    numbers = table(
+        "Scores and the share of correct detections (IoU 0.5)",
+        ["Score", Number("Mean score", "%", 1), Number("Correct", "%", 1), Number("Detections")],
+        [
+            [f"{place / 10:.1f} to {(place + 1) / 10:.1f}",
+             *((100 * score, 100 * share) if number else (None, None)), number]
             for place, (score, share, number) in enumerate(calibration.bins)
         ],
-    )
+    )  # fmt: skip
     figure = Figure(
         name="reliability",
         title="Share of correct detections over their score",
         description="A mark for each of ten bins of score; calibrated scores are on the diagonal",
-        wide=reliability(calibration),
+        plots=[reliability(calibration)],
         note=(
             "Below the line the model is overconfident, above it underconfident. Calibration "
             f"error of all detections {percent_text(calibration.error)} points, of the worst bin "
             f"{percent_text(calibration.largest)}{confident}."
         ),
-        table=table,
+        table=numbers,
     )
-    return Section(name="calibration", title="Calibration of scores", parts=[figure])
+    return Section("calibration", "Calibration of scores", [figure])
 
 
 def _how(explanation: Explanation, origin: Origin) -> Section:
@@ -323,13 +282,14 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         "operating score": f"{explanation.operating_score:.3f}, where F1 of all classes together "
         f"is highest ({percent_text(explanation.best_f1)})",
     }
-    table = Table(
-        caption="What was evaluated",
-        columns=[Column(title="What"), Column(title="Which")],
-        rows=[[name, value] for name, value in facts.items() if value],
-    )
+    given = [item for item in facts.items() if item[1]]
     text = Paragraph(
         "Matching is COCO's: up to 100 detections of an image and class, the highest score first. "
         "Error types and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
     )
-    return Section(name="how", title="How it was measured", parts=[table, text])
+    what = table("What was evaluated", ["What", "Which"], given)
+    return Section("how", "How it was measured", [what, text])
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * value

@@ -5,33 +5,19 @@ highest (analysis/analysis.py). So two models with differently calibrated scores
 each would be used. AP and its interval need no threshold.
 """
 
-# N detections   G boxes to find   I images
+# M detections   A true boxes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from deta.platform.analysis.analysis import Explanation, explain
+from deta.platform.analysis.analysis import Explanation, explain, outcomes
 from deta.platform.comparison.sources import Side, refuse_other_images
-from deta.platform.evaluation.match_table import AREA_RANGES, MatchTable, match_table
 from deta.platform.evaluation.paired_bootstrap import MapLike, PairedDifference, paired_difference
-
-Verdict = Literal["right", "wrong", "missed"]
-
-
-@dataclass(frozen=True)
-class ShownBox:
-    """A box as it is drawn over an image."""
-
-    box: tuple[float, float, float, float]  # xywh, pixels of the image
-    category: str
-    score: float | None  # None for a box that was missed
-    verdict: Verdict
-    is_change: bool  # the other model differs on this true box
 
 
 @dataclass(frozen=True)
@@ -43,7 +29,6 @@ class ImageChange:
     errors: tuple[int, int]  # wrong and missed, of A and of B
     gained: int  # true boxes that B finds and A does not
     lost: int
-    boxes: tuple[tuple[ShownBox, ...], tuple[ShownBox, ...]]
 
     @property
     def change(self) -> int:
@@ -65,8 +50,7 @@ class FoundBoxes:
 class Comparison:
     """The content of the page, without images."""
 
-    a: Side
-    b: Side
+    sides: tuple[Side, Side]
     names: tuple[str, str]  # never the same
     difference: PairedDifference
     explanations: tuple[Explanation, Explanation]
@@ -75,6 +59,11 @@ class Comparison:
     lost: tuple[ImageChange, ...]
     num_same: int  # images with as many errors
     configuration: tuple[tuple[str, str, str], ...]  # (key, A, B) of what differs
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Return the names of the categories by their ids."""
+        return {one.category_id: one.name for one in self.explanations[0].classes}
 
 
 def compare_sides(
@@ -99,31 +88,47 @@ def compare_sides(
         resamples=resamples, seed=seed, confidence=confidence, map=map,
     )  # fmt: skip
     explanations = (explain(truth, a.results), explain(truth, b.results))
-    matches = [
-        _Matches.of(match_table(truth, side.results, AREA_RANGES[:1]), side, one.operating_score)
-        for side, one in zip((a, b), explanations, strict=True)
-    ]
-    changes = _changes(truth, matches[0], matches[1])
-    counts = matches[0].table.truth_counts[0]
-    in_a, in_b = (one.found[counts] for one in matches)
-    names = (a.name, b.name) if a.name != b.name else (f"{a.name} (A)", f"{b.name} (B)")
+    files = {image["id"]: str(image.get("file_name", "")) for image in truth["images"]}
+    found, changes = _changes(explanations, files)
+    changes.sort(key=lambda c: (-abs(c.change), -(c.gained + c.lost), str(c.image_id)))
     return Comparison(
-        a=a,
-        b=b,
-        names=names,
+        sides=(a, b),
+        names=(a.name, b.name) if a.name != b.name else (f"{a.name} (A)", f"{b.name} (B)"),
         difference=difference,
         explanations=explanations,
-        found=FoundBoxes(
-            int((in_a & in_b).sum()),
-            int((in_a & ~in_b).sum()),
-            int((in_b & ~in_a).sum()),
-            int((~in_a & ~in_b).sum()),
-        ),
-        gained=tuple(sorted((c for c in changes if c.change > 0), key=_by_change)),
-        lost=tuple(sorted((c for c in changes if c.change < 0), key=_by_change)),
+        found=found,
+        gained=tuple(c for c in changes if c.change > 0),
+        lost=tuple(c for c in changes if c.change < 0),
         num_same=sum(c.change == 0 for c in changes),
         configuration=configuration_difference(a.config, b.config),
     )
+
+
+def _changes(
+    explanations: tuple[Explanation, Explanation], files: Mapping[Any, str]
+) -> tuple[FoundBoxes, list[ImageChange]]:
+    """Return how many true boxes each model finds, in all and on each image."""
+    matched = explanations[0].matched  # images and true boxes are the same in both
+    length, real = len(matched.image_ids), ~matched.crowd
+    errors, found = [], []
+    for one in explanations:
+        wrong, is_found = outcomes(one.matched, one.errors, one.operating_score)
+        places = np.append(
+            one.matched.found.images[wrong], matched.true.images[real & ~is_found]
+        )  # of all errors
+        errors.append(np.bincount(places - 1, minlength=length).tolist())
+        found.append(is_found)
+    in_a, in_b = found
+    gained, lost = (
+        np.bincount(matched.true.images[which] - 1, minlength=length).tolist()
+        for which in (in_b & ~in_a, in_a & ~in_b)
+    )
+    changes = [
+        ImageChange(image_id, files[image_id], (errors[0][i], errors[1][i]), gained[i], lost[i])
+        for i, image_id in enumerate(matched.image_ids)
+    ]
+    neither = int((real & ~in_a & ~in_b).sum())
+    return FoundBoxes(int((in_a & in_b).sum()), sum(lost), sum(gained), neither), changes
 
 
 def configuration_difference(
@@ -140,92 +145,7 @@ def configuration_difference(
 
 
 def _value(config: Mapping[str, Any], key: str) -> str:
-    if key not in config:
-        return "-"
-    value = config[key]
+    value = config.get(key, "-")
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
-
-
-@dataclass(frozen=True)
-class _Matches:
-    """The detections of one model from its operating score on, matched to the true boxes."""
-
-    table: MatchTable
-    results: Sequence[Mapping[str, Any]]
-    chosen: np.ndarray  # places of detections, right or wrong, by descending score
-    right: np.ndarray  # of these
-    found: np.ndarray  # G
-
-    @staticmethod
-    def of(table: MatchTable, side: Side, score: float) -> _Matches:
-        counts = (table.score >= score) & ~table.ignored[0, 0]
-        chosen = np.flatnonzero(counts)
-        chosen = chosen[np.argsort(-table.score[chosen], kind="stable")]
-        right = table.true[0, 0][chosen]
-        found = np.zeros(len(table.truth_image), bool)
-        found[table.found[0][chosen[right]]] = True
-        return _Matches(table, side.results, chosen, right, found)
-
-
-def _changes(truth: Mapping[str, Any], a: _Matches, b: _Matches) -> list[ImageChange]:
-    table = a.table  # images, categories and true boxes are the same in both
-    num_images, counts = len(table.image_ids), table.truth_counts[0]
-    wrong, missed = [], []
-    for one in (a, b):
-        images = one.table.image[one.chosen[~one.right]]
-        wrong.append(np.bincount(images, minlength=num_images))
-        images = table.truth_image[counts & ~one.found]
-        missed.append(np.bincount(images, minlength=num_images))
-    gained = np.bincount(table.truth_image[counts & b.found & ~a.found], minlength=num_images)
-    lost = np.bincount(table.truth_image[counts & a.found & ~b.found], minlength=num_images)
-    files = {image["id"]: str(image.get("file_name", "")) for image in truth["images"]}
-    boxes = [_boxes(truth, one, other) for one, other in ((a, b), (b, a))]
-    return [
-        ImageChange(
-            image_id,
-            files[image_id],
-            (int(wrong[0][i] + missed[0][i]), int(wrong[1][i] + missed[1][i])),
-            int(gained[i]),
-            int(lost[i]),
-            (tuple(boxes[0].get(i, ())), tuple(boxes[1].get(i, ()))),
-        )
-        for i, image_id in enumerate(table.image_ids)
-    ]
-
-
-def _boxes(truth: Mapping[str, Any], one: _Matches, other: _Matches) -> dict[int, list[ShownBox]]:
-    """Return the boxes to draw, by place of the image: detections, then missed boxes."""
-    table = one.table
-    names = {category["id"]: str(category["name"]) for category in truth["categories"]}
-    category = table.category
-    shown: dict[int, list[ShownBox]] = {}
-    for place, right in zip(one.chosen.tolist(), one.right.tolist(), strict=True):
-        is_change = right and not other.found[table.found[0, place]]
-        box = one.results[table.row[place]]["bbox"]
-        shown.setdefault(int(table.image[place]), []).append(
-            ShownBox(
-                (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
-                names[table.category_ids[category[place]]],
-                float(table.score[place]),
-                "right" if right else "wrong",
-                bool(is_change),
-            )
-        )
-    for place in np.flatnonzero(table.truth_counts[0] & ~one.found).tolist():
-        box = truth["annotations"][table.truth_row[place]]["bbox"]
-        shown.setdefault(int(table.truth_image[place]), []).append(
-            ShownBox(
-                (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
-                names[table.category_ids[table.truth_category[place]]],
-                None,
-                "missed",
-                bool(other.found[place]),
-            )
-        )
-    return shown
-
-
-def _by_change(change: ImageChange) -> tuple[int, int, str]:
-    return -abs(change.change), -(change.gained + change.lost), str(change.image_id)

@@ -6,24 +6,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from deta.platform.analysis.report import MEANING
+from deta.platform.analysis.figures import error_costs, precision_recall
+from deta.platform.analysis.report import MEANING, curve_table
 from deta.platform.comparison.compare import Comparison
 from deta.platform.comparison.figures import (
     MAX_CLASSES,
     class_rows,
-    error_bars,
     metric_rows,
-    precision_recall,
     training_curves,
 )
 from deta.platform.comparison.images import images_section, slides_of
-from deta.platform.comparison.sources import Side
-from deta.platform.pages.content import Column, Figure, Paragraph, Part, Section, Table
+from deta.platform.pages.content import Cell, Figure, Number, Paragraph, Part, Section, table
+from deta.platform.pages.figures import ForestRow, forest
 from deta.platform.pages.number_format import duration, num_of, p_value, signed
 from deta.platform.pages.page import write_page
-from deta.platform.pages.plotly_parts import ForestRow, Plot, forest
 from deta.platform.system.short_list import short_list
 
+DRAWN_IOUS = (0.5, 0.7, 0.9)
 FEW_IMAGES = 10  # an interval from fewer images is unreliable
 
 
@@ -32,9 +31,6 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
 
     Args:
         image_folder: holds the images that the ground truth names; None for a page without them.
-
-    Raises:
-        RuntimeError: plotly is not installed.
     """
     slides = slides_of(comparison, image_folder)
     sections = [
@@ -55,7 +51,7 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
             *(Paragraph(text, style="verdict") for text in verdict_sentences(comparison)),
             Paragraph(_facts(comparison), style="facts"),
         ],
-        sections=[section for section in sections if section is not None],
+        sections=[section for section in sections if section.parts],
         footer=f"{num_of(comparison.difference.resamples, 'resample')} in "
         f"{comparison.difference.seconds:.1f} s.",
     )
@@ -82,13 +78,14 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
             f"These images do not distinguish the two: {b} has "
             f"{_points(found.difference)} AP ({confidence} {interval})."
         )
-    names = {c["id"]: str(c["name"]) for c in comparison.a.ground_truth["categories"]}
     level = 1 - found.confidence
     distinct = [
-        (names[key], one) for key, one in found.per_category.items() if one.p_adjusted < level
+        (comparison.class_names[key], one.difference)
+        for key, one in found.per_category.items()
+        if one.p_adjusted < level
     ]
-    better = [name for name, one in distinct if one.difference > 0]
-    worse = [name for name, one in distinct if one.difference < 0]
+    better = [name for name, difference in distinct if difference > 0]
+    worse = [name for name, difference in distinct if difference < 0]
     if not distinct:
         return [
             first,
@@ -118,201 +115,155 @@ def _result(comparison: Comparison) -> Section:
     found = comparison.difference
     rows = [("AP", (found.ap_a, found.ap_b, found.difference, found.low, found.high))]
     rows += [(n, (m.value_a, m.value_b, m.difference, m.low, m.high)) for n, m in found.others]
-    table = Table(
-        caption=f"B minus A, with {100 * found.confidence:g} % intervals"
+    numbers = table(
+        f"B minus A, with {100 * found.confidence:g} % intervals"
         + ("" if math.isnan(found.p_value) else f"; {p_value(found.p_value)} for AP"),
-        columns=[Column(title="Metric"), *_difference_columns(found.confidence)],
-        rows=[[name, *_cells(*numbers)] for name, numbers in rows],
+        ["Metric", *_difference_columns(found.confidence)],
+        [[name, *_cells(*values)] for name, values in rows],
     )
-    parts: list[Part] = []
-    if shown := metric_rows(comparison):
-        parts.append(
-            _forest(
-                "result-figure", "B minus A", shown,
-                "Paired: both models get the same resamples of the images, so images that are hard "
-                "for both do not widen the interval. The interval covers other images of this "
-                "kind, not other trainings of these models.",
-            )
-        )  # fmt: skip
-    return Section(name="result", title="Difference", parts=[*parts, table])
+    note = (
+        "Paired: both models get the same resamples of the images, so images that are hard for "
+        "both do not widen the interval. The interval covers other images of this kind, not other "
+        "trainings of these models."
+    )
+    figure = _forest("result-figure", "B minus A", metric_rows(comparison), note)
+    return Section("result", "Difference", [*figure, numbers])
 
 
 def _classes(comparison: Comparison) -> Section:
-    found = comparison.difference
-    names = {c["id"]: str(c["name"]) for c in comparison.a.ground_truth["categories"]}
+    found, names = comparison.difference, comparison.class_names
     ordered = sorted(
         found.per_category.items(),
         key=lambda item: (math.isnan(item[1].difference), -item[1].difference),
     )
-    table = Table(
-        caption="Every class, the most gained first",
-        columns=[
-            Column(title="Class"),
-            *_difference_columns(found.confidence),
-            Column(title="p", unit="corrected", is_number=True),
-            Column(title="Images", is_number=True),
-            Column(title="Boxes", is_number=True),
-        ],
-        rows=[
-            [
-                names[key] + (" (few images)" if 0 < one.num_images < FEW_IMAGES else ""),
-                *_cells(one.ap_a, one.ap_b, one.difference, one.low, one.high),
-                "-" if math.isnan(one.p_adjusted) else f"{one.p_adjusted:.3f}",
-                str(one.num_images),
-                str(one.num_boxes),
-            ]
-            for key, one in ordered
-        ],
+    rows: list[list[Cell]] = [
+        [
+            names[key] + (" (few images)" if 0 < one.num_images < FEW_IMAGES else ""),
+            *_cells(one.ap_a, one.ap_b, one.difference, one.low, one.high),
+            one.p_adjusted,
+            one.num_images,
+            one.num_boxes,
+        ]
+        for key, one in ordered
+    ]
+    numbers = table(
+        "Every class, the most gained first",
+        ["Class", *_difference_columns(found.confidence), Number("p", "corrected", 3),
+         Number("Images"), Number("Boxes")],
+        rows,
+    )  # fmt: skip
+    shown = class_rows(comparison)
+    title = "B minus A, by class"
+    if len(shown) == MAX_CLASSES:
+        title += f": the {MAX_CLASSES} that differ most"
+    note = (
+        "A filled mark differs from zero after the correction of Benjamini and Hochberg: at most "
+        "one in twenty of these classes is expected to be there by chance. Intervals are for one "
+        "class at a time."
     )
-    parts: list[Part] = []
-    if rows := class_rows(comparison):
-        title = "B minus A, by class"
-        if len(rows) == MAX_CLASSES:
-            title += f": the {MAX_CLASSES} that differ most"
-        parts.append(
-            _forest(
-                "classes-figure", title, rows,
-                "A filled mark differs from zero after the correction of Benjamini and Hochberg: "
-                "at most one in twenty of these classes is expected to be there by chance. "
-                "Intervals are for one class at a time.",
-            )
-        )  # fmt: skip
-    return Section(name="classes", title="Classes", parts=[*parts, table])
+    figure = _forest("classes-figure", title, shown, note)
+    return Section("classes", "Classes", [*figure, numbers])
 
 
 def _errors(comparison: Comparison) -> Section:
-    one, other = (explanation.errors for explanation in comparison.explanations)
-    table = Table(
-        caption="How much AP50 would rise if only those errors were repaired (TIDE)",
-        columns=[
-            Column(title="Type"),
-            Column(title="A", unit="points", is_number=True),
-            Column(title="B", unit="points", is_number=True),
-            Column(title="B minus A", unit="points", is_number=True),
-            Column(title="Meaning"),
-        ],
-        rows=[
-            [
-                kind,
-                f"{100 * one.cost[kind]:.1f}",
-                f"{100 * other.cost[kind]:.1f}",
-                _points(other.cost[kind] - one.cost[kind]),
-                MEANING.get(kind, ""),
-            ]
-            for kind in one.cost
-        ],
-    )
-    plots = [error_bars(comparison, narrow=narrow) for narrow in (False, True)]
-    figure = _figure(
-        "errors-figure", "Cost of each error type", plots,
-        "Shorter is better. One repair can enable another, so costs do not add up.",
+    one, other = (explanation.errors.cost for explanation in comparison.explanations)
+    numbers = table(
+        "How much AP50 would rise if only those errors were repaired (TIDE)",
+        ["Type", Number("A", "points", 1), Number("B", "points", 1),
+         Number("B minus A", "points"), "Meaning"],
+        [[kind, 100 * one[kind], 100 * other[kind], _points(other[kind] - one[kind]), MEANING[kind]]
+         for kind in one],
     )  # fmt: skip
-    return Section(name="errors", title="Error types", parts=[figure, table])
+    figure = Figure(
+        name="errors-figure",
+        title="Cost of each error type",
+        plots=[error_costs(dict(zip(comparison.names, comparison.explanations, strict=True)))],
+        note="Shorter is better. One repair can enable another, so costs do not add up.",
+    )
+    return Section("errors", "Error types", [figure, numbers])
 
 
 def _curves(comparison: Comparison) -> Section:
-    plots = [precision_recall(comparison, narrow=narrow) for narrow in (False, True)]
-    names = [f"{name}, IoU 0.5" for name in ("A", "B")]
-    curves = [one.curves.get(0.5, ()) for one in comparison.explanations]
-    numbers = Table(
-        caption="Precision at some recalls",
-        columns=[Column(title="Recall"), *(Column(title=n, is_number=True) for n in names)],
-        rows=[
-            [f"{r} %", *(f"{100 * curve[r]:.1f} %" if len(curve) else "-" for curve in curves)]
-            for r in range(0, 101, 10)
-        ],
-    )
+    sides = dict(zip(comparison.names, comparison.explanations, strict=True))
+    curves = {
+        name: {f"IoU {iou:g}": one.curves[iou] for iou in DRAWN_IOUS if iou in one.curves}
+        for name, one in sides.items()
+    }
+    at_50 = {f"{name}, IoU 0.5": one.curves[0.5] for name, one in sides.items() if one.curves}
     parts: list[Part] = [
-        _figure("pr-figure", "Precision over recall", plots, "Means over classes.", numbers)
+        Figure(
+            name="pr-figure",
+            title="Precision over recall",
+            plots=[precision_recall(curves)],
+            note="Means over classes.",
+            table=curve_table(at_50),
+        )
     ]
-    training = [training_curves(comparison, narrow=narrow) for narrow in (False, True)]
-    if training[0] is not None:
-        table = Table(
-            caption="AP at each evaluation",
-            columns=[
-                Column(title="Side"), Column(title="Epoch", is_number=True),
-                Column(title="AP", is_number=True),
-            ],
-            rows=[
-                [name, f"{epoch:g}", f"{ap:.1f}"]
-                for name, side in zip(comparison.names, (comparison.a, comparison.b), strict=True)
-                for epoch, ap in side.curve
-            ],
+    if training := training_curves(comparison):
+        numbers = table(
+            "AP at each evaluation",
+            ["Side", Number("Epoch"), Number("AP", "", 1)],
+            [[name, f"{epoch:g}", ap]
+             for name, side in zip(comparison.names, comparison.sides, strict=True)
+             for epoch, ap in side.curve],
         )  # fmt: skip
-        shown = [plot or {} for plot in training]
-        note = "As evaluated during the training."
-        parts.append(_figure("training-figure", "AP over the training", shown, note, table))
-    return Section(name="curves", title="Curves", parts=parts)
+        parts.append(
+            Figure(
+                name="training-figure",
+                title="AP over the training",
+                plots=[training],
+                note="As evaluated during the training.",
+                table=numbers,
+            )
+        )
+    return Section("curves", "Curves", parts)
 
 
 def _configuration(comparison: Comparison) -> Section:
-    if not comparison.a.config or not comparison.b.config:
-        text = "The configuration of one side is not known."
-        return Section(name="configuration", title="Configuration", parts=[Paragraph(text)])
-    num_keys = len(comparison.a.config.keys() | comparison.b.config.keys())
-    rows = comparison.configuration
-    if not rows:
-        text = f"All {num_keys} keys are the same."
-        return Section(name="configuration", title="Configuration", parts=[Paragraph(text)])
-    table = Table(
-        caption=f"{len(rows)} of {num_keys} keys differ",
-        columns=[Column(title="Key"), Column(title="A"), Column(title="B")],
-        rows=[list(row) for row in rows],
-    )
-    return Section(name="configuration", title="Configuration", parts=[table])
+    a, b = (side.config for side in comparison.sides)
+    rows, num_keys = comparison.configuration, len(a.keys() | b.keys())
+    part: Part = table(f"{len(rows)} of {num_keys} keys differ", ["Key", "A", "B"], rows)
+    if not a or not b:
+        part = Paragraph("The configuration of one side is not known.")
+    elif not rows:
+        part = Paragraph(f"All {num_keys} keys are the same.")
+    return Section("configuration", "Configuration", [part])
 
 
-def _cost(comparison: Comparison) -> Section | None:
-    sides = (comparison.a, comparison.b)
-    if all(side.cost is None for side in sides):
-        return None
-    rows = [["hardware", *(side.hardware or "-" for side in sides)]]
-    for title, texts in (
-        ("time", [_time(side) for side in sides]),
-        ("GPU-hours", [_number(side, "gpu_hours", 2) for side in sides]),
-        ("CPU core hours", [_number(side, "cpu_hours", 2) for side in sides]),
-        ("training images/s", [_number(side, "images_per_s", 1) for side in sides]),
-        ("energy of the GPUs, kWh", [_number(side, "energy_kwh", 3) for side in sides]),
+def _cost(comparison: Comparison) -> Section:
+    costs = [side.cost for side in comparison.sides]
+    rows: list[list[Cell]] = []
+    for title, name, decimals in (
+        ("GPU-hours", "gpu_hours", 2),
+        ("CPU core hours", "cpu_hours", 2),
+        ("training images/s", "images_per_s", 1),
     ):
-        if any(text != "-" for text in texts):
-            rows.append([title, *texts])
-    table = Table(
-        caption="From the runs' journals: from the start of the training to its last event, "
-        "evaluations included",
-        columns=[
-            Column(title="What"), Column(title="A", is_number=True),
-            Column(title="B", is_number=True),
-        ],
-        rows=rows,
-    )  # fmt: skip
-    return Section(name="cost", title="Cost of the training", parts=[table])
-
-
-def _time(side: Side) -> str:
-    known = side.cost is not None and side.cost.wall_s is not None
-    return duration(side.cost.wall_s or 0.0) if known and side.cost else "-"
-
-
-def _number(side: Side, name: str, decimals: int) -> str:
-    value = getattr(side.cost, name, None)
-    return "-" if value is None else f"{value:.{decimals}f}"
+        values = [getattr(cost, name, None) for cost in costs]
+        rows.append([title, *(None if v is None else f"{v:.{decimals}f}" for v in values)])
+    times = [cost.wall_s if cost else None for cost in costs]
+    rows = [
+        ["hardware", *(side.hardware or None for side in comparison.sides)],
+        ["time", *(None if time_s is None else duration(time_s) for time_s in times)],
+        *(row for row in rows if row[1:] != [None, None]),
+    ]
+    caption = (
+        "From the runs' journals: from the start of the training to its last event, evaluations "
+        "included"
+    )
+    part = table(caption, ["What", Number("A"), Number("B")], rows)
+    return Section("cost", "Cost of the training", [part] if any(costs) else [])
 
 
 def _how(comparison: Comparison) -> Section:
-    found, sides = comparison.difference, (comparison.a, comparison.b)
-    rows = [
+    found, sides = comparison.difference, comparison.sides
+    rows: list[list[Cell]] = [
         ["name", *comparison.names],
         ["given as", *(side.source for side in sides)],
-        ["model", *(side.description or "-" for side in sides)],
-        ["weights", *(side.weights_sha256[:16] or "-" for side in sides)],
-        ["MLflow run", *(side.run_id or "-" for side in sides)],
+        ["model", *(side.description or None for side in sides)],
+        ["weights", *(side.weights_sha256[:16] or None for side in sides)],
+        ["MLflow run", *(side.run_id or None for side in sides)],
         ["images and boxes", *(side.fingerprint[:16] for side in sides)],
     ]
-    table = Table(
-        caption="What was compared",
-        columns=[Column(title="What"), Column(title="A"), Column(title="B")],
-        rows=rows,
-    )
     text = Paragraph(
         f"{num_of(found.resamples, 'resample')} of the {num_of(found.num_images, 'image')} with "
         f"replacement, the same for both, seed {found.seed}. AP of a resample is the COCO AP of "
@@ -325,42 +276,29 @@ def _how(comparison: Comparison) -> Section:
         "fetches nothing.",
         style="aside",
     )
-    return Section(name="how", title="How it was measured", parts=[table, text, aside])
+    compared = table("What was compared", ["What", "A", "B"], rows)
+    return Section("how", "How it was measured", [compared, text, aside])
 
 
-def _forest(name: str, title: str, rows: Sequence[ForestRow], note: str) -> Figure:
-    plots = [forest(rows, "points of AP", zero=True, narrow=n) for n in (False, True)]
-    return _figure(name, title, plots, note)
+def _forest(name: str, title: str, rows: Sequence[ForestRow], note: str) -> list[Figure]:
+    plots = [forest(rows, "points of AP", zero=True)] if rows else []
+    return [Figure(name=name, title=title, plots=plots, note=note)] if rows else []
 
 
-def _figure(
-    name: str, title: str, plots: Sequence[Plot], note: str, table: Table | None = None
-) -> Figure:
-    return Figure(
-        name=name,
-        title=title,
-        description=f"{title}. The numbers are in the table.",
-        wide=plots[0],
-        narrow=plots[1],
-        note=note,
-        table=table,
-    )
-
-
-def _difference_columns(confidence: float) -> list[Column]:
+def _difference_columns(confidence: float) -> list[Number]:
     return [
-        Column(title="A", unit="0 to 100", is_number=True),
-        Column(title="B", unit="0 to 100", is_number=True),
-        Column(title="B minus A", is_number=True),
-        Column(title="Interval", unit=f"{100 * confidence:g} %", is_number=True),
+        Number("A", "0 to 100", 1),
+        Number("B", "0 to 100", 1),
+        Number("B minus A"),
+        Number("Interval", f"{100 * confidence:g} %"),
     ]
 
 
-def _cells(a: float, b: float, difference: float, low: float, high: float) -> list[str]:
+def _cells(a: float, b: float, difference: float, low: float, high: float) -> list[Cell]:
     if math.isnan(difference):
-        return ["-", "-", "-", "-"]
-    interval = "-" if math.isnan(low) else f"{_points(low)} … {_points(high)}"
-    return [f"{100 * a:.1f}", f"{100 * b:.1f}", _points(difference), interval]
+        return [None, None, None, None]
+    interval = None if math.isnan(low) else f"{_points(low)} … {_points(high)}"
+    return [100 * a, 100 * b, _points(difference), interval]
 
 
 def _points(share: float) -> str:

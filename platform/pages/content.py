@@ -1,4 +1,4 @@
-"""The parts of a page as plain data: paragraphs, lists, tables, figures, images.
+"""The parts of a page as plain data: paragraphs, lists, tables, figures, images with boxes.
 
 The templates of this room turn them into HTML and escape every text, so a class may be called
 `<script>`. A part names the macro of `parts.html.j2` that shows it.
@@ -7,11 +7,18 @@ The templates of this room turn them into HTML and escape every text, so a class
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+from deta.platform.pages.number_format import MISSING, number_text
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 MAX_LETTERS_IN_A_LINE = 24  # a longer text of a table may wrap, but keeps some width
+TOP_SHARE = 0.08  # of the image: a box that begins above has its name within
+RIGHT_SHARE = 0.62  # a box that begins beyond has its name at its right edge
 
 
 class Part(Protocol):
@@ -20,8 +27,7 @@ class Part(Protocol):
     macro: ClassVar[str]
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """Text that leads somewhere if the address is one of http(s); otherwise the text alone."""
 
     text: str
@@ -48,63 +54,73 @@ class BulletList:
     items: Sequence[str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column of a table. Numbers are aligned right, so that their digits can be compared."""
+class Number(NamedTuple):
+    """A column of numbers, aligned right, so that their digits can be compared."""
 
     title: str
     unit: str = ""
-    is_number: bool = False
-
-    @property
-    def css_class(self) -> str:
-        return "number" if self.is_number else "word"
+    decimals: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+Text = str | Link
+Cell = Text | float | None  # a number is written with the decimals of its column
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of text; the first cell of a row is its heading.
-
-    Raises:
-        ValueError: a row has more or fewer cells than the table has columns.
-    """
+    """Texts in rows; the first of a row is its heading. `table` makes one of numbers."""
 
     macro: ClassVar[str] = "table"
 
     caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str | Link]]
+    columns: Sequence[str | Number]  # a text is the title of a column of text
+    rows: Sequence[Sequence[Text]]
 
-    def __post_init__(self) -> None:
-        for number, row in enumerate(self.rows, start=1):
-            if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table {self.caption!r}: row {number} has {len(row)} cells, not "
-                    f"{len(self.columns)}, one for each column"
-                )
-
-    def cell_class(self, row: int, column: int) -> str:
+    def cell_class(self, column: int, cell: Text = "") -> str:
         """Return the CSS class of a cell."""
-        kind, cell = self.columns[column].css_class, self.rows[row][column]
-        is_long = kind == "word" and isinstance(cell, str) and len(cell) > MAX_LETTERS_IN_A_LINE
-        return "word long" if is_long else kind
+        if isinstance(self.columns[column], Number):
+            return "number"
+        is_long = isinstance(cell, str) and len(cell) > MAX_LETTERS_IN_A_LINE
+        return "word long" if is_long else "word"
+
+
+def table(caption: str, columns: Sequence[str | Number], rows: Sequence[Sequence[Cell]]) -> Table:
+    """Return a table with its numbers written; a number that is None or NaN is missing.
+
+    A column in which no row has anything is left out.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the table has columns.
+    """
+    for place, row in enumerate(rows, start=1):
+        if len(row) != len(columns):
+            raise ValueError(
+                f"table {caption!r}: row {place} has {len(row)} cells, not {len(columns)}, one "
+                "for each column"
+            )
+    decimals = [one.decimals if isinstance(one, Number) else 0 for one in columns]
+    written = [
+        [cell if isinstance(cell, (str, Link)) else number_text(cell, decimals[i])
+         for i, cell in enumerate(row)]
+        for row in rows
+    ]  # fmt: skip
+    kept = [
+        i for i in range(len(columns))
+        if i == 0 or not rows or any(row[i] not in ("", MISSING) for row in written)
+    ]  # fmt: skip
+    return Table(caption, [columns[i] for i in kept], [[row[i] for i in kept] for row in written])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A plotly figure in its JSON form, and the same numbers as a table.
-
-    A colour written "@name" is looked up in the page's palette, of which there is one for light
-    and one for dark. In a narrow window `narrow` replaces `wide`, if it is not empty.
-    """
+    """One plot, or several side by side where the window has room, and their numbers as a table."""
 
     macro: ClassVar[str] = "figure"
 
     name: str  # unique on its page; letters, digits, hyphens
     title: str
-    description: str  # what it shows, for those who do not see it
-    wide: Mapping[str, Any]  # {"data": [...], "layout": {...}}
-    narrow: Mapping[str, Any] = field(default_factory=dict)
+    plots: Sequence[go.Figure]  # from figures.py
+    description: str = ""  # what it shows, for those who do not see it; the title if empty
     note: str = ""  # a sentence below: how to read it
     table: Table | None = None  # None where the section shows the same table beside the figure
 
@@ -122,29 +138,85 @@ class Jpeg:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A box over an image, in shares of its width and height.
+
+    It is an element of the page: sharp at any width, and read by a screen reader.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    kind: str  # right, wrong or missed
+    text: str
+    is_strong: bool = False
+
+    @property
+    def css_class(self) -> str:
+        left, top, *_ = self._visible_part
+        names = ["box", self.kind] + ["strong"] * self.is_strong
+        names += ["within"] * (top < TOP_SHARE) + ["to-left"] * (left > RIGHT_SHARE)
+        return " ".join(names)
+
+    @property
+    def css_style(self) -> str:
+        left, top, width, height = (100 * share for share in self._visible_part)
+        return f"left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%"
+
+    @property
+    def _visible_part(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height of the part that lies on the image."""
+        left, top = min(max(self.left, 0.0), 1.0), min(max(self.top, 0.0), 1.0)
+        width = min(max(self.left + self.width, 0.0), 1.0) - left
+        height = min(max(self.top + self.height, 0.0), 1.0) - top
+        return left, top, width, height
+
+
+@dataclass(frozen=True)
 class ImageCard:
-    """One image, or two side by side, with a title and lines of text below."""
+    """An image with boxes, a title and lines of text."""
 
     title: str
     lines: Sequence[str]
-    images: Sequence[Jpeg]
-
-    @property
-    def description(self) -> str:
-        return f"{self.title}: {', '.join(self.lines)}"
+    jpeg: Jpeg
+    boxes: Sequence[Box]
 
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Cards in as many columns as the window has room for."""
+    """Cards in as many columns as the window has room for, with the key to their boxes."""
 
     macro: ClassVar[str] = "image_grid"
 
     cards: Sequence[ImageCard]
+    key: Sequence[tuple[str, str]]  # kind of a box, or "strong", and what it means
     is_small: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Slide:
+    """One image, shown once for each view side by side."""
+
+    title: str
+    note: str
+    group: str  # a button shows the slides of one group alone
+    jpeg: Jpeg
+    views: Sequence[tuple[str, Sequence[Box]]]  # caption, and boxes over the image
+
+
+@dataclass(frozen=True)
+class SlideShow:
+    """Slides to step through. Without JavaScript all are in a column."""
+
+    macro: ClassVar[str] = "slide_show"
+
+    name: str  # unique on its page; letters, digits, hyphens
+    slides: Sequence[Slide]
+    key: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading of the page and the parts below it."""
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deta.platform.pages.content import Figure, Paragraph, Section
+from deta.platform.pages.content import Figure, ImageGrid, Paragraph, Section, SlideShow
 from deta.platform.pages.render import PLOTLY, content_policy, render_page
-from deta.platform.pages.slideshow import SlideShow
-from deta.platform.pages.theme import PALETTES
 from deta.platform.system.atomic_write import write_atomic
 
 
@@ -35,23 +33,26 @@ def page(
 
     Raises:
         ValueError: two sections or figures have one name.
-        RuntimeError: there are figures, and plotly is not installed.
     """
     parts = [part for section in sections for part in section.parts]
     figures = [part for part in parts if isinstance(part, Figure)]
-    has_slides = any(isinstance(part, SlideShow) for part in parts)
     names = [section.name for section in sections] + [figure.name for figure in figures]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"names are used twice on one page: {', '.join(sorted(twice))}")
-    plots = {figure.name: {"wide": figure.wide, "narrow": figure.narrow} for figure in figures}
-    scripts = [PLOTLY, "pages/figures.js"] if figures else []
-    scripts += ["pages/slideshow.js"] if has_slides else []
+    plots = {
+        f"{figure.name}-{number}": plot.to_plotly_json()
+        for figure in figures
+        for number, plot in enumerate(figure.plots, start=1)
+    }
+    has_slides = any(isinstance(part, SlideShow) for part in parts)
+    has_boxes = has_slides or any(isinstance(part, ImageGrid) for part in parts)
+    scripts = [PLOTLY, "pages/figures.js"] * bool(figures) + ["pages/slideshow.js"] * has_slides
     return render_page(
         "pages/page.html.j2",
         title=title,
-        styles=["pages/slideshow.css"] if has_slides else [],
+        styles=["pages/images.css"] if has_boxes else [],
         scripts=scripts,
-        data={"figures": {"palettes": PALETTES, "figures": plots}} if figures else {},
+        data={"figures": plots} if figures else {},
         policy=content_policy(scripts),
         summary=summary,
         sections=sections,

@@ -12,14 +12,13 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import metadata, resources
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from deta.platform.pages.content import Link
+from deta.platform.pages.content import Link, Number
 from deta.platform.pages.safe_text import (
     checked_address,
     is_web_address,
@@ -41,19 +40,11 @@ def read_asset(path: str) -> str:
 
 @cache
 def plotly_source() -> str:
-    """Return plotly.js as the installed Python package has it (MIT license, in its first lines).
+    """Return plotly.js as the installed Python package has it (MIT license, in its first lines)."""
+    from plotly.offline import get_plotlyjs
 
-    Raises:
-        RuntimeError: plotly is not installed.
-    """
-    try:
-        path = metadata.distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
-    except metadata.PackageNotFoundError as error:
-        raise RuntimeError(
-            "figures need plotly: pip install 'deta-platform[evaluate]', or write the summary alone"
-        ) from error
     # A browser reads the text of a page with \n for every end of line, and hashes that.
-    return Path(str(path)).read_text(encoding="utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    return get_plotlyjs().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def render(template: str, **values: Any) -> str:
@@ -83,7 +74,7 @@ def render_page(
         values: for the template.
 
     Raises:
-        RuntimeError: plotly is not installed, or a script cannot be part of a page.
+        RuntimeError: a script cannot be part of a page.
     """
     return render(
         template,
@@ -152,6 +143,7 @@ def _environment() -> Environment:
     environment.filters["checked_address"] = checked_address
     environment.tests["web_address"] = is_web_address
     environment.tests["link"] = lambda value: isinstance(value, Link)
+    environment.tests["number_column"] = lambda value: isinstance(value, Number)
     return environment
 
 

@@ -1,71 +1,34 @@
-"""Write a report as GitHub-flavoured Markdown: the verdict, then the tables, no figures."""
+"""Write the text and tables of a page as GitHub-flavoured Markdown, without its figures."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from deta.platform.pages.content import Link, Table
+from deta.platform.pages.content import (
+    BulletList,
+    Link,
+    Number,
+    Paragraph,
+    Part,
+    Section,
+    Table,
+    Text,
+)
 from deta.platform.pages.safe_text import is_web_address, visible
-from deta.platform.study_report.content import StudyReport
-from deta.platform.study_report.result_tables import (
-    anchors_table,
-    cells_table,
-    design_table,
-    differences_table,
-    effects_table,
-    steps_table,
-)
-from deta.platform.study_report.trial_tables import (
-    changed_table,
-    cost_table,
-    facts_line,
-    failures_table,
-    how_table,
-    required_seeds_table,
-    searched_table,
-)
 
 # Characters that Markdown or HTML would interpret; a pipe would end the cell of a table.
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&!$@])")
 
 
-def markdown_summary(report: StudyReport) -> str:
-    """Return the complete text."""
-    analysis = report.analysis
-    first, *others = report.verdicts
-    parts = [f"# {escape_markdown(report.title)}", f"**{escape_markdown(first)}**"]
-    parts += [escape_markdown(sentence) for sentence in others]
-    parts += [escape_markdown(facts_line(report)), "## What was compared"]
-    if report.method:
-        parts.append(escape_markdown(report.method))
-    parts.append(_table(design_table(report) or searched_table(report)))
-    if analysis:
-        parts += ["## Results of the cells", _table(cells_table(analysis))]
-        if analysis.answers:
-            title = "The questions of this study, with the noise of all its cells."
-            table = differences_table(analysis, analysis.answers, title)
-            parts += ["## Differences", _table(table)]
-        if analysis.effects:
-            parts += ["## Effects and interactions", _table(effects_table(analysis))]
-        parts.append("\n".join(f"- {escape_markdown(note)}" for note in analysis.notes))
-    if (costs := cost_table(report)).rows:
-        parts += ["## Cost", _table(costs)]
-    if pilot := report.pilot:
-        parts += ["## What more seeds would show", _table(required_seeds_table(report, pilot))]
-    failures = failures_table(report)
-    parts += ["## Failures and early stops", _table(failures) or "Every trial finished."]
-    if report.decomposition or report.anchors:
-        parts.append("## Published numbers")
-    if report.decomposition:
-        parts += [escape_markdown(text) for text in report.decomposition.text.split("\n\n")]
-        parts.append(_table(steps_table(report.decomposition, report.metric)))
-    if report.anchors:
-        parts.append(_table(anchors_table(report.anchors)))
-    how = how_table(report.provenance)
-    if how.rows:
-        parts += ["## How it was run", _table(how)]
-        parts.append(_table(changed_table(report.provenance)))
-    return "\n\n".join(part for part in parts if part) + "\n"
+def markdown_report(title: str, summary: Sequence[Paragraph], sections: Sequence[Section]) -> str:
+    """Return the same content as `page`."""
+    first, *others = [_text(paragraph.content) for paragraph in summary]
+    blocks = [f"# {escape_markdown(title)}", f"**{first}**", *others]
+    for section in sections:
+        shown = [block for part in section.parts if (block := _block(part))]
+        blocks += [f"## {escape_markdown(section.title)}", *shown] if shown else []
+    return "\n\n".join(blocks) + "\n"
 
 
 def escape_markdown(text: str) -> str:
@@ -73,21 +36,27 @@ def escape_markdown(text: str) -> str:
     return SPECIAL.sub(r"\\\1", visible(text)).strip()
 
 
-def _table(table: Table | None) -> str:
-    if table is None or not table.rows:
+def _block(part: Part) -> str:
+    if isinstance(part, Paragraph) and part.style != "aside":
+        return _text(part.content)
+    if isinstance(part, BulletList):
+        return "\n".join(f"- {escape_markdown(item)}" for item in part.items)
+    if not isinstance(part, Table):
         return ""
-    titles = [escape_markdown(f"{c.title}, {c.unit}" if c.unit else c.title) for c in table.columns]
-    rules = ["---:" if column.is_number else "---" for column in table.columns]
-    rows = [[_cell(cell) for cell in row] for row in table.rows]
-    lines = [titles, rules, *rows]
-    return f"{escape_markdown(table.caption)}\n\n" + "\n".join(
-        f"| {' | '.join(row)} |" for row in lines
-    )
+    titles = [
+        escape_markdown(f"{c.title}, {c.unit}" if c.unit else c.title)
+        if isinstance(c, Number) else escape_markdown(c)
+        for c in part.columns
+    ]  # fmt: skip
+    rules = ["---:" if isinstance(column, Number) else "---" for column in part.columns]
+    lines = [titles, rules, *([_text(cell) for cell in row] for row in part.rows)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{escape_markdown(part.caption)}\n\n{rows}"
 
 
-def _cell(cell: str | Link) -> str:
-    if not isinstance(cell, Link):
-        return escape_markdown(cell)
-    if not is_web_address(cell.address) or set(cell.address) & set("()<>|"):
-        return escape_markdown(cell.text)
-    return f"[{escape_markdown(cell.text)}]({cell.address})"
+def _text(text: Text) -> str:
+    if not isinstance(text, Link):
+        return escape_markdown(text)
+    if not is_web_address(text.address) or set(text.address) & set("()<>|"):
+        return escape_markdown(text.text)
+    return f"[{escape_markdown(text.text)}]({text.address})"

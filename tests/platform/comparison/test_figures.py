@@ -5,13 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deta.platform.comparison.compare import Comparison
-from deta.platform.comparison.figures import (
-    class_rows,
-    error_bars,
-    metric_rows,
-    precision_recall,
-    training_curves,
-)
+from deta.platform.comparison.figures import class_rows, metric_rows, training_curves
 from tests.platform.comparison.cases import compared
 
 __all__ = ["compared"]  # the fixture
@@ -22,14 +16,13 @@ def test_rows_are_differences_in_points_the_most_gained_first(compared: Comparis
     assert metric_rows(compared)[0].estimate == pytest.approx(100 * found.difference)
     rows = class_rows(compared)
     assert [row.estimate for row in rows] == sorted((row.estimate for row in rows), reverse=True)
-    assert {row.name for row in rows} == {c["name"] for c in compared.a.ground_truth["categories"]}
+    assert {row.name for row in rows} == {
+        c["name"] for c in compared.sides[0].ground_truth["categories"]
+    }
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_both_sides_are_drawn(compared: Comparison, narrow: bool):
-    names = {trace["name"] for trace in error_bars(compared, narrow=narrow)["data"]}
-    assert names == set(compared.names)
-    assert len(precision_recall(compared, narrow=narrow)["data"]) == 6
-    curves = training_curves(compared, narrow=narrow)
+def test_both_trainings_are_drawn(compared: Comparison):
+    curves = training_curves(compared)
     assert curves is not None
-    assert [trace["y"] for trace in curves["data"]] == [[3.0, 12.5]] * 2
+    assert [trace.name for trace in curves.data] == list(compared.names)
+    assert [list(trace.y) for trace in curves.data] == [[3.0, 12.5]] * 2

@@ -26,10 +26,10 @@ def folder(tmp_path: Path) -> Path:
 def test_a_slide_has_both_views_with_boxes_in_shares(compared: Comparison, folder: Path):
     first = slides_of(compared, folder)[0]
     assert (first.title, first.group, first.jpeg.size_px) == ("0.png", "Gained", (160, 60))
-    assert [[box.kind for box in view.boxes] for view in first.views] == [
+    assert [[box.kind for box in boxes] for _, boxes in first.views] == [
         ["right", "missed"], ["right", "right"],
     ]  # fmt: skip
-    box = first.views[0].boxes[1]
+    box = first.views[0][1][1]
     assert (box.left, box.width, box.is_strong) == (100 / 160, 40 / 160, True)
 
 

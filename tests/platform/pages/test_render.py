@@ -64,11 +64,11 @@ def test_a_report_allows_its_scripts_and_any_style():
 def test_a_served_page_may_ask_its_server_and_nobody_else():
     policy = content_policy(
         ["pages/slideshow.js"],
-        styles=["pages/slideshow.css"],
+        styles=["pages/images.css"],
         is_served=True,
         has_served_scripts=True,
     )
-    style = policy_hash(style_source(["pages/slideshow.css"]))
+    style = policy_hash(style_source(["pages/images.css"]))
     assert f"script-src {policy_hash(script_source('pages/slideshow.js'))} 'self';" in policy
     assert f"style-src {style};" in policy
     assert policy.endswith("connect-src 'self'; frame-ancestors 'none'")

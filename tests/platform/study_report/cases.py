@@ -54,9 +54,7 @@ def study(names: tuple[str, ...] = ("batch", "8", "16"), *, fails: bool = True) 
                     metrics={"AP": curve[2][1] if failed else final},
                     curve=curve[:3] if failed else curve,
                     parameters={"seed": seed, "total_batch_size": place, **cell.changes},
-                    cost=TrialCost(
-                        wall_s=3600.0, gpu_hours=8.0 - place, images_per_s=30.0, price=20.0
-                    ),
+                    cost=TrialCost(wall_s=3600.0, gpu_hours=8.0 - place, images_per_s=30.0),
                     run_url="https://mlflow.example/#/runs/1",
                 )
             )
