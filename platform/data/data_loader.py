@@ -12,8 +12,9 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -84,8 +85,7 @@ class LoadedBatch:
         return replace(self, batch=self.batch.pin_memory())
 
 
-@dataclass(frozen=True)
-class _ModelInput:
+class _ModelInput(NamedTuple):
     """One image as a batch needs it."""
 
     image: Tensor  # 3 H W float32, normalised
@@ -109,11 +109,9 @@ class _TrainingInputs(Dataset[_ModelInput]):
 
     def __getitem__(self, key: SampleKey) -> _ModelInput:
         sample, replaced = self._sample(key)
-        own_seed = sample_seed(self.seed, key.epoch, key.image_index)
+        own_seed = sample_seed(self.seed, *key)
         sample = augment(sample, self.config, Draws(own_seed))
-        image, target = to_model_input(sample)
-        size_px = sample.original_size_px
-        return _ModelInput(image, target, sample.image_id, size_px, own_seed, replaced)
+        return _model_input(sample, own_seed, replaced)
 
     def _sample(self, key: SampleKey) -> tuple[Sample, ReplacedImage | None]:
         try:
@@ -147,28 +145,25 @@ class _EvaluationInputs(Dataset[_ModelInput]):
         self.size = size
 
     def __getitem__(self, index: int) -> _ModelInput:
-        sample = resize_for_evaluation(self.dataset[index], self.size)
-        image, target = to_model_input(sample)
-        return _ModelInput(image, target, sample.image_id, sample.original_size_px, seed=0)
+        return _model_input(resize_for_evaluation(self.dataset[index], self.size))
+
+
+def _model_input(
+    sample: Sample, seed: int = 0, replaced: ReplacedImage | None = None
+) -> _ModelInput:
+    image, target = to_model_input(sample)
+    return _ModelInput(image, target, sample.image_id, sample.original_size_px, seed, replaced)
 
 
 def _collate(inputs: list[_ModelInput]) -> LoadedBatch:
-    batch = pad_batch(
-        [one.image for one in inputs],
-        [one.target for one in inputs],
-        [one.seed for one in inputs],
-    )
+    images, targets, image_ids, sizes_px, seeds, replaced = map(list, zip(*inputs, strict=True))
+    batch = pad_batch(images, targets, seeds)
     if get_worker_info() is not None:
         # Otherwise a thread of the queue does this, which on failure (no space in /dev/shm, no file
         # descriptor) drops the batch, and the trainer would wait for ever.
         for tensor in batch_tensors(batch):
             tensor.share_memory_()
-    return LoadedBatch(
-        batch,
-        image_ids=[one.image_id for one in inputs],
-        original_sizes_px=[one.original_size_px for one in inputs],
-        replaced=[one.replaced for one in inputs if one.replaced is not None],
-    )
+    return LoadedBatch(batch, image_ids, sizes_px, [one for one in replaced if one is not None])
 
 
 def batch_tensors(batch: Batch) -> list[Tensor]:
@@ -207,41 +202,29 @@ def _batches(
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """The micro-batches of one rank from `start_step` on. Made by `train_loader`.
+    """The micro-batches of one rank in some steps. Made by `train_loader`.
 
-    Every iteration starts again at `start_step` with new loader workers, which exit with it.
+    Every iteration starts again at the first step with new loader workers, which exit with it.
     """
 
     inputs: Dataset[_ModelInput]
     order: TrainingOrder
-    micro_batch_size: int
-    rank: int
-    world_size: int
-    start_step: int
-    end_step: int
+    positions: Callable[[int], list[range]]  # of this rank's micro-batches in a step
+    steps: range
     num_loader_workers: int
     pin_memory: bool
 
     def __len__(self) -> int:
-        """The number of steps."""
-        return self.end_step - self.start_step
-
-    def keys(self, step: int) -> list[list[SampleKey]]:
-        """Return the keys of the samples in this rank's micro-batches of a step."""
-        return [[self.order.sample_at(p) for p in part] for part in self.positions(step)]
-
-    def positions(self, step: int) -> list[range]:
-        """Return the positions of these samples in the stream of all samples."""
-        return self.order.micro_batch_positions(
-            step, self.rank, self.world_size, self.micro_batch_size
-        )
+        return len(self.steps)
 
     def __iter__(self) -> Iterator[list[LoadedBatch]]:
         """Yield the micro-batches of each step, at least one."""
-        steps = range(self.start_step, self.end_step)
-        keys = (micro_batch for step in steps for micro_batch in self.keys(step))
+        sample_at = self.order.sample_at
+        keys = (
+            [sample_at(p) for p in part] for step in self.steps for part in self.positions(step)
+        )
         batches = _batches(self.inputs, keys, self.num_loader_workers, self.pin_memory)
-        for step in steps:
+        for step in self.steps:
             positions = self.positions(step)
             loaded = islice(batches, len(positions))
             yield [
@@ -287,20 +270,21 @@ def train_loader(
             f"start_step={start_step} and end_step={end_step}: "
             "steps count from 0, and start_step must not exceed end_step"
         )
-    _check_num_loader_workers(num_loader_workers)
-    loader = TrainLoader(
-        inputs=_TrainingInputs(dataset, config, seed, replace_broken),
-        order=TrainingOrder(seed, len(dataset), total_batch_size),
-        micro_batch_size=micro_batch_size,
+    if num_loader_workers < 0:
+        raise ValueError(
+            f"num_loader_workers={num_loader_workers} must be at least 0 (0 loads in this process)"
+        )
+    order = TrainingOrder(seed, len(dataset), total_batch_size)
+    positions = partial(
+        order.micro_batch_positions,
         rank=rank,
         world_size=world_size,
-        start_step=start_step,
-        end_step=end_step,
-        num_loader_workers=num_loader_workers,
-        pin_memory=pin_memory,
+        micro_batch_size=micro_batch_size,
     )
-    loader.keys(start_step)  # raises for inconsistent ranks and sizes, before the training starts
-    return loader
+    positions(start_step)  # raises for inconsistent ranks and sizes, before the training starts
+    inputs = _TrainingInputs(dataset, config, seed, replace_broken)
+    steps = range(start_step, end_step)
+    return TrainLoader(inputs, order, positions, steps, num_loader_workers, pin_memory)
 
 
 def evaluation_loader(
@@ -320,13 +304,5 @@ def evaluation_loader(
         ImageError: an image cannot be decoded.
         LoaderWorkerError: as in `train_loader`.
     """
-    _check_num_loader_workers(num_loader_workers)
     keys = evaluation_batches(len(dataset), batch_size, rank, world_size)
     return _batches(_EvaluationInputs(dataset, size), keys, num_loader_workers, pin_memory)
-
-
-def _check_num_loader_workers(num_loader_workers: int) -> None:
-    if num_loader_workers < 0:
-        raise ValueError(
-            f"num_loader_workers={num_loader_workers} must be at least 0 (0 loads in this process)"
-        )

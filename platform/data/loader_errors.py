@@ -48,13 +48,12 @@ def restore_signal_handler() -> Iterator[None]:
     dies, that handler raises in whatever the thread is doing, for example saving a checkpoint.
     Without it, the error is raised when the next batch is requested.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
+    before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        if before is not None:  # None: the handler was not set by Python
-            signal.signal(signal.SIGCHLD, before)
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)  # None: the handler was not set by Python
 
 
 def explain_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
@@ -69,11 +68,10 @@ def explain_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
         text = str(error)
-        if text.startswith("Caught "):  # raised in a loader worker while it made a batch
-            died = False
-        else:  # a worker that dies while sending leaves a truncated message
-            truncated = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
-            died = truncated or text.startswith(WORKER_ERRORS)
+        # A worker that dies while sending leaves a truncated message.
+        truncated = isinstance(error, EOFError | ConnectionError | FileNotFoundError)
+        # "Caught": raised in a loader worker while it made a batch.
+        died = text.startswith(WORKER_ERRORS) or (truncated and not text.startswith("Caught "))
         cause = _describe_exit(batches) if died else None
         if cause is None and any(part in text for part in NO_SHARED_MEMORY):
             cause = (
@@ -105,11 +103,9 @@ def _describe_exit(batches: Iterator[Any]) -> str | None:
 
 def _free_memory() -> str:
     """Return the free memory now, since it will have changed when somebody reads the message."""
-    parts = []
-    if SHARED_MEMORY.is_dir():
-        usage = shutil.disk_usage(SHARED_MEMORY)
-        parts.append(f"{usage.free >> 20} of {usage.total >> 20} MB in {SHARED_MEMORY}")
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        parts.append(f"{free >> 20} MB of memory")
-    return f"Free now: {', '.join(parts)}." if parts else ""
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        f"Free now: {usage.free >> 20} of {usage.total >> 20} MB in {SHARED_MEMORY}, "
+        f"{free >> 20} MB of memory."
+    )

@@ -174,21 +174,9 @@ class TrainingOrder:
         epoch, place = divmod(position, self.num_images)
         return SampleKey(epoch, int(epoch_order(self.seed, epoch, self.num_images)[place]))
 
-    def global_batch(self, step: int) -> list[SampleKey]:
-        """Return the T samples of a step (from 0) over all ranks, in rank order."""
-        begin = step * self.total_batch_size
-        return [self.sample_at(begin + place) for place in range(self.total_batch_size)]
-
     def first_step_of_epoch(self, epoch: int) -> int:
         """Return the first step without samples of earlier epochs."""
         return -(-epoch * self.num_images // self.total_batch_size)  # rounded up
-
-    def micro_batches(
-        self, step: int, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[list[SampleKey]]:
-        """Return the samples of one rank in a step, at its `micro_batch_positions`."""
-        parts = self.micro_batch_positions(step, rank, world_size, micro_batch_size)
-        return [[self.sample_at(position) for position in part] for part in parts]
 
     def micro_batch_positions(
         self, step: int, rank: int, world_size: int, micro_batch_size: int

@@ -206,7 +206,7 @@ class Console:
 def batch_line(config: RunConfig) -> str:
     """Return a line on how the total batch is distributed."""
     total, workers = config.total_batch_size, config.cluster.num_workers
-    # The same split as in `TrainingOrder.micro_batches`.
+    # The same split as in `TrainingOrder.micro_batch_positions`.
     num_parts = max(-(-total // config.micro_batch_size), workers)
     images = _span(total, num_parts)
     steps = _span(num_parts, workers)

@@ -109,7 +109,7 @@ def undisturbed() -> list[list[LoadedBatch]]:
 def test_steps_hold_the_samples_of_the_order(undisturbed):
     order = TrainingOrder(seed=5, num_images=11, total_batch_size=6)
     for step, micro_batches in enumerate(undisturbed):
-        keys = order.global_batch(step)
+        keys = [order.sample_at(6 * step + place) for place in range(6)]
         ids = list(chain(*(one.image_ids for one in micro_batches)))
         seeds = torch.cat([one.batch.seeds for one in micro_batches])
         assert ids == [100 + key.image_index for key in keys]
