@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tyro.conf import Positional, UseAppendAction
 
@@ -33,7 +33,9 @@ from deta.platform.run.run_file import RUN_FILE, read_run_file, tracking_uri
 from deta.platform.system.redaction import redact
 from deta.platform.tracking.sync_run import PATIENCE_S, sync_runs
 from deta.platform.tracking.upload_process import find_runs
-from deta.platform.tracking.uploader import TrackingStore
+
+if TYPE_CHECKING:
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def _find_all(folders: Sequence[Path]) -> list[Path]:
 
 def _sync(runs: list[Path], options: SyncOptions) -> int:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    stores: dict[str, TrackingStore] = {}
+    stores: dict[str, MlflowStore] = {}
     is_all_sent = sync_runs(
         runs,
         stores,
@@ -84,8 +86,8 @@ def _sync(runs: list[Path], options: SyncOptions) -> int:
     return 0 if is_all_sent else 1
 
 
-def _reap(runs: list[Path], stores: dict[str, TrackingStore], options: SyncOptions) -> bool:
-    from deta.platform.tracking.mlflow_store import MlflowStore, reap
+def _reap(runs: list[Path], stores: dict[str, MlflowStore], options: SyncOptions) -> bool:
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
     experiments = set(options.experiment)
     if not experiments:
@@ -95,10 +97,9 @@ def _reap(runs: list[Path], stores: dict[str, TrackingStore], options: SyncOptio
         stores[uri] = MlflowStore(uri)
     is_well = True
     for store in stores.values():
-        assert isinstance(store, MlflowStore)
         for experiment in sorted(experiments or {"deta"}):
             try:
-                dead = reap(store, experiment, dry_run=options.dry_run)
+                dead = store.reap(experiment, dry_run=options.dry_run)
             except Exception as error:
                 print_line(f"{store.shown_uri}: {redact(str(error))}")
                 is_well = False

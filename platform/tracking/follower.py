@@ -9,11 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deta.platform.run.journal import JOURNAL_FILE
 from deta.platform.system.redaction import redact
 from deta.platform.tracking.upload_process import find_runs
-from deta.platform.tracking.uploader import BusyError, RunUploader, TrackingStore
+from deta.platform.tracking.uploader import BusyError, RunUploader
+
+if TYPE_CHECKING:
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ class Follower:
     def __init__(
         self,
         folder: Path,
-        store: TrackingStore,
+        store: MlflowStore,
         *,
         sweep: bool = False,
         behind_bytes: int = 0,
@@ -55,17 +59,21 @@ class Follower:
             run.write_state("waiting")  # it has started
         while True:
             error = self.send_new()
+            own = self._runs.get(self.folder)
+            if error is None and own is not None and own.is_complete(self.behind_bytes):
+                return True
+            # If the supervisor was also stopped, it has yet to write the last event, `ended`.
+            is_late = time.monotonic() - self._stopped_s > LAST_WAIT_S
+            waits = error is None and not is_late and self.parent == os.getppid()
+            if self._stop.is_set() and not waits:
+                return error is None
             if error is None:
                 failures = 0
+                self._wait(POLL_EVERY_S)
             else:
                 failures += 1
                 logger.warning("MLflow: %s", redact(error)[:500])
-            if error is None and self._is_over():
-                return True
-            if self._stop.is_set() and not self._waits_for_the_last_event(error):
-                return error is None
-            backoff_s = min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6))
-            self._wait(backoff_s if failures else POLL_EVERY_S)
+                self._wait(min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6)))
 
     def send_new(self) -> str | None:
         """Send what is new of every run; return the error, if there was one."""
@@ -76,8 +84,6 @@ class Follower:
             try:
                 run.needs_parent = time.monotonic() - self._began_s < WAIT_FOR_PARENT_S
                 run.send_new(heartbeats=not self._stop.is_set())
-                if run.is_complete() and run.folder != self.folder:
-                    run.write_state("finished")
             except BusyError as error:
                 first = first or str(error)
             except (OSError, ValueError) as error:  # of this folder alone
@@ -104,15 +110,6 @@ class Follower:
                 self._runs[folder] = RunUploader(folder, self.store)
             yield self._runs[folder]
 
-    def _is_over(self) -> bool:
-        own = self._runs.get(self.folder)
-        return own is not None and own.is_complete(self.behind_bytes)
-
-    def _waits_for_the_last_event(self, error: str | None) -> bool:
-        """Return whether the supervisor, which was also stopped, has yet to write `ended`."""
-        is_late = time.monotonic() - self._stopped_s > LAST_WAIT_S
-        return self.parent is not None and _is_parent(self.parent) and error is None and not is_late
-
     def _wait(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds
         had_ended = self._has_ended()
@@ -122,7 +119,7 @@ class Follower:
                 return
             if not had_ended and self._has_ended():
                 return  # at once, since the supervisor waits
-            if self.parent is not None and not _is_parent(self.parent):
+            if self.parent not in (None, os.getppid()):
                 self.stop()
                 return
 
@@ -162,7 +159,3 @@ def stop_on_signals(stop: Callable[[], None], before_exit: Callable[[], None]) -
         os._exit(1)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
-
-
-def _is_parent(process: int) -> bool:
-    return os.getppid() == process

@@ -6,7 +6,7 @@ MLflow, so the state of MLflow's server cannot slow it down, stop it or lose a v
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,8 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # nothing here is stored as a pickle
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -62,7 +62,7 @@ SENTINELS = {"progress": "train/epoch", "evaluation": "val/epoch"}
 
 
 class MlflowStore:
-    """MLflow behind the interface `TrackingStore`. A call may raise anything; it can be retried."""
+    """The uploader's calls to MLflow. Each may raise anything, and can be repeated."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.shown_uri = uri, redact(uri)
@@ -83,15 +83,9 @@ class MlflowStore:
             LookupError: the run of the sweep does not exist yet.
             RuntimeError: the run was deleted in MLflow.
         """
-        if run_id:
-            try:
-                run = self._call(self._connect().get_run, run_id)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-            else:
-                _require_active(run)
-                return run_id
+        if run_id and (run := self._find_run(run_id)) is not None:
+            _require_active(run)
+            return run_id
         key = _key(folder, description)
         experiment = self._experiment(description["config"]["experiment"])
         mine = self._runs_of(experiment, key)
@@ -137,12 +131,8 @@ class MlflowStore:
 
     def send(self, run_id: str, rows: list[UploadRow]) -> int:
         """Send metric values; return how many of them MLflow rejected as invalid."""
-        refused = 0
-        for begin in range(0, len(rows), ROWS_PER_CALL):
-            refused += self._send_call(run_id, rows[begin : begin + ROWS_PER_CALL])
-        return refused
-
-    def _send_call(self, run_id: str, rows: list[UploadRow]) -> int:
+        if len(rows) > ROWS_PER_CALL:
+            return self._send_parts(run_id, rows, ROWS_PER_CALL)
         client = self._connect()
         metrics = [
             Metric(row.name, row.value, row.time_ms, row.step)
@@ -157,12 +147,15 @@ class MlflowStore:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             _require_active(self._call(client.get_run, run_id))
-            if len(rows) == 1:
-                logger.warning("MLflow refuses %s: %s", rows[0], error)
-                return 1
-            half = len(rows) // 2
-            return self._send_call(run_id, rows[:half]) + self._send_call(run_id, rows[half:])
+            if len(rows) > 1:
+                return self._send_parts(run_id, rows, (len(rows) + 1) // 2)
+            logger.warning("MLflow refuses %s: %s", rows[0], error)
+            return 1
         return 0
+
+    def _send_parts(self, run_id: str, rows: list[UploadRow], size: int) -> int:
+        begins = range(0, len(rows), size)
+        return sum(self.send(run_id, rows[begin : begin + size]) for begin in begins)
 
     def set_status(self, run_id: str, record: UploadRecord) -> None:
         client = self._connect()
@@ -220,23 +213,16 @@ class MlflowStore:
         """Use short timeouts from now on, because little time is left."""
         self._is_final = True
 
-    def find_running(self, experiment: str) -> list[Run]:
-        """Return the runs of an experiment that have the status RUNNING in MLflow."""
-        client = self._connect()
-        found = self._call(client.get_experiment_by_name, experiment)
-        if found is None:
-            return []
-        return self._search([found.experiment_id], "attributes.status = 'RUNNING'")
-
-    def mark_killed(self, run_id: str, reason: str) -> None:
-        client = self._connect()
-        self._call(client.set_tag, run_id, "deta.reason", reason)
-        self._call(client.set_terminated, run_id, status="KILLED")
-
     def _connect(self) -> MlflowClient:
         if self._client is None:
-            with _locked_database(self.uri):  # the first process creates the tables
-                _create_database(self.uri)
+            database = Path(self.uri.removeprefix("sqlite:///"))
+            with contextlib.ExitStack() as held:
+                if self.uri.startswith("sqlite:///"):
+                    # Two processes that create its tables at once would both fail.
+                    database.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(FileLock(database.with_name(f".{database.name}.lock")))
+                    if not database.exists():
+                        _create_database(database)
                 client = MlflowClient(tracking_uri=self.uri)
                 self._call(client.search_experiments, max_results=1)
             self._client = client
@@ -323,10 +309,12 @@ class MlflowStore:
         )
 
     def _parent(self, experiment: Experiment, parent: str) -> str | None:
-        if found := self._runs_of(experiment, parent):
-            return found[0].info.run_id
+        found = next(iter(self._runs_of(experiment, parent)), None) or self._find_run(parent)
+        return None if found is None else found.info.run_id
+
+    def _find_run(self, run_id: str) -> Run | None:
         try:
-            return self._call(self._connect().get_run, parent).info.run_id
+            return self._call(self._connect().get_run, run_id)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -334,63 +322,51 @@ class MlflowStore:
 
     def _runs_of(self, experiment: Experiment, key: str) -> list[Run]:
         """Return the runs with this key, oldest first."""
-        runs = self._search([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{_safe(key)}'")
+        safe = re.sub(r"[^A-Za-z0-9_.:-]", "_", key)
+        runs = self._search(experiment, f"tags.`{KEY_TAG}` = '{safe}'")
         return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
-    def _search(self, experiments: list[str], what: str) -> list[Run]:
+    def _search(self, experiment: Experiment, what: str) -> list[Run]:
         return list(
             self._call(
                 self._connect().search_runs,
-                experiments,
+                [experiment.experiment_id],
                 what,
                 run_view_type=ViewType.ACTIVE_ONLY,
                 max_results=10_000,
             )
         )
 
+    def reap(self, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
+        """Mark runs KILLED that are RUNNING without a recent heartbeat, and have no folder here.
 
-def reap(store: MlflowStore, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
-    """Mark runs KILLED that are RUNNING, have no recent heartbeat, and whose folder is not here.
-
-    Returns:
-        The id and name of each.
-    """
-    dead = []
-    for run in store.find_running(experiment):
-        beat = run.data.tags.get(HEARTBEAT_TAG, "")
-        if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
-            continue
-        folder = run.data.tags.get(FOLDER_TAG, "")
-        if folder and REDACTED not in folder and Path(folder).is_dir():
-            continue  # jobs/sync.py reads the status from the folder
-        dead.append((run.info.run_id, run.info.run_name))
-        if not dry_run:
-            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
-            store.mark_killed(run.info.run_id, f"no heartbeat since {when}")
-    return dead
-
-
-@contextmanager
-def _locked_database(uri: str) -> Iterator[None]:
-    """Lock a database file: two processes that create its tables at once would both fail."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f".{database.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        Returns:
+            The id and name of each.
+        """
+        client = self._connect()
+        found = self._call(client.get_experiment_by_name, experiment)
+        dead = []
+        for run in self._search(found, "attributes.status = 'RUNNING'") if found else []:
+            beat = run.data.tags.get(HEARTBEAT_TAG, "")
+            if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
+                continue
+            folder = run.data.tags.get(FOLDER_TAG, "")
+            if folder and REDACTED not in folder and Path(folder).is_dir():
+                continue  # jobs/sync.py reads the status from the folder
+            run_id = run.info.run_id
+            dead.append((run_id, run.info.run_name))
+            if not dry_run:
+                when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
+                self._call(client.set_tag, run_id, "deta.reason", f"no heartbeat since {when}")
+                self._call(client.set_terminated, run_id, status="KILLED")
+        return dead
 
 
-def _create_database(uri: str) -> None:
+def _create_database(database: Path) -> None:
     """Create a database file atomically: a partial one, from a killed process, stays broken.
 
     It is made in memory first, since MLflow creates its tables in hundreds of disk writes.
     """
-    database = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or database.exists():
-        return
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="deta-", dir=place) as folder:
@@ -414,10 +390,6 @@ def _key(folder: Path, description: dict[str, Any]) -> str:
         return str(key)
     text = f"{folder.resolve()} {description.get('train_fingerprint')}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _safe(key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.:-]", "_", key)
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,35 +5,30 @@ python -m deta.platform.tracking.sync_run RUN      what the orphan reaper of a r
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_lock import is_alive
 from deta.platform.system.redaction import redact
 from deta.platform.tracking.upload_plan import count_unsent, uri_of
 from deta.platform.tracking.upload_process import find_runs
-from deta.platform.tracking.uploader import BusyError, RunUploader, TrackingStore
+from deta.platform.tracking.uploader import BusyError, RunUploader
+
+if TYPE_CHECKING:
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
 PATIENCE_S = 30.0  # how long to retry while MLflow takes nothing
 
 
-@dataclass(frozen=True)
-class SyncResult:
-    """The result of sending one run."""
-
-    is_complete: bool
-    is_unreachable: bool  # the retries were given up
-    text: str
-
-
 def sync_runs(
     runs: Sequence[Path],
-    stores: dict[str, TrackingStore],
+    stores: dict[str, MlflowStore],
     *,
     patience_s: float = PATIENCE_S,
     dry_run: bool = False,
@@ -75,26 +70,28 @@ def sync_runs(
             is_all_sent = False
             continue
         if uri not in stores:
-            stores[uri] = _open_store(uri)
-        result = send_run(
-            run,
-            stores[uri],
-            0.0 if uri in unreachable else patience_s,
-            lambda text, title=title: show_progress(f"{title}: {text}"),  # type: ignore[misc]
-        )
-        echo(f"{title}: {result.text}")
-        is_all_sent &= result.is_complete
-        unreachable |= {uri} if result.is_unreachable else set()
+            from deta.platform.tracking.mlflow_store import MlflowStore  # slow; often not needed
+
+            stores[uri] = MlflowStore(uri)
+        patience = 0.0 if uri in unreachable else patience_s
+        show = functools.partial(_show_with_title, show_progress, title)
+        is_complete, is_reached, text = send_run(run, stores[uri], patience, show)
+        echo(f"{title}: {text}")
+        unreachable |= set() if is_reached else {uri}
+        is_all_sent &= is_complete
     return is_all_sent
 
 
 def send_run(
-    run: Path, store: TrackingStore, patience_s: float, show_progress: Callable[[str], None]
-) -> SyncResult:
-    """Send what is left of one run; retry with backoff while MLflow takes nothing."""
-    uploader = RunUploader(run, store)
+    run: Path, store: MlflowStore, patience_s: float, show_progress: Callable[[str], None]
+) -> tuple[bool, bool, str]:
+    """Send what is left of one run; retry with backoff while MLflow takes nothing.
+
+    Returns:
+        Whether all is sent, whether MLflow was reached within `patience_s`, and a line for people.
+    """
+    uploader, error, is_reached = RunUploader(run, store), "", True
     before, stuck_s, pause_s = -1, time.monotonic(), 0.5
-    is_unreachable = False
     while True:
         try:
             uploader.send_new()
@@ -109,34 +106,31 @@ def send_run(
             before, stuck_s, pause_s = uploader.record.sent_rows, time.monotonic(), 0.5
         show_progress(f"{uploader.record.sent_rows} rows sent; {error}")
         if time.monotonic() - stuck_s > patience_s:
-            is_unreachable = True
+            is_reached = False
             break
         time.sleep(pause_s)
         pause_s = min(5.0, 2 * pause_s)
     rows, files = count_unsent(run)
-    uploader.write_state("waiting" if error else "finished", error)
+    uploader.write_state("waiting" if error or rows or files else "finished", error)
     uploader.close()
     record = uploader.record
     text = f"{record.sent_rows} rows sent, {record.skipped_rows} skipped, {rows} left"
     text += f", {record.refused_rows} refused as invalid" * (record.refused_rows > 0)
     text += f", {files} files left" * (files > 0)
-    text += f"; {error or record.status}"
-    return SyncResult(not error and not rows and not files, is_unreachable, text)
+    is_complete = not (error or rows or files)
+    return is_complete, is_reached, f"{text}; {error or record.status}"
+
+
+def _show_with_title(show_progress: Callable[[str], None], title: str, text: str) -> None:
+    show_progress(f"{title}: {text}")
 
 
 def missing_end(run: Path) -> str | None:
     """Return the status of a run whose supervisor died before it wrote one; else None."""
-    has_end = has_ended = False
-    for event, _ in read_events(run):
-        if event["kind"] == "begin":
-            has_end = has_ended = False
-        elif event["kind"] == "end":
-            has_end = True
-        elif event["kind"] == "ended":
-            has_ended = True
-    if has_ended:
-        return None
-    return "FINISHED" if has_end else "KILLED"
+    kinds = [event["kind"] for event, _ in read_events(run)]
+    begin = max((index for index, kind in enumerate(kinds) if kind == "begin"), default=0)
+    last = kinds[begin:]  # of the last start
+    return None if "ended" in last else "FINISHED" if "end" in last else "KILLED"
 
 
 def _write_end(run: Path, status: str) -> None:
@@ -146,12 +140,6 @@ def _write_end(run: Path, status: str) -> None:
     journal.close()
 
 
-def _open_store(uri: str) -> TrackingStore:
-    from deta.platform.tracking.mlflow_store import MlflowStore  # slow; often not needed
-
-    return MlflowStore(uri)
-
-
 if __name__ == "__main__":
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    sync_runs(find_runs(Path(sys.argv[1])), {})
+    sys.exit(0 if sync_runs(find_runs(Path(sys.argv[1])), {}, echo=print) else 1)

@@ -40,6 +40,13 @@ EVALUATION_FILES = (
     "evaluation.json", "detections.parquet", "ground_truth.json.gz", "explanation.json",
     "report.html",
 )  # fmt: skip
+# Metrics that are a value of an event, by the event's kind.
+COPIED = {
+    "evaluation_kept": {"val/keep_seconds": "seconds"},
+    "interval": {"best/AP_low": "low", "best/AP_high": "high"},
+    "skipped": {"train/skipped_steps": "total"},
+    "checkpoint": {"checkpoint/blocked_s": "blocked_s", "checkpoint/seconds": "seconds"},
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,12 @@ class UploadRecord:
         """Add an event to the record; return the rows that it sends to MLflow."""
         self.offset_bytes, self.end_bytes = offset_bytes, 0
         self._count_time(event)
-        rows_of = getattr(self, f"_rows_of_{event['kind']}", None)
-        if rows_of is None:
-            return []
+        kind = event["kind"]
+        rows_of = getattr(self, f"_rows_of_{kind}", None)
         try:
-            return rows_of(event)
+            if kind in COPIED:
+                return self._once(event, {to: event.get(key) for to, key in COPIED[kind].items()})
+            return [] if rows_of is None else rows_of(event)
         except (KeyError, TypeError, ValueError, OverflowError):  # another version wrote it
             return []
 
@@ -111,19 +119,6 @@ class UploadRecord:
             self.best_ap, self.best_step = ap, int(event["step"])
             self.best_time_ms = _time_ms(event)
         return rows
-
-    def _rows_of_evaluation_kept(self, event: dict[str, Any]) -> list[UploadRow]:
-        return self._once(event, {"val/keep_seconds": event["seconds"]})
-
-    def _rows_of_interval(self, event: dict[str, Any]) -> list[UploadRow]:
-        return self._once(event, {f"best/AP_{end}": event[end] for end in ("low", "high")})
-
-    def _rows_of_skipped(self, event: dict[str, Any]) -> list[UploadRow]:
-        return self._once(event, {"train/skipped_steps": event["total"]})
-
-    def _rows_of_checkpoint(self, event: dict[str, Any]) -> list[UploadRow]:
-        values = {f"checkpoint/{name}": event.get(name) for name in ("blocked_s", "seconds")}
-        return self._once(event, values)
 
     def _rows_of_replaced(self, event: dict[str, Any]) -> list[UploadRow]:
         known = set(self.replaced_images)

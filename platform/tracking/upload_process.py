@@ -6,6 +6,7 @@ cannot block a training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from deta.platform.run.journal import JOURNAL_FILE
 from deta.platform.run.run_file import RUN_FILE
@@ -68,11 +70,15 @@ def start_uploader(
     journal = folder / JOURNAL_FILE
     behind_bytes = journal.stat().st_size if journal.exists() else 0
     command = [sys.executable, "-m", "deta.platform.tracking.uploader_main"]
-    command += [str(folder), "--follow", f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
+    command += [str(folder), f"--behind={behind_bytes}", f"--parent={os.getpid()}"]
     if sweep:
         command.append("--sweep")
-    log = _open_log(folder / LOG_FILE)
-    try:
+    with contextlib.ExitStack() as opened:
+        log: BinaryIO | int = subprocess.DEVNULL
+        with contextlib.suppress(OSError):  # a full disk
+            path = folder / LOG_FILE
+            is_full = path.exists() and path.stat().st_size > MAX_LOG_BYTES
+            log = opened.enter_context(path.open("wb" if is_full else "ab"))
         return subprocess.Popen(
             command,
             env=child_environment(base=env),
@@ -81,9 +87,6 @@ def start_uploader(
             stderr=log,
             start_new_session=True,
         )
-    finally:
-        if log != subprocess.DEVNULL:
-            os.close(log)
 
 
 def finish_uploader(
@@ -154,12 +157,3 @@ def find_runs(folder: Path, levels: int = NUM_LEVELS) -> list[Path]:
 def _answers_well(state: UploadState) -> bool:
     is_recent = time.time() - state.last_success_s < 10.0
     return not state.error and state.call_s < 1.0 and is_recent and state.state == "sending"
-
-
-def _open_log(path: Path) -> int:
-    try:
-        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-            path.unlink()
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError:  # a full disk
-        return subprocess.DEVNULL

@@ -7,14 +7,15 @@ admits one uploader at a time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from deta.platform.run.journal import JOURNAL_FILE, read_events
 from deta.platform.run.run_file import read_run_file
@@ -26,6 +27,7 @@ from deta.platform.tracking.upload_plan import (
     REPORT_TAG,
     UploadRecord,
     UploadRow,
+    count_unsent,
     next_rows,
     read_record,
 )
@@ -35,30 +37,14 @@ from deta.platform.tracking.upload_process import (
     read_upload_state,
 )
 
+if TYPE_CHECKING:  # slow to import, and imported by the process that calls it
+    from deta.platform.tracking.mlflow_store import MlflowStore
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "mlflow.lock"
 MAX_FILES_BYTES = 20 * 10**9  # limit for the files of one run: best checkpoint, images, reports
 HEARTBEAT_S = 30.0
-
-
-class TrackingStore(Protocol):
-    """The calls to MLflow that the uploader needs (`mlflow_store.py`); any may raise anything."""
-
-    shown_uri: str  # without its password
-    call_s: float  # how long the last call took
-
-    def open(
-        self, folder: Path, description: dict[str, Any], run_id: str, *, needs_parent: bool
-    ) -> str: ...
-    def known_steps(self, run_id: str) -> dict[str, dict[int, int]]: ...
-    def describe(self, run_id: str, description: dict[str, Any]) -> None: ...
-    def send(self, run_id: str, rows: list[UploadRow]) -> int: ...
-    def set_status(self, run_id: str, record: UploadRecord) -> None: ...
-    def heartbeat(self, run_id: str) -> None: ...
-    def send_file(self, run_id: str, path: Path, folder: str) -> None: ...
-    def set_tags(self, run_id: str, tags: dict[str, str]) -> None: ...
-    def shorten_timeouts(self) -> None: ...
 
 
 class BusyError(RuntimeError):
@@ -68,22 +54,19 @@ class BusyError(RuntimeError):
 class RunUploader:
     """Sends the journal and files of one run."""
 
-    def __init__(self, folder: Path, store: TrackingStore) -> None:
+    def __init__(self, folder: Path, store: MlflowStore) -> None:
         self.folder, self.store = folder, store
         self.record = UploadRecord()
         self.needs_parent = False
-        self._lock: int | None = None
-        self._is_open = False
-        self._is_unsaved = False
+        self._lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+        self._is_open = self._is_unsaved = False
         self.written_state = read_upload_state(folder)
-        self._last_success_s = self._last_heartbeat_s = 0.0
+        self._last_success_s, self._last_heartbeat_s = 0.0, -HEARTBEAT_S
         self._known: dict[str, dict[int, int]] = {}
-        self._counted: tuple[int, UploadRecord, int] | None = None
 
     def has_new(self) -> bool:
         record = self.record
-        is_behind = self._journal_bytes() != record.offset_bytes
-        return is_behind or bool(record.files) or bool(record.tags)
+        return bool(self._journal_bytes() != record.offset_bytes or record.files or record.tags)
 
     def is_complete(self, behind_bytes: int = 0) -> bool:
         """Return whether all is sent and the last event is an `ended` after this offset."""
@@ -101,7 +84,12 @@ class RunUploader:
             BusyError: another uploader is sending the run.
             Exception: of the store. What was sent is recorded; the next call sends the rest.
         """
-        self._take_lock()
+        if not self._lock.is_locked:
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise BusyError(f"{self.folder}: another process is sending this run") from None
+            self.record = read_record(self.folder)
         if not self._is_open:
             self._open()
         run_id = self.record.run_id
@@ -122,7 +110,8 @@ class RunUploader:
             record.tags = {}
             self._is_done(record)
         self._send_files(run_id)
-        if heartbeats and not self.record.end_bytes and self._is_due():
+        is_due = time.monotonic() > self._last_heartbeat_s + HEARTBEAT_S
+        if heartbeats and not self.record.end_bytes and is_due:
             self.store.heartbeat(run_id)
             self._last_heartbeat_s = time.monotonic()
             self._last_success_s = time.time()
@@ -137,7 +126,7 @@ class RunUploader:
             uri=self.store.shown_uri,
             run_id=record.run_id,
             state=state,
-            left_rows=self._count_left() if error else 0,
+            left_rows=count_unsent(self.folder)[0] if error else 0,
             left_files=len(record.files),
             sent_rows=record.sent_rows,
             skipped_rows=record.skipped_rows,
@@ -154,24 +143,8 @@ class RunUploader:
 
     def close(self) -> None:
         """Release the run's lock for other uploaders."""
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock, self._is_open = None, False
-
-    def _take_lock(self) -> None:
-        if self._lock is not None:
-            return
-        descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BusyError(f"{self.folder}: another process is sending this run") from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._lock = descriptor
-        self.record = read_record(self.folder)
+        self._lock.release()
+        self._is_open = False
 
     def _open(self) -> None:
         uri = self.store.shown_uri
@@ -222,9 +195,15 @@ class RunUploader:
                 if file.is_relative_to(self.folder.resolve()):
                     if path == REPLACED_FILE:
                         _write_replaced(self.folder)
-                    if file.is_file() and self._fits(file):
+                    num_bytes = file.stat().st_size if file.is_file() else None
+                    if num_bytes is not None and record.files_bytes + num_bytes > MAX_FILES_BYTES:
+                        logger.warning(
+                            "%s is not sent to MLflow: with its %s bytes, the run would have sent "
+                            "over %s", file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
+                        )  # fmt: skip
+                    elif num_bytes is not None:
                         self.store.send_file(run_id, file, folder)
-                        record.files_bytes += file.stat().st_size
+                        record.files_bytes += num_bytes
                         if file.name == REPORT_FILE:
                             stored_path = f"{folder}/{file.name}".lstrip("/")
                             self.store.set_tags(run_id, {REPORT_TAG: stored_path})
@@ -233,17 +212,6 @@ class RunUploader:
                 self.record = record
                 raise
             self._is_done(record)
-
-    def _fits(self, file: Path) -> bool:
-        """Return whether the file fits in what the run may send."""
-        num_bytes = file.stat().st_size
-        if self.record.files_bytes + num_bytes <= MAX_FILES_BYTES:
-            return True
-        logger.warning(
-            "%s is not sent to MLflow: with its %s bytes, the run would have sent over %s",
-            file, f"{num_bytes:,}", f"{MAX_FILES_BYTES:,}",
-        )  # fmt: skip
-        return False
 
     def _is_done(self, record: UploadRecord) -> None:
         self.record = record
@@ -259,27 +227,11 @@ class RunUploader:
             self._is_unsaved = True
             logger.warning("%s: cannot be written now: %s", self.folder / "mlflow.json", error)
 
-    def _is_due(self) -> bool:
-        return (
-            time.monotonic() - self._last_heartbeat_s >= HEARTBEAT_S or not self._last_heartbeat_s
-        )
-
     def _journal_bytes(self) -> int:
         try:
             return (self.folder / JOURNAL_FILE).stat().st_size
         except OSError:
             return 0
-
-    def _count_left(self) -> int:
-        """Return the number of unsent rows; each event is read once over all calls."""
-        begin = self.record.offset_bytes
-        if self._counted is None or self._counted[0] != begin:
-            self._counted = (begin, self.record, 0)
-        _, behind, number = self._counted
-        for record, rows in next_rows(self.folder, behind):
-            behind, number = record, number + len(rows)
-        self._counted = (begin, behind, number)
-        return number
 
 
 def _write_replaced(folder: Path) -> None:

@@ -1,9 +1,6 @@
-"""Command line of the uploader.
+"""The uploader process: sends a run, or all runs in a folder, to MLflow until the run has ended.
 
-    python -m deta.platform.tracking.uploader_main FOLDER [--follow] [--sweep]
-
-sends to MLflow what a run's folder contains. With --follow it continues until the run has ended;
-with --sweep it sends all runs in the folder.
+`start_uploader` starts it as `python -m deta.platform.tracking.uploader_main FOLDER`.
 """
 
 from __future__ import annotations
@@ -14,38 +11,26 @@ import os
 import sys
 from pathlib import Path
 
-from deta.platform.system.redaction import redact
 from deta.platform.tracking.follower import Follower, stop_on_signals
 from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import uri_of
 
-logger = logging.getLogger(__name__)
 
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a run, or of runs")
-    parser.add_argument("--follow", action="store_true", help="continue until the run has ended")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--sweep", action="store_true", help="all runs in FOLDER, also later ones")
-    parser.add_argument("--behind", type=int, default=0, metavar="BYTES", help=argparse.SUPPRESS)
-    parser.add_argument("--parent", type=int, metavar="PROCESS", help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("--behind", type=int, default=0, help="see Follower")
+    parser.add_argument("--parent", type=int, help="see Follower")
+    given = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    store = MlflowStore(uri_of(parsed.folder))
     follower = Follower(
-        parsed.folder,
-        store,
-        sweep=parsed.sweep,
-        behind_bytes=parsed.behind,
-        parent=parsed.parent,
+        given.folder,
+        MlflowStore(uri_of(given.folder)),
+        sweep=given.sweep,
+        behind_bytes=given.behind,
+        parent=given.parent,
     )
-    if not parsed.follow:
-        error = follower.send_new()
-        if error:
-            logger.error("%s", redact(error))
-        return 1 if error else 0
     os.nice(5)  # training has priority
     stop_on_signals(follower.stop, follower.write_stopped)
     is_complete = follower.follow()

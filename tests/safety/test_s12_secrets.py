@@ -114,7 +114,7 @@ def test_no_secret_of_the_environment_is_found_after_a_training(config: RunConfi
     env |= IN_ENVIRONMENT | {"MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
     for command in (
         ["-c", TRAIN, "config.json"],
-        ["-m", "deta.platform.tracking.uploader_main", str(folder)],
+        ["-m", "deta.platform.tracking.sync_run", str(folder)],
     ):
         ran = subprocess.run(
             [sys.executable, *command],

@@ -24,7 +24,7 @@ import deta.platform.tracking.mlflow_store as tracking
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import write_run_file
 from deta.platform.tracking.follower import Follower
-from deta.platform.tracking.mlflow_store import MlflowStore, reap
+from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent, metric_name, read_record
 from deta.platform.tracking.upload_process import (
     UploadState,
@@ -575,9 +575,9 @@ def test_runs_without_heartbeat_and_folder_are_marked_killed(
     for name in ("gone", "beating", "silent"):
         client.set_tag(ids[name], "deta.run_folder", f"/nowhere/{name}")
     store = MlflowStore(proxy.uri)
-    assert (ids["gone"], "gone") in reap(store, "deta", dry_run=True)
+    assert (ids["gone"], "gone") in store.reap("deta", dry_run=True)
     assert client.get_run(ids["gone"]).info.status == "RUNNING"
-    reap(store, "deta")
+    store.reap("deta")
     status = {name: client.get_run(run_id).info.status for name, run_id in ids.items()}
     assert status == {"gone": "KILLED", "here": "RUNNING", "beating": "RUNNING",
                       "silent": "RUNNING"}  # fmt: skip
