@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.detector import DETA
 from deta.model.postprocess import PostprocessConfig
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.evaluate_model import evaluate_model
 from deta.platform.learning.distributed import Worker
+from tests.platform.weights.small_detector import SMALL
 
 SIZE = EvaluationSize(short_edge=64, max_long_edge=96)
 CPU = torch.device("cpu")
@@ -27,13 +29,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 @pytest.fixture(scope="module")
 def model() -> DETA:
     torch.manual_seed(0)
-    return DETA(
-        ModelConfig(
-            backbone=BackboneConfig(name="resnet18.tv_in1k", pretrained=False), num_classes=5,
-            dim=32, num_heads=4, num_levels=4, num_points=2, encoder_layers=1, decoder_layers=1,
-            ffn_dim=32, num_queries=20,
-        )
-    )  # fmt: skip
+    return DETA(replace(SMALL, num_classes=5))
 
 
 def test_every_image_is_evaluated_once_and_progress_is_reported(model, dataset):

@@ -7,9 +7,9 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.detector import DETA
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
 from deta.platform.data.transforms import EvaluationSize
@@ -31,25 +30,15 @@ from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model import ModelName, ServedModel
+from tests.platform.weights.small_detector import SMALL
 
 CATEGORIES = tuple(Category(7 * i + 3, name) for i, name in enumerate(["disc", "<b>star</b>"]))
-START_WITHIN_S = 120  # it takes one; longer on a busy machine
+WITHIN_S = 300  # it takes a second; longer on a busy machine
 
 
 def tiny_config() -> RunConfig:
     return RunConfig(
-        model=ModelConfig(
-            backbone=BackboneConfig(name="resnet10t", pretrained=False),
-            num_classes=len(CATEGORIES),
-            dim=32,
-            num_heads=4,
-            num_levels=4,
-            num_points=2,
-            encoder_layers=1,
-            decoder_layers=1,
-            ffn_dim=32,
-            num_queries=20,
-        ),
+        model=replace(SMALL, num_classes=len(CATEGORIES)),
         data=DataConfig(
             loader_workers=0, evaluation_size=EvaluationSize(short_edge=64, max_long_edge=96)
         ),
@@ -136,10 +125,7 @@ class Server:
         return status, json.loads(content)
 
     def wait_until_ready(self) -> None:
-        began_s = time.monotonic()
-        while self.request("GET", "/ready")[0] != 200:
-            assert time.monotonic() - began_s < START_WITHIN_S
-            time.sleep(0.05)
+        wait_until(lambda: self.request("GET", "/ready")[0] == 200)
 
     def metric(self, sample: str, /, **labels: str) -> float:
         """Return the value of a sample; 0 if it is not recorded yet."""
@@ -155,11 +141,8 @@ def running(source: Any, config: ServingConfig, *, ready: bool = True) -> Iterat
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    began_s = time.monotonic()
-    while not server.started:
-        assert time.monotonic() - began_s < START_WITHIN_S
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.02)
+    wait_until(lambda: server.started or not thread.is_alive())
+    assert thread.is_alive(), "the server did not start"
     port = server.servers[0].sockets[0].getsockname()[1]
     here = Server(app, port, measurements)
     try:
@@ -168,7 +151,14 @@ def running(source: Any, config: ServingConfig, *, ready: bool = True) -> Iterat
         yield here
     finally:
         server.should_exit = True
-        thread.join(START_WITHIN_S)
+        thread.join(WITHIN_S)
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = WITHIN_S) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.02)
 
 
 def random_image(seed: int = 0, width: int = 80, height: int = 60) -> Image.Image:

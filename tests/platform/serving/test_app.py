@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from tests.platform.serving.serving_case import (
     random_image,
     running,
     tiny_checkpoint,
+    wait_until,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,15 +65,21 @@ def predictor(folders: dict[str, Path]) -> Predictor:
     return Predictor.from_checkpoint(folders["1"])
 
 
-def test_the_application_needs_no_training_launch_or_tracking():
-    """A replica does not load the training loop, or the code that uploads runs."""
-    code = (
-        "import sys, deta.platform.serving.app, deta.platform.serving.uvicorn_server\n"
-        "names = [name.split('.') for name in sys.modules]\n"
-        "rooms = {name[2] for name in names if name[:2] == ['deta', 'platform'] and name[2:]}\n"
-        "assert not {'training', 'launch', 'tracking'} & rooms, rooms\n"
-        "assert 'serving' in rooms and 'ray' not in sys.modules"
-    )
+def test_prediction_and_service_load_no_training_tracking_or_ray():
+    """A replica or a script that predicts does not pay for what it does not use."""
+    code = """
+import sys
+def rooms():
+    names = [name.split(".") for name in sys.modules]
+    return {name[2] for name in names if name[:2] == ["deta", "platform"] and name[2:]}
+import deta.platform.inference.predictor
+assert rooms() <= {"system", "data", "learning", "run", "checkpoint", "weights", "evaluation",
+                   "inference"}, rooms()
+assert not {"ray", "mlflow", "pyarrow", "hotcoco"} & set(sys.modules)
+import deta.platform.serving.app, deta.platform.serving.uvicorn_server
+assert not {"training", "launch", "tracking"} & rooms(), rooms()
+assert "ray" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -160,45 +167,43 @@ def test_a_body_beyond_the_limit_is_refused_whether_declared_or_not(server: Serv
 
     answers: list[bytes] = []
     for _ in range(20):
+        # The service answers and closes before all of it is sent, which may reset the connection
+        # before the answer is read.
         with (
-            # The service answers and closes before all of it is sent, which may reset the
-            # connection before the answer is read.
             suppress(BrokenPipeError, ConnectionResetError),
-            socket.create_connection(("127.0.0.1", server.port), 30) as connection,
+            posted(
+                server, "Transfer-Encoding: chunked", *[b"2710\r\n" + b"x" * 10_000 + b"\r\n"] * 30
+            ) as connection,
         ):
-            connection.sendall(
-                b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-            )
-            for _ in range(30):
-                connection.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
             answers.append(connection.recv(200))
             break
     assert answers, "the service closed 20 connections without an answer"
     assert answers[0].startswith(b"HTTP/1.1 413")
 
 
+@contextmanager
+def posted(server: Server, header: str, *parts: bytes) -> Iterator[socket.socket]:
+    """Send the head and a part of the body of a request."""
+    with socket.create_connection(("127.0.0.1", server.port), 300) as connection:
+        head = f"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n"
+        for part in (head.encode(), *parts):
+            connection.sendall(part)
+        yield connection
+
+
 def test_a_body_that_never_ends_is_408(folders: dict[str, Path]):
     config = replace(CONFIG, read_timeout_s=0.5)
     with (
         running(ModelSource(str(folders["1"]), None, "cpu"), config) as here,
-        socket.create_connection(("127.0.0.1", here.port), 300) as connection,
+        posted(here, "Content-Length: 1000", b"half") as connection,
     ):
-        connection.sendall(
-            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
-        )
         assert connection.recv(200).startswith(b"HTTP/1.1 408")
 
 
 def test_a_disconnect_is_counted_and_affects_no_other_request(server: Server):
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
-        connection.sendall(
-            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf"
-        )
-    for _ in range(200):
-        if server.metric("deta_serving_requests_total", outcome="disconnected"):
-            break
-        time.sleep(0.05)
-    assert server.metric("deta_serving_requests_total", outcome="disconnected") == 1
+    with posted(server, "Content-Length: 1000", b"half"):
+        pass
+    wait_until(lambda: server.metric("deta_serving_requests_total", outcome="disconnected") == 1)
     assert server.detect(encoded(random_image()))[0] == 200
     assert server.metric("deta_serving_in_flight") == 0
 
@@ -281,17 +286,12 @@ def test_detections_under_load_are_those_of_each_image_alone(folders: dict[str, 
             assert found["box"] == pytest.approx(best["box"], abs=0.05)
 
 
-def test_more_requests_than_allowed_get_503_and_retry_after(
-    folders: dict[str, Path],
-):
+def test_more_requests_than_allowed_get_503_and_retry_after(folders: dict[str, Path]):
     config = replace(CONFIG, max_requests=2)
-    with running(ModelSource(str(folders["1"]), None, "cpu"), config) as here:
-        waiting = [socket.create_connection(("127.0.0.1", here.port), 60) for _ in range(2)]
-        head = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
-        for connection in waiting:
-            connection.sendall(head)
-        while here.metric("deta_serving_in_flight") < 2:
-            time.sleep(0.01)
+    source = ModelSource(str(folders["1"]), None, "cpu")
+    with running(source, config) as here, ExitStack() as stack:
+        waiting = [stack.enter_context(posted(here, "Content-Length: 9")) for _ in range(2)]
+        wait_until(lambda: here.metric("deta_serving_in_flight") == 2)
         status, headers, content = here.request("POST", "/v1/detect", b"x" * 50_000)
         assert status == 503
         assert json.loads(content)["error"] == "busy"
@@ -299,7 +299,6 @@ def test_more_requests_than_allowed_get_503_and_retry_after(
         for connection in waiting:
             connection.sendall(b"no JPEG..")
             assert connection.recv(100).startswith(b"HTTP/1.1 415")
-            connection.close()
         assert here.detect(encoded(random_image()))[0] == 200
 
 
@@ -320,10 +319,7 @@ def test_a_response_that_takes_too_long_is_504_and_the_service_recovers(folders:
         assert here.request("GET", "/health")[0] == 503  # a supervisor may restart it
         held.set()
         model.detect = detect
-        for _ in range(200):
-            if here.request("GET", "/health")[0] == 200:
-                break
-            time.sleep(0.05)
+        wait_until(lambda: here.request("GET", "/health")[0] == 200)
         here.app.state.service.config = CONFIG
         assert here.detect(encoded(random_image()))[0] == 200
 
@@ -352,19 +348,13 @@ def test_models_change_under_load_and_no_request_fails(folders: dict[str, Path])
             scores = [found["score"] for found in answer.get("detections", [])]
             answers.append((status, answer.get("model", {}).get("version"), scores))
 
-    def versions_since(place: int) -> set[str | None]:
-        return {version for _, version, _ in answers[place:]}
-
     with running(source, replace(CONFIG, poll_s=0.02)) as here, ThreadPoolExecutor(6) as clients:
         try:
             clients_done = [clients.submit(send_requests, here) for _ in range(6)]
             for change in range(6):
                 place = len(answers)
                 source.alias = "2" if change % 2 == 0 else "1"
-                began_s = time.monotonic()
-                while source.alias not in versions_since(place):
-                    assert time.monotonic() - began_s < 120
-                    time.sleep(0.01)
+                wait_until(lambda place=place: source.alias in {v for _, v, _ in answers[place:]})
         finally:
             done.set()
         for client in clients_done:
@@ -383,28 +373,21 @@ def test_models_change_under_load_and_no_request_fails(folders: dict[str, Path])
     assert by_version["1"][0] != pytest.approx(by_version["2"][0], abs=1e-3)
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_old_model_in_use(folders: dict[str, Path]):
+def test_a_version_that_cannot_be_loaded_leaves_the_old_one_in_use_and_is_retried_with_backoff(
+    folders: dict[str, Path],
+):
+    def problem() -> str:
+        return json.loads(here.request("GET", "/v1/model")[2])["problem"] or ""
+
     source = AliasSource(folders, "1", broken={"2"})
     with running(source, CONFIG) as here:
         source.alias = "2"
-        while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
-            time.sleep(0.02)
+        wait_until(lambda: here.metric("deta_serving_model_changes_total", outcome="failed") >= 1)
         assert here.detect(encoded(random_image()))[1]["model"]["version"] == "1"
         assert here.request("GET", "/ready")[0] == 200
-        while "damaged" not in (json.loads(here.request("GET", "/v1/model")[2])["problem"] or ""):
-            time.sleep(0.02)
-        source.alias = "1"
-        while json.loads(here.request("GET", "/v1/model")[2])["problem"]:
-            time.sleep(0.02)
-        assert source.opened.count("1") == 1  # it was never unloaded
-
-
-def test_loading_a_broken_version_is_retried_with_backoff(folders: dict[str, Path]):
-    source = AliasSource(folders, "1")
-    with running(source, replace(CONFIG, poll_s=0.05)) as here:
-        source.broken.add("2")
-        source.alias = "2"
-        while here.metric("deta_serving_model_changes_total", outcome="failed") < 1:
-            time.sleep(0.02)
-        time.sleep(1)
+        wait_until(lambda: "damaged" in problem())
+        time.sleep(0.6)
         assert source.opened.count("2") <= 5  # after 0.1, 0.2, 0.4, 0.8 s
+        source.alias = "1"
+        wait_until(lambda: not problem())
+        assert source.opened.count("1") == 1  # it was never unloaded

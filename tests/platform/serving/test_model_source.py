@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,10 +10,15 @@ from deta.platform.registry.promote import rollback
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.model_source import model_source
 from tests.platform.registry.test_mlflow_registry import BASE, BETTER, World, world
-from tests.platform.serving.serving_case import encoded, random_image, running
+from tests.platform.serving.serving_case import (
+    WITHIN_S,
+    encoded,
+    random_image,
+    running,
+    wait_until,
+)
 
 __all__ = ["world"]  # the fixture
-WITHIN_S = 300  # it takes one or two; longer on a busy machine
 
 
 def test_the_champion_is_served_and_no_request_fails_during_a_change(world: World):
@@ -41,10 +45,7 @@ def test_the_champion_is_served_and_no_request_fails_during_a_change(world: Worl
                 versions.append(answer.get("model", {}).get("version", ""))
 
         def until(version: int) -> None:
-            began_s = time.monotonic()
-            while not versions or versions[-1] != str(version):
-                assert time.monotonic() - began_s < WITHIN_S
-                time.sleep(0.05)
+            wait_until(lambda: versions[-1:] == [str(version)])
 
         try:
             futures = [clients.submit(send_requests) for _ in range(4)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.platform.serving.serving_case import encoded, random_image, tiny_checkpoint
+from tests.platform.serving.serving_case import encoded, random_image, tiny_checkpoint, wait_until
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
 pytestmark = pytest.mark.cluster
@@ -56,20 +56,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         start_new_session=True,
     )  # fmt: skip
     lines: list[str] = []
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    assert process.stdout is not None
+    threading.Thread(target=lines.extend, args=[process.stdout], daemon=True).start()
     try:
-        began_s = time.monotonic()
-        while not any("images: POST" in line for line in lines):
-            assert process.poll() is None, "".join(lines)
-            assert time.monotonic() - began_s < WITHIN_S, "".join(lines)
-            time.sleep(0.2)
+        wait_until(
+            lambda: any("images: POST" in line for line in lines) or process.poll(), WITHIN_S
+        )
+        assert process.poll() is None, "".join(lines)
         yield Running(process, port, lines)
         process.send_signal(signal.SIGTERM)
         assert process.wait(WITHIN_S) == 128 + signal.SIGTERM, "".join(lines)

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,10 +15,9 @@ import pytest
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.model_source import ModelSource
 from deta.platform.serving.uvicorn_server import serve_alone
-from tests.platform.serving.serving_case import tiny_checkpoint
+from tests.platform.serving.serving_case import WITHIN_S, tiny_checkpoint, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-WITHIN_S = 300  # it takes seconds; longer on a busy machine
 CODE = """
 import sys
 from pathlib import Path
@@ -47,10 +45,7 @@ def test_a_process_serves_on_a_free_port_until_sigterm(tmp_path: Path):
             assert process.stdout is not None
             address = process.stdout.readline().strip()
             assert address.startswith("http://127.0.0.1:")
-            deadline_s = time.monotonic() + WITHIN_S
-            while not is_ready(address):
-                assert time.monotonic() < deadline_s
-                time.sleep(0.1)
+            wait_until(lambda: is_ready(address))
             process.send_signal(signal.SIGTERM)
             process.wait(WITHIN_S)
             with pytest.raises(urllib.error.URLError, match="refused"):
