@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,7 +54,6 @@ class Side:
     hardware: str = ""
     run_id: str = ""  # of MLflow
     run_folder: Path | None = None
-    data_fingerprint: str = ""
 
 
 def open_side(
@@ -117,44 +117,31 @@ def refuse_other_images(a: Side, b: Side) -> None:
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    def examples(words: str, ids: set[Any]) -> str:
+        return f" ({words}: {short_list(sorted(ids, key=str), MAX_NAMED)})" if ids else ""
+
     found = []
     ids_a, ids_b = ({image["id"] for image in truth["images"]} for truth in (a, b))
     if ids_a != ids_b:
         found.append(
             f"A has {len(ids_a)} images and B {len(ids_b)}, {len(ids_a & ids_b)} of them the same"
-            f"{_examples('only in A', ids_a - ids_b)}{_examples('only in B', ids_b - ids_a)}"
+            f"{examples('only in A', ids_a - ids_b)}{examples('only in B', ids_b - ids_a)}"
         )
     names_a, names_b = ({c["id"]: c["name"] for c in truth["categories"]} for truth in (a, b))
-    if names_a != names_b:
-        other = {i for i in names_a | names_b if names_a.get(i) != names_b.get(i)}
-        found.append(
-            f"{len(other)} categories differ"
-            + _examples("such as", {f"{i} ({names_a.get(i)} / {names_b.get(i)})" for i in other})
+    if other := {i for i in names_a | names_b if names_a.get(i) != names_b.get(i)}:
+        pairs = {f"{i} ({names_a.get(i)} / {names_b.get(i)})" for i in other}
+        found.append(f"{len(other)} categories differ{examples('such as', pairs)}")
+    boxes_a, boxes_b = (
+        Counter(
+            (e["image_id"], e["category_id"], *e["bbox"], e.get("area"), bool(e.get("iscrowd")))
+            for e in truth["annotations"]
         )
-    both = ids_a & ids_b
-    boxes_a, boxes_b = (_boxes(truth, both) for truth in (a, b))
-    if other_images := {i for i in both if boxes_a.get(i) != boxes_b.get(i)}:
-        found.append(
-            f"the boxes of {len(other_images)} images differ{_examples('such as', other_images)}"
-        )
+        for truth in (a, b)
+    )
+    changed = {row[0] for row in (boxes_a - boxes_b) + (boxes_b - boxes_a)} & ids_a & ids_b
+    if changed:
+        found.append(f"the boxes of {len(changed)} images differ{examples('such as', changed)}")
     return found
-
-
-def _boxes(truth: Mapping[str, Any], ids: set[Any]) -> dict[Any, list[str]]:
-    boxes: dict[Any, list[str]] = {}
-    for entry in truth["annotations"]:
-        if entry["image_id"] in ids:
-            numbers = [float(value) for value in entry["bbox"]]
-            area = None if entry.get("area") is None else float(entry["area"])
-            row = [entry["category_id"], numbers, area, bool(entry.get("iscrowd", 0))]
-            boxes.setdefault(entry["image_id"], []).append(json.dumps(row))
-    return {image_id: sorted(rows) for image_id, rows in boxes.items()}
-
-
-def _examples(words: str, ids: set[Any]) -> str:
-    if not ids:
-        return ""
-    return f" ({words}: {short_list(sorted(ids, key=str), MAX_NAMED)})"
 
 
 def _of_evaluation(folder: Path) -> Side:
@@ -170,7 +157,6 @@ def _of_evaluation(folder: Path) -> Side:
         image_folder=origin.image_folder,
         weights_sha256=origin.weights_sha256,
         config=origin.config,
-        data_fingerprint=origin.data_fingerprint,
     )
 
 
@@ -208,57 +194,22 @@ def _of_file(path: Path, annotations: Path | None) -> Side:
 
 
 def _of_mlflow(source: str, uri: str, work: Path) -> Side:
-    from deta.platform.registry.model_address import parse_address, registry_uri
-
-    if source.startswith("models:/"):
-        try:
-            from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"{source}: needs MLflow ({error}): pip install 'deta-platform[train]'"
-            ) from error
-        registry = Registry(uri or registry_uri())
-        version = registry.find(parse_address(source))
-        folder = registry.download(version, work, EVALUATION_PART)
-        return replace(_of_evaluation(folder), name=str(version), source=source)
     try:
+        from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
+        from deta.platform.registry.model_address import parse_address, registry_uri
         from deta.platform.tracking.mlflow_store import MlflowStore
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{source}: needs MLflow ({error}): pip install 'deta-platform[train]'"
         ) from error
-    store = MlflowStore(uri or registry_uri())
-    name, folder = store.fetch_folder(source, "evaluation", work)
+    uri = uri or registry_uri()
+    if source.startswith("models:/"):
+        registry = Registry(uri)
+        version = registry.find(parse_address(source))
+        folder = registry.download(version, work, EVALUATION_PART)
+        return replace(_of_evaluation(folder), name=str(version), source=source)
+    name, folder = MlflowStore(uri).fetch_folder(source, "evaluation", work)
     return replace(_of_evaluation(folder), name=name, source=source, run_id=source)
-
-
-@dataclass
-class _History:
-    """The course of a run, read from its journal."""
-
-    curve: dict[float, float] = field(default_factory=dict)  # epoch to AP
-    speeds: list[float] = field(default_factory=list)  # images/s
-    wall_s: float = 0.0  # without the time between attempts
-    energy_kwh: float = 0.0
-
-
-def _read_history(run: Path) -> _History:
-    history = _History()
-    began_s, last_s = None, 0.0
-    for event, _ in read_events(run):
-        time_s, values = float(event.get("time_s", last_s)), event.get("metrics") or {}
-        if event["kind"] in ("begin", "starting") and last_s and began_s is not None:
-            history.wall_s, began_s = history.wall_s + max(0.0, last_s - began_s), None
-        if event["kind"] in ("begin", "starting", "progress", "evaluation", "checkpoint", "end"):
-            began_s, last_s = time_s if began_s is None else began_s, time_s
-        if event["kind"] == "evaluation" and "val/AP" in values:
-            history.curve[float(values.get("val/epoch", event["step"]))] = float(values["val/AP"])
-        elif event["kind"] == "progress" and "train/images_per_s" in values:
-            history.speeds.append(float(values["train/images_per_s"]))
-        elif event["kind"] == "energy":
-            history.energy_kwh = max(history.energy_kwh, float(event["kwh"]))
-    history.wall_s += max(0.0, last_s - began_s) if began_s is not None else 0.0
-    return history
 
 
 def _with_run(side: Side, run: Path) -> Side:
@@ -268,20 +219,32 @@ def _with_run(side: Side, run: Path) -> Side:
         run_id = json.loads((run / "mlflow.json").read_text(encoding="utf-8")).get("run_id") or ""
     except (OSError, ValueError, AttributeError):
         run_id = ""
-    history = _read_history(run)
-    wall_s, steady = history.wall_s, sorted(history.speeds[1:] or history.speeds)
+    curve: dict[float, float] = {}  # epoch to AP
+    speeds: list[float] = []  # images/s
+    spans: list[tuple[float, float]] = []  # of each attempt: first and last event
+    for event, _ in read_events(run):
+        kind, time_s, values = event["kind"], float(event["time_s"]), event.get("metrics") or {}
+        if kind in ("begin", "starting"):
+            spans.append((time_s, time_s))
+        elif kind in ("progress", "evaluation", "checkpoint", "end"):
+            spans = [*spans[:-1], (spans[-1][0] if spans else time_s, time_s)]
+        if kind == "evaluation" and "val/AP" in values:
+            curve[float(values.get("val/epoch", event["step"]))] = float(values["val/AP"])
+        elif kind == "progress" and "train/images_per_s" in values:
+            speeds.append(float(values["train/images_per_s"]))
+    hours = sum(end_s - begin_s for begin_s, end_s in spans) / 3600
+    steady = sorted(speeds[1:] or speeds)
     workers, on_gpu = int(config.get("cluster.num_workers", 1)), bool(config.get("cluster.gpu"))
     cpus = workers * float(config.get("cluster.cpus_per_worker", 1))
     return replace(
         side,
         config=config,
-        curve=tuple(sorted(history.curve.items())),
+        curve=tuple(sorted(curve.items())),
         cost=TrialCost(
-            wall_s=wall_s or None,
-            gpu_hours=workers * wall_s / 3600 if wall_s and on_gpu else None,
-            cpu_hours=cpus * wall_s / 3600 if wall_s else None,
+            wall_s=3600 * hours or None,
+            gpu_hours=workers * hours if hours and on_gpu else None,
+            cpu_hours=cpus * hours or None,
             images_per_s=steady[len(steady) // 2] if steady else None,
-            energy_kwh=history.energy_kwh or None,
         ),
         hardware=num_of(workers, f"{'GPU' if on_gpu else 'CPU'} worker"),
         run_id=side.run_id or run_id,
