@@ -88,7 +88,7 @@ class DecisionStore:
     def remove(self, name: str, number: int) -> None:
         """Remove an entry that came too late to count."""
         delete = self._client.mlflow.delete_model_version
-        self._client.call_if_present(delete, name + HISTORY_SUFFIX, str(number))
+        self._client.find(delete, name + HISTORY_SUFFIX, str(number))
 
     def sync_alias(self, name: str) -> DecisionLog:
         """Set the alias and the tag of the model according to the log, and return the log.
@@ -108,10 +108,11 @@ class DecisionStore:
             log.require_intact()
             model = self._client.model(name)
             if log.champion is not None and aliases_of(model).get(CHAMPION) != log.champion:
-                is_synced = not self._client.call_if_present(
-                    client.set_registered_model_alias, name, CHAMPION, str(log.champion)
-                )
-                if is_synced:
+                version = str(log.champion)
+                if self._client.find(client.get_model_version, name, version) is not None:
+                    self._client.call(client.set_registered_model_alias, name, CHAMPION, version)
+                    is_synced = False
+                else:
                     logger.warning(
                         "%s version %s is champion, but it was deleted in MLflow; "
                         "`jobs/promote.py rollback --to NUMBER` makes another version champion",

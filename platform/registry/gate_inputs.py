@@ -14,7 +14,7 @@ from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import missing_parts
 from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry, Version
 from deta.platform.registry.model_uri import open_version
-from deta.platform.registry.promotion_gate import Candidate, Decision, Latency, Policy, decide
+from deta.platform.registry.promotion_gate import Candidate, Decision, Policy, decide
 from deta.platform.registry.version_folder import export_parity, measure_latency, read_documents
 from deta.platform.system.safe_read import file_sha256
 
@@ -38,10 +38,10 @@ class GateJudge:
         Raises:
             ValueError: the champion's files are missing or damaged.
         """
-        one, its = self._load_once(challenger)
+        one, its = self._load(challenger)
         if champion is None:
             return decide(one, None, self.policy, None, {})
-        other, theirs = self._load_once(champion)
+        other, theirs = self._load(champion)
         if other.fault:
             raise ValueError(other.fault)
         difference, names = None, {}
@@ -60,12 +60,12 @@ class GateJudge:
                 )
         return decide(one, other, self.policy, difference, names)
 
-    def _load_once(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
+    def _load(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
         if version.number not in self._known:
-            self._known[version.number] = self._load(version)
+            self._known[version.number] = self._read(version)
         return self._known[version.number]
 
-    def _load(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
+    def _read(self, version: Version) -> tuple[Candidate, StoredEvaluation | None]:
         # Not from the cache: the files that others get from MLflow count.
         with tempfile.TemporaryDirectory(prefix="deta-") as work:
             try:
@@ -75,8 +75,12 @@ class GateJudge:
                 evaluation = self._evaluation(version, metrics.evaluation_sha256)
             except (ValueError, OSError) as error:
                 fault = str(error).replace(f"{work}/", "")  # a temporary copy
-                return _unusable(version, fault.removesuffix("; use an older checkpoint")), None
-            latency = metrics.latency if self.measure_on is None else self._measure(folder, version)
+                fault = fault.removesuffix("; use an older checkpoint")
+                return Candidate(label=str(version), sha256=version.sha256, fault=fault), None
+            latency = metrics.latency
+            if self.measure_on is not None:
+                latency = measure_latency(Predictor.from_checkpoint(folder, self.measure_on))
+                self.echo(f"{version}: {latency.milliseconds:.1f} ms on {latency.device}")
         parity, parity_fault = export_parity(metrics.export, version.sha256)
         names = {one["id"]: one["name"] for one in evaluation.ground_truth["categories"]}
         by_class = evaluation.metrics.ap_per_category.items()
@@ -105,22 +109,3 @@ class GateJudge:
             if file_sha256(folder / FACTS) != expected_sha256:
                 raise ValueError(f"the evaluation of {version} is not the one that was registered")
             return read_evaluation(folder)
-
-    def _measure(self, folder: Path, version: Version) -> Latency:
-        assert self.measure_on is not None
-        latency = measure_latency(Predictor.from_checkpoint(folder, self.measure_on))
-        self.echo(f"{version}: {latency.milliseconds:.1f} ms on {latency.device}")
-        return latency
-
-
-def _unusable(version: Version, fault: str) -> Candidate:
-    return Candidate(
-        label=str(version),
-        sha256=version.sha256,
-        fault=fault,
-        evaluated_sha256="",
-        images_fingerprint="",
-        ap=-1.0,
-        ap_by_class={},
-        num_bytes=1,
-    )

@@ -40,31 +40,23 @@ class Lineage:
     step: int
     epoch: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-# The fields that each part requires.
+# The fields that each part requires, and what to do if one is unknown.
 PARTS = {
-    "commit": ("code_commit",),
-    "configuration": ("config_sha256",),
-    "data fingerprint": ("data_fingerprint", "val_fingerprint"),
-    "environment": ("python", "packages"),
-    "run": ("run_id",),
-}
-ADVICE = {
-    "commit": "train from a git checkout, or set DETA_COMMIT if the code is copied without one",
-    "configuration": "use a checkpoint that was written by this project",
-    "data fingerprint": f"{RUN_FILE} in the folder of the run has it; evaluate and train there",
-    "environment": f"{RUN_FILE} in the folder of the run has it; keep the checkpoint in it",
-    "run": "jobs/sync.py sends the run to MLflow",
-}
+    "commit": (("code_commit",), "train from a git checkout, or set DETA_COMMIT for a copy of it"),
+    "configuration": (("config_sha256",), "use a checkpoint that was written by this project"),
+    "data fingerprint": (
+        ("data_fingerprint", "val_fingerprint"), f"{RUN_FILE} has it; evaluate and train there"
+    ),
+    "environment": (("python", "packages"), f"{RUN_FILE} has it; keep the checkpoint in its run"),
+    "run": (("run_id",), "jobs/sync.py sends the run to MLflow"),
+}  # fmt: skip
 
 
 def missing_parts(lineage: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the unknown parts."""
     return tuple(
-        part for part, names in PARTS.items() if not all(lineage.get(name) for name in names)
+        part for part, (names, _) in PARTS.items() if not all(lineage.get(name) for name in names)
     )
 
 
@@ -96,9 +88,9 @@ def read_lineage(checkpoint: Checkpoint) -> Lineage:
         step=state.step,
         epoch=state.epoch,
     )
-    if missing := missing_parts(lineage.as_dict()):
+    if missing := missing_parts(asdict(lineage)):
         where = f"searched {checkpoint.path}, {run / RUN_FILE} and {RECORD_FILE}"
-        advice = "\n  ".join(f"{part}: {ADVICE[part]}" for part in missing)
+        advice = "\n  ".join(f"{part}: {PARTS[part][1]}" for part in missing)
         raise LineageError(
             f"{checkpoint.path}: cannot be registered, since its {', '.join(missing)} is unknown "
             f"({where}):\n  {advice}"

@@ -80,15 +80,14 @@ class RetryingClient:
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(MAX_BACKOFF_S, 2 * pause_s)
 
-    def call_if_present(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-        """Call MLflow as `call` does; return False if what it is about does not exist."""
+    def find(self, function: Callable[..., T], *args: Any) -> T | None:
+        """Call MLflow as `call` does; return None if what the call is about does not exist."""
         try:
-            self.call(function, *args, **kwargs)
+            return self.call(function, *args)
         except MlflowException as error:
             if error.error_code != MISSING:
                 raise
-            return False
-        return True
+            return None
 
     def raise_if_final(self, error: Exception) -> None:
         """Raise an error that a retry does not change; return for all others."""
@@ -108,19 +107,17 @@ class RetryingClient:
         Raises:
             ValueError: there is no such registered model.
         """
-        try:
-            return self.call(self.mlflow.get_registered_model, name)
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
+        found = self.find(self.mlflow.get_registered_model, name)
+        if found is None:
             raise ValueError(
                 f"there is no registered model {name!r} in MLflow at {redact(self.uri)}; "
                 "jobs/register.py makes one"
-            ) from error
+            )
+        return found
 
     def ensure_model(self, name: str, description: str) -> None:
         """Create a registered model unless it exists."""
-        if not self.call_if_present(self.mlflow.get_registered_model, name):
+        if self.find(self.mlflow.get_registered_model, name) is None:
             try:
                 self.call(self.mlflow.create_registered_model, name, description=description)
             except MlflowException as error:

@@ -11,7 +11,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from deta.platform.registry.decision_log import CHAMPION, MAX_TEXT_CHARACTERS
 from deta.platform.registry.decision_store import DecisionStore
-from deta.platform.registry.mlflow_client import MISSING, RetryingClient
+from deta.platform.registry.mlflow_client import RetryingClient
 from deta.platform.registry.model_address import ModelAddress
 from deta.platform.system.redaction import redact
 
@@ -79,14 +79,10 @@ class Registry:
         Raises:
             ValueError: there is no such version, or jobs/register.py did not make it.
         """
-        client = self._client
-        try:
-            found = client.call(client.mlflow.get_model_version, name, str(number))
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
-            address = ModelAddress(name, number)
-            raise ValueError(f"{address}: does not exist; {self._available(address)}") from error
+        address = ModelAddress(name, number)
+        found = self._client.find(self._client.mlflow.get_model_version, name, str(number))
+        if found is None:
+            raise ValueError(f"{address}: does not exist; {self._available(address)}")
         return _to_version(found)
 
     def versions(self, name: str) -> list[Version]:
@@ -129,14 +125,11 @@ class Registry:
         Raises:
             ValueError: MLflow has no such run, or it was deleted.
         """
-        try:
-            run = self._client.call(self._client.mlflow.get_run, run_id)
-        except MlflowException as error:
-            if error.error_code != MISSING:
-                raise
+        run = self._client.find(self._client.mlflow.get_run, run_id)
+        if run is None:
             raise ValueError(
                 f"the run {run_id} is not in MLflow at {redact(self.uri)}; jobs/sync.py sends it"
-            ) from error
+            )
         if run.info.lifecycle_stage != "active":
             raise ValueError(f"the run {run_id} was deleted in MLflow; restore it there")
 

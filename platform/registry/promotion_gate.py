@@ -6,8 +6,8 @@ Pure functions from metrics and a policy to a decision. gate_inputs.py collects 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deta.platform.system.short_list import short_list
@@ -73,14 +73,18 @@ class Candidate:
     fault: str = ""  # why its files cannot be used
     missing_lineage: tuple[str, ...] = ()
     code_is_dirty: bool = False
-    evaluated_sha256: str  # of the weights that were evaluated
-    images_fingerprint: str
-    ap: float
-    ap_by_class: Mapping[str, float]  # without classes that have no box to find
-    num_bytes: int  # of the file of the weights
+    evaluated_sha256: str = ""  # of the weights that were evaluated
+    images_fingerprint: str = ""
+    ap: float = -1.0
+    ap_by_class: Mapping[str, float] = field(default_factory=dict)  # of classes that have boxes
+    num_bytes: int = 1  # of the file of the weights
     latency: Latency | None = None
     parity: str | None = None  # result of the check of the exported file, for people
     parity_fault: str = "no exported file was checked; jobs/register.py --export FOLDER"
+
+    @property
+    def megabytes(self) -> float:
+        return self.num_bytes / 1e6
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,8 @@ class Decision:
         marks = {True: "passed", False: "FAILED", None: "-"}
         rows = [("criterion", "", "found", "required")]
         rows += [(one.name, marks[one.passed], one.found, one.required) for one in self.criteria]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            "  ".join([*(f"{row[i]:<{widths[i]}}" for i in range(3)), row[3]]).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def verdict(self) -> str:
         """Return the decision in one line."""
@@ -132,7 +132,7 @@ class Decision:
 
     def measurements(self) -> dict[str, Any]:
         """Return the metrics by name, for the decision log."""
-        values: dict[str, Any] = {"ap": self.challenger.ap, "megabytes": _mb(self.challenger)}
+        values: dict[str, Any] = {"ap": self.challenger.ap, "megabytes": self.challenger.megabytes}
         values["evaluation_set"] = self.challenger.images_fingerprint
         if self.challenger.latency is not None:
             values["latency"] = asdict(self.challenger.latency)
@@ -162,16 +162,21 @@ def decide(
     """
     if challenger.fault:  # its metrics are not those of the present files
         return Decision(challenger, champion, policy, (_weights(challenger),), None)
-    criteria = [_weights(challenger), _lineage(challenger, policy)]
-    criteria.append(_evaluation_set(challenger, champion, policy))
-    criteria.append(_criterion("AP", challenger.ap, policy.min_ap, at_least=True, show=_points))
+    criteria = [
+        _weights(challenger),
+        _lineage(challenger, policy),
+        _evaluation_set(challenger, champion, policy),
+        _at_least_ap(challenger, policy),
+    ]
     if champion is not None:
-        criteria.append(_gain(difference, policy))
-        criteria.append(_class_drop(difference, policy, names))
+        criteria += [_gain(difference, policy), _class_drop(difference, policy, names)]
     criteria.append(_class_floors(challenger, policy))
     criteria += _latency(challenger, champion, policy)
     criteria += _size(challenger, champion, policy)
-    criteria.append(_parity(challenger, policy))
+    found = challenger.parity_fault or challenger.parity or ""
+    passed = not challenger.parity_fault if policy.parity else None
+    required = "the detections of the model" if policy.parity else "not required"
+    criteria.append(GateCriterion("exported form", passed, found, required))
     return Decision(challenger, champion, policy, tuple(criteria), difference)
 
 
@@ -198,15 +203,19 @@ def _lineage(one: Candidate, policy: Policy) -> GateCriterion:
 def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) -> GateCriterion:
     found = f"{one.images_fingerprint[:12]}…"
     wanted = policy.evaluation_set or (champion.images_fingerprint if champion else "")
-    if champion is not None and policy.evaluation_set:
-        same = champion.images_fingerprint.startswith(policy.evaluation_set)
-        found += "" if same else f", the champion's is {champion.images_fingerprint[:12]}…"
-    else:
-        same = True
     if not wanted:
         return GateCriterion("evaluation set", None, found, "any, for the first champion")
-    passed = same and one.images_fingerprint.startswith(wanted)
+    passed = one.images_fingerprint.startswith(wanted)
+    if champion is not None and not champion.images_fingerprint.startswith(wanted):
+        passed, found = False, f"{found}, the champion's is {champion.images_fingerprint[:12]}…"
     return GateCriterion("evaluation set", passed, found, f"{wanted[:12]}…, for a comparison")
+
+
+def _at_least_ap(one: Candidate, policy: Policy) -> GateCriterion:
+    found, least = f"{100 * one.ap:.2f}", policy.min_ap
+    if not least:
+        return GateCriterion("AP", None, found, "no limit")
+    return GateCriterion("AP", one.ap >= least, found, f"at least {100 * least:.2f}")
 
 
 def _gain(difference: PairedDifference | None, policy: Policy) -> GateCriterion:
@@ -265,71 +274,41 @@ def _class_floors(one: Candidate, policy: Policy) -> GateCriterion:
 
 
 def _latency(one: Candidate, champion: Candidate | None, policy: Policy) -> list[GateCriterion]:
-    unit = "latency"
+    ratio_limit = None if champion is None else policy.max_latency_ratio
     if one.latency is None:
-        needed = policy.max_latency_ms is not None or (
-            champion is not None and policy.max_latency_ratio is not None
-        )
-        passed = False if needed else None
-        return [GateCriterion(unit, passed, "not measured", "measured, for example by --measure")]
+        passed = False if (policy.max_latency_ms, ratio_limit) != (None, None) else None
+        required = "measured, for example by --measure"
+        return [GateCriterion("latency", passed, "not measured", required)]
     milliseconds = one.latency.milliseconds
-    criteria = [
-        _criterion(unit, milliseconds, policy.max_latency_ms, at_least=False, show=_milliseconds)
-    ]
-    if champion is None or policy.max_latency_ratio is None:
+    criteria = [_at_most("latency", milliseconds, policy.max_latency_ms, "ms")]
+    if champion is None or ratio_limit is None:
         return criteria
-    name, required = "latency ratio", f"at most {policy.max_latency_ratio:g} of the champion's"
     other = champion.latency
-    if other is None or other.device != one.latency.device:
-        where = "was not measured" if other is None else f"was measured on {other.device}"
-        found = f"the champion's {where}; --measure measures both here"
-        return [*criteria, GateCriterion(name, False, found, required)]
-    ratio = milliseconds / other.milliseconds
-    found = f"{ratio:.2f} of {other.milliseconds:.1f} ms"
-    return [*criteria, GateCriterion(name, ratio <= policy.max_latency_ratio, found, required)]
+    if other is not None and other.device == one.latency.device:
+        found = f"of {other.milliseconds:.1f} ms"
+        ratio = _ratio("latency ratio", milliseconds / other.milliseconds, ratio_limit, found)
+        return [*criteria, ratio]
+    where = "was not measured" if other is None else f"was measured on {other.device}"
+    found = f"the champion's {where}; --measure measures both here"
+    required = f"at most {ratio_limit:g} of the champion's"
+    return [*criteria, GateCriterion("latency ratio", False, found, required)]
 
 
 def _size(one: Candidate, champion: Candidate | None, policy: Policy) -> list[GateCriterion]:
-    criteria = [_criterion("size", _mb(one), policy.max_megabytes, at_least=False, show=_megabytes)]
-    if champion is None or policy.max_size_ratio is None:
-        return criteria
-    ratio = one.num_bytes / champion.num_bytes
-    required = f"at most {policy.max_size_ratio:g} of the champion's"
-    found = f"{ratio:.2f} of {_mb(champion):.1f} MB"
-    return [*criteria, GateCriterion("size ratio", ratio <= policy.max_size_ratio, found, required)]
+    criteria = [_at_most("size", one.megabytes, policy.max_megabytes, "MB")]
+    if champion is not None and policy.max_size_ratio is not None:
+        ratio, found = one.num_bytes / champion.num_bytes, f"of {champion.megabytes:.1f} MB"
+        criteria.append(_ratio("size ratio", ratio, policy.max_size_ratio, found))
+    return criteria
 
 
-def _parity(one: Candidate, policy: Policy) -> GateCriterion:
-    found = one.parity_fault or one.parity or ""
-    if not policy.parity:
-        return GateCriterion("exported form", None, found, "not required")
-    return GateCriterion(
-        "exported form", not one.parity_fault, found, "the detections of the model"
-    )
+def _at_most(name: str, value: float, limit: float | None, unit: str) -> GateCriterion:
+    found = f"{value:.1f} {unit}"
+    if limit is None:
+        return GateCriterion(name, None, found, "no limit")
+    return GateCriterion(name, value <= limit, found, f"at most {limit:.1f} {unit}")
 
 
-def _criterion(
-    name: str, value: float, limit: float | None, *, at_least: bool, show: Callable[[float], str]
-) -> GateCriterion:
-    if limit is None or (at_least and limit == 0):
-        return GateCriterion(name, None, show(value), "no limit")
-    passed = value >= limit if at_least else value <= limit
-    return GateCriterion(
-        name, passed, show(value), f"at {'least' if at_least else 'most'} {show(limit)}"
-    )
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:.2f}"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.1f} ms"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value:.1f} MB"
-
-
-def _mb(one: Candidate) -> float:
-    return one.num_bytes / 1e6
+def _ratio(name: str, ratio: float, limit: float, of: str) -> GateCriterion:
+    required = f"at most {limit:g} of the champion's"
+    return GateCriterion(name, ratio <= limit, f"{ratio:.2f} {of}", required)

@@ -27,6 +27,7 @@ from deta.platform.evaluation.evaluation_folder import (
     read_facts,
 )
 from deta.platform.inference.predictor import Predictor
+from deta.platform.pages.render import render
 from deta.platform.registry.decision_log import HISTORY_SUFFIX
 from deta.platform.registry.lineage import Lineage, read_lineage, run_folder
 from deta.platform.registry.mlflow_registry import (
@@ -166,37 +167,27 @@ def version_tags(
 
 def version_description(registration: Registration, metrics: VersionMetrics) -> str:
     """Return the text of the version's page, in Markdown."""
-    lineage, evaluation = registration.lineage, registration.evaluation
-    ap = {name: f"{100 * value:.1f}" if value >= 0 else "-" for name, value in metrics.ap.items()}
+    evaluation, latency = registration.evaluation, metrics.latency
     names = {one["id"]: one["name"] for one in evaluation.ground_truth["categories"]}
-    classes = [
-        f"{names.get(key, key)} {100 * value:.1f}"
-        for key, value in evaluation.metrics.ap_per_category.items()
-    ]
-    code = lineage.code_commit[:12] + " and uncommitted changes" * lineage.code_is_dirty
-    latency = metrics.latency
-    speed = f"{latency.milliseconds:.1f} ms on {latency.device}" if latency else "not measured"
-    found, fault = export_parity(metrics.export, registration.sha256)
-    shown = ", ".join(classes[:30]) + (f" and {len(classes) - 30} more" if classes[30:] else "")
-    rows = [
-        ("AP, AP50, AP75", f"**{ap['AP']}**, {ap['AP50']}, {ap['AP75']}"),
-        ("AP by class", shown),
-        ("evaluated on", f"{len(evaluation.ground_truth['images'])} images of "
-         f"`{evaluation.origin.annotations or 'unknown'}`, "
-         f"set `{metrics.images_fingerprint[:12]}`"),
-        ("run", f"{lineage.run_name}, step {lineage.step}, epoch {lineage.epoch:.2f}"),
-        ("code", f"`{code}`"),
-        ("configuration", f"`config.json`, SHA-256 `{lineage.config_sha256[:12]}`"),
-        ("training data", f"`{lineage.data_fingerprint[:12]}`"),
-        ("environment", f"Python {lineage.python}, {len(lineage.packages)} packages, "
-         "`lineage.json`"),
-        ("weights", f"{metrics.num_bytes / 1e6:.1f} MB, SHA-256 `{registration.sha256[:12]}`"),
-        ("latency", speed),
-        ("exported form", found or fault),
-    ]  # fmt: skip
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return redact(f"Registered {when}.\n\n| | |\n|---|---|\n{table}\n")
+    text = render(
+        "registry/version.md.j2",
+        lineage=registration.lineage,
+        metrics=metrics,
+        sha256=registration.sha256,
+        ap={
+            name: f"{100 * value:.1f}" if value >= 0 else "-" for name, value in metrics.ap.items()
+        },
+        classes=[
+            f"{names.get(key, key)} {100 * value:.1f}"
+            for key, value in evaluation.metrics.ap_per_category.items()
+        ],
+        num_images=len(evaluation.ground_truth["images"]),
+        annotations=evaluation.origin.annotations or "unknown",
+        latency=f"{latency.milliseconds:.1f} ms on {latency.device}" if latency else "not measured",
+        export="".join(export_parity(metrics.export, registration.sha256)),
+        when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+    return redact(text)
 
 
 def _evaluation_of(checkpoint: Checkpoint, sha256: str) -> Path:

@@ -14,8 +14,10 @@ This is a checkpoint without the state of the optimizer, so both are opened the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import time
@@ -73,13 +75,11 @@ def write_version_files(
     folder.mkdir(parents=True)
     for name in CARRIED_OVER:
         shutil.copyfile(checkpoint.path / name, folder / name)
+    classes = [{"index": i, **asdict(one)} for i, one in enumerate(checkpoint.categories)]
     documents = {
-        "classes.json": [
-            {"index": index, **asdict(category)}
-            for index, category in enumerate(checkpoint.categories)
-        ],
+        "classes.json": classes,
         "preprocessing.json": preprocessing(checkpoint.config),
-        LINEAGE: lineage.as_dict(),
+        LINEAGE: asdict(lineage),
         FIGURES: asdict(metrics),
     }
     for name, content in documents.items():
@@ -198,12 +198,8 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = "CPU"
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:  # not Linux
-        pass
+    with contextlib.suppress(OSError):  # not Linux
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = next(iter(re.findall(r"model name\s*: (.*)", text)), name).strip()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
