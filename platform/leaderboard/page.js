@@ -258,13 +258,11 @@ function renderFigure() {
     + (left > 0 ? ` The figure shows the lines and the ${whole.format(MAX_POINTS)} best of`
       + ` ${whole.format(points.length)} runs.` : "");
   if (!window.Plotly) return;
-  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const palette = isDark ? setup.palettes.dark : setup.palettes.light;
   const kept = new Set(points.slice().sort((a, b) => b.ap - a.ap).slice(0, MAX_POINTS));
   const traces = [];
   const hover = (list) => list.map((r) => `${escaped(r.name)}<br>${escaped(r.recipe)}`);
   sets.forEach(([data, all], i) => {
-    const color = palette[`c${i % NUM_COLORS}`], best = paretoFront(all, key);
+    const color = colorOf(`c${i % NUM_COLORS}`), best = paretoFront(all, key);
     const rest = all.filter((row) => kept.has(row) && !best.includes(row));
     traces.push({ type: "scatter", mode: "markers", x: rest.map((r) => r[key]),
       y: rest.map((r) => r.ap), text: hover(rest), hoverinfo: "text+x+y", showlegend: false,
@@ -275,19 +273,28 @@ function renderFigure() {
       marker: { color, size: 8 } });
   });
   const box = byId("pareto"), width = box.clientWidth;
-  const axis = { gridcolor: palette.rule, linecolor: palette.muted, showline: true, zeroline: false,
-    ticks: "outside", automargin: true };
+  const axis = { gridcolor: colorOf("rule"), linecolor: colorOf("muted"), showline: true,
+    zeroline: false, ticks: "outside", automargin: true };
   const legend_px = sets.length > 1 ? 22 * (width < 640 ? Math.min(sets.length, 6) : 1) : 0;
   Plotly.react(box, traces, {
     width, height: 420 + legend_px, autosize: false,
     margin: { l: 48, r: 16, t: 12 + legend_px, b: 48 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: palette.muted, size: 13 }, hovermode: "closest",
+    font: { color: colorOf("muted"), size: 13 }, hovermode: "closest",
     showlegend: sets.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-    hoverlabel: { bgcolor: palette.shade, font: { color: palette.ink } },
+    hoverlabel: { bgcolor: colorOf("shade"), font: { color: colorOf("ink") } },
     xaxis: { ...axis, type: "log", title: { text: X_AXES[key] }, showgrid: false },
     yaxis: { ...axis, title: { text: "AP" } },
   }, { displayModeBar: false, showTips: false });
+}
+
+/* A variable of theme.css as the colour that it has now, light or dark. */
+function colorOf(name) {
+  const probe = document.body.appendChild(document.createElement("span"));
+  probe.style.color = `var(--${name})`;
+  const color = getComputedStyle(probe).color;
+  probe.remove();
+  return color;
 }
 
 function render() {

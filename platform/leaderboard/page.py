@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from deta.platform.pages.render import PLOTLY, content_policy, render_page
-from deta.platform.pages.theme import PALETTES
 
 SCRIPT = "leaderboard/page.js"
 ADDRESS = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+(?:/[A-Za-z0-9._~/-]*)?", re.ASCII)
@@ -34,7 +33,6 @@ def leaderboard_page(content: Mapping[str, Any], mlflow: str, *, is_live: bool =
         "content": content,
         "mlflow": mlflow if ADDRESS.fullmatch(mlflow) else "",
         "is_live": is_live,
-        "palettes": PALETTES,
     }
     scripts = [SCRIPT] if is_live else [SCRIPT, PLOTLY]
     return render_page(
