@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
 from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES
 from deta.platform.data.coco_dataset import Category
 from deta.platform.system.safe_read import read_bounded
@@ -23,25 +25,13 @@ from deta.platform.system.short_list import short_list
 # "drop": all class heads start untrained, as the official code fine-tunes from Objects365.
 InitClasses = Literal["by_name", "in_order", "drop"]
 NUM_SHOWN = 12  # classes listed in one line
-# COCO's 80 classes by the ids of its annotations, which have gaps. Source: cocodataset.org.
-COCO_NAMES = {
-    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train",
-    8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign",
-    14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse", 20: "sheep",
-    21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack",
-    28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
-    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove",
-    41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass",
-    47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple",
-    54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza",
-    60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
-    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
-    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink",
-    82: "refrigerator", 84: "book", 85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear",
-    89: "hair drier", 90: "toothbrush",
-}  # fmt: skip
-COCO_CATEGORIES = tuple(Category(id_, name) for id_, name in COCO_NAMES.items())
-NUM_ID_ROWS = 91  # of a class head whose rows are these ids
+# COCO's 91 ids, of which 80 have a name.
+_NAMES_BY_ID = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+COCO_CATEGORIES = tuple(
+    Category(id_, name)
+    for id_, name in enumerate(_NAMES_BY_ID)
+    if name not in ("__background__", "N/A")
+)
 
 
 @dataclass(frozen=True)
@@ -77,15 +67,15 @@ class ClassPlan:
 
 def published_classes(num_rows: int) -> FileClasses:
     """Return the classes of a published file without names: COCO's if the number of rows fits."""
-    if num_rows == NUM_ID_ROWS:
+    by_row: dict[int, Category] = {}
+    origin = f"{num_rows} rows, whose classes the file does not name"
+    if num_rows == len(_NAMES_BY_ID):
         by_row = {category.id: category for category in COCO_CATEGORIES}
-        return FileClasses(num_rows, by_row, f"{num_rows} rows, so they are COCO's ids")
-    if num_rows == len(COCO_CATEGORIES):
+        origin = f"{num_rows} rows, so they are COCO's ids"
+    elif num_rows == len(COCO_CATEGORIES):
         by_row = dict(enumerate(COCO_CATEGORIES))
-        return FileClasses(
-            num_rows, by_row, f"{num_rows} rows, so they are COCO's classes in order"
-        )
-    return FileClasses(num_rows, {}, f"{num_rows} rows, whose classes the file does not name")
+        origin = f"{num_rows} rows, so they are COCO's classes in order"
+    return FileClasses(num_rows, by_row, origin)
 
 
 def own_classes(categories: Sequence[Category], origin: str) -> FileClasses:
@@ -157,22 +147,18 @@ def plan_classes(
         ValueError: the file's classes have no names, or in_order does not fit; names the
             alternatives.
     """
+    new = len(categories)
     if how == "drop":
-        line = (
-            f"classes: all {len(categories)} start untrained; "
-            f"{file.num_rows} of the file are dropped"
-        )
-        return ClassPlan((None,) * len(categories), (line,))
+        line = f"classes: all {new} start untrained; {file.num_rows} of the file are dropped"
+        return ClassPlan((None,) * new, (line,))
     if how == "in_order":
-        if file.num_rows != len(categories):
+        if file.num_rows != new:
             raise ValueError(
-                f"init_classes=in_order: the file has {file.num_rows} rows, the data set "
-                f"{len(categories)} classes; use init_classes=by_name or drop"
+                f"init_classes=in_order: the file has {file.num_rows} rows, the data set {new} "
+                "classes; use init_classes=by_name or drop"
             )
         pairs = [f"{row} is {category.name}" for row, category in enumerate(categories)]
-        return ClassPlan(
-            tuple(range(file.num_rows)), (f"classes: row {short_list(pairs, NUM_SHOWN)}",)
-        )
+        return ClassPlan(tuple(range(new)), (f"classes: row {short_list(pairs, NUM_SHOWN)}",))
     if not file.by_row:
         raise ValueError(
             f"the file has {file.origin}. Give them with jobs/convert.py --classes FILE; or start "
@@ -200,21 +186,18 @@ def _match(file: FileClasses, categories: Sequence[Category]) -> ClassPlan:
     ]  # fmt: skip
     new = [c.name for c, row in zip(categories, rows, strict=True) if row is None]
     dropped = [category.name for row, category in file.by_row.items() if row not in rows]
-    lines = [
-        f"classes: the file has {file.origin}",
-        f"  {len(matched)} of {len(categories)} by name{_colon(matched)}",
-    ]
-    if new:
-        lines.append(f"  {len(new)} new, which start untrained{_colon(new)}")
-    if dropped:
-        lines.append(f"  {len(dropped)} of the file are dropped{_colon(dropped)}")
+    lines = [f"classes: the file has {file.origin}"]
+    for what, names in (
+        (f"of {len(categories)} by name", matched),
+        ("new, which start untrained", new),
+        ("of the file are dropped", dropped),
+    ):
+        if names or names is matched:
+            listed = f": {short_list(names, NUM_SHOWN)}" if names else ""
+            lines.append(f"  {len(names)} {what}{listed}")
     return ClassPlan(tuple(rows), tuple(lines))
 
 
 def normalized_name(name: str) -> str:
     """Return a name for comparison: without case, and with spaces for `_` and `-`."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-
-
-def _colon(names: Sequence[str]) -> str:
-    return f": {short_list(names, NUM_SHOWN)}" if names else ""

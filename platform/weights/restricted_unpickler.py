@@ -18,29 +18,15 @@ from typing import Any, BinaryIO
 import torch
 
 _STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool, "UntypedStorage": torch.uint8,
+}  # fmt: skip
 _NUMPY_TYPES = {
-    "f8": torch.float64,
-    "f4": torch.float32,
-    "f2": torch.float16,
-    "i8": torch.int64,
-    "i4": torch.int32,
-    "i2": torch.int16,
-    "i1": torch.int8,
-    "u1": torch.uint8,
-    "b1": torch.bool,
-}
+    "f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "i8": torch.int64,
+    "i4": torch.int32, "i2": torch.int16, "i1": torch.int8, "u1": torch.uint8, "b1": torch.bool,
+}  # fmt: skip
 
 
 class RefusedNameError(Exception):
@@ -90,6 +76,8 @@ class _Dtype:
 class _Ignored:
     """An object that weights do not need, such as the command line of a run or a path."""
 
+    def __init__(self, *_: object) -> None: ...
+
 
 class BoundedReader(io.RawIOBase):
     """A file reader that refuses to read past the end, before it allocates memory."""
@@ -97,41 +85,23 @@ class BoundedReader(io.RawIOBase):
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._left = file, size
 
-    @classmethod
-    def of(cls, content: bytearray) -> BoundedReader:
-        return cls(io.BytesIO(content), len(content))
-
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._left:
-            raise UnreadableError("it is cut off, or declares more bytes than it has")
-        self._left -= size
+        self._take(size)
         return self._file.read(size)
+
+    def skip(self, size: int) -> None:
+        self._take(size)
+        self._file.seek(size, io.SEEK_CUR)
 
     def readline(self, size: int | None = -1) -> bytes:
         line = self._file.readline(min(self._left, 2**20))
         self._left -= len(line)
         return line
 
-    def skip(self, size: int) -> None:
+    def _take(self, size: int) -> None:
         if not 0 <= size <= self._left:
             raise UnreadableError("it is cut off, or declares more bytes than it has")
         self._left -= size
-        self._file.seek(size, io.SEEK_CUR)
-
-
-# The functions that replace the names in a pickle.
-
-
-def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
-    return OrderedDict(*items)
-
-
-def _counter(*counts: Any) -> dict[Any, Any]:
-    return dict(*counts)
-
-
-def _set(*items: Any) -> frozenset[Any]:
-    return frozenset(*items)
 
 
 def _no_bytes(*arguments: object) -> bytes:
@@ -139,14 +109,6 @@ def _no_bytes(*arguments: object) -> bytes:
     if arguments:
         raise UnreadableError("it makes bytes from something else")
     return b""
-
-
-def _ignored(*_: Any) -> _Ignored:
-    return _Ignored()
-
-
-def _size(dimensions: Any) -> tuple[Any, ...]:
-    return tuple(dimensions)
 
 
 def _rebuild_tensor(
@@ -158,7 +120,8 @@ def _rebuild_tensor(
     return TensorRecord(storage, int(offset), _integers(shape), _integers(stride))
 
 
-def _rebuild_parameter(data: object, *_: object) -> object:
+def _first(data: object, *_: object) -> object:
+    """Return the tensor of a parameter."""
     return data
 
 
@@ -167,7 +130,11 @@ def _reconstruct(*_: object) -> ArrayRecord:
 
 
 def _from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> ArrayRecord:
-    return ArrayRecord(_numpy_type(dtype), _integers(shape), bytes(data), order == "F")
+    return ArrayRecord(_numpy_type(dtype), _integers(shape), _content(data), order == "F")
+
+
+def _content(data: bytes) -> bytes:
+    return bytes(memoryview(data))  # bytes(10**12) would allocate that many zeros
 
 
 def _dtype(code: object, *_: object) -> _Dtype:
@@ -195,44 +162,37 @@ def _integers(values: Any) -> tuple[int, ...]:
     return numbers
 
 
+# The types of Python among them build only what their arguments hold already.
 _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("collections", "Counter"): _counter,
-    ("builtins", "set"): _set,
-    ("__builtin__", "set"): _set,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "Counter"): dict,
+    ("builtins", "set"): frozenset,
+    ("__builtin__", "set"): frozenset,
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
-    ("argparse", "Namespace"): _ignored,
-    ("pathlib", "PosixPath"): _ignored,
-    ("pathlib", "WindowsPath"): _ignored,
-    ("torch", "device"): _ignored,
-    ("torch", "Size"): _size,
+    ("argparse", "Namespace"): _Ignored,
+    ("pathlib", "PosixPath"): _Ignored,
+    ("pathlib", "WindowsPath"): _Ignored,
+    ("torch", "device"): _Ignored,
+    ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _dtype,
-    **{
-        (f"numpy.{core}.{module}", name): function
-        for core in ("core", "_core")
-        for module, name, function in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _ignored),
-            ("numeric", "_frombuffer", _from_buffer),
-        )
-    },
 }
+for _core in ("numpy.core", "numpy._core"):
+    _FUNCTIONS[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _FUNCTIONS[f"{_core}.multiarray", "scalar"] = _Ignored
+    _FUNCTIONS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 # Names that a pickle passes on as the type of a storage or array, and never calls.
-_TYPE_NAMES: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): None,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    **{("torch.storage", name): dtype for name, dtype in _STORAGES.items()},
-    **{
-        ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in {*_STORAGES.values(), *_NUMPY_TYPES.values()}
-    },
-}
+_TYPE_NAMES: dict[tuple[str, str], object] = {("numpy", "ndarray"): None}
+for _name, _type in _STORAGES.items():
+    _TYPE_NAMES["torch", _name] = _TYPE_NAMES["torch.storage", _name] = _type
+for _type in (*_STORAGES.values(), *_NUMPY_TYPES.values()):
+    _TYPE_NAMES["torch", str(_type).removeprefix("torch.")] = _type
+_NAMES: dict[tuple[str, str], object] = {**_FUNCTIONS, **_TYPE_NAMES}
 _CALLABLE = frozenset(_FUNCTIONS.values())
 
 
@@ -244,10 +204,10 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python: allocates no declar
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        for table in (_FUNCTIONS, _TYPE_NAMES):
-            if (module, name) in table:
-                return table[module, name]
-        raise RefusedNameError(f"{module}.{name}")
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise RefusedNameError(f"{module}.{name}") from None
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, num_elements = pid[:5]
@@ -272,7 +232,7 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python: allocates no declar
         if isinstance(built, ArrayRecord):
             _, shape, dtype, fortran, data = state
             built.dtype, built.shape = _numpy_type(dtype), _integers(shape)
-            built.data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+            built.data = _content(data.encode("latin1") if isinstance(data, str) else data)
             built.fortran = bool(fortran)
         elif isinstance(built, _Dtype):
             built.code = {"<": "<", "|": "|", "=": "="}[state[1]] + built.code.lstrip("<|=")

@@ -97,7 +97,8 @@ def _read_zip(
         )
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
         raise UnreadableError("its pickle alone is over a gigabyte")
-    content, _ = read_pickle(BoundedReader.of(member("data.pkl")))
+    text = member("data.pkl")
+    content, _ = read_pickle(BoundedReader(io.BytesIO(text), len(text)))
     return _tensors(choose(content), lambda storage: member(f"data/{storage.key}"), size)
 
 

@@ -16,9 +16,9 @@ from deta.model.detector import DETA, PRIOR_PROBABILITY
 from deta.model.pretrained import to_published
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
-from deta.platform.run.config import RunConfig
+from deta.platform.run.config import RunConfig, override
 from deta.platform.run.run_state import RunState
-from deta.platform.weights.class_mapping import COCO_NAMES, published_classes
+from deta.platform.weights.class_mapping import published_classes
 from deta.platform.weights.converted_file import write_converted
 from deta.platform.weights.initial_weights import (
     check_initial_weights,
@@ -42,7 +42,8 @@ def source(request: pytest.FixtureRequest, trained: DETA, tmp_path: Path) -> Pat
     state, config = trained.state_dict(), RunConfig(model=SMALL)
     path = tmp_path / "weights.safetensors"
     if request.param == "checkpoint":
-        everything = tuple(Category(i, COCO_NAMES.get(i, f"none {i}")) for i in range(91))
+        names = {row: one.name for row, one in published_classes(91).by_row.items()}
+        everything = tuple(Category(i, names.get(i, f"none {i}")) for i in range(91))
         run_state = RunState(step=1, samples_seen=1, epoch=1.0)
         return write_checkpoint(tmp_path, take_snapshot(run_state, config, everything, state, {}))
     if request.param == "converted":
@@ -135,8 +136,8 @@ def test_all_that_can_be_refused_is_refused_before_a_run(tmp_path, trained):
     assert check_initial_weights(RunConfig(), DATA) == []
     with pytest.raises(ValueError, match="holds a backbone already"):
         replace(config, init_backbone="R-50.pkl")
-    with pytest.raises(ValueError, match="not by_name, in_order or drop"):
-        replace(config, init_classes="by_id")
+    with pytest.raises(ValueError, match="'by_name', 'in_order' or 'drop'"):
+        override(config, {"init_classes": "by_id"})
 
 
 def test_timms_weights_without_a_network_are_an_error_that_says_what_to_do(tmp_path):
