@@ -15,9 +15,8 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -36,31 +35,17 @@ MARKER = "shapes.json"  # the arguments of the data set; written last
 DRAWING_VERSION = 6  # increases when the same seed gives other images
 
 
-@dataclass(frozen=True)
 class ShapesDataset:
     """The paths of a written data set."""
 
-    folder: Path
-
-    @property
-    def train_images(self) -> Path:
-        return self.folder / "train"
-
-    @property
-    def val_images(self) -> Path:
-        return self.folder / "val"
-
-    @property
-    def train_annotations(self) -> Path:
-        return self.folder / "annotations" / "instances_train.json"
-
-    @property
-    def val_annotations(self) -> Path:
-        return self.folder / "annotations" / "instances_val.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.train_images, self.val_images = folder / "train", folder / "val"
+        self.train_annotations = folder / "annotations" / "instances_train.json"
+        self.val_annotations = folder / "annotations" / "instances_val.json"
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One shape of an image, with the masks for checking its box."""
 
     category_id: int
@@ -102,55 +87,48 @@ def write_shapes(
         "seed": seed,
     }
     folder = Path(folder)
-    if _is_complete(folder, recipe):
-        return ShapesDataset(folder)
+    dataset = ShapesDataset(folder)
+    if _is_complete(dataset, recipe):
+        return dataset
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ValueError(
             f"{folder} has files but no {MARKER}, so it is not a data set of shapes and is not "
             "overwritten; choose another folder"
         )
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    outdated = unfinished.with_suffix(".outdated")
     try:
         (unfinished / "annotations").mkdir(parents=True)
         _write_split(unfinished, "train", num_train, size_px, seed)
         _write_split(unfinished, "val", num_val, size_px, seed)
         (unfinished / MARKER).write_text(json.dumps(recipe, indent=1) + "\n")
-        _move_into_place(unfinished, folder, recipe)
+        if folder.exists() and any(folder.iterdir()) and not _is_complete(dataset, recipe):
+            folder.rename(outdated)
+        os.replace(unfinished, folder)
+    except OSError:
+        if not _is_complete(dataset, recipe):  # otherwise another process was faster
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return ShapesDataset(folder)
+        shutil.rmtree(outdated, ignore_errors=True)
+    return dataset
 
 
-def _is_complete(folder: Path, recipe: dict[str, int]) -> bool:
-    marker = folder / MARKER
-    if not marker.exists() or json.loads(marker.read_text()) != recipe:
-        return False
-    counts = {"train": recipe["num_train"], "val": recipe["num_val"]}
-    return all(
-        (folder / "annotations" / f"instances_{split}.json").exists()
-        and sum(1 for _ in (folder / split).glob("*.jpg")) == count
-        for split, count in counts.items()
+def _is_complete(dataset: ShapesDataset, recipe: dict[str, int]) -> bool:
+    marker = dataset.folder / MARKER
+    return (
+        marker.exists()
+        and json.loads(marker.read_text()) == recipe
+        and dataset.train_annotations.exists()
+        and dataset.val_annotations.exists()
+        and len(list(dataset.train_images.glob("*.jpg"))) == recipe["num_train"]
+        and len(list(dataset.val_images.glob("*.jpg"))) == recipe["num_val"]
     )
 
 
-def _move_into_place(unfinished: Path, folder: Path, recipe: dict[str, int]) -> None:
-    outdated = folder.with_name(f"{unfinished.name}.outdated")
-    try:
-        if folder.exists() and any(folder.iterdir()) and not _is_complete(folder, recipe):
-            folder.rename(outdated)
-        os.replace(unfinished, folder)
-    except OSError:  # another process was faster and wrote the same data set
-        if not _is_complete(folder, recipe):
-            raise
-    finally:
-        shutil.rmtree(outdated, ignore_errors=True)
-
-
 def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: int) -> None:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     (folder / split).mkdir()
     for index in range(num_images):
         image_id = FIRST_IMAGE_ID[split] + index
@@ -158,14 +136,8 @@ def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: 
         image, shapes = draw_scene(rng, size_px)
         file_name = f"{image_id:07d}.jpg"
         image.save(folder / split / file_name, quality=JPEG_QUALITY)
-        images.append(
-            {
-                "id": image_id,
-                "file_name": file_name,
-                "width": image.width,
-                "height": image.height,
-            }
-        )
+        width, height = image.size
+        images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
         for shape in shapes:
             x1, y1, x2, y2 = shape.box_px
             annotations.append(
@@ -182,10 +154,8 @@ def _write_split(folder: Path, split: str, num_images: int, size_px: int, seed: 
         {"id": number, "name": name, "supercategory": "shape"}
         for number, name in enumerate(CATEGORY_NAMES, start=1)
     ]
-    path = folder / "annotations" / f"instances_{split}.json"
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
 def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, list[Shape]]:
@@ -204,16 +174,13 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, lis
         if len(shapes) == num_shapes:
             break
         shape = _place(rng, height, width, size_px)
-        over = 1 - shape.coverage
-        lower = [(below, below.visible * over) for below in shapes]
-        if (
-            min(_sides(shape)) < MIN_SIDE * size_px
-            or shape.visible.sum() < MIN_VISIBLE * shape.area_px
-            or any(visible.sum() < MIN_VISIBLE * below.area_px for below, visible in lower)
+        x1, y1, x2, y2 = shape.box_px
+        lower = [below._replace(visible=below.visible * (1 - shape.coverage)) for below in shapes]
+        if min(x2 - x1, y2 - y1) < MIN_SIDE * size_px or any(
+            one.visible.sum() < MIN_VISIBLE * one.area_px for one in (*lower, shape)
         ):
             continue
-        shapes = [*(replace(below, visible=visible) for below, visible in lower), shape]
-        x1, y1, x2, y2 = shape.box_px
+        shapes = [*lower, shape]
         window = np.s_[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))]
         coverage, under = shape.coverage[window][..., None], pixels[window]
         paint = _paint(rng, under.shape[0], under.shape[1], background_rgb)
@@ -222,11 +189,6 @@ def draw_scene(rng: np.random.Generator, size_px: int) -> tuple[Image.Image, lis
     noise = rng.standard_normal(pixels.shape, np.float32)
     pixels += rng.uniform(1, 5) * noise  # as from a camera
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), shapes
-
-
-def _sides(shape: Shape) -> tuple[float, float]:
-    x1, y1, x2, y2 = shape.box_px
-    return x2 - x1, y2 - y1
 
 
 def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> Shape:
@@ -243,25 +205,20 @@ def _place(rng: np.random.Generator, height: int, width: int, size_px: int) -> S
     centre = rng.uniform(0.05, 0.95, 2) * (width, height)
 
     x, y = corners.T
-    area = (
-        abs(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]) / 2
-    )  # shoelace formula
+    # Shoelace formula.
+    area = abs(x[:-1] @ y[1:] - y[:-1] @ x[1:] + x[-1] * y[0] - y[-1] * x[0]) / 2
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(canvas)
-    draw.polygon(_on_canvas(corners + centre), fill=255)
+    draw.polygon(((corners + centre) * SUPERSAMPLING).ravel().tolist(), fill=255)
     if name == "ring":
-        draw.polygon(_on_canvas(corners * RING_HOLE + centre), fill=0)
+        hole = corners * RING_HOLE + centre
+        draw.polygon((hole * SUPERSAMPLING).ravel().tolist(), fill=0)
         area *= 1 - RING_HOLE**2
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
 
     within = _clip_outline(corners + centre, height, width)
     (x1, y1), (x2, y2) = within.min(axis=0).tolist(), within.max(axis=0).tolist()
     return Shape(category + 1, (x1, y1, x2, y2), float(area), coverage, coverage)
-
-
-def _on_canvas(corners: np.ndarray) -> list[tuple[float, float]]:
-    """Return corners in the form that ImageDraw takes, in pixels of the supersampled canvas."""
-    return [(x, y) for x, y in (corners * SUPERSAMPLING).tolist()]
 
 
 def _clip_outline(corners: np.ndarray, height: int, width: int) -> np.ndarray:

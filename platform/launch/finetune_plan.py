@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from deta.model.architectures import DetectorConfig, without_download
 from deta.platform.learning.optimizer import ScheduleConfig
@@ -44,12 +44,11 @@ OPEN_SCHEDULE = ScheduleConfig(
 )
 
 
-@dataclass(frozen=True)
-class FinetunePlan:
+class FinetunePlan(NamedTuple):
     """Values for configuration keys, and the reasons for them."""
 
-    changes: dict[str, Any] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
+    changes: dict[str, Any]
+    reasons: list[str]
 
 
 def base_config(recipe: RunConfig, theirs: RunConfig | None) -> RunConfig:
@@ -63,16 +62,11 @@ def base_config(recipe: RunConfig, theirs: RunConfig | None) -> RunConfig:
     config = replace(recipe, name=f"{recipe.name}-finetune", schedule=OPEN_SCHEDULE)
     if theirs is None:
         return config
+    size, augmentation = theirs.data.evaluation_size, theirs.data.augmentation
+    data = replace(config.data, augmentation=augmentation, evaluation_size=size)
+    model, criterion = theirs.model, theirs.criterion
     return replace(
-        config,
-        model=theirs.model,
-        criterion=theirs.criterion,
-        postprocess=theirs.postprocess,
-        data=replace(
-            config.data,
-            augmentation=theirs.data.augmentation,
-            evaluation_size=theirs.data.evaluation_size,
-        ),
+        config, model=model, criterion=criterion, postprocess=theirs.postprocess, data=data
     )
 
 
@@ -80,14 +74,11 @@ def variant_of(
     model: DetectorConfig, variants: Mapping[str, Callable[[], RunConfig]]
 ) -> str | None:
     """Return the first variant with this model, for any number of classes."""
-    for name, make in variants.items():
-        if _shape(make().model) == _shape(model):
-            return name
-    return None
 
+    def shape(model: DetectorConfig) -> DetectorConfig:
+        return replace(without_download(model), num_classes=1)
 
-def _shape(model: DetectorConfig) -> DetectorConfig:
-    return replace(without_download(model), num_classes=1)
+    return next((n for n, make in variants.items() if shape(make().model) == shape(model)), None)
 
 
 def num_samples(num_images: int) -> int:
@@ -112,56 +103,47 @@ def schedule_plan(
     if samples is not None and samples < 1:
         raise ValueError(f"--samples {samples}: a run sees at least one sample")
     wanted = num_samples(num_images) if samples is None else samples
-    plan: dict[str, Any] = {
+    batch = min(config.total_batch_size, LARGEST_BATCH)
+    early: dict[str, Any] = {
         "schedule.epochs": max(1, round(wanted / num_images)),
-        "total_batch_size": max(
-            min(config.total_batch_size, LARGEST_BATCH), config.cluster.num_workers
-        ),
+        "total_batch_size": max(batch, config.cluster.num_workers),
         "optim.lr": config.optim.lr * LR_SHARE,
         "schedule.min_delta": MIN_DELTA,
     }
     if config.model.backbone.pretrained:
         factor = min(config.optim.backbone_lr_factor, BACKBONE_LR_FACTOR)
-        plan["optim.backbone_lr_factor"] = factor
-    plan = {key: value for key, value in plan.items() if key not in given}
+        early["optim.backbone_lr_factor"] = factor
+    plan = {key: value for key, value in early.items() if key not in given}
     epochs = plan.get("schedule.epochs", config.schedule.epochs)
     batch = plan.get("total_batch_size", config.total_batch_size)
     steps = math.ceil(epochs * num_images / batch)
     every = max(1, round(epochs / NUM_EVALUATIONS))
+    if "evaluate_every_epochs" in given:
+        every = config.evaluate_every_epochs
     late: dict[str, Any] = {
         "schedule.warmup_epochs": round(WARMUP_SHARE * epochs, 3),
         "evaluate_every_epochs": every,
         "log_every_steps": max(1, min(config.log_every_steps, steps // NUM_EVALUATIONS)),
+        "schedule.patience": max(3, math.ceil(PATIENCE_SHARE * epochs / every)),
     }
-    if "evaluate_every_epochs" in given:
-        every = config.evaluate_every_epochs
-    late["schedule.patience"] = max(3, math.ceil(PATIENCE_SHARE * epochs / every))
     plan |= {key: value for key, value in late.items() if key not in given}
-    final = override(config, plan)
-    return FinetunePlan(plan, _schedule_reasons(final, num_images, steps, given, samples))
 
-
-def _schedule_reasons(
-    config: RunConfig, num_images: int, steps: int, given: Set[str], samples: int | None
-) -> list[str]:
-    """Return lines on what will happen, and why."""
+    config = override(config, plan)
     schedule, optim = config.schedule, config.optim
     length = (
-        f"{schedule.epochs * num_images:,} samples: {_epochs(schedule.epochs)} of {num_images} "
-        f"images, {steps:,} updates of {config.total_batch_size}"
+        f"{epochs * num_images:,} samples: {_epochs(epochs)} of {num_images} images, {steps:,} "
+        f"updates of {batch}"
     )
     if samples is None and "schedule.epochs" not in given:
         length += (
             f" (each image {SAMPLES_PER_IMAGE} times, at least {LEAST_SAMPLES:,} samples and at "
             f"most {MOST_SAMPLES:,} or {MOST_EPOCHS} epochs)"
         )
-    shape = {"cosine": "then cosine decay", "step": "then step decay"}[schedule.shape]
-    lr = optim.lr_for(config.total_batch_size)
+    lr = optim.lr_for(batch)
+    half = "" if "optim.lr" in given else ", half the recipe's, for pretrained weights"
     rate = (
-        f"learning rate {lr:.3g}"
-        + ("" if "optim.lr" in given else ", half the recipe's, for pretrained weights")
-        + f"; backbone {lr * optim.backbone_lr_factor:.3g}; warm-up over "
-        f"{_epochs(schedule.warmup_epochs)} for the new heads, {shape}"
+        f"learning rate {lr:.3g}{half}; backbone {lr * optim.backbone_lr_factor:.3g}; warm-up over "
+        f"{_epochs(schedule.warmup_epochs)} for the new heads, then {schedule.shape} decay"
     )
     stop = f"AP every {_epochs(config.evaluate_every_epochs)}; the best checkpoint is kept; "
     if schedule.patience is None:
@@ -172,10 +154,8 @@ def _schedule_reasons(
             "more"
         )
     if optim.freeze:
-        stop += (
-            f"; {', '.join(optim.freeze)} {'does' if len(optim.freeze) == 1 else 'do'} not train"
-        )
-    return [length, rate, stop]
+        stop += f"; {', '.join(optim.freeze)} do{'es' * (len(optim.freeze) == 1)} not train"
+    return FinetunePlan(plan, [length, rate, stop])
 
 
 def _epochs(count: float) -> str:
@@ -188,25 +168,22 @@ def machine_plan(
     """Choose the number of workers for this machine, if no cluster is named."""
     cluster = config.cluster
     if os.environ.get("RAY_ADDRESS") or any(key.startswith("cluster.") for key in given):
-        return FinetunePlan()
-    if cluster.gpu and num_gpus:
-        workers, gpu = min(cluster.num_workers, num_gpus), True
+        return FinetunePlan({}, [])
+    gpu = cluster.gpu and num_gpus > 0
+    workers = max(1, min(cluster.num_workers, num_gpus if gpu else num_cpus))
+    cpus = min(cluster.cpus_per_worker, num_cpus / workers)
+    if gpu:
         cpus = max(1.0, min(cluster.cpus_per_worker, num_cpus // workers))
     elif cluster.gpu:
-        workers, gpu, cpus = 1, False, float(num_cpus)
-    else:
-        workers, gpu = max(1, min(cluster.num_workers, num_cpus)), False
-        cpus = min(cluster.cpus_per_worker, num_cpus / workers)
-    found = replace(cluster, num_workers=workers, gpu=gpu, cpus_per_worker=cpus)
-    if found == cluster:
-        return FinetunePlan()
+        workers, cpus = 1, float(num_cpus)
+    changes = {
+        "cluster.num_workers": workers,
+        "cluster.gpu": gpu,
+        "cluster.cpus_per_worker": cpus,
+    }
+    if override(config, changes) == config:
+        return FinetunePlan({}, [])
     kind = "GPU" if gpu else "CPU"
     note = "" if gpu or not cluster.gpu else ", which has no GPU: this will be slow"
-    return FinetunePlan(
-        {
-            "cluster.num_workers": workers,
-            "cluster.gpu": gpu,
-            "cluster.cpus_per_worker": cpus,
-        },
-        [f"{workers} {kind} worker{'s' * (workers > 1)}, what this machine can run{note}"],
-    )
+    team = f"{workers} {kind} worker{'s' * (workers > 1)}"
+    return FinetunePlan(changes, [f"{team}, what this machine can run{note}"])
