@@ -20,22 +20,25 @@ If MLFLOW_TRACKING_URI names a server, that server shows the runs and none is st
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
 import sys
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit, urlunsplit
 
+from tyro.conf import UseAppendAction
+
 from deta.jobs.command_line import (
-    add_storage_argument,
-    described_parser,
+    StorageOptions,
     echo,
     exit_cleanly_on_signals,
+    read_options,
+    run_tool,
 )
 from deta.platform.run.run_file import tracking_uri
 from deta.platform.system.child_server import (
@@ -66,41 +69,39 @@ from deta.platform.tracking.prometheus_grafana import (
 )
 
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.py"
-PORTS = {"mlflow": PORT, "leaderboard": 5050, "prometheus": 9090, "grafana": 3000}
 POLL_INTERVAL_S, NUM_POLLS = 1.0, 5  # targets are copied at every fifth poll
 
 
+@dataclass(frozen=True, kw_only=True)
+class DashboardOptions(StorageOptions):
+    host: str = "127.0.0.1"  # default: this machine only
+    # With --host: the exact address, NAME:PORT, that people type into their browsers.
+    allow_host: UseAppendAction[tuple[str, ...]] = ()
+    mlflow_port: int = PORT
+    leaderboard_port: int = 5050
+    prometheus_port: int = 9090
+    grafana_port: int = 3000
+
+    def names(self, port: int) -> list[str]:
+        """Return the allowed names for this port, and malformed ones, which are refused later."""
+        return [name for name in self.allow_host if name.endswith(f":{port}") or ":" not in name]
+
+
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    add_storage_argument(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME:PORT",
-        help="with --host: the exact address that people type into their browsers",
-    )  # fmt: skip
-    for name, port in PORTS.items():
-        parser.add_argument(f"--{name}-port", type=int, default=port, help=f"default {port}")
-    arguments = parser.parse_args()
-    exit_cleanly_on_signals()
-    try:
-        _run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, OSError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+    options = read_options(DashboardOptions, __doc__)
+    run_tool(lambda: _run(options), int)
 
 
-def _run(arguments: argparse.Namespace) -> NoReturn:
+def _run(options: DashboardOptions) -> NoReturn:
     """Start all servers that are installed, and wait until interrupted, or until one has ended."""
-    storage = arguments.storage.expanduser().resolve()
+    exit_cleanly_on_signals()
+    storage = options.storage.expanduser().resolve()
     folder = storage / "dashboards"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as started:
         try:
-            services = [one.service for one in _start_pages(arguments, storage, folder, started)]
-            _start_monitoring(arguments, folder, started)
+            services = [one.service for one in _start_pages(options, storage, folder, started)]
+            _start_monitoring(options, folder, started)
             echo("Ctrl-C stops them")
             for number in itertools.count():
                 for service in services:
@@ -116,25 +117,25 @@ def _run(arguments: argparse.Namespace) -> NoReturn:
 
 
 def _start_pages(
-    arguments: argparse.Namespace, storage: Path, folder: Path, started: ExitStack
+    options: DashboardOptions, storage: Path, folder: Path, started: ExitStack
 ) -> list[Server]:
     """Start MLflow's pages and the leaderboard; `started` stops them in reverse order."""
     servers = []
     uri = tracking_uri(storage)
-    password_file = None if is_loopback(arguments.host) else ensure_password_file(folder)
+    password_file = None if is_loopback(options.host) else ensure_password_file(folder)
     if uri.startswith(("http://", "https://")):
         parts = urlsplit(uri)
         pages = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         echo(f"MLflow       {redact(uri)} (MLFLOW_TRACKING_URI; it is not started here)")
     else:
-        names = _names(arguments.allow_host, arguments.mlflow_port)
+        names = options.names(options.mlflow_port)
         mlflow = start_mlflow_server(
-            uri, folder, host=arguments.host, port=arguments.mlflow_port, allowed_hosts=names
+            uri, folder, host=options.host, port=options.mlflow_port, allowed_hosts=names
         )
-        servers.append(_started("MLflow", mlflow, arguments.mlflow_port, started))
+        servers.append(_started("MLflow", mlflow, options.mlflow_port, started))
         pages = mlflow.url
-    host, port = arguments.host, arguments.leaderboard_port
-    names = host_names(host, port, _names(arguments.allow_host, port))
+    host, port = options.host, options.leaderboard_port
+    names = host_names(host, port, options.names(port))
     here = int(names[0].rpartition(":")[2]) if is_loopback(host) else port
     command = [sys.executable, str(LEADERBOARD), str(storage), f"--mlflow={pages}"]
     command += [f"--host={host}", f"--port={here}"]
@@ -149,15 +150,15 @@ def _start_pages(
     return servers
 
 
-def _start_monitoring(arguments: argparse.Namespace, folder: Path, started: ExitStack) -> None:
+def _start_monitoring(options: DashboardOptions, folder: Path, started: ExitStack) -> None:
     """Start Prometheus and Grafana; print a line for the first that is not installed."""
     try:
-        port = free_port("127.0.0.1", arguments.prometheus_port)
+        port = free_port("127.0.0.1", options.prometheus_port)
         prometheus = start_prometheus(folder / "prometheus", port=port)
-        _started("Prometheus", prometheus, arguments.prometheus_port, started)
-        port = free_port("127.0.0.1", arguments.grafana_port)
+        _started("Prometheus", prometheus, options.prometheus_port, started)
+        port = free_port("127.0.0.1", options.grafana_port)
         grafana = start_grafana(folder / "grafana", prometheus.url, port=port)
-        _started("Grafana", grafana, arguments.grafana_port, started)
+        _started("Grafana", grafana, options.grafana_port, started)
     except NotInstalledError as error:
         echo(str(error))
     except RuntimeError as error:  # the other servers work without
@@ -178,11 +179,6 @@ def _started(name: str, server: Server, wanted: int, started: ExitStack) -> Serv
 def _require_alive(service: ChildServer) -> None:
     if not service.is_alive():
         raise ChildServerError(f"{service.name} has ended:\n{service.log_tail()}")
-
-
-def _names(names: list[str], port: int) -> list[str]:
-    """Return the allowed names for this port, and malformed ones, which are refused later."""
-    return [name for name in names if name.endswith(f":{port}") or ":" not in name]
 
 
 if __name__ == "__main__":
