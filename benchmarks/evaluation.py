@@ -1,11 +1,10 @@
 """Measure the cost of error analysis and comparison at the size of COCO val2017.
 
   python benchmarks/evaluation.py                        5,000 images, 1,000 resamples
-  python benchmarks/evaluation.py --images 500 --resamples 100 --no-ray
+  python benchmarks/evaluation.py --images 500 --resamples 100
 
 One run measures COCO's metrics and the error analysis (jobs/evaluate.py and each evaluation of a
-training do both), the files written to disk, and the paired bootstrap of jobs/compare.py, in this
-process and as Ray tasks. Ground truth and detections are synthetic. The share of the analysis in an
+training do both), the files written to disk, and the paired bootstrap of jobs/compare.py. Ground truth and detections are synthetic. The share of the analysis in an
 evaluation depends on the speed of the model, so it is printed for several speeds.
 """
 
@@ -23,7 +22,6 @@ import numpy as np
 from measuring import processor
 
 from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
-from deta.platform.cluster.bootstrap_tasks import ray_tasks
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 from deta.platform.evaluation.paired_bootstrap import ap_interval, paired_difference
@@ -40,7 +38,6 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--no-ray", action="store_true")
     arguments = parser.parse_args()
     truth = synthetic_truth(arguments.images)
     a, b = (synthetic_results(truth, seed, noise) for seed, noise in ((1, 0.08), (2, 0.06)))
@@ -72,20 +69,10 @@ def main() -> None:
     timed(f"interval of one AP, {arguments.resamples} resamples",
           lambda: ap_interval(truth, a, resamples=arguments.resamples))  # fmt: skip
     what = f"{arguments.resamples} paired resamples"
-    here = timed(f"{what}, in this process",
-                 lambda: paired_difference(truth, a, b, resamples=arguments.resamples))  # fmt: skip
-    print(f"\nAP {100 * here.ap_a:.1f} and {100 * here.ap_b:.1f}; difference "
-          f"{100 * here.difference:+.2f}, interval {100 * here.low:+.2f} to "
-          f"{100 * here.high:+.2f}\n")  # fmt: skip
-    if arguments.no_ray:
-        return
-    with ray_tasks(print) as ray_map:
-        there = timed(
-            f"{what}, Ray tasks",
-            lambda: paired_difference(truth, a, b, resamples=arguments.resamples, map=ray_map),
-        )
-    same = (there.low, there.high) == (here.low, here.high)
-    assert same, "Ray tasks must give the same interval"
+    found = timed(what, lambda: paired_difference(truth, a, b, resamples=arguments.resamples))
+    print(f"\nAP {100 * found.ap_a:.1f} and {100 * found.ap_b:.1f}; difference "
+          f"{100 * found.difference:+.2f}, interval {100 * found.low:+.2f} to "
+          f"{100 * found.high:+.2f}\n")  # fmt: skip
 
 
 def timed(what: str, call: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ import numpy as np
 
 from deta.platform.analysis.analysis import Explanation, explain, outcomes
 from deta.platform.comparison.sources import Side, refuse_other_images
-from deta.platform.evaluation.paired_bootstrap import MapLike, PairedDifference, paired_difference
+from deta.platform.evaluation.paired_bootstrap import PairedDifference, paired_difference
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def compare_sides(
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
-    map: MapLike = map,
 ) -> Comparison:
     """Compare two evaluations of the same images.
 
@@ -85,7 +84,7 @@ def compare_sides(
     truth = a.ground_truth
     difference = paired_difference(
         truth, a.results, b.results,
-        resamples=resamples, seed=seed, confidence=confidence, map=map,
+        resamples=resamples, seed=seed, confidence=confidence,
     )  # fmt: skip
     explanations = (explain(truth, a.results), explain(truth, b.results))
     files = {image["id"]: str(image.get("file_name", "")) for image in truth["images"]}

@@ -7,15 +7,14 @@ copies adjacent. It is computed from one match table, without matching again. Th
 cover other training seeds; a study with several seeds does (platform/study).
 """
 
-# K categories   T IoU thresholds   I images   B resamples
+# M models   K categories   T IoU thresholds   I images   B resamples
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,7 @@ from scipy.stats import false_discovery_control
 from deta.platform.evaluation.match_table import AREA_RANGES, MatchTable, match_table
 from deta.platform.evaluation.weighted_ap import ApTable, weighted_ap
 
-CHUNK = 20  # resamples in one call of the map
 AP50_INDEX, AP75_INDEX = 0, 5
-
-Chunk = tuple[int, ...]  # numbers of resamples
-MapLike = Callable[[Callable[[Chunk], np.ndarray], Iterable[Chunk]], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,6 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
-    map: MapLike = map,
 ) -> PairedDifference:
     """Return the difference in AP of two models on the same images, with its interval.
 
@@ -104,8 +98,6 @@ def paired_difference(
     Args:
         ground_truth: a COCO dict of the evaluated images.
         results_a, results_b: COCO results lists of the two models.
-        map: replaces the built-in one, for example to run elsewhere. The numbers do not depend on
-            it.
 
     Raises:
         ValueError: as for `match_table`; there are no images; a number is out of range.
@@ -115,27 +107,14 @@ def paired_difference(
             f"resamples={resamples} must be at least 1, and confidence={confidence} in 0..1"
         )
     began_s = time.perf_counter()
-    table_a = match_table(ground_truth, results_a, AREA_RANGES[:1])
-    table_b = match_table(ground_truth, results_b, AREA_RANGES[:1])
-    num_images = len(table_a.image_ids)
-    if num_images == 0:
-        raise ValueError("the ground truth lists no images, so there is nothing to compare")
-    whole, drawn = _resample_all(table_a, table_b, seed, resamples, map)
-
-    num_categories = len(table_a.category_ids)
-    ap = _means(whole)  # 2 3
-    per_category = _categories(table_a, whole.mean(axis=2), drawn[..., :num_categories], confidence)
-    names = ("AP", "AP50", "AP75")
-    metrics = {
-        name: MetricDifference(
-            float(ap[0, i]),
-            float(ap[1, i]),
-            float(ap[1, i] - ap[0, i]),
-            *_interval(_differences(drawn[..., num_categories + i]), confidence),
-        )
-        for i, name in enumerate(names)
-    }
-    main = metrics["AP"]
+    tables = [match_table(ground_truth, one, AREA_RANGES[:1]) for one in (results_a, results_b)]
+    whole, drawn = _resample(tables, seed, resamples)
+    num_images, num_categories = len(tables[0].image_ids), len(tables[0].category_ids)
+    metrics = [
+        MetricDifference(a, b, b - a, *_interval(_differences(drawn[..., place]), confidence))
+        for place, (a, b) in enumerate(_means(whole).T.tolist(), start=num_categories)
+    ]
+    main = metrics[0]
     return PairedDifference(
         ap_a=main.value_a,
         ap_b=main.value_b,
@@ -143,13 +122,15 @@ def paired_difference(
         low=main.low,
         high=main.high,
         p_value=_p_value(_differences(drawn[..., num_categories]), main.difference, num_images),
-        per_category=per_category,
+        per_category=_categories(
+            tables[0], whole.mean(axis=2), drawn[..., :num_categories], confidence
+        ),
         resamples=resamples,
         seconds=time.perf_counter() - began_s,
         confidence=confidence,
         seed=seed,
         num_images=num_images,
-        others=tuple((name, metrics[name]) for name in names[1:]),
+        others=tuple(zip(("AP50", "AP75"), metrics[1:], strict=True)),
     )
 
 
@@ -169,13 +150,9 @@ def ap_interval(
         ValueError: as for `match_table`, or there are no images.
     """
     table = match_table(ground_truth, results, AREA_RANGES[:1])
-    num_images = len(table.image_ids)
-    if num_images == 0:
-        raise ValueError("the ground truth lists no images")
-    draws = [multiplicities(num_images, seed, index) for index in range(resamples)]
-    one = ApTable.build(table, int(max(draw.max() for draw in draws)))
-    drawn = np.array([_means(weighted_ap(one, draw)[None])[0, 0] for draw in draws])
-    return _interval(drawn[~np.isnan(drawn)], confidence)
+    _, drawn = _resample([table], seed, resamples)
+    ap = drawn[:, 0, len(table.category_ids)]
+    return _interval(ap[~np.isnan(ap)], confidence)
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
@@ -194,42 +171,34 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _resample_all(
-    table_a: MatchTable, table_b: MatchTable, seed: int, resamples: int, map: MapLike
+def _resample(
+    tables: Sequence[MatchTable], seed: int, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the AP of all images (2 K T), and of each resample as from `_resample`: B 2 K+3."""
-    num_images = len(table_a.image_ids)
-    draws = (multiplicities(num_images, seed, index).max() for index in range(resamples))
-    max_copies = int(max(draws))
-    pair = ApTable.build(table_a, max_copies), ApTable.build(table_b, max_copies)
-    whole = np.stack([weighted_ap(t, np.ones(num_images, np.int64)) for t in pair])
-    chunks = [
-        tuple(range(first, min(first + CHUNK, resamples))) for first in range(0, resamples, CHUNK)
-    ]
-    parts = map(partial(_resample, pair, seed), chunks)
-    return whole, np.concatenate(list(parts))
+    """Return AP of all images (M K T), and of each resample by category, then AP, AP50 and AP75.
 
-
-def _resample(pair: tuple[ApTable, ApTable], seed: int, indices: Chunk) -> np.ndarray:
-    """Return the AP of each category, then AP, AP50 and AP75, of each model: B 2 K+3."""
-    rows = []
-    for index in indices:
-        weights = multiplicities(pair[0].num_images, seed, index)
-        ap = np.stack([weighted_ap(table, weights) for table in pair])  # 2 K T
-        rows.append(np.concatenate([ap.mean(axis=2), _means(ap)], axis=1))
-    return np.stack(rows)
+    Returns:
+        M K T and B M K+3, for M models. NaN where there is no box to find.
+    """
+    num_images = len(tables[0].image_ids)
+    if num_images == 0:
+        raise ValueError("the ground truth lists no images, so there is nothing to compare")
+    draws = [multiplicities(num_images, seed, index) for index in range(resamples)]
+    prepared = [ApTable.build(table, max(int(draw.max()) for draw in draws)) for table in tables]
+    once = np.ones(num_images, np.int64)
+    whole, *drawn = (
+        np.stack([weighted_ap(table, weights) for table in prepared]) for weights in (once, *draws)
+    )
+    rows = [np.concatenate([ap.mean(axis=2), _means(ap)], axis=1) for ap in drawn]
+    return whole, np.stack(rows)
 
 
 def _means(ap: np.ndarray) -> np.ndarray:
-    """Return AP, AP50 and AP75 over the categories that have boxes: 2 K T to 2 3, NaN if none."""
+    """Return AP, AP50 and AP75 over the categories that have boxes: M K T to M 3, NaN if none."""
     there = ap[:, ~np.isnan(ap[0, :, 0])]
     if not there.shape[1]:
-        return np.full((2, 3), np.nan)
-    by_threshold = there.mean(axis=1)  # 2 T
-    return np.stack(
-        [by_threshold.mean(axis=1), by_threshold[:, AP50_INDEX], by_threshold[:, AP75_INDEX]],
-        axis=1,
-    )
+        return np.full((len(ap), 3), np.nan)
+    by_threshold = there.mean(axis=1)  # M T
+    return np.column_stack([by_threshold.mean(axis=1), by_threshold[:, [AP50_INDEX, AP75_INDEX]]])
 
 
 def _differences(drawn: np.ndarray) -> np.ndarray:
@@ -252,20 +221,21 @@ def _categories(
     """Return each category's difference. `whole` is 2 K, `drawn` is B 2 K."""
     counts = table.truth_counts[0]
     category, image = table.truth_category[counts], table.truth_image[counts]
-    num_boxes = np.bincount(category, minlength=len(table.category_ids))
+    num_categories = len(table.category_ids)
+    num_boxes = np.bincount(category, minlength=num_categories)
     shown = np.unique(category * len(table.image_ids) + image) // max(1, len(table.image_ids))
-    num_images = np.bincount(shown, minlength=len(table.category_ids))
-    differences = [_differences(drawn[..., k]) for k in range(len(table.category_ids))]
+    num_images = np.bincount(shown, minlength=num_categories)
+    gain = whole[1] - whole[0]
+    differences = [_differences(drawn[..., k]) for k in range(num_categories)]
     p_values = [
-        _p_value(values, float(whole[1, k] - whole[0, k]), int(num_images[k]))
-        for k, values in enumerate(differences)
+        _p_value(values, float(gain[k]), int(num_images[k])) for k, values in enumerate(differences)
     ]
     adjusted = benjamini_hochberg(p_values)
     return {
         category_id: CategoryDifference(
             float(whole[0, k]),
             float(whole[1, k]),
-            float(whole[1, k] - whole[0, k]),
+            float(gain[k]),
             *_interval(differences[k], confidence),
             p_values[k],
             adjusted[k],

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from deta.platform.evaluation.evaluation_folder import FACTS, StoredEvaluation, read_evaluation
 from deta.platform.evaluation.paired_bootstrap import paired_difference
@@ -28,7 +27,6 @@ class GateJudge:
     # Evaluations that replace the registered ones: folders by SHA-256 of the weights.
     evaluations: Mapping[str, Path] = field(default_factory=dict)
     measure_on: str | None = None  # device; None: use the latencies measured at registration
-    map: Callable[..., Any] = map  # computes the resamples
     echo: Callable[[str], None] = print
     _known: dict[int, tuple[Candidate, StoredEvaluation | None]] = field(default_factory=dict)
 
@@ -56,7 +54,6 @@ class GateJudge:
                     resamples=self.policy.resamples,
                     seed=self.policy.seed,
                     confidence=self.policy.confidence,
-                    map=self.map,
                 )
         return decide(one, other, self.policy, difference, names)
 
