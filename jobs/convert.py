@@ -27,25 +27,24 @@ A tensor that is missing, unused or of another shape is an error, unless it is a
 
 from __future__ import annotations
 
-import argparse
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool
-from deta.jobs.model_options import known_changes
+from tyro.conf import Positional, UseAppendAction
+
+from deta.jobs.command_line import echo, read_command_line, refuse, run_tool
+from deta.jobs.model_options import refuse_without_effect
+from deta.platform.run.config import RunConfig, override
 from deta.platform.system.atomic_write import write_json
 from deta.platform.system.safe_read import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deta.platform.run.config import RunConfig
     from deta.platform.weights.class_mapping import FileClasses
     from deta.platform.weights.model_file import ModelFile
 
-LAYOUTS = ("ours", "official", "detrex", "huggingface")
 SUFFIXES = {
     "ours": (".safetensors",),
     "official": (".pth", ".safetensors"),
@@ -65,69 +64,56 @@ class _Weights:
     source: dict[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    source: Positional[str] = ""  # a file, run or https://…
+    # The layout to write; without it, nothing is written.
+    to: Literal["ours", "official", "detrex", "huggingface"] | None = None
+    output: Path | None = None  # the file; without it, named by SOURCE, here
+    variant: str | None = None  # without it, chosen by the tensors
+    # The classes of the rows of SOURCE: annotations in COCO format, a config.json of Hugging Face,
+    # or a text file with one name per line.
+    classes: Path | None = None
+    # Annotations in COCO format: keep their classes, matched by name; new ones are random.
+    for_data: Path | None = None
+    # How --for-data matches classes.
+    init_classes: Literal["by_name", "in_order", "drop"] = "by_name"
+    allow_missing: UseAppendAction[tuple[str, ...]] = ()  # our names that may be missing
+    allow_unused: UseAppendAction[tuple[str, ...]] = ()  # the file's names that may be unused
+    report: Path | None = None  # write the report as JSON
+    list: bool = False  # list the published files and exit
+
+
 def main() -> NoReturn:
-    parser = described_parser(
-        __doc__,
-        "Keys of the configuration that matter here: model.*, postprocess.* and "
-        "data.evaluation_size.*\nThe exit code is 2 for a file that was refused, 0 for one "
-        "that was converted or is complete.",
+    options, changes = read_command_line(
+        ConvertOptions,
+        f"{__doc__}\nKeys of the configuration that matter here: model.*, postprocess.* and "
+        "data.evaluation_size.*",
+        RunConfig(),
     )
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="file, run or https://…")
-    parser.add_argument("--to", choices=LAYOUTS, help="the layout to write; default: none")
-    parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="default: named by SOURCE, here"
-    )
-    parser.add_argument("--variant", metavar="NAME", help="default: chosen by the tensors")
-    parser.add_argument(
-        "--classes",
-        metavar="FILE",
-        type=Path,
-        help="the classes of the rows of SOURCE: annotations in COCO format, a config.json of "
-        "Hugging Face, or a text file with one name per line",
-    )
-    parser.add_argument(
-        "--for-data",
-        metavar="FILE",
-        type=Path,
-        help="annotations in COCO format: keep their classes, matched by name; new ones are random",
-    )
-    parser.add_argument(
-        "--init-classes",
-        choices=("by_name", "in_order", "drop"),
-        default="by_name",
-        help="how --for-data matches classes, default by_name",
-    )
-    for name, whose in (("missing", "our"), ("unused", "the file's")):
-        parser.add_argument(
-            f"--allow-{name}", metavar="PATTERN", action="append", default=[],
-            help=f"{whose} names that may be {name}; may be given more than once",
-        )  # fmt: skip
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write the report as JSON")
-    parser.add_argument("--list", action="store_true", help="list the published files and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the variant")
-    arguments = parser.parse_intermixed_args()
-    if arguments.list:
+    if options.list:
         from deta.platform.weights.published_catalogue import format_catalogue
 
         echo(format_catalogue())
         raise SystemExit(0)
-    if arguments.source is None:
-        parser.error("name a SOURCE, or use --list to see the published files")
-    run_tool(lambda: _prepare(arguments), lambda weights: _write(weights, arguments))
+    if not options.source:
+        refuse(ValueError("name a SOURCE, or use --list to see the published files"))
+    run_tool(lambda: _prepare(options, changes), lambda weights: _write(weights, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> _Weights:
+def _prepare(options: ConvertOptions, changes: dict[str, str]) -> _Weights:
     from deta.platform.system.download import fetch
     from deta.platform.weights.backbone_file import is_backbone
     from deta.platform.weights.weight_files import read_weights
 
-    if arguments.to is not None:
-        output = _output(arguments)
-        if output.suffix not in SUFFIXES[arguments.to]:
-            raise ValueError(f"{output}: end the name in {' or '.join(SUFFIXES[arguments.to])}")
+    if options.to is not None:
+        output = _output(options)
+        if output.suffix not in SUFFIXES[options.to]:
+            raise ValueError(f"{output}: end the name in {' or '.join(SUFFIXES[options.to])}")
         if output.is_dir():
             raise ValueError(f"{output}: is a folder; name the file to write")
-    path = fetch(arguments.source, echo=echo)
+    refuse_without_effect(changes, CONVERSION_KEYS)
+    path = fetch(options.source, echo=echo)
     if path.is_dir() or path.name == "best":
         from deta.platform.checkpoint.local import find_checkpoint
 
@@ -135,26 +121,25 @@ def _prepare(arguments: argparse.Namespace) -> _Weights:
     tensors = None if path.is_dir() else read_weights(path)
     source = {"file": path.name, "sha256": _weights_sha256(path)}
     if tensors is not None and is_backbone(tensors):
-        return _prepare_backbone(path, tensors, arguments, source)
-    return _prepare_detector(_open(path, tensors, arguments), arguments, source)
+        return _prepare_backbone(path, tensors, options, source)
+    return _prepare_detector(_open(path, tensors, changes, options), options, source)
 
 
 def _open(
-    path: Path, tensors: dict[str, Tensor] | None, arguments: argparse.Namespace
+    path: Path,
+    tensors: dict[str, Tensor] | None,
+    changes: dict[str, str],
+    options: ConvertOptions,
 ) -> ModelFile:
     """Open a detector with the configuration of the named variant, or of the best match."""
-    from dataclasses import replace
-
     from deta.jobs.recipes import find_variant
     from deta.model.pretrained_anchor import is_anchor_detr
-    from deta.platform.run.config import override
     from deta.platform.weights.class_mapping import listed_classes
     from deta.platform.weights.converted_file import is_converted
     from deta.platform.weights.model_file import identify, open_model_file
 
-    changes = known_changes(arguments.overrides, CONVERSION_KEYS)
     if tensors is None or is_converted(path):
-        if arguments.variant is not None:
+        if options.variant is not None:
             raise ValueError(
                 "--variant is for published files; this file holds its own configuration"
             )
@@ -162,19 +147,17 @@ def _open(
     else:
         is_swin = any("relative_position_bias_table" in name for name in tensors)
         likely = "anchor_detr_r50" if is_anchor_detr(tensors) else "deta_r50"
-        variant = arguments.variant or ("deta_swin_l" if is_swin else likely)
+        variant = options.variant or ("deta_swin_l" if is_swin else likely)
         file = identify(path, tensors, find_variant(variant))
         echo(f"variant: {variant}, for everything that the tensors do not show")
     file = replace(file, config=override(file.config, changes))
-    if arguments.classes is not None:
-        classes = listed_classes(arguments.classes, file.classes.num_rows)
+    if options.classes is not None:
+        classes = listed_classes(options.classes, file.classes.num_rows)
         file = replace(file, classes=classes)
     return file
 
 
-def _prepare_detector(
-    file: ModelFile, arguments: argparse.Namespace, source: dict[str, str]
-) -> _Weights:
+def _prepare_detector(file: ModelFile, options: ConvertOptions, source: dict[str, str]) -> _Weights:
     from deta.platform.inference.image_paths import read_listing
     from deta.platform.weights.conversion_report import (
         adapt_classes,
@@ -190,24 +173,22 @@ def _prepare_detector(
         f"{model.num_queries} queries, logit_eps {model.logit_eps:g}"
     )
     echo(f"classes: {file.classes.origin}\n")
-    report = compare_with_model(file, arguments.allow_missing, arguments.allow_unused)
+    report = compare_with_model(file, options.allow_missing, options.allow_unused)
     echo(report.table() + "\n")
-    if arguments.report is not None:
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.report, report.as_json() | {"source": source})
+    if options.report is not None:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.report, report.as_json() | {"source": source})
     state, config, classes = complete_state(file, report), file.config, file.classes
-    if arguments.for_data is not None:
-        categories, _ = read_listing(arguments.for_data)
-        state, config, classes, plan = adapt_classes(
-            file, state, categories, arguments.init_classes
-        )
+    if options.for_data is not None:
+        categories, _ = read_listing(options.for_data)
+        state, config, classes, plan = adapt_classes(file, state, categories, options.init_classes)
         for line in plan.lines:
             echo(line)
     return _Weights(state, config, classes, source | {"layout": file.layout})
 
 
 def _prepare_backbone(
-    path: Path, tensors: dict[str, Tensor], arguments: argparse.Namespace, source: dict[str, str]
+    path: Path, tensors: dict[str, Tensor], options: ConvertOptions, source: dict[str, str]
 ) -> _Weights:
     from deta.jobs.recipes import find_variant
     from deta.platform.weights.backbone_file import rename_backbone
@@ -219,39 +200,37 @@ def _prepare_backbone(
         raise WeightsError(f"{path}: {error}") from error
     echo(f"layout: a backbone of {layout}, sha256 {source['sha256']}")
     echo(f"{len(renamed)} tensors; not used: {', '.join(unused) or 'none'}")
-    if arguments.to not in (None, "ours"):
+    if options.to not in (None, "ours"):
         raise ValueError(
             f"{path}: holds a backbone alone, which can only be written with --to ours"
         )
     return _Weights(renamed, find_variant("deta_r50"), None, source | {"layout": layout})
 
 
-def _write(weights: _Weights, arguments: argparse.Namespace) -> int:
+def _write(weights: _Weights, options: ConvertOptions) -> int:
     from deta.model.architectures import layouts_of
     from deta.platform.weights.converted_file import write_converted
     from deta.platform.weights.weight_files import write_torch_file, write_weights
 
-    if arguments.to is None:
+    if options.to is None:
         echo("complete; use --to to write it")
         return 0
-    output, model = _output(arguments), weights.config.model
+    output, model = _output(options), weights.config.model
     if weights.classes is None:
         write_weights(output, weights.tensors, {"source": str(weights.source)})
         echo(f"{output}: use it as init_backbone")
         return 0
-    if arguments.to == "ours":
+    if options.to == "ours":
         write_converted(output, weights.tensors, weights.config, weights.classes, weights.source)
         echo(f"{output}: sha256 {_weights_sha256(output)}")
         return 0
-    published = layouts_of(model).to_published(weights.tensors, model, arguments.to)
+    published = layouts_of(model).to_published(weights.tensors, model, options.to)
     if output.suffix == ".safetensors":
         write_weights(output, published)
     else:
-        write_torch_file(
-            output, published if arguments.to == "huggingface" else {"model": published}
-        )
+        write_torch_file(output, published if options.to == "huggingface" else {"model": published})
     echo(f"{output}: {len(published)} tensors, sha256 {_weights_sha256(output)}")
-    for note in _notes(weights.config, arguments.to):
+    for note in _notes(weights.config, options.to):
         echo(note)
     return 0
 
@@ -275,13 +254,14 @@ def _notes(config: RunConfig, layout: str) -> list[str]:
     return notes
 
 
-def _output(arguments: argparse.Namespace) -> Path:
-    if arguments.output is not None:
-        return Path(arguments.output)
-    stem = Path(arguments.source.partition("#")[0].partition("?")[0]).name
+def _output(options: ConvertOptions) -> Path:
+    if options.output is not None:
+        return options.output
+    assert options.to is not None
+    stem = Path(options.source.partition("#")[0].partition("?")[0]).name
     stem = stem.rpartition(".")[0] if Path(stem).suffix else stem
-    kind = "" if arguments.to == "ours" else f".{arguments.to}"
-    output = Path(f"{stem}{kind}{SUFFIXES[arguments.to][0]}")
+    kind = "" if options.to == "ours" else f".{options.to}"
+    output = Path(f"{stem}{kind}{SUFFIXES[options.to][0]}")
     if output.exists():
         raise ValueError(f"{output}: already exists; choose another with --output")
     return output
@@ -290,7 +270,7 @@ def _output(arguments: argparse.Namespace) -> Path:
 def _weights_sha256(path: Path) -> str:
     """Return the hash of a file or of a checkpoint's weights; empty if there is no such file."""
     file = path / "model.safetensors" if path.is_dir() else path
-    return file_sha256(file) if os.path.isfile(file) else ""
+    return file_sha256(file) if file.is_file() else ""
 
 
 if __name__ == "__main__":

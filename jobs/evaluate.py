@@ -22,23 +22,21 @@ It runs in one process on one device. AP does not depend on the device, up to ro
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from deta.jobs.command_line import echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
-    known_changes,
+    ModelOptions,
     local_weights,
-    model_parser,
     named_variant,
     open_predictor,
+    read_model_options,
 )
-from deta.platform.run.config import RunConfig, flatten
+from deta.platform.run.config import RunConfig, flatten, override
 from deta.platform.system.atomic_write import write_json
 
 # Before anything slow is imported: --help does not need it.
@@ -53,90 +51,64 @@ EVALUATION_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _EvaluateInputs:
-    predictor: Predictor
-    dataset: CocoDataset
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    images: str  # a folder; or shards, a folder or address (jobs/pack.py)
+    annotations: str = ""  # a file, COCO format; shards hold theirs
+    results: Path | None = None  # write detections into this file, COCO JSON
+    pictures: Path | None = None  # write a sheet of true and found boxes (.png)
+    out: Path | None = None  # write the evaluation into this folder, with report.html
 
 
 def main() -> NoReturn:
-    parser = model_parser(
-        __doc__,
-        "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
-        "data.lenient,\ndata.loader_workers, data.max_pixels, evaluation.engine (hotcoco or "
-        "pycocotools), precision,\nmicro_batch_size, num_pictures and model.*",
-    )
-    parser.add_argument(
-        "--images",
-        metavar="FOLDER",
-        required=True,
-        help="images; or shards, a folder or address (jobs/pack.py)",
-    )
-    parser.add_argument(
-        "--annotations", metavar="FILE", default="", help="COCO format; shards hold theirs"
-    )
-    parser.add_argument("--results", metavar="FILE", type=Path, help="write detections, COCO JSON")
-    parser.add_argument(
-        "--pictures", metavar="FILE", type=Path, help="write a sheet of true and found boxes (.png)"
-    )
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help="write the evaluation, with report.html"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change the configuration"
-    )
-    arguments = parser.parse_intermixed_args()
-    run_tool(lambda: _prepare(arguments), lambda inputs: _evaluate(inputs, arguments))
+    options, changes = read_model_options(EvaluateOptions, __doc__, EVALUATION_KEYS)
+    run_tool(lambda: _prepare(options, changes), lambda opened: _evaluate(*opened, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> _EvaluateInputs:
+def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predictor, CocoDataset]:
     from PIL import Image
 
     from deta.platform.shards.open_dataset import open_dataset
 
-    changes = known_changes(arguments.overrides, EVALUATION_KEYS)
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"{arguments.out}: is a file; name a folder to write")
-    for path in (arguments.results, arguments.pictures):
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"{options.out}: is a file; name a folder to write")
+    for path in (options.results, options.pictures):
         if path is not None and path.is_dir():
             raise ValueError(f"{path}: is a folder; name the file to write")
-    if arguments.pictures is not None:
+    if options.pictures is not None:
         suffixes = Image.registered_extensions()
-        if suffixes.get(arguments.pictures.suffix.lower()) not in Image.SAVE:
-            raise ValueError(f"{arguments.pictures}: end the name in .png or .jpg")
+        if suffixes.get(options.pictures.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"{options.pictures}: end the name in .png or .jpg")
 
     def open_images(config: RunConfig) -> CocoDataset:
         return open_dataset(
-            arguments.images,
-            arguments.annotations,
+            options.images,
+            options.annotations,
             lenient=config.data.lenient,
             max_pixels=config.data.max_pixels,
             progress=True,
         )
 
-    arguments.weights = local_weights(arguments.weights)
-    if not arguments.weights.is_file():
-        predictor = open_predictor(arguments, changes)
+    weights = local_weights(options.weights)
+    options = replace(options, weights=str(weights))
+    if not weights.is_file():
+        predictor = open_predictor(options, changes)
         dataset = open_images(predictor.config)
-        predictor.check_categories(dataset.categories, arguments.annotations or arguments.images)
+        predictor.check_categories(dataset.categories, options.annotations or options.images)
     else:
-        from deta.platform.run.config import override
-
-        dataset = open_images(override(named_variant(arguments), changes))
-        predictor = open_predictor(arguments, changes, dataset.categories)
-    if arguments.pictures is not None and predictor.config.num_pictures == 0:
+        dataset = open_images(override(named_variant(options), changes))
+        predictor = open_predictor(options, changes, dataset.categories)
+    if options.pictures is not None and predictor.config.num_pictures == 0:
         raise ValueError("num_pictures=0 leaves --pictures without images; leave one of them out")
-    return _EvaluateInputs(predictor, dataset)
+    return predictor, dataset
 
 
-def _evaluate(inputs: _EvaluateInputs, arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptions) -> int:
     from deta.platform.data.draw_boxes import write_validation_sheet
     from deta.platform.data.image_decoding import ImageError
+    from deta.platform.data.progress import progress_bar
     from deta.platform.launch.console import duration
 
-    predictor, dataset = inputs.predictor, inputs.dataset
     echo(f"model: {predictor.description}")
     echo(
         f"data: {len(dataset)} images, {len(dataset.categories)} classes, "
@@ -144,13 +116,12 @@ def _evaluate(inputs: _EvaluateInputs, arguments: argparse.Namespace) -> int:
     )
     began_s = last_s = time.perf_counter()
 
-    # disable=None: no progress bar without a terminal
-    with tqdm(total=len(dataset), unit=" images", file=sys.stderr, disable=None) as bar:
+    with progress_bar("images", len(dataset)) as advance:
 
         def on_batch(num_images: int) -> None:
             nonlocal last_s
             last_s = time.perf_counter()
-            bar.update(num_images)
+            advance(num_images)
 
         try:
             evaluation = predictor.evaluate(dataset, on_batch=on_batch)
@@ -166,23 +137,25 @@ def _evaluate(inputs: _EvaluateInputs, arguments: argparse.Namespace) -> int:
         f"{len(dataset)} images in {duration(elapsed_s)}, {len(dataset) / elapsed_s:.1f} images/s "
         f"on {predictor.device.type}"
     )
-    if arguments.results is not None:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.results, evaluation.results)
-        echo(f"{len(evaluation.results)} detections: {arguments.results}")
-    if arguments.pictures is not None:
+    if options.results is not None:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.results, evaluation.results)
+        echo(f"{len(evaluation.results)} detections: {options.results}")
+    if options.pictures is not None:
         num_pictures = predictor.config.num_pictures
-        write_validation_sheet(arguments.pictures, dataset, evaluation.results, num_pictures)
-        echo(f"images with boxes: {arguments.pictures}")
-    if arguments.out is not None:
-        _write_folder(inputs, evaluation, arguments, elapsed_s)
+        write_validation_sheet(options.pictures, dataset, evaluation.results, num_pictures)
+        echo(f"images with boxes: {options.pictures}")
+    if options.out is not None:
+        _write_folder(options.out, predictor, dataset, evaluation, options, elapsed_s)
     return 0
 
 
 def _write_folder(
-    inputs: _EvaluateInputs,
+    out: Path,
+    predictor: Predictor,
+    dataset: CocoDataset,
     evaluation: EvaluationResult,
-    arguments: argparse.Namespace,
+    options: EvaluateOptions,
     elapsed_s: float,
 ) -> None:
     """Write the evaluation folder with its report, and print how long that took."""
@@ -191,15 +164,14 @@ def _write_folder(
     from deta.platform.analysis.report import write_evaluation_report
     from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 
-    predictor, dataset = inputs.predictor, inputs.dataset
     began_s = time.perf_counter()
-    ground_truth, out = dataset.ground_truth, arguments.out
+    ground_truth = dataset.ground_truth
     explanation = explain(ground_truth, evaluation.results)
     origin = Origin(
         description=predictor.description,
         data_fingerprint=dataset.fingerprint,
-        annotations=arguments.annotations,
-        image_folder=str(arguments.images),
+        annotations=options.annotations,
+        image_folder=options.images,
         weights_sha256=predictor.weights_sha256,
         config=flatten(predictor.config),
         engine=predictor.config.evaluation.engine,

@@ -37,18 +37,23 @@ the longer side in a box is deleted, and the exit code is 1.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from deta.jobs.command_line import echo, run_tool
-from deta.jobs.model_options import PREDICTION_KEYS, known_changes, model_parser, open_predictor
+from deta.jobs.model_options import (
+    PREDICTION_KEYS,
+    ModelOptions,
+    open_predictor,
+    read_model_options,
+)
 from deta.platform.system.atomic_write import write_json
 
 if TYPE_CHECKING:
@@ -61,11 +66,14 @@ if TYPE_CHECKING:
 FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
 
 
-@dataclass(frozen=True)
-class _ExportInputs:
-    predictor: Predictor
-    images: list[Path]
-    formats: list[str]
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(ModelOptions):
+    output: Path  # a folder
+    format: Literal["pt2", "onnx"] | None = None  # write only this file
+    check_images: tuple[str, ...] = ()  # real images: files, folders or quoted patterns
+    check_first: int = 20  # images to check
+    check_batch: int = 4  # images per batch
+    unverified: bool = False  # write the files without checking them
 
 
 @dataclass(frozen=True)
@@ -79,84 +87,55 @@ class _Checked:
 
 
 def main() -> NoReturn:
-    parser = model_parser(
-        __doc__ or "",
-        "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
-        "data.max_pixels\nand model.*",
-    )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
-    parser.add_argument(
-        "--format", choices=list(FILE_NAMES), help="write only this file; default: both"
-    )
-    parser.add_argument(
-        "--check-images",
-        metavar="IMAGE",
-        nargs="+",
-        help="real images: files, folders or quoted patterns",
-    )
-    parser.add_argument(
-        "--check-first", metavar="N", type=int, default=20, help="images to check; default 20"
-    )
-    parser.add_argument(
-        "--check-batch", metavar="N", type=int, default=4, help="images per batch; default 4"
-    )
-    parser.add_argument(
-        "--unverified", action="store_true", help="write the files without checking them"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change the configuration"
-    )
-    arguments = parser.parse_intermixed_args()
-    run_tool(lambda: _prepare(arguments), lambda inputs: _export(inputs, arguments))
+    options, changes = read_model_options(ExportOptions, __doc__, PREDICTION_KEYS)
+    run_tool(lambda: _prepare(options, changes), lambda opened: _export(*opened, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> _ExportInputs:
+def _prepare(options: ExportOptions, changes: dict[str, str]) -> tuple[Predictor, list[Path]]:
     from deta.platform.inference.batching import check_headers
     from deta.platform.inference.image_paths import find_images
 
-    if (arguments.check_images is None) != arguments.unverified:
+    if bool(options.check_images) == options.unverified:
         raise ValueError(
             "give images to check the files with: --check-images IMAGE …; or add --unverified"
         )
-    if arguments.check_first < 1 or arguments.check_batch < 1:
+    if options.check_first < 1 or options.check_batch < 1:
         raise ValueError("--check-first and --check-batch must be at least 1")
-    if arguments.output.is_file():
-        raise ValueError(f"{arguments.output}: is a file; name a folder")
-    changes = known_changes(arguments.overrides, PREDICTION_KEYS)
+    if options.output.is_file():
+        raise ValueError(f"{options.output}: is a file; name a folder")
     if changes.setdefault("precision", "fp32") != "fp32":
         raise ValueError("precision: files are exported in fp32; leave this key out")
-    formats = [arguments.format] if arguments.format else list(FILE_NAMES)
-    if "onnx" in formats:
+    if options.format != "pt2":
         _require_onnx()
-    paths = [file.path for file in find_images(arguments.check_images or [], echo)]
-    paths = _spread(paths, arguments.check_first)
-    predictor = open_predictor(arguments, changes)
+    paths = [file.path for file in find_images(options.check_images, echo)]
+    number = min(options.check_first, len(paths))
+    paths = [paths[i * len(paths) // number] for i in range(number)]  # evenly spread
+    predictor = open_predictor(options, changes)
     check_headers(paths, predictor.config.data.max_pixels)
-    return _ExportInputs(predictor, paths, formats)
+    return predictor, paths
 
 
-def _export(inputs: _ExportInputs, arguments: argparse.Namespace) -> int:
+def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> int:
     import torch
 
     from deta.platform.data.image_decoding import decode
     from deta.platform.inference.export import trace_detector, write_onnx
     from deta.platform.launch.console import duration
 
-    predictor = inputs.predictor
     echo(f"model: {predictor.description}")
     echo("tracing; a model of the published size takes minutes …")
     began_s = time.perf_counter()
     program = trace_detector(predictor.model, predictor.config.postprocess, predictor.device)
     echo(f"traced in {duration(time.perf_counter() - began_s)}")
     max_pixels = predictor.config.data.max_pixels
-    images = [decode(path, max_pixels) for path in inputs.images]
+    images = [decode(path, max_pixels) for path in paths]
     eager_speed = _eager_speed(predictor, images) if images else None
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     checked: dict[str, _Checked] = {}
     refused = False
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=arguments.output) as folder:
-        for format_ in inputs.formats:
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.output) as folder:
+        for format_ in [options.format] if options.format else FILE_NAMES:
             path = Path(folder) / FILE_NAMES[format_]
             began_s = time.perf_counter()
             if format_ == "pt2":
@@ -165,20 +144,20 @@ def _export(inputs: _ExportInputs, arguments: argparse.Namespace) -> int:
                 write_onnx(program, path)
             megabytes = path.stat().st_size / 1e6
             echo(f"{path.name}: {megabytes:.1f} MB in {duration(time.perf_counter() - began_s)}")
-            result = _check(path, predictor, images, arguments.check_batch)
+            result = _check(path, predictor, images, options.check_batch)
             if result.difference is not None and not result.difference.is_small:
                 echo(f"{path.name}: DELETED, its detections differ from the model's")
                 refused = True
                 continue
             checked[path.name] = result
         for name in checked:
-            shutil.move(Path(folder) / name, arguments.output / name)
+            shutil.move(Path(folder) / name, options.output / name)
     if checked:
         about = _about(predictor, checked, eager_speed)
-        write_json(arguments.output / "model.json", about)
+        write_json(options.output / "model.json", about)
     if not images:
         echo("NOT VERIFIED: no image was checked")
-    echo(f"{', '.join(checked) or 'nothing'}: {arguments.output}")
+    echo(f"{', '.join(checked) or 'nothing'}: {options.output}")
     return 1 if refused else 0
 
 
@@ -208,15 +187,13 @@ def _check(
     run = open_onnx(path) if path.suffix == ".onnx" else open_program(path, predictor.device)
     size, least = predictor.config.data.evaluation_size, least_side_px(predictor.model.config)
     difference = OutputDifference()
-    for batch in [*_groups(images, 1), *_groups(images, batch_size)]:
+    batches = [images[i : i + n] for n in (1, batch_size) for i in range(0, len(images), n)]
+    for batch in batches:
         packed = pack_images(batch, size, least)
         expected = run_eagerly(predictor, packed)
         for image, one, other in zip(batch, expected, unpack_detections(*run(packed)), strict=True):
-            limit, size_px = (
-                predictor.config.postprocess.max_detections,
-                (image.height, image.width),
-            )
-            difference += compare_detections(one, other, size_px, limit)
+            limit = predictor.config.postprocess.max_detections
+            difference += compare_detections(one, other, (image.height, image.width), limit)
     echo(f"{path.name}: largest differences: {difference}")
     speed = measure_runtime_speed(run, pack_images(images[:1], size, least))
     echo(f"{path.name}: {speed}")
@@ -287,10 +264,8 @@ def _versions() -> dict[str, str]:
 
     found = {}
     for package in ("deta-platform", "torch", "torchvision", "timm", "onnx", "onnxruntime"):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -303,18 +278,6 @@ def _require_onnx() -> None:
             f"ONNX needs {', '.join(missing)}: pip install 'deta-platform[export]', or take "
             "--format pt2"
         )
-
-
-def _spread(paths: Sequence[Path], number: int) -> list[Path]:
-    """Return `number` paths, evenly spread over the list."""
-    if len(paths) <= number:
-        return list(paths)
-    return [paths[i * len(paths) // number] for i in range(number)]
-
-
-def _groups(images: Sequence[Image.Image], length: int) -> Iterator[Sequence[Image.Image]]:
-    for start in range(0, len(images), length):
-        yield images[start : start + length]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from deta.jobs.command_line import described_parser, echo, read_changes
+from tyro.conf import Positional
+
+from deta.jobs.command_line import echo, read_command_line, refuse
 from deta.jobs.recipes import VARIANTS, find_variant
 from deta.platform.run.config import RunConfig, flatten
 
@@ -26,43 +28,68 @@ PREDICTION_KEYS = (
 )
 
 
-def model_parser(doc: str | None, epilog: str) -> argparse.ArgumentParser:
-    """Return a parser for a job that takes weights."""
-    variants = "\n  ".join(VARIANTS)
-    parser = described_parser(doc, f"{epilog}\n\nvariants:\n  {variants}")
-    parser.add_argument(
-        "weights", metavar="WEIGHTS", help="run, checkpoint, file, https://… or models:/…"
-    )
-    parser.add_argument(
-        "--variant",
-        metavar="NAME",
-        help=f"model of a published file, default {next(iter(VARIANTS))}",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if any"
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model, and where it runs."""
+
+    weights: Positional[str]  # a run, checkpoint, file, https://… or models:/…
+    # Model of a published file; without it, the first of the list above.
+    variant: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is any
 
 
-def known_changes(texts: Sequence[str], allowed: tuple[str, ...]) -> dict[str, str]:
-    """Split `key=value` arguments, of keys that have an effect here.
+Options = TypeVar("Options", bound=ModelOptions)
+
+
+def read_model_options(
+    kind: type[Options], doc: str | None, allowed: tuple[str, ...]
+) -> tuple[Options, dict[str, str]]:
+    """Read the command line of a job that takes weights; see `read_command_line`.
 
     Args:
-        allowed: how the keys that have an effect begin.
+        allowed: how the keys begin that have an effect here.
+    """
+    keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in allowed)
+    options, changes = read_command_line(
+        kind,
+        f"{doc}\nKeys of the configuration that matter here: {keys}\n\nvariants:\n  "
+        + "\n  ".join(VARIANTS),
+        RunConfig(),
+    )
+    try:
+        refuse_without_effect(changes, allowed)
+    except ValueError as error:
+        refuse(error)
+    return options, changes
 
+
+def refuse_without_effect(changes: Mapping[str, str], allowed: tuple[str, ...]) -> None:
+    """
     Raises:
-        ValueError: not of that form, or a key of the configuration that changes nothing here.
+        ValueError: a key of the configuration that changes nothing here.
     """
     known = flatten(RunConfig())
-    changes = read_changes(texts)
     for key in changes:
         if key in known and not key.startswith(allowed):
             raise ValueError(f"{key} changes nothing here; leave it out")
-    return changes
+
+
+def pick_device(name: str) -> str:
+    """Return cpu or cuda.
+
+    Raises:
+        ValueError: there is no CUDA device.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to use the CPU")
+    return "cuda" if has_cuda and name != "cpu" else "cpu"
 
 
 def open_predictor(
-    arguments: argparse.Namespace,
+    options: ModelOptions,
     changes: Mapping[str, str],
     categories: tuple[Category, ...] | None = None,
 ) -> Predictor:
@@ -74,23 +101,17 @@ def open_predictor(
     Raises:
         ValueError: the weights, the changes or the device cannot be used.
     """
-    import torch
-
     from deta.platform.checkpoint.local import find_checkpoint
     from deta.platform.inference.predictor import Predictor
     from deta.platform.weights.converted_file import is_converted
 
-    weights = local_weights(arguments.weights)
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; leave it out to use the CPU")
+    weights = local_weights(options.weights)
+    device = pick_device(options.device)
     if weights.is_file() and not is_converted(weights):
         return Predictor.from_published(
-            weights, named_variant(arguments), categories, device, changes
+            weights, named_variant(options), categories, device, changes
         )
-    if arguments.variant is not None:
+    if options.variant is not None:
         raise ValueError(
             "--variant is for published files; a checkpoint or a file of jobs/convert.py "
             "holds its own configuration, so leave it out"
@@ -118,5 +139,5 @@ def local_weights(weights: str | Path) -> Path:
     return fetch(str(weights), echo=echo)
 
 
-def named_variant(arguments: argparse.Namespace) -> RunConfig:
-    return find_variant(arguments.variant or next(iter(VARIANTS)))
+def named_variant(options: ModelOptions) -> RunConfig:
+    return find_variant(options.variant or next(iter(VARIANTS)))

@@ -24,9 +24,7 @@ later is reported, listed in images.json as unreadable, and makes the exit code 
 
 from __future__ import annotations
 
-import argparse
 import glob
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,9 +32,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tyro.conf import Positional
+
 from deta.jobs.command_line import echo, run_tool
-from deta.jobs.model_options import PREDICTION_KEYS, known_changes, model_parser, open_predictor
-from deta.platform.run.config import RunConfig, flatten
+from deta.jobs.model_options import (
+    PREDICTION_KEYS,
+    ModelOptions,
+    open_predictor,
+    read_model_options,
+)
 from deta.platform.system.atomic_write import write_json
 
 if TYPE_CHECKING:
@@ -55,119 +59,83 @@ class _Image:
     target: Path  # of the image with its boxes
 
 
-@dataclass(frozen=True)
-class _PredictInputs:
-    predictor: Predictor
-    image_files: list[_Image]
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(ModelOptions):
+    image: Positional[tuple[str, ...]] = ()  # files, folders or quoted patterns
+    output: Path  # a folder
+    threshold: float = 0.3  # least score to draw
+    annotations: Path | None = None  # a file, COCO format
+    batch_size: int = 1  # images of equal size per batch; does not change the results
+    no_pictures: bool = False  # draw no images, which is faster
 
 
 def main() -> NoReturn:
-    parser = model_parser(
-        __doc__ or "",
-        "Keys of the configuration that matter here: postprocess.*, data.evaluation_size.*, "
-        "data.max_pixels,\nprecision and model.*",
-    )
-    parser.add_argument(
-        "pictures",
-        nargs="+",
-        metavar="IMAGE",
-        help="file, folder or quoted pattern; key=value changes the configuration",
-    )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True)
-    parser.add_argument(
-        "--threshold",
-        metavar="SCORE",
-        type=float,
-        default=0.3,
-        help="least score to draw, default 0.3",
-    )
-    parser.add_argument("--annotations", metavar="FILE", type=Path, help="COCO format")
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=1,
-        help="images of equal size per batch; does not change the results; default 1",
-    )
-    parser.add_argument(
-        "--no-pictures", action="store_true", help="draw no images, which is faster"
-    )
-    arguments = parser.parse_intermixed_args()
-    run_tool(lambda: _prepare(arguments), lambda inputs: _predict(inputs, arguments))
+    options, changes = read_model_options(PredictOptions, __doc__, PREDICTION_KEYS)
+    run_tool(lambda: _prepare(options, changes), lambda opened: _predict(*opened, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> _PredictInputs:
+def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predictor, list[_Image]]:
     from deta.platform.inference.batching import check_headers
     from deta.platform.inference.image_paths import read_listing
 
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold {arguments.threshold} is not in 0..1")
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size} must be at least 1")
-    known = flatten(RunConfig())
-    settings = [text for text in arguments.pictures if text.partition("=")[0] in known]
-    changes = known_changes(settings, PREDICTION_KEYS)
-    texts = [text for text in arguments.pictures if text not in settings]
-    if not texts:
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold} is not in 0..1")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    if not options.image:
         raise ValueError("no images are given; name files or folders")
-    named_files = _find_pictures(texts, arguments.output)
+    named_files = _find_pictures(options.image, options.output)
 
     categories, image_ids = None, None
-    if arguments.annotations is not None:
-        categories, image_ids = read_listing(arguments.annotations)
-    image_files = _number(named_files, arguments.output, arguments.annotations, image_ids)
-    predictor = open_predictor(arguments, changes, categories)
+    if options.annotations is not None:
+        categories, image_ids = read_listing(options.annotations)
+    image_files = _number(named_files, options.output, options.annotations, image_ids)
+    predictor = open_predictor(options, changes, categories)
     if categories is not None:
-        predictor.check_categories(categories, str(arguments.annotations))
+        predictor.check_categories(categories, str(options.annotations))
     check_headers([image_file.path for image_file in image_files], predictor.config.data.max_pixels)
-    (arguments.output if arguments.no_pictures else arguments.output / "pictures").mkdir(
+    (options.output if options.no_pictures else options.output / "pictures").mkdir(
         parents=True, exist_ok=True
     )
-    return _PredictInputs(predictor, image_files)
+    return predictor, image_files
 
 
-def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+def _predict(predictor: Predictor, image_files: list[_Image], options: PredictOptions) -> int:
     from deta.platform.data.image_decoding import ImageError
+    from deta.platform.data.progress import progress_bar
     from deta.platform.evaluation.coco_metrics import to_coco_results
     from deta.platform.evaluation.detections_parquet import DetectionTable
 
-    predictor, image_files = inputs.predictor, inputs.image_files
     echo(f"model: {predictor.description}")
     by_path = {image_file.path: image_file for image_file in image_files}
     results: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     num_width = len(str(len(image_files)))
-    # disable=None: no progress bar without a terminal
-    bar = tqdm(total=len(image_files), unit=" images", file=sys.stderr, disable=None)
 
     def print_line(text: str) -> None:
         number = len(images) + len(unreadable)
-        bar.write(f"{number:>{num_width}}/{len(image_files)}  {text}", file=sys.stdout)
-        sys.stdout.flush()
-        bar.update()
+        echo(f"{number:>{num_width}}/{len(image_files)}  {text}")
+        advance(1)
 
     def on_unreadable(path: Path, error: ImageError) -> None:
-        image_file = by_path[path]
-        unreadable.append(_entry(image_file) | {"reason": str(error)})
+        unreadable.append(_entry(by_path[path]) | {"reason": str(error)})
         print_line(f"not readable: {error}")
 
     began_s = time.perf_counter()
     table = DetectionTable(
-        arguments.output / "detections.parquet", predictor.categories, predictor.weights_sha256
+        options.output / "detections.parquet", predictor.categories, predictor.weights_sha256
     )
-    with bar, table:
+    with progress_bar("images", len(image_files)) as advance, table:
         for path, found in predictor.predict_files(
-            by_path, batch_size=arguments.batch_size, on_unreadable=on_unreadable
+            by_path, batch_size=options.batch_size, on_unreadable=on_unreadable
         ):
             image_file = by_path[path]
-            width, height = _draw(image_file, found, predictor, arguments)
+            width, height = _draw(image_file, found, predictor, options)
             results += to_coco_results(found, image_file.image_id, predictor.category_ids)
             table.add(str(path), image_file.image_id, found)
             images.append(_entry(image_file) | {"width": width, "height": height})
-            shown = found.labels[found.scores >= arguments.threshold].tolist()
+            shown = found.labels[found.scores >= options.threshold].tolist()
             print_line(f"{image_file.name}  {_counts(shown, predictor.names)}")
     elapsed_s = time.perf_counter() - began_s
 
@@ -178,12 +146,12 @@ def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
         "categories": categories,
         "unreadable": unreadable,
     }
-    write_json(arguments.output / "images.json", listing)
-    write_json(arguments.output / "results.json", results)
+    write_json(options.output / "images.json", listing)
+    write_json(options.output / "results.json", results)
     echo("")
     echo(
         f"{len(images)} images, {len(images) / elapsed_s:.1f} images/s on "
-        f"{predictor.device.type}: {arguments.output}"
+        f"{predictor.device.type}: {options.output}"
     )
     if unreadable:
         echo(f"{len(unreadable)} of {len(image_files)} images could not be read, see above")
@@ -191,19 +159,19 @@ def _predict(inputs: _PredictInputs, arguments: argparse.Namespace) -> int:
 
 
 def _draw(
-    image_file: _Image, found: Detections, predictor: Predictor, arguments: argparse.Namespace
+    image_file: _Image, found: Detections, predictor: Predictor, options: PredictOptions
 ) -> tuple[int, int]:
     """Draw an image with its boxes unless --no-pictures. Returns its (width, height)."""
     from deta.platform.data.draw_boxes import draw_detections
     from deta.platform.data.image_decoding import decode, read_header
 
     max_pixels = predictor.config.data.max_pixels
-    if arguments.no_pictures:
+    if options.no_pictures:
         header = read_header(image_file.path, max_pixels)
         return header.width, header.height
     # Decoded again: images are large, and detections only need their size.
     image = decode(image_file.path, max_pixels)
-    shown = found.scores >= arguments.threshold
+    shown = found.scores >= options.threshold
     drawing = draw_detections(
         image, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names
     )

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Promote a registered version to champion (models:/NAME@champion) if it is better.
 
-  python jobs/promote.py 3 --dry-run                show the decision, criterion by criterion python
-  jobs/promote.py 3                          decide; the champion changes if all criteria pass
-  python jobs/promote.py 3 min_gain=0.005 --floor rivet=0.4 python jobs/promote.py 3 --force
-  --reason "the old one misses the new rivets altogether" python jobs/promote.py history
-  every decision: who, when, why, metrics python jobs/promote.py rollback --reason "false alarms at
-  night" python jobs/promote.py repair                     set the alias to what the history records
+  python jobs/promote.py 3 --dry-run          show the decision, criterion by criterion
+  python jobs/promote.py 3                    decide; the champion changes if all criteria pass
+  python jobs/promote.py 3 min_gain=0.005 --floor rivet=0.4
+  python jobs/promote.py 3 --force --reason "the old one misses the new rivets altogether"
+  python jobs/promote.py history              every decision: who, when, why, metrics
+  python jobs/promote.py rollback --reason "false alarms at night"
+  python jobs/promote.py repair               set the alias to what the history records
 
 A challenger passes if its files are the registered and evaluated ones, its lineage is
 complete, it was evaluated on the champion's images, the bootstrap interval of the
@@ -24,13 +25,14 @@ invalid command line, 1 if something fails or the history was tampered with.
 
 from __future__ import annotations
 
-import argparse
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool
+from tyro.conf import Positional, UseAppendAction
+
+from deta.jobs.command_line import echo, read_command_line, run_tool
 from deta.jobs.register import DEFAULT_NAME
 
 if TYPE_CHECKING:
@@ -41,63 +43,45 @@ HISTORY, ROLLBACK, REPAIR = "history", "rollback", "repair"
 REFUSED = 3  # exit code
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromoteOptions:
+    # Number or models:/NAME/NUMBER of a version; or history, rollback, repair.
+    what: Positional[str] = ""
+    name: str = DEFAULT_NAME  # of the model
+    dry_run: bool = False  # print the decision, change nothing
+    reason: str = ""  # recorded in the history
+    force: bool = False  # override the gate
+    to: int | None = None  # version for a rollback; without it, the previous one
+    by: str | None = None  # who promotes; without it, the user and this machine
+    floor: UseAppendAction[tuple[str, ...]] = ()  # CLASS=AP: least AP of a class, 0..1
+    # Folder of an evaluation of either version, instead of the registered one.
+    evaluation: UseAppendAction[tuple[Path, ...]] = ()
+    measure: Literal["cpu", "cuda"] | None = None  # measure the latency of both here
+    json: bool = False  # print the history as JSON, one line per entry
+    show: bool = False  # print the policy and stop
+
+
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    parser.add_argument(
-        "what", nargs="?", metavar="WHAT",
-        help=f"number or models:/NAME/NUMBER of a version; or {HISTORY}, {ROLLBACK}, {REPAIR}",
-    )  # fmt: skip
-    parser.add_argument("policy", nargs="*", metavar="key=value", help="change the policy")
-    parser.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
-    parser.add_argument("--dry-run", action="store_true", help="print the decision, change nothing")
-    parser.add_argument("--reason", default="", metavar="TEXT", help="recorded in the history")
-    parser.add_argument("--force", action="store_true", help="override the gate")
-    parser.add_argument(
-        "--to", type=int, metavar="NUMBER", help="version for a rollback; default: the previous one"
-    )
-    parser.add_argument("--by", metavar="WHO", help="default: the user and this machine")
-    parser.add_argument(
-        "--floor", action="append", default=[], metavar="CLASS=AP", help="least AP of a class, 0..1"
-    )
-    parser.add_argument(
-        "--evaluation", action="append", default=[], type=Path, metavar="FOLDER",
-        help="evaluation of either version, instead of the registered one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--measure", choices=("cpu", "cuda"), metavar="DEVICE",
-        help="measure the latency of both here, on cpu or cuda",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print the history as JSON, one line per entry"
-    )
-    parser.add_argument("--show", action="store_true", help="print the policy and stop")
-    arguments = parser.parse_intermixed_args()
-    run_tool(lambda: _prepare(arguments), lambda policy: _run(policy, arguments))
+    from deta.platform.registry.promotion_gate import Policy
+
+    options, changes = read_command_line(PromoteOptions, __doc__, Policy())
+    run_tool(lambda: _prepare(options, changes), lambda prepared: _run(*prepared))
 
 
-def _prepare(arguments: argparse.Namespace) -> Policy:
+def _prepare(options: PromoteOptions, changes: dict[str, str]) -> tuple[Policy, PromoteOptions]:
     from deta.platform.registry.model_address import is_model_address, parse_address
     from deta.platform.registry.promotion_gate import Policy
     from deta.platform.run.config import override
 
-    if arguments.show and arguments.what and "=" in arguments.what:
-        arguments.policy.insert(0, arguments.what)
-        arguments.what = None
-    if arguments.what is None and not arguments.show:
+    if not (options.what or options.show):
         raise ValueError("name a version, or history, rollback or repair; --help has examples")
-    if is_model_address(arguments.what or ""):
-        address = parse_address(arguments.what)
+    if is_model_address(options.what):
+        address = parse_address(options.what)
         if address.version is None:
             raise ValueError(f"{address}: give the number of a version, not an alias")
-        arguments.name, arguments.what = address.name, str(address.version)
-    changes = {}
-    for text in arguments.policy:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        changes[key] = value
+        options = replace(options, name=address.name, what=str(address.version))
     floors = []
-    for text in arguments.floor:
+    for text in options.floor:
         name, _, value = text.rpartition("=")
         try:
             floors.append((name, float(value)))
@@ -106,15 +90,15 @@ def _prepare(arguments: argparse.Namespace) -> Policy:
         if not name:
             raise ValueError(f"--floor {text}: is not of the form CLASS=AP, such as rivet=0.4")
     policy = override(Policy(), changes)
-    return replace(policy, class_floors=(*policy.class_floors, *floors))
+    return replace(policy, class_floors=(*policy.class_floors, *floors)), options
 
 
-def _run(policy: Policy, arguments: argparse.Namespace) -> int:
+def _run(policy: Policy, options: PromoteOptions) -> int:
     from dataclasses import asdict
 
     from deta.platform.registry.model_address import registry_uri
 
-    if arguments.show:
+    if options.show:
         for key, value in asdict(policy).items():
             echo(f"{key}={value}")
         return 0
@@ -122,39 +106,39 @@ def _run(policy: Policy, arguments: argparse.Namespace) -> int:
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
     registry = Registry(registry_uri())
-    if arguments.what == HISTORY:
-        return _history(registry, arguments)
-    if arguments.what == ROLLBACK:
-        return _rollback(registry, arguments)
-    if arguments.what == REPAIR:
-        registry.decisions.read(arguments.name).require_intact()
-        log = registry.decisions.sync_alias(arguments.name)
+    if options.what == HISTORY:
+        return _history(registry, options)
+    if options.what == ROLLBACK:
+        return _rollback(registry, options)
+    if options.what == REPAIR:
+        registry.decisions.read(options.name).require_intact()
+        log = registry.decisions.sync_alias(options.name)
         echo(f"champion: {log.champion}, by the history of {len(log.entries)} decisions")
         return 0
-    if not str(arguments.what).isdigit():
+    if not options.what.isdigit():
         raise ValueError(
-            f"{arguments.what!r} is neither the number of a version nor {HISTORY}, {ROLLBACK} or "
+            f"{options.what!r} is neither the number of a version nor {HISTORY}, {ROLLBACK} or "
             f"{REPAIR}"
         )
-    return _promote(registry, policy, arguments)
+    return _promote(registry, policy, options)
 
 
-def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) -> int:
+def _promote(registry: Registry, policy: Policy, options: PromoteOptions) -> int:
     from deta.platform.evaluation.evaluation_folder import read_facts
     from deta.platform.registry.decision_log import REFUSE
     from deta.platform.registry.gate_inputs import GateJudge
     from deta.platform.registry.promote import current_user, promote
 
-    given = {read_facts(folder)["weights_sha256"]: folder for folder in arguments.evaluation}
+    given = {read_facts(folder)["weights_sha256"]: folder for folder in options.evaluation}
     outcome = promote(
         registry,
-        arguments.name,
-        int(arguments.what),
-        GateJudge(registry, policy, given, arguments.measure, echo=echo),
-        by=arguments.by or current_user(),
-        reason=arguments.reason,
-        force=arguments.force,
-        dry_run=arguments.dry_run,
+        options.name,
+        int(options.what),
+        GateJudge(registry, policy, given, options.measure, echo=echo),
+        by=options.by or current_user(),
+        reason=options.reason,
+        force=options.force,
+        dry_run=options.dry_run,
     )
     if outcome.decision is not None:
         echo(outcome.decision.table())
@@ -163,36 +147,36 @@ def _promote(registry: Registry, policy: Policy, arguments: argparse.Namespace) 
     else:
         echo("nothing could be compared")
     champion = "none" if outcome.champion is None else f"version {outcome.champion}"
-    if arguments.dry_run:
+    if options.dry_run:
         echo(f"nothing was changed; it would be: {outcome.action}; the champion is {champion}")
     else:
         echo(f"{outcome.action}; the champion is {champion}")
     return REFUSED if outcome.action == REFUSE else 0
 
 
-def _rollback(registry: Registry, arguments: argparse.Namespace) -> int:
+def _rollback(registry: Registry, options: PromoteOptions) -> int:
     from deta.platform.registry.promote import current_user, rollback
 
     entry = rollback(
         registry,
-        arguments.name,
-        arguments.to,
-        by=arguments.by or current_user(),
-        reason=arguments.reason,
+        options.name,
+        options.to,
+        by=options.by or current_user(),
+        reason=options.reason,
     )
     echo(f"the champion was version {entry.champion_before} and is version {entry.champion_after}")
     return 0
 
 
-def _history(registry: Registry, arguments: argparse.Namespace) -> int:
-    log = registry.decisions.read(arguments.name)
+def _history(registry: Registry, options: PromoteOptions) -> int:
+    log = registry.decisions.read(options.name)
     for number, entry in log.entries:
-        if arguments.json:
+        if options.json:
             echo(entry.to_line())
         else:
             echo(f"#{number} {entry.text}\n")
-    if not arguments.json:
-        alias = registry.aliases(arguments.name).get("champion")
+    if not options.json:
+        alias = registry.aliases(options.name).get("champion")
         echo(f"{len(log.entries)} decisions; the champion is {log.champion or alias or 'none'}")
         if log.entries:
             echo(f"last: {log.head_line}")

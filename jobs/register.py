@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Register a checkpoint as a version of a model, with its lineage, evaluation and latency.
 
-  python jobs/register.py ~/deta-runs/my-run                      its best checkpoint, under the
-  name deta python jobs/register.py ~/deta-runs/my-run --name rivets        under another name
+  python jobs/register.py ~/deta-runs/my-run                      its best checkpoint
+  python jobs/register.py ~/deta-runs/my-run --name rivets        under another name than deta
   python jobs/register.py ~/deta-runs/my-run --export exported    with the result of jobs/export.py
 
 A version holds weights (safetensors), configuration, classes and preprocessing, and runs no code
@@ -20,12 +20,14 @@ MLflow fails.
 
 from __future__ import annotations
 
-import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool
+from tyro.conf import Positional
+
+from deta.jobs.command_line import echo, read_options, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.registry.register import Registration
@@ -33,34 +35,30 @@ if TYPE_CHECKING:
 DEFAULT_NAME = "deta"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegisterOptions:
+    weights: Positional[Path]  # a run or a checkpoint
+    name: str = DEFAULT_NAME  # of the model
+    evaluation: Path | None = None  # a folder; without it, the run's own
+    export: Path | None = None  # output of jobs/export.py, for the gate
+    # Device for the latency; auto: cuda if there is any.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="a run or a checkpoint")
-    parser.add_argument("--name", default=DEFAULT_NAME, help=f"default: {DEFAULT_NAME}")
-    parser.add_argument("--evaluation", metavar="FOLDER", type=Path, help="default: the run's own")
-    parser.add_argument(
-        "--export", metavar="FOLDER", type=Path, help="output of jobs/export.py, for the gate"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="device for the latency; default: cuda if available",
-    )  # fmt: skip
-    arguments = parser.parse_args()
-    run_tool(lambda: _prepare(arguments), lambda prepared: _register(prepared, arguments))
+    options = read_options(RegisterOptions, __doc__)
+    run_tool(lambda: _prepare(options), lambda prepared: _register(prepared, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> Registration:
+def _prepare(options: RegisterOptions) -> Registration:
     from deta.platform.registry.register import prepare_registration
 
-    return prepare_registration(
-        arguments.weights.expanduser(), arguments.evaluation, arguments.export
-    )
+    return prepare_registration(options.weights.expanduser(), options.evaluation, options.export)
 
 
-def _register(prepared: Registration, arguments: argparse.Namespace) -> int:
-    import torch
-
+def _register(prepared: Registration, options: RegisterOptions) -> int:
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
+    from deta.jobs.model_options import pick_device
     from deta.platform.registry.lineage import run_folder
     from deta.platform.registry.mlflow_registry import Registry
     from deta.platform.registry.model_address import registry_uri
@@ -76,11 +74,9 @@ def _register(prepared: Registration, arguments: argparse.Namespace) -> int:
         + " with uncommitted changes" * lineage.code_is_dirty
         + f", data {lineage.data_fingerprint[:12]}, {len(lineage.packages)} packages"
     )
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(options.device)
     registry = Registry(uri_of(run_folder(checkpoint.path)))
-    version = register(registry, arguments.name, prepared, device=device, echo=echo)
+    version = register(registry, options.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
     where = "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
     echo(f"next: {where}python jobs/promote.py {version.number} --name {version.name} --dry-run")
