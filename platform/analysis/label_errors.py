@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from hotcoco.mask import iou
 
 from deta.platform.analysis.tide_errors import (
     BACKGROUND_UP_TO,
@@ -31,10 +32,8 @@ from deta.platform.analysis.tide_errors import (
     DetectionErrors,
     Near,
     Overlaps,
-    box_overlap,
-    image_pairs,
+    of_each_image,
 )
-from deta.platform.evaluation.coco_columns import Columns
 from deta.platform.evaluation.coco_engines import Matched
 
 WRONG_CLASS, MISSING, SHIFTED, NEEDLESS = (
@@ -116,11 +115,10 @@ def _best_own_score(matched: Matched, near: Near) -> np.ndarray:
 def _first_of_their_place(matched: Matched, rows: np.ndarray) -> np.ndarray:
     """Return which detections have the highest score of those that overlap them by 0.5 IoU."""
     order = rows[np.argsort(-matched.scores[rows], kind="stable")]
-    columns = Columns(*(column[order] for column in matched.found))
     is_first = np.ones(len(order), bool)
-    for some, others, _ in image_pairs(columns, columns):
-        iou, _ = box_overlap(columns.boxes[some], columns.boxes[others])
-        is_first[some[(others < some) & (iou >= TRUE_FROM)]] = False
+    for own, _ in of_each_image(matched.found.images[order], matched.found.images[order]):
+        boxes = matched.found.boxes[order[own]]
+        is_first[own] = ~np.tril(iou(boxes, boxes, [0] * len(own)) >= TRUE_FROM, -1).any(1)
     return np.isin(rows, order[is_first])
 
 

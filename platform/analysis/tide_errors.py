@@ -17,12 +17,12 @@ missing AP. Repairing means: of the detections with the same best true box, the 
 score becomes correct, with that box's class. All others of the type are removed. Missed boxes are
 removed from the ground truth.
 
-hotcoco has TIDE too, but repairs a wrong class within the wrong class, and lets several detections
-become correct for one box, so its costs differ from the paper's. Detections and boxes are matched
-as for AP, by hotcoco, so the AP to improve is AP50 itself, and a detection within a crowd region
-does not count. tidecv differs: it takes the best 100 detections of an image, not of an image and
-class, and counts a class without a true box as an AP of 0. Here a class whose boxes are all missed
-is left out of the mean once they are removed.
+Without crowd regions these are hotcoco's own costs, except that of missed boxes: here a class whose
+boxes are all missed is left out of the mean once they are removed. With crowds they differ: here a
+detection within a crowd region does not count, as in AP. hotcoco also has no type for a single
+detection, which the rest of the analysis needs. tidecv differs further: it takes the best 100
+detections of an image, not of an image and class. Detections and boxes are matched as for AP, by
+hotcoco, so the AP to improve is AP50 itself.
 """
 
 # M detections   A true boxes   P pairs of both   K categories
@@ -35,12 +35,11 @@ from typing import NamedTuple
 
 import numpy as np
 from hotcoco import metrics as hotcoco_metrics
+from hotcoco.mask import iou
 
-from deta.platform.evaluation.coco_columns import Columns
 from deta.platform.evaluation.coco_engines import Matched
 
 TRUE_FROM, BACKGROUND_UP_TO = 0.5, 0.1  # IoU (TIDE)
-PAIRS_AT_ONCE = 500_000  # bounds the memory: a pair takes about 300 bytes
 KINDS = ("classification", "localisation", "both", "duplicate", "background")
 CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = range(5)
 CORRECT, NOT_COUNTED = -1, -2  # in place of a kind
@@ -49,7 +48,7 @@ CORRECT, NOT_COUNTED = -1, -2  # in place of a kind
 class Near(NamedTuple):
     """Pairs with an IoU of 0.1 or more, crowd regions left out: P each."""
 
-    found: np.ndarray  # int64, ascending
+    found: np.ndarray  # int64
     true: np.ndarray  # int64
     iou: np.ndarray
     is_own: np.ndarray  # bool: of one class
@@ -117,34 +116,26 @@ def find_errors(matched: Matched, overlaps: Overlaps) -> DetectionErrors:
     np.add.at(counts, (matched.found.categories[wrong] - 1, kind[wrong]), 1)
     np.add.at(counts, (matched.true.categories[missed] - 1, len(KINDS)), 1)
     return DetectionErrors(
-        kind, box, found_by, missed, counts,
-        *_costs(matched, kind, box, repairs, missed, is_found),
-    )  # fmt: skip
+        kind, box, found_by, missed, counts, *_costs(matched, kind, box, repairs, missed, found_by)
+    )
 
 
 def best_overlaps(matched: Matched) -> Overlaps:
     """Return the true boxes near each detection, and its share in a crowd region."""
-    found, true, num_found = matched.found, matched.true, len(matched.scores)
-    boxes = np.flatnonzero(~matched.crowd)
-    columns = Columns(*(column[boxes] for column in true))
-    parts = []
-    for rows, others, _ in image_pairs(found, columns):
-        iou, _ = box_overlap(found.boxes[rows], columns.boxes[others])
-        is_near = iou >= BACKGROUND_UP_TO
-        parts.append((rows[is_near], boxes[others[is_near]], iou[is_near]))
-    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    rows, others, iou = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
-    near = Near(rows, others, iou, found.categories[rows] == true.categories[others])
-
-    crowds = Columns(*(column[matched.crowd] for column in true))
-    crowd_share = np.zeros(num_found)
-    for rows, others, starts in image_pairs(found, crowds):
-        _, share = box_overlap(found.boxes[rows], crowds.boxes[others])
-        crowd_share[rows[starts]] = np.maximum.reduceat(share, starts)
+    found, true, crowd = matched.found, matched.true, matched.crowd
+    crowd_share = np.zeros(len(matched.scores))
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for rows, boxes in of_each_image(found.images, true.images):
+        table = iou(found.boxes[rows], true.boxes[boxes], crowd[boxes].tolist())
+        crowd_share[rows] = (table * crowd[boxes]).max(1)
+        i, j = np.nonzero((table >= BACKGROUND_UP_TO) & ~crowd[boxes])
+        parts.append((rows[i], boxes[j], table[i, j]))
+    rows, boxes, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    near = Near(rows, boxes, values, found.categories[rows] == true.categories[boxes])
+    length = len(matched.scores)
     return Overlaps(
-        *_best(near, near.is_own, num_found), *_best(near, ~near.is_own, num_found),
-        crowd_share, near,
-    )  # fmt: skip
+        *_best(near, near.is_own, length), *_best(near, ~near.is_own, length), crowd_share, near
+    )
 
 
 def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,44 +149,21 @@ def _best(near: Near, which: np.ndarray, num_found: int) -> tuple[np.ndarray, np
     return best_iou, best
 
 
-def image_pairs(
-    some: Columns, others: Columns
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield all pairs of a box of `some` and one of `others` in the same image, in portions.
-
-    Yields:
-        P rows of `some` and P rows of `others`, all pairs of a row of `some` side by side, with
-        those of `others` ascending; and where each row of `some` begins.
-    """
-    order = np.argsort(others.images, kind="stable")
-    images = others.images[order]
-    begins = np.searchsorted(images, some.images, "left")
-    sizes = np.searchsorted(images, some.images, "right") - begins
-    rows = np.flatnonzero(sizes)
-    portions = np.cumsum(sizes[rows]) // PAIRS_AT_ONCE
-    for portion in np.split(rows, np.flatnonzero(np.diff(portions)) + 1) if len(rows) else ():
-        repeats = sizes[portion]
-        starts = np.cumsum(repeats) - repeats
-        within = np.arange(repeats.sum()) - np.repeat(starts, repeats)
-        yield (
-            np.repeat(portion, repeats),
-            order[np.repeat(begins[portion], repeats) + within],
-            starts,
+def of_each_image(
+    images: np.ndarray, others: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the rows of both columns that are of one image, ascending, where both have any."""
+    orders = [np.argsort(column, kind="stable") for column in (images, others)]
+    common = np.intersect1d(images, others)
+    ends = [
+        (
+            np.searchsorted(column[order], common, "left"),
+            np.searchsorted(column[order], common, "right"),
         )
-
-
-def box_overlap(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the IoU of pairs of boxes (P 4 each, xywh), and the covered share of the first."""
-    ends = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
-    sides = np.maximum(0.0, ends - np.maximum(boxes[:, :2], others[:, :2]))
-    common = sides[:, 0] * sides[:, 1]
-    areas = boxes[:, 2] * boxes[:, 3]
-    union = areas + others[:, 2] * others[:, 3] - common
-    zero = np.zeros_like(common)
-    return (
-        np.divide(common, union, out=zero.copy(), where=union > 0),
-        np.divide(common, areas, out=zero, where=areas > 0),
-    )
+        for column, order in zip((images, others), orders, strict=True)
+    ]
+    for a, b, c, d in zip(*ends[0], *ends[1], strict=True):
+        yield orders[0][a:b], orders[1][c:d]
 
 
 def _pairs_of(matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,9 +178,7 @@ def _pairs_of(matched: Matched) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     correct[pairs[:, 0]] = pairs[:, 1]
     found_by[pairs[:, 1]] = pairs[:, 0]
     counted = np.zeros(len(matched.scores), bool)
-    counted[np.fromiter(diagnostics["dt_status"], np.int64, len(diagnostics["dt_status"])) - 1] = (
-        True
-    )
+    counted[np.fromiter(diagnostics["dt_status"], np.int64) - 1] = True
     return found_by, correct, counted
 
 
@@ -228,44 +194,31 @@ def _repairs(
 
 
 def _costs(
-    matched: Matched,
-    kind: np.ndarray,
-    box: np.ndarray,
-    repairs: np.ndarray,
-    missed: np.ndarray,
-    is_found: np.ndarray,
-) -> tuple[dict[str, float], float, float, float]:
+    matched: Matched, kind: np.ndarray, box: np.ndarray, repairs: np.ndarray,
+    missed: np.ndarray, found_by: np.ndarray,
+) -> tuple[dict[str, float], float, float, float]:  # fmt: skip
     """Return the cost of each type, of all false detections, of all missed boxes; and AP50."""
-    num_classes = len(matched.category_ids)
-    own = matched.found.categories - 1
-    real = matched.true.categories[~matched.crowd] - 1
-    num_true = np.bincount(real, minlength=num_classes)
-    counts = kind != NOT_COUNTED
-    correct = kind == CORRECT
+    own, of_box = matched.found.categories - 1, matched.true.categories - 1
+    correct, counts = kind == CORRECT, kind != NOT_COUNTED
 
-    def ap50(classes: np.ndarray, right: np.ndarray, kept: np.ndarray, number: np.ndarray) -> float:
-        return _mean_ap(matched.scores, classes, right, counts & kept, number)
+    def ap50(gone: np.ndarray, classes=own, right=correct, kept=counts) -> float:
+        num_true = np.bincount(of_box[~matched.crowd & ~gone], minlength=len(matched.category_ids))
+        return _mean_ap(matched.scores, classes, right, counts & kept, num_true)
 
-    everything = np.ones(len(kind), bool)
-    base = ap50(own, correct, everything, num_true)
-    cost = {}
+    none = np.zeros_like(missed)
+    base = ap50(none)
+    aps = {}
     for index, name in enumerate(KINDS):
         repaired = np.zeros(len(kind), bool)
         repaired[repairs] = kind[repairs] == index
         classes = own.copy()
-        classes[repaired] = matched.true.categories[box[repaired]] - 1
-        kept = (kind != index) | repaired
-        cost[name] = max(0.0, ap50(classes, correct | repaired, kept, num_true) - base)
-    for_all = num_true - np.bincount(matched.true.categories[missed] - 1, minlength=num_classes)
-    cost["missed"] = max(0.0, ap50(own, correct, everything, for_all) - base)
-    lost = ~is_found & ~matched.crowd
-    found = num_true - np.bincount(matched.true.categories[lost] - 1, minlength=num_classes)
-    return (
-        cost,
-        max(0.0, ap50(own, correct, correct, num_true) - base),
-        max(0.0, ap50(own, correct, everything, found) - base),
-        base,
-    )
+        classes[repaired] = of_box[box[repaired]]
+        aps[name] = ap50(none, classes, correct | repaired, (kind != index) | repaired)
+    aps |= {"missed": ap50(missed), "all false": ap50(none, kept=correct)}
+    aps["all missed"] = ap50(found_by < 0)
+    cost = {name: max(0.0, ap - base) for name, ap in aps.items()}
+    of_false, of_lost = cost.pop("all false"), cost.pop("all missed")
+    return cost, of_false, of_lost, base
 
 
 def _mean_ap(

@@ -13,9 +13,8 @@ from deta.platform.analysis.tide_errors import (
     NOT_COUNTED,
     best_overlaps,
     find_errors,
-    image_pairs,
+    of_each_image,
 )
-from deta.platform.evaluation.coco_columns import Columns
 from deta.platform.evaluation.coco_engines import match_detections
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 
@@ -237,17 +236,23 @@ def test_without_boxes_or_detections(num_results: int) -> None:
     assert set(errors.cost.values()) == {0.0}
 
 
-def test_portions_hold_every_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_image_come_together() -> None:
     rng = np.random.default_rng(0)
-    some = Columns(rng.integers(0, 9, 50), np.ones(50, int), np.ones((50, 4)))
-    others = Columns(rng.integers(3, 12, 40), np.ones(40, int), np.ones((40, 4)))
-    expected = [(i, j) for i in range(50) for j in range(40) if some.images[i] == others.images[j]]
-    for most in (1, 7, 10_000):
-        monkeypatch.setattr("deta.platform.analysis.tide_errors.PAIRS_AT_ONCE", most)
-        pairs = [
-            pair
-            for rows, boxes, starts in image_pairs(some, others)
-            for pair in zip(rows.tolist(), boxes.tolist(), strict=True)
-            if (np.diff(rows[starts]) > 0).all()
-        ]
-        assert pairs == expected
+    images, others = rng.integers(0, 9, 50), rng.integers(3, 12, 40)
+    pairs = [(i, j) for i in range(50) for j in range(40) if images[i] == others[j]]
+    found = list(of_each_image(images, others))
+    assert sorted((i, j) for rows, boxes in found for i in rows for j in boxes) == pairs
+    assert all((np.diff(rows) > 0).all() for group in found for rows in group)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_costs_without_crowds_are_those_of_hotcoco(seed: int) -> None:
+    ground_truth, results = random_case(seed)
+    matched = match_detections(ground_truth, results)
+    errors = find_errors(matched, best_overlaps(matched))
+    theirs = matched.evaluation.tide_errors()
+    names = ("Cls", "Loc", "Both", "Dupe", "Bkg")
+    assert [errors.cost[kind] for kind in KINDS] == pytest.approx(
+        [theirs["delta_ap"][name] for name in names], abs=1e-9
+    )
+    assert errors.counts.sum(0)[:-1].tolist() == [theirs["counts"][name] for name in names]
