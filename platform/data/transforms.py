@@ -83,10 +83,8 @@ class EvaluationSize:
 
 def larger_augmentation() -> AugmentationConfig:
     """Return the augmentation of DETA with Swin-L (`--bigger`): 1.5 times the final sizes."""
-    standard = AugmentationConfig()
-    return replace(
-        standard, short_edges=[edge * 3 // 2 for edge in standard.short_edges], max_long_edge=2000
-    )
+    edges = [edge * 3 // 2 for edge in AugmentationConfig().short_edges]
+    return AugmentationConfig(short_edges=edges, max_long_edge=2000)
 
 
 def larger_evaluation_size() -> EvaluationSize:

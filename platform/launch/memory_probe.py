@@ -196,7 +196,7 @@ def suggest_micro_batch(run: Run, device: str, echo: Callable[[str], None]) -> S
     first, second = measure(1), None
     if fits(first) and share > 1:
         second = measure(max(2, configured))
-        if second.peak_bytes is None and configured > 2:
+        if second.peak_bytes is None:
             second = measure(2)
     candidate = 0
     if second is not None and first.peak_bytes is not None and second.peak_bytes is not None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,26 +45,24 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
                 f"data.{split}_images is not set; give --train-images, --train-annotations, "
                 "--val-images and --val-annotations (shards hold their annotations)"
             )
-    data = replace(
-        data,
-        train_images=_absolute(data.train_images),
-        train_annotations=_absolute(data.train_annotations),
-        val_images=_absolute(data.val_images),
-        val_annotations=_absolute(data.val_annotations),
-    )
-    kept = Path(_absolute(config.storage)) / config.name if resume else None
-    train_set = _open("train", data, kept)
-    val_set = _open("val", data, kept)
+    keys = ("train_images", "train_annotations", "val_images", "val_annotations")
+    paths: dict[str, Any] = {key: _absolute(getattr(data, key)) for key in keys}
+    data = replace(data, **paths)
+    storage = Path(_absolute(config.storage))
+    kept = storage / config.name if resume else None
+    train_set, val_set = _open("train", data, kept), _open("val", data, kept)
     if train_set.categories != val_set.categories:
+        train = {(category.id, category.name) for category in train_set.categories}
+        val = {(category.id, category.name) for category in val_set.categories}
         raise ValueError(
             f"{data.train_annotations or data.train_images} and "
-            f"{data.val_annotations or data.val_images} have different categories: "
-            f"{_difference(train_set, val_set)}; both must list the same ids and names"
+            f"{data.val_annotations or data.val_images} have different categories: only in the "
+            f"first {sorted(train - val)[:5]}, only in the second {sorted(val - train)[:5]}; both "
+            "must list the same ids and names"
         )
     if config.optim.freeze:
         with torch.device("meta"):
             freeze(make_detector(without_download(config.model)), config.optim.freeze)
-    storage = Path(_absolute(config.storage))
     config = replace(
         config,
         data=data,
@@ -73,32 +72,27 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
         model=replace(config.model, num_classes=len(train_set.categories)),
     )
     _refuse_secrets(config)
-    notes = check_initial_weights(config, train_set.categories)
-    return Run(
-        config, storage / config.name, train_set, val_set, _code_commit(), notes=tuple(notes)
-    )
+    notes = tuple(check_initial_weights(config, train_set.categories))
+    return Run(config, storage / config.name, train_set, val_set, _code_commit(), notes)
 
 
 def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
-    images, annotations = (
-        (data.train_images, data.train_annotations)
-        if split == "train"
-        else (data.val_images, data.val_annotations)
+    images, annotations, first = (
+        getattr(data, f"{split}_{key}") for key in ("images", "annotations", "first")
     )
     try:
         dataset = open_dataset(
             images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
         )
     except DatasetError as error:
-        before = (
-            read_dataset_snapshot(kept, split, annotations) if kept and split == "train" else None
-        )
+        before = None
+        if kept and split == "train":
+            before = read_dataset_snapshot(kept, split, annotations)
         if before is None:
             raise
         logger.warning("%s\nThese images were readable when the run began, so it continues: the "
                        "training replaces broken images.", error)  # fmt: skip
         return before
-    first = data.train_first if split == "train" else data.val_first
     return dataset if first is None else dataset.first(min(first, len(dataset)))
 
 
@@ -135,14 +129,6 @@ def _absolute(path: str) -> str:
     if not path or "://" in path:  # for example a bucket
         return path
     return str(Path(path).expanduser().resolve())
-
-
-def _difference(first: CocoDataset, second: CocoDataset) -> str:
-    one = {(category.id, category.name) for category in first.categories}
-    other = {(category.id, category.name) for category in second.categories}
-    return (
-        f"only in the first {sorted(one - other)[:5]}, only in the second {sorted(other - one)[:5]}"
-    )
 
 
 def _code_commit() -> str:

@@ -29,7 +29,7 @@ class ShardError(DatasetError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of images."""
+    """One file of images, or of their annotations."""
 
     name: str
     num_images: int
@@ -69,8 +69,7 @@ class Manifest:
             raise ShardError(f"{name}: is not JSON ({error}); pack the data set again") from None
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ShardError(f"{name}: is not the manifest of a data set packed by jobs/pack.py")
-        version = values.pop("version", None)
-        if version != VERSION:
+        if (version := values.pop("version", None)) != VERSION:
             raise ShardError(
                 f"{name}: has format version {version}, and this code reads version {VERSION}; "
                 "update deta-platform, or pack the data set again"
@@ -114,7 +113,7 @@ def read_pack_manifest(store: ObjectStore) -> Manifest:
 def check_size(store: ObjectStore, shard: Shard, sizes: dict[str, int]) -> None:
     """Raise ShardError for a file that is missing or has another size than when packed."""
     if shard.name not in sizes:
-        raise ShardError(missing_message(store, shard.name))
+        raise ShardError(f"{store.name_of(shard.name)}: is missing; {REPAIR}")
     if sizes[shard.name] != shard.num_bytes:
         raise ShardError(
             f"{store.name_of(shard.name)}: has {sizes[shard.name]:,} bytes, and "
@@ -151,8 +150,3 @@ def verify_shards(store: ObjectStore, manifest: Manifest, progress: bool = False
             advance(file.num_bytes)
     if faults:
         raise ShardError("\n".join(faults))
-
-
-def missing_message(store: ObjectStore, name: str) -> str:
-    """Return the error message for a missing file."""
-    return f"{store.name_of(name)}: is missing; {REPAIR}"

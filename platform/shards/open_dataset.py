@@ -48,13 +48,8 @@ def open_dataset(
             f"{images}: has no annotations; give the COCO file, or a folder or address of shards "
             f"written by jobs/pack.py (there is no {MANIFEST})"
         )
-    return CocoDataset.open(
-        Path(images),
-        Path(annotations),
-        lenient=lenient,
-        max_pixels=max_pixels,
-        progress=progress,
-    )
+    folder, file = Path(images), Path(annotations)
+    return CocoDataset.open(folder, file, lenient=lenient, max_pixels=max_pixels, progress=progress)
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -213,16 +213,12 @@ def _read_finished(store: ObjectStore, shard: Shard | None) -> bytes | None:
 def _encode_shard(dataset: CocoDataset, images: range) -> bytes:
     """Encode some images and their annotations as a Parquet file."""
     sink = pa.BufferOutputStream()
-    writer = pq.ParquetWriter(
-        sink,
-        SHARD_SCHEMA,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     lengths = dataset.num_bytes
-    with writer, ThreadPoolExecutor(NUM_READERS) as pool:
+    with (
+        pq.ParquetWriter(sink, SHARD_SCHEMA, write_page_checksum=True, **options) as writer,
+        ThreadPoolExecutor(NUM_READERS) as pool,
+    ):
         own = lengths[images.start : images.stop]
         for part in consecutive(own, ROW_GROUP_BYTES, ROW_GROUP_IMAGES):
             group = images[part.start : part.stop]
@@ -235,8 +231,9 @@ def _encode_shard(dataset: CocoDataset, images: range) -> bytes:
                         "no other process writes to it"
                     )
             column = pa.array(contents, pa.binary())
-            table = to_arrow(dataset, group).add_column(0, SHARD_SCHEMA.field(0), column)
-            writer.write_table(table)
+            writer.write_table(
+                to_arrow(dataset, group).add_column(0, SHARD_SCHEMA.field(0), column)
+            )
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -267,13 +264,12 @@ def _only_decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> Coco
             advance(1)
     if not faults:
         return dataset
-    lines = list(faults.values())[:NUM_SHOWN]
-    if len(faults) > NUM_SHOWN:
-        lines.append(f"... and {len(faults) - NUM_SHOWN} more")
+    lines = list(faults.values())
     if not lenient or len(faults) == len(dataset):
+        more = f"\n  ... and {len(lines) - NUM_SHOWN} more" if len(lines) > NUM_SHOWN else ""
         raise DatasetError(
             f"{dataset.folder}: {len(faults)} images do not decode; repair them, or use "
-            "--lenient to leave them out:\n  " + "\n  ".join(lines)
+            "--lenient to leave them out:\n  " + "\n  ".join(lines[:NUM_SHOWN]) + more
         )
     decodable = dataset.subset(index for index in range(len(dataset)) if index not in faults)
     decodable.notes.append(f"left out: {len(faults)} images that do not decode; first: {lines[0]}")

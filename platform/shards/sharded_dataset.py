@@ -45,7 +45,6 @@ from deta.platform.shards.manifest import (
     ShardError,
     check_sha256,
     check_size,
-    missing_message,
     read_pack_manifest,
     verify_shards,
 )
@@ -141,7 +140,7 @@ class ShardedDataset(CocoDataset):
         try:
             content = self.store.read_at(name, offset, length)
         except FileNotFoundError:
-            raise ShardError(missing_message(self.store, name)) from None
+            raise ShardError(f"{self.store.name_of(name)}: is missing; {REPAIR}") from None
         if len(content) < length:
             raise ShardError(
                 f"{self.store.name_of(name)}: ends at image {image}, so it was "
