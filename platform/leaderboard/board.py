@@ -71,7 +71,6 @@ class Board:
         began_s = time.time()
         since_s = None if is_full else self._refreshed_s - MARGIN_S
         seen: dict[str, LeaderboardRow] = {}
-        self._models = source.models()
         for page in source.pages(since_s):
             seen |= {row.id: row for row in page}
             self._rows |= seen
@@ -80,6 +79,8 @@ class Board:
         self._rows = seen if is_full else self._rows
         self._is_complete |= is_full
         self._refreshed_s = began_s
+        self.content = self._content()
+        self._models = source.models()
         self.content = self._content()
         if self.cache is not None:
             copy = json.dumps(self.content | {"is_complete": False}, separators=(",", ":"))

@@ -14,11 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the board itself retries
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # no pickles are stored
-
-from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from deta.platform.leaderboard.rows import (
@@ -27,13 +22,9 @@ from deta.platform.leaderboard.rows import (
     RegisteredModels,
     make_row,
 )
-from deta.platform.registry.decision_log import (
-    CHAMPION,
-    ENTRY_TAG,
-    HISTORY_SUFFIX,
-    DecisionRow,
-    read_log,
-)
+from deta.platform.registry.decision_log import CHAMPION, HISTORY_SUFFIX
+from deta.platform.registry.decision_store import DecisionStore
+from deta.platform.registry.mlflow_client import RetryingClient
 from deta.platform.system.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -51,7 +42,8 @@ class MlflowSource:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._registry = RetryingClient(uri)
+        self._client = self._registry.mlflow
         self._experiments: dict[str, str] = {}
 
     def pages(self, since_s: float | None = None) -> Iterator[list[LeaderboardRow]]:
@@ -85,7 +77,7 @@ class MlflowSource:
                 continue
             runs: dict[int, str] = {}
             aliases = {alias: int(number) for alias, number in models[name].aliases.items()}
-            for version in self._versions(name):
+            for version in self._registry.model_versions(name):
                 number = int(version.version)
                 runs[number] = version.run_id or ""
                 own = sorted(alias for alias, target in aliases.items() if target == number)
@@ -94,7 +86,14 @@ class MlflowSource:
             champion = aliases.get(CHAMPION)
             champions.add(runs.get(champion or 0, ""))
             if f"{name}{HISTORY_SUFFIX}" in models:
-                promotions += self._history(name, runs)
+                promotions += [
+                    Promotion(
+                        model=name, version=entry.version, time=entry.time, action=entry.action,
+                        by=redact(entry.by), reason=redact(entry.reason),
+                        champion_after=entry.champion_after, run_id=runs.get(entry.version, ""),
+                    )
+                    for _, entry in DecisionStore(self._registry).read(name).entries
+                ]  # fmt: skip
             elif champion is not None:
                 promotions.append(
                     Promotion(
@@ -107,35 +106,6 @@ class MlflowSource:
             frozenset(champions),
             tuple(sorted(promotions, key=lambda one: one.time, reverse=True)),
         )
-
-    def _history(self, name: str, runs: dict[int, str]) -> list[Promotion]:
-        rows = [
-            DecisionRow(int(one.version), one.tags.get(ENTRY_TAG, ""), one.description or "")
-            for one in self._versions(name + HISTORY_SUFFIX)
-        ]
-        return [
-            Promotion(
-                model=name,
-                version=entry.version,
-                time=entry.time,
-                action=entry.action,
-                by=redact(entry.by),
-                reason=redact(entry.reason),
-                champion_after=entry.champion_after,
-                run_id=runs.get(entry.version, ""),
-            )
-            for _, entry in read_log(rows).entries
-        ]
-
-    def _versions(self, name: str) -> list[Any]:
-        """Return the versions of a registered model, oldest first."""
-        quoted = name.replace("'", "''")
-        found = _all(
-            lambda token: self._client.search_model_versions(
-                f"name='{quoted}'", max_results=1000, page_token=token
-            )
-        )
-        return sorted(found, key=lambda one: int(one.version))
 
     def _search(self, condition: str) -> Iterator[list[LeaderboardRow]]:
         if not self._experiments:
@@ -151,26 +121,14 @@ class MlflowSource:
                 order_by=ORDER,
                 page_token=token,
             )
-            yield [self._row(run) for run in page if KIND_TAG not in run.data.tags]
+            yield [
+                make_row(run, self._experiments[run.info.experiment_id], _validation_set(run))
+                for run in page
+                if KIND_TAG not in run.data.tags
+            ]
             token, size = page.token, NEXT_PAGES
             if not token:
                 return
-
-    def _row(self, run: Run) -> LeaderboardRow:
-        info = run.info
-        return make_row(
-            run_id=info.run_id,
-            experiment_id=info.experiment_id,
-            experiment=self._experiments.get(info.experiment_id, ""),
-            name=info.run_name or info.run_id,
-            status=info.status,
-            start_ms=info.start_time,
-            end_ms=info.end_time,
-            metrics=run.data.metrics,
-            params=run.data.params,
-            tags=run.data.tags,
-            data=_validation_set(run),
-        )
 
 
 def _validation_set(run: Run) -> tuple[str, str, int]:

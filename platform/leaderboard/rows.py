@@ -85,25 +85,16 @@ class RegisteredModels:
     promotions: tuple[Promotion, ...] = ()  # the newest first
 
 
-def make_row(
-    *,
-    run_id: str,
-    experiment_id: str,
-    experiment: str,
-    name: str,
-    status: str,
-    start_ms: int | None,
-    end_ms: int | None,
-    metrics: Mapping[str, float],
-    params: Mapping[str, str],
-    tags: Mapping[str, str],
-    data: tuple[str, str, int],
-) -> LeaderboardRow:
+def make_row(run: Any, experiment: str, data: tuple[str, str, int]) -> LeaderboardRow:
     """Return the row of a run.
 
     Args:
+        run: of MLflow's client.
+        experiment: its name.
         data: name, fingerprint and number of images of the validation set; 0 if unknown.
     """
+    info, metrics, tags = run.info, run.data.metrics, run.data.tags
+    start_ms, end_ms = info.start_time or 0, info.end_time or 0
 
     def number(*names: str) -> float | None:
         found = (metrics.get(one) for one in names)
@@ -112,35 +103,36 @@ def make_row(
     data_name, fingerprint, num_images = data
     fingerprint = fingerprint or tags.get("deta.val_fingerprint", "")
     seconds, wall_s = number("val/seconds"), number("cost/wall_s")
-    if wall_s is None and start_ms and end_ms and end_ms > start_ms:
+    if wall_s is None and end_ms > start_ms > 0:
         wall_s = (end_ms - start_ms) / 1000  # of runs from before costs were logged
-    gpu_hours, cpu_hours = number("cost/gpu_hours"), number("cost/cpu_hours")
     low, high = number("best/AP_low"), number("best/AP_high")
+    if low is None or high is None:
+        low = high = None
     return LeaderboardRow(
-        id=run_id,
-        experiment_id=experiment_id,
+        id=info.run_id,
+        experiment_id=info.experiment_id,
         experiment=_display_text(experiment),
-        name=_display_text(name),
+        name=_display_text(info.run_name or info.run_id),
         recipe=_display_text(tags.get("deta.recipe") or tags.get("mlflow.source.name", "")),
         data=_display_text(f"{data_name} {fingerprint.removeprefix('sha256:')[:8]}".strip()),
-        status=status,
+        status=info.status,
         ap=number("best/AP", "val/AP"),
-        low=low if high is not None else None,
-        high=high if low is not None else None,
-        interval="images" if low is not None and high is not None else "",
+        low=low,
+        high=high,
+        interval="" if low is None else "images",
         ap50=number("best/AP50", "val/AP50"),
-        gpu_hours=gpu_hours or None,
-        cpu_hours=cpu_hours,
+        gpu_hours=number("cost/gpu_hours") or None,
+        cpu_hours=number("cost/cpu_hours"),
         hours=None if wall_s is None else wall_s / 3600,
         parameters=number("model/parameters"),
         latency_ms=number("model/latency_ms"),
         images_per_s=num_images / seconds if seconds and num_images else None,
-        started_s=(start_ms or 0) / 1000,
-        ended_s=(end_ms or 0) / 1000,
+        started_s=start_ms / 1000,
+        ended_s=end_ms / 1000,
         sweep=tags.get("mlflow.parentRunId", ""),
         report=_display_text(tags.get("deta.report", "")),
         commit=_display_text(tags.get("mlflow.source.git.commit", "")[:12]),
-        group=_group_key(params, tags, fingerprint),
+        group=_group_key(run.data.params, tags, fingerprint),
     )
 
 

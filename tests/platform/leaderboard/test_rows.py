@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,19 +11,17 @@ from deta.platform.leaderboard.rows import LeaderboardRow, make_row, with_seed_i
 
 
 def row_with_metrics(seed: int, ap: float, lr: str = "0.1", **more: float) -> LeaderboardRow:
-    return make_row(
-        run_id=f"{seed}-{lr}",
-        experiment_id="1",
-        experiment="deta",
-        name="a",
-        status="FINISHED",
-        start_ms=1000,
-        end_ms=3_601_000,
+    info = SimpleNamespace(
+        run_id=f"{seed}-{lr}", experiment_id="1", run_name="a", status="FINISHED",
+        start_time=1000, end_time=3_601_000,
+    )  # fmt: skip
+    data = SimpleNamespace(
         metrics={"best/AP": ap, "val/AP": ap - 1, **more},
         params={"seed": str(seed), "optim.lr": lr, "name": f"run-{seed}", "data.val_images": "x"},
         tags={"deta.recipe": "deta_r50.demo"},
-        data=("val", "sha256:0123456789abcdef", 50),
     )
+    run = SimpleNamespace(info=info, data=data)
+    return make_row(run, "deta", ("val", "sha256:0123456789abcdef", 50))
 
 
 def test_a_row_has_the_best_ap_the_cost_and_the_data():
