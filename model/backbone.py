@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import timm
@@ -15,6 +16,7 @@ from timm.models import FeatureInfo
 from timm.models.swin_transformer import SwinTransformerBlock, SwinTransformerStage
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's values, before the expansion
 STRIDES = (8, 16, 32)  # DETA builds its extra levels from the last of these
@@ -76,6 +78,8 @@ class Backbone(nn.Module):
         )
         if config.norm == "frozen":
             self.body = freeze_batch_norm_2d(self.body)
+            if config.name.startswith("resnet"):
+                _fold_frozen_norms(self.body)
         elif config.norm == "group":
             _replace_batch_norm(self.body)
         for name, parameter in self.body.named_parameters():
@@ -84,6 +88,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = []
+        device = images.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Faster in bfloat16, but not in float32 (measured on a CPU).
+            images = images.contiguous(memory_format=torch.channels_last)
         for feature, channels, norm in zip(
             self.body(images), self.channels, self.norms, strict=True
         ):
@@ -178,6 +186,38 @@ class _PaddedSwinBlock(SwinTransformerBlock):
         window_height, window_width = self.window_size
         padded = F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
         return super()._attn(padded)[:, :height, :width]
+
+
+class _FoldedConv2d(nn.Conv2d):
+    """A convolution that applies the frozen BatchNorm behind it through its weights.
+
+    It writes one feature map where the two of them write three, and under autocast the map has the
+    running precision. Parameters, buffers and gradients are those of the two modules.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: FrozenBatchNorm2d = self.__dict__["norm"]  # not a child: it keeps its own name
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self._conv_forward(
+            x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        )
+
+
+class _FoldedNorm(FrozenBatchNorm2d):
+    """A frozen BatchNorm that the convolution before it applies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _fold_frozen_norms(network: nn.Module) -> None:
+    """Let each convolution of a ResNet apply the frozen BatchNorm that follows it."""
+    for module in network.modules():
+        children = list(module.children())
+        for convolution, norm in pairwise(children):
+            if type(convolution) is nn.Conv2d and type(norm) is FrozenBatchNorm2d:
+                convolution.__class__, norm.__class__ = _FoldedConv2d, _FoldedNorm
+                convolution.__dict__["norm"] = norm
 
 
 def _replace_batch_norm(network: nn.Module) -> None:

@@ -33,10 +33,10 @@ def encode_pixels(padding: Tensor, dim: int) -> Tensor:
 
     Source: DETR (Carion et al. 2020) with the half-pixel shift of Deformable DETR's code.
     """
-    inside = (~padding).float()
     encoded = []
     for axis in (1, 2):
-        count = inside.cumsum(axis)
+        # Counted in integers: CUDA has no deterministic sum along an axis of floats.
+        count = (~padding).cumsum(axis).float()
         last = count.narrow(axis, -1, 1)
         position = (count - 0.5) / (last + _EPS) * (2 * math.pi)
         encoded.append(_sines(position, dim // 2))
