@@ -4,8 +4,9 @@
   python benchmarks/evaluation.py --images 500 --resamples 100
 
 One run measures COCO's metrics and the error analysis (jobs/evaluate.py and each evaluation of a
-training do both), the files written to disk, and the paired bootstrap of jobs/compare.py. Ground truth and detections are synthetic. The share of the analysis in an
-evaluation depends on the speed of the model, so it is printed for several speeds.
+training do both), the files written to disk, and the paired bootstrap of jobs/compare.py. Ground
+truth and detections are synthetic. The share of the analysis in an evaluation depends on the speed
+of the model, so it is printed for several speeds.
 """
 
 from __future__ import annotations

@@ -68,12 +68,11 @@ class CocoMetrics:
         """
         cells = [f"{name:<6}{percent_text(value):>5}" for name, value in self.as_dict().items()]
         lines = ["   ".join(cells[:6]), "   ".join(cells[6:])]
-
-        named = [(category.name, self.ap_per_category.get(category.id)) for category in categories]
-        if named:
-            name_width = min(24, max(len(name) for name, _ in named))
-            rows = [f"{name:<{name_width}.24} {percent_text(ap):>5}" for name, ap in named]
-            num_columns = max(1, min(TABLE_WIDTH // (name_width + 9), -(-len(rows) // 4)))
+        names = [(one.name, self.ap_per_category.get(one.id)) for one in categories]
+        if names:
+            width = min(24, max(len(name) for name, _ in names))
+            rows = [f"{name:<{width}.24} {percent_text(ap):>5}" for name, ap in names]
+            num_columns = max(1, min(TABLE_WIDTH // (width + 9), -(-len(rows) // 4)))
             num_lines = -(-len(rows) // num_columns)
             lines += ["", "AP by category"]
             lines += ["   ".join(rows[line::num_lines]) for line in range(num_lines)]
@@ -166,10 +165,8 @@ def merge_shards(
         RuntimeError: an image is in no shard, or a shard holds an image that is not in `image_ids`.
     """
     merged: dict[int, Sequence[Mapping[str, Any]]] = {}
-    for shard in shards:
-        for image_id, results in shard.items():
-            merged.setdefault(image_id, results)
-
+    for shard in reversed(shards):
+        merged |= shard
     wanted = dict.fromkeys(image_ids)
     if missing := [image_id for image_id in wanted if image_id not in merged]:
         raise RuntimeError(

@@ -125,17 +125,11 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         results = results_of_table(pq.read_table(folder / DETECTIONS))
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{folder}: cannot be read, {error}; evaluate again") from error
-    return StoredEvaluation(
-        folder,
-        ground_truth,
-        results,
-        CocoMetrics(
-            **facts["ap"],
-            ap_per_category={int(i): float(ap) for i, ap in facts["ap_per_category"].items()},
-        ),
-        facts["images_fingerprint"],
-        Origin(**{part.name: facts[part.name] for part in fields(Origin)}),
-    )
+    by_category = {int(i): float(ap) for i, ap in facts["ap_per_category"].items()}
+    metrics = CocoMetrics(**facts["ap"], ap_per_category=by_category)
+    origin = Origin(**{part.name: facts[part.name] for part in fields(Origin)})
+    fingerprint = facts["images_fingerprint"]
+    return StoredEvaluation(folder, ground_truth, results, metrics, fingerprint, origin)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

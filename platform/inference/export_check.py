@@ -1,6 +1,6 @@
 """Compares the detections and the speed of an exported file with those of the model."""
 
-# N detections in one image
+# N, M detections in one image
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch.utils.benchmark import Timer
 from torchvision.transforms.v2 import functional
 
@@ -100,40 +101,35 @@ def compare_detections(
 ) -> OutputDifference:
     """Compare the detections of one image with the expected ones.
 
-    Each expected detection is paired with the nearest free one of its class, best first. One
-    without a near counterpart counts as unmatched, unless its score is within the tolerance of the
-    end of a full list: rounding decides which of two equal ones is the last.
+    Detections of one class are paired so that scores and boxes differ least. One without a near
+    counterpart counts as unmatched, unless its score is within the tolerance of the end of a full
+    list: rounding decides which of two equal ones is the last.
 
     Args:
         size_px: (height, width) of the image.
         max_detections: the length of a full list.
     """
     longer_px = max(size_px)
-    ends = [
-        float(one.scores[-1])
-        for one in (expected, found)
-        if len(one.scores) == max_detections and max_detections > 0
-    ]
-    end_score = max(ends, default=-1.0) + MAX_SCORE_DIFFERENCE
-    free = torch.ones(len(found.scores), dtype=torch.bool)
-    num_compared, num_unmatched, score_max, box_max = 0, 0, 0.0, 0.0
-    for score, label, box in zip(expected.scores, expected.labels, expected.boxes_px, strict=True):
-        candidates = (free & (found.labels == label)).nonzero()[:, 0]
-        if len(candidates) > 0:
-            score_gaps = (found.scores[candidates] - score).abs()
-            box_gaps = (found.boxes_px[candidates] - box).abs().amax(1) / longer_px
-            nearest = int((score_gaps + box_gaps).argmin())
-            score_gap, box_gap = float(score_gaps[nearest]), float(box_gaps[nearest])
-            is_near = score_gap <= MAX_SCORE_DIFFERENCE and box_gap <= MAX_BOX_DIFFERENCE
-            if is_near or (float(score) > end_score and box_gap < 0.1):
-                free[candidates[nearest]] = False
-                score_max, box_max = max(score_max, score_gap), max(box_max, box_gap)
-                num_compared += 1
-                continue
-        num_unmatched += float(score) > end_score
-    num_unmatched += int((free & (found.scores > end_score)).sum())
+    full = [one.scores[-1] for one in (expected, found) if len(one.scores) == max_detections > 0]
+    end_score = max(map(float, full), default=-1.0) + MAX_SCORE_DIFFERENCE
+    scores = (expected.scores[:, None] - found.scores).abs()  # N M
+    boxes = (expected.boxes_px[:, None] - found.boxes_px).abs().amax(2) / longer_px  # N M
+    cost = scores + boxes + 1e3 * (expected.labels[:, None] != found.labels)
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.double().numpy()))
+    is_near = (scores <= MAX_SCORE_DIFFERENCE) & (boxes <= MAX_BOX_DIFFERENCE)
+    is_other = (expected.scores[:, None] > end_score) & (boxes < 0.1)
+    kept = ((cost < 1e3) & (is_near | is_other))[rows, columns]
+    rows, columns = rows[kept], columns[kept]
+    matched = (expected.scores[rows] > end_score).sum() + (found.scores[columns] > end_score).sum()
+    counted = (expected.scores > end_score).sum() + (found.scores > end_score).sum()
+    box_max = float(boxes[rows, columns].amax()) if len(rows) else 0.0
     return OutputDifference(
-        1, num_compared, score_max, box_max, box_max * longer_px, int(num_unmatched)
+        num_images=1,
+        num_detections=len(rows),
+        scores=float(scores[rows, columns].amax()) if len(rows) else 0.0,
+        boxes=box_max,
+        boxes_px=box_max * longer_px,
+        num_unmatched=int(counted - matched),
     )
 
 

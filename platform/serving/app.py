@@ -56,19 +56,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (504, "The model did not answer in time"),
     )
 }
-MinScore = Annotated[
-    float, Query(ge=0, le=1, description="Leave out detections with a lower score")
-]
-MaxDetections = Annotated[
-    int, Query(ge=1, le=1000, description="Return at most this many, best first")
-]
-Upright = Annotated[
-    bool,
-    Query(
-        description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
-        "Otherwise to the stored one, as in training"
-    ),
-]
+LOWEST = Query(ge=0, le=1, description="Leave out detections with a lower score")
+MOST = Query(ge=1, le=1000, description="Return at most this many, best first")
+UPRIGHT = Query(
+    description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
+    "Otherwise to the stored one, as in training"
+)
 
 
 class DetectionService:
@@ -215,27 +208,25 @@ def create_app(
     @app.post("/v1/detect", responses=PROBLEMS, response_model=Detected, openapi_extra=DETECT_BODY)
     async def detect(
         request: Request,
-        min_score: MinScore = 0.05,
-        max_detections: MaxDetections = 100,
-        upright: Upright = False,
+        min_score: Annotated[float, LOWEST] = 0.05,
+        max_detections: Annotated[int, MOST] = 100,
+        upright: Annotated[bool, UPRIGHT] = False,
     ) -> Response:
         """Return the detections in an image, best first."""
         limits = {"min_score": min_score, "max_detections": max_detections}
         return JSONResponse(await service.detect(request, upright, **limits))
 
     @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
-    async def model() -> Response:
+    async def model() -> dict[str, Any]:
         """Return the current model, its classes, and the limits of an upload."""
         served = service.slot.loaded()
-        return JSONResponse(
-            {
-                "model": served.name.as_json(),
-                "categories": [asdict(category) for category in served.predictor.categories],
-                "max_bytes": config.max_bytes,
-                "max_pixels": config.max_pixels,
-                "problem": service.slot.problem or None,
-            }
-        )
+        return {
+            "model": served.name.as_json(),
+            "categories": [asdict(category) for category in served.predictor.categories],
+            "max_bytes": config.max_bytes,
+            "max_pixels": config.max_pixels,
+            "problem": service.slot.problem or None,
+        }
 
     @app.get("/health", responses={503: PROBLEMS[503]})
     async def health() -> dict[str, str]:
