@@ -8,11 +8,9 @@ sometimes everything.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from mlflow.entities import Run, ViewType
 
@@ -26,8 +24,6 @@ from deta.platform.registry.decision_log import CHAMPION, HISTORY_SUFFIX
 from deta.platform.registry.decision_store import DecisionStore
 from deta.platform.registry.mlflow_client import RetryingClient
 from deta.platform.system.redaction import redact
-
-logger = logging.getLogger(__name__)
 
 # The first page is small, so that it arrives at once. Pages hold complete runs in memory, with all
 # their parameters and metrics.
@@ -53,8 +49,7 @@ class MlflowSource:
             since_s: seconds since 1970: only runs that are running, and those that began or ended
                 since. None: all.
         """
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S  # MLflow reads it at each call
-        found = _all(lambda token: self._client.search_experiments(page_token=token))
+        found = self._registry.all_of(self._client.search_experiments)
         self._experiments = {one.experiment_id: one.name for one in found}
         conditions = [""]
         if since_s is not None:
@@ -66,8 +61,7 @@ class MlflowSource:
 
     def models(self) -> RegisteredModels:
         """Return the registered versions by run, and the history of champions."""
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S
-        found = _all(lambda token: self._client.search_registered_models(page_token=token))
+        found = self._registry.all_of(self._client.search_registered_models)
         models = {one.name: one for one in found}
         versions: dict[str, list[str]] = defaultdict(list)
         champions: set[str] = set()
@@ -113,6 +107,7 @@ class MlflowSource:
         token: str | None = None
         size = FIRST_PAGE
         while True:
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = TIMEOUT_S  # MLflow reads it at each call
             page = self._client.search_runs(
                 list(self._experiments),
                 condition,
@@ -143,15 +138,3 @@ def _validation_set(run: Run) -> tuple[str, str, int]:
                 num_images, fingerprint = 0, ""
             return given.dataset.name, fingerprint, num_images
     return "", "", 0
-
-
-def _all(read_page: Callable[[str | None], Any]) -> list[Any]:
-    """Return the items of all pages; for queries with few results."""
-    found: list[Any] = []
-    token: str | None = None
-    while True:
-        page = read_page(token)
-        found += page
-        token = page.token
-        if not token:
-            return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -131,19 +132,18 @@ class RetryingClient:
     def model_versions(self, name: str) -> list[ModelVersion]:
         """Return all versions of a registered model, oldest first; none if there is no model."""
         quoted = name.replace("'", "''")
-        found: list[ModelVersion] = []
+        search = functools.partial(self.mlflow.search_model_versions, f"name='{quoted}'")
+        return sorted(self.all_of(search, max_results=10_000), key=lambda one: int(one.version))
+
+    def all_of(self, search: Callable[..., Any], **how: Any) -> list[Any]:
+        """Return the results of all pages of a search."""
+        found: list[Any] = []
         token: str | None = None
         while True:
-            page = self.call(
-                self.mlflow.search_model_versions,
-                f"name='{quoted}'",
-                max_results=10_000,
-                page_token=token,
-            )
-            found, token = [*found, *page], page.token
-            if not token:
-                break
-        return sorted(found, key=lambda one: int(one.version))
+            page = self.call(search, page_token=token, **how)
+            found += page
+            if not (token := page.token):
+                return found
 
 
 def aliases_of(model: RegisteredModel) -> dict[str, int]:

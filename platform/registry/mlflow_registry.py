@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,25 +101,22 @@ class Registry:
             ValueError: MLflow has no such files.
         """
         client = self._client
-        uri = client.call(
-            client.mlflow.get_model_version_download_uri, version.name, str(version.number)
-        )
+        locate = client.mlflow.get_model_version_download_uri
+        uri = client.call(locate, version.name, str(version.number))
         files = get_artifact_repository(uri, tracking_uri=self.uri, registry_uri=self.uri)
         try:
-            copied = client.call(
-                files.download_artifacts,
-                part,
-                str(folder),
-                timeout_s=FILE_TIMEOUT_S,
-                patience_s=FILE_PATIENCE_S,
-            )
+            copied = Path(
+                client.call(
+                    files.download_artifacts, part, str(folder),
+                    timeout_s=FILE_TIMEOUT_S, patience_s=FILE_PATIENCE_S,
+                )
+            )  # fmt: skip
         except (MlflowException, OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{version}: its files {part} cannot be downloaded ({error})"
-            ) from error
-        if not Path(copied).is_dir() or not any(Path(copied).iterdir()):
+            fault = f"{version}: its files {part} cannot be downloaded ({error})"
+            raise ValueError(fault) from error
+        if not copied.is_dir() or not any(copied.iterdir()):
             raise ValueError(f"{version}: has no {part} in MLflow")
-        return Path(copied)
+        return copied
 
     def require_run(self, run_id: str) -> None:
         """
@@ -143,20 +141,12 @@ class Registry:
         client = self._client
         run = client.call(client.mlflow.get_run, run_id)
         logged = client.call(
-            client.mlflow.create_logged_model,
-            run.info.experiment_id,
-            name=name,
-            source_run_id=run_id,
-            model_type="detector",
-        )
+            client.mlflow.create_logged_model, run.info.experiment_id,
+            name=name, source_run_id=run_id, model_type="detector",
+        )  # fmt: skip
+        send = functools.partial(client.call, timeout_s=FILE_TIMEOUT_S)
         for path, folder in parts.items():
-            client.call(
-                client.mlflow.log_model_artifacts,
-                logged.model_id,
-                str(folder),
-                path or None,
-                timeout_s=FILE_TIMEOUT_S,
-            )
+            send(client.mlflow.log_model_artifacts, logged.model_id, str(folder), path or None)
         client.call(client.mlflow.finalize_logged_model, logged.model_id, "READY")
         return UploadedFiles(logged.model_id, run_id, logged.artifact_location)
 
@@ -178,13 +168,9 @@ class Registry:
                 if one.tags.get(REGISTRATION_TAG) == key:
                     return one
             return client.mlflow.create_model_version(
-                name,
-                files.location,
-                run_id=files.run_id,
-                tags=tags,
-                description=description[:MAX_TEXT_CHARACTERS],
-                model_id=files.model_id,
-            )
+                name, files.location, run_id=files.run_id, model_id=files.model_id,
+                tags=tags, description=description[:MAX_TEXT_CHARACTERS],
+            )  # fmt: skip
 
         return _to_version(client.call(add))
 
@@ -212,12 +198,8 @@ def _to_version(found: ModelVersion) -> Version:
             f"{found.name} version {found.version}: was not registered by jobs/register.py, since "
             f"it has no tag {SHA256_TAG}; register the model with that job"
         )
+    created_s = found.creation_timestamp / 1000
     return Version(
-        found.name,
-        int(found.version),
-        tags[SHA256_TAG],
-        tags[MANIFEST_TAG],
-        found.run_id or "",
-        found.creation_timestamp / 1000,
-        tags,
-    )
+        found.name, int(found.version), tags[SHA256_TAG], tags[MANIFEST_TAG],
+        found.run_id or "", created_s, tags,
+    )  # fmt: skip

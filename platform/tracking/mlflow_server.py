@@ -111,15 +111,6 @@ def host_names(host: str, port: int, allowed: Sequence[str]) -> list[str]:
         return [f"127.0.0.1:{free}", f"localhost:{free}"]
     if free != port:
         raise ValueError(f"port {port} of {host} is taken; choose another one")
-    return check_hosts(host, port, allowed)
-
-
-def check_hosts(host: str, port: int, allowed: Sequence[str]) -> list[str]:
-    """Return the host names that a server beyond loopback answers to.
-
-    Raises:
-        ValueError: none is given and `host` is not a name, or a name is not exact.
-    """
     if not allowed and host not in ("0.0.0.0", "::", ""):
         allowed = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     if not allowed:

@@ -16,9 +16,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # The uploader retries, since it knows what else to do meanwhile. MLflow's own retries would block
 # a call for minutes, and create a second run if the answer to the first call was lost.
@@ -44,8 +43,6 @@ from mlflow.exceptions import MlflowException
 from deta.platform.system.atomic_write import replacing
 from deta.platform.system.redaction import REDACTED, redact, redact_value
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +93,12 @@ class MlflowStore:
         # runs. All readers use the oldest one.
         for twin in mine[1:]:
             if not twin.data.metrics:
-                self._call(self._connect().delete_run, twin.info.run_id)
+                self._call("delete_run", twin.info.run_id)
         return mine[0].info.run_id
 
     def describe(self, run_id: str, description: dict[str, Any]) -> None:
         """Send what is known before the first step; do not change what MLflow has already."""
-        client = self._connect()
-        run = self._call(client.get_run, run_id)
+        run = self._call("get_run", run_id)
         params = [
             Param(key, _param_value(key, value))
             for key, value in _flatten(description["config"]).items()
@@ -110,22 +106,21 @@ class MlflowStore:
         ]
         for begin in range(0, len(params), PARAMS_PER_CALL):
             part = params[begin : begin + PARAMS_PER_CALL]
-            self._call(client.log_batch, run_id, params=part)
+            self._call("log_batch", run_id, params=part)
         data = description.get("data") or {}
         if data and not (run.inputs and run.inputs.dataset_inputs):
             inputs = [_dataset_input(context, one) for context, one in data.items()]
-            self._call(client.log_inputs, run_id, datasets=inputs)
+            self._call("log_inputs", run_id, datasets=inputs)
         for name in ("environment", "categories"):
             if name in description:
                 text = redact(json.dumps(description[name], indent=2))
-                self._call(client.log_text, run_id, text, f"{name}.json")
+                self._call("log_text", run_id, text, f"{name}.json")
 
     def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
         """Return, for each kind of event, the steps that MLflow has and their times in ms."""
-        client = self._connect()
         known: dict[str, dict[int, int]] = {}
         for kind, name in SENTINELS.items():
-            history = self._call(client.get_metric_history, run_id, name)
+            history = self._call("get_metric_history", run_id, name)
             known[kind] = {metric.step: metric.timestamp for metric in history}
         return known
 
@@ -133,7 +128,6 @@ class MlflowStore:
         """Send metric values; return how many of them MLflow rejected as invalid."""
         if len(rows) > ROWS_PER_CALL:
             return self._send_parts(run_id, rows, ROWS_PER_CALL)
-        client = self._connect()
         metrics = [
             Metric(row.name, row.value, row.time_ms, row.step)
             for row in rows
@@ -142,11 +136,11 @@ class MlflowStore:
         try:
             # A row that is sent again after a failure is stored once: MLflow drops an equal
             # (key, value, time, step).
-            self._call(client.log_batch, run_id, metrics=metrics)
+            self._call("log_batch", run_id, metrics=metrics)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            _require_active(self._call(client.get_run, run_id))
+            _require_active(self._call("get_run", run_id))
             if len(rows) > 1:
                 return self._send_parts(run_id, rows, (len(rows) + 1) // 2)
             logger.warning("MLflow refuses %s: %s", rows[0], error)
@@ -158,38 +152,34 @@ class MlflowStore:
         return sum(self.send(run_id, rows[begin : begin + size]) for begin in begins)
 
     def set_status(self, run_id: str, record: UploadRecord) -> None:
-        client = self._connect()
         if record.status == "RUNNING":
-            self._call(client.update_run, run_id, status="RUNNING")
+            self._call("update_run", run_id, status="RUNNING")
             return
         if record.reason or record.num_begins > 1:
-            self._call(client.set_tag, run_id, "deta.reason", record.reason[:MAX_TAG_CHARACTERS])
+            self._call("set_tag", run_id, "deta.reason", record.reason[:MAX_TAG_CHARACTERS])
         if record.status == "FINISHED" and record.best_ap is not None:
             path = f"checkpoints/step-{record.best_step:08d}"
-            self._call(client.set_tag, run_id, "deta.best_checkpoint", path)
+            self._call("set_tag", run_id, "deta.best_checkpoint", path)
         self._call(
-            client.set_terminated, run_id, status=record.status, end_time=record.end_time_ms or None
+            "set_terminated", run_id, status=record.status, end_time=record.end_time_ms or None
         )
 
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         for name, value in tags.items():
             text = redact_value(name, redact(value))[:MAX_TAG_CHARACTERS]
-            self._call(self._connect().set_tag, run_id, name[:250], text)
+            self._call("set_tag", run_id, name[:250], text)
 
     def heartbeat(self, run_id: str) -> None:
-        self._call(self._connect().set_tag, run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
+        self._call("set_tag", run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
 
     def send_file(self, run_id: str, path: Path, folder: str) -> None:
         """Send a file; redact secrets if it is text."""
-        client = self._connect()
         with tempfile.TemporaryDirectory(prefix="deta-") as clean:
             if path.suffix in TEXT_SUFFIXES and path.stat().st_size <= MAX_REDACTED_BYTES:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 path = Path(clean) / path.name
                 path.write_text(redact(text), encoding="utf-8")
-            self._call(
-                client.log_artifact, run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S
-            )
+            self._call("log_artifact", run_id, str(path), folder or None, at_least_s=FILE_TIMEOUT_S)
 
     def fetch_folder(self, run_id: str, name: str, to: Path) -> tuple[str, Path]:
         """Copy a folder of a run's artifacts; return the run's name and the path of the copy.
@@ -197,16 +187,13 @@ class MlflowStore:
         Raises:
             ValueError: the run does not exist, or it has no such folder.
         """
-        client = self._connect()
         try:
-            run = self._call(client.get_run, run_id)
+            run = self._call("get_run", run_id)
         except MlflowException as error:
             raise ValueError(f"{self.shown_uri} has no run {run_id}: {error.message}") from error
-        if not self._call(client.list_artifacts, run_id, name):
+        if not self._call("list_artifacts", run_id, name):
             raise ValueError(f"run {run_id} of {self.shown_uri} has no artifacts {name!r}")
-        path = self._call(
-            client.download_artifacts, run_id, name, str(to), at_least_s=FILE_TIMEOUT_S
-        )
+        path = self._call("download_artifacts", run_id, name, str(to), at_least_s=FILE_TIMEOUT_S)
         return run.info.run_name or run_id, Path(path)
 
     def shorten_timeouts(self) -> None:
@@ -224,21 +211,19 @@ class MlflowStore:
                     if not database.exists():
                         _create_database(database)
                 client = MlflowClient(tracking_uri=self.uri)
-                self._call(client.search_experiments, max_results=1)
+                client.search_experiments(max_results=1)
             self._client = client
         return self._client
 
-    def _call(
-        self, function: Callable[..., T], *args: Any, at_least_s: int = 0, **kwargs: Any
-    ) -> T:
-        """Call MLflow, and adapt the timeout to how fast it answers."""
+    def _call(self, method: str, *args: Any, at_least_s: int = 0, **kwargs: Any) -> Any:
+        """Call a method of MLflow's client, and adapt the timeout to how fast it answers."""
         timeout_s = max(self._timeout_s, at_least_s)
         if self._is_final:
             timeout_s = LAST_TIMEOUT_S
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(timeout_s)  # MLflow reads it at each call
         began_s = time.monotonic()
         try:
-            result = function(*args, **kwargs)
+            result = getattr(self._connect(), method)(*args, **kwargs)
         except Exception as error:
             if re.search("time.?out|timed out", str(error), re.IGNORECASE):
                 self._timeout_s = min(MAX_TIMEOUT_S, 2 * self._timeout_s)
@@ -250,19 +235,18 @@ class MlflowStore:
         return result
 
     def _experiment(self, name: str) -> Experiment:
-        client = self._connect()
-        found: Any = self._call(client.get_experiment_by_name, name)
+        found = self._call("get_experiment_by_name", name)
         if found is None:
             location = None
             if self.uri.startswith("sqlite:///"):
                 beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent
                 location = (beside / "mlartifacts" / name).as_uri()
             try:
-                self._call(client.create_experiment, name, artifact_location=location)
+                self._call("create_experiment", name, artifact_location=location)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # created by another run
                     raise
-            found = self._call(client.get_experiment_by_name, name)
+            found = self._call("get_experiment_by_name", name)
         if found.lifecycle_stage != "active":
             raise RuntimeError(
                 f"experiment {name!r} was deleted in MLflow; restore it with `mlflow experiments "
@@ -301,7 +285,7 @@ class MlflowStore:
                 raise LookupError(f"the run of the sweep {parent} is not in MLflow yet")
         created_s = description.get("created_s")
         self._call(
-            self._connect().create_run,
+            "create_run",
             experiment.experiment_id,
             start_time=int(created_s * 1000) if created_s else None,
             run_name=description.get("title") or description["config"].get("name") or folder.name,
@@ -314,7 +298,7 @@ class MlflowStore:
 
     def _find_run(self, run_id: str) -> Run | None:
         try:
-            return self._call(self._connect().get_run, run_id)
+            return self._call("get_run", run_id)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -329,7 +313,7 @@ class MlflowStore:
     def _search(self, experiment: Experiment, what: str) -> list[Run]:
         return list(
             self._call(
-                self._connect().search_runs,
+                "search_runs",
                 [experiment.experiment_id],
                 what,
                 run_view_type=ViewType.ACTIVE_ONLY,
@@ -343,8 +327,7 @@ class MlflowStore:
         Returns:
             The id and name of each.
         """
-        client = self._connect()
-        found = self._call(client.get_experiment_by_name, experiment)
+        found = self._call("get_experiment_by_name", experiment)
         dead = []
         for run in self._search(found, "attributes.status = 'RUNNING'") if found else []:
             beat = run.data.tags.get(HEARTBEAT_TAG, "")
@@ -357,8 +340,8 @@ class MlflowStore:
             dead.append((run_id, run.info.run_name))
             if not dry_run:
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
-                self._call(client.set_tag, run_id, "deta.reason", f"no heartbeat since {when}")
-                self._call(client.set_terminated, run_id, status="KILLED")
+                self._call("set_tag", run_id, "deta.reason", f"no heartbeat since {when}")
+                self._call("set_terminated", run_id, status="KILLED")
         return dead
 
 

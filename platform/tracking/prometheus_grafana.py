@@ -53,20 +53,12 @@ class NotInstalledError(RuntimeError):
 
 
 def find_prometheus() -> Path:
-    """Return the path of Prometheus: `DETA_PROMETHEUS`, or the one on the PATH.
-
-    Raises:
-        NotInstalledError: there is none.
-    """
+    """Return the path of Prometheus: `DETA_PROMETHEUS`, or the one on the PATH."""
     return _find("DETA_PROMETHEUS", ("prometheus",), PROMETHEUS_MISSING)
 
 
 def find_grafana() -> Path:
-    """Return the path of Grafana: `DETA_GRAFANA`, or the one on the PATH, also by its old name.
-
-    Raises:
-        NotInstalledError: there is none.
-    """
+    """Return the path of Grafana: `DETA_GRAFANA`, or the one on the PATH, also by its old name."""
     return _find("DETA_GRAFANA", ("grafana", "grafana-server"), GRAFANA_MISSING)
 
 
@@ -187,6 +179,10 @@ def start_grafana(folder: Path, prometheus_url: str, *, port: int = 3000) -> Ser
 
 
 def _find(variable: str, names: Iterable[str], missing: str) -> Path:
+    """
+    Raises:
+        NotInstalledError: there is no such program.
+    """
     if named := os.environ.get(variable):
         if os.access(named, os.X_OK) and Path(named).is_file():
             return Path(named)

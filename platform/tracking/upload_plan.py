@@ -36,10 +36,12 @@ REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: its path in M
 ROWS_PER_CALL = 1000  # limit of MLflow's REST interface
 ENDS = ("FINISHED", "FAILED", "KILLED")
 MAX_NAME_CHARACTERS = 250
-EVALUATION_FILES = (
-    "evaluation.json", "detections.parquet", "ground_truth.json.gz", "explanation.json",
-    "report.html",
-)  # fmt: skip
+# Files of the best step by their folder in the run, and where they are in MLflow.
+BEST_FILES = {
+    "checkpoints": ("best_checkpoint", ("model.safetensors", "config.json", "state.json")),
+    "evaluations": ("evaluation", ("evaluation.json", "detections.parquet", "ground_truth.json.gz",
+                                   "explanation.json", "report.html")),
+}  # fmt: skip
 # Metrics that are a value of an event, by the event's kind.
 COPIED = {
     "evaluation_kept": {"val/keep_seconds": "seconds"},
@@ -121,22 +123,21 @@ class UploadRecord:
         return rows
 
     def _rows_of_replaced(self, event: dict[str, Any]) -> list[UploadRow]:
-        known = set(self.replaced_images)
-        new = [image["image_id"] for image in event["images"] if image["image_id"] not in known]
-        if not new:
+        number = len(self.replaced_images)
+        images = [*self.replaced_images, *(image["image_id"] for image in event["images"])]
+        self.replaced_images = list(dict.fromkeys(images))
+        if len(self.replaced_images) == number:
             return []
-        self.replaced_images += list(dict.fromkeys(new))
         self._add_file(REPLACED_FILE, "")
         return _rows(event, {"train/replaced_images": len(self.replaced_images)})
 
-    def _rows_of_picture(self, event: dict[str, Any]) -> list[UploadRow]:
-        self._add_file(event["path"], "pictures")
+    def _rows_of_file(self, event: dict[str, Any], to: str = "") -> list[UploadRow]:
+        """Queue a file of the folder, such as a sweep's report."""
+        self._add_file(event["path"], event.get("to", to))
         return []
 
-    def _rows_of_file(self, event: dict[str, Any]) -> list[UploadRow]:
-        """Queue any other file of the folder, such as a sweep's report."""
-        self._add_file(event["path"], event.get("to", ""))
-        return []
+    def _rows_of_picture(self, event: dict[str, Any]) -> list[UploadRow]:
+        return self._rows_of_file(event, "pictures")
 
     def _rows_of_tags(self, event: dict[str, Any]) -> list[UploadRow]:
         """Queue tags that are known only later, such as a sweep's verdict."""
@@ -152,14 +153,8 @@ class UploadRecord:
         self.redone_steps += event.get("wasted_steps", max(0, self.highest_step - step))
         self.num_restarts += 1
         self.highest_step = step
-        return _rows(
-            event,
-            {
-                "run/restarts": self.num_restarts,
-                "run/redone_steps": self.redone_steps,
-                "run/restart_s": event.get("restart_s"),
-            },
-        )
+        values = {"run/restarts": self.num_restarts, "run/redone_steps": self.redone_steps}
+        return _rows(event, values | {"run/restart_s": event.get("restart_s")})
 
     def _rows_of_ended(self, event: dict[str, Any]) -> list[UploadRow]:
         self.status = event["status"] if event["status"] in ENDS else "FAILED"
@@ -169,15 +164,10 @@ class UploadRecord:
         rows = _rows(event | {"step": self.highest_step}, values)
         if self.best_ap is None:
             return rows
+        for place, (to, names) in BEST_FILES.items() if self.status == "FINISHED" else ():
+            for name in names:
+                self._add_file(f"{place}/step-{self.best_step:08d}/{name}", to)
         best = UploadRow("best/AP", float(self.best_ap), self.best_time_ms, self.best_step, "ended")
-        if self.status != "FINISHED":
-            return [*rows, best]
-        folder = f"checkpoints/step-{self.best_step:08d}"
-        for name in ("model.safetensors", "config.json", "state.json"):
-            self._add_file(f"{folder}/{name}", "best_checkpoint")
-        folder = f"evaluations/step-{self.best_step:08d}"
-        for name in EVALUATION_FILES:
-            self._add_file(f"{folder}/{name}", "evaluation")
         return [*rows, best]
 
     def _count_time(self, event: dict[str, Any]) -> None:

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.tracking.mlflow_server import check_hosts, ensure_password_file
+from deta.platform.system.child_server import free_port
+from deta.platform.tracking.mlflow_server import ensure_password_file, host_names
 
 
 @pytest.mark.parametrize("name", ["*", "gpu1:*", "10.*:5000", "gpu1", "gpu1:5000,evil:1", "a b:1"])
 def test_only_exact_names_are_allowed(name: str):
     with pytest.raises(ValueError, match="exact"):
-        check_hosts("10.0.0.5", 5000, [name])
+        host_names("0.0.0.0", free_port("0.0.0.0", 0), [name])
 
 
 def test_every_address_of_a_machine_needs_a_name():
     with pytest.raises(ValueError, match="allow-host"):
-        check_hosts("0.0.0.0", 5000, [])
-    assert check_hosts("10.0.0.5", 5000, []) == ["10.0.0.5:5000"]
+        host_names("0.0.0.0", free_port("0.0.0.0", 0), [])
+    port = free_port("127.0.0.1", 0)
+    assert host_names("127.0.0.1", port, [])[0] == f"127.0.0.1:{port}"
 
 
 def test_the_password_is_made_once_and_its_owners_alone(tmp_path: Path):

@@ -23,7 +23,6 @@ from mlflow.entities import Run
 import deta.platform.tracking.mlflow_store as tracking
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import write_run_file
-from deta.platform.tracking.follower import Follower
 from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent, metric_name, read_record
 from deta.platform.tracking.upload_process import (
@@ -33,6 +32,7 @@ from deta.platform.tracking.upload_process import (
     start_uploader,
 )
 from deta.platform.tracking.uploader import BusyError, RunUploader
+from deta.platform.tracking.uploader_main import Follower
 
 BEST_FILES = ("model.safetensors", "config.json", "state.json")
 
