@@ -35,7 +35,7 @@ from deta.jobs.sweep_command import (
 )
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
-from deta.platform.study.cost import PRICES, CostEstimate, Price, price_of
+from deta.platform.study.cost import CostEstimate
 from deta.platform.study.design import Design, batch_factor, cell_key, numbers_of, rate_factor
 from deta.platform.study.plan_text import plan_text
 from deta.platform.study.power import StudyPlan
@@ -199,7 +199,6 @@ def main() -> None:
         "--sd", type=float, default=0.2, help="expected standard deviation over seeds, in AP"
     )
     parser.add_argument("--hours-per-trial", type=float, help="wall time of one training")
-    parser.add_argument("--gpu", default="", help="name of the GPU, for the price")
     add_sweep_options(parser)
     arguments = parser.parse_intermixed_args()
     seeds = tuple(range(1, arguments.seeds + 1))
@@ -226,17 +225,10 @@ def _plan(study: Sweep, arguments: argparse.Namespace) -> str:
     assert study.design is not None
     design, trial = study.design, None
     if arguments.hours_per_trial is not None:
-        price = price_of(arguments.gpu, PRICES) or Price(None)
-        price = price if arguments.price is None else Price(arguments.price)
-        gpu_hours = arguments.hours_per_trial * design.base.cluster.num_workers
-        trial = CostEstimate(
-            arguments.hours_per_trial,
-            gpu_hours,
-            None if price.per_gpu_hour is None else price.per_gpu_hour * gpu_hours,
-            price.currency,
-        )
+        workers = design.base.cluster.num_workers
+        trial = CostEstimate(arguments.hours_per_trial, arguments.hours_per_trial * workers)
     num_cells = sum(not cell.same_as for cell in design.cells())
-    return plan_text(design, plan=StudyPlan(arguments.sd, num_cells=num_cells), trial=trial)
+    return plan_text(design, StudyPlan(arguments.sd, num_cells=num_cells), trial)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from deta.jobs.command_line import (
 )
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
-from deta.platform.study.cost import Price
 from deta.platform.sweep.search_space import Sweep
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
@@ -43,12 +42,6 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask whether to continue")
     parser.add_argument("--no-probe", action="store_true", help="start without an estimate")
     parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
-    parser.add_argument(
-        "--price",
-        type=float,
-        metavar="PER_HOUR",
-        help="price of a GPU, or of a worker without one, in EUR",
-    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -108,7 +101,6 @@ def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep])
             estimate_only=arguments.estimate,
             confirm=_ask if asks and not arguments.no_probe else None,
             retry_failed=arguments.retry_failed,
-            price=None if arguments.price is None else Price(arguments.price),
         )
 
     exit_after(run, again="repeat the command to continue")

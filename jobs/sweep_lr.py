@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
 from deta.jobs.command_line import described_parser
 from deta.jobs.deta_r50 import demo, small
 from deta.jobs.sweep_command import (
@@ -26,26 +28,16 @@ from deta.jobs.sweep_command import (
 )
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
-from deta.platform.sweep.search_space import (
-    Asha,
-    Choice,
-    Domain,
-    Grid,
-    LogUniform,
-    Optuna,
-    Random,
-    Search,
-    Sweep,
-)
+from deta.platform.sweep.search_space import Asha, Domain, Grid, Optuna, Random, Search, Sweep
 
 SPACE: dict[str, Domain] = {
-    "optim.lr": LogUniform(3e-4, 6e-3),
-    "optim.weight_decay": LogUniform(1e-5, 1e-1),
-    "total_batch_size": Choice((4, 8, 16)),
+    "optim.lr": FloatDistribution(3e-4, 6e-3, log=True),
+    "optim.weight_decay": FloatDistribution(1e-5, 1e-1, log=True),
+    "total_batch_size": CategoricalDistribution((4, 8, 16)),
 }
 GRID: dict[str, Domain] = {
-    "optim.lr": Choice((7.5e-4, 1.5e-3, 3e-3)),
-    "total_batch_size": Choice((4, 8)),
+    "optim.lr": CategoricalDistribution((7.5e-4, 1.5e-3, 3e-3)),
+    "total_batch_size": CategoricalDistribution((4, 8)),
 }
 BASES = {"demo": demo, "small": small}
 # For the demo: one core and a few minutes per trial.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from deta.platform.study.linear_model import (
     NO_DF,
     NO_NOISE,
     Fit,
-    holm,
     mean_estimate,
     sd_interval,
+    with_holm,
 )
 from deta.platform.study.study_types import (
     Analysis,
@@ -44,9 +44,12 @@ class Results:
 
     def of(self, key: str) -> Mapping[int, float]:
         if key not in self.trained_as:
-            known = ", ".join(repr(known) for known in self.trained_as)
+            known = ", ".join(map(repr, self.trained_as))
             raise ValueError(f"the study has no cell {key!r}; its cells are {known}")
         return self.values[self.trained_as[key]]
+
+    def seeds_of_both(self, first: str, second: str) -> tuple[int, ...]:
+        return tuple(sorted(self.of(first).keys() & self.of(second).keys()))
 
 
 def sort_results(
@@ -104,8 +107,8 @@ def analyse(
     fit = Fit(results.values, confidence)
     noise = measure_noise(results, fit)
     effects, terms = factor_effects(results, fit)
-    answers = pooled_differences(
-        results, fit, [(question.title, question.first, question.second) for question in questions]
+    answers = with_holm(
+        [pooled_difference(results, fit, q.title, q.first, q.second) for q in questions]
     )
     return Analysis(
         metric=metric,
@@ -131,7 +134,7 @@ def summarise(results: Results, cell: Cell, confidence: float) -> CellSummary:
     sd, mean = mean_estimate(np.array(list(values.values())), confidence)
     note = f"trains exactly as {key}" if key != cell.key else ""
     note = "; ".join(part for part in (note, mean.note) if part)
-    return CellSummary(cell, values, results.failures[key], mean.value, sd, mean.interval, note)
+    return CellSummary(cell, values, results.failures[key], mean.estimate, sd, mean.interval, note)
 
 
 def measure_noise(results: Results, fit: Fit) -> Noise:
@@ -156,83 +159,47 @@ def measure_noise(results: Results, fit: Fit) -> Noise:
 def paired_differences(results: Results, confidence: float) -> tuple[CellDifference, ...]:
     """Compare every two cells by the differences of the seeds that both have."""
     found = []
-    for first, second in itertools.combinations(results.cells, 2):
-        title = f"{first.key} minus {second.key}"
-        one, other = results.of(first.key), results.of(second.key)
-        seeds = tuple(sorted(set(one) & set(other)))
-        gaps = np.array([one[seed] - other[seed] for seed in seeds])
-        _, mean = mean_estimate(gaps, confidence)
+    for first, second in itertools.combinations([cell.key for cell in results.cells], 2):
+        one, other = results.of(first), results.of(second)
+        seeds = results.seeds_of_both(first, second)
+        _, mean = mean_estimate(np.array([one[s] - other[s] for s in seeds]), confidence)
         note = mean.note
-        if results.trained_as[first.key] == results.trained_as[second.key]:
+        if results.trained_as[first] == results.trained_as[second]:
             note = "they train exactly alike"
-        elif not seeds:
-            note = "no seed has a result of both"
-        elif len(seeds) == 1:
-            note = NO_DF
+        elif len(seeds) < 2:
+            note = NO_DF if seeds else "no seed has a result of both"
         found.append(
             CellDifference(
-                title,
-                first.key,
-                second.key,
-                "paired",
-                seeds,
-                mean.value,
-                mean.standard_error,
-                mean.df,
-                mean.interval,
-                mean.p,
-                None,
-                note,
+                **vars(mean) | {"note": note},
+                title=f"{first} minus {second}",
+                first=first,
+                second=second,
+                method="paired",
+                seeds=seeds,
             )
         )
-    return _with_holm(found)
-
-
-def pooled_differences(
-    results: Results, fit: Fit, pairs: Sequence[tuple[str, str, str]]
-) -> tuple[CellDifference, ...]:
-    """Compare the given pairs of cells by the model of the whole study.
-
-    Args:
-        pairs: title, first cell, second cell.
-    """
-    found = []
-    for title, first, second in pairs:
-        seeds = tuple(sorted(set(results.of(first)) & set(results.of(second))))
-        found.append(pooled_difference(results, fit, title, first, second, seeds))
-    return _with_holm(found)
+    return with_holm(found)
 
 
 def pooled_difference(
-    results: Results, fit: Fit, title: str, first: str, second: str, seeds: tuple[int, ...]
+    results: Results, fit: Fit, title: str, first: str, second: str
 ) -> CellDifference:
-    estimate = fit.contrast(difference_weights(results, first, second))
+    """Compare two cells by the model of the whole study."""
     return CellDifference(
-        title,
-        first,
-        second,
-        "pooled",
-        seeds,
-        estimate.value,
-        estimate.standard_error,
-        estimate.df,
-        estimate.interval,
-        estimate.p,
-        None,
-        estimate.note,
+        **vars(fit.contrast(difference_weights(results, first, second))),
+        title=title,
+        first=first,
+        second=second,
+        method="pooled",
+        seeds=results.seeds_of_both(first, second),
     )
 
 
 def difference_weights(results: Results, first: str, second: str) -> dict[str, float]:
+    for key in (first, second):
+        results.of(key)  # raises for an unknown cell
     one, other = results.trained_as[first], results.trained_as[second]
     return {} if one == other else {one: 1.0, other: -1.0}
-
-
-def _with_holm(differences: Sequence[CellDifference]) -> tuple[CellDifference, ...]:
-    corrected = holm([difference.p for difference in differences])
-    return tuple(
-        replace(difference, p_holm=p) for difference, p in zip(differences, corrected, strict=True)
-    )
 
 
 def factor_effects(results: Results, fit: Fit) -> tuple[tuple[Effect, ...], tuple[Term, ...]]:
@@ -254,28 +221,13 @@ def factor_effects(results: Results, fit: Fit) -> tuple[tuple[Effect, ...], tupl
                     results, crossed, levels, dict(zip(factors, chosen, strict=True))
                 )
                 contrasts.append(weights)
-                e = fit.contrast(weights)
+                estimate = vars(fit.contrast(weights))
                 effects.append(
-                    Effect(
-                        factors,
-                        chosen,
-                        first,
-                        e.value,
-                        e.standard_error,
-                        e.df,
-                        e.interval,
-                        e.p,
-                        None,
-                        e.note,
-                    )
+                    Effect(**estimate, factors=factors, levels=chosen, first_levels=first)
                 )
             df, f, p, note = fit.f_test(contrasts)
             terms.append(Term(factors, df, fit.df, f, p, note))
-    corrected = holm([effect.p for effect in effects])
-    return (
-        tuple(replace(effect, p_holm=p) for effect, p in zip(effects, corrected, strict=True)),
-        tuple(terms),
-    )
+    return with_holm(effects), tuple(terms)
 
 
 def _contrast(

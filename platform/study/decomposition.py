@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 from scipy.special import stdtrit
@@ -16,7 +15,7 @@ from deta.platform.study.analyse import (
     pooled_difference,
     sort_results,
 )
-from deta.platform.study.linear_model import Fit, holm
+from deta.platform.study.linear_model import Fit, with_holm
 from deta.platform.study.study_types import (
     Anchor,
     Cell,
@@ -51,17 +50,17 @@ def decompose(
         raise ValueError(f"the path {list(path)} has no step; it needs at least two cells")
     results = sort_results(cells, observations, metric)
     fit = Fit(results.values, confidence)
-
-    def difference(title: str, later: str, earlier: str) -> CellDifference:
-        seeds = tuple(sorted(set(results.of(later)) & set(results.of(earlier))))
-        return pooled_difference(results, fit, title, later, earlier, seeds)
-
     first, last = path[0][0], path[-1][0]
-    whole = difference(f"{last} minus {first}", last, first)
+    whole = pooled_difference(results, fit, f"{last} minus {first}", last, first)
     whole_weights = difference_weights(results, last, first)
+    parts = with_holm(
+        [
+            pooled_difference(results, fit, what, later, earlier)
+            for (earlier, _), (later, what) in pairwise(path)
+        ]
+    )
     steps = []
-    for (earlier, _), (later, what) in pairwise(path):
-        part = difference(what, later, earlier)
+    for part in parts:
         share, interval = None, None
         if (
             part.estimate is not None
@@ -69,15 +68,9 @@ def decompose(
             and whole.is_distinguishable(1 - confidence)
         ):
             share = part.estimate / whole.estimate
-            interval = _share_interval(
-                fit, share, whole, difference_weights(results, later, earlier), whole_weights
-            )
-        steps.append(Step(what, part, share, interval))
-    corrected = holm([step.difference.p for step in steps])
-    steps = [
-        replace(step, difference=replace(step.difference, p_holm=p))
-        for step, p in zip(steps, corrected, strict=True)
-    ]
+            weights = difference_weights(results, part.first, part.second)
+            interval = _share_interval(fit, share, whole.estimate, weights, whole_weights)
+        steps.append(Step(part.title, part, share, interval))
     text = _paragraph(whole, steps, metric, measure_noise(results, fit), confidence, published)
     return Decomposition(whole, tuple(steps), text)
 
@@ -85,19 +78,18 @@ def decompose(
 def _share_interval(
     fit: Fit,
     share: float,
-    whole: CellDifference,
+    whole: float,
     part_weights: dict[str, float],
     whole_weights: dict[str, float],
 ) -> Interval:
     """Return Fieller's interval (1954) of a ratio of contrasts; finite, as the whole is not 0."""
-    assert whole.estimate is not None
     t = float(stdtrit(fit.df, (1 + fit.confidence) / 2))
     v11 = fit.covariance(part_weights, part_weights)
     v12 = fit.covariance(part_weights, whole_weights)
     v22 = fit.covariance(whole_weights, whole_weights)
-    g = t**2 * v22 / whole.estimate**2  # below 1
+    g = t**2 * v22 / whole**2  # below 1
     inside = v11 - 2 * share * v12 + share**2 * v22 - g * (v11 - v12**2 / v22)
-    half = t / abs(whole.estimate) * math.sqrt(max(0.0, inside))
+    half = t / abs(whole) * math.sqrt(max(0.0, inside))
     middle = share - g * v12 / v22
     return Interval((middle - half) / (1 - g), (middle + half) / (1 - g))
 
@@ -111,13 +103,12 @@ def _paragraph(
     published: tuple[Anchor, Anchor] | None,
 ) -> str:
     sentences = []
-    reported = None
     if published is not None:
         begin, end = published
-        reported = end.ap - begin.ap
         sentences.append(
             f"Published are {begin.ap:.1f} AP ({begin.label}) and {end.ap:.1f} ({end.label}): "
-            f"{signed(reported, 1)} AP between two single runs that differ in more than one thing."
+            f"{signed(end.ap - begin.ap, 1)} AP between two single runs that differ in more than "
+            "one thing."
         )
     sentences.append(f"Here, from {whole.second} to {whole.first}: {_amount(whole, metric)}.")
     parts = [f"{step.title} {_amount(step.difference, metric)}{_share(step)}" for step in steps]
@@ -137,32 +128,27 @@ def _paragraph(
             "share of it is given."
         )
     else:
-        significant = [
-            step.title for step in steps if step.difference.is_distinguishable(1 - confidence)
-        ]
-        if significant:
-            sentences.append(f"Significant by themselves: {' and '.join(significant)}.")
-        else:
-            sentences.append("No step is significant by itself.")
+        clear = [step.title for step in steps if step.difference.is_distinguishable(1 - confidence)]
+        sentences.append(
+            f"Significant by themselves: {' and '.join(clear)}."
+            if clear
+            else "No step is significant by itself."
+        )
         if len(steps) > 1:
             sentences.append(
                 "The steps add up to the whole; taken in another order they would differ as far "
                 "as the changes interact."
             )
-    if reported is not None and noise.seed_sd:
-        sentences.append(_chance(abs(reported), noise.seed_sd, noise.seed_df, confidence))
+    if published is not None and noise.seed_sd:
+        # The difference that chance alone causes between two runs.
+        reported = abs(published[1].ap - published[0].ap)
+        limit = stdtrit(noise.seed_df, (1 + confidence) / 2) * math.sqrt(2) * noise.seed_sd
+        sentences.append(
+            f"By the noise measured here, on this data and model, two single runs that train alike "
+            f"differ by up to {limit:.2g} in {100 * confidence:.0f} % of cases; the published "
+            f"{reported:.1f} lies {'within' if reported <= limit else 'beyond'} that."
+        )
     return " ".join(sentences)
-
-
-def _chance(reported: float, seed_sd: float, df: int, confidence: float) -> str:
-    """Compare the difference that chance alone causes between two runs with the reported one."""
-    limit = float(stdtrit(df, (1 + confidence) / 2)) * math.sqrt(2) * seed_sd
-    where = "within" if reported <= limit else "beyond"
-    return (
-        f"By the noise measured here, on this data and model, two single runs that train alike "
-        f"differ by up to {limit:.2g} in {100 * confidence:.0f} % of cases; the published "
-        f"{reported:.1f} lies {where} that."
-    )
 
 
 def _amount(difference: CellDifference, metric: str) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.run.config import RunConfig, flatten, override
 from deta.platform.study.study_types import Cell
 
@@ -66,17 +65,6 @@ def rate_factor(lr: float, multiples: Sequence[float] = (1, 2)) -> Factor:
     return Factor("rate", tuple(Level(f"{m:g}×", {"optim.lr": lr * m}) for m in multiples))
 
 
-def rule_factor(base_batch: int, rules: Sequence[str] = ("none", "sqrt", "linear")) -> Factor:
-    """Return a factor of the rule by which the rate follows the batch; equal at `base_batch`."""
-    return Factor(
-        "rule",
-        tuple(
-            Level(rule, {"optim.lr_rule": rule, "optim.lr_base_batch": base_batch})
-            for rule in rules
-        ),
-    )
-
-
 @dataclass(frozen=True)
 class Trial:
     """One training: a cell with a seed."""
@@ -127,9 +115,8 @@ class Design:
     def cells(self) -> list[Cell]:
         """Return the crossed cells (the last factor varies fastest), then the named ones."""
         raw: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        for levels in itertools.product(*(factor.levels for factor in self.factors)):
-            if not levels:
-                continue
+        crossed = itertools.product(*(factor.levels for factor in self.factors))
+        for levels in crossed if self.factors else ():
             labels = {f.name: lv.label for f, lv in zip(self.factors, levels, strict=True)}
             changes = {key: value for level in levels for key, value in level.changes.items()}
             raw.append((cell_key(labels), labels, changes))
@@ -174,9 +161,6 @@ class Design:
     def changed(self, first: str, second: str) -> dict[str, tuple[Any, Any]]:
         """Return the keys in which two cells differ, with both values and actual learning rates."""
         configs = {cell.key: self.config(cell) for cell in self.cells()}
-        for key in (first, second):
-            if key not in configs:
-                raise ValueError(f"the study has no cell {key!r}; its cells are {list(configs)}")
         one, other = numbers_of(configs[first]), numbers_of(configs[second])
         return {
             key: (one.get(key), other.get(key))
@@ -184,42 +168,20 @@ class Design:
             if one.get(key) != other.get(key)
         }
 
-    def samples_seen(self, cell: Cell, num_images: int) -> int:
-        """Images trained on by the end: `epochs` times all images, rounded up to whole batches."""
-        return self._position(self.config(cell), self.config(cell).schedule.epochs, num_images)
-
-    def evaluation_positions(self, cell: Cell, num_images: int) -> list[int]:
-        """The number of samples seen at each evaluation; of any two cells within one batch."""
-        config = self.config(cell)
-        epochs, every = config.schedule.epochs, config.evaluate_every_epochs
-        ends = sorted({*range(every, epochs + 1, every), epochs})
-        return [self._position(config, end, num_images) for end in ends]
-
-    @staticmethod
-    def _position(config: RunConfig, epochs: int, num_images: int) -> int:
-        order = TrainingOrder(config.seed, num_images, config.total_batch_size)
-        return order.first_step_of_epoch(epochs) * config.total_batch_size
-
     def _check(self, cell: Cell) -> None:
-        bad = [key for key in cell.changes if _is_in(key, KEYS_OUTSIDE_CELLS)]
+        bad = [key for key in cell.changes if is_in(key, KEYS_OUTSIDE_CELLS)]
         if bad:
             raise ValueError(
                 f"cell {cell.key!r} changes {', '.join(bad)}; that belongs to the base, which is "
                 "the same for all cells"
             )
         config = self.config(cell)
-        for what, value, wanted in (
-            ("schedule.epochs", config.schedule.epochs, self.base.schedule.epochs),
-            (
-                "evaluate_every_epochs",
-                config.evaluate_every_epochs,
-                self.base.evaluate_every_epochs,
-            ),
-        ):
-            if value != wanted:
+        values, wanted = flatten(config), flatten(self.base)
+        for key in ("schedule.epochs", "evaluate_every_epochs"):
+            if values[key] != wanted[key]:
                 raise ValueError(
-                    f"cell {cell.key!r} has {what}={value}, the base {wanted}: all cells must see "
-                    "equally many samples and be evaluated after equally many"
+                    f"cell {cell.key!r} has {key}={values[key]}, the base {wanted[key]}: all cells "
+                    "must see equally many samples and be evaluated after equally many"
                 )
         if config.schedule.patience is not None:
             raise ValueError(
@@ -239,7 +201,7 @@ def numbers_of(config: RunConfig) -> dict[str, Any]:
     The learning rate is the one that its rule works out, so that two ways to write one training
     are the same.
     """
-    flat = {key: value for key, value in flatten(config).items() if not _is_in(key, NEUTRAL_KEYS)}
+    flat = {key: value for key, value in flatten(config).items() if not is_in(key, NEUTRAL_KEYS)}
     flat["optim.lr"] = float(f"{config.optim.lr_for(config.total_batch_size):.12g}")
     del flat["optim.lr_rule"], flat["optim.lr_base_batch"]
     return flat
@@ -247,13 +209,10 @@ def numbers_of(config: RunConfig) -> dict[str, Any]:
 
 def numbers_id(config: RunConfig) -> str:
     """Return a name for what a training computes: 12 hexadecimal digits."""
-    text = json.dumps(numbers_of(config), sort_keys=True, default=_plain)
+    text = json.dumps(numbers_of(config), sort_keys=True, default=asdict)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else list(value)
-
-
-def _is_in(key: str, names: Sequence[str]) -> bool:
+def is_in(key: str, names: Sequence[str]) -> bool:
+    """Return whether a key is one of the names, or begins with one that ends in "." or "_"."""
     return any(key.startswith(name) if name[-1] in "._" else key == name for name in names)

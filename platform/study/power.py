@@ -10,9 +10,12 @@ has (C - 1) * (n - 1) degrees of freedom, which for two cells is the paired t te
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from scipy.optimize import brentq
 from scipy.special import chdtr, stdtrit
 from scipy.stats import ncf
 
@@ -39,13 +42,8 @@ class StudyPlan:
             raise ValueError(f"correlation={self.correlation} is not in [-1, 1)")
         if self.num_cells < 2:
             raise ValueError(f"num_cells={self.num_cells} leaves nothing to compare; 2 at least")
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha={self.alpha} is not in (0, 1)")
-
-    @property
-    def sd_of_difference(self) -> float:
-        """Return the standard deviation of the difference of two cells with the same seed."""
-        return self.sd * math.sqrt(2 * (1 - self.correlation))
+        if not 0 < self.alpha < POWER:
+            raise ValueError(f"alpha={self.alpha} is not in (0, {POWER})")
 
     def power(self, delta: float, seeds: int) -> float:
         """Return the probability to detect a true difference `delta` with `seeds` seeds per cell.
@@ -55,7 +53,7 @@ class StudyPlan:
         if seeds < 2:
             return 0.0
         df = (self.num_cells - 1) * (seeds - 1)
-        shift = abs(delta) * math.sqrt(seeds) / self.sd_of_difference
+        shift = abs(delta) / self.sd * math.sqrt(seeds / (2 * (1 - self.correlation)))
         if shift == 0:
             return self.alpha
         critical = float(stdtrit(df, 1 - self.alpha / 2))
@@ -63,100 +61,51 @@ class StudyPlan:
             return float(chdtr(df, df * (shift / critical) ** 2))
         return min(1.0, max(0.0, float(ncf.sf(critical**2, 1, df, shift**2))))
 
-    def seeds_for(self, delta: float, power: float = POWER) -> int | None:
-        """Return the smallest number of seeds per cell with this power; None if 10,000 are too few.
+    def seeds_for(self, delta: float) -> int | None:
+        """Return the fewest seeds per cell with 80 % power; None if 10,000 are too few.
 
         Raises:
-            ValueError: `delta` is zero, or `power` is not between `alpha` and 1.
+            ValueError: `delta` is zero.
         """
         if delta == 0:
             raise ValueError("delta=0: no number of seeds can detect a difference of zero")
-        self._check_power(power)
-        if self.power(delta, MAX_SEEDS) < power:
-            return None
-        low, high = 1, 2  # too few; perhaps enough
-        while self.power(delta, high) < power:
-            low, high = high, min(2 * high, MAX_SEEDS)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.power(delta, middle) < power else (low, middle)
-        return high
+        seeds = range(MAX_SEEDS + 1)
+        fewest = bisect_left(seeds, POWER, key=lambda n: self.power(delta, n))
+        return fewest if fewest in seeds else None
 
-    def smallest_difference(self, seeds: int, power: float = POWER) -> float | None:
-        """Return the difference that `seeds` seeds detect with this power; None with one seed."""
-        self._check_power(power)
+    def smallest_difference(self, seeds: int) -> float | None:
+        """Return the difference that `seeds` seeds detect with 80 % power; None with one seed."""
         if seeds < 2:
             return None
-        low, high = 0.0, self.sd_of_difference
-        while self.power(high, seeds) < power:
-            low, high = high, 2 * high
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.power(middle, seeds) < power else (low, middle)
-        return high
-
-    def _check_power(self, power: float) -> None:
-        if not self.alpha < power < 1:
-            raise ValueError(f"power={power} is not between alpha={self.alpha} and 1")
+        return float(brentq(lambda delta: self.power(delta, seeds) - POWER, 0, 1e9 * self.sd))
 
 
-@dataclass(frozen=True)
-class PowerRow:
+class PowerRow(NamedTuple):
     """One row of the power table: what it takes to detect a difference."""
 
     delta: float
     seeds: int | None  # of each cell; none: more than anyone would run
-    power: float | None  # with so many seeds
     num_trials: int | None
-    gpu_hours: float | None
-    price: float | None
 
 
-def power_table(
-    plan: StudyPlan,
-    deltas: Sequence[float],
-    *,
-    num_cells: int,
-    power: float = POWER,
-    gpu_hours_per_trial: float | None = None,
-    price_per_trial: float | None = None,
-) -> list[PowerRow]:
+def power_table(plan: StudyPlan, deltas: Sequence[float], *, num_cells: int) -> list[PowerRow]:
     """Compute what it takes to detect each difference.
 
     Args:
         num_cells: cells that are trained; `plan.num_cells` are pooled for the noise.
-        gpu_hours_per_trial: `cost.Estimate.gpu_hours` of one training; its `price` is the other.
     """
-    rows = []
-    for delta in deltas:
-        seeds = plan.seeds_for(delta, power)
-        trials = None if seeds is None else seeds * num_cells
-        rows.append(
-            PowerRow(
-                delta,
-                seeds,
-                None if seeds is None else plan.power(delta, seeds),
-                trials,
-                _times(trials, gpu_hours_per_trial),
-                _times(trials, price_per_trial),
-            )
-        )
-    return rows
+    needed = [(delta, plan.seeds_for(delta)) for delta in deltas]
+    return [PowerRow(delta, n, None if n is None else n * num_cells) for delta, n in needed]
 
 
-def _times(count: int | None, each: float | None) -> float | None:
-    return None if count is None or each is None else count * each
-
-
-@dataclass(frozen=True)
-class PilotPlan:
+class PilotPlan(NamedTuple):
     """The noise that a pilot measured, and the largest noise that it allows."""
 
     estimate: StudyPlan
     cautious: StudyPlan  # at the upper end of the standard deviation's interval
 
 
-def from_pilot(noise: Noise, num_cells: int, alpha: float = ALPHA) -> PilotPlan:
+def from_pilot(noise: Noise, num_cells: int) -> PilotPlan:
     """Plan a study from the noise of a pilot with the same kind of trainings.
 
     The residual variation about cell + seed is the noise of differences, so the correlation is 0.
@@ -167,6 +116,6 @@ def from_pilot(noise: Noise, num_cells: int, alpha: float = ALPHA) -> PilotPlan:
     if not noise.residual_sd or noise.interval is None:
         raise ValueError(f"the pilot has no estimate of the noise: {noise.note}")
     return PilotPlan(
-        StudyPlan(noise.residual_sd, 0.0, num_cells, alpha),
-        StudyPlan(noise.interval.high, 0.0, num_cells, alpha),
+        StudyPlan(noise.residual_sd, num_cells=num_cells),
+        StudyPlan(noise.interval.high, num_cells=num_cells),
     )

@@ -61,8 +61,26 @@ class CellSummary:
     note: str = ""  # why something is missing, in words
 
 
-@dataclass(frozen=True)
-class CellDifference:
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number and its uncertainty. Unknown parts are None, and `note` says why."""
+
+    estimate: float | None
+    standard_error: float | None = None
+    df: int = 0
+    interval: Interval | None = None
+    p: float | None = None  # two-sided, that it is zero
+    p_holm: float | None = None  # the same, corrected for all numbers in the list it stands in
+    note: str = ""
+
+    def is_distinguishable(self, alpha: float = 0.05) -> bool:
+        """Return whether it is statistically significant after the correction."""
+        p = self.p if self.p_holm is None else self.p_holm
+        return p is not None and p < alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellDifference(Estimate):
     """One cell minus another."""
 
     title: str
@@ -72,22 +90,10 @@ class CellDifference:
     # the model of the whole study, whose noise all cells share, with more degrees of freedom.
     method: Literal["paired", "pooled"]
     seeds: tuple[int, ...]  # that both cells have
-    estimate: float | None  # first - second; none where they cannot be compared
-    standard_error: float | None
-    df: int
-    interval: Interval | None
-    p: float | None  # two-sided, that there is no difference
-    p_holm: float | None  # the same, corrected for all differences in the list it stands in
-    note: str = ""
-
-    def is_distinguishable(self, alpha: float = 0.05) -> bool:
-        """Return whether it is statistically significant after the correction."""
-        p = self.p if self.p_holm is None else self.p_holm
-        return p is not None and p < alpha
 
 
-@dataclass(frozen=True)
-class Effect:
+@dataclass(frozen=True, kw_only=True)
+class Effect(Estimate):
     """The effect of going from a factor's first level to another, averaged over the other factors.
 
     Of two factors: how much the effect of the one changes with the other; and so on. With two
@@ -97,24 +103,13 @@ class Effect:
     factors: tuple[str, ...]
     levels: tuple[str, ...]  # one of each factor
     first_levels: tuple[str, ...]
-    estimate: float | None
-    standard_error: float | None
-    df: int
-    interval: Interval | None
-    p: float | None
-    p_holm: float | None  # corrected for all effects of the study
-    note: str = ""
 
     @property
     def name(self) -> str:
-        """For example "batch: 16 − 8", or "batch × rate"."""
-        steps = [
-            f"{factor}: {level} − {first}"
-            for factor, level, first in zip(
-                self.factors, self.levels, self.first_levels, strict=True
-            )
-        ]
-        return " × ".join(steps) if len(steps) == 1 else " × ".join(f"({step})" for step in steps)
+        """For example "batch: 16 − 8", or "(batch: 16 − 8) × (rate: 2 − 1)"."""
+        parts = zip(self.factors, self.levels, self.first_levels, strict=True)
+        steps = [f"{factor}: {level} − {first}" for factor, level, first in parts]
+        return steps[0] if len(steps) == 1 else " × ".join(f"({step})" for step in steps)
 
 
 @dataclass(frozen=True)
@@ -205,8 +200,4 @@ class Analysis:
     notes: tuple[str, ...]  # what a reader has to know: failures, missing cells, assumptions
 
     def cell(self, key: str) -> CellSummary:
-        for summary in self.cells:
-            if summary.cell.key == key:
-                return summary
-        known = ", ".join(repr(summary.cell.key) for summary in self.cells)
-        raise ValueError(f"the study has no cell {key!r}; its cells are {known}")
+        return next(summary for summary in self.cells if summary.cell.key == key)

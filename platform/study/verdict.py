@@ -28,22 +28,22 @@ def verdict(
     title = f"{question.title}: "
     if answer.estimate is None:
         return f"{title}no answer; {answer.note}"
-    if answer.interval is None:
-        return f"{title}{signed(answer.estimate, 2)} {metric}; {answer.note}"
-    seeds = num_of(len(answer.seeds), "seed")
-    found = f"{title}{plus_minus(answer.estimate, answer.interval.half_width)} {metric}"
     size = answer.interval
-    is_small = max(abs(size.low), abs(size.high)) < question.relevant
-    relevant = short(question.relevant)
+    if size is None:
+        return f"{title}{signed(answer.estimate, 2)} {metric}; {answer.note}"
     assert answer.p is not None
     assert answer.p_holm is not None
+    num_seeds, relevant = len(answer.seeds), short(question.relevant)
+    seeds = num_of(num_seeds, "seed")
+    text = f"{title}{plus_minus(answer.estimate, size.half_width)} {metric}; "
+    is_small = max(abs(size.low), abs(size.high)) < question.relevant
     if answer.is_distinguishable(alpha):
-        higher = answer.estimate > 0
-        name = question.first_name or question.first
-        text = f"{found}; {name} is {'higher' if higher else 'lower'} ({p_value(answer.p_holm)}"
-        text += f", {seeds})"
+        text += f"{question.first_name or question.first} is "
+        text += (
+            f"{'higher' if answer.estimate > 0 else 'lower'} ({p_value(answer.p_holm)}, {seeds})"
+        )
         return text + (f", by less than the {relevant} that would matter" if is_small else "")
-    text = f"{found}; not distinguishable with {seeds}"
+    text += f"not distinguishable with {seeds}"
     if answer.p < alpha:
         text += (
             f" once the comparisons are corrected for ({p_value(answer.p)} alone, "
@@ -53,13 +53,9 @@ def verdict(
         return f"{text}; a difference of {relevant} is excluded"
     assert noise.residual_sd  # there is an interval, so there is noise
     plan = StudyPlan(noise.residual_sd, num_cells=num_cells, alpha=alpha)
-    return f"{text}; {_needed(plan, question.relevant, len(answer.seeds))}"
-
-
-def _needed(plan: StudyPlan, relevant: float, num_seeds: int) -> str:
-    needed = plan.seeds_for(relevant)
+    needed = plan.seeds_for(question.relevant)
     if needed is None:
-        return f"no affordable number would be enough for {short(relevant)}"
+        return f"{text}; no affordable number would be enough for {relevant}"
     if needed <= num_seeds:
-        return f"enough to find {short(relevant)} in {100 * POWER:.0f} % of such studies"
-    return f"{needed} would be needed for {short(relevant)}"
+        return f"{text}; enough to find {relevant} in {100 * POWER:.0f} % of such studies"
+    return f"{text}; {needed} would be needed for {relevant}"

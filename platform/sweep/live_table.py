@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import io
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
 
 from deta.platform.pages.number_format import duration
 from deta.platform.sweep.search_space import format_value
@@ -15,86 +18,90 @@ from deta.platform.sweep.trial_folder import TrialFolder
 
 REFRESH_S = 2.0
 MIN_ROWS = 8
+# In this order trials keep their place on a small screen.
+STATES = ("running", "failed", "finished", "stopped", "waiting")
 
 
-@dataclass(frozen=True)
-class TableFooter:
-    """Totals over all trials."""
-
-    cost: str  # so far
-    remaining_s: float | None
-
-
-def rows(trials: Sequence[TrialFolder], keys: Sequence[str]) -> list[list[str]]:
-    """Return the heading and one row per trial."""
-    names = [_short(key, keys) for key in keys]
-    table = [["trial", *names, "status", "samples", "AP", "images/s", "left", ""]]
+def trials_table(trials: Sequence[TrialFolder], keys: Sequence[str]) -> Table:
+    """Return one row per trial, with its values of the keys."""
+    lasts = Counter(key.rpartition(".")[2] for key in keys)
+    names = [last if lasts[last := key.rpartition(".")[2]] == 1 else key for key in keys]
+    rows = []
     for trial in trials:
-        speed, status = trial.images_per_s, trial.status
+        changes, speed, status = trial.trial.changes, trial.images_per_s, trial.status
         left = trial.remaining_s if status == "running" else None
-        samples = f"{trial.samples:,}"
-        if trial.num_steps:
+        samples = f"{trial.samples:,}" if trial.samples or status != "waiting" else ""
+        if samples and trial.num_steps:
             samples += f" / {trial.num_steps * trial.config.total_batch_size:,}"
-        table.append(
+        rows.append(
             [
                 trial.trial.id,
-                *(
-                    format_value(trial.trial.changes[k]) if k in trial.trial.changes else ""
-                    for k in keys
-                ),
+                *(format_value(changes[key]) if key in changes else "" for key in keys),
                 status,
-                samples if trial.samples or status != "waiting" else "",
+                samples,
                 "" if trial.ap is None else f"{trial.ap:.1f}",
                 "" if speed is None else f"{speed:.1f}",
                 "" if left is None else duration(left),
-                trial.reason.partition("\n")[0] if status in ("failed", "stopped") else "",
+                _why(trial),
             ]
         )
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=True)
+    headings = ("trial", *names, "status", "samples", "AP", "images/s", "left")
+    for place, heading in enumerate(headings):  # on a narrow screen, rather cut it than a value
+        table.add_column(
+            heading, no_wrap=True, min_width=max([len(row[place]) for row in rows], default=0)
+        )
+    table.add_column(no_wrap=True, ratio=1)  # why it ended, in what the others leave of a line
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def summary_line(trials: Sequence[TrialFolder], num_trials: int, footer: TableFooter) -> str:
-    count: dict[str, int] = {}
-    for trial in trials:
-        count[trial.status] = count.get(trial.status, 0) + 1
-    count["waiting"] = num_trials - sum(n for name, n in count.items() if name != "waiting")
-    states = [
-        f"{count[name]} {name}"
-        for name in ("finished", "running", "waiting", "stopped", "failed")
-        if count.get(name)
-    ]
-    line = f"{num_trials} trials: {', '.join(states)} · {footer.cost}"
+def table_text(trials: Sequence[TrialFolder], keys: Sequence[str], summary: str) -> str:
+    """Return the table and the summary as plain text, however wide."""
+    text = io.StringIO()
+    Console(file=text, width=10_000, markup=False, highlight=False).print(
+        trials_table(trials, keys)
+    )
+    return "\n".join(line.rstrip() for line in [*text.getvalue().splitlines(), summary]) + "\n"
+
+
+def summary_line(
+    trials: Sequence[TrialFolder], num_trials: int, cost: str, remaining_s: float | None
+) -> str:
+    """
+    Args:
+        cost: of all trials so far.
+        remaining_s: until all have ended.
+    """
+    count = Counter[str](trial.status for trial in trials)
+    count["waiting"] += num_trials - len(trials)
+    states = [f"{count[name]} {name}" for name in sorted(STATES) if count[name]]
+    line = f"{num_trials} trials: {', '.join(states)} · {cost}"
     best = max((t for t in trials if t.ap is not None), key=lambda t: t.ap or 0.0, default=None)
     if best is not None:
         line += f" · best {best.ap:.1f} AP ({best.name})"
-    if footer.remaining_s is not None:
-        line += f" · about {duration(footer.remaining_s)} left"
-    return line
+    return line if remaining_s is None else f"{line} · about {duration(remaining_s)} left"
 
 
 class LiveTable:
     """A table that is redrawn in place on a terminal; elsewhere only changes are printed."""
 
-    def __init__(self, echo: Callable[[str], None] | None = None, stream: TextIO | None = None):
-        self.stream = stream or sys.stdout
-        self.is_terminal = self.stream.isatty()
-        self.echo = echo or (lambda line: print(line, file=self.stream, flush=True))
-        self._num_drawn = 0
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.console = Console(file=stream, markup=False, highlight=False, emoji=False)
+        self._live: Live | None = None
         self._printed: dict[str, tuple[object, ...]] = {}
         self._drawn_s = -float("inf")
 
     def print_line(self, line: str) -> None:
         """Print a permanent line above the table."""
-        self._clear()
-        self.echo(line)
-        self._drawn_s = -float("inf")
+        self.console.print(line, soft_wrap=True)
 
     def update(
         self,
         trials: Sequence[TrialFolder],
         keys: Sequence[str],
-        num_trials: int,
-        footer: Callable[[], TableFooter],
+        summary: Callable[[], str],
         *,
         last: bool = False,
     ) -> None:
@@ -107,73 +114,48 @@ class LiveTable:
         if not last and now_s - self._drawn_s < REFRESH_S:
             return
         self._drawn_s = now_s
-        if last or self.is_terminal:
-            drawn = [*aligned(rows(trials, keys)), summary_line(trials, num_trials, footer())]
-            if not last:
-                drawn = self._fit(drawn, trials)
-            self._clear()
-            for line in drawn:
-                self.stream.write(line + "\n")
-            self.stream.flush()
-            self._num_drawn = 0 if last else len(drawn)
-            return
-        for trial in trials:
-            seen = (trial.status, len(trial.curve), trial.ended)
-            if self._printed.get(trial.trial.id, ("waiting", 0, "")) != seen:
-                self._printed[trial.trial.id] = seen
-                self.echo(f"{_line(trial)}   [{summary_line(trials, num_trials, footer())}]")
+        if self.console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self.console, auto_refresh=False, transient=True)
+                self._live.start()
+            if last:
+                self._live.stop()
+                self.console.print(trials_table(trials, keys), summary())
+                self._live = None
+            else:
+                self._live.update(self._screen(trials, keys, summary()), refresh=True)
+        elif last:
+            self.print_line(table_text(trials, keys, summary()).rstrip())
+        else:
+            for trial in trials:
+                seen = (trial.status, len(trial.curve), trial.ended)
+                if self._printed.get(trial.trial.id, ("waiting", 0, "")) != seen:
+                    self._printed[trial.trial.id] = seen
+                    self.print_line(f"{_line(trial)}   [{summary()}]")
 
-    def _fit(self, drawn: list[str], trials: Sequence[TrialFolder]) -> list[str]:
-        """Fit the table into the window: cut lines, and choose the most relevant trials."""
-        try:
-            width, height = os.get_terminal_size(self.stream.fileno())
-        except OSError:
-            width, height = 120, 40
-        room = max(MIN_ROWS, height - 3)
-        head, body, foot = drawn[0], drawn[1:-1], drawn[-1]
-        if len(body) + 2 > room:
-            order = {"running": 0, "failed": 1, "finished": 2, "stopped": 3, "waiting": 4}
-            ranked = sorted(range(len(body)), key=lambda i: (order[trials[i].status], -i))
-            kept = sorted(ranked[: room - 3])
-            hidden = len(body) - len(kept)
-            body = [*(body[i] for i in kept), f"… and {hidden} more"]
-        return [line[: width - 1] for line in (head, *body, foot)]
-
-    def _clear(self) -> None:
-        if self._num_drawn:
-            self.stream.write(f"\033[{self._num_drawn}F\033[J")
-            self._num_drawn = 0
+    def _screen(self, trials: Sequence[TrialFolder], keys: Sequence[str], summary: str) -> Group:
+        """Return the table with as many of the most relevant trials as the window has room for."""
+        room = max(MIN_ROWS, self.console.height - 5)
+        shown = set(sorted(range(len(trials)), key=lambda i: STATES.index(trials[i].status))[:room])
+        hidden = [f"… and {len(trials) - len(shown)} more"] if len(shown) < len(trials) else []
+        kept = [trial for i, trial in enumerate(trials) if i in shown]
+        return Group(trials_table(kept, keys), *hidden, summary)
 
 
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Align the columns; the last one is not padded."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+def _why(trial: TrialFolder) -> str:
+    return trial.reason.partition("\n")[0] if trial.status in ("failed", "stopped") else ""
 
 
 def _line(trial: TrialFolder) -> str:
-    parts = [f"{trial.name}: {trial.status}"]
-    if trial.name == trial.trial.cell.key:  # a number, which does not show the values
-        changes = trial.trial.changes
-        content = ", ".join(
-            f"{key.rpartition('.')[2]}={format_value(changes[key])}" for key in changes
-        )
-        parts = [f"{trial.name} ({content}): {trial.status}"]
-    if trial.samples:
-        parts.append(f"{trial.samples:,} samples")
-    if trial.ap is not None:
-        parts.append(f"AP {trial.ap:.1f}")
-    if trial.images_per_s is not None:
-        parts.append(f"{trial.images_per_s:.1f} images/s")
-    if trial.status in ("failed", "stopped"):
-        parts.append(trial.reason.partition("\n")[0])
-    return ", ".join(parts)
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """Return the last part of a key, or all of it if two keys end alike."""
-    last = key.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+    name, changes = trial.name, trial.trial.changes
+    if name == trial.trial.cell.key:  # a number, which does not show the values
+        values = (f"{k.rpartition('.')[2]}={format_value(v)}" for k, v in changes.items())
+        name += f" ({', '.join(values)})"
+    parts = [
+        f"{name}: {trial.status}",
+        f"{trial.samples:,} samples" if trial.samples else "",
+        "" if trial.ap is None else f"AP {trial.ap:.1f}",
+        "" if trial.images_per_s is None else f"{trial.images_per_s:.1f} images/s",
+        _why(trial),
+    ]
+    return ", ".join(filter(None, parts))

@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 from deta.platform.run.config import RunConfig, flatten
 from deta.platform.run.run_file import read_run_file
 from deta.platform.study.analyse import analyse
-from deta.platform.study.cost import Price
 from deta.platform.study.decomposition import decompose
 from deta.platform.study.design import Trial
 from deta.platform.study.study_types import Analysis, Decomposition
@@ -62,10 +62,8 @@ def proposed_trials(sweep: Sweep) -> list[Trial]:
     return [sweep.trial(changes, number) for number, (_, changes) in enumerate(found, 1)]
 
 
-def records_of(
-    trials: Sequence[TrialFolder], price: Price | None, tracking: str = ""
-) -> list[TrialRecord]:
-    return [trial.record(price, _run_url(tracking, trial.folder)) for trial in trials]
+def records_of(trials: Sequence[TrialFolder], tracking: str) -> list[TrialRecord]:
+    return [trial.record(_run_url(tracking, trial.folder)) for trial in trials]
 
 
 def write_results(
@@ -86,7 +84,7 @@ def write_results(
         is_over: if false, unfinished trials are left out of the analysis instead of failed.
         with_page: if false, write trials.json alone.
     """
-    text = json.dumps([record.to_json() for record in records], indent=1, default=str)
+    text = json.dumps([asdict(record) for record in records], indent=1, default=str)
     write_atomic(folder / TRIALS_NAME, text)
     analysis, decomposition = _analyse(sweep, records, is_over=is_over)
     began_s = base_run.get("created_s")
@@ -131,7 +129,7 @@ def report_only(sweep: Sweep) -> StudyReport:
         raise ValueError(f"{folder}: there is no sweep; name=… gives its name")
     sweep = sweep.with_base(base_of(content))
     trials = open_trials(sweep, sweep.trials() or proposed_trials(sweep))
-    records = records_of(trials, None, read_record(folder).uri)
+    records = records_of(trials, read_record(folder).uri)
     base_run = read_run_file(folder)
     hardware = str(content.get("hardware") or "")
     is_over = all(trial.is_done for trial in trials)

@@ -16,10 +16,9 @@ from deta.platform.run.journal import Journal
 from deta.platform.run.run import STOP_FILE, Run
 from deta.platform.run.run_file import read_run_file
 from deta.platform.run.run_lock import RunLock
-from deta.platform.study.cost import Price
 from deta.platform.study.design import Trial
 from deta.platform.study_report.content import StudyReport
-from deta.platform.sweep.live_table import LiveTable, TableFooter, aligned, rows, summary_line
+from deta.platform.sweep.live_table import LiveTable, summary_line, table_text
 from deta.platform.sweep.optuna_search import Proposer
 from deta.platform.sweep.results import (
     TABLE_NAME,
@@ -64,12 +63,11 @@ class SweepScheduler:
         planned: list[Trial],
         at_once: int,
         table: LiveTable,
-        price: Price | None,
         content: dict[str, Any],
         lock: RunLock,
         retry_failed: bool,
     ) -> None:
-        self.sweep, self.run, self.table, self.price = sweep, run, table, price
+        self.sweep, self.run, self.table = sweep, run, table
         self.content, self.lock, self.at_once = content, lock, at_once
         self.folder = run.folder
         self.num_trials = sweep.num_trials
@@ -84,7 +82,7 @@ class SweepScheduler:
             self.proposer = Proposer(sweep.space, sweep.search, len(self.trials))
             for trial in self.trials:
                 if trial.is_done:
-                    self.proposer.tell(trial.trial.id, trial.trial.changes, trial.record(price))
+                    self.proposer.tell(trial.trial.id, trial.trial.changes, trial.record())
         self.locks: dict[str, RunLock] = {}
         self.launched_s: dict[str, float] = {}
         self.durations_s: list[float] = []  # of trials that began and ended in this start
@@ -238,7 +236,7 @@ class SweepScheduler:
         if lock := self.locks.pop(trial_id, None):
             lock.release()
         if self.proposer is not None:
-            self.proposer.tell(trial_id, trial.trial.changes, trial.record(self.price))
+            self.proposer.tell(trial_id, trial.trial.changes, trial.record())
         self.draw()
         self.report(is_over=False)
         done = [one for one in self.trials if one.is_done]
@@ -293,7 +291,7 @@ class SweepScheduler:
         report = write_results(
             self.folder,
             self.sweep,
-            records_of(self.trials, self.price, tracking),
+            records_of(self.trials, tracking),
             base_run=read_run_file(self.folder),
             hardware=str(self.content.get("hardware") or ""),
             is_over=is_over,
@@ -306,27 +304,19 @@ class SweepScheduler:
 
     def send_files(self) -> None:
         """Queue the current table and report for the sweep's MLflow run."""
-        keys = self.sweep.varied_keys()
-        lines = [*aligned(rows(self.trials, keys))]
-        lines.append(summary_line(self.trials, self.num_trials, self._footer()))
-        (self.folder / TABLE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = table_text(self.trials, self.sweep.varied_keys(), self._summary())
+        (self.folder / TABLE_NAME).write_text(text, encoding="utf-8")
         for path, to in files_to_send(self.folder):
             self.journal.write("file", path=path, to=to)
 
     def draw(self, *, last: bool = False) -> None:
-        keys = self.sweep.varied_keys()
-        self.table.update(self.trials, keys, self.num_trials, self._footer, last=last)
+        self.table.update(self.trials, self.sweep.varied_keys(), self._summary, last=last)
 
-    def _footer(self) -> TableFooter:
-        cluster = self.sweep.config.cluster
-        costs = [trial.record(self.price).cost for trial in self.trials]
-        unit = "gpu_hours" if cluster.gpu else "cpu_hours"
-        held = sum(getattr(cost, unit) or 0.0 for cost in costs)
-        text = f"{held:.2f} {'GPU' if cluster.gpu else 'CPU'}-hours"
-        money = [cost.price for cost in costs if cost.price is not None]
-        if money:
-            text += f", {sum(money):.2f} {costs[0].currency}"
-        return TableFooter(text, self._remaining_s())
+    def _summary(self) -> str:
+        kind = "GPU" if self.sweep.config.cluster.gpu else "CPU"
+        costs = [vars(trial.record().cost)[f"{kind.lower()}_hours"] or 0.0 for trial in self.trials]
+        cost = f"{sum(costs):.2f} {kind}-hours"
+        return summary_line(self.trials, self.num_trials, cost, self._remaining_s())
 
     def _remaining_s(self) -> float | None:
         """Estimate by the trials that ended in this start, or by the probe."""

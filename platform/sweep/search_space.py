@@ -2,13 +2,16 @@
 
     Sweep(
         base=demo(),
-        space={"optim.lr": LogUniform(3e-4, 6e-3), "total_batch_size": Choice((4, 8, 16))},
+        space={
+            "optim.lr": FloatDistribution(3e-4, 6e-3, log=True),
+            "total_batch_size": CategoricalDistribution((4, 8, 16)),
+        },
         search=Random(12),
         stopping=Asha(grace_samples=500),
     )
 
-Nothing here knows the cluster. A sweep checks its keys and values against the configuration when
-it is created, so a typo costs nothing.
+The domains are those of `optuna.distributions`. Nothing here knows the cluster. A sweep checks its
+keys and values against the configuration when it is created, so a typo costs nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
 from deta.platform.run.config import RunConfig, flatten, override
-from deta.platform.study.design import NEUTRAL_KEYS, Design, Trial, numbers_id
+from deta.platform.study.design import NEUTRAL_KEYS, Design, Trial, is_in, numbers_id
 from deta.platform.study.study_types import Anchor, Cell, Question
 
 # Keys that no trial may change: they name the run, or would need the data to be checked again.
@@ -35,93 +41,42 @@ OBJECTIVES = ("AP", "gpu_hours", "cpu_hours", "wall_s")
 DIGITS = 6  # significant digits of a drawn number, so that a person can retype it
 MAX_DRAWS = 100  # to find a trial that is not a duplicate
 
-
-@dataclass(frozen=True)
-class Choice:
-    """One of the given values; the only domain that a grid accepts."""
-
-    values: tuple[Any, ...]
-
-    def __init__(self, values: Sequence[Any]) -> None:
-        object.__setattr__(self, "values", tuple(values))
-        if not self.values:
-            raise ValueError("Choice() has no values")
-
-    def __str__(self) -> str:
-        return "one of " + ", ".join(map(str, self.values))
-
-    def draw(self, rng: random.Random) -> Any:
-        return self.values[rng.randrange(len(self.values))]
-
-    def ends(self) -> tuple[Any, ...]:
-        return self.values
+# A choice may be a tuple. Optuna cannot save such a study, and a sweep does not save its study.
+warnings.filterwarnings("ignore", "Choices for a categorical distribution")
+Domain = CategoricalDistribution | FloatDistribution | IntDistribution
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """A number between two bounds, uniformly distributed."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"Uniform({self}): low must be below high")
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
-
-    def draw(self, rng: random.Random) -> float:
-        return float(f"{rng.uniform(self.low, self.high):.{DIGITS}g}")
-
-    def ends(self) -> tuple[float, float]:
-        return self.low, self.high
+def describe_domain(domain: Domain) -> str:
+    """Describe a domain for people and for sweep.json, by which a restart compares it."""
+    if isinstance(domain, CategoricalDistribution):
+        return "one of " + ", ".join(map(str, domain.choices))
+    text = f"{domain.low:g} to {domain.high:g}"
+    if isinstance(domain, IntDistribution):
+        text = f"{domain.low} to {domain.high}, whole numbers"
+    text += ", by order of magnitude" if domain.log else ""
+    return text + (f", in steps of {domain.step:g}" if domain.step not in (None, 1) else "")
 
 
-@dataclass(frozen=True)
-class LogUniform:
-    """A positive number between two bounds, uniform in its logarithm; for learning rates."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.high) and 0 < self.low < self.high):
-            raise ValueError(f"LogUniform({self}): low must be positive and below high")
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}, by order of magnitude"
-
-    def draw(self, rng: random.Random) -> float:
-        logarithm = rng.uniform(math.log(self.low), math.log(self.high))
-        return float(f"{math.exp(logarithm):.{DIGITS}g}")
-
-    def ends(self) -> tuple[float, float]:
-        return self.low, self.high
+def _ends(domain: Domain) -> tuple[Any, ...]:
+    if isinstance(domain, CategoricalDistribution):
+        return domain.choices
+    return domain.low, domain.high
 
 
-@dataclass(frozen=True)
-class Integer:
-    """An integer between two bounds, both included."""
-
-    low: int
-    high: int
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"Integer({self}): low must be below high")
-
-    def __str__(self) -> str:
-        return f"{self.low} to {self.high}, whole numbers"
-
-    def draw(self, rng: random.Random) -> int:
-        return rng.randint(self.low, self.high)
-
-    def ends(self) -> tuple[int, int]:
-        return self.low, self.high
-
-
-Domain = Choice | Uniform | LogUniform | Integer
+def _draw(domain: Domain, rng: random.Random) -> Any:
+    """Draw a value. Not by Optuna's sampler: that of one version need not be that of the next."""
+    if isinstance(domain, CategoricalDistribution):
+        return domain.choices[rng.randrange(len(domain.choices))]
+    low, high, step = domain.low, domain.high, domain.step
+    if isinstance(domain, IntDistribution) and not domain.log:
+        return rng.randrange(domain.low, domain.high + 1, domain.step)
+    if domain.log:
+        drawn = math.exp(rng.uniform(math.log(low), math.log(high)))
+    else:
+        drawn = rng.uniform(low, high)
+    if isinstance(domain, IntDistribution):
+        return round(drawn)
+    return float(f"{drawn if step is None else low + (drawn - low) // step * step:.{DIGITS}g}")
 
 
 @dataclass(frozen=True)
@@ -225,10 +180,12 @@ class Sweep:
             if any(key.startswith(fixed) for fixed in FIXED_KEYS):
                 raise ValueError(f"{key} cannot be varied: it is the same for all trials")
         if isinstance(self.search, Grid):
-            uncountable = [k for k, domain in self.space.items() if not isinstance(domain, Choice)]
+            uncountable = [key for key, domain in self.space.items()
+                           if not isinstance(domain, CategoricalDistribution)]  # fmt: skip
             if uncountable:
                 raise ValueError(
-                    f"a grid needs Choice(…) for {', '.join(uncountable)}; or use the search Random"
+                    f"a grid needs CategoricalDistribution(…) for {', '.join(uncountable)}; or use "
+                    "the search Random"
                 )
         wants_gpu = isinstance(self.search, Optuna) and "gpu_hours" in self.search.objectives
         if wants_gpu and not self.base.cluster.gpu:
@@ -236,8 +193,12 @@ class Sweep:
                 "the objective gpu_hours is the same for all trials without GPUs "
                 "(cluster.gpu=false); take cpu_hours"
             )
-        for changes in self._corners():
-            _resolve(self.base, changes)
+        # All keys at their first value, at their last, and each one at each of its ends.
+        ends = {key: _ends(domain) for key, domain in self.space.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        _resolve(self.base, {key: values[-1] for key, values in ends.items()})
+        for key, value in [(key, value) for key, values in ends.items() for value in values]:
+            _resolve(self.base, first | {key: value})
         self.trials()
 
     @property
@@ -257,19 +218,16 @@ class Sweep:
             return []
         if isinstance(self.search, Random):
             return self._drawn(self.search)
-        keys = list(self.space)
-        crossed = itertools.product(*(self.space[key].ends() for key in keys))
-        trials: list[Trial] = []
-        for values in crossed:
-            trial = self.trial(dict(zip(keys, values, strict=True)), len(trials) + 1)
-            twin = next((other for other in trials if other.id == trial.id), None)
-            if twin is not None:
+        trials: dict[str, Trial] = {}
+        for values in itertools.product(*map(_ends, self.space.values())):
+            trial = self.trial(dict(zip(self.space, values, strict=True)), len(trials) + 1)
+            if twin := trials.get(trial.id):
                 raise ValueError(
                     f"two trials of the grid train exactly alike: {dict(twin.changes)} and "
                     f"{dict(trial.changes)}; take one of the values out"
                 )
-            trials.append(trial)
-        return trials
+            trials[trial.id] = trial
+        return list(trials.values())
 
     @property
     def num_trials(self) -> int:
@@ -286,7 +244,7 @@ class Sweep:
         """
         config = _resolve(self.base, changes)
         resolved = {key: flatten(config)[key] for key in changes}
-        neutral = {k: v for k, v in resolved.items() if _leaves_the_numbers(k)}
+        neutral = {k: v for k, v in resolved.items() if is_in(k, NEUTRAL_KEYS)}
         identity = numbers_id(config)
         if neutral:  # such as cluster.num_workers, which changes the cost but not the result
             text = identity + json.dumps(neutral, sort_keys=True, default=str)
@@ -325,41 +283,29 @@ class Sweep:
                 "named cells": {k: dict(v) for k, v in self.design.named_cells.items()},
                 "seeds": list(self.design.seeds),
             }
-        search = {part.name: getattr(self.search, part.name) for part in fields(self.search)}
         return {
-            "space": {key: str(domain) for key, domain in self.space.items()},
+            "space": {key: describe_domain(domain) for key, domain in self.space.items()},
             "search": type(self.search).__name__.lower(),
-            **search,
+            **vars(self.search),
             "stopping": str(self.stopping) if self.stopping else "none",
         }
 
     def _drawn(self, search: Random) -> list[Trial]:
         rng = random.Random(f"sweep {search.seed}")
-        trials: list[Trial] = []
-        known: set[str] = set()
-        for _ in range(search.num_trials):
+        trials: dict[str, Trial] = {}
+        for number in range(1, search.num_trials + 1):
             for _ in range(MAX_DRAWS):
-                drawn = {key: self.space[key].draw(rng) for key in self.space}
-                trial = self.trial(drawn, len(trials) + 1)
-                if trial.id not in known:
+                drawn = {key: _draw(domain, rng) for key, domain in self.space.items()}
+                trial = self.trial(drawn, number)
+                if trial.id not in trials:
                     break
             else:
                 raise ValueError(
                     f"the space has fewer than {search.num_trials} different trials; "
                     f"{len(trials)} were found. Search it with Grid() instead"
                 )
-            known.add(trial.id)
-            trials.append(trial)
-        return trials
-
-    def _corners(self) -> Iterator[dict[str, Any]]:
-        """Yield all keys at their first value, at their last, and each one at each of its ends."""
-        first = {key: domain.ends()[0] for key, domain in self.space.items()}
-        yield first
-        yield {key: domain.ends()[-1] for key, domain in self.space.items()}
-        for key, domain in self.space.items():
-            for value in domain.ends():
-                yield first | {key: value}
+            trials[trial.id] = trial
+        return list(trials.values())
 
 
 def format_value(value: Any) -> str:
@@ -372,8 +318,3 @@ def _resolve(base: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     except ValueError as error:
         values = ", ".join(f"{key}={format_value(value)}" for key, value in changes.items())
         raise ValueError(f"the trial {values}: {error}") from error
-
-
-def _leaves_the_numbers(key: str) -> bool:
-    names = NEUTRAL_KEYS
-    return any(key.startswith(name) if name[-1] in "._" else key == name for name in names)

@@ -13,7 +13,7 @@ from deta.platform.cluster.driver import fit_on_cluster
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run
-from deta.platform.study.cost import CostEstimate, Price
+from deta.platform.study.cost import CostEstimate
 from deta.platform.sweep.trial_folder import last_failure
 
 STEPS, LOG_EVERY_STEPS = 20, 4
@@ -84,25 +84,16 @@ def measure_speed(
 
 
 def whole_estimate(
-    speed: TrialSpeed,
-    run: Run,
-    configs: Sequence[RunConfig],
-    at_once: int,
-    price: Price | None,
+    speed: TrialSpeed, run: Run, configs: Sequence[RunConfig], at_once: int
 ) -> tuple[CostEstimate, CostEstimate]:
     """Estimate the cost of an average trial and of all trials."""
     hours = [speed.hours(run, config) for config in configs]
-    num_workers = [config.cluster.num_workers for config in configs]
-    gpu_hours = sum(h * n for h, n in zip(hours, num_workers, strict=True))
-    per_hour = None if price is None else price.per_gpu_hour
-    cost = None if per_hour is None else per_hour * gpu_hours
-    currency = price.currency if price is not None else ""
+    gpu_hours = sum(h * one.cluster.num_workers for h, one in zip(hours, configs, strict=True))
     rounds = -(-len(hours) // at_once)  # the last round may be partly empty
     mean = sum(hours) / len(hours)
     unit = "GPU-hours" if run.config.cluster.gpu else "worker-hours"
-    whole = CostEstimate(mean * rounds, gpu_hours, cost, currency, unit)
-    share = None if cost is None else cost / len(hours)
-    return CostEstimate(mean, gpu_hours / len(hours), share, currency, unit), whole
+    each = CostEstimate(mean, gpu_hours / len(hours), unit)
+    return each, CostEstimate(mean * rounds, gpu_hours, unit)
 
 
 def _read(run: Run, began_s: float) -> TrialSpeed:

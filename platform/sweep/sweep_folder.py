@@ -27,7 +27,7 @@ from deta.platform.run.run_file import (
     write_run_file,
 )
 from deta.platform.study.design import Trial
-from deta.platform.sweep.search_space import Sweep
+from deta.platform.sweep.search_space import Sweep, describe_domain
 from deta.platform.system.atomic_write import write_json
 
 SWEEP_FILE, TRIALS_FOLDER, TRIAL_FILE = "sweep.json", "trials", "trial.json"
@@ -175,7 +175,7 @@ def write_trial_files(
 
 def _varied(sweep: Sweep) -> dict[str, str]:
     if sweep.design is None:
-        return {key: str(domain) for key, domain in sweep.space.items()}
+        return {key: describe_domain(domain) for key, domain in sweep.space.items()}
     values: dict[str, list[Any]] = {"seed": list(sweep.design.seeds)}
     base = flatten(sweep.design.base)
     for cell in sweep.design.cells():

@@ -18,9 +18,9 @@ from deta.platform.run.fence import Fence
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import FAILURES, OUTCOME_FILE, AttemptOutcome
 from deta.platform.run.run_file import FREE_TO_CHANGE
-from deta.platform.study.cost import Price
 from deta.platform.study.design import Trial
 from deta.platform.study.trial_record import Status, TrialCost, TrialRecord
+from deta.platform.tracking.upload_plan import read_record
 
 STOPPED_BY, VERIFIED = "deta.stopped_by", "deta.verified"  # tags of the trial's MLflow run
 SPEEDS = 50  # the number of recent speeds to keep
@@ -66,8 +66,6 @@ class TrialFolder:
     stop_requested: bool = False  # by the stop file
     is_active: bool = False  # begun and not ended
     wall_s: float = 0.0  # in earlier starts
-    earlier_kwh: float = 0.0  # in earlier starts
-    _start_kwh: float | None = None  # in this start, if the driver measures it
     _began_s: float | None = None
     _last_s: float = 0.0
     _offset_bytes: int = 0
@@ -111,12 +109,10 @@ class TrialFolder:
         running_s = self._last_s - self._began_s if self._began_s is not None else 0.0
         return self.wall_s + running_s
 
-    def record(self, price: Price | None = None, run_url: str = "") -> TrialRecord:
-        cluster, hours = self.config.cluster, self.total_s / 3600
-        gpu_hours = hours * cluster.num_workers if cluster.gpu else 0.0
-        per_hour = None if price is None else price.per_gpu_hour
-        held = gpu_hours if cluster.gpu else hours * cluster.num_workers
-        known = bool(self.total_s)
+    def record(self, run_url: str = "") -> TrialRecord:
+        cluster = self.config.cluster
+        wall_s = self.total_s or None
+        held = None if wall_s is None else wall_s / 3600 * cluster.num_workers
         return TrialRecord(
             name=self.name,
             cell=self.trial.cell.key,
@@ -127,15 +123,12 @@ class TrialFolder:
             curve=tuple(sorted(self.curve.items())),
             parameters=dict(self.trial.changes),
             cost=TrialCost(
-                wall_s=self.total_s if known else None,
-                gpu_hours=gpu_hours if known else None,
-                cpu_hours=held * cluster.cpus_per_worker if known else None,
+                wall_s=wall_s,
+                gpu_hours=held if cluster.gpu else held and 0.0,
+                cpu_hours=held and held * cluster.cpus_per_worker,
                 images_per_s=self.images_per_s,
-                energy_kwh=(self.earlier_kwh + (self._start_kwh or 0.0)) or None,
-                price=None if per_hour is None or not known else per_hour * held,
-                currency=price.currency if price is not None else "EUR",
             ),
-            run_id=self._run_id(),
+            run_id=read_record(self.folder).run_id,
             run_url=run_url,
         )
 
@@ -245,8 +238,6 @@ class TrialFolder:
             }
             if "val/AP" in values:
                 self.curve[values["val/samples_seen"]] = values["val/AP"]
-        elif kind == "energy":
-            self._start_kwh = event["kwh"]
         elif kind == "tags":
             self.tags |= event["tags"]
         elif kind == "stopping":
@@ -264,13 +255,3 @@ class TrialFolder:
         if self._began_s is not None:
             self.wall_s += max(0.0, self._last_s - self._began_s)
         self._began_s = None
-        if self._start_kwh is not None:
-            self.earlier_kwh += self._start_kwh
-        self._start_kwh = None
-
-    def _run_id(self) -> str:
-        try:
-            record = json.loads((self.folder / "mlflow.json").read_text(encoding="utf-8"))
-            return str(record.get("run_id") or "")
-        except (OSError, ValueError, AttributeError):
-            return ""

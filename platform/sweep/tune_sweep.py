@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -44,7 +45,6 @@ from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import ClusterConfig, RunConfig, from_json
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.run.run_lock import RunLock
-from deta.platform.study.cost import PRICES, Price, price_of
 from deta.platform.study.design import Trial
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import StudyReport
@@ -80,8 +80,6 @@ def launch_sweep(
     estimate_only: bool = False,
     confirm: Callable[[str], bool] | None = None,
     retry_failed: bool = False,
-    price: Price | None = None,
-    echo: Callable[[str], None] | None = None,
 ) -> SweepResult | None:
     """Run a sweep on the Ray cluster named by RAY_ADDRESS, or on one started here.
 
@@ -92,7 +90,6 @@ def launch_sweep(
             cost.
         confirm: called with that estimate; returns whether to continue.
         retry_failed: run failed trials once more.
-        price: of an hour of a GPU, or of a worker without one; default: the table's.
 
     Returns:
         None if only the estimate was requested, or `confirm` declined.
@@ -103,7 +100,7 @@ def launch_sweep(
         MismatchError: a trial was trained with parameters other than its own.
         RuntimeError: no trial finished.
     """
-    table = LiveTable(echo)
+    table = LiveTable()
     run = prepare_run(sweep.config)
     sweep = sweep.with_base(run.config)
     trials = sweep.trials()
@@ -120,13 +117,12 @@ def launch_sweep(
         try:
             table.print_line(_join())
             at_once = _room(sweep, trials, table.print_line)
-            now["hardware"], device = _hardware()
-            price = price or price_of(device, PRICES)
+            now["hardware"] = _hardware()
             if probe and is_new:
                 first = sweep.trial_config(trials[0]) if trials else sweep.config
                 speed = measure_speed(run, first, folder / "probe", table.print_line)
                 now["estimate"] = asdict(speed)
-            whole = _print_estimate(sweep, run, now, trials, at_once, price, table.print_line)
+            whole = _print_estimate(sweep, run, now, trials, at_once, table.print_line)
             declined = confirm is not None and is_new and not confirm(whole)
             if estimate_only or declined:
                 if is_new:
@@ -140,7 +136,7 @@ def launch_sweep(
             raise
         now["command"] = shlex.join(["python", *sys.argv])
         write_sweep(folder, now)
-        state = SweepScheduler(sweep, run, trials, at_once, table, price, now, lock, retry_failed)
+        state = SweepScheduler(sweep, run, trials, at_once, table, now, lock, retry_failed)
         return _run_to_end(state)
 
 
@@ -209,8 +205,8 @@ def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
     return min(places, int(resources.get("GPU", 0))) if cluster.gpu else places
 
 
-def _hardware() -> tuple[str, str]:
-    """Describe the cluster, and name its accelerator ("CPU" without one)."""
+def _hardware() -> str:
+    """Describe the nodes of the cluster."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kinds = sorted(
         {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_")}
@@ -219,7 +215,7 @@ def _hardware() -> tuple[str, str]:
     words = f"{len(nodes)} node{'s' * (len(nodes) > 1)}, {cpus:.0f} CPU cores"
     if gpus:
         words += f", {gpus:.0f} × {' / '.join(kinds) or 'GPU'}"
-    return words, kinds[0] if gpus and kinds else "CPU"
+    return words
 
 
 def _print_estimate(
@@ -228,17 +224,17 @@ def _print_estimate(
     content: dict[str, Any],
     trials: list[Trial],
     at_once: int,
-    price: Price | None,
     print_line: Callable[[str], None],
 ) -> str:
     """Print and return the cost of the remaining trials; empty if no speed is known."""
     if not content.get("estimate"):
         return ""
     configs = [sweep.trial_config(trial) for trial in trials] or [sweep.config] * sweep.num_trials
-    each, whole = whole_estimate(TrialSpeed(**content["estimate"]), run, configs, at_once, price)
+    each, whole = whole_estimate(TrialSpeed(**content["estimate"]), run, configs, at_once)
+    until = datetime.now().astimezone() + timedelta(hours=whole.hours)
     text = (
         f"estimate: a trial {each}\n"
-        f"estimate: all {len(configs)}, {at_once} at once: {whole}; until {whole.eta():%a %H:%M}"
+        f"estimate: all {len(configs)}, {at_once} at once: {whole}; until {until:%a %H:%M}"
     )
     if sweep.stopping is not None:
         text += ", less the trials that ASHA stops"

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 
 from deta.model.architectures import make_criterion
@@ -36,7 +35,6 @@ from deta.platform.learning.optimizer import set_lr
 from deta.platform.learning.train_step import PRECISIONS, train_step
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
-from deta.platform.training.energy_meter import EnergyMeter
 from deta.platform.training.evaluation_history import EvaluationHistory
 from deta.platform.training.recorder import Recorder
 from deta.platform.training.run_metrics import StepTimes
@@ -90,23 +88,13 @@ def train(
         resumed = broadcast_from_leader(
             recorder.open_newest() if worker.is_leader else None, worker
         )
-        if resumed is not None:
-            resumed.require_consistent()
         train_state = make_train_state(run, worker, resumed)
         state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
-        with EnergyMeter(_gpu_uuids(worker)) as meter:
-            events = TrainEvents(run, worker, recorder, meter, dict(state.broken_images))
-            loop = _Loop(run, worker, train_state, state, recorder, watchdog, events, callbacks)
-            return loop.run_to_end()
+        events = TrainEvents(run, worker, recorder, dict(state.broken_images))
+        loop = _Loop(run, worker, train_state, state, recorder, watchdog, events, callbacks)
+        return loop.run_to_end()
     finally:
         watchdog.close()
-
-
-def _gpu_uuids(worker: Worker) -> list[str]:
-    """Return the driver's name of the GPU that this worker uses; empty without a GPU."""
-    if worker.device.type != "cuda":
-        return []
-    return [f"GPU-{torch.cuda.get_device_properties(worker.device).uuid}"]
 
 
 def _only_finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
@@ -335,7 +323,6 @@ class _Loop:
             useful_s=state.useful_s + now_s - self.step_ended_s,
         )
         self.step_ended_s = now_s
-        self.events.log_energy(self.state)
         seconds = time.perf_counter() - began_s
         if evaluation is not None:
             analysis = self.history.explain(evaluation, self.state.step, seconds)

@@ -23,7 +23,6 @@ from deta.platform.learning.train_step import StepResult
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
 from deta.platform.system.short_list import short_list
-from deta.platform.training.energy_meter import EnergyMeter
 from deta.platform.training.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -59,14 +58,13 @@ class TrainEvents:
         run: Run,
         worker: Worker,
         recorder: Recorder,
-        meter: EnergyMeter,
         broken_images: dict[str, str],
     ) -> None:
         """
         Args:
             broken_images: image ids as text, and what is wrong with each; grows as more are found.
         """
-        self.run, self.worker, self.recorder, self.meter = run, worker, recorder, meter
+        self.run, self.worker, self.recorder = run, worker, recorder
         self.broken_images = broken_images
 
     def log_progress(self, state: RunState, window: LogWindow, lr: float) -> None:
@@ -172,15 +170,6 @@ class TrainEvents:
             f"(all ids in {dump.name}). Check these images and their boxes, or lower optim.lr, or "
             "use precision=fp32. The last checkpoint is from before these steps."
         )
-
-    def log_energy(self, state: RunState) -> None:
-        """Log the energy that the workers' GPUs have used since this start, if it is known."""
-        if self.worker.device.type == "cuda":
-            known = [
-                kwh for kwh in gather_from_all(self.meter.kwh(), self.worker) if kwh is not None
-            ]
-            if known:
-                self.recorder.log_event("energy", step=state.step, kwh=sum(known))
 
     def log_evaluation(
         self,

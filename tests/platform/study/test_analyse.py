@@ -17,13 +17,14 @@ from scipy import stats
 from deta.platform.pages.number_format import Interval, decimals_for, plus_minus, signed
 from deta.platform.study.analyse import analyse
 from deta.platform.study.decomposition import decompose
-from deta.platform.study.linear_model import holm
+from deta.platform.study.linear_model import with_holm
 from deta.platform.study.study_types import (
     Analysis,
     Anchor,
     Cell,
     CellDifference,
     Effect,
+    Estimate,
     Noise,
     Observation,
     Question,
@@ -182,8 +183,11 @@ def test_holm_is_that_of_statsmodels():
     multipletests = pytest.importorskip("statsmodels.stats.multitest").multipletests
     ps = [0.03, 0.001, 0.2, 0.04, 0.5, 0.03]
 
-    assert holm(ps) == pytest.approx(list(multipletests(ps, method="holm")[1]))
-    assert holm([0.03, None, 0.01]) == [0.03, None, 0.02]
+    def holm(*ps: float | None) -> list[float | None]:
+        return [one.p_holm for one in with_holm([Estimate(estimate=1.0, p=p) for p in ps])]
+
+    assert holm(*ps) == pytest.approx(list(multipletests(ps, method="holm")[1]))
+    assert holm(0.03, None, 0.01) == [0.03, None, 0.02]
 
 
 def test_the_noise_has_its_chi_square_interval_and_the_blocks_their_correlation():
@@ -400,8 +404,9 @@ def answer(estimate: float, half: float, p: float, p_holm: float | None = None) 
     interval = Interval(estimate - half, estimate + half)
     corrected = p if p_holm is None else p_holm
     return CellDifference(
-        "t", "16, 2×", "8, 1×", "pooled", (1, 2, 3), estimate, 0.1, 6, interval, p, corrected
-    )
+        title="t", first="16, 2×", second="8, 1×", method="pooled", seeds=(1, 2, 3),
+        estimate=estimate, standard_error=0.1, df=6, interval=interval, p=p, p_holm=corrected,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from deta.jobs.deta_r50 import demo
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.learning.distributed import Worker
 from deta.platform.run.config import RunConfig, from_json, override
-from deta.platform.run.journal import Journal
 from deta.platform.run.run import Run
 from deta.platform.run.run_lock import RunLock
 from deta.platform.sweep.live_table import LiveTable
 from deta.platform.sweep.results import report_only
 from deta.platform.sweep.scheduler import SweepScheduler
-from deta.platform.sweep.search_space import Asha, Choice, LogUniform, Optuna, Random, Sweep
+from deta.platform.sweep.search_space import Asha, Optuna, Random, Sweep
 from deta.platform.sweep.speed_probe import TrialSpeed, whole_estimate
 from deta.platform.sweep.sweep_folder import describe_sweep, write_sweep
-from deta.platform.sweep.trial_folder import TrialFolder
 from deta.platform.training.loop import train
 
 TINY = {
@@ -55,9 +54,7 @@ def open_state(sweep: Sweep, run: Run, lock: RunLock, screen: io.StringIO) -> Sw
     trials = sweep.trials()
     content = describe_sweep(sweep, run, trials, None)
     write_sweep(run.folder, content)
-    state = SweepScheduler(
-        sweep, run, trials, 1, LiveTable(stream=screen), None, content, lock, False
-    )
+    state = SweepScheduler(sweep, run, trials, 1, LiveTable(stream=screen), content, lock, False)
     state.begin()
     return state
 
@@ -73,9 +70,11 @@ def train_next(state: SweepScheduler) -> str | None:
 
 
 def test_a_search_by_optuna_goes_on_where_it_was(base: Run, tmp_path: Path):
-    pytest.importorskip("optuna")
     run = placed(base, tmp_path)
-    space = {"optim.lr": LogUniform(1e-4, 1e-2), "total_batch_size": Choice((2, 4))}
+    space = {
+        "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "total_batch_size": CategoricalDistribution((2, 4)),
+    }
     sweep = Sweep(base=run.config, space=space, search=Optuna(3, ("AP", "cpu_hours")))
     screen = io.StringIO()
     with RunLock.acquire(run.folder) as lock:
@@ -108,8 +107,8 @@ def test_a_search_by_optuna_goes_on_where_it_was(base: Run, tmp_path: Path):
 def test_what_asha_ends_is_stopped_and_what_a_worker_refuses_is_failed(base: Run, tmp_path: Path):
     run = placed(base, tmp_path)
     run = replace(run, config=override(run.config, {"schedule.epochs": 2}))
-    sweep = Sweep(base=run.config, space={"optim.lr": LogUniform(1e-4, 1e-2)}, search=Random(3),
-                  stopping=Asha(grace_samples=8))  # fmt: skip
+    space = {"optim.lr": FloatDistribution(1e-4, 1e-2, log=True)}
+    sweep = Sweep(base=run.config, space=space, search=Random(3), stopping=Asha(grace_samples=8))
     with RunLock.acquire(run.folder) as lock:
         state = open_state(sweep, run, lock, io.StringIO())
         given = state.next_trial()
@@ -147,24 +146,7 @@ def test_the_estimate_counts_evaluations_and_rounds(base: Run, tmp_path: Path):
     run = placed(base, tmp_path)
     speed = TrialSpeed(images_per_s=4.0, val_images_per_s=2.0, start_s=10.0, seconds=1.0)
     # 8 images at 4/s, 4 validation images at 2/s, and the start.
-    each, whole = whole_estimate(speed, run, [run.config] * 3, 2, None)
+    each, whole = whole_estimate(speed, run, [run.config] * 3, 2)
     assert each.hours * 3600 == pytest.approx(14)
     assert whole.hours * 3600 == pytest.approx(28)  # two rounds
     assert whole.gpu_hours == pytest.approx(3 * each.hours)
-    assert whole.price is None
-
-
-def test_the_energy_of_a_trial_is_that_of_all_its_starts(base: Run, tmp_path: Path):
-    sweep = Sweep(base=base.config, space={"optim.lr": LogUniform(1e-4, 1e-2)}, search=Random(1))
-    trial = TrialFolder(sweep.trials()[0], "one", base.config, tmp_path)
-    journal = Journal(tmp_path)
-    for kwh in (0.25, 0.5):  # a counter that began anew with the start
-        journal.write("starting", step=0)
-        journal.write("energy", step=1, kwh=kwh / 2)
-        journal.write("energy", step=2, kwh=kwh)
-    trial.poll()
-    assert trial.record().cost.energy_kwh == 0.75
-    journal.write("ended", status="FINISHED", reason="")
-    journal.close()
-    trial.poll()
-    assert trial.record().cost.energy_kwh == 0.75

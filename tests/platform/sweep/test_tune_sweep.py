@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from optuna.distributions import CategoricalDistribution
 
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
@@ -21,7 +22,7 @@ from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import Run
 from deta.platform.sweep.results import open_trials
-from deta.platform.sweep.search_space import Choice, Sweep
+from deta.platform.sweep.search_space import Sweep
 from deta.platform.sweep.sweep_folder import describe_sweep, refuse_another
 from deta.platform.sweep.trial_folder import MismatchError
 from deta.platform.training.loop import train
@@ -67,7 +68,7 @@ def tiny_sweep(drawn: ShapesDataset, storage: Path) -> tuple[Sweep, Run]:
         CocoDataset.open(drawn.train_images, drawn.train_annotations),
         CocoDataset.open(drawn.val_images, drawn.val_annotations),
     )
-    return Sweep(base=base, space={"total_batch_size": Choice((4, 8))}), run
+    return Sweep(base=base, space={"total_batch_size": CategoricalDistribution((4, 8))}), run
 
 
 def test_asha_stops_trials_that_are_behind_and_says_so(
@@ -174,9 +175,9 @@ def test_a_sweep_goes_on_only_as_the_same_or_with_more(drawn: ShapesDataset, tmp
         refuse_another(run.folder, before, now)
 
     goes_on(sweep)
-    goes_on(replace(sweep, space={"total_batch_size": Choice((4, 8, 16))}))
+    goes_on(replace(sweep, space={"total_batch_size": CategoricalDistribution((4, 8, 16))}))
     goes_on(sweep, override(run.config, {"cluster.cpus_per_worker": 2}))
     with pytest.raises(ValueError, match=r"total_batch_size.: .one of 4, 8.* -> "):
-        goes_on(replace(sweep, space={"total_batch_size": Choice((4, 16))}))
+        goes_on(replace(sweep, space={"total_batch_size": CategoricalDistribution((4, 16))}))
     with pytest.raises(ValueError, match=r"optim.lr: 0.0015 -> 0.002"):
         goes_on(sweep, override(run.config, {"optim.lr": 0.002}))
