@@ -103,27 +103,23 @@ class CheckpointWriter:
                 return False
             self._save.join()
         try:
-            if isinstance(snapshot_or_make, Snapshot):
-                snapshot = snapshot_or_make
-            else:
+            snapshot = snapshot_or_make
+            if not isinstance(snapshot, Snapshot):
                 spare, self._spare = self._spare, None
-                snapshot = snapshot_or_make(spare)
+                snapshot = snapshot(spare)
             blocked_s = None if wait else time.perf_counter() - began_s
             self._save = threading.Thread(
                 target=self._write, args=(snapshot, began_s, blocked_s), daemon=True,
                 name="checkpoint",
             )  # fmt: skip
             self._save.start()
-        except (
-            Exception
-        ) as error:  # such as too little memory for the copy; training does not need it
+        except Exception as error:  # such as too little memory; training does not need the copy
             logger.exception("the state could not be copied for a checkpoint")
             self._save = None
             message = f"the state could not be copied for a checkpoint: {_text_of(error)}"
             seconds = time.perf_counter() - began_s
-            self._add_result(
-                WriteResult(-1, None, seconds, seconds, f"{message}; the next save retries")
-            )
+            result = WriteResult(-1, None, seconds, seconds, f"{message}; the next save retries")
+            self._add_result(result)
             return True
         if wait:
             self._save.join()
@@ -140,8 +136,7 @@ class CheckpointWriter:
         deadline_s = time.monotonic() + timeout_s
         if self._save is not None:
             self._save.join(max(0.0, deadline_s - time.monotonic()))
-        copy = self._copy  # the last save may have started it
-        if copy is not None:
+        if (copy := self._copy) is not None:  # the last save may have started it
             copy.join(max(0.0, deadline_s - time.monotonic()))
         return not self.is_busy and (copy is None or not copy.is_alive())
 
@@ -165,9 +160,8 @@ class CheckpointWriter:
             self._delete_old(path)
         seconds = time.perf_counter() - began_s
         blocked_s = seconds if blocked_s is None else blocked_s
-        self._add_result(
-            WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off)
-        )
+        result = WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off)
+        self._add_result(result)
         if path is not None and self._store is not None:
             self._copy_to_store(path)
 
@@ -234,15 +228,16 @@ class CheckpointWriter:
                 self._store = open_store(self._store)
                 copy_run(self._store, self.folder.parent, path, keep=self._keep, fence=self._fence)
             except Exception as error:
-                seconds = time.perf_counter() - began_s
-                self._add_result(
-                    WriteResult(
-                        step, None, seconds, 0.0,
-                        f"step {step}: {error}. The checkpoint on disk is complete; training "
-                        "continues, and the next save copies again",
-                        place="store", fenced_off=isinstance(error, FencedOffError),
-                    )
-                )  # fmt: skip
+                message = (
+                    f"step {step}: {error}. The checkpoint on disk is complete; training "
+                    "continues, and the next save copies again"
+                )
+                seconds, fenced_off = (
+                    time.perf_counter() - began_s,
+                    isinstance(error, FencedOffError),
+                )
+                result = WriteResult(step, None, seconds, 0.0, message, "store", fenced_off)
+                self._add_result(result)
 
     def _add_result(self, result: WriteResult) -> None:
         with self._guard:

@@ -28,7 +28,7 @@ from deta.platform.checkpoint.host_snapshot import WrittenFile
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, from_json
 from deta.platform.run.run_state import FORMAT_VERSION, RunState
-from deta.platform.system.safe_read import MAX_JSON_BYTES, read_bounded, read_json
+from deta.platform.system.safe_read import MAX_JSON_BYTES, file_sha256, read_bounded, read_json
 
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step-(\d{8,})")
@@ -46,25 +46,6 @@ class Checkpoint:
     state: RunState
     categories: tuple[Category, ...]
 
-    def require_consistent(self) -> None:
-        """Check that the counts of the state fit together.
-
-        Raises:
-            CheckpointError: they do not, although the hashes match: no run wrote this state.
-        """
-        state, batch = self.state, self.config.total_batch_size
-        if state.samples_seen != state.step * batch:
-            raise CheckpointError(
-                f"{self.path}: has {state.samples_seen} samples after {state.step} steps with a "
-                f"total batch of {batch}; remove it, and the run continues from the previous one"
-            )
-        if not 0 <= state.skipped_in_a_row <= state.skipped_steps <= state.step:
-            raise CheckpointError(
-                f"{self.path}: has {state.skipped_in_a_row} skipped steps in a row of "
-                f"{state.skipped_steps} in all, after {state.step} steps; remove it, and the run "
-                "continues from the previous one"
-            )
-
     def model_state(self) -> dict[str, Tensor]:
         return load_file(self.path / "model.safetensors")
 
@@ -78,6 +59,20 @@ class CheckpointError(ValueError):
 
 class OtherVersionError(CheckpointError):
     """A checkpoint is intact, but this version of deta-platform cannot read it."""
+
+    @classmethod
+    def newer(cls, place: object, version: int) -> OtherVersionError:
+        return cls(
+            f"{place}: has format {version}; this version of deta-platform reads up to "
+            f"{FORMAT_VERSION}, so it needs a newer one"
+        )
+
+    @classmethod
+    def unknown(cls, path: Path, error: Exception) -> OtherVersionError:
+        return cls(
+            f"{path}: cannot be read by this version of deta-platform ({error}); use the version "
+            "that wrote it"
+        )
 
 
 def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
@@ -118,10 +113,7 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, WrittenFile]:
             expected = manifest.pop("sha256", None)
             intact = expected == _own_sha256(manifest)
             if version > FORMAT_VERSION and (intact or expected is None):
-                raise OtherVersionError(
-                    f"{place}: has format {version}; this version of deta-platform reads up to "
-                    f"{FORMAT_VERSION}, so it needs a newer one"
-                )
+                raise OtherVersionError.newer(place, version)
             if not intact:
                 raise ValueError("does not match its own SHA-256")
             manifest = manifest["files"]
@@ -175,29 +167,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
         OSError: the disk cannot be read.
     """
     for name, expected in read_manifest(path).items():
-        with (path / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                raise CheckpointError(
-                    f"{path / name}: has changed since it was written; use an older checkpoint"
-                )
+        if file_sha256(path / name) != expected.sha256:
+            raise CheckpointError(
+                f"{path / name}: has changed since it was written; use an older checkpoint"
+            )
     try:
         content = read_json(path / "state.json")
         version = int(content["format_version"])
         if version > FORMAT_VERSION:
-            raise OtherVersionError(
-                f"{path}: has format {version}; this version of deta-platform reads up to "
-                f"{FORMAT_VERSION}, so it needs a newer one"
-            )
+            raise OtherVersionError.newer(path, version)
         categories = tuple(Category(**category) for category in content.pop("categories"))
         state = RunState(**content)
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError) as error:  # not damage: every byte is verified
-        raise OtherVersionError(
-            f"{path / 'state.json'}: cannot be read by this version of deta-platform ({error}); "
-            "use the version that wrote it"
-        ) from error
-    return Checkpoint(path, _read_config(path / "config.json", version), state, categories)
+        raise OtherVersionError.unknown(path / "state.json", error) from error
+    try:
+        values = read_json(path / "config.json")
+        if version == 1:
+            for part, key in _GONE_KEYS:
+                values.get(part, {}).pop(key, None)
+        config = from_json(RunConfig, json.dumps(values))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OtherVersionError.unknown(path / "config.json", error) from error
+    return Checkpoint(path, config, state, categories)
 
 
 def read_metrics(path: Path) -> dict[str, float]:
@@ -207,20 +200,6 @@ def read_metrics(path: Path) -> dict[str, float]:
         return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _read_config(path: Path, version: int) -> RunConfig:
-    try:
-        values = read_json(path)
-        if version == 1:
-            for part, key in _GONE_KEYS:
-                values.get(part, {}).pop(key, None)
-        return from_json(RunConfig, json.dumps(values))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OtherVersionError(
-            f"{path}: cannot be read by this version of deta-platform ({error}); use the version "
-            "that wrote it"
-        ) from error
 
 
 def _own_sha256(manifest: Mapping[str, Any]) -> str:

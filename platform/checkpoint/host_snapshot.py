@@ -49,13 +49,10 @@ class HostTensors:
     def num_bytes(self) -> int:
         return len(self.header) + len(self.data)
 
-    def write(self, path: Path) -> WrittenFile:
-        """Write the file and force it to disk.
-
-        Raises:
-            OSError: the disk is full, read-only or broken.
-        """
-        return write_file(path, [memoryview(self.header), self.data.numpy().data])
+    @property
+    def parts(self) -> list[memoryview]:
+        """Return the bytes of the file."""
+        return [memoryview(self.header), self.data.numpy().data]
 
 
 def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None) -> HostTensors:
@@ -75,15 +72,13 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None)
     # Wide types first, so that every tensor starts at a multiple of the size of its type.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     layout: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ends = {}
-    end = 0
+    begins, end = {}, 0
     for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        ends[name] = end
+        begins[name], end = end, end + tensors[name].nbytes
         layout[name] = {
             "dtype": DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [begins[name], end],
         }
     text = json.dumps(layout, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -96,21 +91,22 @@ def copy_tensors(tensors: Mapping[str, Tensor], into: HostTensors | None = None)
     with torch.no_grad():
         for name in names:
             tensor = tensors[name]
-            place = data[ends[name] - tensor.nbytes : ends[name]].view(tensor.dtype)
+            place = data[begins[name] : begins[name] + tensor.nbytes].view(tensor.dtype)
             place.view(tensor.shape).copy_(tensor, non_blocking=True)
     return HostTensors(len(text).to_bytes(8, "little") + text, data, block)
 
 
-def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
-    """Write and hash bytes, and force them to the disk.
+def write_file(path: Path, parts: Iterable[memoryview] | str) -> WrittenFile:
+    """Write and hash a text or bytes, and force them to the disk.
 
     Other threads run while a chunk is hashed or written.
 
     Raises:
         OSError: the disk is full, read-only or broken.
     """
-    digest = hashlib.sha256()
-    num_bytes = 0
+    digest, num_bytes = hashlib.sha256(), 0
+    if isinstance(parts, str):
+        parts = [memoryview(parts.encode())]
     with path.open("wb", buffering=0) as file:
         for part in parts:
             for start in range(0, len(part), CHUNK_BYTES):

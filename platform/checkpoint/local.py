@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 import re
 import secrets
 import shutil
@@ -41,12 +40,7 @@ from deta.platform.checkpoint.format import (
     read_metrics,
     state_to_json,
 )
-from deta.platform.checkpoint.host_snapshot import (
-    HostTensors,
-    WrittenFile,
-    copy_tensors,
-    write_file,
-)
+from deta.platform.checkpoint.host_snapshot import HostTensors, copy_tensors, write_file
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, to_json
 from deta.platform.run.fence import Fence
@@ -113,14 +107,14 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
     unfinished = folder / f".{final.name}.{token}.unfinished"
     unfinished.mkdir(parents=True)
     try:
-        state = state_to_json(snapshot.state, snapshot.categories)
-        files = {
-            "model.safetensors": snapshot.model.write(unfinished / "model.safetensors"),
-            "training.safetensors": snapshot.training.write(unfinished / "training.safetensors"),
-            "config.json": _write_text(unfinished / "config.json", to_json(snapshot.config)),
-            "state.json": _write_text(unfinished / "state.json", state),
+        files: dict[str, list[memoryview] | str] = {
+            "model.safetensors": snapshot.model.parts,
+            "training.safetensors": snapshot.training.parts,
+            "config.json": to_json(snapshot.config),
+            "state.json": state_to_json(snapshot.state, snapshot.categories),
         }
-        _write_text(unfinished / MANIFEST, manifest_to_json(snapshot.state.step, files))
+        written = {name: write_file(unfinished / name, parts) for name, parts in files.items()}
+        write_file(unfinished / MANIFEST, manifest_to_json(snapshot.state.step, written))
         force_to_disk(unfinished)
         if fence is not None:
             fence.check()
@@ -180,12 +174,9 @@ def newest_checkpoint(
 
 def best_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint with the highest AP, the newest of equals; not verified."""
-    best, best_ap = None, -math.inf
-    for path in all_checkpoints(folder):
-        ap = read_metrics(path).get("AP")
-        if ap is not None and ap >= best_ap:
-            best, best_ap = path, ap
-    return best
+    aps = [(read_metrics(path).get("AP"), path) for path in reversed(all_checkpoints(folder))]
+    rated = [(ap, path) for ap, path in aps if ap is not None]
+    return max(rated, key=lambda one: one[0])[1] if rated else None
 
 
 def keep_newest_and_best(folder: Path, keep: int = 1, protect: Collection[Path] = ()) -> None:
@@ -233,16 +224,12 @@ def _restore_replaced(folder: Path) -> None:
 def _set_aside(path: Path) -> str:
     """Rename a damaged checkpoint out of the way; return what was done."""
     aside = path.with_name(f"damaged-{path.name}")
-    former = [other for other in path.parent.glob("damaged-step-*") if other.is_dir()]
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
+        for former in path.parent.glob("damaged-step-*"):
+            shutil.rmtree(former)
         path.rename(aside)
     except OSError as error:  # on a read-only disk, the previous one can still be used
         return f"left in place, since it cannot be renamed ({error.strerror or error})"
-    for other in former:
-        if other != aside:
-            shutil.rmtree(other, ignore_errors=True)
     return f"set aside as {aside.name}"
 
 
@@ -255,10 +242,6 @@ def _is_complete(path: Path) -> bool:
     except (CheckpointError, OSError):
         return False
     return True
-
-
-def _write_text(path: Path, text: str) -> WrittenFile:
-    return write_file(path, [memoryview(text.encode())])
 
 
 def find_checkpoint(path: Path) -> Path:

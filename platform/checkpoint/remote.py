@@ -14,13 +14,12 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import pyarrow
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from deta.platform.checkpoint.format import (
@@ -31,11 +30,7 @@ from deta.platform.checkpoint.format import (
     parse_manifest,
     read_metrics,
 )
-from deta.platform.checkpoint.host_snapshot import (
-    CHUNK_BYTES,
-    WrittenFile,
-    write_file,
-)
+from deta.platform.checkpoint.host_snapshot import CHUNK_BYTES, write_file
 from deta.platform.checkpoint.local import best_checkpoint, delete_checkpoint, newest_checkpoint
 from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.system.atomic_write import force_to_disk, write_atomic
@@ -222,10 +217,6 @@ class _RunFolder:
     def _files(self) -> FileSystem:
         return self.store.filesystem
 
-    @property
-    def _has_folders(self) -> bool:
-        return self._files.type_name not in OBJECT_STORES
-
     def _path(self, *names: str) -> str:
         root = [self.store.root] if self.store.root else []
         return "/".join((*root, self.run_name, *names))
@@ -240,14 +231,20 @@ class _RunFolder:
 
     def put_bytes(self, name: str, content: bytes) -> None:
         """Write a file completely or not at all."""
-        path = self._path(name)
-        first = f"{path}.unfinished" if self._has_folders else path
-        if self._has_folders:
-            self._files.create_dir(self._path(), recursive=True)
+        path = first = self._path(name)
+        if self._make_folder():
+            first = f"{path}.unfinished"
         with self._files.open_output_stream(first) as stream:
             stream.write(content)
         if first != path:
             self._files.move(first, path)
+
+    def _make_folder(self, *names: str) -> bool:
+        """Make a folder, and return True, if this store has folders."""
+        has_folders = self._files.type_name not in OBJECT_STORES
+        if has_folders:
+            self._files.create_dir(self._path(*names), recursive=True)
+        return has_folders
 
     def copy_record(self, name: str, source: Path) -> None:
         content = _bytes_of(source)
@@ -300,16 +297,12 @@ class _RunFolder:
         if self.get(path.name, MANIFEST) == manifest:
             return
         self._delete_file(path.name, MANIFEST)  # this step was written again
-        if self._has_folders:
-            self._files.create_dir(self._path(path.name), recursive=True)
+        self._make_folder(path.name)
         for name, expected in parse_manifest(manifest, path / MANIFEST).items():
-            with (
-                (path / name).open("rb") as source,
-                self._files.open_output_stream(self._path(path.name, name)) as stream,
-            ):
-                while chunk := source.read(CHUNK_BYTES):
-                    stream.write(chunk)
-            size = self._files.get_file_info(self._path(path.name, name)).size
+            copied = self._path(path.name, name)
+            with (path / name).open("rb") as source, self._files.open_output_stream(copied) as to:
+                shutil.copyfileobj(source, to, CHUNK_BYTES)
+            size = self._files.get_file_info(copied).size
             if size != expected.num_bytes:
                 raise OSError(
                     f"{path.name}/{name} has {size} bytes there, not {expected.num_bytes}"
@@ -342,8 +335,10 @@ class _RunFolder:
         try:
             text = self.get(name, MANIFEST) or b""
             for file, expected in parse_manifest(text, f"{where}/{MANIFEST}").items():
-                if self._fetch(f"{name}/{file}", unfinished / file) != expected:
-                    raise CheckpointError(f"{where}/{file}: has changed since it was written")
+                with self._files.open_input_stream(self._path(name, file)) as stream:
+                    chunks = iter(lambda: memoryview(stream.read(CHUNK_BYTES)), b"")
+                    if write_file(unfinished / file, chunks) != expected:
+                        raise CheckpointError(f"{where}/{file}: has changed since it was written")
             write_file(unfinished / MANIFEST, [memoryview(text)])
             force_to_disk(unfinished)
             if (folder / name).exists():  # damaged, and could not be set aside
@@ -359,15 +354,6 @@ class _RunFolder:
             shutil.rmtree(unfinished, ignore_errors=True)
         report(f"{where}: fetched from the store")
         return True
-
-    def _fetch(self, name: str, target: Path) -> WrittenFile:
-        with self._files.open_input_stream(self._path(name)) as stream:
-            return write_file(target, _chunks(stream))
-
-
-def _chunks(stream: pyarrow.NativeFile) -> Iterator[memoryview]:
-    while chunk := stream.read(CHUNK_BYTES):
-        yield memoryview(chunk)
 
 
 def _step(name: str) -> int:

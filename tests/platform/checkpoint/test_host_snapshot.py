@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from deta.platform.checkpoint.host_snapshot import DTYPES, copy_tensors
+from deta.platform.checkpoint.host_snapshot import DTYPES, copy_tensors, write_file
 
 
 def example(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_safetensors_loads_what_is_written(tmp_path_factory, kinds, order):
     names = [f'"ä{number}"' for number in range(len(kinds))]
     order.shuffle(names)
     tensors = {n: example(*kind) for n, kind in zip(names, kinds, strict=True)}
-    written = copy_tensors(tensors).write(path)
+    written = write_file(path, copy_tensors(tensors).parts)
     assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert written.num_bytes == path.stat().st_size
     loaded = load_file(path)
@@ -59,7 +59,7 @@ def test_shared_and_strided_tensors_are_written_by_value(tmp_path: Path):
         base[:1].expand(3, 6), "tied": base, "parameter": torch.nn.Parameter(base),
         "conjugate": torch.tensor([1 + 2j]).conj(),
     }  # fmt: skip
-    copy_tensors(tensors).write(tmp_path / "a.safetensors")
+    write_file(tmp_path / "a.safetensors", copy_tensors(tensors).parts)
     loaded = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
