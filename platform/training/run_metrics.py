@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,48 +61,68 @@ GPU_MEMORY = Metric(
 GPU_MEMORY_PEAK = Metric(
     "deta_gpu_memory_peak_bytes", "gauge", "Highest deta_gpu_memory_bytes so far", "rank"
 )
+# Of the run, all gauges: name without "deta_", help, second label.
+_OF_RUN = (
+    ("steps_done", "Updates of the weights so far"),
+    ("steps_in_all", "Updates of the complete schedule"),
+    ("workers", "Workers that train together"),
+    ("epoch", "Passes over the training images so far"),
+    ("remaining_seconds", "Estimated seconds until the training ends"),
+    ("images_per_second", "Training images per second over all workers, last value"),
+    ("loss", "Mean training loss since the previous value", "part"),
+    ("grad_norm", "Norm of the gradient before clipping, mean"),
+    ("learning_rate", "Learning rate of the first group of weights"),
+    ("skipped_steps", "Updates skipped because a value was not finite"),
+    ("replaced_images", "Broken images that were replaced by others"),
+    ("ap", "AP of the last evaluation, 0 to 100", "kind"),
+    ("best_ap", "Highest AP of all evaluations, 0 to 100"),
+    ("evaluation_seconds", "Seconds of the last evaluation"),
+    ("checkpoint_seconds", "Seconds from the last snapshot to its checkpoint on disk"),
+    ("checkpoint_pause_seconds", "Seconds that training paused for the last snapshot"),
+    ("checkpoint_time_seconds", "Unix time when the last checkpoint was complete"),
+    ("checkpoint_failures", "Checkpoints that could not be written or copied"),
+    ("starts", "Number of worker starts, the first one included"),
+    ("restarts", "Number of times that a new attempt was started"),
+    ("redone_steps", "Updates lost in a failure and repeated"),
+    ("goodput", "Share of the time since launch spent in steps that were not lost"),
+    ("event_time_seconds", "Unix time of the run's last event"),
+    ("mlflow_backlog_rows", "Metric values not yet sent to MLflow"),
+    ("mlflow_time_seconds", "Unix time of the last upload to MLflow"),
+    ("mlflow_call_seconds", "Seconds of the last call to MLflow"),
+    ("mlflow_failing", "1 while MLflow does not answer, else 0"),
+)
+OF_RUN = {name: Metric(f"deta_{name}", "gauge", *rest) for name, *rest in _OF_RUN}
+METRICS = (IMAGES, DATA_WAIT, STEP, GPU_MEMORY, GPU_MEMORY_PEAK, *OF_RUN.values())
 
-STEPS_DONE = Metric("deta_steps_done", "gauge", "Updates of the weights so far")
-STEPS_IN_ALL = Metric("deta_steps_in_all", "gauge", "Updates of the complete schedule")
-WORKERS = Metric("deta_workers", "gauge", "Workers that train together")
-EPOCH = Metric("deta_epoch", "gauge", "Passes over the training images so far")
-REMAINING = Metric("deta_remaining_seconds", "gauge", "Estimated seconds until the training ends")
-RATE = Metric(
-    "deta_images_per_second", "gauge", "Training images per second over all workers, last value"
-)
-LOSS = Metric("deta_loss", "gauge", "Mean training loss since the previous value", "part")
-GRAD_NORM = Metric("deta_grad_norm", "gauge", "Norm of the gradient before clipping, mean")
-LEARNING_RATE = Metric("deta_learning_rate", "gauge", "Learning rate of the first group of weights")
-SKIPPED = Metric("deta_skipped_steps", "gauge", "Updates skipped because a value was not finite")
-REPLACED = Metric("deta_replaced_images", "gauge", "Broken images that were replaced by others")
-AP = Metric("deta_ap", "gauge", "AP of the last evaluation, 0 to 100", "kind")
-BEST_AP = Metric("deta_best_ap", "gauge", "Highest AP of all evaluations, 0 to 100")
-EVALUATION = Metric("deta_evaluation_seconds", "gauge", "Seconds of the last evaluation")
-CHECKPOINT = Metric(
-    "deta_checkpoint_seconds", "gauge", "Seconds from the last snapshot to its checkpoint on disk"
-)
-CHECKPOINT_PAUSE = Metric(
-    "deta_checkpoint_pause_seconds", "gauge", "Seconds that training paused for the last snapshot"
-)
-CHECKPOINT_TIME = Metric(
-    "deta_checkpoint_time_seconds", "gauge", "Unix time when the last checkpoint was complete"
-)
-CHECKPOINT_FAILURES = Metric(
-    "deta_checkpoint_failures", "gauge", "Checkpoints that could not be written or copied"
-)
-STARTS = Metric("deta_starts", "gauge", "Number of worker starts, the first one included")
-ATTEMPTS = Metric("deta_restarts", "gauge", "Number of times that a new attempt was started")
-REDONE = Metric("deta_redone_steps", "gauge", "Updates lost in a failure and repeated")
-GOODPUT = Metric(
-    "deta_goodput", "gauge", "Share of the time since launch spent in steps that were not lost"
-)
-EVENT_TIME = Metric("deta_event_time_seconds", "gauge", "Unix time of the run's last event")
-BACKLOG = Metric("deta_mlflow_backlog_rows", "gauge", "Metric values not yet sent to MLflow")
-MLFLOW_TIME = Metric("deta_mlflow_time_seconds", "gauge", "Unix time of the last upload to MLflow")
-MLFLOW_CALL = Metric("deta_mlflow_call_seconds", "gauge", "Seconds of the last call to MLflow")
-MLFLOW_FAILING = Metric("deta_mlflow_failing", "gauge", "1 while MLflow does not answer, else 0")
-
-METRICS = tuple(value for value in globals().values() if isinstance(value, Metric))
+# Which value of which event a gauge of the run shows.
+GAUGES: dict[str, dict[str, str]] = {
+    "begin": {"step": "steps_done", "num_steps": "steps_in_all", "world_size": "workers"},
+    "progress": {"step": "steps_done", "remaining_s": "remaining_seconds"},
+    "skipped": {"total": "skipped_steps"},
+    "checkpoint": {
+        "time_s": "checkpoint_time_seconds",
+        "seconds": "checkpoint_seconds",
+        "blocked_s": "checkpoint_pause_seconds",
+    },
+}
+# Of the metrics that MLflow gets, too.
+GAUGES_OF_METRICS = {
+    "train/epoch": "epoch",
+    "train/images_per_s": "images_per_second",
+    "train/grad_norm": "grad_norm",
+    "train/lr": "learning_rate",
+    "train/skipped_steps": "skipped_steps",
+    "train/broken_images": "replaced_images",
+    "val/seconds": "evaluation_seconds",
+}
+# What an event adds to a gauge; 0 shows the gauge before there is anything to count.
+COUNTS = {
+    "begin": ("starts", 1),
+    "starting": ("restarts", 0),
+    "restart": ("restarts", 1),
+    "checkpoint": ("checkpoint_failures", 0),
+    "checkpoint_failed": ("checkpoint_failures", 1),
+}
 
 
 class Export(Protocol):
@@ -142,13 +161,10 @@ class WorkerMeter:
         now_s = time.monotonic()
         if self.on_gpu and now_s - self._memory_exported_s > MEMORY_EVERY_S:
             self._memory_exported_s = now_s
-            self._export_memory()
+            import torch  # here, so that reading the names of metrics does not import it
 
-    def _export_memory(self) -> None:
-        import torch  # here, so that reading the names of metrics does not import it
-
-        self.export(GPU_MEMORY, torch.cuda.memory_allocated(), self.rank)
-        self.export(GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated(), self.rank)
+            self.export(GPU_MEMORY, torch.cuda.memory_allocated(), self.rank)
+            self.export(GPU_MEMORY_PEAK, torch.cuda.max_memory_allocated(), self.rank)
 
 
 class RunMeter:
@@ -156,9 +172,14 @@ class RunMeter:
 
     def __init__(self, folder: Path, export: Export) -> None:
         self.folder, self.export = folder, export
+        self._read_from_start()
+
+    def _read_from_start(self) -> None:
         self.status = RunStatus()
-        self.backlog = Backlog()
         self._offset_bytes = 0
+        # As if all were sent; it knows which values of an event MLflow gets.
+        self._sent = UploadRecord()
+        self._waiting: list[tuple[int, int]] = []  # offset after an event, its values for MLflow
 
     def poll(self) -> None:
         """Read new events and export all values again.
@@ -167,146 +188,79 @@ class RunMeter:
         """
         try:
             if (self.folder / JOURNAL_FILE).stat().st_size < self._offset_bytes:  # another file
-                self.status, self.backlog, self._offset_bytes = RunStatus(), Backlog(), 0
+                self._read_from_start()
             for event, offset_bytes in read_events(self.folder, self._offset_bytes):
                 self._offset_bytes = offset_bytes
                 self.status.add(event)
-                self.backlog.add(event, offset_bytes)
+                self._waiting.append((offset_bytes, len(self._sent.add(event, offset_bytes))))
             launched_s = (self.folder / RUN_FILE).stat().st_mtime  # written by every launch
         except OSError:  # the disk is unreachable; the next poll may succeed
             return
         for metric, value, part in self.status.values(time.time() - launched_s):
             self.export(metric, value, part)
-        self._export_upload()
-
-    def _export_upload(self) -> None:
-        state = read_upload_state(self.folder)
-        self.export(BACKLOG, self.backlog.num_rows(read_record(self.folder).offset_bytes))
-        self.export(MLFLOW_FAILING, float(bool(state.error)))
-        if state.last_success_s:
-            self.export(MLFLOW_TIME, state.last_success_s)
-            self.export(MLFLOW_CALL, state.call_s)
+        upload, sent_bytes = read_upload_state(self.folder), read_record(self.folder).offset_bytes
+        self._waiting = [(at, rows) for at, rows in self._waiting if at > sent_bytes and rows]
+        self.export(OF_RUN["mlflow_backlog_rows"], sum(rows for _, rows in self._waiting))
+        self.export(OF_RUN["mlflow_failing"], float(bool(upload.error)))
+        if upload.last_success_s:
+            self.export(OF_RUN["mlflow_time_seconds"], upload.last_success_s)
+            self.export(OF_RUN["mlflow_call_seconds"], upload.call_s)
 
 
 class RunStatus:
     """The state of a run, computed from its journal over all restarts."""
 
     def __init__(self) -> None:
-        self._values: dict[tuple[Metric, str], float] = {}
+        self._values: dict[tuple[str, str], float] = {}  # by name of the metric, and part
         self._replaced: set[Any] = set()
         self._useful_s: float | None = None  # in steps that were not lost, over all launches
         self._useful_s_before: float | None = None  # of earlier launches
 
     def values(self, since_launch_s: float) -> Iterator[tuple[Metric, float, str]]:
         """Yield metric, value and the value of the metric's own label, for all that is known."""
-        for (metric, part), value in self._values.items():
-            yield metric, value, part
+        for (name, part), value in self._values.items():
+            yield OF_RUN[name], value, part
         if self._useful_s is not None and since_launch_s > 0:
             useful_s = max(0.0, self._useful_s - (self._useful_s_before or 0.0))
-            yield GOODPUT, min(1.0, useful_s / since_launch_s), ""
+            yield OF_RUN["goodput"], min(1.0, useful_s / since_launch_s), ""
 
     def add(self, event: dict[str, Any]) -> None:
         """Update the values with the next event of the journal."""
-        on_event = getattr(self, f"_on_{event['kind']}", None)
-        self._set(EVENT_TIME, event["time_s"])
-        if on_event is not None:
-            try:
-                on_event(event)
-            except (KeyError, TypeError, ValueError, AttributeError):  # another version wrote it
-                return
+        self._set("event_time_seconds", event["time_s"])
+        try:
+            self._add(event["kind"], event)
+        except (KeyError, TypeError, ValueError, AttributeError):  # another version wrote it
+            return
 
-    def _on_begin(self, event: dict[str, Any]) -> None:
-        self._add(STARTS, 1)
-        self._add(REDONE, event.get("wasted_steps", 0))
-        self._set(STEPS_DONE, event["step"])
-        self._set(STEPS_IN_ALL, event["num_steps"])
-        self._set(WORKERS, event["world_size"])
-        self._update_useful(event)
-        if self._useful_s_before is None:
-            self._useful_s_before = self._useful_s
-
-    def _on_progress(self, event: dict[str, Any]) -> None:
-        self._set(STEPS_DONE, event["step"])
-        self._set(REMAINING, event["remaining_s"])
-        self._update_useful(event)
-        metrics = event["metrics"]
-        for name, metric in {
-            "train/epoch": EPOCH,
-            "train/images_per_s": RATE,
-            "train/grad_norm": GRAD_NORM,
-            "train/lr": LEARNING_RATE,
-            "train/skipped_steps": SKIPPED,
-            "train/broken_images": REPLACED,
-        }.items():
-            self._set(metric, metrics.get(name))
-        for name, value in metrics.items():
-            if SHOWN_LOSS.fullmatch(name):
-                self._set(LOSS, value, name.removeprefix("train/"))
-
-    def _on_skipped(self, event: dict[str, Any]) -> None:
-        self._set(SKIPPED, event["total"])
-
-    def _on_replaced(self, event: dict[str, Any]) -> None:
-        self._replaced |= {image["image_id"] for image in event["images"]}
-        self._set(REPLACED, len(self._replaced))
-
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self._update_useful(event)
-        for name, value in event["metrics"].items():
-            kind = name.removeprefix("val/")
-            if name.startswith("val/A"):
-                self._set(AP, value, kind)
-        self._set(EVALUATION, event["metrics"].get("val/seconds"))
-        ap = event["metrics"].get("val/AP")
-        if is_number(ap):
-            self._set(BEST_AP, max(ap, self._values.get((BEST_AP, ""), 0.0)))
-
-    def _on_checkpoint(self, event: dict[str, Any]) -> None:
-        self._set(CHECKPOINT_TIME, event["time_s"])
-        self._set(CHECKPOINT, event.get("seconds"))
-        self._set(CHECKPOINT_PAUSE, event.get("blocked_s"))
-        self._add(CHECKPOINT_FAILURES, 0)
-
-    def _on_checkpoint_failed(self, event: dict[str, Any]) -> None:
-        self._add(CHECKPOINT_FAILURES, 1)
-
-    def _on_restart(self, event: dict[str, Any]) -> None:
-        self._add(ATTEMPTS, 1)
-
-    def _on_starting(self, event: dict[str, Any]) -> None:
-        self._add(ATTEMPTS, 0)
-
-    def _on_ended(self, event: dict[str, Any]) -> None:
-        self._useful_s_before = None  # the next launch counts from zero
-
-    def _update_useful(self, event: dict[str, Any]) -> None:
+    def _add(self, kind: str, event: dict[str, Any]) -> None:
+        for key, name in GAUGES.get(kind, {}).items():
+            self._set(name, event.get(key))
+        if kind in COUNTS:
+            name, more = COUNTS[kind]
+            self._set(name, self._values.get((name, ""), 0.0) + more)
         if is_number(event.get("useful_s")):
             self._useful_s = event["useful_s"]
+        if kind == "begin":
+            if self._useful_s_before is None:
+                self._useful_s_before = self._useful_s
+            redone = self._values.get(("redone_steps", ""), 0.0)
+            self._set("redone_steps", redone + event.get("wasted_steps", 0))
+        elif kind == "ended":
+            self._useful_s_before = None  # the next launch counts from zero
+        elif kind == "replaced":
+            self._replaced |= {image["image_id"] for image in event["images"]}
+            self._set("replaced_images", len(self._replaced))
+        elif kind in ("progress", "evaluation"):
+            for name, value in event["metrics"].items():
+                if name in GAUGES_OF_METRICS:
+                    self._set(GAUGES_OF_METRICS[name], value)
+                elif SHOWN_LOSS.fullmatch(name):
+                    self._set("loss", value, name.removeprefix("train/"))
+                elif name.startswith("val/A"):
+                    self._set("ap", value, name.removeprefix("val/"))
+            if is_number(ap := event["metrics"].get("val/AP")):
+                self._set("best_ap", max(ap, self._values.get(("best_ap", ""), 0.0)))
 
-    def _set(self, metric: Metric, value: Any, part: str = "") -> None:
+    def _set(self, name: str, value: Any, part: str = "") -> None:
         if is_number(value):
-            self._values[metric, part] = float(value)
-
-    def _add(self, metric: Metric, value: float) -> None:
-        self._set(metric, self._values.get((metric, ""), 0.0) + value)
-
-
-class Backlog:
-    """Counts the metric values of a journal that MLflow does not have yet."""
-
-    def __init__(self) -> None:
-        self._record = UploadRecord()  # as if all were sent; it knows which values count
-        self._waiting: deque[tuple[int, int]] = deque()  # offset after an event, its rows
-        self._num_rows = 0
-
-    def add(self, event: dict[str, Any], offset_bytes: int) -> None:
-        num_rows = len(self._record.add(event, offset_bytes))
-        if num_rows:
-            self._waiting.append((offset_bytes, num_rows))
-            self._num_rows += num_rows
-
-    def num_rows(self, sent_bytes: int) -> int:
-        """Return the rows after this offset, up to which MLflow has the journal."""
-        while self._waiting and self._waiting[0][0] <= sent_bytes:
-            self._num_rows -= self._waiting.popleft()[1]
-        return self._num_rows
+            self._values[name, part] = float(value)

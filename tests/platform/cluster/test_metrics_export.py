@@ -12,7 +12,7 @@ pytest.importorskip("ray")
 
 from deta.platform.cluster import metrics_export
 from deta.platform.cluster.metrics_export import RayExport, RunExport
-from deta.platform.training.run_metrics import AP, IMAGES, STEP, STEPS_DONE
+from deta.platform.training.run_metrics import IMAGES, OF_RUN, STEP
 
 
 class Recorded:
@@ -51,10 +51,12 @@ def test_each_kind_of_metric_is_made_once_with_its_labels(made: list[Recorded]):
     export = RayExport("mine")
     export(IMAGES, 2, "3")
     export(IMAGES, 4, "3")
-    export(AP, 51.0, "AP50")
+    export(OF_RUN["ap"], 51.0, "AP50")
     export(STEP, 0.5, "3")
-    export(STEPS_DONE, 7)
-    assert [one.name for one in made] == [metric.name for metric in (IMAGES, AP, STEP, STEPS_DONE)]
+    export(OF_RUN["steps_done"], 7)
+    assert [one.name for one in made] == [
+        metric.name for metric in (IMAGES, OF_RUN["ap"], STEP, OF_RUN["steps_done"])
+    ]
     assert [one.keys for one in made] == [
         ("run", "rank"), ("run", "kind"), ("run", "rank"), ("run",),
     ]  # fmt: skip
