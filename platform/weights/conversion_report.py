@@ -47,23 +47,21 @@ class ConversionReport:
 
     def table(self) -> str:
         """Return a text with counts per part of the model, then the names of all other tensors."""
-        absent = [*self.missing, *self.allowed_missing]
-        parts = dict.fromkeys(map(part_of, [*self.used, *absent, *self.wrong_shape]))
-        rows: list[tuple[str, list[int]]] = []
-        for part in parts:
-            used = [name for name in self.used if part_of(name) == part]
-            counts = [
-                len(used),
-                sum(self.num_values.get(name, 0) for name in used),
-                sum(len(self.used[name]) for name in used),
-                sum(part_of(name) == part for name in absent),
-                sum(part_of(name) == part for name in self.wrong_shape),
-            ]
-            rows.append((part, counts))
-        rows.append(("all", [sum(column) for column in zip(*(c for _, c in rows), strict=True)]))
+        used = {
+            name: (1, self.num_values.get(name, 0), len(sources), 0, 0)
+            for name, sources in self.used.items()
+        }
+        absent = dict.fromkeys([*self.missing, *self.allowed_missing], (0, 0, 0, 1, 0))
+        rows: dict[str, list[tuple[int, ...]]] = {}
+        counted = used | absent | dict.fromkeys(self.wrong_shape, (0, 0, 0, 0, 1))
+        for name, counts in counted.items():
+            rows.setdefault(part_of(name), []).append(counts)
+        rows["all"] = list(counted.values())
         heads = ("tensors", "values", "from", "missing", "other shape")
         lines = [f"{'part':<22}" + "".join(f"{head:>13}" for head in heads)]
-        lines += [f"{part:<22}" + "".join(f"{c:>13,}" for c in counts) for part, counts in rows]
+        for part, counts_of_part in rows.items():
+            sums = [sum(column) for column in zip(*counts_of_part, strict=True)]
+            lines.append(f"{part:<22}" + "".join(f"{count:>13,}" for count in sums))
         shapes = [
             f"{name} {found} instead of {wanted}"
             for name, (found, wanted) in self.wrong_shape.items()
@@ -76,7 +74,11 @@ class ConversionReport:
             ("LEFT OVER", self.left_over),
             ("OTHER SHAPE", shapes),
         ):
-            lines += _section(title, names, show_all=title.isupper())
+            shown = names if title.isupper() else names[:NUM_SHOWN]
+            if names:
+                lines += ["", f"{title}: {len(names)}", *(f"  {name}" for name in shown)]
+            if len(shown) < len(names):
+                lines.append(f"  … and {len(names) - len(shown)} more")
         return "\n".join(lines)
 
 
@@ -135,11 +137,8 @@ def complete_state(file: ModelFile, report: ConversionReport) -> dict[str, Tenso
         )
     state = {name: file.tensors[name] for name in report.used}
     if report.allowed_missing:
-        state |= {
-            name: tensor
-            for name, tensor in _new_model(file.config).items()
-            if name in set(report.allowed_missing)
-        }
+        untrained = _new_model(file.config)
+        state |= {name: untrained[name] for name in report.allowed_missing}
     return layouts_of(file.config.model).fit(state, file.config.model)
 
 
@@ -155,8 +154,8 @@ def adapt_classes(
         ValueError: the file's classes have no names, or do not fit `how`.
     """
     plan = plan_classes(file.classes, categories, how)
-    config = _with_classes(file.config, len(categories))
-    model = config.model
+    model = replace(file.config.model, num_classes=len(categories))
+    config = replace(file.config, model=model)
     untrained = {name: t for name, t in _new_model(config).items() if is_class_head(name)}
     if how == "drop":
         changed = {**state, **untrained}
@@ -179,17 +178,5 @@ def _new_model(config: RunConfig) -> dict[str, Tensor]:
         return make_detector(without_download(config.model)).state_dict()
 
 
-def _with_classes(config: RunConfig, num_classes: int) -> RunConfig:
-    return replace(config, model=replace(config.model, num_classes=num_classes))
-
-
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _section(title: str, names: Sequence[str], *, show_all: bool) -> list[str]:
-    if not names:
-        return []
-    shown = names if show_all else names[:NUM_SHOWN]
-    more = [f"  … and {len(names) - len(shown)} more"] if len(shown) < len(names) else []
-    return ["", f"{title}: {len(names)}", *(f"  {name}" for name in shown), *more]

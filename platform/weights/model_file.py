@@ -7,6 +7,7 @@ a published file, and a plain file of tensors under our names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,15 +121,12 @@ def open_model_file(path: Path, base: RunConfig) -> ModelFile:
     if path.is_dir() and (path / MANIFEST).is_file():
         checkpoint = read_checkpoint(path)
         classes = own_classes(checkpoint.categories, "the classes that it was trained on")
-        tensors = checkpoint.model_state()
-        return _ours(path, checkpoint.config, tensors, classes, knows_config=True)
+        return _ours(path, checkpoint.config, checkpoint.model_state(), classes)
     if path.parent.is_dir() and (path.parent / MANIFEST).is_file() and path.is_file():
         raise WeightsError(f"{path}: is one file of a checkpoint; give its folder, {path.parent}")
     if is_converted(path):
         converted = read_converted(path)
-        return _ours(
-            path, converted.config, converted.tensors, converted.classes, knows_config=True
-        )
+        return _ours(path, converted.config, converted.tensors, converted.classes)
     return identify(path, read_weights(path), base)
 
 
@@ -148,8 +146,8 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
         if isinstance(model, ModelConfig):
             model = with_sizes_of(tensors, model)
         classes = published_classes(model.num_classes)
-        config = replace(base, model=model)
-        return _ours(path, config, tensors, classes, knows_config=False)
+        ours = _ours(path, replace(base, model=model), tensors, classes)
+        return replace(ours, knows_config=False)
     if isinstance(model, ModelConfig) and is_anchor_detr(tensors):
         raise ValueError("contains weights of an Anchor DETR; choose an Anchor DETR with --variant")
     layouts = layouts_of(model)
@@ -158,7 +156,9 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
     classes = published_classes(model.num_classes)
     labels = path.with_name("config.json")
     if renamed.layout == "huggingface" and labels.is_file():
-        classes = _with_labels(labels, classes)
+        with suppress(ValueError):  # a configuration without usable names
+            listed = listed_classes(labels, classes.num_rows)
+            classes = listed if listed.by_row else classes
     return ModelFile(
         path=path,
         layout=renamed.layout,
@@ -172,15 +172,6 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
     )
 
 
-def _with_labels(labels: Path, classes: FileClasses) -> FileClasses:
-    """Return the classes named in a configuration of Hugging Face, or `classes` if it has none."""
-    try:
-        listed = listed_classes(labels, classes.num_rows)
-    except ValueError:
-        return classes
-    return listed if listed.by_row else classes
-
-
 def has_our_names(names: Mapping[str, object]) -> bool:
     """Return True if tensors have our names, not those of a published layout."""
     return "level_embedding" in names or "class_head.bias" in names
@@ -192,12 +183,7 @@ def is_class_head(name: str) -> bool:
 
 
 def _ours(
-    path: Path,
-    config: RunConfig,
-    tensors: dict[str, Tensor],
-    classes: FileClasses,
-    *,
-    knows_config: bool,
+    path: Path, config: RunConfig, tensors: dict[str, Tensor], classes: FileClasses
 ) -> ModelFile:
     sources = {name: [name] for name in tensors}
-    return ModelFile(path, OURS, config, tensors, classes, sources, [], [], knows_config)
+    return ModelFile(path, OURS, config, tensors, classes, sources, [], [], knows_config=True)

@@ -166,11 +166,8 @@ def _unwrap(path: Path, content: object) -> dict[str, object]:
             f"{path}: contains {kind} and no named weights; save a model's state_dict(), not the "
             "model"
         )
-    others = [
-        str(name)
-        for name, value in content.items()
-        if not isinstance(value, TensorRecord | ArrayRecord)
-    ]
+    kinds = (TensorRecord, ArrayRecord)
+    others = [str(name) for name, value in content.items() if not isinstance(value, kinds)]
     if others:
         raise WeightsError(
             f"{path}: {len(others)} of {len(content)} entries are not tensors "
@@ -218,30 +215,37 @@ def _require_file(path: Path) -> None:
         raise WeightsError(f"{path}: a device or pipe, not a file of weights")
 
 
+# How files that are often taken for weights begin, in lower case, and what to do about them.
+_OTHER_FILES: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    (
+        (b"<!doctype", b"<html", b"<?xml"),
+        "a web page, not weights, from a link that needs a login or a confirmation; open it in a "
+        "browser and download again",
+    ),
+    (
+        (b"version https://git-lfs",),
+        "a pointer of git-lfs, not the weights; run `git lfs pull` in its clone",
+    ),
+    (
+        (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"),
+        "a compressed archive; unpack it first",
+    ),
+)
+
+
 def _require_weights_inside(path: Path) -> None:
     """Raise an error that names common files that are not weights."""
     with path.open("rb") as file:
         beginning = file.read(512)
-    text = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    what = ""
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    what = next((advice for begins, advice in _OTHER_FILES if text.startswith(begins)), "")
     if not beginning:
         what = "an empty file; copy or download it again"
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        what = (
-            "a web page, not weights, from a link that needs a login or a confirmation; open it in "
-            "a browser and download again"
-        )
-    elif text.startswith(b"version https://git-lfs"):
-        what = "a pointer of git-lfs, not the weights; run `git lfs pull` in its clone"
     elif beginning[257:262] == b"ustar":
         what = (
             "a tar archive; unpack it, or if torch.save wrote it long before 1.0, load and save it "
             "with a newer torch"
         )
-    elif beginning.startswith(
-        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")
-    ):
-        what = "a compressed archive; unpack it first"
     elif path.suffix == ".safetensors" and beginning.startswith((b"PK\x03\x04", b"\x80")):
         what = "a file of torch.save, not a safetensors file; rename it to .pth"
     if what:
