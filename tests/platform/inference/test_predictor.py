@@ -145,14 +145,7 @@ def test_a_model_finds_the_boxes_that_it_has_drawn_itself(tmp_path, trained, pre
     evaluation = predictor.evaluate(trained.val_set)
     truth = trained.val_set.ground_truth
     truth["annotations"] = [
-        {
-            "id": i,
-            "image_id": result["image_id"],
-            "category_id": result["category_id"],
-            "bbox": result["bbox"],
-            "area": result["bbox"][2] * result["bbox"][3],
-            "iscrowd": 0,
-        }
+        result | {"id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for i, result in enumerate(evaluation.results, start=1)
     ]
     annotations = tmp_path / "own.json"
@@ -164,15 +157,11 @@ def test_a_model_finds_the_boxes_that_it_has_drawn_itself(tmp_path, trained, pre
     assert ap == pytest.approx(1.0)
 
 
-def test_files_and_images_in_memory_give_the_same(predictor, paths):
-    from_files = [found for _, found in predictor.predict_files(paths)]
-    from_memory = predictor.predict([decode(path) for path in paths])
-
-    for one, other in zip(from_files, from_memory, strict=True):
-        assert_same(one, other)
+def test_no_images_give_no_predictions(predictor):
+    assert predictor.predict([]) == [*predictor.predict_files([])] == []
 
 
-@pytest.mark.parametrize("batch_size", [3, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_detections_do_not_depend_on_the_batch_size(tmp_path, predictor, paths, batch_size):
     """The images have several sizes, so padding would change their detections."""
     files = []
@@ -191,29 +180,6 @@ def test_detections_do_not_depend_on_the_batch_size(tmp_path, predictor, paths, 
         torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.boxes_px, other.boxes_px, atol=1e-3, rtol=0)
     assert not torch.allclose(alone[0][1].boxes_px, alone[1][1].boxes_px, atol=1)
-
-
-def test_images_that_wait_for_an_unreadable_one_are_not_lost(tmp_path, predictor, paths):
-    shown, wide = tmp_path / "a.png", tmp_path / "b.jpg"
-    decode(paths[0]).resize((64, 64)).save(shown)
-    decode(paths[0]).resize((96, 64)).save(wide)
-    (tmp_path / "c.png").write_bytes(shown.read_bytes())
-    wide.write_bytes(wide.read_bytes()[:-200])
-    unreadable: list[Path] = []
-
-    found = predictor.predict_files(
-        [shown, wide, tmp_path / "c.png"],
-        batch_size=2,
-        on_unreadable=lambda path, _: unreadable.append(path),
-    )
-
-    assert [path for path, _ in found] == [shown, tmp_path / "c.png"]
-    assert unreadable == [wide]
-
-
-def test_no_images_give_no_predictions(predictor):
-    assert predictor.predict([]) == []
-    assert list(predictor.predict_files([])) == []
 
 
 def test_the_exif_orientation_is_ignored(tmp_path, predictor, paths):
@@ -255,9 +221,13 @@ def test_bad_headers_are_all_reported_before_anything_is_predicted(tmp_path, pre
     assert str(paths[0]) not in str(caught.value)
 
 
-def test_a_bad_image_among_others_raises_or_is_reported(tmp_path, predictor, paths):
+def test_a_bad_image_among_others_raises_or_is_reported_and_none_is_lost(
+    tmp_path, predictor, paths
+):
+    """The images before and after it are of other shapes, so some wait for it."""
     damaged = tmp_path / "cut.jpg"
-    damaged.write_bytes(paths[0].read_bytes()[:-300])
+    decode(paths[0]).resize((96, 64)).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-200])
     files = [*paths[:3], damaged, *paths[3:]]
 
     with pytest.raises(ImageError, match=r"cut\.jpg"):
@@ -266,14 +236,12 @@ def test_a_bad_image_among_others_raises_or_is_reported(tmp_path, predictor, pat
     unreadable = []
     found = list(
         predictor.predict_files(
-            files,
-            batch_size=2,
-            on_unreadable=lambda path, error: unreadable.append((path, str(error))),
+            files, batch_size=2, on_unreadable=lambda path, error: unreadable.append((path, error))
         )
     )
     assert [path for path, _ in found] == paths
     assert [path for path, _ in unreadable] == [damaged]
-    assert str(damaged) in unreadable[0][1]
+    assert str(damaged) in str(unreadable[0][1])
 
 
 def test_a_run_means_its_best_checkpoint(tmp_path, trained):
@@ -380,18 +348,14 @@ def test_classes_of_a_published_file_are_found_by_name_and_never_by_id(tmp_path,
     assert everything.names[:2] == ["person", "bicycle"]
     assert len(everything.names) == 80  # rows that stand for nothing are left out
     assert some.categories == wanted
-    (all_found,) = everything.predict([decode(paths[0])])
-    (found,) = some.predict([decode(paths[0])])
-    all_scores = {
-        (everything.names[label], round(score, 6))
-        for label, score in zip(all_found.labels.tolist(), all_found.scores.tolist(), strict=True)
-    }
-    own_name = {"Dog": "dog", "person": "person"}
-    scores = {
-        (own_name[some.names[label]], round(score, 6))
-        for label, score in zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-    }
-    assert {entry for entry in all_scores if entry[0] in ("dog", "person")} <= scores
+
+    def scores_of(predictor: Predictor) -> set[tuple[str, float]]:
+        (found,) = predictor.predict([decode(paths[0])])
+        pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+        return {(predictor.names[label].lower(), round(score, 6)) for label, score in pairs}
+
+    theirs = {entry for entry in scores_of(everything) if entry[0] in ("dog", "person")}
+    assert theirs <= scores_of(some)
     # The first five of COCO's rows are no shapes, whatever their ids say.
     with pytest.raises(ValueError, match="among them are no disc, square, triangle"):
         Predictor.from_published(path, config, CATEGORIES)

@@ -15,14 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from deta.platform.inference.predictor import Predictor
 from deta.platform.serving.config import ServingConfig, token_hash
 from deta.platform.serving.model_source import ModelSource
 from deta.platform.serving.schema import Detected, Problem, Served
-from deta.platform.serving.upload import ORIENTATION
 from tests.platform.serving.serving_case import (
     CATEGORIES,
     AliasSource,
@@ -118,16 +116,7 @@ def test_a_form_and_a_body_get_the_same_detections(server: Server):
     content = encoded(random_image(6))
     body, content_type = form(content)
     _, by_form = server.detect(body, headers={"Content-Type": content_type})
-    _, by_body = server.detect(content)
-    assert by_form["detections"] == by_body["detections"] != []
-
-
-def test_an_upright_image_is_rotated_before_the_detection(server: Server):
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    content = encoded(random_image(7, 90, 60), exif=exif)
-    assert server.detect(content)[1]["image"] == {"width": 90, "height": 60}
-    assert server.detect(content, "?upright=true")[1]["image"] == {"width": 60, "height": 90}
+    assert by_form["detections"] == server.detect(content)[1]["detections"] != []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.platform.serving.hostile_uploads import forget_peak, peak_mib, send, 
 from tests.platform.serving.serving_case import encoded, random_image, running, tiny_checkpoint
 
 SHARED = Path(os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared"))
-NUMBER = 110  # five of each kind; python -m tests.platform.serving.hostile_uploads sends 500
+NUMBER = int(os.environ.get("DETA_HOSTILE_UPLOADS", "110"))  # 110: five of each kind
 
 
 def test_hostile_uploads_are_refused_with_a_reason_and_cost_little_memory(tmp_path: Path):

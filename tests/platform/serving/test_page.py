@@ -19,12 +19,13 @@ from tests.platform.serving.serving_case import (
     random_image,
     running,
     tiny_checkpoint,
-)
+)  # fmt: skip
 
 SCREENSHOTS = os.environ.get("DETA_SCREENSHOTS", "")  # a folder for screenshots; empty: none
 CONFIG = ServingConfig(
     hosts=("127.0.0.1", "localhost"), max_bytes=300_000, answer_timeout_s=120, read_timeout_s=60
 )
+IMAGE = encoded(random_image(5, 400, 300))
 TOKEN = "0123456789abcdef0123"
 
 
@@ -94,16 +95,15 @@ def boxes(view: Any) -> list[list[float]]:
 def test_boxes_of_a_chosen_image_are_where_the_service_returns_them(
     browser: Any, server: Server, width: int, scheme: str
 ):
-    content = encoded(random_image(5, 400, 300))
     view, trouble = opened(
         browser, server, viewport={"width": width, "height": 900}, color_scheme=scheme
     )
     until(view, "document.getElementById('model').textContent.includes('2 classes')")
     shot(view, f"empty-{width}-{scheme}")
-    choose(view, content)
+    choose(view, IMAGE)
     until(view, "document.querySelectorAll('.box').length > 0")
 
-    _, answer = server.detect(content, "?min_score=0.01&upright=true")
+    _, answer = server.detect(IMAGE, "?min_score=0.01&upright=true")
     kept = [found for found in answer["detections"] if found["score"] >= 0.4]
     drawn = boxes(view)
     assert len(drawn) == len(kept) > 0
@@ -126,7 +126,7 @@ def test_boxes_of_a_chosen_image_are_where_the_service_returns_them(
 
 def test_the_slider_sets_how_many_boxes_are_shown(browser: Any, server: Server):
     view, _ = opened(browser, server)
-    choose(view, encoded(random_image(5, 400, 300)))
+    choose(view, IMAGE)
     until(view, "document.querySelectorAll('.box').length > 0")
     view.focus("#score")
     view.keyboard.press("Home")
@@ -142,11 +142,7 @@ def test_the_page_works_by_keyboard(browser: Any, server: Server):
     view, _ = opened(browser, server)
     view.keyboard.press("Tab")
     assert view.evaluate("document.activeElement.id") == "file"
-    content = {
-        "name": "a.jpg",
-        "mimeType": "image/jpeg",
-        "buffer": encoded(random_image(5, 400, 300)),
-    }
+    content = {"name": "a.jpg", "mimeType": "image/jpeg", "buffer": IMAGE}
     chosen: list[Any] = []
     view.on("filechooser", lambda chooser: chosen.append(chooser))
     for attempt in range(50):
@@ -168,8 +164,7 @@ def test_the_page_works_by_keyboard(browser: Any, server: Server):
 
 def test_a_broken_image_shows_the_reason_and_the_next_one_works(browser: Any, server: Server):
     view, trouble = opened(browser, server)
-    content = encoded(random_image(5, 400, 300))
-    choose(view, content[: len(content) // 2], "<i>cut</i>.jpg")
+    choose(view, IMAGE[: len(IMAGE) // 2], "<i>cut</i>.jpg")
     until(view, "!document.getElementById('error').hidden")
     message = view.inner_text("#error")
     assert "<i>cut</i>.jpg" in message
@@ -178,9 +173,9 @@ def test_a_broken_image_shows_the_reason_and_the_next_one_works(browser: Any, se
     shot(view, "error")
     choose(view, encoded(random_image(5), "GIF"))
     until(view, "document.getElementById('error').textContent.includes('not a JPEG or PNG')")
-    choose(view, content + bytes(400_000))
+    choose(view, IMAGE + bytes(400_000))
     until(view, "document.getElementById('error').textContent.includes('at most')")
-    choose(view, content)
+    choose(view, IMAGE)
     until(view, "document.querySelectorAll('.box').length > 0")
     assert view.evaluate("document.getElementById('error').hidden")
     assert trouble == []
@@ -195,7 +190,7 @@ def test_an_image_can_be_dropped_anywhere(browser: Any, server: Server):
         " const fire = (name) => document.body.dispatchEvent("
         "  new DragEvent(name, { dataTransfer: data, bubbles: true, cancelable: true }));"
         " fire('dragover'); fire('drop'); }",
-        list(encoded(random_image(5, 400, 300))),
+        list(IMAGE),
     )
     until(view, "document.querySelectorAll('.box').length > 0")
     assert view.get_attribute("#shown img", "alt") == "dropped.jpg"
@@ -222,7 +217,7 @@ def test_a_service_with_a_token_shows_the_field_for_it(browser: Any, checkpoint:
         view, _ = opened(browser, here)
         until(view, "!document.getElementById('token-row').hidden")
         shot(view, "token")
-        choose(view, encoded(random_image(5, 400, 300)))
+        choose(view, IMAGE)
         until(view, "document.getElementById('error').textContent.includes('token')")
         view.fill("#token", TOKEN)
         view.press("#token", "Enter")

@@ -62,12 +62,9 @@ def test_a_body_of_any_of_these_types_is_the_image(content_type: str):
 @pytest.mark.parametrize(
     "content_type", ["image/gif", "text/html", "application/json", "image/svg+xml", "nonsense"]
 )
-def test_another_declared_type_is_415(content_type: str):
+def test_another_declared_type_or_encoding_is_415(content_type: str):
     found = refusal(b"abc", content_type=content_type)
     assert (found.status_code, found.kind) == (415, "content_type")
-
-
-def test_a_compressed_body_is_415():
     assert refusal(b"abc", content_encoding="gzip").status_code == 415
 
 
@@ -86,21 +83,16 @@ def test_the_file_of_a_form_is_the_image():
         (form(b"abc")[0][:-30], form(b"")[1]),
         (b"", form(b"")[1]),
         (b"\r\n" * 500, form(b"")[1]),
+        (form(b"abc")[0].removesuffix(b"--\r\n") + b"\r\n" + form(b"def")[0], form(b"")[1]),
         (form(b"text")[0].replace(b'; filename="a.jpg"', b""), form(b"")[1]),
         (b"--b0undary\r\n" + b"X: y\r\n" * 5000 + b"\r\n\r\n--b0undary--\r\n", form(b"")[1]),
     ],
-    ids=["no boundary", "other boundary", "other field", "cut", "empty", "blank", "no file",
-         "headers"],
+    ids=["no boundary", "other boundary", "other field", "cut", "empty", "blank", "two files",
+         "no file", "headers"],
 )  # fmt: skip
 def test_a_broken_form_is_400(body: bytes, content_type: str):
     found = refusal(body, content_type=content_type)
     assert (found.status_code, found.kind) == (400, "form")
-
-
-def test_two_files_in_a_form_are_400():
-    one, content_type = form(b"abc")
-    both = one.removesuffix(b"--\r\n") + b"\r\n" + form(b"def")[0]
-    assert refusal(both, content_type=content_type).status_code == 400
 
 
 def test_too_many_bytes_are_413_declared_or_not():
@@ -156,7 +148,7 @@ def test_other_formats_are_415(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
 def test_a_truncated_image_is_422(kind: str, share: float):
     content = encoded(random_image(3), kind)
     found = not_decoded(content[: max(8, int(share * len(content)))])
