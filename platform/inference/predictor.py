@@ -67,8 +67,6 @@ class Predictor:
         """Wrap a model that is in memory.
 
         Args:
-            config: gives the image size (`data.evaluation_size`), `data.max_pixels`, `postprocess`
-                and `precision`.
             categories: one for each class index, in ascending order of their ids.
             description: the origin of the weights, for people.
             weights_sha256: hash of the file that the weights are from, if any.
@@ -128,12 +126,9 @@ class Predictor:
     ) -> Predictor:
         """Load a model from a published file, or from one that jobs/convert.py wrote.
 
-        Published files are those of the official code, of detrex and of Hugging Face. Their tensors
-        give the number of classes, levels, layers and channels, and the common backbones. `config`
-        must give the rest, such as the number of heads and queries. `logit_eps` follows from the
-        layout, see `published_logit_eps`. A file of jobs/convert.py contains all of this.
-
         Args:
+            config: what the tensors of a published file do not show, such as the number of heads
+                and queries; see `open_model_file`.
             categories: some or all of the file's classes, matched by name. If the file does not
                 name its classes, as many as it has, in its order. None: all classes of the file;
                 if it does not name them, they are called by their row number.
@@ -250,17 +245,14 @@ class Predictor:
     ) -> Iterator[tuple[Path, Detections]]:
         """Yield the detections of each image file, in the order of the paths.
 
-        All headers are checked at once, when this is called. A file can still turn out damaged
-        when its pixels are decoded.
-
         Args:
             batch_size: as for `predict`.
-            on_unreadable: called with a damaged file, which is then left out. Without it, such a
-                file raises.
+            on_unreadable: called with a file whose pixels turn out damaged, which is then left out.
+                Without it, such a file raises.
 
         Raises:
-            ImageError: names all files whose header is bad, or the first file that cannot be
-                decoded.
+            ImageError: at once, names all files whose header is bad; later, the first file that
+                cannot be decoded.
         """
         files = [Path(path) for path in paths]
         headers = check_headers(files, self.config.data.max_pixels)

@@ -18,15 +18,6 @@ from deta.platform.serving.uvicorn_server import serve_alone
 from tests.platform.serving.serving_case import WITHIN_S, tiny_checkpoint, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-CODE = """
-import sys
-from pathlib import Path
-from deta.platform.serving.config import ServingConfig
-from deta.platform.serving.model_source import ModelSource
-from deta.platform.serving.uvicorn_server import serve_alone
-source = ModelSource(str(Path(sys.argv[1])), None, "cpu")
-serve_alone(source, ServingConfig(), "127.0.0.1", 0, lambda address: print(address, flush=True))
-"""
 
 
 def is_ready(address: str) -> bool:
@@ -39,11 +30,11 @@ def is_ready(address: str) -> bool:
 
 def test_a_process_serves_on_a_free_port_until_sigterm(tmp_path: Path):
     checkpoint = tiny_checkpoint(tmp_path / "run")
-    command = [sys.executable, "-c", CODE, str(checkpoint)]
+    command = [sys.executable, "jobs/serve.py", str(checkpoint), "--without-ray", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            address = process.stdout.readline().strip()
+            address = process.stdout.readline().removeprefix("page: ").strip()
             assert address.startswith("http://127.0.0.1:")
             wait_until(lambda: is_ready(address))
             process.send_signal(signal.SIGTERM)
