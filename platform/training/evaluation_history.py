@@ -5,8 +5,8 @@
 
 Only rank 0 does this. A failure here never ends a run: it is logged in the journal. Metrics are
 computed at every evaluation. The report decodes and draws images, so it is written only for the
-best evaluation, within a small share of the run's time, and always for the last one: see
-`ReportBudget`.
+best evaluation, if it takes at most `REPORT_SHARE` of the time since the report before, and always
+for the first and the last one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from deta.platform.analysis.analysis import (
@@ -47,20 +46,6 @@ logger = logging.getLogger(__name__)
 REPORT_SHARE = 0.03  # a report may take this share of the time since the previous one
 
 
-@dataclass
-class ReportBudget:
-    """Decides when a report is worth its time."""
-
-    written_s: float | None = None  # by time.monotonic
-    took_s: float = 0.0
-
-    def allows(self, now_s: float, *, is_last: bool) -> bool:
-        """Allow the first and the last report, and others if they take `REPORT_SHARE` at most."""
-        if self.written_s is None or is_last:
-            return True
-        return self.took_s <= REPORT_SHARE * (now_s - self.written_s)
-
-
 class EvaluationHistory:
     """The evaluations of a run, analysed and saved in its folder; each worker makes one."""
 
@@ -72,7 +57,8 @@ class EvaluationHistory:
         self.run = run
         self.log_event = log_event
         self.explanation: Explanation | None = None  # of the present evaluation
-        self.budget = ReportBudget()
+        self.report_written_s: float | None = None  # by time.monotonic
+        self.report_took_s = 0.0
 
     def explain(self, evaluation: EvaluationResult, step: int, seconds: float) -> dict[str, float]:
         """Return further metrics for MLflow, and the share of time that computing them took.
@@ -103,9 +89,15 @@ class EvaluationHistory:
                 write_explanation(folder / EXPLANATION, self.explanation)
                 if self._wants_report(state):
                     self._write_report(folder, self.explanation, evaluation.metrics, origin)
-            best = _keep_best_and(folder)
-            if (folder / REPORT).exists() and self.run.is_done(state):
-                self._write_missing_report(best)
+            best = best_evaluation(folder.parent.parent) or folder
+            for other in folder.parent.glob("step-*"):
+                if other not in (best, folder):
+                    shutil.rmtree(other, ignore_errors=True)
+            is_last = (folder / REPORT).exists() and self.run.is_done(state)
+            if is_last and not (best / REPORT).exists():  # the budget did not allow it
+                read = read_evaluation(best)
+                explanation = explain(read.ground_truth, read.results)
+                self._write_report(best, explanation, read.metrics, read.origin)
             self.log_event("evaluation_kept", step=step, seconds=time.monotonic() - began_s)
         except Exception as error:  # a full disk, an unreadable image, a bug
             self._log_failure(step, "saved", error)
@@ -136,15 +128,12 @@ class EvaluationHistory:
     def _wants_report(self, state: RunState) -> bool:
         is_last = self.run.is_done(state)
         is_best = state.metrics.get("AP") == state.best_ap
-        wanted = self.run.config.num_pictures > 0 and (is_best or is_last)
-        return wanted and self.budget.allows(time.monotonic(), is_last=is_last)
-
-    def _write_missing_report(self, best: Path) -> None:
-        """At the end, write the report of the best evaluation if the budget did not allow it."""
-        if not (best / REPORT).exists():
-            read = read_evaluation(best)
-            explanation = explain(read.ground_truth, read.results)
-            self._write_report(best, explanation, read.metrics, read.origin)
+        if not (self.run.config.num_pictures > 0 and (is_best or is_last)):
+            return False
+        if self.report_written_s is None or is_last:
+            return True
+        since_s = time.monotonic() - self.report_written_s
+        return self.report_took_s <= REPORT_SHARE * since_s
 
     def _write_report(
         self, folder: Path, explanation: Explanation, metrics: CocoMetrics, origin: Origin
@@ -152,20 +141,12 @@ class EvaluationHistory:
         began_s = time.monotonic()
         ground_truth, images = self.run.val_set.ground_truth, image_opener(self.run.val_set)
         write_evaluation_report(folder / REPORT, explanation, metrics, origin, ground_truth, images)
-        self.budget = ReportBudget(time.monotonic(), time.monotonic() - began_s)
+        self.report_written_s = time.monotonic()
+        self.report_took_s = self.report_written_s - began_s
         path = str((folder / REPORT).relative_to(self.run.folder))
-        self.log_event("report", step=origin.step, seconds=self.budget.took_s, path=path)
+        self.log_event("report", step=origin.step, seconds=self.report_took_s, path=path)
 
     def _log_failure(self, step: int, what: str, error: Exception) -> None:
         message = f"the evaluation could not be {what}: {error or type(error).__name__}"
         logger.warning("step %d: %s", step, message, exc_info=True)
         self.log_event("explanation_failed", step=step, message=message)
-
-
-def _keep_best_and(newest: Path) -> Path:
-    """Remove all evaluations but the newest and the best; return the best."""
-    best = best_evaluation(newest.parent.parent) or newest
-    for folder in newest.parent.glob("step-*"):
-        if folder not in (best, newest):
-            shutil.rmtree(folder, ignore_errors=True)
-    return best

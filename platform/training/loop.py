@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -44,15 +44,6 @@ from deta.platform.training.train_state import TrainState, make_train_state
 POLL_CLUSTER_EVERY_S = 5.0
 
 
-@dataclass(frozen=True)
-class _Callbacks:
-    """The optional callbacks of `train`."""
-
-    on_evaluation: Callable[[dict[str, float]], None] | None
-    is_preemption_announced: Callable[[], bool] | None
-    on_step: Callable[[StepTimes], None] | None
-
-
 def train(
     run: Run,
     worker: Worker,
@@ -81,7 +72,6 @@ def train(
         CheckpointError: the checkpoint to resume from is inconsistent, or the run has ended and its
             last state cannot be written.
     """
-    callbacks = _Callbacks(on_evaluation, is_preemption_announced, on_step)
     watchdog = Watchdog(run.folder, worker.rank, run.config.cluster.hang_timeout_s)
     try:
         recorder = Recorder(run, leads=worker.is_leader)
@@ -90,8 +80,9 @@ def train(
         )
         train_state = make_train_state(run, worker, resumed)
         state = resumed.state if resumed else RunState(step=0, samples_seen=0, epoch=0.0)
-        events = TrainEvents(run, worker, recorder, dict(state.broken_images))
-        loop = _Loop(run, worker, train_state, state, recorder, watchdog, events, callbacks)
+        loop = _Loop(run, worker, train_state, state, recorder, watchdog)
+        loop.on_evaluation, loop.on_step = on_evaluation, on_step
+        loop.is_preemption_announced = is_preemption_announced
         return loop.run_to_end()
     finally:
         watchdog.close()
@@ -105,6 +96,10 @@ def _only_finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
 class _Loop:
     """The loop over steps on one worker."""
 
+    on_evaluation: Callable[[dict[str, float]], None] | None = None
+    is_preemption_announced: Callable[[], bool] | None = None
+    on_step: Callable[[StepTimes], None] | None = None
+
     def __init__(
         self,
         run: Run,
@@ -113,12 +108,10 @@ class _Loop:
         state: RunState,
         recorder: Recorder,
         watchdog: Watchdog,
-        events: TrainEvents,
-        callbacks: _Callbacks,
     ) -> None:
         self.run, self.worker, self.train_state, self.state = run, worker, train_state, state
-        self.recorder, self.watchdog, self.events = recorder, watchdog, events
-        self.callbacks = callbacks
+        self.recorder, self.watchdog = recorder, watchdog
+        self.events = TrainEvents(run, worker, recorder, dict(state.broken_images))
         self.history = EvaluationHistory(run, recorder.log_event)
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = PRECISIONS[run.config.precision]
@@ -144,11 +137,15 @@ class _Loop:
             if vote.num_replaced:
                 self.events.log_broken_images(self.state, micro_batches)
             if vote.check_preemption:
-                self._poll_preemption()
+                assert self.is_preemption_announced is not None
+                self.polled_cluster_s = time.monotonic()
+                self.is_preempted = self.is_preemption_announced()
             if vote.save or vote.stop or step % config.compare_weights_every_steps == 0:
                 self._require_equal_weights()
             if vote.save or vote.stop:
-                self._save(wait=vote.stop)
+                self.watchdog.heartbeat("saving")
+                self.recorder.save(self.train_state, self.state, wait=vote.stop)
+                self.watchdog.heartbeat("step")
             self.recorder.log_saves()
             if vote.stop:
                 self.recorder.log_event("stopping", step=step, reason="asked to stop")
@@ -156,13 +153,14 @@ class _Loop:
                 return metrics
             began_s = time.perf_counter()
             self._update(step, micro_batches, vote.num_boxes)
-            if self.callbacks.on_step is not None:
+            if self.on_step is not None:
                 num_images = sum(len(loaded) for loaded in micro_batches)
-                times = StepTimes(num_images, data_wait_s, time.perf_counter() - began_s)
-                self.callbacks.on_step(times)
+                self.on_step(StepTimes(num_images, data_wait_s, time.perf_counter() - began_s))
             is_evaluation = step + 1 in evaluation_steps
             if (step + 1) % config.log_every_steps == 0 or is_evaluation:
-                self._log_progress()
+                lr = self.train_state.optimizer.param_groups[0]["lr"]
+                self.events.log_progress(self.state, self.window, lr)
+                self._reset_window()
             if is_evaluation:
                 metrics = self._evaluate_and_save()
         reason = run.reason_to_stop(self.state)
@@ -204,21 +202,15 @@ class _Loop:
 
     def _vote(self, micro_batches: list[LoadedBatch]) -> StepVote:
         """Return what this worker contributes to the all_reduce before a step."""
-        ask = False
-        if self.worker.is_leader and self.callbacks.is_preemption_announced is not None:
-            ask = time.monotonic() - self.polled_cluster_s > POLL_CLUSTER_EVERY_S
+        may_ask = self.worker.is_leader and self.is_preemption_announced is not None
+        is_time = time.monotonic() - self.polled_cluster_s > POLL_CLUSTER_EVERY_S
         return StepVote(
             num_boxes=sum(loaded.batch.num_boxes for loaded in micro_batches),
             stop=self.recorder.is_stop_requested(),
             save=self.recorder.is_save_due(at_once=self.is_preempted),
-            check_preemption=ask,
+            check_preemption=may_ask and is_time,
             num_replaced=sum(len(loaded.replaced) for loaded in micro_batches),
         )
-
-    def _poll_preemption(self) -> None:
-        if self.callbacks.is_preemption_announced is not None:
-            self.polled_cluster_s = time.monotonic()
-            self.is_preempted = self.callbacks.is_preemption_announced()
 
     def _require_equal_weights(self) -> None:
         different = first_different_tensor(self.train_state.model, self.worker)
@@ -229,11 +221,6 @@ class _Loop:
                 f"{self.worker.world_size} workers but must be equal; restarting from an older "
                 "checkpoint. If it happens again on one machine, test its memory"
             )
-
-    def _save(self, *, wait: bool) -> None:
-        self.watchdog.heartbeat("saving")
-        self.recorder.save(self.train_state, self.state, wait=wait)
-        self.watchdog.heartbeat("step")
 
     # A step
 
@@ -259,12 +246,12 @@ class _Loop:
         self.window.scalars.append(result.scalars)
         now_s = time.monotonic()
         done = step + 1
-        self.state = RunState(
+        self.state = replace(
+            self.state,
             step=done,
             samples_seen=done * config.total_batch_size,
             epoch=self.run.epoch_at(done),
-            best_ap=self.state.best_ap,
-            ap_history=self.state.ap_history,
+            metrics={},
             skipped_steps=self.state.skipped_steps + (not result.updated),
             skipped_in_a_row=0 if result.updated else self.state.skipped_in_a_row + 1,
             broken_images=self.events.broken_images,
@@ -276,11 +263,6 @@ class _Loop:
         self.recorder.count_step(done)
         if not result.updated:
             self.events.log_skipped_step(self.state, result, micro_batches)
-
-    def _log_progress(self) -> None:
-        lr = self.train_state.optimizer.param_groups[0]["lr"]
-        self.events.log_progress(self.state, self.window, lr)
-        self._reset_window()
 
     def _reset_window(self) -> None:
         self.window = LogWindow()
@@ -334,9 +316,9 @@ class _Loop:
             self.history.save(evaluation, self.state, seconds)
         if self.worker.world_size > 1:
             dist.barrier()  # no worker continues, and perhaps fails, before the checkpoint exists
-        if self.callbacks.on_evaluation is not None:
+        if self.on_evaluation is not None:
             step, seen = self.state.step, self.state.samples_seen
-            self.callbacks.on_evaluation(metrics | {"step": step, "samples_seen": seen})
+            self.on_evaluation(metrics | {"step": step, "samples_seen": seen})
         self._reset_window()
         return metrics
 

@@ -91,7 +91,8 @@ _OF_RUN = (
     ("mlflow_call_seconds", "Seconds of the last call to MLflow"),
     ("mlflow_failing", "1 while MLflow does not answer, else 0"),
 )
-OF_RUN = {name: Metric(f"deta_{name}", "gauge", *rest) for name, *rest in _OF_RUN}
+OF_RUN = {name: Metric(f"deta_{name}", "gauge", text, "".join(label))
+          for name, text, *label in _OF_RUN}  # fmt: skip
 METRICS = (IMAGES, DATA_WAIT, STEP, GPU_MEMORY, GPU_MEMORY_PEAK, *OF_RUN.values())
 
 # Which value of which event a gauge of the run shows.

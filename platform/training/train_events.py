@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,24 +42,11 @@ class LogWindow:
     scalars: list[dict[str, Tensor]] = field(default_factory=list)  # of each step, on the device
 
 
-@dataclass(frozen=True)
-class _SkippedStep:
-    """One worker's part of a skipped step."""
-
-    rank: int
-    images: list[int]  # ids
-    not_finite: list[str]  # losses, or the norm of the gradient
-
-
 class TrainEvents:
     """Writes the events of one worker group; each worker makes one."""
 
     def __init__(
-        self,
-        run: Run,
-        worker: Worker,
-        recorder: Recorder,
-        broken_images: dict[str, str],
+        self, run: Run, worker: Worker, recorder: Recorder, broken_images: dict[str, str]
     ) -> None:
         """
         Args:
@@ -79,12 +67,11 @@ class TrainEvents:
             table /= self.worker.world_size
         finite = table.isfinite().all(1)  # steps that were not skipped
         means = dict(zip(names, table[finite].mean(0).tolist(), strict=True))
-        losses = table[:, names.index("loss")].tolist()
+        losses = table[:, names.index("loss")].tolist()  # of each step
         elapsed_s = time.perf_counter() - window.began_s
         images_per_s = len(window.scalars) * config.total_batch_size / elapsed_s
         remaining = (self.run.num_steps - step) * config.total_batch_size
-        metrics = {f"train/{name}": value for name, value in means.items()}
-        metrics |= {
+        metrics = {f"train/{name}": value for name, value in means.items()} | {
             "train/lr": lr,
             "train/epoch": self.run.epoch_at(step),
             "train/samples_seen": state.samples_seen,
@@ -114,13 +101,10 @@ class TrainEvents:
         """
         own = [one for loaded in micro_batches for one in loaded.replaced]
         replaced = [one for part in gather_from_all(own, self.worker) for one in part]
-        new = {
-            str(one.image_id): one.reason
-            for one in replaced
-            if str(one.image_id) not in self.broken_images
-        }
-        self.broken_images |= new
-        if new:
+        num_before = len(self.broken_images)
+        for one in replaced:
+            self.broken_images.setdefault(str(one.image_id), one.reason)
+        if len(self.broken_images) > num_before:
             images = [one._asdict() for one in replaced]
             self.recorder.log_event("replaced", step=state.step, images=images)
         share, num_images = self.run.config.data.max_broken_share, len(self.run.train_set)
@@ -140,16 +124,16 @@ class TrainEvents:
         Raises:
             FloatingPointError: `max_skipped_steps` were skipped in a row; names the images.
         """
-        own = _SkippedStep(
-            rank=self.worker.rank,
-            images=[i for loaded in micro_batches for i in loaded.image_ids],
-            not_finite=[n for n, value in result.scalars.items() if not value.isfinite()],
-        )
+        own: dict[str, Any] = {
+            "rank": self.worker.rank,
+            "images": [i for loaded in micro_batches for i in loaded.image_ids],
+            "not_finite": [n for n, value in result.scalars.items() if not value.isfinite()],
+        }
         everyone = gather_from_all(own, self.worker)
         # A loss that is not finite comes from that worker's images; a bad gradient from any.
-        guilty = [one for one in everyone if "loss" in one.not_finite] or everyone
-        images = [image for one in guilty for image in one.images]
-        names = sorted({name for one in guilty for name in one.not_finite})
+        guilty = [one for one in everyone if "loss" in one["not_finite"]] or everyone
+        images = [image for one in guilty for image in one["images"]]
+        names = sorted({name for one in guilty for name in one["not_finite"]})
         self.recorder.log_event(
             "skipped",
             step=state.step,
@@ -162,8 +146,7 @@ class TrainEvents:
             return
         dump = self.run.folder / f"not-finite-step-{state.step:08d}.json"
         if self.worker.is_leader:
-            workers = [asdict(one) for one in everyone]
-            dump.write_text(json.dumps({"step": state.step, "workers": workers}, indent=2))
+            dump.write_text(json.dumps({"step": state.step, "workers": everyone}, indent=2))
         raise FloatingPointError(
             f"step {state.step}: {', '.join(names)} not finite; {state.skipped_in_a_row} steps in "
             f"a row were skipped for this. The last step had the images {short_list(images, 20)} "
@@ -207,10 +190,9 @@ class TrainEvents:
         )
         if self.run.config.num_pictures > 0:
             sheet = self.run.folder / "pictures" / f"validation-step-{step:08d}.png"
+            num_images = self.run.config.num_pictures
             try:
-                write_validation_sheet(
-                    sheet, val_set, evaluation.results, self.run.config.num_pictures
-                )
+                write_validation_sheet(sheet, val_set, evaluation.results, num_images)
             except OSError as error:  # a full disk; the metrics are saved
                 logger.warning("%s: the image was not written: %s", sheet, error)
                 return

@@ -17,7 +17,7 @@ from deta.platform.learning.optimizer import ScheduleConfig
 from deta.platform.run.config import ClusterConfig, RunConfig
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
-from deta.platform.training.evaluation_history import EVALUATIONS, EvaluationHistory, ReportBudget
+from deta.platform.training.evaluation_history import EVALUATIONS, EvaluationHistory
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,7 @@ def test_the_best_has_a_report_at_the_end_though_there_was_no_time_before(
 ) -> None:
     recorded = RecordedRun(drawn, tmp_path)
     recorded.evaluate(2, 0.3)
-    recorded.history.budget = replace(
-        recorded.history.budget, took_s=1e6
-    )  # so the next one exceeds the budget
+    recorded.history.report_took_s = 1e6  # so the next one exceeds the budget
     recorded.evaluate(4, 0.9)
     assert not (tmp_path / EVALUATIONS / "step-00000004" / REPORT).exists()
 
@@ -131,11 +129,3 @@ def test_a_failure_is_logged_and_ends_nothing(drawn: ShapesDataset, tmp_path: Pa
     assert "explained" in recorded.events[-1][1]["message"]
     recorded.evaluate(6, 0.5)
     assert recorded.saved == ["step-00000006"]
-
-
-def test_reports_cost_a_small_share_of_the_time() -> None:
-    budget = ReportBudget(written_s=1000.0, took_s=3.0)
-    assert not budget.allows(1099.0, is_last=False)
-    assert budget.allows(1101.0, is_last=False)
-    assert budget.allows(1001.0, is_last=True)
-    assert ReportBudget().allows(5.0, is_last=False)
