@@ -14,7 +14,10 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+
+from deta.platform.system.atomic_write import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -85,29 +88,25 @@ def ensure_private_token() -> None:
 def _write_new(path: Path) -> None:
     """Create the file atomically: another process may read it or create it at the same time."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
+    write_atomic(unfinished, secrets.token_hex(32), mode=0o600)
+    with suppress(FileExistsError):
         os.link(unfinished, path)
-    except FileExistsError:
-        return
-    finally:
-        unfinished.unlink()
+    unfinished.unlink()
 
 
 def _refuse_wide(path: Path) -> None:
+    fault = ""
     try:
         status = path.stat()
+        if status.st_mode & 0o077:
+            mode = f"{status.st_mode & 0o777:o}"
+            fault = f"others can read the token (mode {mode}); chmod 600 it, or write a new one"
+        elif status.st_uid != os.getuid():
+            fault = "the token belongs to another user; use your own"
     except OSError as error:
-        raise OpenClusterError(f"{path}: the token cannot be read: {error.strerror}") from error
-    if status.st_mode & 0o077:
-        raise OpenClusterError(
-            f"{path}: others can read the token (mode {status.st_mode & 0o777:o}); chmod 600 it, "
-            "or better write a new one"
-        )
-    if status.st_uid != os.getuid():
-        raise OpenClusterError(f"{path}: the token belongs to another user; use your own")
+        fault = f"the token cannot be read: {error.strerror}"
+    if fault:
+        raise OpenClusterError(f"{path}: {fault}")
 
 
 def is_open(dashboard: str) -> bool:
@@ -119,6 +118,6 @@ def is_open(dashboard: str) -> bool:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"{address}/api/jobs/", timeout=CHECK_WITHIN_S) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except (OSError, ValueError):  # HTTPError is an OSError: 401 or 403
         return False

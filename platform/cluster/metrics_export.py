@@ -39,12 +39,11 @@ class RayExport:
     def _make(self, metric: Metric) -> Counter | Gauge | Histogram:
         keys = ("run", metric.label) if metric.label else ("run",)
         made: Counter | Gauge | Histogram
-        if metric.kind == "counter":
-            made = Counter(metric.name, metric.help, keys)
-        elif metric.kind == "gauge":
-            made = Gauge(metric.name, metric.help, keys)
-        else:
+        if metric.kind == "histogram":
             made = Histogram(metric.name, metric.help, list(metric.bounds), keys)
+        else:
+            kind = Counter if metric.kind == "counter" else Gauge
+            made = kind(metric.name, metric.help, keys)
         made.set_default_tags({"run": self.run_name})
         self._made[metric.name] = made
         return made

@@ -90,11 +90,7 @@ def submit_job(
     # if the command was `.venv/bin/ray start`.
     python = python or (sys.executable if _is_this_machine(address) else "python")
     entrypoint = shlex.join([python, str(script.relative_to(root)), *arguments])
-    runtime_env = {
-        "working_dir": str(root),
-        "excludes": excludes(root),
-        "env_vars": variables,
-    }
+    runtime_env = {"working_dir": str(root), "excludes": excludes(root), "env_vars": variables}
     job_id = _hand_over(
         lambda: client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env), address
     )
@@ -114,17 +110,16 @@ def _follow_to_end(
 ) -> int:
     """Print the job's output, and return the exit code that `submit_job` describes."""
     try:
-        return _exit_code(_follow(client, job_id), echo)
-    except KeyboardInterrupt:
-        if not stop_on_interrupt:
-            echo(f"\nno longer following {job_id}; it continues\n{_next_commands(job_id, address)}")
-            return INTERRUPTED
-    echo(f"\nstopping {job_id}; it has {STOP_WAIT_S} s to write its state")
-    client.stop_job(job_id)
-    try:
+        try:
+            return _exit_code(_follow(client, job_id), echo)
+        except KeyboardInterrupt:
+            if not stop_on_interrupt:
+                raise
+        echo(f"\nstopping {job_id}; it has {STOP_WAIT_S} s to write its state")
+        client.stop_job(job_id)
         return _exit_code(_follow(client, job_id, show=False), echo)
     except KeyboardInterrupt:
-        echo(f"no longer waiting for its end\n{_next_commands(job_id, address)}")
+        echo(f"\nno longer following {job_id}\n{_next_commands(job_id, address)}")
         return INTERRUPTED
 
 

@@ -25,7 +25,7 @@ from deta.platform.run.fence import Fence
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.jsonl"
-MAX_BUFFERED_BYTES = 50_000_000  # events that the disk did not accept: days of training
+MAX_BUFFERED = 200_000  # events that the disk did not accept, 50 MB: days of training
 # These are followed by an fsync: the machine may disappear right after them.
 FORCED_TO_DISK = ("checkpoint", "end", "ended")
 
@@ -43,15 +43,10 @@ class Journal:
             raise FileNotFoundError(f"{run_folder}: there is no such run")
         self._path, self._fence = run_folder / JOURNAL_FILE, fence
         self._descriptor: int | None = None
-        self._buffer: deque[tuple[str, bytes]] = deque()  # kind and line, oldest first
-        self._buffered_bytes = 0
+        # kind and line of events that wait for the disk, oldest first
+        self._buffer: deque[tuple[str, bytes]] = deque(maxlen=MAX_BUFFERED)
         self._num_lost = 0
         self._is_failing = False
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Return the number of bytes that wait for the disk."""
-        return self._buffered_bytes
 
     def write(self, kind: str, **values: Any) -> None:
         """Append an event. It is written when this returns, or buffered for the next call.
@@ -72,7 +67,8 @@ class Journal:
                     row[f"{name}_not_finite"] = bad
                     value = {k: v for k, v in value.items() if k not in bad}
             row[name] = value
-        self._add_to_buffer(kind, _line(row))
+        self._num_lost += len(self._buffer) == self._buffer.maxlen
+        self._buffer.append((kind, _line(row)))
         self._flush()
 
     def close(self) -> None:
@@ -88,38 +84,27 @@ class Journal:
             self._force_to_disk()
             self._release()
 
-    def _add_to_buffer(self, kind: str, line: bytes) -> None:
-        self._buffer.append((kind, line))
-        self._buffered_bytes += len(line)
-        while self._buffered_bytes > MAX_BUFFERED_BYTES and len(self._buffer) > 1:
-            _, dropped = self._buffer.popleft()
-            self._buffered_bytes -= len(dropped)
-            self._num_lost += 1
-
     def _flush(self) -> None:
         force = False
         try:
             if self._num_lost:
-                message = (
-                    f"the disk accepted nothing for too long: {self._num_lost} events are lost"
-                )
-                lost = {"kind": "journal_lost", "time_s": time.time(), "message": message}
+                text = f"the disk accepted nothing for too long: {self._num_lost} events are lost"
+                lost = {"kind": "journal_lost", "time_s": time.time(), "message": text}
                 self._append(_line(lost))
                 self._num_lost = 0
             while self._buffer:
                 kind, line = self._buffer[0]
                 self._append(line)
                 self._buffer.popleft()
-                self._buffered_bytes -= len(line)
                 force |= kind in FORCED_TO_DISK
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "%s cannot be written (%s); the run continues and keeps events in memory, up "
-                    "to %d MB. Make room on the disk.",
+                    "%s cannot be written (%s); the run continues and keeps the last %d events in "
+                    "memory. Make room on the disk.",
                     self._path,
                     error,
-                    MAX_BUFFERED_BYTES // 1_000_000,
+                    MAX_BUFFERED,
                 )
             self._is_failing = True
             self._release()  # a disk that comes back may need the file reopened
@@ -177,23 +162,14 @@ def read_events(run_folder: Path, offset_bytes: int = 0) -> Iterator[tuple[dict[
             if not line.endswith(b"\n"):
                 return
             offset_bytes += len(line)
-            event = _event(line)
-            if event is not None:
+            try:
+                # A power failure may leave zeros before an intact line.
+                event = json.loads(line.lstrip(b"\0"))
+                is_event = isinstance(event["kind"], str) and math.isfinite(event["time_s"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue
+            if is_event:
                 yield event, offset_bytes
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    try:
-        # A power failure may leave zeros before an intact line.
-        event = json.loads(line.lstrip(b"\0"))
-    except (ValueError, RecursionError):  # not JSON, or not even UTF-8
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
-        return None
-    time_s = event.get("time_s")
-    if not isinstance(time_s, (int, float)) or not math.isfinite(time_s):
-        return None
-    return event
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -86,11 +86,9 @@ def start_child_server(
         ChildServerError: it exited, or does not answer in time. It is stopped then.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):
-        if log.stat().st_size > MAX_LOG_BYTES:
-            log.unlink()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    too_long = log.exists() and log.stat().st_size > MAX_LOG_BYTES
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | (os.O_TRUNC if too_long else 0)
+    with os.fdopen(os.open(log, flags, 0o600), "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "deta.platform.system.child_server", "--", *command],
             stdin=subprocess.PIPE,
@@ -99,21 +97,14 @@ def start_child_server(
             env=child_environment(env),
             start_new_session=True,  # Ctrl-C is the parent's
         )
-    finally:
-        os.close(output)
     server = ChildServer(name, log, process)
     deadline_s = time.monotonic() + within_s
     try:
         while not is_ready():
-            if not server.is_alive():
-                raise ChildServerError(
-                    f"{name} exited at once; {log} ends with:\n{server.log_tail()}"
-                )
-            if time.monotonic() > deadline_s:
-                raise ChildServerError(
-                    f"{name} does not answer after {within_s:.0f} s; {log} ends with:\n"
-                    f"{server.log_tail()}"
-                )
+            late = time.monotonic() > deadline_s
+            if late or not server.is_alive():
+                problem = f"does not answer after {within_s:.0f} s" if late else "exited at once"
+                raise ChildServerError(f"{name} {problem}; {log} ends with:\n{server.log_tail()}")
             time.sleep(0.1)
     except BaseException:
         server.stop()
@@ -137,20 +128,19 @@ def free_port(host: str, wanted: int) -> int:
     Raises:
         ValueError: the machine has no such address.
     """
-    for port in (wanted, 0):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if port == 0:
-                    raise ValueError(
-                        f"--host {host}: nothing can listen there ({error}); give an address of "
-                        "this machine, or omit --host to serve this machine alone"
-                    ) from error
-                continue
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, wanted), family=family) as probe:
             return int(probe.getsockname()[1])
-    raise AssertionError("unreachable")
+    except OSError:
+        try:
+            with socket.create_server((host, 0), family=family) as probe:
+                return int(probe.getsockname()[1])
+        except OSError as error:
+            raise ValueError(
+                f"--host {host}: nothing can listen there ({error}); give an address of this "
+                "machine, or omit --host to serve this machine alone"
+            ) from error
 
 
 def run_guarded(command: Sequence[str]) -> int:
@@ -169,23 +159,15 @@ def run_guarded(command: Sequence[str]) -> int:
     threading.Thread(target=watch, daemon=True).start()
     while server.poll() is None and not ended.wait(0.2):
         pass
-    for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 1.0)):
-        if not _signal_group(server.pid, number):
-            break
-        deadline_s = time.monotonic() + wait_s
-        while time.monotonic() < deadline_s and _signal_group(server.pid, 0):
-            server.poll()
-            time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the group has no process left
+        for number, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 1.0)):
+            os.killpg(server.pid, number)
+            deadline_s = time.monotonic() + wait_s
+            while time.monotonic() < deadline_s:
+                server.poll()
+                os.killpg(server.pid, 0)
+                time.sleep(0.05)
     return server.wait()
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Signal a process group; return False if the group has no process left."""
-    try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -63,12 +63,11 @@ def write_converted(
         source: `file`, `sha256` and `layout`, for people.
     """
     rows = {str(row): asdict(category) for row, category in classes.by_row.items()}
+    listed = {"num_rows": classes.num_rows, "rows": rows, "origin": classes.origin}
     metadata = {
         FORMAT_KEY: str(FORMAT_VERSION),
         "config": to_json(config),
-        "classes": json.dumps(
-            {"num_rows": classes.num_rows, "rows": rows, "origin": classes.origin}
-        ),
+        "classes": json.dumps(listed),
         "source": json.dumps(dict(source)),
     }
     metadata[DIGEST_KEY] = _digest(tensors, metadata)
@@ -96,16 +95,11 @@ def read_converted(path: Path) -> ConvertedFile:
         raise WeightsError(
             f"{path}: has changed since it was written; convert or download it again"
         )
-    config = from_json(RunConfig, metadata["config"])
-    classes = json.loads(metadata["classes"])
-    by_row = {int(row): Category(**category) for row, category in classes["rows"].items()}
-    return ConvertedFile(
-        path,
-        config,
-        FileClasses(classes["num_rows"], by_row, classes["origin"]),
-        json.loads(metadata["source"]),
-        tensors,
-    )
+    listed = json.loads(metadata["classes"])
+    by_row = {int(row): Category(**category) for row, category in listed["rows"].items()}
+    classes = FileClasses(listed["num_rows"], by_row, listed["origin"])
+    config, source = from_json(RunConfig, metadata["config"]), json.loads(metadata["source"])
+    return ConvertedFile(path, config, classes, source, tensors)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
