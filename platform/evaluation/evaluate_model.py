@@ -1,5 +1,7 @@
 """Runs a model over a data set, shared among the workers, and computes its COCO AP."""
 
+# B images   H W height and width of the padded images
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from deta.model.batch import Batch
 from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import evaluation_loader
@@ -27,7 +28,8 @@ from deta.platform.run.config import Engine
 
 def detect_batch(
     model: nn.Module,
-    batch: Batch,
+    images: Tensor,
+    padding: Tensor,
     sizes_px: Sequence[tuple[int, int]],
     postprocess: PostprocessConfig,
     *,
@@ -37,15 +39,15 @@ def detect_batch(
     """Return the detections in each image, on the host. The model must be in evaluation mode.
 
     Args:
-        sizes_px: (height, width) of each image before it was resized.
+        images: B 3 H W, normalised, zero where padded.
+        padding: B H W, true where there is no image.
+        sizes_px: B (height, width), of each image before it was resized.
     """
     with (
         torch.inference_mode(),
         torch.autocast(device.type, precision, enabled=precision != torch.float32),
     ):
-        outputs = model(
-            batch.images.to(device, non_blocking=True), batch.padding.to(device, non_blocking=True)
-        )
+        outputs = model(*(part.to(device, non_blocking=True) for part in (images, padding)))
     return [found.cpu() for found in detect_objects(outputs, torch.tensor(sizes_px), postprocess)]
 
 
@@ -92,8 +94,8 @@ def evaluate_model(
     try:
         for loaded in batches:
             detections = detect_batch(
-                model, loaded.batch, loaded.original_sizes_px, postprocess,
-                precision=precision, device=worker.device,
+                model, loaded.batch.images, loaded.batch.padding, loaded.original_sizes_px,
+                postprocess, precision=precision, device=worker.device,
             )  # fmt: skip
             for image_id, found in zip(loaded.image_ids, detections, strict=True):
                 shard[image_id] = to_coco_results(found, image_id, category_ids)

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch.utils.benchmark import Timer
 from torchvision.transforms.v2 import functional
 
-from deta.model.batch import pad_batch
 from deta.model.postprocess import Detections
 from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.evaluation.evaluate_model import detect_batch
 from deta.platform.inference.exported_model import PackedImages
-from deta.platform.inference.predictor import NO_TARGET, Predictor
+from deta.platform.inference.predictor import Predictor
 
 # Sums in another order change float32 scores by about 1e-6, and boxes by 1e-6 of the image; if two
 # proposals score almost the same, by up to 1e-4. A wrong operator, mask or normalisation changes
@@ -32,22 +30,14 @@ MEASURED_S = 2.0  # for each batch size
 
 def run_eagerly(predictor: Predictor, packed: PackedImages) -> list[Detections]:
     """Return the detections of the model in packed images, computed as for predictions."""
-    pixels = [
-        functional.normalize(image[:, :height, :width].float() / 255, PIXEL_MEAN, PIXEL_STD)
-        for image, (height, width) in zip(packed.images, packed.sizes_px.tolist(), strict=True)
-    ]
-    batch = pad_batch(pixels, [NO_TARGET] * len(pixels))
-    # Thin images are padded beyond the largest of the batch.
-    below = packed.images.shape[2] - batch.images.shape[2]
-    right = packed.images.shape[3] - batch.images.shape[3]
-    batch = replace(
-        batch,
-        images=F.pad(batch.images, (0, right, 0, below)),
-        padding=F.pad(batch.padding, (0, right, 0, below), value=True),
-    )
+    padding = torch.ones_like(packed.images[:, 0], dtype=torch.bool)
+    for row, (height, width) in zip(padding, packed.sizes_px.tolist(), strict=True):
+        row[:height, :width] = False
+    pixels = functional.normalize(packed.images.float() / 255, PIXEL_MEAN, PIXEL_STD)
     return detect_batch(
         predictor.model,
-        batch,
+        pixels.masked_fill(padding[:, None], 0),
+        padding,
         packed.original_sizes_px.tolist(),
         predictor.config.postprocess,
         precision=torch.float32,

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from deta.model.architectures import Detector, make_detector, without_download
-from deta.model.batch import Target, pad_batch
 from deta.model.postprocess import Detections
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import find_checkpoint
@@ -37,7 +36,6 @@ from deta.platform.weights.model_file import open_model_file
 
 NUM_SHOWN = 10  # differences named in one message
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
-NO_TARGET = Target(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
 
 
 class PreparedImage(NamedTuple):
@@ -191,7 +189,7 @@ class Predictor:
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Resize and normalise an 8-bit RGB image as for an evaluation. Any thread may call it."""
         size_px = image.height, image.width
-        sample = Sample(image, NO_TARGET.boxes, NO_TARGET.labels, 0, size_px)
+        sample = Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 0, size_px)
         resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
         return PreparedImage(to_model_input(resized)[0], size_px)
 
@@ -203,9 +201,11 @@ class Predictor:
         """
         if len(shapes := sorted({image.shape for image in images})) != 1:
             raise ValueError(f"images of one batch must have one shape, not {shapes}")
+        pixels = torch.stack([image.pixels for image in images])
         return detect_batch(
             self.model,
-            pad_batch([image.pixels for image in images], [NO_TARGET] * len(images)),
+            pixels,
+            torch.zeros_like(pixels[:, 0], dtype=torch.bool),  # no padding
             [image.size_px for image in images],
             self.config.postprocess,
             precision=PRECISIONS[self.config.precision],
