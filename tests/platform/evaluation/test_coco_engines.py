@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +15,6 @@ from deta.platform.evaluation.coco_engines import evaluated, match_detections
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from tests.platform.evaluation.detection_cases import random_case, reference
 
-SHARED = Path(
-    os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared")
-).resolve()
-CASES = sorted(path.parent for path in (SHARED / "eval").glob("*/*/expected.json"))
 # Both compute in double precision, but in another order of sums, and average 1010 values.
 TOLERANCE = 1e-12
 
@@ -36,11 +29,6 @@ def require_equal(ground_truth: dict[str, Any], results: list[dict[str, Any]]) -
         np.testing.assert_allclose(ours.eval[name], theirs.eval[name], rtol=0, atol=TOLERANCE)
     assert ours.stats == pytest.approx(theirs.stats, abs=TOLERANCE)
     assert (ground_truth, results) == before
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_both_engines_agree_on_a_shared_case(case: Path) -> None:
-    require_equal(*(json.loads((case / name).read_text()) for name in ("gt.json", "dt.json")))
 
 
 @pytest.mark.parametrize("rounded", [False, True])

@@ -34,11 +34,12 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize("engine", ["hotcoco", "pycocotools"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_eval_gives_the_stored_numbers_of_pycocotools(case: Path) -> None:
-    expected = read(case / "expected.json")
+def test_eval_gives_the_stored_numbers_of_pycocotools(case: Path, engine: Any) -> None:
+    expected, truth, results = (read(case / f"{name}.json") for name in ("expected", "gt", "dt"))
 
-    metrics = evaluate_detections(read(case / "gt.json"), read(case / "dt.json"))
+    metrics = evaluate_detections(truth, results, engine)
 
     stats = dict(zip(expected["names"], expected["pycocotools"]["stats"], strict=True))
     assert metrics.as_dict() == pytest.approx(stats, abs=TOLERANCE)
