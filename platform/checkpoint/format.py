@@ -196,9 +196,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def read_metrics(path: Path) -> dict[str, float]:
     """Return the finite metrics of an unverified checkpoint; empty if they cannot be read."""
     try:
-        metrics = json.loads((path / "state.json").read_bytes())["metrics"]
+        return parse_metrics((path / "state.json").read_bytes())
+    except OSError:
+        return {}
+
+
+def parse_metrics(state: bytes) -> dict[str, float]:
+    """Return the finite metrics of a state.json; empty if it is damaged."""
+    try:
+        metrics = json.loads(state)["metrics"]
         return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

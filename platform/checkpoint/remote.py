@@ -28,6 +28,7 @@ from deta.platform.checkpoint.format import (
     CheckpointError,
     OtherVersionError,
     parse_manifest,
+    parse_metrics,
     read_metrics,
 )
 from deta.platform.checkpoint.host_snapshot import CHUNK_BYTES, write_file
@@ -113,20 +114,18 @@ def copy_run(
     try:
         place = _RunFolder(store, run_folder.name)
         place.require_same_run(run_folder)
-        place.copy_record(RUN_FILE, run_folder / RUN_FILE)
+        place.put_record(RUN_FILE, _bytes_of(run_folder / RUN_FILE))
         best = best_checkpoint(run_folder / "checkpoints")
-        place.put_checkpoint(newest, fence)
-        if best is not None and best != newest:  # its own copy may have failed
+        for path in filter(None, {newest: None, best: None}):  # that of the best may have failed
             try:
-                place.put_checkpoint(best, fence)
+                place.put_checkpoint(path, fence)
             except FileNotFoundError:
-                if best.exists():  # else a better one replaced it meanwhile
+                if path == newest or path.exists():  # else a better one replaced it meanwhile
                     raise
         # The tracking record holds an offset in the journal, and must not be ahead of it.
         record = _bytes_of(run_folder / TRACKING_FILE)
-        place.copy_record(JOURNAL, run_folder / JOURNAL)
-        if record is not None:
-            place.put_bytes(TRACKING_FILE, record)
+        place.put_record(JOURNAL, _bytes_of(run_folder / JOURNAL))
+        place.put_record(TRACKING_FILE, record)
         place.delete_old(keep, protect=newest.name, fence=fence)
     except (StoreError, FencedOffError):
         raise
@@ -188,21 +187,19 @@ def _restore(place: _RunFolder, run_folder: Path, report: Callable[[str], None])
         if ours is None or read_metrics(ours).get("AP", -math.inf) < place.ap(best):
             fetched |= place.fetch_checkpoint(best, folder, report)
 
-    journal, record = place.get(JOURNAL), place.get(TRACKING_FILE)
-    ours_bytes = len(_bytes_of(run_folder / JOURNAL) or b"")
-    if journal is not None and ours_bytes < len(journal):
-        _write_record(run_folder / JOURNAL, journal)
-        fetched = True
-        if record is not None:  # counts in that journal
-            _write_record(run_folder / TRACKING_FILE, record)
-    elif record is not None and not (run_folder / TRACKING_FILE).exists():
-        _write_record(run_folder / TRACKING_FILE, record)
-        fetched = True
-    run = place.get(RUN_FILE)
-    ours_run = _bytes_of(run_folder / RUN_FILE)
-    if run is not None and (ours_run is None or (is_behind and ours_run != run)):
-        _write_record(run_folder / RUN_FILE, run)
-        fetched = True
+    theirs = {name: place.get(name) for name in (JOURNAL, TRACKING_FILE, RUN_FILE)}
+    ours_now = {name: _bytes_of(run_folder / name) for name in theirs}
+    is_longer = len(theirs[JOURNAL] or b"") > len(ours_now[JOURNAL] or b"")
+    outdated = {
+        JOURNAL: is_longer,
+        TRACKING_FILE: is_longer or ours_now[TRACKING_FILE] is None,  # it counts in the journal
+        RUN_FILE: is_behind or ours_now[RUN_FILE] is None,
+    }
+    for name, content in theirs.items():
+        if outdated[name] and content is not None and content != ours_now[name]:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(run_folder / name, content, durable=True)
+            fetched = True
     return fetched
 
 
@@ -229,8 +226,10 @@ class _RunFolder:
         with self._files.open_input_stream(path) as stream:
             return stream.read()
 
-    def put_bytes(self, name: str, content: bytes) -> None:
-        """Write a file completely or not at all."""
+    def put_record(self, name: str, content: bytes | None) -> None:
+        """Write a file, if there is content, completely or not at all."""
+        if content is None:
+            return
         path = first = self._path(name)
         if self._make_folder():
             first = f"{path}.unfinished"
@@ -246,11 +245,6 @@ class _RunFolder:
             self._files.create_dir(self._path(*names), recursive=True)
         return has_folders
 
-    def copy_record(self, name: str, source: Path) -> None:
-        content = _bytes_of(source)
-        if content is not None:
-            self.put_bytes(name, content)
-
     def require_same_run(self, run_folder: Path) -> None:
         """Refuse to mix two runs of the same name."""
         ours, theirs = _key(_bytes_of(run_folder / RUN_FILE)), _key(self.get(RUN_FILE))
@@ -262,9 +256,7 @@ class _RunFolder:
 
     def checkpoints(self) -> list[str]:
         """Return the names of complete checkpoints, by step."""
-        return sorted(
-            (name for name, is_complete in self._steps().items() if is_complete), key=_step
-        )
+        return sorted((name for name, complete in self._steps().items() if complete), key=_step)
 
     def _steps(self) -> dict[str, bool]:
         """Return every step folder, and whether it has a manifest."""
@@ -280,12 +272,7 @@ class _RunFolder:
         }
 
     def ap(self, name: str) -> float:
-        content = self.get(name, "state.json")
-        try:
-            ap = float(json.loads(content or b"")["metrics"]["AP"])
-        except (ValueError, KeyError, TypeError):
-            return -math.inf
-        return ap if math.isfinite(ap) else -math.inf
+        return parse_metrics(self.get(name, "state.json") or b"").get("AP", -math.inf)
 
     def best(self, names: list[str]) -> str | None:
         """Return the checkpoint with the highest AP, the newest of equals."""
@@ -372,11 +359,6 @@ def _key(run: bytes | None) -> Any:
         return json.loads(run or b"null")["key"]
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _write_record(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content, durable=True)
 
 
 def _secrets(address: str) -> tuple[str, ...]:

@@ -100,10 +100,8 @@ def read_run_snapshot(folder: Path) -> Run:
 def read_dataset_snapshot(folder: Path, split: Split, annotations: str) -> CocoDataset | None:
     """Return the data set that a run started with; None if unknown or if annotations changed."""
     try:
-        about, _ = _read(folder)
-        if not annotations or about["annotations_sha256"][split] != _annotations_sha256(
-            annotations
-        ):
+        known = _read(folder)[0]["annotations_sha256"][split]
+        if not annotations or known != _annotations_sha256(annotations):
             return None
         run = read_run_snapshot(folder)
     except OSError:
@@ -181,7 +179,5 @@ def _require_within(numbers: np.ndarray, count: int, what: str) -> None:
 
 
 def _annotations_sha256(annotations: str) -> str:
-    path = Path(annotations)
-    if not annotations or not path.is_file():  # shards have hashes of their own
-        return ""
-    return file_sha256(path)
+    path = Path(annotations)  # shards have hashes of their own
+    return file_sha256(path) if annotations and path.is_file() else ""

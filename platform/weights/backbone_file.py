@@ -82,17 +82,14 @@ def rename_backbone(
         return "ours", dict(tensors), []
     layout = _layout(tensors)
     if layout is None:
-        some = ", ".join(list(tensors)[:5])
         raise ValueError(
-            f"{some}: not the names of a ResNet or Swin of detectron2, torchvision or the Swin "
-            "repository. For a complete detector use init_checkpoint"
+            f"{', '.join(list(tensors)[:5])}: not the names of a ResNet or Swin of detectron2, "
+            "torchvision or the Swin repository. For a complete detector use init_checkpoint"
         )
     prefix = _LAYOUTS[layout][1]
     unused = [name for name in tensors if _UNUSED.match(name)]
-    prefixed = {
-        prefix + name: tensor for name, tensor in tensors.items() if name not in set(unused)
-    }
-    renamed = pretrained.trace_published(prefixed)
+    used = {prefix + name: tensors[name] for name in tensors if name not in set(unused)}
+    renamed = pretrained.trace_published(used)
     if renamed.unknown:
         names = [name.removeprefix(prefix) for name in renamed.unknown]
         raise ValueError(f"{', '.join(names[:10])}: no such tensor in a {layout} backbone")
@@ -100,10 +97,8 @@ def rename_backbone(
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> str | None:
-    for layout, (beginning, _) in _LAYOUTS.items():
-        if any(beginning.match(name) for name in tensors):
-            return layout
-    return None
+    fits = (name for name, (begins, _) in _LAYOUTS.items() if any(map(begins.match, tensors)))
+    return next(fits, None)
 
 
 def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[str, Tensor]:

@@ -66,8 +66,7 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
         _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
         lines += [f"starts from {file.path} ({file.layout} layout)", *plan.lines]
     if config.init_backbone is not None:
-        _, backbone_lines = read_backbone(Path(config.init_backbone), model)
-        lines += backbone_lines
+        lines += read_backbone(Path(config.init_backbone), model)[1]
     return lines
 
 
@@ -105,9 +104,7 @@ def _initial_state(
         else:
             plan = plan_classes(file.classes, categories, how)
         if how == "drop":
-            others = {
-                name: tensor for name, tensor in file.tensors.items() if not is_class_head(name)
-            }
+            others = {name: t for name, t in file.tensors.items() if not is_class_head(name)}
             return layouts_of(model).fit({**others, **untrained}, model), plan
         state = layouts_of(model).select_classes(file.tensors, plan.rows, untrained)
         return layouts_of(model).fit(state, model), plan

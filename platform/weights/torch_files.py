@@ -28,9 +28,8 @@ from deta.platform.weights.restricted_unpickler import (
 )
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with it
-MAX_PICKLE_BYTES = (
-    2**30
-)  # without the tensors' bytes, which are stored elsewhere; real ones take a megabyte
+MAX_PICKLE_BYTES = 2**30  # without the bytes of tensors; real ones take a megabyte
+BIG_ENDIAN = "its numbers are in big-endian order; save it again on a little-endian machine"
 
 
 def read_pickled_weights(
@@ -92,9 +91,7 @@ def _read_zip(
         return content
 
     if f"{root}byteorder" in members and member("byteorder") != b"little":
-        raise UnreadableError(
-            "its numbers are in big-endian order; save it again on a little-endian machine"
-        )
+        raise UnreadableError(BIG_ENDIAN)
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
         raise UnreadableError("its pickle alone is over a gigabyte")
     text = member("data.pkl")
@@ -118,14 +115,12 @@ def _read_stream(
     """Read a file of torch.save before 1.6, or a plain pickle."""
     bounded = BoundedReader(file, size)
     first, _ = read_pickle(bounded)
-    if first != LEGACY_MAGIC:
-        return _tensors(choose(first), _no_storage, size)
+    if first != LEGACY_MAGIC:  # a plain pickle has no storages
+        return _tensors(choose(first), lambda _: bytearray(), size)
     read_pickle(bounded)  # the version of the format
     system, _ = read_pickle(bounded)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise UnreadableError(
-            "its numbers are in big-endian order; save it again on a little-endian machine"
-        )
+        raise UnreadableError(BIG_ENDIAN)
     content, storages = read_pickle(bounded)
     wanted = choose(content)
     needed = {record.storage.key for record in wanted.values() if isinstance(record, TensorRecord)}
@@ -146,10 +141,6 @@ def _read_stream(
         else:
             bounded.skip(num_bytes)
     return _tensors(wanted, lambda storage: found.get(storage.key, bytearray()), size)
-
-
-def _no_storage(storage: Storage) -> bytearray:
-    raise UnreadableError(f"its storage {storage.key} is not in it")
 
 
 def _tensors(
@@ -197,9 +188,8 @@ def _array_tensor(name: str, record: ArrayRecord) -> Tensor:
         )
     tensor = _from_bytes(bytearray(record.data), record.dtype)
     if record.fortran:
-        return (
-            tensor.reshape(record.shape[::-1]).permute(*range(len(record.shape))[::-1]).contiguous()
-        )
+        axes = range(len(record.shape))[::-1]
+        return tensor.reshape(record.shape[::-1]).permute(*axes).contiguous()
     return tensor.reshape(record.shape)
 
 
