@@ -49,13 +49,13 @@ def join_cluster() -> str:
     """
     is_own = starts_own_cluster()
     address = "local" if is_own else os.environ["RAY_ADDRESS"]
-    if not ray.is_initialized():
-        if is_own:
-            ensure_private_token()
-        # Workers write to the journal; their other output is in Ray's logs.
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    dashboard = ray._private.worker.get_dashboard_url()
-    is_unprotected = bool(dashboard) and is_open(dashboard)
+    if is_own and not ray.is_initialized():
+        ensure_private_token()
+    # Workers write to the journal; their other output is in Ray's logs.
+    context = ray.init(
+        address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR
+    )
+    is_unprotected = bool(context.dashboard_url) and is_open(context.dashboard_url or "")
     if is_own and is_unprotected:
         ray.shutdown()
         raise OpenClusterError(f"the cluster that was started here is open: {OPEN_CLUSTER}")

@@ -65,12 +65,11 @@ def check_resources(config: RunConfig) -> None:
     wanted = {"CPU": num_workers * cluster.cpus_per_worker}
     if cluster.gpu:
         wanted["GPU"] = num_workers
-    lacking = [
+    if lacking := [
         f"{number:g} {kind}s (it has {available.get(kind, 0):g})"
         for kind, number in wanted.items()
         if number > available.get(kind, 0)
-    ]
-    if lacking:
+    ]:
         raise ClusterTooSmallError(
             f"the run needs {num_workers} workers and therefore {' and '.join(lacking)} of the "
             "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays "

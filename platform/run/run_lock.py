@@ -116,14 +116,17 @@ class RunLock:
             descriptor = _create(path)
             if descriptor is None:
                 continue
-            if _is_sole(folder, number, holder):
+            # It holds the lock unless the victim awoke, or others took over and released since it
+            # was read: then a process may already have begun again with the first name.
+            claims = _claims(folder)
+            beats = [claim.beat for claim in claims]
+            if claims[-1].number == number and (holder is None or holder.beat in beats):
                 break
             os.close(descriptor)
             path.unlink()
             time.sleep(0.05)
-        for former in _claims(folder):
-            if former.number < number:
-                former.path.unlink(missing_ok=True)
+        for former in claims[:-1]:
+            former.path.unlink(missing_ok=True)
         return cls(path, number, descriptor, on_lost)
 
     @property
@@ -170,20 +173,6 @@ def is_alive(folder: Path) -> bool:
     """Return whether a process supervises the run in this folder."""
     holder = _holder(folder)
     return holder is not None and holder.age_s <= STALE_AFTER_S and not holder.has_exited()
-
-
-def _is_sole(folder: Path, number: int, victim: _Claim | None) -> bool:
-    """Return whether a lock file that was just created holds the lock.
-
-    It does not if the victim awoke, or if others took over and released since it was read: then
-    a process may already have begun again with the first name.
-    """
-    claims = _claims(folder)
-    if claims[-1].number != number:
-        return False
-    return victim is None or any(
-        (one.number, one.beat) == (victim.number, victim.beat) for one in claims
-    )
 
 
 def _holder(folder: Path) -> _Claim | None:

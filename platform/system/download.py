@@ -176,7 +176,7 @@ def _receive_all(
     echo: Callable[[str], None],
 ) -> None:
     """Request the file until all of it is in `part`."""
-    failures, furthest = 0, _size(part)
+    failures, furthest = 0, part.stat().st_size if part.exists() else 0
     while True:
         try:
             return _receive(url, part, max_bytes)
@@ -189,11 +189,12 @@ def _receive_all(
                 part.unlink(missing_ok=True)
         except (_Interrupted, OSError, http.client.HTTPException) as error:
             problem = _reason(error)
-        failures = 0 if _size(part) > furthest else failures + 1
-        furthest = max(furthest, _size(part))
+        size = part.stat().st_size if part.exists() else 0
+        failures = 0 if size > furthest else failures + 1
+        furthest = max(furthest, size)
         if failures >= attempts:
             raise DownloadError(
-                f"{_shown(url)}: {problem}, {failures} times in a row; {_size(part):,} bytes were "
+                f"{_shown(url)}: {problem}, {failures} times in a row; {size:,} bytes were "
                 "received and are kept. Check the connection and the address and try again: the "
                 "download resumes there. Without a connection, copy the file here by other means "
                 "and give its path"
@@ -207,7 +208,7 @@ def _receive(url: str, part: Path, max_bytes: int) -> None:
     """Request the rest of the file once and append it to `part`."""
     version_file = part.with_name(f"{part.name}.json")
     headers = {"User-Agent": "deta-platform", "Accept-Encoding": "identity"}
-    start = _size(part)
+    start = part.stat().st_size if part.exists() else 0
     known = json.loads(version_file.read_text()) if start and version_file.exists() else ""
     if known:
         headers |= {"Range": f"bytes={start}-", "If-Range": known}
@@ -277,10 +278,6 @@ class _SaferRedirects(urllib.request.HTTPRedirectHandler):
                 "less safe; give that address yourself if it is right"
             )
         return super().redirect_request(request, fp, code, message, headers, new_url)
-
-
-def _size(part: Path) -> int:
-    return part.stat().st_size if part.exists() else 0
 
 
 def _reason(error: BaseException) -> str:

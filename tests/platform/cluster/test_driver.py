@@ -112,11 +112,10 @@ def test_an_own_cluster_must_require_a_token_and_others_are_reported(
     stopped = []
     fake = SimpleNamespace(
         is_initialized=lambda: False,
-        init=lambda **options: None,
+        init=lambda address, **options: SimpleNamespace(dashboard_url="127.0.0.1:1"),
         shutdown=lambda: stopped.append(True),
         nodes=lambda: [{}],
         cluster_resources=lambda: {"CPU": 2.0},
-        _private=SimpleNamespace(worker=SimpleNamespace(get_dashboard_url=lambda: "127.0.0.1:1")),
     )
     monkeypatch.setattr(connection, "ray", fake)
     monkeypatch.setattr(connection, "ensure_private_token", lambda: None)
