@@ -235,23 +235,9 @@ def test_death_while_a_step_is_written_again_loses_nothing(tmp_path: Path):
     path.rename(tmp_path / ".step-00000002.0a1b2c3d.replaced")
     (tmp_path / ".step-00000002.0a1b2c3d.unfinished").mkdir()
     assert newest(tmp_path).path == path
-
-
-def test_a_step_written_again_replaces_the_former_checkpoint(tmp_path: Path):
-    write(tmp_path, 2)
-    path = write(tmp_path, 2, ap=3.0)
-    assert read_checkpoint(path).state.metrics == {"AP": 3.0}
+    clean_leftovers(tmp_path)
+    assert read_checkpoint(write(tmp_path, 2, ap=3.0)).state.metrics == {"AP": 3.0}
     assert [each.name for each in tmp_path.iterdir()] == ["step-00000002"]
-
-
-def test_newest_and_best_are_kept(tmp_path: Path):
-    for step, ap in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 25.0), (5, None)):
-        write(tmp_path, step, ap)
-        keep_newest_and_best(tmp_path)
-    assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000002", "step-00000005"]
-    best = best_checkpoint(tmp_path)
-    assert best is not None
-    assert best.name == "step-00000002"
 
 
 @settings(max_examples=15, deadline=None)

@@ -196,33 +196,19 @@ def a_safetensors_header_of_a_gigabyte(folder, trace):
     return path
 
 
-@kind("not a complete safetensors file")
-def a_safetensors_header_nested_without_end(folder, trace):
-    return _safetensors(folder / "a.safetensors", b'{"a":' + b"[" * 1_000_000)
+def _wrong_header(header: object) -> Build:
+    return lambda folder, _: _safetensors(folder / "a.safetensors", header, b"12345678")
 
 
-@kind("not a complete safetensors file")
-def safetensors_with_offsets_beyond_the_data(folder, trace):
-    header = {"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}
-    return _safetensors(folder / "a.safetensors", header, b"1234")
-
-
-@kind("not a complete safetensors file")
-def safetensors_with_offsets_that_overlap(folder, trace):
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    return _safetensors(folder / "a.safetensors", {"a": entry, "b": entry}, b"12345678")
-
-
-@kind("not a complete safetensors file")
-def safetensors_with_a_shape_of_terabytes(folder, trace):
-    header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}
-    return _safetensors(folder / "a.safetensors", header, b"12345678")
-
-
-@kind("not a complete safetensors file")
-def safetensors_of_an_unknown_type(folder, trace):
-    header = {"a": {"dtype": "CODE", "shape": [2], "data_offsets": [0, 8]}}
-    return _safetensors(folder / "a.safetensors", header, b"12345678")
+_PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+for _name, _header in {
+    "a_safetensors_header_nested_without_end": b'{"a":' + b"[" * 1_000_000,
+    "safetensors_with_offsets_beyond_the_data": {"a": _PAIR | {"data_offsets": [0, 4000]}},
+    "safetensors_with_offsets_that_overlap": {"a": _PAIR, "b": _PAIR},
+    "safetensors_with_a_shape_of_terabytes": {"a": _PAIR | {"shape": [2**40]}},
+    "safetensors_of_an_unknown_type": {"a": _PAIR | {"dtype": "CODE"}},
+}.items():
+    KINDS[_name] = (_wrong_header(_header), "not a complete safetensors file")
 
 
 @kind("damaged|cut off|directory")
