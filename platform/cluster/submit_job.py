@@ -98,17 +98,6 @@ def submit_job(
         print(job_id, flush=True)
         return 0
     echo(f"job:     {job_id}")
-    return _follow_to_end(client, job_id, address, stop_on_interrupt, echo)
-
-
-def _follow_to_end(
-    client: JobSubmissionClient,
-    job_id: str,
-    address: str,
-    stop_on_interrupt: bool,
-    echo: Callable[[str], None],
-) -> int:
-    """Print the job's output, and return the exit code that `submit_job` describes."""
     try:
         try:
             return _exit_code(_follow(client, job_id), echo)
@@ -176,7 +165,14 @@ def connect_client(address: str | None) -> tuple[JobSubmissionClient, str]:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # overrides the argument in Ray
         return JobSubmissionClient(address), address
     except AuthenticationError as error:
-        raise ClusterError(_rejection(address, error)) from error
+        given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+        raise ClusterError(
+            f"the Ray cluster at {address} rejected the request: "
+            f"{str(error).partition('. ')[0].partition(chr(10))[0]}\n"
+            f"RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')}, the token would come "
+            f"from {(given or ['~/.ray/auth_token'])[0]}. Set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token (or RAY_AUTH_TOKEN)"
+        ) from error
     except requests.ReadTimeout as error:
         raise ClusterError(
             f"something listens at {address}, but gave no answer within {ANSWER_WITHIN_S:.0f} s: "
@@ -275,15 +271,4 @@ def _next_commands(job_id: str, address: str) -> str:
     return "\n".join(
         f"  {what} RAY_API_SERVER_ADDRESS={address} ray job {command} {job_id}"
         for what, command in (("follow:", "logs --follow"), ("stop:  ", "stop"))
-    )
-
-
-def _rejection(address: str, error: AuthenticationError) -> str:
-    given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
-    reason = str(error).partition("\n")[0].partition(". ")[0]
-    return (
-        f"the Ray cluster at {address} rejected the request: {reason}\n"
-        f"RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')}, the token would come from "
-        f"{(given or ['~/.ray/auth_token'])[0]}. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
-        "to the file with the cluster's token (or RAY_AUTH_TOKEN)"
     )

@@ -6,7 +6,9 @@ expand to a gigabyte of zeros. Each raises an error that names the file, before 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import stat
 import zlib
@@ -48,20 +50,19 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def gunzip(content: bytes, max_bytes: int) -> bytes:
-    """Decompress a single gzip member.
+    """Decompress gzip data.
 
     Raises:
         ValueError: it is damaged, or larger than `max_bytes` when decompressed.
     """
-    unpacker = zlib.decompressobj(wbits=31)
     try:
-        unpacked = unpacker.decompress(content, max_bytes + 1)
-    except zlib.error as error:
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(max_bytes + 1)
+    except EOFError as error:
+        raise ValueError("is not intact gzip data: it ends too early") from error
+    except (OSError, zlib.error) as error:
         raise ValueError(f"is not intact gzip data ({error})") from error
     if len(unpacked) > max_bytes:
         raise ValueError(f"holds over {max_bytes:,} bytes when decompressed")
-    if not unpacker.eof:
-        raise ValueError("is not intact gzip data: it ends too early")
     return unpacked
 
 

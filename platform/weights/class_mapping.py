@@ -62,7 +62,7 @@ class ClassPlan:
 
     @property
     def new(self) -> int:
-        return sum(row is None for row in self.rows)
+        return self.rows.count(None)
 
 
 def published_classes(num_rows: int) -> FileClasses:
