@@ -158,16 +158,6 @@ class Design:
         except ValueError as error:
             raise ValueError(f"cell {key!r}: {error}") from error
 
-    def changed(self, first: str, second: str) -> dict[str, tuple[Any, Any]]:
-        """Return the keys in which two cells differ, with both values and actual learning rates."""
-        configs = {cell.key: self.config(cell) for cell in self.cells()}
-        one, other = numbers_of(configs[first]), numbers_of(configs[second])
-        return {
-            key: (one.get(key), other.get(key))
-            for key in dict.fromkeys([*one, *other])
-            if one.get(key) != other.get(key)
-        }
-
     def _check(self, cell: Cell) -> None:
         bad = [key for key in cell.changes if is_in(key, KEYS_OUTSIDE_CELLS)]
         if bad:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
-import sys
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,8 @@ def proposed_trials(sweep: Sweep) -> list[Trial]:
     base = sweep.config
     found: list[tuple[float, dict[str, Any]]] = []
     for path in (Path(base.storage) / base.name / TRIALS_FOLDER).glob(f"*/{TRIAL_FILE}"):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            created_s = float(read_run_file(path.parent).get("created_s") or 0)
-            found.append((created_s, content["changes"]))
-        except (OSError, ValueError, KeyError):  # killed while it was written: it has not begun
-            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found.append((float(read_run_file(path.parent)["created_s"]), content["changes"]))
     found.sort(key=lambda pair: pair[0])
     return [sweep.trial(changes, number) for number, (_, changes) in enumerate(found, 1)]
 
@@ -70,24 +65,22 @@ def write_results(
     folder: Path,
     sweep: Sweep,
     records: Sequence[TrialRecord],
+    content: Mapping[str, Any],
     *,
-    base_run: Mapping[str, Any],
-    hardware: str = "",
     is_over: bool,
     with_page: bool = True,
-    command: str = "",
 ) -> StudyReport:
     """Write trials.json, report.html and report.md into the sweep's folder.
 
     Args:
-        base_run: run.json of the sweep.
+        content: of sweep.json.
         is_over: if false, unfinished trials are left out of the analysis instead of failed.
         with_page: if false, write trials.json alone.
     """
     text = json.dumps([asdict(record) for record in records], indent=1, default=str)
     write_atomic(folder / TRIALS_NAME, text)
     analysis, decomposition = _analyse(sweep, records, is_over=is_over)
-    began_s = base_run.get("created_s")
+    described = read_run_file(folder)
     report = StudyReport(
         title=sweep.title or f"Sweep {sweep.config.name}",
         trials=records,
@@ -97,14 +90,14 @@ def write_results(
         anchors=sweep.anchors,
         relevant=min((question.relevant for question in sweep.questions), default=0.3),
         provenance=Provenance(
-            command=command or shlex.join(["python", *sys.argv]),
-            code_commit=str(base_run.get("code_commit") or ""),
+            command=str(content.get("command") or ""),
+            code_commit=str(described.get("code_commit") or ""),
             changed=_changed(sweep.config),
-            train_fingerprint=str(base_run.get("train_fingerprint") or ""),
-            val_fingerprint=str(base_run.get("val_fingerprint") or ""),
+            train_fingerprint=str(described.get("train_fingerprint") or ""),
+            val_fingerprint=str(described.get("val_fingerprint") or ""),
             versions=_versions(),
-            hardware=hardware,
-            began=None if began_s is None else datetime.fromtimestamp(began_s, UTC),
+            hardware=str(content.get("hardware") or ""),
+            began=datetime.fromtimestamp(described["created_s"], UTC),
             ended=datetime.now(UTC) if is_over else None,
             run_url=_run_url(read_record(folder).uri, folder),
         ),
@@ -130,14 +123,8 @@ def report_only(sweep: Sweep) -> StudyReport:
     sweep = sweep.with_base(base_of(content))
     trials = open_trials(sweep, sweep.trials() or proposed_trials(sweep))
     records = records_of(trials, read_record(folder).uri)
-    base_run = read_run_file(folder)
-    hardware = str(content.get("hardware") or "")
     is_over = all(trial.is_done for trial in trials)
-    command = str(content.get("command") or "")
-    return write_results(
-        folder, sweep, records, base_run=base_run, hardware=hardware, is_over=is_over,
-        command=command,
-    )  # fmt: skip
+    return write_results(folder, sweep, records, content, is_over=is_over)
 
 
 def files_to_send(folder: Path) -> list[tuple[str, str]]:
@@ -152,9 +139,9 @@ def _analyse(
     if sweep.design is None:
         return None, None
     cells = sweep.design.cells()
-    done = [r for r in records if is_over or r.status not in ("waiting", "running")]
-    observations = [record.observation() for record in done]
-    if not any(not observation.failure for observation in observations):
+    observations = [r.observation() for r in records
+                    if is_over or r.status not in ("waiting", "running")]  # fmt: skip
+    if all(observation.failure for observation in observations):
         return None, None
     analysis = analyse(cells, observations, questions=sweep.questions)
     decomposition = None
@@ -196,18 +183,12 @@ def _changed(config: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def _run_url(tracking: str, folder: Path) -> str:
     """Return the address of the run's page; empty if MLflow is a file."""
     run_id = read_record(folder).run_id
-    if not run_id or not tracking.startswith("http"):
-        return ""
-    return f"{tracking.rstrip('/')}/#/runs/{run_id}"
+    return (
+        f"{tracking.rstrip('/')}/#/runs/{run_id}" if run_id and tracking.startswith("http") else ""
+    )

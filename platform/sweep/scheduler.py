@@ -6,6 +6,7 @@ is read from the trials' folders. Nothing here knows the cluster.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from typing import Any
@@ -14,7 +15,6 @@ from deta.model.architectures import make_criterion
 from deta.platform.run.config import to_json
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import STOP_FILE, Run
-from deta.platform.run.run_file import read_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.design import Trial
 from deta.platform.study_report.content import StudyReport
@@ -73,8 +73,14 @@ class SweepScheduler:
         self.num_trials = sweep.num_trials
         self.parent_key = write_parent_file(self.folder, sweep, run)
         self.trials = open_trials(sweep, planned or proposed_trials(sweep))
-        for trial in self.trials:
-            self._restore(trial, retry_failed)
+        for trial in self.trials:  # bring those of an earlier start up to date
+            if trial.has_end and not trial.ended:
+                trial.write_end()
+            if trial.ended == "FAILED" and retry_failed:
+                trial.ended = ""
+            trial.is_active = False
+            if trial.ended == "FINISHED":
+                trial.verify()
         self.by_id = {trial.trial.id: trial for trial in self.trials}
         self.waiting = deque(trial for trial in self.trials if not trial.is_done)
         self.proposer: Proposer | None = None
@@ -90,16 +96,6 @@ class SweepScheduler:
         self.num_done_before = sum(trial.is_done for trial in self.trials)
         (self.folder / STOP_FILE).unlink(missing_ok=True)
         self.journal = Journal(self.folder)
-
-    def _restore(self, trial: TrialFolder, retry_failed: bool) -> None:
-        """Bring a trial of an earlier start up to date."""
-        if trial.has_end and not trial.ended:
-            trial.write_end()
-        if trial.ended == "FAILED" and retry_failed:
-            trial.ended = ""
-        trial.is_active = False
-        if trial.is_done and trial.ended == "FINISHED":
-            trial.verify()
 
     def begin(self) -> None:
         """Record the start of the sweep. The uploader must be running."""
@@ -189,23 +185,19 @@ class SweepScheduler:
         """
         trial = self.by_id[trial_id]
         trial.poll()
-        if trial.has_end:
-            trial.write_end()
-        elif failure := trial.lasting_failure():
-            trial.write_end(failed=failure)
-        elif trial.stop_requested:
-            trial.write_end(
-                stopped_by=f"person: stopped on request after {trial.samples:,} samples"
-            )
+        failed = stopped_by = ""
+        if trial.stop_requested:
+            stopped_by = f"person: stopped on request after {trial.samples:,} samples"
         elif self.sweep.stopping is not None and trial.curve:
             samples, ap = max(trial.curve.items())
             part = f"1/{self.sweep.stopping.reduction:g}"
-            trial.write_end(
-                stopped_by=f"asha: AP {ap:.1f} after {samples:,} samples was not in the upper "
-                f"{part} of the trials that had reached this point"
-            )
+            stopped_by = f"asha: AP {ap:.1f} after {samples:,} samples was not in the upper "
+            stopped_by += f"{part} of the trials that had reached this point"
         else:
-            trial.write_end(failed="Ray ended it before it had a result; see its folder")
+            failed = "Ray ended it before it had a result; see its folder"
+        if failure := trial.lasting_failure():
+            failed, stopped_by = failure, ""
+        trial.write_end(failed=failed, stopped_by=stopped_by)  # unless it reached its end
         self._finish(trial)
 
     def on_trial_failed(self, trial_id: str, message: str) -> None:
@@ -219,33 +211,23 @@ class SweepScheduler:
         trial.write_end(failed=f"{last_failure(trial.folder) or message} (lost {tries} times)")
         self._finish(trial)
 
-    def verify(self, trial_id: str) -> bool:
-        """Return whether a checkpoint shows that a trial trains with its own parameters.
-
-        Raises:
-            MismatchError: it does not.
-        """
-        return self.by_id[trial_id].verify()
-
     def _finish(self, trial: TrialFolder) -> None:
         trial_id = trial.trial.id
         if trial.status in ("finished", "stopped") and not trial.verify():
             raise MismatchError(f"{trial.name}: left no checkpoint to verify it by")
-        if trial_id in self.launched_s and trial.status == "finished":
+        if trial.status == "finished":
             self.durations_s.append(time.monotonic() - self.launched_s[trial_id])
-        if lock := self.locks.pop(trial_id, None):
-            lock.release()
+        self.locks.pop(trial_id).release()
         if self.proposer is not None:
             self.proposer.tell(trial_id, trial.trial.changes, trial.record())
         self.draw()
         self.report(is_over=False)
         done = [one for one in self.trials if one.is_done]
-        aps = [one.ap for one in done if one.ap is not None]
         values = {
             "sweep/ended": float(len(done)),
             "sweep/hours": sum(one.total_s for one in done) / 3600,
         }
-        if aps:
+        if aps := [one.ap for one in done if one.ap is not None]:
             values["sweep/best_AP"] = max(aps)
         self.journal.write("progress", step=len(done), metrics=values)
         self.send_files()
@@ -266,11 +248,10 @@ class SweepScheduler:
         for trial in active:
             (trial.folder / STOP_FILE).touch()
         deadline_s = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline_s:
+        while active and time.monotonic() < deadline_s:
             for trial in active:
                 trial.poll()
-            if all(t.stop_requested or t.has_end or not t.is_active for t in active):
-                break
+            active = [t for t in active if t.is_active and not (t.stop_requested or t.has_end)]
             time.sleep(0.1)
         self.end_remaining("", killed=True)
 
@@ -278,8 +259,7 @@ class SweepScheduler:
         if self.lock.lost:
             return
         self.send_files()
-        verdict = " ".join(report.verdicts)
-        self.journal.write("tags", tags={"deta.verdict": verdict})
+        self.journal.write("tags", tags={"deta.verdict": " ".join(report.verdicts)})
         self.journal.write("ended", status=status, reason=reason)
         self.journal.close()
 
@@ -287,15 +267,9 @@ class SweepScheduler:
         """Write trials.json and the report. While trials run, render its page only occasionally."""
         began_s = time.monotonic()
         with_page = is_over or began_s >= self.next_page_s
-        tracking = read_record(self.folder).uri
+        records = records_of(self.trials, read_record(self.folder).uri)
         report = write_results(
-            self.folder,
-            self.sweep,
-            records_of(self.trials, tracking),
-            base_run=read_run_file(self.folder),
-            hardware=str(self.content.get("hardware") or ""),
-            is_over=is_over,
-            with_page=with_page,
+            self.folder, self.sweep, records, self.content, is_over=is_over, with_page=with_page
         )
         if with_page:  # at most a twentieth of the time
             now_s = time.monotonic()
@@ -322,16 +296,14 @@ class SweepScheduler:
         """Estimate by the trials that ended in this start, or by the probe."""
         estimate = self.content.get("estimate")
         if self.durations_s:
-            each_s = sum(self.durations_s) / len(self.durations_s)
+            each_s = statistics.mean(self.durations_s)
         elif estimate is not None:
-            speed = TrialSpeed(**estimate)
-            each_s = 3600 * speed.hours(self.run, self.sweep.config)
+            each_s = 3600 * TrialSpeed(**estimate).hours(self.run, self.sweep.config)
         else:
             return None
         left_s = each_s * (self.num_trials - sum(one.is_done for one in self.trials))
-        for trial_id in self.locks:
-            began_s = self.launched_s.get(trial_id, time.monotonic())
-            left_s -= min(each_s, time.monotonic() - began_s)
+        now_s = time.monotonic()
+        left_s -= sum(min(each_s, now_s - self.launched_s[trial_id]) for trial_id in self.locks)
         return max(0.0, left_s) / self.at_once or None
 
     def first_failure(self) -> str:

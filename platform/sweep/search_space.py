@@ -243,10 +243,11 @@ class Sweep:
             ValueError: the configuration refuses it; names the key.
         """
         config = _resolve(self.base, changes)
-        resolved = {key: flatten(config)[key] for key in changes}
-        neutral = {k: v for k, v in resolved.items() if is_in(k, NEUTRAL_KEYS)}
-        identity = numbers_id(config)
-        if neutral:  # such as cluster.num_workers, which changes the cost but not the result
+        flat, identity = flatten(config), numbers_id(config)
+        resolved = {key: flat[key] for key in changes}
+        if neutral := {
+            k: v for k, v in resolved.items() if is_in(k, NEUTRAL_KEYS)
+        }:  # such as cluster.num_workers, which changes the cost but not the result
             text = identity + json.dumps(neutral, sort_keys=True, default=str)
             identity = hashlib.sha256(text.encode()).hexdigest()[:12]
         others = {key: value for key, value in resolved.items() if key != "seed"}
@@ -258,9 +259,8 @@ class Sweep:
 
     def trial_config(self, trial: Trial) -> RunConfig:
         """Return the configuration of a trial, whose folder is <sweep>/trials/<id>."""
-        base = self.config
-        changed = _resolve(base, trial.changes)
-        return replace(changed, storage=f"{base.storage}/{base.name}/trials", name=trial.id)
+        storage = f"{self.config.storage}/{self.config.name}/trials"
+        return replace(_resolve(self.config, trial.changes), storage=storage, name=trial.id)
 
     def trial_name(self, trial: Trial) -> str:
         return trial.name if self.design or "seed" in self.space else trial.cell.key

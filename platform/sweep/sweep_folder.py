@@ -51,12 +51,12 @@ def read_sweep(folder: Path) -> dict[str, Any] | None:
             raise RunExistsError(f"{folder}: holds something else; choose another name=")
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("base"), dict):
-            return content
-    except ValueError:
-        pass
-    raise RunExistsError(f"{path}: is damaged; choose another name=, or remove the folder")
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunExistsError(
+            f"{path}: is damaged; choose another name=, or remove the folder"
+        ) from error
+    return content
 
 
 def base_of(content: Mapping[str, Any]) -> RunConfig:
@@ -86,34 +86,27 @@ def refuse_another(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
     Raises:
         RunExistsError: names what differs.
     """
-    changes: list[str] = []
-    old, new = _flat_base(before["base"]), _flat_base(now["base"])
-    different = [key for key in new if new[key] != old.get(key)]
-    changes += [
-        f"{key}: {old.get(key)} -> {new[key]}"
-        for key in different
-        if not key.startswith(FREE_TO_CHANGE)
-    ]
+    old, new = (flatten(base_of(content)) for content in (before, now))
+    different = {key: f"{key}: {old[key]} -> {new[key]}" for key in new if new[key] != old[key]}
+    changes = [text for key, text in different.items() if not key.startswith(FREE_TO_CHANGE)]
     for split in ("train", "val"):
-        if before.get(f"{split}_fingerprint") != now[f"{split}_fingerprint"]:
+        if before[f"{split}_fingerprint"] != now[f"{split}_fingerprint"]:
             changes.append(f"the {split} data set has other images, boxes or classes")
-    old_design, new_design = before.get("design") or {}, now["design"]
-    gone = [name for id, name in before.get("trials", {}).items() if id not in now["trials"]]
-    if new_design.get("search") == "optuna" or old_design.get("search") == "optuna":
+    old_design, new_design = before["design"], now["design"]
+    gone = [name for id, name in before["trials"].items() if id not in now["trials"]]
+    keys = dict.fromkeys([*old_design, *new_design])
+    if "optuna" in (new_design.get("search"), old_design.get("search")):
         gone = []  # its trials follow from results; only their space must be the same
-        free = {"num_trials"}
-    elif gone:
-        free = set()
-    else:
-        free = set(old_design) | set(new_design) - {"stopping"}
-        free -= {"stopping"}
+        keys.pop("num_trials", None)
+    elif not gone:
+        keys = {"stopping": None}
     changes += [
         f"{key}: {old_design.get(key, 'none')} -> {new_design.get(key, 'none')}"
-        for key in dict.fromkeys([*old_design, *new_design])
-        if old_design.get(key) != new_design.get(key) and key not in free
+        for key in keys
+        if old_design.get(key) != new_design.get(key)
     ]
     if gone and not changes:
-        changes += [f"{key}: {old.get(key)} -> {new[key]}" for key in different]
+        changes += different.values()
     if gone:
         named = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
         changes.append(f"no longer part of it: {named}")
@@ -176,17 +169,9 @@ def write_trial_files(
 def _varied(sweep: Sweep) -> dict[str, str]:
     if sweep.design is None:
         return {key: describe_domain(domain) for key, domain in sweep.space.items()}
-    values: dict[str, list[Any]] = {"seed": list(sweep.design.seeds)}
-    base = flatten(sweep.design.base)
-    for cell in sweep.design.cells():
-        for key in cell.changes:
-            values.setdefault(key, [])
-    for cell in sweep.design.cells():
-        for key in values:
-            if key != "seed" and (value := cell.changes.get(key, base[key])) not in values[key]:
-                values[key].append(value)
-    return {key: ", ".join(map(str, found)) for key, found in values.items()}
-
-
-def _flat_base(base: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(flatten(from_json(RunConfig, json.dumps(base))), default=list))
+    base, cells = flatten(sweep.design.base), sweep.design.cells()
+    values = {"seed": list(map(str, sweep.design.seeds))}
+    for key in dict.fromkeys(key for cell in cells for key in cell.changes):
+        found = (str(cell.changes.get(key, base[key])) for cell in cells)
+        values[key] = list(dict.fromkeys(found))
+    return {key: ", ".join(texts) for key, texts in values.items()}

@@ -70,13 +70,11 @@ class TrialFolder:
     _last_s: float = 0.0
     _offset_bytes: int = 0
 
-    def poll(self) -> bool:
-        """Read new events. Returns whether there were any."""
-        before = self._offset_bytes
-        for event, offset_bytes in read_events(self.folder, before):
+    def poll(self) -> None:
+        """Read new events."""
+        for event, offset_bytes in read_events(self.folder, self._offset_bytes):
             self._offset_bytes = offset_bytes
             self._apply(event)
-        return self._offset_bytes != before
 
     @property
     def is_done(self) -> bool:
@@ -145,17 +143,19 @@ class TrialFolder:
         # Workers that are being ended now, here or on another node, cannot write any more.
         Fence.acquire(self.folder, "the sweep, which ended this trial")
         self.poll()
-        journal = Journal(self.folder)
+        status, reason = "KILLED", killed or "the sweep was stopped"
         if self.has_end:
-            journal.write("ended", status="FINISHED", reason=self.reason)
+            status, reason = "FINISHED", self.reason
         elif stopped_by:
-            who, _, why = stopped_by.partition(": ")
-            journal.write("tags", tags={STOPPED_BY: who})
-            journal.write("ended", status="FINISHED", reason=why)
+            status, (who, _, reason) = "FINISHED", stopped_by.partition(": ")
+            self._write("tags", tags={STOPPED_BY: who})
         elif failed:
-            journal.write("ended", status="FAILED", reason=failed)
-        else:
-            journal.write("ended", status="KILLED", reason=killed or "the sweep was stopped")
+            status, reason = "FAILED", failed
+        self._write("ended", status=status, reason=reason)
+
+    def _write(self, kind: str, **values: object) -> None:
+        journal = Journal(self.folder)
+        journal.write(kind, **values)
         journal.close()
         self.poll()
 
@@ -194,19 +194,15 @@ class TrialFolder:
                 + "; ".join(different)
             )
         if VERIFIED not in self.tags:
-            journal = Journal(self.folder)
-            journal.write("tags", tags={VERIFIED: "true"})
-            journal.close()
-            self.poll()
+            self._write("tags", tags={VERIFIED: "true"})
         return True
 
     def lasting_failure(self) -> str:
         """Return the error that every retry of the trial would meet; empty if none."""
-        try:
-            content = json.loads((self.folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-            outcome = AttemptOutcome(**content)
-        except (OSError, ValueError, TypeError):
+        path = self.folder / OUTCOME_FILE
+        if not path.exists():
             return ""
+        outcome = AttemptOutcome(**json.loads(path.read_text(encoding="utf-8")))
         return outcome.message if outcome.kind == "refused" else ""
 
     def _apply(self, event: dict[str, Any]) -> None:
@@ -230,12 +226,9 @@ class TrialFolder:
             values = event["metrics"]
             # A trial that is stopped at its last evaluation has finished all the same.
             self.has_end = bool(self.num_steps) and event["step"] >= self.num_steps
-            names = ("epoch", "samples_seen", "seconds")
-            self.metrics = {
-                name.removeprefix("val/"): value
-                for name, value in values.items()
-                if name.startswith("val/") and name.removeprefix("val/") not in names
-            }
+            own = {n.removeprefix("val/"): v for n, v in values.items() if n.startswith("val/")}
+            others = ("epoch", "samples_seen", "seconds")
+            self.metrics = {name: value for name, value in own.items() if name not in others}
             if "val/AP" in values:
                 self.curve[values["val/samples_seen"]] = values["val/AP"]
         elif kind == "tags":

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +46,6 @@ from deta.platform.run.config import ClusterConfig, RunConfig, from_json
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.run.run_lock import RunLock
 from deta.platform.study.design import Trial
-from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import StudyReport
 from deta.platform.sweep.live_table import LiveTable
 from deta.platform.sweep.scheduler import POLL_INTERVAL_S, SweepScheduler, check_trials
@@ -62,17 +61,6 @@ logger = logging.getLogger(__name__)
 DRIVER_MEMORY_BYTES = 100 * 2**20  # Tune needs a non-zero resource request of a trial's own process
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """The result of a sweep."""
-
-    folder: Path
-    records: tuple[TrialRecord, ...]
-    report: StudyReport
-    mlflow_uri: str
-    mlflow_run_id: str
-
-
 def launch_sweep(
     sweep: Sweep,
     *,
@@ -80,7 +68,7 @@ def launch_sweep(
     estimate_only: bool = False,
     confirm: Callable[[str], bool] | None = None,
     retry_failed: bool = False,
-) -> SweepResult | None:
+) -> StudyReport | None:
     """Run a sweep on the Ray cluster named by RAY_ADDRESS, or on one started here.
 
     Calling it again continues the sweep: finished trials are not run again, others resume.
@@ -92,7 +80,7 @@ def launch_sweep(
         retry_failed: run failed trials once more.
 
     Returns:
-        None if only the estimate was requested, or `confirm` declined.
+        The report; None if only the estimate was requested, or `confirm` declined.
 
     Raises:
         ValueError: the input, the name, or a lock; before the cluster is touched.
@@ -115,25 +103,31 @@ def launch_sweep(
     os.environ[RUN_MARK] = mark  # child processes inherit it
     with RunLock.acquire(folder) as lock, _reaping_orphans(mark, folder), working_in(folder):
         try:
-            table.print_line(_join())
-            at_once = _room(sweep, trials, table.print_line)
+            try:
+                table.print_line(join_cluster())
+            except Exception as error:
+                raise RuntimeError(f"there is no Ray cluster: {error}") from error
+            at_once = _room(sweep, trials)
+            table.print_line(f"{sweep.num_trials} trials, {at_once} at once")
             now["hardware"] = _hardware()
             if probe and is_new:
                 first = sweep.trial_config(trials[0]) if trials else sweep.config
                 speed = measure_speed(run, first, folder / "probe", table.print_line)
                 now["estimate"] = asdict(speed)
-            whole = _print_estimate(sweep, run, now, trials, at_once, table.print_line)
-            declined = confirm is not None and is_new and not confirm(whole)
-            if estimate_only or declined:
-                if is_new:
-                    lock.release()
-                    shutil.rmtree(folder)
-                return None
+            estimate = ""
+            if now.get("estimate"):
+                estimate = _estimate(sweep, run, TrialSpeed(**now["estimate"]), trials, at_once)
+                table.print_line(estimate)
+            is_wanted = not estimate_only and not (confirm and is_new and not confirm(estimate))
         except BaseException:
-            if is_new:
+            is_wanted = False
+            raise
+        finally:
+            if is_new and not is_wanted:
                 lock.release()
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
+        if not is_wanted:
+            return None
         now["command"] = shlex.join(["python", *sys.argv])
         write_sweep(folder, now)
         state = SweepScheduler(sweep, run, trials, at_once, table, now, lock, retry_failed)
@@ -150,25 +144,16 @@ def _reaping_orphans(mark: str, folder: Path) -> Iterator[None]:
         ray.shutdown()
         kill_marked(RUN_MARK, mark)
         assert reaper.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             reaper.stdin.write(CLEAN_EXIT)
             reaper.stdin.close()
-        except BrokenPipeError:
-            pass
         reaper.wait()
 
 
 # What the cluster has
 
 
-def _join() -> str:
-    try:
-        return join_cluster()
-    except Exception as error:
-        raise RuntimeError(f"there is no Ray cluster: {error}") from error
-
-
-def _room(sweep: Sweep, trials: list[Trial], print_line: Callable[[str], None]) -> int:
+def _room(sweep: Sweep, trials: list[Trial]) -> int:
     """Return how many trials run at once.
 
     Raises:
@@ -184,8 +169,7 @@ def _room(sweep: Sweep, trials: list[Trial], print_line: Callable[[str], None]) 
         except ClusterTooSmallError as error:
             raise ClusterTooSmallError(f"{name}: {error}") from None
         num_workers = cluster.min_workers or cluster.num_workers
-        num_places = sum(_places(node["Resources"], cluster) for node in ray.nodes()
-                         if node["Alive"])  # fmt: skip
+        num_places = sum(_places(node, cluster) for node in _nodes())
         if num_places < num_workers:
             wanted = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.gpu else "")
             raise ClusterTooSmallError(
@@ -194,9 +178,7 @@ def _room(sweep: Sweep, trials: list[Trial], print_line: Callable[[str], None]) 
                 "cluster.num_workers"
             )
         least = min(least, max(1, num_places // cluster.num_workers))
-    at_once = min(least, sweep.max_concurrent or least)
-    print_line(f"{sweep.num_trials} trials, {at_once} at once")
-    return at_once
+    return min(least, sweep.max_concurrent or least)
 
 
 def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
@@ -205,9 +187,14 @@ def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
     return min(places, int(resources.get("GPU", 0))) if cluster.gpu else places
 
 
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _hardware() -> str:
     """Describe the nodes of the cluster."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     kinds = sorted(
         {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_")}
     )
@@ -218,28 +205,16 @@ def _hardware() -> str:
     return words
 
 
-def _print_estimate(
-    sweep: Sweep,
-    run: Run,
-    content: dict[str, Any],
-    trials: list[Trial],
-    at_once: int,
-    print_line: Callable[[str], None],
-) -> str:
-    """Print and return the cost of the remaining trials; empty if no speed is known."""
-    if not content.get("estimate"):
-        return ""
+def _estimate(sweep: Sweep, run: Run, speed: TrialSpeed, trials: list[Trial], at_once: int) -> str:
+    """Describe the cost of all trials."""
     configs = [sweep.trial_config(trial) for trial in trials] or [sweep.config] * sweep.num_trials
-    each, whole = whole_estimate(TrialSpeed(**content["estimate"]), run, configs, at_once)
+    each, whole = whole_estimate(speed, run, configs, at_once)
     until = datetime.now().astimezone() + timedelta(hours=whole.hours)
     text = (
         f"estimate: a trial {each}\n"
         f"estimate: all {len(configs)}, {at_once} at once: {whole}; until {until:%a %H:%M}"
     )
-    if sweep.stopping is not None:
-        text += ", less the trials that ASHA stops"
-    print_line(text)
-    return text
+    return text if sweep.stopping is None else f"{text}, less the trials that ASHA stops"
 
 
 # In the process of a trial, on any node of the cluster
@@ -277,7 +252,7 @@ def _end_if_silent(monitor: AttemptMonitor) -> None:
 # In this process
 
 
-def _run_to_end(state: SweepScheduler) -> SweepResult:
+def _run_to_end(state: SweepScheduler) -> StudyReport:
     table, folder = state.table, state.folder
     uploader = start_uploader(folder, sweep=True)
     state.begin()
@@ -311,7 +286,7 @@ def _run_to_end(state: SweepScheduler) -> SweepResult:
     for sentence in report.verdicts:
         table.print_line(sentence)
     table.print_line(f"report: {folder / 'report.html'}")
-    return SweepResult(folder, tuple(report.trials), report, uploaded.uri, uploaded.run_id)
+    return report
 
 
 def _tune(state: SweepScheduler) -> None:
@@ -385,25 +360,24 @@ class _TuneCallback(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         with self._recording_errors():
-            self.state.verify(trial.config["trial"])
+            self.state.by_id[trial.config["trial"]].verify()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._recording_errors():
-            self._release(trial)
+            # Tune has killed the trial, so it cannot cancel its reservation itself.
+            release_reservations(Path(trial.config["folder"]))
             self.state.on_trial_ended(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._recording_errors():
-            self._release(trial)
-            self.state.on_trial_failed(trial.config["trial"], _last_line(trial))
+            release_reservations(Path(trial.config["folder"]))
+            error = trial.get_error()  # Ray also saves the exception, but as a pickle
+            lines = str(error or "").strip().splitlines() or ["its workers were lost"]
+            self.state.on_trial_failed(trial.config["trial"], lines[-1])
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         with self._recording_errors():
             self.state.poll()
-
-    def _release(self, trial: Any) -> None:
-        """Cancel the reservation of a trial: Tune kills it, so it cannot do so itself."""
-        release_reservations(Path(trial.config["folder"]))
 
     @contextmanager
     def _recording_errors(self) -> Iterator[None]:
@@ -428,17 +402,9 @@ class _SchedulerSearch(Searcher):
         with self.callback._recording_errors():
             return self.callback.state.next_trial() or cast(Any, Searcher.FINISHED)
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None: ...
+    def on_trial_complete(self, trial_id: str, *_: Any, **__: Any) -> None: ...
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None: ...
-
-
-def _last_line(trial: Any) -> str:
-    error = trial.get_error()  # Ray also saves the exception, but as a pickle
-    lines = str(error).strip().splitlines() if error is not None else []
-    return lines[-1] if lines else "its workers were lost"

@@ -120,7 +120,7 @@ def test_what_asha_ends_is_stopped_and_what_a_worker_refuses_is_failed(base: Run
         whole = replace(run, config=config, folder=folder)
         with pytest.raises(InterruptedError):
             train(whole, Worker(), on_evaluation=interrupt)
-        assert state.verify(given["trial"])
+        assert state.by_id[given["trial"]].verify()
         state.on_trial_ended(given["trial"])
         failed = state.next_trial()
         assert failed is not None
