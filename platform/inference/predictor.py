@@ -270,17 +270,9 @@ class Predictor:
         return ((files[index], detections) for index, detections in found)
 
     def evaluate(
-        self,
-        dataset: CocoDataset,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        on_batch: Callable[[int], None] | None = None,
-    ) -> EvaluationResult | None:
+        self, dataset: CocoDataset, on_batch: Callable[[int], None] | None = None
+    ) -> EvaluationResult:
         """Compute COCO AP on a data set, as after each epoch of training.
-
-        With several processes, each one calls it inside a `torch.distributed` group; rank 0 gets
-        the result.
 
         Args:
             on_batch: called with the number of images after each batch, to show progress.
@@ -291,18 +283,20 @@ class Predictor:
         """
         self.check_categories(dataset.categories, str(dataset.folder))
         config = self.config
-        return evaluate_model(
+        evaluation = evaluate_model(
             self.model,
             dataset,
             config.data.evaluation_size,
             config.postprocess,
             batch_size=config.micro_batch_size,
             precision=PRECISIONS[config.precision],
-            worker=Worker(rank, world_size, self.device),
+            worker=Worker(0, 1, self.device),
             loader_workers=config.data.loader_workers,
             engine=config.evaluation.engine,
             on_batch=on_batch,
         )
+        assert evaluation is not None  # the only worker leads
+        return evaluation
 
     def _predict_batches(
         self,

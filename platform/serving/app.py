@@ -68,18 +68,22 @@ class DetectionService:
     """The state of the application: model, queue, threads and the count of requests."""
 
     def __init__(
-        self, source: ModelSource, config: ServingConfig, measurements: Measurements
+        self,
+        source: ModelSource,
+        config: ServingConfig,
+        measurements: Measurements,
+        load_first: bool,
     ) -> None:
-        self.config, self.measurements = config, measurements
+        self.config, self.measurements, self.load_first = config, measurements, load_first
         self.slot = ModelSlot(source, config, measurements)
         self.batcher = Batcher(config.max_batch, config.batch_wait_s, measurements)
         self.decoders = ThreadPoolExecutor(config.decoders, thread_name_prefix="decoder")
         self.in_flight = 0
 
     @asynccontextmanager
-    async def running(self, *, load_first: bool) -> AsyncIterator[None]:
+    async def running(self, _app: FastAPI) -> AsyncIterator[None]:
         """Run the batcher and follow the model source until the end of the block."""
-        if load_first:
+        if self.load_first:
             await self.slot.refresh()
         async with self.batcher:
             following = asyncio.create_task(self.slot.follow(), name="model")
@@ -181,13 +185,7 @@ def create_app(
         load_first: load a model before the first request is accepted, for load balancers that do
             not check /ready.
     """
-    service = DetectionService(source, config, measurements)
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        async with service.running(load_first=load_first):
-            yield
-
+    service = DetectionService(source, config, measurements, load_first)
     # FastAPI's own pages of documentation load scripts from other servers.
     app = FastAPI(
         title="DETA detections",
@@ -195,7 +193,7 @@ def create_app(
         version="1",
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=service.running,
         responses={403: {"model": Problem, "description": "A foreign Host or Origin"}},
     )
     app.state.service = service

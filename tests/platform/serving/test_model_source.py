@@ -36,7 +36,7 @@ def test_the_champion_is_served_and_no_request_fails_during_a_change(world: Worl
     versions: list[str] = []
     done = threading.Event()
     config = ServingConfig(poll_s=0.2, answer_timeout_s=WITHIN_S)
-    with running(source, config) as here, ThreadPoolExecutor(4) as clients:
+    with running(source, config) as here, ThreadPoolExecutor(2) as clients:
 
         def send_requests() -> None:
             while not done.is_set():
@@ -48,7 +48,7 @@ def test_the_champion_is_served_and_no_request_fails_during_a_change(world: Worl
             wait_until(lambda: versions[-1:] == [str(version)])
 
         try:
-            futures = [clients.submit(send_requests) for _ in range(4)]
+            futures = [clients.submit(send_requests) for _ in range(2)]
             until(first)
             world.promote("served", better)
             until(better)
