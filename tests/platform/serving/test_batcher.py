@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from deta.model.postprocess import Detections
@@ -50,6 +51,12 @@ def batcher(**options: Any) -> Batcher:
 
 
 MEASUREMENTS = Measurements()
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 async def until_taken(model: RecordingModel, batches: int) -> None:
@@ -57,102 +64,84 @@ async def until_taken(model: RecordingModel, batches: int) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_images_of_one_shape_share_a_batch_and_each_gets_its_own_result():
-    async def scenario() -> None:
-        model: Any = RecordingModel()
-        model.free.clear()
-        async with batcher() as batches:
-            first = asyncio.create_task(batches.detect(model, prepared(0)))
-            await until_taken(model, 1)
-            wide = [1, 2, 4, 5, 6]
-            others = [
-                asyncio.create_task(
-                    batches.detect(model, prepared(v, *((4, 6) if v in wide else (6, 4))))
-                )
-                for v in range(1, 8)
-            ]
-            await asyncio.sleep(0.05)
-            assert batches.num_waiting == 7
-            model.free.set()
-            results = await asyncio.gather(first, *others)
-        assert [value_of(result) for result in results] == list(range(8))
-        assert model.batches == [[0], [1, 2, 4, 5], [3, 7], [6]]
-        assert [result.batch_size for result in results] == [1, 4, 4, 2, 4, 4, 1, 2]
-
-    asyncio.run(scenario())
-
-
-def test_a_single_image_waits_no_longer_than_the_batch_wait():
-    async def scenario() -> float:
-        async with batcher(batch_wait_s=0.02) as batches:
-            result = await batches.detect(RecordingModel(), prepared(1))  # type: ignore[arg-type]
-        return result.wait_s
-
-    assert 0.015 < asyncio.run(scenario()) < 5  # 5: on a busy machine
-
-
-def test_a_cancelled_request_is_not_processed():
-    async def scenario() -> None:
-        model: Any = RecordingModel()
-        model.free.clear()
-        async with batcher(max_batch=1) as batches:
-            tasks = [asyncio.create_task(batches.detect(model, prepared(v))) for v in range(4)]
-            await until_taken(model, 1)
-            tasks[0].cancel()  # it is in the model already
-            tasks[2].cancel()
-            await asyncio.sleep(0.02)
-            model.free.set()
-            assert value_of(await tasks[1]) == 1
-            assert value_of(await tasks[3]) == 3
-        assert model.batches == [[0], [1], [3]]
-
-    asyncio.run(scenario())
-
-
-def test_an_image_that_breaks_the_model_does_not_fail_the_others():
-    async def scenario() -> None:
-        model: Any = RecordingModel(fails_at=2)
-        async with batcher(batch_wait_s=5, max_batch=3) as batches:
-            results = await asyncio.gather(
-                *(batches.detect(model, prepared(v)) for v in (1, 2, 3)), return_exceptions=True
+async def test_images_of_one_shape_share_a_batch_and_each_gets_its_own_result() -> None:
+    model: Any = RecordingModel()
+    model.free.clear()
+    async with batcher() as batches:
+        first = asyncio.create_task(batches.detect(model, prepared(0)))
+        await until_taken(model, 1)
+        wide = [1, 2, 4, 5, 6]
+        others = [
+            asyncio.create_task(
+                batches.detect(model, prepared(v, *((4, 6) if v in wide else (6, 4))))
             )
-            assert isinstance(results[1], RuntimeError)
-            assert [value_of(results[i]) for i in (0, 2)] == [1, 3]  # type: ignore[arg-type]
-            assert batches.is_working
-        assert model.batches == [[1, 2, 3], [1], [2], [3]]
-
-    asyncio.run(scenario())
-
-
-def test_images_of_two_models_never_share_a_batch():
-    async def scenario() -> None:
-        old, new = RecordingModel(), RecordingModel()
-        async with batcher(batch_wait_s=0.05) as batches:
-            which: list[Any] = [old, new, old, new]
-            results = await asyncio.gather(
-                *(batches.detect(model, prepared(v)) for v, model in enumerate(which))
-            )
-        assert [value_of(result) for result in results] == [0, 1, 2, 3]
-        assert (old.batches, new.batches) == ([[0, 2]], [[1, 3]])
-
-    asyncio.run(scenario())
+            for v in range(1, 8)
+        ]
+        await asyncio.sleep(0.05)
+        assert batches.num_waiting == 7
+        model.free.set()
+        results = await asyncio.gather(first, *others)
+    assert [value_of(result) for result in results] == list(range(8))
+    assert model.batches == [[0], [1, 2, 4, 5], [3, 7], [6]]
+    assert [result.batch_size for result in results] == [1, 4, 4, 2, 4, 4, 1, 2]
 
 
-def test_the_duration_of_the_current_batch_is_known():
-    async def scenario() -> None:
-        model: Any = RecordingModel()
-        model.free.clear()
-        async with batcher() as batches:
-            assert batches.busy_s == 0
-            task = asyncio.create_task(batches.detect(model, prepared(1)))
-            await until_taken(model, 1)
-            time.sleep(0.03)
-            assert batches.busy_s >= 0.03
-            model.free.set()
-            await task
-            await asyncio.sleep(0.01)
-            assert batches.busy_s == 0
-            assert batches.is_working
-        assert not batches.is_working
+async def test_a_single_image_waits_no_longer_than_the_batch_wait() -> None:
+    async with batcher(batch_wait_s=0.02) as batches:
+        result = await batches.detect(RecordingModel(), prepared(1))  # type: ignore[arg-type]
+    assert 0.015 < result.wait_s < 5  # 5: on a busy machine
 
-    asyncio.run(scenario())
+
+async def test_a_cancelled_request_is_not_processed() -> None:
+    model: Any = RecordingModel()
+    model.free.clear()
+    async with batcher(max_batch=1) as batches:
+        tasks = [asyncio.create_task(batches.detect(model, prepared(v))) for v in range(4)]
+        await until_taken(model, 1)
+        tasks[0].cancel()  # it is in the model already
+        tasks[2].cancel()
+        await asyncio.sleep(0.02)
+        model.free.set()
+        assert value_of(await tasks[1]) == 1
+        assert value_of(await tasks[3]) == 3
+    assert model.batches == [[0], [1], [3]]
+
+
+async def test_an_image_that_breaks_the_model_does_not_fail_the_others() -> None:
+    model: Any = RecordingModel(fails_at=2)
+    async with batcher(batch_wait_s=5, max_batch=3) as batches:
+        results = await asyncio.gather(
+            *(batches.detect(model, prepared(v)) for v in (1, 2, 3)), return_exceptions=True
+        )
+        assert isinstance(results[1], RuntimeError)
+        assert [value_of(results[i]) for i in (0, 2)] == [1, 3]  # type: ignore[arg-type]
+        assert batches.is_working
+    assert model.batches == [[1, 2, 3], [1], [2], [3]]
+
+
+async def test_images_of_two_models_never_share_a_batch() -> None:
+    old, new = RecordingModel(), RecordingModel()
+    async with batcher(batch_wait_s=0.05) as batches:
+        which: list[Any] = [old, new, old, new]
+        results = await asyncio.gather(
+            *(batches.detect(model, prepared(v)) for v, model in enumerate(which))
+        )
+    assert [value_of(result) for result in results] == [0, 1, 2, 3]
+    assert (old.batches, new.batches) == ([[0, 2]], [[1, 3]])
+
+
+async def test_the_duration_of_the_current_batch_is_known() -> None:
+    model: Any = RecordingModel()
+    model.free.clear()
+    async with batcher() as batches:
+        assert batches.busy_s == 0
+        task = asyncio.create_task(batches.detect(model, prepared(1)))
+        await until_taken(model, 1)
+        time.sleep(0.03)
+        assert batches.busy_s >= 0.03
+        model.free.set()
+        await task
+        await asyncio.sleep(0.01)
+        assert batches.busy_s == 0
+        assert batches.is_working
+    assert not batches.is_working
