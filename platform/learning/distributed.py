@@ -83,7 +83,7 @@ def first_different_tensor(model: nn.Module, worker: Worker) -> str | None:
     """
     if worker.world_size == 1:
         return None
-    tensors = dict(model.state_dict())
+    tensors = model.state_dict()
     sums = torch.stack([_sum_of_bits(tensor) for tensor in tensors.values()]).to(worker.device)
     least, most = sums.clone(), sums
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

@@ -8,6 +8,7 @@ checkpoint. A heartbeat file shows the supervisor that a worker is alive.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -39,18 +40,15 @@ class Watchdog:
         self._phase: Phase = "starting"
         self._since_s = time.monotonic()
         self._steps_s: deque[float] = deque(maxlen=20)
-        self._num_steps = 0
         self._old_stacks = stack_files(run_folder)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def heartbeat(self, phase: Phase) -> None:
         """Record progress and the phase that begins now. Costs less than a microsecond."""
         now_s = time.monotonic()
         if self._phase == "step":
             self._steps_s.append(now_s - self._since_s)
-            self._num_steps += 1
         self._phase, self._since_s = phase, now_s
 
     def close(self) -> None:
@@ -60,12 +58,11 @@ class Watchdog:
     def limit_s(self) -> float:
         """Return the time limit of the current phase."""
         limit_s = PHASE_LIMITS[self._phase] * self._timeout_s
-        if self._phase == "step":
-            if self._num_steps < 3:  # kernels are selected and memory is allocated
-                return limit_s * 10
-            usual_s = statistics.median(self._steps_s)
-            return max(limit_s, USUAL_STEPS_LIMIT * usual_s)
-        return limit_s
+        if self._phase != "step":
+            return limit_s
+        if len(self._steps_s) < 3:  # kernels are selected and memory is allocated
+            return limit_s * 10
+        return max(limit_s, USUAL_STEPS_LIMIT * statistics.median(self._steps_s))
 
     def _watch(self) -> None:
         (self._folder / HEARTBEATS).mkdir(exist_ok=True)
@@ -76,20 +73,15 @@ class Watchdog:
             idle_s, limit_s, phase = now_s - self._since_s, self.limit_s, self._phase
             if now_s - written_s > 5:
                 written_s = now_s
-                self._write(path, phase)
+                content = {"phase": phase, "time_s": time.time(), "pid": os.getpid()}
+                with contextlib.suppress(OSError):  # a full disk must not stop the training
+                    write_json(path, content | {"host": host()})
             if idle_s > limit_s:
                 self._exit(f"no progress for {idle_s:.0f} s in phase {phase!r}")
             if stack_files(self._folder) - self._old_stacks:
                 self._exit(
                     f"a peer exited; this rank had been in phase {phase!r} for {idle_s:.0f} s"
                 )
-
-    def _write(self, path: Path, phase: str) -> None:
-        content = {"phase": phase, "time_s": time.time(), "pid": os.getpid(), "host": host()}
-        try:
-            write_json(path, content)
-        except OSError:  # a full disk must not stop the training
-            return
 
     def _exit(self, what: str) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,8 +85,7 @@ class ScheduleConfig:
             raise ValueError(f"schedule.epochs={self.epochs} must be at least 1")
         if self.shape not in ("step", "cosine"):
             raise ValueError(f"schedule.shape={self.shape!r} is neither step nor cosine")
-        late = [drop for drop in self.lr_drop_epochs if not 0 < drop <= self.epochs]
-        if late:
+        if late := [drop for drop in self.lr_drop_epochs if not 0 < drop <= self.epochs]:
             raise ValueError(
                 f"schedule.lr_drop_epochs={self.lr_drop_epochs}: {late} lie outside the "
                 f"{self.epochs} epochs; change both together"
@@ -94,7 +94,6 @@ class ScheduleConfig:
             raise ValueError(
                 f"schedule.warmup_epochs={self.warmup_epochs} is outside the {self.epochs} epochs"
             )
-
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"schedule.patience={self.patience} must be at least 1, or none")
         if self.min_delta < 0:
@@ -120,11 +119,11 @@ def num_without_gain(aps: Sequence[float], min_delta: float) -> int:
     """Count the last APs that did not exceed the best before them by more than min_delta."""
     best, count = -math.inf, 0
     for ap in aps:
-        if ap > best + min_delta:
-            best, count = ap, 0
-        else:
-            count += 1
+        best, count = (ap, 0) if ap > best + min_delta else (best, count + 1)
     return count
+
+
+HEAD = re.compile(r"_heads?(\.|$)")  # in the name of a parameter of a class or box head
 
 
 class FixedStatsBatchNorm2d(nn.BatchNorm2d):
@@ -146,10 +145,9 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
     """
     names = dict(model.named_parameters())
     for part in parts:
+        chosen = [name for name in names if f".{part}." in f".{name}."]
         if part == "all-but-heads":
-            chosen = [name for name in names if not _is_of_head(name)]
-        else:
-            chosen = [name for name in names if f".{part}." in f".{name}."]
+            chosen = [name for name in names if not HEAD.search(name)]
         if not chosen:
             known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
             raise ValueError(
@@ -170,10 +168,6 @@ def freeze(model: nn.Module, parts: Iterable[str]) -> None:
                 )
             module.__class__ = FixedStatsBatchNorm2d
             module.eval()
-
-
-def _is_of_head(name: str) -> bool:
-    return any(word.endswith(("_head", "_heads")) for word in name.split("."))
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = None) -> AdamW:
@@ -200,8 +194,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = Non
             factor = config.backbone_lr_factor
         elif "sampling_offsets" in name:
             factor = config.sampling_lr_factor
-        spared = id(parameter) in norms and not config.decay_norms
-        decay = 0.0 if spared else config.weight_decay
+        decay = config.weight_decay if config.decay_norms or id(parameter) not in norms else 0.0
         groups.setdefault((base_lr * factor, decay), []).append(parameter)
     return AdamW(
         [

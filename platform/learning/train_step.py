@@ -62,8 +62,8 @@ def train_step(
         precision: torch.float32, or torch.bfloat16 for autocast.
         gradients: sums them over micro-batches and workers; None: DistributedDataParallel does.
     """
-    is_parallel = isinstance(model, DistributedDataParallel)
-    num_averaged = dist.get_world_size() if is_parallel else 1  # DistributedDataParallel averages
+    parallel = model if isinstance(model, DistributedDataParallel) else None
+    num_averaged = dist.get_world_size() if parallel else 1  # DistributedDataParallel averages
     # At least one box in the global batch, not on each worker as in released code: otherwise a
     # batch with hardly any boxes would weigh less on more workers.
     divisor = torch.tensor(max(num_boxes, 1) / num_averaged, dtype=torch.float32).to(device)
@@ -73,7 +73,8 @@ def train_step(
         is_last = index == len(micro_batches) - 1
         batch = micro_batch.to(device, non_blocking=True)
         torch.manual_seed(seed >> 1)
-        with _without_exchange(model, unless=is_last):
+        # DistributedDataParallel exchanges gradients after the last micro-batch only.
+        with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 outputs = model(batch.images, batch.padding)
             losses = criterion(outputs, batch, divisor)
@@ -93,10 +94,3 @@ def train_step(
     if updated:
         optimizer.step()
     return StepResult(sums, updated)
-
-
-def _without_exchange(model: nn.Module, unless: bool) -> contextlib.AbstractContextManager:
-    """Skip the all_reduce of DistributedDataParallel for all but the last micro-batch."""
-    if unless or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()

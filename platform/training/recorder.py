@@ -80,10 +80,8 @@ class Recorder:
         self._starts_here = max(1, starts_here)
         lost = {}
         if last is not None and step > 0:
-            lost = {
-                "wasted_steps": max(0, last["step"] - step),
-                "restart_s": time.time() - last["time_s"],
-            }
+            lost["wasted_steps"] = max(0, last["step"] - step)
+            lost["restart_s"] = time.time() - last["time_s"]
         self.log_event(
             "begin",
             step=step,
@@ -143,19 +141,17 @@ class Recorder:
             CheckpointError: the run has ended, and its last state cannot be written.
         """
         is_last = self.run.is_done(state)
-        self.save(train_state, state, wait=True)
-        error = self.log_saves()
-        for _ in range(FINAL_RETRIES if is_last else 0):
-            if not error:
-                return
-            time.sleep(FINAL_RETRY_WAIT_S)
+        for attempt in range(1 + FINAL_RETRIES):
+            if attempt:
+                time.sleep(FINAL_RETRY_WAIT_S)
             self.save(train_state, state, wait=True)
             error = self.log_saves()
-        if error and is_last:
-            raise CheckpointError(
-                f"the training is done, but its last checkpoint cannot be written: {error}. Free "
-                "some disk space, then use --resume; it continues from the checkpoint before."
-            )
+            if not (error and is_last):
+                return
+        raise CheckpointError(
+            f"the training is done, but its last checkpoint cannot be written: {error}. Free "
+            "some disk space, then use --resume; it continues from the checkpoint before."
+        )
 
     def log_saves(self) -> str:
         """Log what the checkpoint writer has finished; return why the last save failed, if it did.
