@@ -21,7 +21,7 @@ from deta.platform.study.study_types import Analysis, Decomposition
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import Provenance, StudyReport
 from deta.platform.study_report.html_report import HTML_NAME, MARKDOWN_NAME, write_study_report
-from deta.platform.sweep.search_space import Sweep
+from deta.platform.sweep.search_space import Grid, Optuna, Random, Search, Sweep
 from deta.platform.sweep.sweep_folder import TRIAL_FILE, TRIALS_FOLDER, base_of, read_sweep
 from deta.platform.sweep.trial_folder import TrialFolder
 from deta.platform.system.atomic_write import write_atomic
@@ -30,6 +30,13 @@ from deta.platform.tracking.upload_plan import read_record
 logger = logging.getLogger(__name__)
 
 TRIALS_NAME, TABLE_NAME = "trials.json", "table.txt"
+HOW: dict[type[Search], str] = {
+    Grid: "All combinations of a grid",
+    Random: "Combinations drawn at random",
+    Optuna: "Combinations proposed by Optuna (TPE)",
+}
+# What the sweep's own MLflow run gets.
+FILES_TO_SEND = ("sweep.json", TRIALS_NAME, TABLE_NAME, HTML_NAME, MARKDOWN_NAME)
 PACKAGES = ("torch", "ray", "mlflow", "optuna", "timm", "numpy")
 
 
@@ -95,18 +102,15 @@ def write_results(
             changed=_changed(sweep.config),
             train_fingerprint=str(described.get("train_fingerprint") or ""),
             val_fingerprint=str(described.get("val_fingerprint") or ""),
-            versions=_versions(),
+            versions={"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
             hardware=str(content.get("hardware") or ""),
             began=datetime.fromtimestamp(described["created_s"], UTC),
             ended=datetime.now(UTC) if is_over else None,
             run_url=_run_url(read_record(folder).uri, folder),
         ),
     )
-    try:
-        if with_page:
-            write_study_report(folder, report)
-    except RuntimeError as error:  # without plotly there is the summary
-        logger.warning("%s is not written: %s", HTML_NAME, error)
+    if with_page:
+        write_study_report(folder, report)
     return report
 
 
@@ -125,12 +129,6 @@ def report_only(sweep: Sweep) -> StudyReport:
     records = records_of(trials, read_record(folder).uri)
     is_over = all(trial.is_done for trial in trials)
     return write_results(folder, sweep, records, content, is_over=is_over)
-
-
-def files_to_send(folder: Path) -> list[tuple[str, str]]:
-    """Return the files that the sweep's MLflow run gets: (file, folder there)."""
-    names = ("sweep.json", TRIALS_NAME, TABLE_NAME, HTML_NAME, MARKDOWN_NAME)
-    return [(name, "") for name in names if (folder / name).is_file()]
 
 
 def _analyse(
@@ -159,11 +157,7 @@ def _method(sweep: Sweep) -> str:
             "Every cell is trained with the same seeds on equally many samples, so that "
             "differences are taken within seeds."
         )
-    how = {
-        "Grid": "All combinations of a grid",
-        "Random": "Combinations drawn at random",
-        "Optuna": "Combinations proposed by Optuna (TPE)",
-    }[type(sweep.search).__name__]
+    how = HOW[type(sweep.search)]
     if sweep.stopping is None:
         return f"{how}, each trained to its end."
     return (
@@ -180,10 +174,6 @@ def _changed(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         for key, value in used.items()
         if value != default.get(key) and key not in ("name", "storage", "experiment")
     }
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def _run_url(tracking: str, folder: Path) -> str:

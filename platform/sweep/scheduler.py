@@ -21,8 +21,8 @@ from deta.platform.study_report.content import StudyReport
 from deta.platform.sweep.live_table import LiveTable, summary_line, table_text
 from deta.platform.sweep.optuna_search import Proposer
 from deta.platform.sweep.results import (
+    FILES_TO_SEND,
     TABLE_NAME,
-    files_to_send,
     open_trials,
     proposed_trials,
     records_of,
@@ -280,8 +280,9 @@ class SweepScheduler:
         """Queue the current table and report for the sweep's MLflow run."""
         text = table_text(self.trials, self.sweep.varied_keys(), self._summary())
         (self.folder / TABLE_NAME).write_text(text, encoding="utf-8")
-        for path, to in files_to_send(self.folder):
-            self.journal.write("file", path=path, to=to)
+        for name in FILES_TO_SEND:
+            if (self.folder / name).is_file():
+                self.journal.write("file", path=name, to="")
 
     def draw(self, *, last: bool = False) -> None:
         self.table.update(self.trials, self.sweep.varied_keys(), self._summary, last=last)
@@ -305,6 +306,3 @@ class SweepScheduler:
         now_s = time.monotonic()
         left_s -= sum(min(each_s, now_s - self.launched_s[trial_id]) for trial_id in self.locks)
         return max(0.0, left_s) / self.at_once or None
-
-    def first_failure(self) -> str:
-        return next((trial.reason for trial in self.trials if trial.reason), "")

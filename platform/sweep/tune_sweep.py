@@ -115,7 +115,7 @@ def launch_sweep(
                 speed = measure_speed(run, first, folder / "probe", table.print_line)
                 now["estimate"] = asdict(speed)
             estimate = ""
-            if now.get("estimate"):
+            if now["estimate"]:
                 estimate = _estimate(sweep, run, TrialSpeed(**now["estimate"]), trials, at_once)
                 table.print_line(estimate)
             is_wanted = not estimate_only and not (confirm and is_new and not confirm(estimate))
@@ -263,7 +263,8 @@ def _run_to_end(state: SweepScheduler) -> StudyReport:
             _tune(state)
         state.end_remaining("it ended without a result; see its folder")
         if all(trial.status == "failed" for trial in state.trials):
-            raise RuntimeError(f"no trial finished; the first: {state.first_failure()}")
+            reasons = [trial.reason for trial in state.trials if trial.reason]
+            raise RuntimeError(f"no trial finished; the first: {' '.join(reasons[:1])}")
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status, reason = "KILLED", "stopped from outside"
