@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,8 +53,7 @@ class CocoMetrics:
 
     def as_dict(self) -> dict[str, float]:
         """Return the twelve numbers by name, in 0..1, -1 where undefined."""
-        names = [field.name for field in fields(self) if field.name != "ap_per_category"]
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name != "ap_per_category"}
 
     def percent(self) -> dict[str, float]:
         """Return the twelve numbers in 0..100; undefined ones are left out."""

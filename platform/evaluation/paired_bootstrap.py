@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import false_discovery_control
 
+from deta.platform.evaluation.coco_metrics import AP50_INDEX, AP75_INDEX
 from deta.platform.evaluation.match_table import AREA_RANGES, MatchTable, match_table
 from deta.platform.evaluation.weighted_ap import ApTable, weighted_ap
-
-AP50_INDEX, AP75_INDEX = 0, 5
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deta.platform.data.coco_dataset import Category
 from deta.platform.serving.upload import FIELD, FORM_TYPE, RAW_TYPES
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -63,14 +64,9 @@ class Detected(_Strict):
     seconds: Seconds
 
 
-class CategoryOut(_Strict):
-    id: int
-    name: str
-
-
 class Served(_Strict):
     model: Model
-    categories: list[CategoryOut]
+    categories: list[Category]
     max_bytes: int
     max_pixels: int
     problem: str | None = Field(description="Why a newer model could not be loaded")
