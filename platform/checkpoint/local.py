@@ -187,10 +187,8 @@ def keep_newest_and_best(folder: Path, keep: int = 1, protect: Collection[Path] 
         protect: others to keep.
     """
     paths = [path for path in all_checkpoints(folder) if _is_complete(path)]
-    kept = {*paths[-keep:], *protect, best_checkpoint(folder)}
-    for path in paths:
-        if path not in kept:
-            delete_checkpoint(path)
+    for path in set(paths) - {*paths[-keep:], *protect, best_checkpoint(folder)}:
+        delete_checkpoint(path)
     clean_leftovers(folder)
 
 
@@ -207,7 +205,7 @@ def clean_leftovers(folder: Path) -> None:
     Only for the writer of the checkpoints, while no save is in progress.
     """
     _restore_replaced(folder)
-    for path in list(folder.iterdir()) if folder.is_dir() else ():
+    for path in folder.glob(".step-*"):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -215,10 +213,10 @@ def clean_leftovers(folder: Path) -> None:
 def _restore_replaced(folder: Path) -> None:
     """Rename a replaced checkpoint back if its save died between the two renames."""
     for path in folder.glob(".step-*.replaced"):
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is not None and not (folder / match.group(1)).exists():
+        final = folder / path.name.split(".")[1]
+        if NAME.fullmatch(final.name) and not final.exists():
             with contextlib.suppress(OSError):  # a read-only disk, or the save is still running
-                path.rename(folder / match.group(1))
+                path.rename(final)
 
 
 def _set_aside(path: Path) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deta.platform.system.atomic_write import write_atomic
+from deta.platform.system.atomic_write import write_json
 
 FENCE_FILE = "fence.json"
 TICKETS_KEPT = 16
@@ -51,9 +51,9 @@ class Fence:
             if _take_ticket(folder, number) and _newest_number(folder) < number + TICKETS_KEPT:
                 break
         fence = cls(folder, number, owner)
-        text = json.dumps({"number": number, "owner": owner, "since_s": time.time()}, indent=2)
+        record = {"number": number, "owner": owner, "since_s": time.time()}
         # This may overwrite the record of a newer group; the tickets still show which is newest.
-        write_atomic(folder / FENCE_FILE, text + "\n", durable=True)
+        write_json(folder / FENCE_FILE, record, indent=2, durable=True)
         for ticket in folder.glob(".fence-*"):
             suffix = ticket.name.removeprefix(".fence-")
             if suffix.isdecimal() and int(suffix) <= number - TICKETS_KEPT:

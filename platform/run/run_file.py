@@ -105,13 +105,11 @@ def _describe_data(dataset: CocoDataset, images: str, annotations: str) -> dict[
 
 
 def _environment() -> dict[str, Any]:
-    packages = sorted(
-        {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
-    )
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": packages,
+        "packages": sorted(packages),
     }
 
 

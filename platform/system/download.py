@@ -55,10 +55,6 @@ class DownloadError(RuntimeError):
     """A download failed. The message has the URL, the reason and what to do next."""
 
 
-class _Interrupted(Exception):
-    """This answer does not complete the file; another request may."""
-
-
 def is_url(text: str) -> bool:
     return "://" in text
 
@@ -187,7 +183,7 @@ def _receive_all(
                 raise DownloadError(f"{_shown(url)}: {problem}: {advice}") from error
             if error.code == 416:  # more bytes than the file has: it is another file
                 part.unlink(missing_ok=True)
-        except (_Interrupted, OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = _reason(error)
         size = part.stat().st_size if part.exists() else 0
         failures = 0 if size > furthest else failures + 1
@@ -228,7 +224,7 @@ def _receive(url: str, part: Path, max_bytes: int) -> None:
                 known not in (etag, date)
             ):
                 part.unlink()
-                raise _Interrupted("the server has another version than the received bytes")
+                raise ConnectionError("the server has another version than the received bytes")
         else:  # the whole file, whatever range was requested
             start = 0
             write_json(version_file, date if etag.startswith("W/") else etag)
@@ -254,7 +250,7 @@ def _receive(url: str, part: Path, max_bytes: int) -> None:
                 file.write(chunk)
                 show(arrived)
     if total is not None and arrived < total:
-        raise _Interrupted(f"the connection ended after {arrived:,} of {total:,} bytes")
+        raise ConnectionError(f"the connection ended after {arrived:,} of {total:,} bytes")
 
 
 @contextmanager
