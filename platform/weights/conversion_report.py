@@ -96,11 +96,8 @@ def compare_with_model(
     left_over = [*file.unknown, *(source for name in own_extra for source in file.sources[name])]
     counters = [n for n in file.tensors if n.endswith(STEPS) and n not in expected]
     missing = [n for n in expected if n not in file.tensors and not n.endswith(STEPS)]
-    fits = {
-        name: tensor
-        for name, tensor in file.tensors.items()
-        if name in expected and tuple(tensor.shape) == tuple(expected[name])
-    }
+    known = {name: tuple(t.shape) for name, t in file.tensors.items() if name in expected}
+    fits = [name for name, shape in known.items() if shape == tuple(expected[name])]
     return ConversionReport(
         layout=file.layout,
         used={name: file.sources[name] for name in fits},
@@ -110,11 +107,11 @@ def compare_with_model(
         left_over=[name for name in left_over if not _matches(name, allow_unused)],
         allowed_unused=[name for name in left_over if _matches(name, allow_unused)],
         wrong_shape={
-            name: (tuple(file.tensors[name].shape), tuple(expected[name]))
-            for name in file.tensors
-            if name in expected and name not in fits
+            name: (shape, tuple(expected[name]))
+            for name, shape in known.items()
+            if shape != tuple(expected[name])
         },
-        num_values={name: math.prod(tensor.shape) for name, tensor in fits.items()},
+        num_values={name: math.prod(known[name]) for name in fits},
     )
 
 

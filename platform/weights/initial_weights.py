@@ -58,11 +58,8 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
     if config.init_checkpoint is not None:
         path = Path(config.init_checkpoint)
         file = open_model_file(path, replace(config, model=model))
-        untrained = {
-            name: torch.zeros(shape)
-            for name, shape in layouts_of(model).shapes_of(model).items()
-            if is_class_head(name)
-        }
+        shapes = layouts_of(model).shapes_of(model)
+        untrained = {name: torch.zeros(shapes[name]) for name in shapes if is_class_head(name)}
         _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
         lines += [f"starts from {file.path} ({file.layout} layout)", *plan.lines]
     if config.init_backbone is not None:

@@ -120,25 +120,12 @@ def _rebuild_tensor(
     return TensorRecord(storage, int(offset), _integers(shape), _integers(stride))
 
 
-def _first(data: object, *_: object) -> object:
-    """Return the tensor of a parameter."""
-    return data
-
-
-def _reconstruct(*_: object) -> ArrayRecord:
-    return ArrayRecord()
-
-
 def _from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> ArrayRecord:
     return ArrayRecord(_numpy_type(dtype), _integers(shape), _content(data), order == "F")
 
 
 def _content(data: bytes) -> bytes:
     return bytes(memoryview(data))  # bytes(10**12) would allocate that many zeros
-
-
-def _dtype(code: object, *_: object) -> _Dtype:
-    return _Dtype(str(code))
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -177,13 +164,13 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("_codecs", "encode"): _encode,
-    ("numpy", "dtype"): _dtype,
+    ("numpy", "dtype"): lambda code, *_: _Dtype(str(code)),
 }
 for _core in ("numpy.core", "numpy._core"):
-    _FUNCTIONS[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _FUNCTIONS[f"{_core}.multiarray", "_reconstruct"] = lambda *_: ArrayRecord()
     _FUNCTIONS[f"{_core}.multiarray", "scalar"] = _Ignored
     _FUNCTIONS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 # Names that a pickle passes on as the type of a storage or array, and never calls.
@@ -204,10 +191,9 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python: allocates no declar
         self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _NAMES[module, name]
-        except KeyError:
-            raise RefusedNameError(f"{module}.{name}") from None
+        if (module, name) not in _NAMES:
+            raise RefusedNameError(f"{module}.{name}")
+        return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _, num_elements = pid[:5]

@@ -80,15 +80,9 @@ def _read_zip(
         if root + name not in members:
             raise UnreadableError(f"its member {name} is missing")
         try:
-            with archive.open(members[root + name]) as stream:
-                content = bytearray(members[root + name].file_size)
-                num_read = stream.readinto(content)  # type: ignore[attr-defined]
-                stream.read(1)  # reaching the end compares the checksum
+            return bytearray(archive.read(members[root + name]))  # compares the checksum
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
             raise UnreadableError(f"its member {name} is damaged ({error})") from error
-        if num_read != len(content):
-            raise UnreadableError(f"its member {name} is cut off")
-        return content
 
     if f"{root}byteorder" in members and member("byteorder") != b"little":
         raise UnreadableError(BIG_ENDIAN)
