@@ -16,7 +16,6 @@ import pytest
 from deta.platform.system.child_server import (
     ChildServerError,
     free_port,
-    is_loopback,
     start_child_server,
 )
 from deta.platform.system.places import child_environment
@@ -110,12 +109,3 @@ def test_a_taken_port_is_replaced_by_a_free_one():
         assert free_port("127.0.0.1", port) not in (0, port)
     with pytest.raises(ValueError, match="nothing can listen there"):
         free_port("203.0.113.7", 5000)  # a documentation address: no machine has it
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("127.0.0.1", True), ("127.5.4.3", True), ("::1", True), ("localhost", True),
-     ("0.0.0.0", False), ("10.0.0.5", False), ("localhost.evil.example", False)],
-)  # fmt: skip
-def test_loopback_addresses_are_recognized(host: str, expected: bool):
-    assert is_loopback(host) is expected
