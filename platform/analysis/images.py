@@ -96,9 +96,8 @@ def boxes_of(
     missed = np.flatnonzero(~matched.crowd & ~found & (matched.true.images == rank))
 
     def box(xywh: np.ndarray, category: int, kind: str, score: str, is_strong: bool) -> Box:
-        x, y, w, h = (xywh / np.tile(size_px, 2)).tolist()
-        name = explanation.classes[category - 1].name
-        return Box(x, y, w, h, kind, f"{WORDS[kind]} {name}{score}", bool(is_strong))
+        text = f"{WORDS[kind]} {explanation.classes[category - 1].name}{score}"
+        return Box(*_shares(xywh, (0, 0, *size_px)), kind, text, bool(is_strong))
 
     boxes = [
         box(matched.found.boxes[m], matched.found.categories[m], "wrong" if wrong[m] else "right",
@@ -171,14 +170,23 @@ def label_error_card(
     left, top = np.floor(np.maximum(0, centre - half)).astype(int).tolist()
     right = max(min(image.width, round(centre[0] + half)), left + 1)
     bottom = max(min(image.height, round(centre[1] + half)), top + 1)
-    size = np.array([right - left, bottom - top])
+    crop = (left, top, right, bottom)
     shown = []
     for kind, (text, box) in boxes.items():
-        x, y, w, h = ((box - [left, top, 0, 0]) / np.tile(size, 2)).tolist()
-        shown.append(Box(x, y, w, h, kind, text))
+        shown.append(Box(*_shares(box, crop), kind, text))
     lines = [", ".join(f"{key} {row[key]}" for key in ("annotated", "found") if key in row), name]
-    jpeg = small_jpeg(image.crop((left, top, right, bottom)), CROP_PX, may_grow=True)
+    jpeg = small_jpeg(image.crop(crop), CROP_PX, may_grow=True)
     return ImageCard(f"{error.kind}, {error.suspicion:.2f}", lines, jpeg, shown)
+
+
+def _shares(
+    xywh: np.ndarray, area: tuple[float, float, float, float]
+) -> tuple[float, float, float, float]:
+    """Return the part of a box that lies in an area (xyxy), in shares of its width and height."""
+    begin, end = np.array(area[:2]), np.array(area[2:])
+    low, high = np.clip(((xywh[:2], xywh[:2] + xywh[2:]) - begin) / (end - begin), 0, 1)
+    left, top, width, height = (*low, *(high - low))
+    return float(left), float(top), float(width), float(height)
 
 
 def choose_label_errors(errors: Sequence[LabelError], most: int) -> list[LabelError]:

@@ -118,13 +118,7 @@ def _errors(explanation: Explanation) -> Section:
         f"{100 * errors.false_positives_cost:.1f}, without missed boxes by "
         f"{100 * errors.false_negatives_cost:.1f}. Costs do not add up: errors hide each other."
     )
-    figure = Figure(
-        name="error-costs",
-        title="Cost of each error type",
-        description="Bars: how much AP50 would rise if errors of a type were repaired",
-        plots=[error_costs({"": explanation})],
-        note=note,
-    )
+    figure = Figure("Cost of each error type", [error_costs({"": explanation})], note)
     return Section("errors", "Error types", [figure, numbers])
 
 
@@ -178,18 +172,14 @@ def _curves(explanation: Explanation) -> Section:
     }
     parts = [
         Figure(
-            name="mean-curves",
-            title="Precision over recall, mean of the classes",
-            description="A line of precision over recall for each IoU threshold",
-            plots=[precision_recall({"": means})],
-            note="If the lines for a high IoU fall first, boxes are inaccurate.",
-            table=curve_table(means),
+            "Precision over recall, mean of the classes",
+            [precision_recall({"": means})],
+            "If the lines for a high IoU fall first, boxes are inaccurate.",
+            curve_table(means),
         ),
         Figure(
-            name="class-curves",
-            title="Precision over recall of each class, IoU 0.5",
-            description="Precision of each class at each recall",
-            plots=[class_precision_recall(explanation.classes)],
+            "Precision over recall of each class, IoU 0.5",
+            [class_precision_recall(explanation.classes)],
             table=curve_table(classes),
         ),
     ]
@@ -230,13 +220,7 @@ def _confusions(explanation: Explanation) -> Section:
     )
     if num_classes > MAX_CONFUSED:
         note += f" Of {num_classes} classes, the {MAX_CONFUSED} that are confused most."
-    figure = Figure(
-        name="confusion-matrix",
-        title="Confusion matrix",
-        description="Of the boxes of each class, the share that is found as each class",
-        plots=[confusion_matrix(explanation)],
-        note=note,
-    )
+    figure = Figure("Confusion matrix", [confusion_matrix(explanation)], note)
     return Section("confusions", "Confusions", [figure, confusions])
 
 
@@ -254,18 +238,13 @@ def _calibration(explanation: Explanation) -> Section:
             for place, (score, share, number) in enumerate(calibration.bins)
         ],
     )  # fmt: skip
-    figure = Figure(
-        name="reliability",
-        title="Share of correct detections over their score",
-        description="A mark for each of ten bins of score; calibrated scores are on the diagonal",
-        plots=[reliability(calibration)],
-        note=(
-            "Below the line the model is overconfident, above it underconfident. Calibration "
-            f"error of all detections {percent_text(calibration.error)} points, of the worst bin "
-            f"{percent_text(calibration.largest)}{confident}."
-        ),
-        table=numbers,
+    note = (
+        "A mark for each bin. Below the line the model is overconfident, above it underconfident. "
+        f"Calibration error of all detections {percent_text(calibration.error)} points, of the "
+        f"worst bin {percent_text(calibration.largest)}{confident}."
     )
+    title = "Share of correct detections over their score"
+    figure = Figure(title, [reliability(calibration)], note, numbers)
     return Section("calibration", "Calibration of scores", [figure])
 
 

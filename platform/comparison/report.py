@@ -126,7 +126,7 @@ def _result(comparison: Comparison) -> Section:
         "both do not widen the interval. The interval covers other images of this kind, not other "
         "trainings of these models."
     )
-    figure = _forest("result-figure", "B minus A", metric_rows(comparison), note)
+    figure = _forest("B minus A", metric_rows(comparison), note)
     return Section("result", "Difference", [*figure, numbers])
 
 
@@ -161,7 +161,7 @@ def _classes(comparison: Comparison) -> Section:
         "one in twenty of these classes is expected to be there by chance. Intervals are for one "
         "class at a time."
     )
-    figure = _forest("classes-figure", title, shown, note)
+    figure = _forest(title, shown, note)
     return Section("classes", "Classes", [*figure, numbers])
 
 
@@ -174,12 +174,9 @@ def _errors(comparison: Comparison) -> Section:
         [[kind, 100 * one[kind], 100 * other[kind], _points(other[kind] - one[kind]), MEANING[kind]]
          for kind in one],
     )  # fmt: skip
-    figure = Figure(
-        name="errors-figure",
-        title="Cost of each error type",
-        plots=[error_costs(dict(zip(comparison.names, comparison.explanations, strict=True)))],
-        note="Shorter is better. One repair can enable another, so costs do not add up.",
-    )
+    plot = error_costs(dict(zip(comparison.names, comparison.explanations, strict=True)))
+    note = "Shorter is better. One repair can enable another, so costs do not add up."
+    figure = Figure("Cost of each error type", [plot], note)
     return Section("errors", "Error types", [figure, numbers])
 
 
@@ -190,15 +187,8 @@ def _curves(comparison: Comparison) -> Section:
         for name, one in sides.items()
     }
     at_50 = {f"{name}, IoU 0.5": one.curves[0.5] for name, one in sides.items() if one.curves}
-    parts: list[Part] = [
-        Figure(
-            name="pr-figure",
-            title="Precision over recall",
-            plots=[precision_recall(curves)],
-            note="Means over classes.",
-            table=curve_table(at_50),
-        )
-    ]
+    plot = precision_recall(curves)
+    parts = [Figure("Precision over recall", [plot], "Means over classes.", curve_table(at_50))]
     if training := training_curves(comparison):
         numbers = table(
             "AP at each evaluation",
@@ -207,15 +197,8 @@ def _curves(comparison: Comparison) -> Section:
              for name, side in zip(comparison.names, comparison.sides, strict=True)
              for epoch, ap in side.curve],
         )  # fmt: skip
-        parts.append(
-            Figure(
-                name="training-figure",
-                title="AP over the training",
-                plots=[training],
-                note="As evaluated during the training.",
-                table=numbers,
-            )
-        )
+        note = "As evaluated during the training."
+        parts.append(Figure("AP over the training", [training], note, numbers))
     return Section("curves", "Curves", parts)
 
 
@@ -280,9 +263,8 @@ def _how(comparison: Comparison) -> Section:
     return Section("how", "How it was measured", [compared, text, aside])
 
 
-def _forest(name: str, title: str, rows: Sequence[ForestRow], note: str) -> list[Figure]:
-    plots = [forest(rows, "points of AP", zero=True)] if rows else []
-    return [Figure(name=name, title=title, plots=plots, note=note)] if rows else []
+def _forest(title: str, rows: Sequence[ForestRow], note: str) -> list[Figure]:
+    return [Figure(title, [forest(rows, "points of AP", zero=True)], note)] if rows else []
 
 
 def _difference_columns(confidence: float) -> list[Number]:

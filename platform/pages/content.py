@@ -7,6 +7,7 @@ The templates of this room turn them into HTML and escape every text, so a class
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
@@ -111,18 +112,21 @@ def table(caption: str, columns: Sequence[str | Number], rows: Sequence[Sequence
     return Table(caption, [columns[i] for i in kept], [[row[i] for i in kept] for row in written])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Figure:
     """One plot, or several side by side where the window has room, and their numbers as a table."""
 
     macro: ClassVar[str] = "figure"
 
-    name: str  # unique on its page; letters, digits, hyphens
-    title: str
+    title: str  # unique on its page
     plots: Sequence[go.Figure]  # from figures.py
-    description: str = ""  # what it shows, for those who do not see it; the title if empty
     note: str = ""  # a sentence below: how to read it
     table: Table | None = None  # None where the section shows the same table beside the figure
+
+    @property
+    def name(self) -> str:
+        """Return the title as an id and a name of files: letters, digits, hyphens."""
+        return re.sub(r"\W+", "-", self.title, flags=re.ASCII).strip("-")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Box:
-    """A box over an image, in shares of its width and height.
+    """A box over an image, in shares of its width and height, and within it.
 
     It is an element of the page: sharp at any width, and read by a screen reader.
     """
@@ -154,23 +158,14 @@ class Box:
 
     @property
     def css_class(self) -> str:
-        left, top, *_ = self._visible_part
         names = ["box", self.kind] + ["strong"] * self.is_strong
-        names += ["within"] * (top < TOP_SHARE) + ["to-left"] * (left > RIGHT_SHARE)
+        names += ["within"] * (self.top < TOP_SHARE) + ["to-left"] * (self.left > RIGHT_SHARE)
         return " ".join(names)
 
     @property
     def css_style(self) -> str:
-        left, top, width, height = (100 * share for share in self._visible_part)
-        return f"left:{left:.2f}%;top:{top:.2f}%;width:{width:.2f}%;height:{height:.2f}%"
-
-    @property
-    def _visible_part(self) -> tuple[float, float, float, float]:
-        """Left, top, width and height of the part that lies on the image."""
-        left, top = min(max(self.left, 0.0), 1.0), min(max(self.top, 0.0), 1.0)
-        width = min(max(self.left + self.width, 0.0), 1.0) - left
-        height = min(max(self.top + self.height, 0.0), 1.0) - top
-        return left, top, width, height
+        shares = {"left": self.left, "top": self.top, "width": self.width, "height": self.height}
+        return ";".join(f"{name}:{share:.2%}" for name, share in shares.items())
 
 
 @dataclass(frozen=True)

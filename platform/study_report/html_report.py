@@ -119,7 +119,7 @@ def _cells(analysis: Analysis) -> Section:
     unit = f"{analysis.metric} (0 to 100)"
     title = f"{analysis.metric} of each cell"
     parts: list[Part] = [cells_table(analysis)]
-    parts += _forest("cells-figure", title, cell_rows(analysis), unit, note, zero=False)
+    parts += _forest(title, cell_rows(analysis), unit, note, zero=False)
     if analysis.notes:
         parts.append(BulletList("Limits of these results", analysis.notes))
     return Section("cells", "Results of the cells", parts)
@@ -137,7 +137,7 @@ def _differences(analysis: Analysis) -> Section:
         parts.append(differences_table(analysis, analysis.answers, caption))
         rows = difference_rows(analysis, analysis.answers)
         note = f"Small marks are the differences of single seeds. {drawn}"
-        parts += _forest("answers-figure", "The questions", rows, unit, note)
+        parts += _forest("The questions", rows, unit, note)
     if analysis.differences:
         table = differences_table(
             analysis,
@@ -152,30 +152,24 @@ def _differences(analysis: Analysis) -> Section:
             which = "Pairs that differ in one factor, and those with a named cell, seed by seed"
         note = f"Each from its own seeds alone, so with wider intervals. {drawn}"
         rows = difference_rows(analysis, shown)
-        parts += _forest("pairs-figure", which, rows, unit, note, table=table) or [table]
+        parts += _forest(which, rows, unit, note, numbers=table) or [table]
     return Section("differences", "Differences, seed by seed", parts)
 
 
 def _effects(analysis: Analysis) -> Section:
     parts: list[Part] = []
     if plots := interactions(analysis):
-        parts.append(
-            Figure(
-                name="interaction-figure",
-                title="Means at each level",
-                description=f"Mean {analysis.metric} over the cells at each level of a factor, "
-                "with one line for each level of another. The numbers are in the table of cells.",
-                plots=plots,
-                note="Parallel lines mean that the factors add. Lines that diverge or cross mean "
-                "that the effect of one depends on the other. Small marks are seeds.",
-            )
+        note = (
+            "Parallel lines mean that the factors add. Lines that diverge or cross mean that the "
+            "effect of one depends on the other. Small marks are seeds."
         )
+        parts.append(Figure("Means at each level", plots, note))
     note = (
         "A filled mark differs from zero after Holm's correction, a hollow one does not. An "
         "interaction is the difference of two differences."
     )
     unit = f"effect on {analysis.metric}, points"
-    parts += _forest("effects-figure", "Effects", effect_rows(analysis), unit, note)
+    parts += _forest("Effects", effect_rows(analysis), unit, note)
     parts += [*_filled(effects_table(analysis)), *_filled(terms_table(analysis))]
     return Section("effects", "Effects and interactions", parts if analysis.effects else [])
 
@@ -183,16 +177,10 @@ def _effects(analysis: Analysis) -> Section:
 def _curves(report: StudyReport) -> Section:
     plots = learning_curves(report.trials, report.cell_names, report.metric)
     unfinished = any(trial.status != "finished" and trial.curve for trial in report.trials)
-    figure = Figure(
-        name="curves-figure",
-        title=f"{report.metric} over training samples seen",
-        description=f"Learning curves: {report.metric} of each cell over the samples it was "
-        "trained on. The numbers are in the table below.",
-        plots=plots,
-        note="Lines are means over seeds; bands reach from the lowest seed to the highest."
-        + (" Dotted lines are trials that did not finish; no mean includes them." * unfinished),
-        table=curve_table(mean_learning_curves(report.trials), report.metric),
-    )
+    note = "Lines are means over seeds; bands reach from the lowest seed to the highest."
+    note += " Dotted lines are trials that did not finish; no mean includes them." * unfinished
+    numbers = curve_table(mean_learning_curves(report.trials), report.metric)
+    figure = Figure(f"{report.metric} over training samples seen", plots, note, numbers)
     return Section("curves", "Learning curves", [figure] if plots else [])
 
 
@@ -219,12 +207,7 @@ def _cost(report: StudyReport) -> Section:
                 "a front of single trials would favour lucky ones."
             )
         plot = cost_against_ap(marks, front, f"{kind.title} ({kind.unit})", report.metric)
-        parts.append(
-            Figure(
-                name="cost-figure", title=f"{report.metric} over cost", plots=[plot], note=note,
-                description=f"{report.metric} over the {kind.title}",
-            )
-        )  # fmt: skip
+        parts.append(Figure(f"{report.metric} over cost", [plot], note))
     return Section("cost", "Cost", parts)
 
 
@@ -242,15 +225,12 @@ def _power(report: StudyReport) -> Section:
         f"The standard deviation of one training within a seed is {pilot.estimate.sd:.2f} {metric} "
         f"(at most {worst:.2f} with {100 * report.analysis.confidence:g} % confidence)."
     )
-    figure = Figure(
-        name="power-figure",
-        title="The smallest difference that is detected, by seeds",
-        description="The smallest true difference that is detected with 80 % power, over the "
-        "number of seeds of each cell. The table above has the seeds for given differences.",
-        plots=[power_curve(pilot, len(report.analysis.seeds), report.relevant, metric)],
-        note="Detected means: significant four times in five. This is for one comparison; several "
-        "at once, with Holm's correction, need more.",
+    note = (
+        "Detected means: significant four times in five (80 % power). This is for one comparison; "
+        "several at once, with Holm's correction, need more."
     )
+    plot = power_curve(pilot, len(report.analysis.seeds), report.relevant, metric)
+    figure = Figure("The smallest difference that is detected, by seeds", [plot], note)
     return Section("power", title, [Paragraph(text), required_seeds_table(report, pilot), figure])
 
 
@@ -284,14 +264,8 @@ def _filled(table: Table) -> list[Part]:
 
 
 def _forest(
-    name: str, title: str, rows: Sequence[ForestRow], unit: str, note: str, *,
-    table: Table | None = None, zero: bool = True,
+    title: str, rows: Sequence[ForestRow], unit: str, note: str, *,
+    numbers: Table | None = None, zero: bool = True,
 ) -> list[Part]:  # fmt: skip
     """Return the figure of estimates, if there are any."""
-    description = f"{title}: estimates with their intervals. The numbers are in the table."
-    return [
-        Figure(
-            name=name, title=title, description=description, note=note, table=table,
-            plots=[forest(rows, unit, zero=zero)],
-        )
-    ] if rows else []  # fmt: skip
+    return [Figure(title, [forest(rows, unit, zero=zero)], note, numbers)] if rows else []

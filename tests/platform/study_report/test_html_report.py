@@ -115,7 +115,7 @@ def test_in_a_browser_it_fits_the_window_and_follows_the_colour_scheme(
     page_path, _ = write_study_report(tmp_path, study())
     view, trouble = opened(browser, page_path, viewport={"width": 1920, "height": 900})
     assert_fits(view, 1920)
-    color = "getComputedStyle(document.querySelector('#cells-figure-1 .xtick text')).fill"
+    color = "getComputedStyle(document.querySelector('#AP-of-each-cell-1 .xtick text')).fill"
     light = view.evaluate(color)
     view.emulate_media(color_scheme="dark")
     until(view, f"{color} !== {json.dumps(light)}")
