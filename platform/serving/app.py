@@ -236,7 +236,8 @@ def create_app(
     @app.get("/ready", responses={503: PROBLEMS[503]})
     async def ready() -> dict[str, str]:
         """Return 200 if a model is loaded."""
-        service.slot.loaded()
+        if service.slot.model is None:  # without the reason: no token is needed here
+            raise Refusal(503, "no_model", "no model is loaded yet", {"Retry-After": "5"})
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)

@@ -317,9 +317,13 @@ def test_a_service_without_a_model_is_healthy_but_not_ready(folders: dict[str, P
     source = AliasSource(folders, "1", broken={"1"})
     with running(source, CONFIG, ready=False) as here:
         assert here.request("GET", "/health")[0] == 200
-        assert here.request("GET", "/ready")[0] == 503
+        wait_until(lambda: "damaged" in here.app.state.service.slot.problem)
+        status, _, content = here.request("GET", "/ready")
+        assert status == 503
+        assert b"damaged" not in content  # who has no token learns nothing
         status, answer = here.detect(encoded(random_image()))
         assert (status, answer["error"]) == (503, "no_model")
+        assert "damaged" in answer["detail"]
         source.broken.clear()
         here.wait_until_ready()
         assert here.detect(encoded(random_image()))[0] == 200
