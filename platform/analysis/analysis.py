@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]
     errors = find_errors(matched, overlaps)
     score, f1 = operating_point(matched, errors)
     names = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
+    # Matched greedily across classes, the highest score first.
+    confusion = matched.evaluation.confusion_matrix(iou_thr=TRUE_FROM, min_score=score)["matrix"]
     return Explanation(
         matched,
         errors,
@@ -136,7 +139,7 @@ def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         _curves(matched),
         score,
         f1,
-        _confusion(matched, score),
+        np.asarray(confusion).astype(np.int64),
         _calibration(matched, errors),
         worst_images(matched, errors, score),
         tuple(find_label_errors(matched, overlaps, errors, score)),
@@ -299,31 +302,18 @@ def _curves(matched: Matched) -> dict[float, tuple[float, ...]]:
     }
 
 
-def _confusion(matched: Matched, operating_score: float) -> np.ndarray:
-    """Match greedily across classes, the highest score first, at an IoU of 0.5."""
-    found = matched.evaluation.confusion_matrix(iou_thr=TRUE_FROM, min_score=operating_score)
-    return np.asarray(found["matrix"]).astype(np.int64)
-
-
-def _calibration(matched: Matched, errors: DetectionErrors) -> Calibration:
-    counted = errors.kind != NOT_COUNTED
-    scores, correct = matched.scores[counted], errors.kind[counted] == CORRECT
+def _calibration(matched: Matched, found: DetectionErrors) -> Calibration:
+    counted = found.kind != NOT_COUNTED
+    scores, correct = matched.scores[counted], found.kind[counted] == CORRECT
     if len(scores) and not 0 <= scores.min() <= scores.max() <= 1:
         raise ValueError(f"scores reach from {scores.min():g} to {scores.max():g}, not in 0..1")
-    error, largest = hotcoco_metrics.calibration_error(scores, correct, n_bins=NUM_BINS)
     sure = scores >= CONFIDENT_FROM
-    confident = -1.0
-    if sure.any():
-        confident, _ = hotcoco_metrics.calibration_error(
-            scores[sure], correct[sure], n_bins=NUM_BINS
-        )
+    errors_of = partial(hotcoco_metrics.calibration_error, n_bins=NUM_BINS)
+    error, largest = errors_of(scores, correct)
+    confident = errors_of(scores[sure], correct[sure])[0] if sure.any() else -1.0
     bins = hotcoco_metrics.calibration_curve(scores, correct, n_bins=NUM_BINS)
-    return Calibration(
-        error,
-        largest,
-        confident,
-        tuple((one["avg_confidence"], one["avg_accuracy"], one["count"]) for one in bins),
-    )
+    rows = tuple((one["avg_confidence"], one["avg_accuracy"], one["count"]) for one in bins)
+    return Calibration(error, largest, confident, rows)
 
 
 def _mean(values: Iterable[float] | np.ndarray) -> float:

@@ -18,6 +18,7 @@ from deta.platform.pages.figures import (
     bars,
     figure,
     heat_map,
+    marks,
     rows_axis,
     shortened,
 )
@@ -118,19 +119,16 @@ def reliability(calibration: Calibration) -> go.Figure:
     """Plot the share of correct detections over their score; calibrated scores are on the line."""
     bins = [one for one in calibration.bins if one[2] > 0]
     most = max((number for *_, number in bins), default=1)
-    marks = go.Scatter(
-        x=[score for score, _, _ in bins], y=[share for _, share, _ in bins], mode="markers",
-        marker_size=[8 + 14 * (number / most) ** 0.5 for *_, number in bins],
-        hovertext=[f"{n} detections of score {score:.2f}: {share:.0%} correct"
-                   for score, share, n in bins],
-        hoverinfo="text", marker_color=COLORS[0],
-    )  # fmt: skip
+    texts = [f"{n} detections of score {x:.2f}: {y:.0%} correct" for x, y, n in bins]
+    sizes = [8 + 14 * (number / most) ** 0.5 for *_, number in bins]
+    points = marks([b[0] for b in bins], [b[1] for b in bins], texts, COLORS[0],
+                   marker={"size": sizes})  # fmt: skip
     diagonal = go.Scatter(
         x=[0, 1], y=[0, 1], mode="lines", hoverinfo="skip",
         line={"color": MUTED, "width": 1, "dash": "dash"},
     )  # fmt: skip
     return figure(
-        [diagonal, marks], height=380,
+        [diagonal, points], height=380,
         xaxis={"title": {"text": "score"}, "range": [-0.03, 1.05]},
         yaxis={"title": {"text": "share of correct detections"}, "range": [-0.03, 1.05],
                "tickformat": ".0%"},

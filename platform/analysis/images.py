@@ -185,8 +185,8 @@ def _shares(
     """Return the part of a box that lies in an area (xyxy), in shares of its width and height."""
     begin, end = np.array(area[:2]), np.array(area[2:])
     low, high = np.clip(((xywh[:2], xywh[:2] + xywh[2:]) - begin) / (end - begin), 0, 1)
-    left, top, width, height = (*low, *(high - low))
-    return float(left), float(top), float(width), float(height)
+    (left, top), (width, height) = low.tolist(), (high - low).tolist()
+    return left, top, width, height
 
 
 def choose_label_errors(errors: Sequence[LabelError], most: int) -> list[LabelError]:

@@ -79,29 +79,23 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
             f"{_points(found.difference)} AP ({confidence} {interval})."
         )
     level = 1 - found.confidence
-    distinct = [
-        (comparison.class_names[key], one.difference)
-        for key, one in found.per_category.items()
-        if one.p_adjusted < level
-    ]
-    better = [name for name, difference in distinct if difference > 0]
-    worse = [name for name, difference in distinct if difference < 0]
-    if not distinct:
-        return [
-            first,
-            "No single class differs significantly after correction for the number of classes.",
+    parts = []
+    for word, sign in (("better", 1), ("worse", -1)):
+        names = [
+            comparison.class_names[key]
+            for key, one in found.per_category.items()
+            if one.p_adjusted < level and sign * one.difference > 0
         ]
-    parts = [
-        f"{word} at {_enumeration(which)}"
-        for word, which in (("better", better), ("worse", worse))
-        if which
-    ]
-    return [first, f"After correction for the number of classes, {b} is {' and '.join(parts)}."]
+        parts += [f"{word} at {_enumeration(names)}"] if names else []
+    after = "after correction for the number of classes"
+    if not parts:
+        return [first, f"No single class differs significantly {after}."]
+    return [first, f"{after.capitalize()}, {b} is {' and '.join(parts)}."]
 
 
 def _facts(comparison: Comparison) -> str:
     found, boxes = comparison.difference, comparison.found
-    total = boxes.both + boxes.only_a + boxes.only_b + boxes.neither
+    total = sum(vars(boxes).values())
     return (
         f"AP {100 * found.ap_a:.1f} (A) and {100 * found.ap_b:.1f} (B), "
         f"{num_of(found.num_images, 'image')}, {total} {'box' if total == 1 else 'boxes'}: "

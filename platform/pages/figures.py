@@ -78,6 +78,15 @@ def style(place: int) -> dict[str, Any]:
     }
 
 
+def marks(
+    x: Sequence[float], y: Sequence[float], texts: Sequence[str], color: str, **more: Any
+) -> go.Scatter:
+    """Return points; `texts` (already made safe) appear under the pointer."""
+    look = {"color": color} | more.pop("marker", {})
+    options = {"mode": "markers", "hoverinfo": "text", "showlegend": False} | more
+    return go.Scatter(x=list(x), y=list(y), marker=look, hovertext=list(texts), **options)
+
+
 def band(
     x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, **more: Any
 ) -> go.Scatter:
@@ -145,31 +154,20 @@ def forest(rows: Sequence[ForestRow], title: str, *, zero: bool) -> go.Figure:
     between = "  " if longest <= MAX_LETTERS else "<br>"
     traces, notes = [], []
     for place, (row, name, number) in enumerate(zip(rows, names, numbers, strict=True)):
-        traces.append(
-            go.Scatter(
-                x=[value for _, value in row.values], y=[place] * len(row.values), mode="markers",
-                marker={"color": MUTED, "size": 6}, opacity=0.55, hoverinfo="text",
-                hovertext=[f"{figure_text(n)}: {signed(v, 2)}" for n, v in row.values],
-            )
-        )  # fmt: skip
+        texts = [f"{figure_text(n)}: {signed(value, 2)}" for n, value in row.values]
+        values, places = [value for _, value in row.values], [place] * len(row.values)
+        traces.append(marks(values, places, texts, MUTED, marker={"size": 6}, opacity=0.55))
         low, high = (
             (row.interval.low, row.interval.high) if row.interval else (row.estimate, row.estimate)
         )
-        marker = {
-            "color": row.color if row.is_distinct else PAPER,
-            "size": 11,
-            "line": {"color": row.color, "width": 2},
-        }
+        fill = row.color if row.is_distinct else PAPER
+        look = {"size": 11, "line": {"color": row.color, "width": 2}}
         error = {
             "symmetric": False, "array": [high - row.estimate],
             "arrayminus": [row.estimate - low], "color": row.color, "thickness": 2.5, "width": 0,
         }  # fmt: skip
-        traces.append(
-            go.Scatter(
-                x=[row.estimate], y=[place], mode="markers", marker=marker, error_x=error,
-                hoverinfo="text", hovertext=[f"{name}<br>{number}"],
-            )
-        )  # fmt: skip
+        text = f"{name}<br>{number}"
+        traces.append(marks([row.estimate], [place], [text], fill, marker=look, error_x=error))
         notes.append(
             {"text": f"{name}{between}{number}", "x": 0, "xref": "paper", "xanchor": "left",
              "y": place, "yanchor": "bottom", "yshift": 7, "showarrow": False, "align": "left",

@@ -12,16 +12,13 @@ MAX_DECIMALS = 3
 
 def signed(value: float, decimals: int) -> str:
     """Return such as "−0.1", "0.3"; what rounds to zero has no sign."""
-    text = f"{abs(value):.{decimals}f}"
-    return f"{MINUS}{text}" if value < 0 and float(text) != 0 else text
+    text = f"{abs(value):,.{decimals}f}"
+    return f"{MINUS}{text}" if value < 0 and text.strip("0.") else text
 
 
 def number_text(value: float | None, decimals: int = 0) -> str:
     """Return a number of a table: "−0.1", "12,800"; a dash where it is None or NaN."""
-    if value is None or math.isnan(value):
-        return MISSING
-    text = f"{abs(value):,.{decimals}f}"
-    return f"{MINUS}{text}" if value < 0 and text.strip("0.") else text
+    return MISSING if value is None or math.isnan(value) else signed(value, decimals)
 
 
 def decimals_for(uncertainty: float | None) -> int:

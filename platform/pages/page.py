@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deta.platform.pages.content import Figure, ImageGrid, Paragraph, Section, SlideShow
 from deta.platform.pages.render import PLOTLY, content_policy, render_page
 from deta.platform.system.atomic_write import write_atomic
 
 
-def write_page(
-    path: Path,
-    *,
-    title: str,
-    summary: Sequence[Paragraph],
-    sections: Sequence[Section],
-    footer: str = "",
-) -> None:
-    """Write the page atomically; see `page`."""
-    text = page(title=title, summary=summary, sections=sections, footer=footer)
-    write_atomic(path, text)
+def write_page(path: Path, **content: Any) -> None:
+    """Write the page atomically. For `content`, see `page`."""
+    write_atomic(path, page(**content))
 
 
 def page(

@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from deta.platform.pages.figures import COLORS, MUTED, PAPER, ForestRow, band, figure, style
+from deta.platform.pages.figures import COLORS, MUTED, PAPER, ForestRow, band, figure, marks, style
 from deta.platform.pages.number_format import amount, short, signed
 from deta.platform.pages.safe_text import figure_text
 from deta.platform.study.power import PilotPlan
@@ -112,10 +112,8 @@ def _means_at_levels(cells: Sequence[CellSummary], across: str, by: str, metric:
         ]  # fmt: skip
         x, y, texts = zip(*seeds, strict=True)
         look = style(place)
-        traces.append(
-            go.Scatter(x=x, y=y, mode="markers", marker={"color": look["line"]["color"], "size": 5},
-                       opacity=0.4, hovertext=texts, hoverinfo="text", showlegend=False)
-        )  # fmt: skip
+        color = look["line"]["color"]
+        traces.append(marks(x, y, texts, color, marker={"size": 5}, opacity=0.4))
         means = {}
         for place_of_level, level in enumerate(levels):
             values = [c.mean for c in own if c.cell.labels[across] == level and c.mean is not None]
@@ -256,22 +254,15 @@ def cost_against_ap(
     for place, cell in enumerate(cells):
         marker: dict[str, Any] = style(0 if is_many else place)["marker"]
         color, name = marker["color"], figure_text(cell.name)
-        traces.append(
-            go.Scatter(
-                x=[cost for _, cost, _ in cell.trials], y=[ap for *_, ap in cell.trials],
-                mode="markers", marker=marker | {"size": 6}, opacity=0.45, showlegend=False,
-                hovertext=[f"{figure_text(n)}: {signed(ap, 2)}" for n, _, ap in cell.trials],
-                hoverinfo="text",
-            )
-        )  # fmt: skip
+        texts = [f"{figure_text(n)}: {signed(ap, 2)}" for n, _, ap in cell.trials]
+        x, y = [cost for _, cost, _ in cell.trials], [ap for *_, ap in cell.trials]
+        traces.append(marks(x, y, texts, color, marker=marker | {"size": 6}, opacity=0.45))
+        text = f"{name}<br>{signed(cell.ap, 2)} at {amount(cell.cost)}"
         marker |= {"size": 9 if is_many else 12, "line": {"color": color, "width": 2}}
         marker["color"] = color if cell.name in front else PAPER
         traces.append(
-            go.Scatter(
-                x=[cell.cost], y=[cell.ap], mode="markers", marker=marker, name=name,
-                showlegend=not is_many, hoverinfo="text",
-                hovertext=f"{name}<br>{signed(cell.ap, 2)} at {amount(cell.cost)}",
-            )
+            marks([cell.cost], [cell.ap], [text], color, marker=marker, name=name,
+                  showlegend=not is_many)
         )  # fmt: skip
     costs = [cell.cost for cell in cells]
     costs += [cost for cell in cells for _, cost, _ in cell.trials]

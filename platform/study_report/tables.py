@@ -20,7 +20,7 @@ from deta.platform.pages.number_format import (
     signed,
 )
 from deta.platform.study.power import PilotPlan, power_table
-from deta.platform.study.study_types import Analysis, Anchor, CellDifference, Decomposition
+from deta.platform.study.study_types import Analysis, Anchor, CellDifference, Decomposition, Effect
 from deta.platform.study.trial_record import TrialRecord
 from deta.platform.study_report.content import Provenance, StudyReport
 from deta.platform.study_report.figures import MeanCurve
@@ -96,16 +96,11 @@ def differences_table(
         verdict = "significant" if is_distinct else "not significant"
         if item.estimate is None or item.p is None:
             verdict = MISSING
-        rows.append(
-            [item.title, item.estimate, _range(item.interval, digits), p_text(item.p),
-             p_text(item.p_holm), verdict, len(item.seeds), item.note]
-        )  # fmt: skip
+        rows.append([item.title, *_tested(item, digits), verdict, len(item.seeds), item.note])
+    tests = _test_columns(analysis, digits)
     return table(
-        caption,
-        ["difference", *_estimate_columns(analysis, digits), Number("p"),
-         Number("p", "after Holm"), "verdict after Holm", Number("seeds"), "note"],
-        rows,
-    )  # fmt: skip
+        caption, ["difference", *tests, "verdict after Holm", Number("seeds"), "note"], rows
+    )
 
 
 def effects_table(analysis: Analysis) -> Table:
@@ -114,11 +109,9 @@ def effects_table(analysis: Analysis) -> Table:
     return table(
         "Effect of each factor, averaged over the others; of two factors, how much the effect of "
         "one changes with the other.",
-        ["effect", *_estimate_columns(analysis, digits), Number("p"), Number("p", "after Holm"),
-         "note"],
-        [[e.name, e.estimate, _range(e.interval, digits), p_text(e.p), p_text(e.p_holm), e.note]
-         for e in analysis.effects],
-    )  # fmt: skip
+        ["effect", *_test_columns(analysis, digits), "note"],
+        [[effect.name, *_tested(effect, digits), effect.note] for effect in analysis.effects],
+    )
 
 
 def terms_table(analysis: Analysis) -> Table:
@@ -343,9 +336,14 @@ def count_text(value: int | None) -> str:
     return "over 10,000" if value is None else f"{value:,}"
 
 
-def _estimate_columns(analysis: Analysis, digits: int) -> list[Number]:
-    level = f"{100 * analysis.confidence:g} %"
-    return [Number("estimate", analysis.metric, digits), Number("interval", level)]
+def _test_columns(analysis: Analysis, digits: int) -> list[Number]:
+    interval = Number("interval", f"{100 * analysis.confidence:g} %")
+    estimate = Number("estimate", analysis.metric, digits)
+    return [estimate, interval, Number("p"), Number("p", "after Holm")]
+
+
+def _tested(item: CellDifference | Effect, digits: int) -> list[Cell]:
+    return [item.estimate, _range(item.interval, digits), p_text(item.p), p_text(item.p_holm)]
 
 
 def _range(interval: Interval | None, digits: int) -> str | None:
