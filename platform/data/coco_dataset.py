@@ -82,26 +82,18 @@ class Sample:
     original_size_px: tuple[int, int]  # (height, width) as in the annotation file
 
 
+@dataclass(eq=False, repr=False)
 class CocoDataset:
     """Images with boxes, sorted by image id. Made by `CocoDataset.open`.
 
     `dataset[i]` decodes image i. It is cheap to pickle and safe to share between threads.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        tables: CocoTables,
-        categories: tuple[Category, ...],
-        notes: list[str],
-        max_pixels: int,
-    ) -> None:
-        """Wrap tables that `open` has checked."""
-        self.folder = folder
-        self.tables = tables
-        self.categories = categories
-        self.notes = notes
-        self.max_pixels = max_pixels
+    folder: Path
+    tables: CocoTables
+    categories: tuple[Category, ...]
+    notes: list[str]
+    max_pixels: int
 
     @classmethod
     def open(
@@ -133,15 +125,16 @@ class CocoDataset:
         num_bytes = inspect_images(images, coco.images, max_pixels, progress, problems)
         problems.raise_errors(lenient)
 
-        usable = [i for i in coco.images if i["id"] in num_bytes]
+        usable = sorted(
+            (i for i in coco.images if i["id"] in num_bytes), key=operator.itemgetter("id")
+        )
         if not usable:
             raise DatasetError(
                 f"{annotations}: none of the {len(coco.images)} images in {images} can be used:\n"
                 + "\n".join(problems.notes())
             )
-        usable.sort(key=operator.itemgetter("id"))
-        ids = sorted(category["id"] for category in coco.categories)
         names = {category["id"]: category["name"] for category in coco.categories}
+        ids = sorted(names)
         categories = tuple(Category(i, names[i]) for i in ids)
         tables, notes = make_tables(annotations, coco, usable, ids, num_bytes)
 
@@ -243,7 +236,7 @@ class CocoDataset:
         """Return a data set of the images with the lowest ids.
 
         Raises:
-            ValueError: `num_images` is below 1 or larger than the data set.
+            ValueError: there are not as many, or fewer than one are requested.
         """
         if not 1 <= num_images <= len(self):
             raise ValueError(

@@ -96,16 +96,14 @@ class _ModelInput(NamedTuple):
     replaced: ReplacedImage | None = None
 
 
+@dataclass
 class _TrainingInputs(Dataset[_ModelInput]):
     """Augmented images, by (epoch, image index)."""
 
-    def __init__(
-        self, dataset: ImageDataset, config: AugmentationConfig, seed: int, replace_broken: bool
-    ) -> None:
-        self.dataset = dataset
-        self.config = config
-        self.seed = seed
-        self.replace_broken = replace_broken
+    dataset: ImageDataset
+    config: AugmentationConfig
+    seed: int
+    replace_broken: bool
 
     def __getitem__(self, key: SampleKey) -> _ModelInput:
         sample, replaced = self._sample(key)
@@ -137,12 +135,12 @@ class _TrainingInputs(Dataset[_ModelInput]):
         ) from fault
 
 
+@dataclass
 class _EvaluationInputs(Dataset[_ModelInput]):
     """Images at their evaluation size, by index."""
 
-    def __init__(self, dataset: ImageDataset, size: EvaluationSize) -> None:
-        self.dataset = dataset
-        self.size = size
+    dataset: ImageDataset
+    size: EvaluationSize
 
     def __getitem__(self, index: int) -> _ModelInput:
         return _model_input(resize_for_evaluation(self.dataset[index], self.size))

@@ -24,7 +24,7 @@ def progress_bar(
     columns: list[progress.ProgressColumn] = (
         [progress.DownloadColumn(), progress.TransferSpeedColumn()]
         if is_bytes
-        else [progress.MofNCompleteColumn(), progress.TextColumn("{task.speed:.1f}/s")]
+        else [progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]:.1f}/s")]
     )
     with progress.Progress(
         "{task.description}",
@@ -35,5 +35,6 @@ def progress_bar(
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda amount: bar.advance(task, amount)
+        bar.add_task(description, total=total, rate=0.0)
+        (task,) = bar.tasks
+        yield lambda amount: bar.update(task.id, advance=amount, rate=task.speed or 0.0)

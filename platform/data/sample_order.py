@@ -115,11 +115,7 @@ class Draws:
         return (self._next() >> 11) * 2.0**-53
 
     def integer(self, low: int, high: int) -> int:
-        """Draw uniformly from [low, high], inclusive (to within 2**-64 times the number of values).
-
-        Raises:
-            ValueError: low > high.
-        """
+        """Draw uniformly from [low, high], inclusive, to within 2**-64 for each value."""
         if low > high:
             raise ValueError(f"no integer lies in [{low}, {high}]; low must not exceed high")
         return low + (self._next() * (high - low + 1) >> 64)

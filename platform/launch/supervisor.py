@@ -23,7 +23,7 @@ from deta.platform.run.dataset_snapshot import write_dataset_snapshot
 from deta.platform.run.run import STOP_FILE, AttemptOutcome, Run, RunResult
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.process_tree import RUN_MARK, new_mark
-from deta.platform.tracking.upload_process import UploadState, finish_uploader, start_uploader
+from deta.platform.tracking.upload_process import finish_uploader, start_uploader
 
 UPLOAD_S = 6.0  # from the end of a run to the exit, if MLflow does not answer well
 RECONNECT_MINUTES = 30.0  # how long to wait for a cluster that was reachable before
@@ -82,7 +82,13 @@ class Supervisor:
             uploaded = finish_uploader(uploader, run.folder, within_s=UPLOAD_S)
             self.console.print_upload(uploaded)
             _release(reaper)
-        return self._conclude(uploaded)
+        metrics = dict(self.last.state.metrics) if self.last is not None else {}
+        best, goodput = best_checkpoint(run.checkpoints), self._goodput()
+        result = RunResult(
+            run.folder, metrics, best, uploaded.uri, uploaded.run_id, goodput, uploaded.left_rows
+        )
+        self.console.print_result(result)
+        return result
 
     def _retry_until_done(self) -> None:
         """Start attempts, with backoff, until the run has ended.
@@ -94,7 +100,9 @@ class Supervisor:
         failed_attempts = 0  # in a row, whose workers did not start
         while True:
             step_before = self.monitor.step
-            outcome = self._run_attempt()
+            self.attempt = Attempt(self.run, self.lock, self.monitor, self.console, self.mark)
+            outcome = self.attempt.run_to_end()
+            self._end_attempt()
             if outcome.kind == "ended":
                 if self.monitor.ended:
                     return
@@ -123,12 +131,6 @@ class Supervisor:
             self.console.log_restart(f"the attempt ended: {reason}", backoff_s)
             time.sleep(backoff_s)
 
-    def _run_attempt(self) -> AttemptOutcome:
-        self.attempt = Attempt(self.run, self.lock, self.monitor, self.console, self.mark)
-        outcome = self.attempt.run_to_end()
-        self._end_attempt()
-        return outcome
-
     def _end_attempt(self) -> None:
         if self.attempt is not None:
             self.attempt.terminate()
@@ -138,26 +140,11 @@ class Supervisor:
         useful_s = self.last.state.useful_s if self.last is not None else 0.0
         return max(0.0, useful_s - self.useful_s_before) / (time.monotonic() - self.began_s)
 
-    def _conclude(self, uploaded: UploadState) -> RunResult:
-        result = RunResult(
-            self.run.folder,
-            dict(self.last.state.metrics) if self.last is not None else {},
-            best_checkpoint(self.run.checkpoints),
-            uploaded.uri,
-            uploaded.run_id,
-            self._goodput(),
-            uploaded.left_rows,
-        )
-        self.console.print_result(result)
-        return result
-
 
 def _release(reaper: subprocess.Popen[bytes]) -> None:
     """Let the orphan reaper exit: nothing is left for it to do."""
     assert reaper.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it was killed
         reaper.stdin.write(CLEAN_EXIT)
         reaper.stdin.close()
-    except BrokenPipeError:  # it was killed
-        pass
     reaper.wait()

@@ -93,11 +93,7 @@ class ObjectStore:
         return {info.base_name: info.size for info in found if info.type == fs.FileType.File}
 
     def read(self, file: str) -> bytes:
-        """Read a complete file.
-
-        Raises:
-            OSError: there is no such file, or the storage failed.
-        """
+        """Read a complete file. Like every method, it raises OSError if the storage fails."""
         with self._connect().filesystem.open_input_stream(file) as stream:
             content: bytes = stream.read()
         return content
@@ -106,19 +102,12 @@ class ObjectStore:
         """Read a part of a file; shorter if the file ends before.
 
         Local files are read, not mapped: truncating a mapped file kills the process.
-
-        Raises:
-            OSError: there is no such file, or the storage failed.
         """
         content: bytes = self._connect().open_file(file).read_at(num_bytes, offset)
         return content
 
     def write(self, file: str, content: bytes | memoryview) -> None:
-        """Write a complete file: a reader sees all of it, or the file as it was before.
-
-        Raises:
-            OSError: the storage failed.
-        """
+        """Write a complete file: a reader sees all of it, or the file as it was before."""
         if self._local is not None:
             self._local.mkdir(parents=True, exist_ok=True)
             write_atomic(self._local / file, content, durable=True)

@@ -85,13 +85,8 @@ class ShardedDataset(CocoDataset):
     ) -> ShardedDataset:
         """Check a packed data set and open it.
 
-        Args:
-            location: folder or address of MANIFEST.json.
-            lenient: skip images of more than `max_pixels`, and add a note.
-            max_pixels: the largest image to accept, width times height.
-            verify: read all shards and compare their SHA-256. Otherwise only sizes are compared,
-                and each image is checked when it is read.
-            progress: show a bar on stderr while verifying.
+        Args: as for `open_dataset`; `location` is the folder or address of MANIFEST.json. Without
+        `verify` only sizes are compared, and each image is checked when it is read.
 
         Raises:
             ShardError: a file is missing, truncated or altered; names it.

@@ -12,16 +12,21 @@ import pytest
 
 CODE = """
 from deta.platform.data.progress import progress_bar
-with progress_bar("image headers", 5e9, is_bytes=True, show={show}) as advance:
+with progress_bar("image headers", {total}, is_bytes={is_bytes}, show={show}) as advance:
     for _ in range(10):
-        advance(5e8)
+        advance({total} / 10)
 """
 
 
-@pytest.mark.parametrize("show", [True, False])
-def test_a_bar_fits_a_terminal_and_is_gone_at_its_end(show: bool) -> None:
+@pytest.mark.parametrize(
+    ("total", "is_bytes", "show", "amount"),
+    [(5e9, True, True, "5.0 GB"), (100, False, True, "100/100"), (100, False, False, "")],
+)
+def test_a_bar_fits_a_terminal_and_is_gone_at_its_end(
+    total: float, is_bytes: bool, show: bool, amount: str
+) -> None:
     reader, terminal = pty.openpty()
-    command = [sys.executable, "-c", CODE.format(show=show)]
+    command = [sys.executable, "-c", CODE.format(total=total, is_bytes=is_bytes, show=show)]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     subprocess.run(command, stdout=terminal, stderr=terminal, env=environment, check=True)
     os.write(terminal, b"end")
@@ -29,12 +34,14 @@ def test_a_bar_fits_a_terminal_and_is_gone_at_its_end(show: bool) -> None:
 
     lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]+", shown)]
     assert max(len(line) for line in lines) <= 80
-    assert any("image headers" in line and "5.0 GB" in line for line in lines) == show
+    assert any("image headers" in line and amount in line for line in lines) == show
     assert lines[-1] == "end"
 
 
 def test_without_a_terminal_nothing_is_shown() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", CODE.format(show=True)], capture_output=True, check=True
+        [sys.executable, "-c", CODE.format(total=9, is_bytes=False, show=True)],
+        capture_output=True,
+        check=True,
     )
     assert result.stdout + result.stderr == b""
