@@ -5,16 +5,15 @@ It also has the data set report, which any recipe prints with --look.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.command_line import add_data_options, described_parser, echo, exit_after, refuse
+from deta.jobs.command_line import DataOptions, echo, exit_after, read_command_line, refuse
 from deta.jobs.total_batch import with_base_batch
 from deta.platform.run.config import RunConfig, flatten, override
 
@@ -37,28 +36,70 @@ variant's. All weights are used except those of classes that the checkpoint does
 
 Length, learning rate and early stopping follow from the number of images, and are printed with
 reasons. Before a GPU is taken the data are checked: classes, sizes, problems, and a sheet of
-training
-images as the model will see them."""
+training images as the model will see them.
 
-EPILOG = """\
-Every number of the configuration is a key, also as an option: optim.lr=1e-4 or --optim.lr 1e-4.
-Often wanted: optim.freeze=backbone (or encoder, decoder, all-but-heads), schedule.epochs,
+Often wanted keys: optim.freeze=backbone (or encoder, decoder, all-but-heads), schedule.epochs,
 schedule.patience (none: no early stopping), data.augmentation.short_edges, micro_batch_size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(DataOptions):
+    """What a recipe and its fine-tuning share."""
+
+    # Training recipe. To fine-tune, the default is the variant with the checkpoint's model.
+    variant: str | None = None
+    name: str | None = None  # of the run; its folder is storage/name
+    resume: bool = False  # continue the run of this name
+    look: bool = False  # report on the data and exit
+    # Measure the memory of the worst batch first, and suggest micro_batch_size.
+    probe: bool = False
+    show: bool = False  # print the configuration and exit
+
+    def changes(self) -> dict[str, str]:
+        return super().changes() | ({} if self.name is None else {"name": self.name})
+
+    def checked_variant(self, variants: Variants) -> str | None:
+        """
+        Raises:
+            ValueError: there is no such variant.
+        """
+        if self.variant is not None and self.variant not in variants:
+            raise ValueError(f"--variant {self.variant}: is not one of {', '.join(variants)}")
+        return self.variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainingOptions):
+    init: str | None = None  # checkpoint to start from (see above)
+    samples: int | None = None  # samples to train on in total
+
+    def changes(self) -> dict[str, str]:
+        return super().changes() | ({} if self.init is None else {"init_checkpoint": self.init})
 
 
 def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoReturn:
     """Run the command line after `finetune`: report on the data, train, exit like `run_recipe`."""
-
-    parsed = _parser(program, variants).parse_intermixed_args(with_plain_keys(arguments))
+    options, changes = read_command_line(
+        FinetuneOptions,
+        DESCRIPTION.format(program=f"python jobs/{program}"),
+        next(iter(variants.values()))(),
+        program=f"{program} finetune",
+        arguments=arguments,
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        changes = _changes(parsed)
-        config, origin = _base(changes, variants, parsed.variant)
+        changes |= options.changes()
+        if changes.get("init_checkpoint", "none") == "none":
+            raise ValueError(
+                "no checkpoint to start from; give --init CHECKPOINT. To train from scratch, leave "
+                "out the word finetune"
+            )
+        config, origin = _base(changes, variants, options.checked_variant(variants))
         config = override(config, changes)
     except ValueError as error:
         refuse(error)
-    if parsed.show and not config.data.train_annotations:
-        _show(config)
+    if options.show and not config.data.train_annotations:
+        show(config)
 
     import torch
 
@@ -70,97 +111,19 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         machine = machine_plan(
             config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
         )
-        run = prepare_run(override(config, machine.changes), resume=parsed.resume)
+        run = prepare_run(override(config, machine.changes), resume=options.resume)
         schedule = schedule_plan(
-            run.config, len(run.train_set), given=given, samples=parsed.samples
+            run.config, len(run.train_set), given=given, samples=options.samples
         )
         run = replace(run, config=override(run.config, schedule.changes))
     except ValueError as error:
         refuse(error)
-    if parsed.show:
-        _show(run.config)
+    if options.show:
+        show(run.config)
     echo(f"starting from {origin}")
     for reason in (*machine.reasons, *schedule.reasons):
         echo(reason)
-    train_with_a_look(run, only_look=parsed.look, probe=parsed.probe, resume=parsed.resume)
-
-
-def _parser(program: str, variants: Variants) -> argparse.ArgumentParser:
-    parser = described_parser(
-        DESCRIPTION.format(program=f"python jobs/{program}"), EPILOG, f"{program} finetune"
-    )
-    parser.add_argument("--init", metavar="CHECKPOINT", help="checkpoint to start from (see above)")
-    add_data_options(parser)
-    parser.add_argument(
-        "--variant",
-        choices=list(variants),
-        metavar="NAME",
-        help="training recipe; default: the variant with the checkpoint's model",
-    )
-    parser.add_argument("--samples", type=int, metavar="N", help="samples to train on in total")
-    parser.add_argument("--name", help="of the run; its folder is storage/name")
-    parser.add_argument("--resume", action="store_true", help="continue the run of this name")
-    add_look_options(parser)
-    parser.add_argument("--show", action="store_true", help="print the configuration and exit")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change the configuration"
-    )
-    return parser
-
-
-def add_look_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options --look and --probe."""
-    parser.add_argument("--look", action="store_true", help="report on the data and exit")
-    parser.add_argument(
-        "--probe",
-        action="store_true",
-        help="measure the memory of the worst batch first, and suggest micro_batch_size",
-    )
-
-
-def with_plain_keys(arguments: Sequence[str]) -> list[str]:
-    """Rewrite `--data.train_images X` and `--data.train_images=X` as `data.train_images=X`.
-
-    Raises:
-        SystemExit: the last option has no value, as argparse would.
-    """
-    plain: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        key, equals, value = argument.partition("=")
-        if not (key.startswith("--") and "." in key):
-            plain.append(argument)
-            continue
-        if not equals:
-            value = next(rest, "--")
-            if value.startswith("--"):
-                print(f"error: {key} needs a value: {key} VALUE", file=sys.stderr)
-                sys.exit(2)
-        plain.append(f"{key[2:]}={value}")
-    return plain
-
-
-def _changes(parsed: argparse.Namespace) -> dict[str, str]:
-    """Return the values that the command line gives, by dotted key."""
-    changes: dict[str, str] = {}
-    for text in parsed.overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        changes[key] = value
-    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
-        if getattr(parsed, key) is not None:
-            changes[f"data.{key}"] = getattr(parsed, key)
-    if parsed.name is not None:
-        changes["name"] = parsed.name
-    if parsed.init is not None:
-        changes["init_checkpoint"] = parsed.init
-    if changes.get("init_checkpoint", "none") == "none":
-        raise ValueError(
-            "no checkpoint to start from; give --init CHECKPOINT. To train from scratch, leave "
-            "out the word finetune"
-        )
-    return changes
+    train_with_a_look(run, only_look=options.look, probe=options.probe, resume=options.resume)
 
 
 def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tuple[RunConfig, str]:
@@ -279,7 +242,8 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     echo("")
 
 
-def _show(config: RunConfig) -> NoReturn:
+def show(config: RunConfig) -> NoReturn:
+    """Print every key with its value, and exit."""
     for key, value in flatten(config).items():
         print(f"{key}={value}")
     sys.exit(0)

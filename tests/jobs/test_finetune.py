@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from deta.jobs.deta_r50 import VARIANTS, demo
-from deta.jobs.finetune import finetune, with_plain_keys
+from deta.jobs.finetune import finetune
 from deta.platform.checkpoint.format import Checkpoint
 from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
@@ -131,21 +131,6 @@ def data_options(data: ShapesDataset) -> list[str]:
         "--data.train_annotations", str(data.train_annotations),  # both spellings
         f"--data.val_images={data.val_images}", "--val-annotations", str(data.val_annotations),
     ]  # fmt: skip
-
-
-def test_dotted_options_are_keys():
-    given = ["--name", "x.y", "--data.train_images", "a b", "--optim.lr=1e-4", "--look", "seed=3"]
-    assert with_plain_keys(given) == [
-        "--name", "x.y", "data.train_images=a b", "optim.lr=1e-4", "--look", "seed=3"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("rest", [[], ["--look"]])
-def test_a_dotted_option_without_a_value_is_refused(rest: list[str], capsys):
-    with pytest.raises(SystemExit) as ended:
-        with_plain_keys(["--optim.lr", *rest])
-    assert ended.value.code == 2
-    assert "--optim.lr" in capsys.readouterr().err
 
 
 def test_one_command_fine_tunes_stops_early_and_is_tracked(
