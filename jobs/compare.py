@@ -16,14 +16,15 @@ comparisons/A-B.html. The difference in AP has a paired bootstrap interval over 
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool
+from tyro.conf import Positional
+
+from deta.jobs.command_line import echo, read_options, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
@@ -37,87 +38,69 @@ class _CompareInputs:
     out: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    a: Positional[str]  # run, evaluation, models:/…, MLflow run id or file
+    b: Positional[str]  # the same; differences are B minus A
+    annotations: Path | None = None  # COCO format, for files of detections
+    images: Path | None = None  # a folder; without it, where B was evaluated
+    run_a: Path | None = None  # run of A, for its curve and cost
+    run_b: Path | None = None  # run of B
+    out: Path | None = None  # the page; without it, comparison-A-B.html here
+    resamples: int = 1000  # of the bootstrap
+    seed: int = 0  # random seed of the resamples
+    confidence: float = 0.95  # of the interval
+    mlflow: str = ""  # address of MLflow; without it, that of B's run
+    mlflow_run: str = ""  # log the page to the run of this id; without it, B's
+    no_mlflow: bool = False  # do not log the page
+
+
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    parser.add_argument("a", metavar="A", help="run, evaluation, models:/…, MLflow run id or file")
-    parser.add_argument("b", metavar="B", help="the same; differences are B minus A")
-    parser.add_argument(
-        "--annotations", metavar="FILE", type=Path, help="COCO format, for files of detections"
-    )
-    parser.add_argument(
-        "--images", metavar="FOLDER", type=Path, help="images; default: where B was evaluated"
-    )
-    parser.add_argument(
-        "--run-a", metavar="RUN", type=Path, help="run of A, for its curve and cost"
-    )
-    parser.add_argument("--run-b", metavar="RUN", type=Path, help="run of B")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="the page; default: comparison-A-B.html here"
-    )
-    parser.add_argument("--resamples", metavar="N", type=int, default=1000, help="default 1000")
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="random seed of the resamples"
-    )
-    parser.add_argument(
-        "--confidence", metavar="SHARE", type=float, default=0.95, help="default 0.95"
-    )
-    parser.add_argument(
-        "--mlflow",
-        metavar="URI",
-        default="",
-        help="address of MLflow; default: that of B's run",
-    )
-    parser.add_argument(
-        "--mlflow-run", metavar="ID", default="", help="log the page to this run; default: B's"
-    )
-    parser.add_argument("--no-mlflow", action="store_true", help="do not log the page")
-    arguments = parser.parse_args()
+    options = read_options(CompareOptions, __doc__)
     with tempfile.TemporaryDirectory(prefix="deta-compare-") as work:
-        run_tool(
-            lambda: _prepare(arguments, Path(work)), lambda inputs: _compare(inputs, arguments)
-        )
+        run_tool(lambda: _prepare(options, Path(work)), lambda inputs: _compare(inputs, options))
 
 
-def _prepare(arguments: argparse.Namespace, work: Path) -> _CompareInputs:
+def _prepare(options: CompareOptions, work: Path) -> _CompareInputs:
     from deta.platform.comparison.sources import open_side, refuse_other_images
 
-    if arguments.resamples < 1 or not 0 < arguments.confidence < 1:
+    if options.resamples < 1 or not 0 < options.confidence < 1:
         raise ValueError("--resamples is at least 1, --confidence between 0 and 1")
-    if arguments.images is not None and not arguments.images.is_dir():
-        raise ValueError(f"--images {arguments.images}: there is no such folder")
+    if options.images is not None and not options.images.is_dir():
+        raise ValueError(f"--images {options.images}: there is no such folder")
     sides = []
     for letter, source, run in (
-        ("a", arguments.a, arguments.run_a),
-        ("b", arguments.b, arguments.run_b),
+        ("a", options.a, options.run_a),
+        ("b", options.b, options.run_b),
     ):
         place = work / letter
         place.mkdir()
         sides.append(
             open_side(
                 source,
-                annotations=arguments.annotations,
+                annotations=options.annotations,
                 run=run,
-                mlflow_uri=arguments.mlflow,
+                mlflow_uri=options.mlflow,
                 work=place,
             )
         )
     refuse_other_images(*sides)
     folders = [Path(side.image_folder) for side in reversed(sides) if side.image_folder]
-    found = arguments.images or next((folder for folder in folders if folder.is_dir()), None)
+    found = options.images or next((folder for folder in folders if folder.is_dir()), None)
     default = Path(f"comparison-{_file_name(sides[0].name)}-{_file_name(sides[1].name)}.html")
-    return _CompareInputs(sides[0], sides[1], found, arguments.out or default)
+    return _CompareInputs(sides[0], sides[1], found, options.out or default)
 
 
-def _compare(inputs: _CompareInputs, arguments: argparse.Namespace) -> int:
+def _compare(inputs: _CompareInputs, options: CompareOptions) -> int:
     from deta.platform.comparison.compare import compare_sides
     from deta.platform.comparison.report import verdict_sentences, write_comparison
 
     comparison = compare_sides(
         inputs.a,
         inputs.b,
-        resamples=arguments.resamples,
-        seed=arguments.seed,
-        confidence=arguments.confidence,
+        resamples=options.resamples,
+        seed=options.seed,
+        confidence=options.confidence,
     )
     for sentence in verdict_sentences(comparison):
         echo(sentence)
@@ -127,8 +110,8 @@ def _compare(inputs: _CompareInputs, arguments: argparse.Namespace) -> int:
         f"{num_images} images"
     )
     echo(f"page: {inputs.out}")
-    run_id = arguments.mlflow_run or inputs.b.run_id
-    if run_id and not arguments.no_mlflow:
+    run_id = options.mlflow_run or inputs.b.run_id
+    if run_id and not options.no_mlflow:
         from deta.platform.registry.model_address import registry_uri
         from deta.platform.tracking.upload_plan import uri_of
 
@@ -141,7 +124,7 @@ def _compare(inputs: _CompareInputs, arguments: argparse.Namespace) -> int:
             ) from error
         try:
             folder = inputs.b.run_folder
-            uri = arguments.mlflow or (uri_of(folder) if folder else registry_uri())
+            uri = options.mlflow or (uri_of(folder) if folder else registry_uri())
             MlflowStore(uri).send_file(run_id, inputs.out, "comparisons")
         except Exception as error:  # the page is written; MLflow raises many kinds of errors
             echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")

@@ -18,13 +18,11 @@ Credentials of an object store come from the environment, never from its address
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from deta.jobs.command_line import described_parser, refuse
+from deta.jobs.command_line import echo, read_options, run_tool
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
 from deta.platform.shards.manifest import read_pack_manifest, verify_shards
@@ -34,68 +32,62 @@ from deta.platform.shards.packer import MEGABYTE, pack_dataset
 MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    images: Path | None = None  # folder of image files
+    annotations: Path | None = None  # a file, COCO format
+    output: str | None = None  # new folder, or address of one
+    shard_mb: int = 256  # megabytes of a shard
+    lenient: bool = False  # leave out invalid records
+    decode: bool = False  # decode every image first
+    max_pixels: int = MAX_PIXELS  # of an image
+    verify: str | None = None  # compare all checksums of the shards in this folder
+
+
 def main() -> NoReturn:
-    parser = described_parser(
-        __doc__,
-        "The exit code is 2 for data that were refused or damaged, 1 if the storage failed.",
+    options = read_options(
+        PackOptions,
+        f"{__doc__}\nThe exit code is 2 for data that were refused or damaged, 1 if the storage "
+        "failed.",
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="folder of image files")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="COCO format")
-    parser.add_argument("--output", metavar="FOLDER", help="new folder, or address of one")
-    parser.add_argument("--shard-mb", type=int, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--lenient", action="store_true", help="leave out invalid records")
-    parser.add_argument("--decode", action="store_true", help="decode every image first")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
-                        help="of an image; default: 50 million")  # fmt: skip
-    parser.add_argument("--verify", metavar="FOLDER", help="compare all checksums of shards")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if arguments.verify is not None:
-            _verify(arguments.verify)
-        else:
-            _pack(parser, arguments)
-    except ValueError as error:
-        refuse(error)
-    except OSError as error:
-        print(f"error: {error}; repeat the command to continue", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped; repeat the command to continue", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+    run_tool(lambda: _run(options), lambda _: 0, "repeat the command to continue")
 
 
-def _pack(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    for option in ("images", "annotations", "output"):
-        if getattr(arguments, option) is None:
-            parser.error(f"--{option} is missing")
-    if not 1 <= arguments.shard_mb <= MAX_SHARD_MB:
-        parser.error(f"--shard-mb {arguments.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
-    store = ObjectStore(arguments.output)
+def _run(options: PackOptions) -> None:
+    if options.verify is not None:
+        _verify(options.verify)
+    else:
+        _pack(options)
+
+
+def _pack(options: PackOptions) -> None:
+    if options.images is None or options.annotations is None or options.output is None:
+        raise ValueError("give --images, --annotations and --output; or --verify FOLDER")
+    if not 1 <= options.shard_mb <= MAX_SHARD_MB:
+        raise ValueError(f"--shard-mb {options.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
+    store = ObjectStore(options.output)
     dataset = CocoDataset.open(
-        arguments.images,
-        arguments.annotations,
-        lenient=arguments.lenient,
-        max_pixels=arguments.max_pixels,
+        options.images,
+        options.annotations,
+        lenient=options.lenient,
+        max_pixels=options.max_pixels,
         progress=True,
     )
     # The notes are stored in the shards, where paths of this machine mean nothing.
     dataset.notes = [
-        note.replace(str(arguments.annotations), arguments.annotations.name)
-        for note in dataset.notes
+        note.replace(str(options.annotations), options.annotations.name) for note in dataset.notes
     ]
     packed = pack_dataset(
         dataset,
         store,
-        shard_bytes=arguments.shard_mb * MEGABYTE,
-        decode=arguments.decode,
-        lenient=arguments.lenient,
+        shard_bytes=options.shard_mb * MEGABYTE,
+        decode=options.decode,
+        lenient=options.lenient,
         progress=True,
     )
     manifest = packed.manifest
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
-    print(
+    echo(
         f"{store.shown}: {manifest.num_images} images in {len(manifest.shards)} shards "
         f"({packed.num_reused} existed already), {num_bytes / MEGABYTE:,.1f} MB, "
         f"data {manifest.fingerprint[:12]}"
@@ -106,7 +98,7 @@ def _verify(location: str) -> None:
     store = ObjectStore(location)
     manifest = read_pack_manifest(store)
     verify_shards(store, manifest, progress=True)
-    print(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
+    echo(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ TLS: between machines, use a proxy with TLS.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from deta.jobs.command_line import described_parser, echo, run_tool
+from tyro.conf import Positional, UseAppendAction
+
+from deta.jobs.command_line import echo, read_options, run_tool
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -35,54 +36,37 @@ if TYPE_CHECKING:
     from deta.platform.serving.model_source import ModelSource
 
 
-@dataclass(frozen=True)
-class _ServeInputs:
-    source: ModelSource
-    config: ServingConfig
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    model: Positional[str]  # models:/deta@champion, run or checkpoint
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8000  # with --without-ray also 0: any free port
+    token_file: Path | None = None  # holds the token that requests need
+    # Answer only requests with this Host; may be given more than once.
+    allow_host: UseAppendAction[tuple[str, ...]] = ()
+    tracking_uri: str | None = None  # address of MLflow; without it, MLFLOW_TRACKING_URI
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    without_ray: bool = False  # a single process, no cluster
+    replicas: int = 1  # processes on the cluster
+    cpus: float = 1.0  # CPUs of each replica
+    # Limits; without a value, those of platform/serving/config.py.
+    max_batch: int | None = None  # images per batch
+    batch_wait: float | None = None  # seconds that the first image of a batch waits for others
+    # Concurrent requests of a process; others get 503 and Retry-After.
+    max_requests: int | None = None
+    max_bytes: int | None = None  # of an image
+    max_pixels: int | None = None  # of an image
+    read_timeout: float | None = None  # seconds for an image to arrive
+    answer_timeout: float | None = None  # seconds for an answer
+    poll: float | None = None  # seconds between two checks of an alias
 
 
 def main() -> NoReturn:
-    parser = described_parser(__doc__)
-    parser.add_argument("model", metavar="MODEL", help="models:/deta@champion, run or checkpoint")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, %(default)s")
-    parser.add_argument(
-        "--port",
-        type=int,
-        default=8000,
-        help="%(default)s; with --without-ray also 0: any free port",
-    )
-    parser.add_argument(
-        "--token-file", metavar="FILE", type=Path, help="holds the token that requests need"
-    )
-    parser.add_argument(
-        "--allow-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="answer only requests with this Host; may be given more than once",
-    )
-    parser.add_argument("--tracking-uri", help="address of MLflow; default MLFLOW_TRACKING_URI")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--without-ray", action="store_true", help="a single process, no cluster")
-    parser.add_argument("--replicas", type=int, default=1, help="processes on the cluster, 1")
-    parser.add_argument("--cpus", type=float, default=1.0, help="CPUs of each replica, 1")
-    limits = parser.add_argument_group("limits")
-    for option, kind, text in (
-        ("max-batch", int, "images per batch"),
-        ("batch-wait", float, "seconds that the first image of a batch waits for others"),
-        ("max-requests", int, "concurrent requests of a process; others get 503 and Retry-After"),
-        ("max-bytes", int, "of an image"),
-        ("max-pixels", int, "of an image"),
-        ("read-timeout", float, "seconds for an image to arrive"),
-        ("answer-timeout", float, "seconds for an answer"),
-        ("poll", float, "seconds between two checks of an alias"),
-    ):
-        limits.add_argument(f"--{option}", type=kind, metavar="N", help=text)
-    arguments = parser.parse_args()
-    run_tool(lambda: _prepare(arguments), lambda inputs: _serve(inputs, arguments))
+    options = read_options(ServeOptions, __doc__)
+    run_tool(lambda: _prepare(options), lambda prepared: _serve(*prepared, options))
 
 
-def _prepare(arguments: argparse.Namespace) -> _ServeInputs:
+def _prepare(options: ServeOptions) -> tuple[ModelSource, ServingConfig]:
     from deta.platform.serving.config import (
         TOKEN_VARIABLE,
         ServingConfig,
@@ -92,41 +76,41 @@ def _prepare(arguments: argparse.Namespace) -> _ServeInputs:
     from deta.platform.serving.model_source import model_source
     from deta.platform.system.child_server import is_loopback
 
-    if not 0 <= arguments.port <= 65535 or (arguments.port == 0 and not arguments.without_ray):
-        raise ValueError(f"--port {arguments.port}: give one from 1 to 65535")
-    if arguments.replicas < 1 or arguments.cpus <= 0:
+    if not 0 <= options.port <= 65535 or (options.port == 0 and not options.without_ray):
+        raise ValueError(f"--port {options.port}: give one from 1 to 65535")
+    if options.replicas < 1 or options.cpus <= 0:
         raise ValueError("--replicas must be at least 1, and --cpus above 0")
-    token = read_token(arguments.token_file)
-    if not token and not is_loopback(arguments.host):
+    token = read_token(options.token_file)
+    if not token and not is_loopback(options.host):
         raise ValueError(
-            f"--host {arguments.host}: other machines can reach the service, so it needs a token; "
+            f"--host {options.host}: other machines can reach the service, so it needs a token; "
             f"give --token-file, or set {TOKEN_VARIABLE} (openssl rand -hex 32)"
         )
-    hosts = tuple(name.lower() for name in arguments.allow_host)
-    if not hosts and is_loopback(arguments.host):
+    hosts = tuple(name.lower() for name in options.allow_host)
+    if not hosts and is_loopback(options.host):
         hosts = ("127.0.0.1", "localhost", "[::1]")
     named = {
-        "max_batch": arguments.max_batch,
-        "batch_wait_s": arguments.batch_wait,
-        "max_requests": arguments.max_requests,
-        "max_bytes": arguments.max_bytes,
-        "max_pixels": arguments.max_pixels,
-        "read_timeout_s": arguments.read_timeout,
-        "answer_timeout_s": arguments.answer_timeout,
-        "poll_s": arguments.poll,
+        "max_batch": options.max_batch,
+        "batch_wait_s": options.batch_wait,
+        "max_requests": options.max_requests,
+        "max_bytes": options.max_bytes,
+        "max_pixels": options.max_pixels,
+        "read_timeout_s": options.read_timeout,
+        "answer_timeout_s": options.answer_timeout,
+        "poll_s": options.poll,
     }
-    given = {key: value for key, value in named.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     config = ServingConfig(token_sha256=token_hash(token) if token else "", hosts=hosts, **given)
     os.environ.pop(TOKEN_VARIABLE, None)  # child processes must not inherit it
-    source = model_source(arguments.model, arguments.tracking_uri, arguments.device)
-    return _ServeInputs(source, config)
+    source = model_source(options.model, options.tracking_uri, options.device)
+    return source, config
 
 
-def _serve(inputs: _ServeInputs, arguments: argparse.Namespace) -> int:
-    if arguments.without_ray:
+def _serve(source: ModelSource, config: ServingConfig, options: ServeOptions) -> int:
+    if options.without_ray:
         from deta.platform.serving.uvicorn_server import serve_alone
 
-        serve_alone(inputs.source, inputs.config, arguments.host, arguments.port, _print_addresses)
+        serve_alone(source, config, options.host, options.port, _print_addresses)
         return 0
     try:
         from deta.platform.serving.ray_serve import (
@@ -140,13 +124,13 @@ def _serve(inputs: _ServeInputs, arguments: argparse.Namespace) -> int:
             f"{error}; pip install 'deta-platform[serve]', or add --without-ray"
         ) from error
     placement = Placement(
-        host=arguments.host,
-        port=arguments.port,
-        replicas=arguments.replicas,
-        cpus=arguments.cpus,
-        device=arguments.device,
+        host=options.host,
+        port=options.port,
+        replicas=options.replicas,
+        cpus=options.cpus,
+        device=options.device,
     )
-    with service_on_ray(inputs.source, inputs.config, placement, echo) as address:
+    with service_on_ray(source, config, placement, echo) as address:
         _print_addresses(address)
         for metrics in metrics_addresses():
             echo(f"metrics: {metrics}")

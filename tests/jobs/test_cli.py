@@ -135,7 +135,7 @@ def test_settings_and_options_of_a_recipe_mix_in_any_order():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optim.lr"], "not of the form key=value"),
+        (["optim.lr"], "Unrecognized options: optim.lr"),
         (["optim.learning=1"], "there is no configuration key"),
         (["total_batch_size=4"], "without an image"),
     ],

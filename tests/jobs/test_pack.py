@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_with_code_2(loose, monkeypatch, capsys):
     images, annotations = loose
     given = ["--images", images, "--annotations", annotations]
     assert run(monkeypatch, *given) == 2
-    assert "--output is missing" in capsys.readouterr().err
+    assert "give --images, --annotations and --output" in capsys.readouterr().err
     assert run(monkeypatch, *given, "--output", "s3://name:hunter2@bucket/shards") == 2
     captured = capsys.readouterr()
     assert "contains a password" in captured.err
