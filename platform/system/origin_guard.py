@@ -5,8 +5,8 @@ be a name of this machine, which a foreign name that resolves to it (DNS rebindi
 requests from pages of another origin are refused. If other machines can reach the service, each
 request needs the token, except for paths that reveal nothing.
 
-Starlette's TrustedHostMiddleware could do the first part alone, and it answers 400 as plain text, not
-403 in the form of the service's other refusals.
+Starlette's TrustedHostMiddleware could do the first part alone, and it answers 400 as plain text,
+not 403 in the form of the service's other refusals.
 """
 
 from __future__ import annotations
