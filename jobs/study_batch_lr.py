@@ -19,20 +19,14 @@ The report is in storage/name/report.html.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from deta.jobs.command_line import described_parser
+from deta.jobs.command_line import read_command_line, refuse
 from deta.jobs.deta_r50 import demo, detrex_bs8, detrex_bs16
-from deta.jobs.sweep_command import (
-    add_sweep_options,
-    changes_of,
-    run_sweep_and_exit,
-    with_drawn_data,
-)
+from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit, with_drawn_data
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
 from deta.platform.study.cost import CostEstimate
@@ -187,48 +181,46 @@ def _changed(design: Design, changes: Mapping[str, Any]) -> Design:
 VARIANTS = {"coco": coco_study, "demo": demo_study}
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(SweepOptions):
+    variant: Literal["coco", "demo"] = "coco"  # demo: drawn shapes, two CPU cores, 25 minutes
+    plan: bool = False  # print what the study needs, train nothing
+    seeds: int = len(SEEDS)  # seeds per cell
+    sd: float = 0.2  # expected standard deviation over seeds, in AP
+    hours_per_trial: float | None = None  # wall time of one training
+
+
 def main() -> None:
-    listing = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in VARIANTS.items())
-    parser = described_parser(f"{(__doc__ or '').strip()}\n\nvariants:\n{listing}")
-    parser.add_argument("--variant", choices=VARIANTS, default="coco", metavar="NAME")
-    parser.add_argument(
-        "--plan", action="store_true", help="print what the study needs, train nothing"
-    )
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds per cell")
-    parser.add_argument(
-        "--sd", type=float, default=0.2, help="expected standard deviation over seeds, in AP"
-    )
-    parser.add_argument("--hours-per-trial", type=float, help="wall time of one training")
-    add_sweep_options(parser)
-    arguments = parser.parse_intermixed_args()
-    seeds = tuple(range(1, arguments.seeds + 1))
-    if arguments.plan:
+    options, given = read_command_line(StudyOptions, __doc__, coco_design().base)
+    given |= options.changes()
+    seeds = tuple(range(1, options.seeds + 1))
+    if options.plan:
         try:
-            print(_plan(VARIANTS[arguments.variant](seeds, changes_of(arguments)), arguments))
+            print(_plan(VARIANTS[options.variant](seeds, given), options))
         except ValueError as error:
-            parser.error(str(error))
+            refuse(error)
         return
 
     def make() -> Sweep:
-        changes = changes_of(arguments)
-        if arguments.variant == "demo" and not arguments.report_only:
+        changes: dict[str, Any] = dict(given)
+        if options.variant == "demo" and not options.report_only:
             changes = with_drawn_data(demo_study(seeds).base, changes, write_shapes)
-        return VARIANTS[arguments.variant](seeds, changes)
+        return VARIANTS[options.variant](seeds, changes)
 
-    if arguments.estimate:  # the cost is measured below; this prints what it would buy
-        print(_plan(VARIANTS[arguments.variant](seeds), arguments))
-    run_sweep_and_exit(arguments, make)
+    if options.estimate:  # the cost is measured below; this prints what it would buy
+        print(_plan(VARIANTS[options.variant](seeds), options))
+    run_sweep_and_exit(options, make)
 
 
-def _plan(study: Sweep, arguments: argparse.Namespace) -> str:
+def _plan(study: Sweep, options: StudyOptions) -> str:
     """Describe cells, trials, cost, and the differences that the seeds can detect."""
     assert study.design is not None
     design, trial = study.design, None
-    if arguments.hours_per_trial is not None:
+    if options.hours_per_trial is not None:
         workers = design.base.cluster.num_workers
-        trial = CostEstimate(arguments.hours_per_trial, arguments.hours_per_trial * workers)
+        trial = CostEstimate(options.hours_per_trial, options.hours_per_trial * workers)
     num_cells = sum(not cell.same_as for cell in design.cells())
-    return plan_text(design, StudyPlan(arguments.sd, num_cells=num_cells), trial)
+    return plan_text(design, StudyPlan(options.sd, num_cells=num_cells), trial)
 
 
 if __name__ == "__main__":

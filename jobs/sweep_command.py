@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deta.jobs.command_line import (
-    add_data_options,
-    data_changes,
-    drawn_changes,
-    echo,
-    exit_after,
-    read_changes,
-    refuse,
-)
+from deta.jobs.command_line import DataOptions, drawn_changes, echo, exit_after, refuse
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
 from deta.platform.sweep.search_space import Sweep
@@ -25,42 +17,21 @@ from deta.platform.sweep.search_space import Sweep
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
 
 
-def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    add_data_options(parser)
-    parser.add_argument("--name", help="of the sweep; its folder is storage/name")
-    parser.add_argument(
-        "--storage", metavar="FOLDER", help="where it is stored; all nodes must see it"
-    )
-    parser.add_argument(
-        "--estimate", action="store_true", help="measure the speed, print the cost, and exit"
-    )
-    parser.add_argument(
-        "--report-only",
-        action="store_true",
-        help="write the report of the existing trials, and exit",
-    )
-    parser.add_argument("--yes", action="store_true", help="do not ask whether to continue")
-    parser.add_argument("--no-probe", action="store_true", help="start without an estimate")
-    parser.add_argument("--retry-failed", action="store_true", help="run failed trials again")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="change the base configuration of all trials",
-    )
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(DataOptions):
+    """The options of every sweep; `key=value` changes the base configuration of all trials."""
 
+    name: str | None = None  # of the sweep; its folder is storage/name
+    storage: str | None = None  # folder where it is stored; all nodes must see it
+    estimate: bool = False  # measure the speed, print the cost, and exit
+    report_only: bool = False  # write the report of the existing trials, and exit
+    yes: bool = False  # do not ask whether to continue
+    no_probe: bool = False  # start without an estimate
+    retry_failed: bool = False  # run failed trials again
 
-def changes_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line changes in the base configuration, by dotted key.
-
-    Raises:
-        ValueError: an argument is not of the form key=value.
-    """
-    changes: dict[str, Any] = {**read_changes(arguments.overrides), **data_changes(arguments)}
-    for key in ("name", "storage"):
-        if getattr(arguments, key) is not None:
-            changes[key] = getattr(arguments, key)
-    return changes
+    def changes(self) -> dict[str, str]:
+        named = {"name": self.name, "storage": self.storage}
+        return super().changes() | {key: value for key, value in named.items() if value is not None}
 
 
 def with_drawn_data(
@@ -76,7 +47,7 @@ def with_drawn_data(
     return dict(changes) | drawn_changes(drawn)
 
 
-def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep]) -> NoReturn:
+def run_sweep_and_exit(options: SweepOptions, make: Callable[[], Sweep]) -> NoReturn:
     """Create the sweep and do what the options say. Exits with the codes of a recipe."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -85,7 +56,7 @@ def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep])
         refuse(error)
 
     def run() -> None:
-        if arguments.report_only:
+        if options.report_only:
             from deta.platform.sweep.results import report_only
 
             report = report_only(sweep)
@@ -94,13 +65,13 @@ def run_sweep_and_exit(arguments: argparse.Namespace, make: Callable[[], Sweep])
             return
         from deta.platform.sweep.tune_sweep import launch_sweep  # slow to import
 
-        asks = sys.stdin.isatty() and not arguments.yes
+        asks = sys.stdin.isatty() and not options.yes
         launch_sweep(
             sweep,
-            probe=not arguments.no_probe,
-            estimate_only=arguments.estimate,
-            confirm=_ask if asks and not arguments.no_probe else None,
-            retry_failed=arguments.retry_failed,
+            probe=not options.no_probe,
+            estimate_only=options.estimate,
+            confirm=_ask if asks and not options.no_probe else None,
+            retry_failed=options.retry_failed,
         )
 
     exit_after(run, again="repeat the command to continue")

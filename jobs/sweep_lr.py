@@ -13,19 +13,14 @@ same command continues a sweep that was stopped or killed.
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from deta.jobs.command_line import described_parser
+from deta.jobs.command_line import read_command_line
 from deta.jobs.deta_r50 import demo, small
-from deta.jobs.sweep_command import (
-    add_sweep_options,
-    changes_of,
-    run_sweep_and_exit,
-    with_drawn_data,
-)
+from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit, with_drawn_data
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
 from deta.platform.sweep.search_space import Asha, Domain, Grid, Optuna, Random, Search, Sweep
@@ -51,46 +46,42 @@ DEMO_SIZE = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(SweepOptions):
+    variant: Literal["demo", "small"] = "demo"
+    search: Literal["random", "grid", "optuna"] = "random"
+    trials: int = 12  # number of trials of a random search or Optuna
+    search_seed: int = 0  # another seed gives other trials
+    objectives: str = "AP"  # for Optuna: AP, or AP and a cost: AP,gpu_hours
+    to_the_end: bool = False  # stop no trial early
+
+
 def main() -> None:
-    parser = described_parser(__doc__)
-    parser.add_argument("--variant", choices=BASES, default="demo", metavar="NAME")
-    parser.add_argument("--search", choices=("random", "grid", "optuna"), default="random")
-    parser.add_argument(
-        "--trials", type=int, default=12, help="number of trials of a random search or Optuna"
-    )
-    parser.add_argument(
-        "--search-seed", type=int, default=0, help="another seed gives other trials"
-    )
-    parser.add_argument(
-        "--objectives", default="AP", help="for Optuna: AP, or AP and a cost: AP,gpu_hours"
-    )
-    parser.add_argument("--to-the-end", action="store_true", help="stop no trial early")
-    add_sweep_options(parser)
-    arguments = parser.parse_intermixed_args()
+    options, given = read_command_line(SearchOptions, __doc__, demo())
 
     def make() -> Sweep:
-        base = replace(BASES[arguments.variant](), name=f"sweep-{arguments.search}")
-        changes = changes_of(arguments)
-        if arguments.variant == "demo":
+        base = replace(BASES[options.variant](), name=f"sweep-{options.search}")
+        changes: dict[str, Any] = given | options.changes()
+        if options.variant == "demo":
             changes = {**DEMO_SIZE, **changes}
-            if not arguments.report_only:
+            if not options.report_only:
                 changes = with_drawn_data(base, changes, write_shapes)
-        return sweep(override(base, changes), arguments)
+        return sweep(override(base, changes), options)
 
-    run_sweep_and_exit(arguments, make)
+    run_sweep_and_exit(options, make)
 
 
-def sweep(base: RunConfig, arguments: argparse.Namespace) -> Sweep:
-    search: Search = Random(arguments.trials, arguments.search_seed)
-    if arguments.search == "grid":
+def sweep(base: RunConfig, options: SearchOptions) -> Sweep:
+    search: Search = Random(options.trials, options.search_seed)
+    if options.search == "grid":
         search = Grid()
-    elif arguments.search == "optuna":
-        objectives = tuple(arguments.objectives.split(","))
-        search = Optuna(arguments.trials, objectives, arguments.search_seed)
+    elif options.search == "optuna":
+        objectives = tuple(options.objectives.split(","))
+        search = Optuna(options.trials, objectives, options.search_seed)
     # ASHA first decides at the demo's second evaluation, then at three times as many samples.
     images = base.data.train_first or 1000
     several = isinstance(search, Optuna) and len(search.objectives) > 1
-    stops = not arguments.to_the_end and not several
+    stops = not options.to_the_end and not several
     return Sweep(
         base=base,
         space=GRID if isinstance(search, Grid) else SPACE,
