@@ -6,7 +6,6 @@ the help. Arguments of the form `key=value` change the configuration.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -173,67 +172,6 @@ def _sorted_words(
 
 def _option(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
-
-
-def described_parser(
-    doc: str | None, epilog: str = "", program: str | None = None
-) -> argparse.ArgumentParser:
-    """Return a parser that prints the docstring of a job as its help, line by line."""
-    return argparse.ArgumentParser(
-        prog=program,
-        description=(doc or "").strip(),
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the training and the validation images with their annotations."""
-    for split in ("train", "val"):
-        parser.add_argument(
-            f"--{split}-images",
-            metavar="FOLDER",
-            help=f"{split} images; or shards, a folder or address (jobs/pack.py)",
-        )
-        parser.add_argument(
-            f"--{split}-annotations", metavar="FILE", help=f"{split} annotations, COCO format"
-        )
-
-
-def add_storage_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the folder of the runs as an argument without a name."""
-    parser.add_argument(
-        "storage",
-        nargs="?",
-        type=Path,
-        metavar="STORAGE",
-        default=Path(DEFAULT_STORAGE),
-        help=f"the folder of the runs, default {DEFAULT_STORAGE}",
-    )
-
-
-def read_changes(texts: Sequence[str]) -> dict[str, str]:
-    """Split `key=value` arguments.
-
-    Raises:
-        ValueError: an argument is not of that form.
-    """
-    changes: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        changes[key] = value
-    return changes
-
-
-def data_changes(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the values of `add_data_options` that were given, by configuration key."""
-    return {
-        f"data.{key}": getattr(arguments, key)
-        for key in ("train_images", "train_annotations", "val_images", "val_annotations")
-        if getattr(arguments, key) is not None
-    }
 
 
 def drawn_changes(drawn: ShapesDataset) -> dict[str, str]:
