@@ -46,23 +46,12 @@ def commands(page: Path) -> list[list[str]]:
 def options(source: Path) -> frozenset[str]:
     """Return the options that a job declares, in its file and in the files of jobs/ it imports.
 
-    They are the fields of its dataclass of options. An option in an f-string, such as
-    `--{split}-images`, is a pattern: its parts in braces stand for any text.
+    They are the fields of its dataclass of options.
     """
     tree = ast.parse(source.read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_argument"):
-            for argument in node.args:
-                if isinstance(argument, ast.Constant):
-                    found.add(re.escape(argument.value))
-                elif isinstance(argument, ast.JoinedStr):
-                    parts = argument.values
-                    found.add("".join(
-                        re.escape(p.value) if isinstance(p, ast.Constant) else "[a-z-]+"
-                        for p in parts
-                    ))  # fmt: skip
-        elif isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Options"):
             names = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
             found |= {re.escape(f"--{name.replace('_', '-')}") for name in names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deta.jobs."):
