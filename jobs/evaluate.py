@@ -107,7 +107,7 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
     from deta.platform.data.draw_boxes import write_validation_sheet
     from deta.platform.data.image_decoding import ImageError
     from deta.platform.data.progress import progress_bar
-    from deta.platform.launch.console import duration
+    from deta.platform.pages.number_format import duration
 
     echo(f"model: {predictor.description}")
     echo(

@@ -120,7 +120,7 @@ def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> 
 
     from deta.platform.data.image_decoding import decode
     from deta.platform.inference.export import trace_detector, write_onnx
-    from deta.platform.launch.console import duration
+    from deta.platform.pages.number_format import duration
 
     echo(f"model: {predictor.description}")
     echo("tracing; a model of the published size takes minutes …")
