@@ -212,29 +212,22 @@ def factor_effects(results: Results, fit: Fit) -> tuple[tuple[Effect, ...], tupl
                 levels[factor].append(level)
     effects: list[Effect] = []
     terms: list[Term] = []
-    for order in range(1, len(levels) + 1):
-        for factors in itertools.combinations(levels, order):
-            first = tuple(levels[factor][0] for factor in factors)
-            contrasts = []
-            for chosen in itertools.product(*(levels[factor][1:] for factor in factors)):
-                weights = _contrast(
-                    results, crossed, levels, dict(zip(factors, chosen, strict=True))
-                )
-                contrasts.append(weights)
-                estimate = vars(fit.contrast(weights))
-                effects.append(
-                    Effect(**estimate, factors=factors, levels=chosen, first_levels=first)
-                )
-            df, f, p, note = fit.f_test(contrasts)
-            terms.append(Term(factors, df, fit.df, f, p, note))
+    orders = range(1, len(levels) + 1)
+    for factors in itertools.chain(*(itertools.combinations(levels, n) for n in orders)):
+        first = tuple(levels[factor][0] for factor in factors)
+        contrasts = []
+        for chosen in itertools.product(*(levels[factor][1:] for factor in factors)):
+            weights = _contrast(results, crossed, levels, dict(zip(factors, chosen, strict=True)))
+            contrasts.append(weights)
+            estimate = vars(fit.contrast(weights))
+            effects.append(Effect(**estimate, factors=factors, levels=chosen, first_levels=first))
+        df, f, p, note = fit.f_test(contrasts)
+        terms.append(Term(factors, df, fit.df, f, p, note))
     return with_holm(effects), tuple(terms)
 
 
 def _contrast(
-    results: Results,
-    crossed: Sequence[Cell],
-    levels: Mapping[str, Sequence[str]],
-    chosen: Mapping[str, str],
+    results: Results, crossed: list[Cell], levels: dict[str, list[str]], chosen: dict[str, str]
 ) -> dict[str, float]:
     """Return cell weights: the chosen levels minus the first ones, averaged over other factors."""
     weights: dict[str, float] = {}
@@ -255,28 +248,25 @@ def _contrast(
 def _notes(results: Results, fit: Fit, metric: str) -> list[str]:
     notes = []
     num_results = sum(len(by_seed) for by_seed in results.values.values())
-    failed = [
+    if failed := [
         f"{key} with seed {seed}: {why}"
         for key, by_seed in results.failures.items()
         for seed, why in by_seed.items()
-    ]
-    if failed:
+    ]:
         notes.append(
             f"{num_of(len(failed), 'trial')} failed and {'is' if len(failed) == 1 else 'are'} left "
             f"out, which is fair only if the failure has nothing to do with the {metric} it would "
             f"have reached ({'; '.join(failed)})."
         )
-    empty = [key for key, by_seed in results.values.items() if not by_seed]
-    if empty:
+    if empty := [key for key, by_seed in results.values.items() if not by_seed]:
         notes.append(f"No result yet of {'; '.join(empty)}: what needs it is left open.")
-    ragged = num_results != len(fit.cells) * len(fit.seeds)
-    if ragged and num_results:
+    num_wanted = len(fit.cells) * len(fit.seeds)
+    if 0 < num_results < num_wanted:
         notes.append(
-            f"{num_results} of {len(fit.cells) * len(fit.seeds)} results are there: cells are "
-            "compared within the seeds that connect them, by least squares."
+            f"{num_results} of {num_wanted} results are there: cells are compared within the seeds "
+            "that connect them, by least squares."
         )
-    alike = [f"{one} as {other}" for one, other in results.trained_as.items() if one != other]
-    if alike:
+    if alike := [f"{one} as {other}" for one, other in results.trained_as.items() if one != other]:
         notes.append(f"These train exactly alike and were run once: {'; '.join(alike)}.")
     if num_results:
         notes.append(

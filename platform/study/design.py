@@ -96,14 +96,13 @@ class Design:
                 cell cannot change, a value that the configuration refuses, or cells that do not see
                 equally many samples or are evaluated at other positions; names what is at fault.
         """
-        names = [factor.name for factor in self.factors]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two factors have one name: {', '.join(names)}")
         for one, other in itertools.combinations(self.factors, 2):
-            if one.keys & other.keys:
+            if one.name == other.name:
+                raise ValueError(f"two factors have one name: {one.name}")
+            if both := one.keys & other.keys:
                 raise ValueError(
                     f"the factors {one.name!r} and {other.name!r} both change "
-                    f"{', '.join(sorted(one.keys & other.keys))}; make them one factor"
+                    f"{', '.join(sorted(both))}; make them one factor"
                 )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} must be at least one, each of them once")
@@ -121,15 +120,15 @@ class Design:
             changes = {key: value for level in levels for key, value in level.changes.items()}
             raw.append((cell_key(labels), labels, changes))
         raw += [(name, {}, dict(changes)) for name, changes in self.named_cells.items()]
-        cells: list[Cell] = []
+        cells: dict[str, Cell] = {}
         first_key: dict[str, str] = {}
         for key, labels, changes in raw:
-            if any(key == cell.key for cell in cells):
+            if key in cells:
                 raise ValueError(f"two cells are called {key!r}")
             number = numbers_id(self._resolve(key, changes))
-            cells.append(Cell(key, labels, changes, same_as=first_key.get(number, "")))
+            cells[key] = Cell(key, labels, changes, same_as=first_key.get(number, ""))
             first_key.setdefault(number, key)
-        return cells
+        return list(cells.values())
 
     def trials(self) -> list[Trial]:
         """Return the trials seed by seed, so that a study that stops early leaves complete blocks.
@@ -159,8 +158,7 @@ class Design:
             raise ValueError(f"cell {key!r}: {error}") from error
 
     def _check(self, cell: Cell) -> None:
-        bad = [key for key in cell.changes if is_in(key, KEYS_OUTSIDE_CELLS)]
-        if bad:
+        if bad := [key for key in cell.changes if is_in(key, KEYS_OUTSIDE_CELLS)]:
             raise ValueError(
                 f"cell {cell.key!r} changes {', '.join(bad)}; that belongs to the base, which is "
                 "the same for all cells"

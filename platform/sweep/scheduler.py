@@ -121,11 +121,8 @@ class SweepScheduler:
         self.locks[trial.trial.id] = RunLock.acquire(trial.folder)
         (trial.folder / STOP_FILE).unlink(missing_ok=True)
         self.launched_s[trial.trial.id] = time.monotonic()
-        return {
-            "trial": trial.trial.id,
-            "config": to_json(trial.config),
-            "folder": str(trial.folder),
-        }
+        config, folder = to_json(trial.config), str(trial.folder)
+        return {"trial": trial.trial.id, "config": config, "folder": folder}
 
     @property
     def has_more(self) -> bool:

@@ -91,10 +91,6 @@ class Random:
     num_trials: int
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.num_trials < 1:
-            raise ValueError(f"{self}: num_trials must be at least 1")
-
 
 @dataclass(frozen=True)
 class Optuna:
@@ -106,10 +102,8 @@ class Optuna:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_trials < 1:
-            raise ValueError(f"{self}: num_trials must be at least 1")
-        unknown = [name for name in self.objectives if name not in OBJECTIVES]
-        if unknown or "AP" not in self.objectives or len(set(self.objectives)) not in (1, 2):
+        names = set(self.objectives)
+        if not names <= set(OBJECTIVES) or "AP" not in names or len(names) > 2:
             raise ValueError(
                 f"objectives={self.objectives} must be AP, alone or with one of "
                 f"{', '.join(OBJECTIVES[1:])}"
@@ -165,6 +159,8 @@ class Sweep:
         """
         if self.max_failures < 0 or (self.max_concurrent is not None and self.max_concurrent < 1):
             raise ValueError("max_failures must be at least 0 and max_concurrent at least 1")
+        if not isinstance(self.search, Grid) and self.search.num_trials < 1:
+            raise ValueError(f"{self.search}: num_trials must be at least 1")
         if self.design is not None:
             if self.space or not isinstance(self.search, Grid) or self.stopping is not None:
                 raise ValueError(
