@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -94,29 +97,56 @@ def read_command_line(
         if "--keys" in words:
             _print_keys(config, program)
     words, changes = _sorted_words(words, kind, known)
-    options = tyro.cli(
-        kind,
-        prog=program,
-        description=(doc or "").strip() + (HELP_OF_KEYS if known else ""),
-        args=words,
-        config=(
-            tyro.conf.FlagCreatePairsOff,
-            tyro.conf.DisallowNone,
-            tyro.conf.PositionalMetavarFromFieldName,
-        ),
-    )
+    with _quiet_if_the_reader_leaves():
+        if {"-h", "--help"} & set(words):
+            # Not as tyro's description: it would join the lines of lists and examples.
+            print(_wrapped((doc or "").strip() + (HELP_OF_KEYS if known else "")), end="\n\n")
+        options = tyro.cli(
+            kind,
+            prog=program,
+            description="",
+            args=words,
+            config=(
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.DisallowNone,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
+        )
     return options, changes
 
 
-def _print_keys(config: Any, program: str) -> NoReturn:
-    tyro.cli(
-        type(config),
-        default=config,
-        prog=program,
-        args=["--help"],
-        use_underscores=True,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+@contextmanager
+def _quiet_if_the_reader_leaves() -> Iterator[None]:
+    """Exit without a traceback if the reader of a pipe has enough, as in `--help | head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _wrapped(text: str) -> str:
+    """Fit paragraphs to the terminal, but leave those with indented lines as they are."""
+    width = min(100, shutil.get_terminal_size().columns)
+    return "\n\n".join(
+        part if "\n  " in f"\n{part}" else textwrap.fill(" ".join(part.split()), width)
+        for part in text.split("\n\n")
     )
+
+
+def _print_keys(config: Any, program: str) -> NoReturn:
+    with _quiet_if_the_reader_leaves():
+        tyro.cli(
+            type(config),
+            default=config,
+            prog=program,
+            args=["--help"],
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
     sys.exit(0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from tyro.conf import Positional, UseAppendAction
 
 from deta.jobs.command_line import DataOptions, read_command_line
 from deta.platform.run.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +70,30 @@ def test_what_is_refused_or_explained(line: str, code: int, message: str, capsys
     assert ended.value.code == code
     shown = capsys.readouterr()
     assert message in (shown.err if code else shown.out)
+
+
+@pytest.mark.parametrize("option", ["--help", "--keys"])
+def test_a_reader_may_leave(option: str):
+    """`--help | head -1` ends without a traceback."""
+    command = [sys.executable, "jobs/deta_r50.py", option]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
+def test_help_has_the_lines_of_the_docstring(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    doc = "Do it.\n\n  do it --now\n  do it --later\n\n" + "All words of a paragraph. " * 4
+    with pytest.raises(SystemExit):
+        read_command_line(FileOptions, doc, arguments=["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == ["Do it.", "", "  do it --now", "  do it --later", ""]
+    paragraph = lines[5 : lines.index("", 5)]
+    assert len(paragraph) > 1
+    assert max(map(len, paragraph)) <= 40
