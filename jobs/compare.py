@@ -30,14 +30,6 @@ if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
 
 
-@dataclass(frozen=True)
-class _CompareInputs:
-    a: Side
-    b: Side
-    image_folder: Path | None
-    out: Path
-
-
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
     a: Positional[str]  # run, evaluation, models:/…, MLflow run id or file
@@ -58,78 +50,67 @@ class CompareOptions:
 def main() -> NoReturn:
     options = read_options(CompareOptions, __doc__)
     with tempfile.TemporaryDirectory(prefix="deta-compare-") as work:
-        run_tool(lambda: _prepare(options, Path(work)), lambda inputs: _compare(inputs, options))
+        run_tool(lambda: _prepare(options, Path(work)), lambda sides: _compare(*sides, options))
 
 
-def _prepare(options: CompareOptions, work: Path) -> _CompareInputs:
+def _prepare(options: CompareOptions, work: Path) -> tuple[Side, Side]:
     from deta.platform.comparison.sources import open_side, refuse_other_images
 
     if options.resamples < 1 or not 0 < options.confidence < 1:
         raise ValueError("--resamples is at least 1, --confidence between 0 and 1")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images {options.images}: there is no such folder")
-    sides = []
-    for letter, source, run in (
-        ("a", options.a, options.run_a),
-        ("b", options.b, options.run_b),
-    ):
-        place = work / letter
+
+    def opened(source: str, run: Path | None, place: Path) -> Side:
         place.mkdir()
-        sides.append(
-            open_side(
-                source,
-                annotations=options.annotations,
-                run=run,
-                mlflow_uri=options.mlflow,
-                work=place,
-            )
+        return open_side(
+            source,
+            annotations=options.annotations,
+            run=run,
+            mlflow_uri=options.mlflow,
+            work=place,
         )
-    refuse_other_images(*sides)
-    folders = [Path(side.image_folder) for side in reversed(sides) if side.image_folder]
-    found = options.images or next((folder for folder in folders if folder.is_dir()), None)
-    default = Path(f"comparison-{_file_name(sides[0].name)}-{_file_name(sides[1].name)}.html")
-    return _CompareInputs(sides[0], sides[1], found, options.out or default)
+
+    a, b = (
+        opened(options.a, options.run_a, work / "a"),
+        opened(options.b, options.run_b, work / "b"),
+    )
+    refuse_other_images(a, b)
+    return a, b
 
 
-def _compare(inputs: _CompareInputs, options: CompareOptions) -> int:
+def _compare(a: Side, b: Side, options: CompareOptions) -> int:
     from deta.platform.comparison.compare import compare_sides
     from deta.platform.comparison.report import verdict_sentences, write_comparison
 
     comparison = compare_sides(
-        inputs.a,
-        inputs.b,
-        resamples=options.resamples,
-        seed=options.seed,
-        confidence=options.confidence,
+        a, b, resamples=options.resamples, seed=options.seed, confidence=options.confidence
     )
     for sentence in verdict_sentences(comparison):
         echo(sentence)
-    num_images = write_comparison(inputs.out, comparison, inputs.image_folder)
+    folders = (Path(side.image_folder) for side in (b, a) if side.image_folder)
+    images = options.images or next((folder for folder in folders if folder.is_dir()), None)
+    out = options.out or Path(f"comparison-{_file_name(a.name)}-{_file_name(b.name)}.html")
+    num_images = write_comparison(out, comparison, images)
     echo(
         f"{comparison.difference.resamples} resamples in {comparison.difference.seconds:.1f} s, "
         f"{num_images} images"
     )
-    echo(f"page: {inputs.out}")
-    run_id = options.mlflow_run or inputs.b.run_id
-    if run_id and not options.no_mlflow:
+    echo(f"page: {out}")
+    run_id = options.mlflow_run or b.run_id
+    if not run_id or options.no_mlflow:
+        return 0
+    try:  # the page is written; MLflow raises many kinds of errors, or is not installed
         from deta.platform.registry.model_address import registry_uri
+        from deta.platform.tracking.mlflow_store import MlflowStore
         from deta.platform.tracking.upload_plan import uri_of
 
-        try:
-            from deta.platform.tracking.mlflow_store import MlflowStore
-        except ModuleNotFoundError as error:
-            raise RuntimeError(
-                f"{inputs.out} is not logged, since MLflow is missing ({error}): pip install "
-                "'deta-platform[train]', or add --no-mlflow"
-            ) from error
-        try:
-            folder = inputs.b.run_folder
-            uri = options.mlflow or (uri_of(folder) if folder else registry_uri())
-            MlflowStore(uri).send_file(run_id, inputs.out, "comparisons")
-        except Exception as error:  # the page is written; MLflow raises many kinds of errors
-            echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")
-            return 1
-        echo(f"logged to MLflow: run {run_id}, comparisons/{inputs.out.name}")
+        uri = options.mlflow or (uri_of(b.run_folder) if b.run_folder else registry_uri())
+        MlflowStore(uri).send_file(run_id, out, "comparisons")
+    except Exception as error:
+        echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")
+        return 1
+    echo(f"logged to MLflow: run {run_id}, comparisons/{out.name}")
     return 0
 
 

@@ -40,8 +40,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,10 +59,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from deta.platform.inference.export_check import OutputDifference, RuntimeSpeed
-    from deta.platform.inference.exported_model import Runtime
+    from deta.platform.inference.exported_model import PackedImages
     from deta.platform.inference.predictor import Predictor
 
 FILE_NAMES = {"pt2": "model.pt2", "onnx": "model.onnx"}
+PACKAGES = ("deta-platform", "torch", "torchvision", "timm", "onnx", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,6 @@ class ExportOptions(ModelOptions):
     check_first: int = 20  # images to check
     check_batch: int = 4  # images per batch
     unverified: bool = False  # write the files without checking them
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """The result of checking one exported file."""
-
-    sha256: str
-    num_bytes: int
-    difference: OutputDifference | None  # none: not checked
-    speed: RuntimeSpeed | None
 
 
 def main() -> NoReturn:
@@ -119,125 +109,111 @@ def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> 
     import torch
 
     from deta.platform.data.image_decoding import decode
-    from deta.platform.inference.export import trace_detector, write_onnx
+    from deta.platform.inference.export import least_side_px, trace_detector, write_onnx
+    from deta.platform.inference.export_check import measure_runtime_speed, run_eagerly
+    from deta.platform.inference.exported_model import pack_images
     from deta.platform.pages.number_format import duration
+    from deta.platform.system.safe_read import file_sha256
 
+    data, device = predictor.config.data, predictor.device.type
     echo(f"model: {predictor.description}")
     echo("tracing; a model of the published size takes minutes …")
     began_s = time.perf_counter()
     program = trace_detector(predictor.model, predictor.config.postprocess, predictor.device)
     echo(f"traced in {duration(time.perf_counter() - began_s)}")
-    max_pixels = predictor.config.data.max_pixels
-    images = [decode(path, max_pixels) for path in paths]
-    eager_speed = _eager_speed(predictor, images) if images else None
+    images = [decode(path, data.max_pixels) for path in paths]
+    least = least_side_px(predictor.model.config)
+    pack = partial(pack_images, size=data.evaluation_size, least_side_px=least)
+    eager_speed = None
+    if images:
+        eager_speed = measure_runtime_speed(partial(run_eagerly, predictor), pack(images[:1]))
+        echo(f"the model itself, on {device}: {eager_speed}")
 
     options.output.mkdir(parents=True, exist_ok=True)
-    checked: dict[str, _Checked] = {}
-    refused = False
+    files: dict[str, dict[str, Any]] = {}
+    formats = [options.format] if options.format else list(FILE_NAMES)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.output) as folder:
-        for format_ in [options.format] if options.format else FILE_NAMES:
+        for format_ in formats:
             path = Path(folder) / FILE_NAMES[format_]
             began_s = time.perf_counter()
             if format_ == "pt2":
                 torch.export.save(program, path)
             else:
                 write_onnx(program, path)
-            megabytes = path.stat().st_size / 1e6
-            echo(f"{path.name}: {megabytes:.1f} MB in {duration(time.perf_counter() - began_s)}")
-            result = _check(path, predictor, images, options.check_batch)
-            if result.difference is not None and not result.difference.is_small:
-                echo(f"{path.name}: DELETED, its detections differ from the model's")
-                refused = True
-                continue
-            checked[path.name] = result
-        for name in checked:
+            num_bytes = path.stat().st_size
+            took = duration(time.perf_counter() - began_s)
+            echo(f"{path.name}: {num_bytes / 1e6:.1f} MB in {took}")
+            about = {
+                "sha256": file_sha256(path),
+                "bytes": num_bytes,
+                "device": "any" if format_ == "onnx" else device,
+                "difference": None,
+                "speed": None,
+            }
+            if images:
+                difference, speed = _check(path, predictor, pack, images, options.check_batch)
+                if not difference.is_small:
+                    echo(f"{path.name}: DELETED, its detections differ from the model's")
+                    continue
+                about |= {"difference": asdict(difference), "speed": asdict(speed)}
+            files[path.name] = about
+        for name in files:
             shutil.move(Path(folder) / name, options.output / name)
-    if checked:
-        about = _about(predictor, checked, eager_speed)
-        write_json(options.output / "model.json", about)
+    if files:
+        measured = {
+            "verified": bool(images),
+            "files": files,
+            "eager_speed": None if eager_speed is None else asdict(eager_speed),
+        }
+        write_json(options.output / "model.json", measured | _about(predictor, least))
     if not images:
         echo("NOT VERIFIED: no image was checked")
-    echo(f"{', '.join(checked) or 'nothing'}: {options.output}")
-    return 1 if refused else 0
+    echo(f"{', '.join(files) or 'nothing'}: {options.output}")
+    return 0 if len(files) == len(formats) else 1
 
 
 def _check(
-    path: Path, predictor: Predictor, images: Sequence[Image.Image], batch_size: int
-) -> _Checked:
-    """Compare an exported file with the model, if there are images, and time it."""
-    from deta.platform.inference.export import least_side_px
+    path: Path,
+    predictor: Predictor,
+    pack: Callable[[Sequence[Image.Image]], PackedImages],
+    images: Sequence[Image.Image],
+    batch_size: int,
+) -> tuple[OutputDifference, RuntimeSpeed]:
+    """Compare an exported file with the model, alone and in batches, and time it."""
     from deta.platform.inference.export_check import (
         OutputDifference,
         compare_detections,
         measure_runtime_speed,
         run_eagerly,
     )
-    from deta.platform.inference.exported_model import (
-        open_onnx,
-        open_program,
-        pack_images,
-        unpack_detections,
-    )
-    from deta.platform.system.safe_read import file_sha256
+    from deta.platform.inference.exported_model import open_onnx, open_program, unpack_detections
 
-    digest, num_bytes = file_sha256(path), path.stat().st_size
-    if not images:
-        return _Checked(digest, num_bytes, None, None)
-    run: Runtime
     run = open_onnx(path) if path.suffix == ".onnx" else open_program(path, predictor.device)
-    size, least = predictor.config.data.evaluation_size, least_side_px(predictor.model.config)
+    limit = predictor.config.postprocess.max_detections
     difference = OutputDifference()
-    batches = [images[i : i + n] for n in (1, batch_size) for i in range(0, len(images), n)]
-    for batch in batches:
-        packed = pack_images(batch, size, least)
-        expected = run_eagerly(predictor, packed)
-        for image, one, other in zip(batch, expected, unpack_detections(*run(packed)), strict=True):
-            limit = predictor.config.postprocess.max_detections
+    for batch in (images[i : i + n] for n in (1, batch_size) for i in range(0, len(images), n)):
+        packed = pack(batch)
+        pairs = zip(run_eagerly(predictor, packed), unpack_detections(*run(packed)), strict=True)
+        for image, (one, other) in zip(batch, pairs, strict=True):
             difference += compare_detections(one, other, (image.height, image.width), limit)
     echo(f"{path.name}: largest differences: {difference}")
-    speed = measure_runtime_speed(run, pack_images(images[:1], size, least))
+    speed = measure_runtime_speed(run, pack(images[:1]))
     echo(f"{path.name}: {speed}")
-    return _Checked(digest, num_bytes, difference, speed)
+    return difference, speed
 
 
-def _eager_speed(predictor: Predictor, images: Sequence[Image.Image]) -> RuntimeSpeed:
-    from deta.platform.inference.export import least_side_px
-    from deta.platform.inference.export_check import measure_runtime_speed, run_eagerly
-    from deta.platform.inference.exported_model import pack_images
+def _about(predictor: Predictor, least_side_px: int) -> dict[str, Any]:
+    """Return what model.json says of the model, apart from the check."""
+    from importlib.metadata import distributions
 
-    least = least_side_px(predictor.model.config)
-    image = pack_images(images[:1], predictor.config.data.evaluation_size, least)
-    speed = measure_runtime_speed(partial(run_eagerly, predictor), image)
-    echo(f"the model itself, on {predictor.device.type}: {speed}")
-    return speed
-
-
-def _about(
-    predictor: Predictor, checked: Mapping[str, _Checked], eager_speed: RuntimeSpeed | None
-) -> dict[str, Any]:
-    from deta.platform.inference.export import ONNX_OPSET, least_side_px
+    from deta.platform.inference.export import ONNX_OPSET
     from deta.platform.inference.export_check import MAX_BOX_DIFFERENCE, MAX_SCORE_DIFFERENCE
     from deta.platform.run.config import flatten
 
     size = predictor.config.data.evaluation_size
     return {
-        "weights": {
-            "description": predictor.description,
-            "sha256": predictor.weights_sha256,
-        },
-        "verified": all(one.difference is not None for one in checked.values()),
-        "files": {
-            name: {
-                "sha256": one.sha256,
-                "bytes": one.num_bytes,
-                "device": "any" if name.endswith(".onnx") else predictor.device.type,
-                "difference": None if one.difference is None else asdict(one.difference),
-                "speed": None if one.speed is None else asdict(one.speed),
-            }
-            for name, one in checked.items()
-        },
+        "weights": {"description": predictor.description, "sha256": predictor.weights_sha256},
         "allowed_difference": {"scores": MAX_SCORE_DIFFERENCE, "boxes": MAX_BOX_DIFFERENCE},
-        "eager_speed": None if eager_speed is None else asdict(eager_speed),
         "input": {
             "images": "B 3 H W, uint8, RGB, each resized image at the top left",
             "sizes_px": "B 2, int64, (height, width) of each resized image",
@@ -245,7 +221,7 @@ def _about(
             "resize": "bilinear, antialiased (PIL); keep the ratio; ignore the EXIF orientation",
             "short_edge": size.short_edge,
             "max_long_edge": size.max_long_edge,
-            "least_height_and_width": least_side_px(predictor.model.config),
+            "least_height_and_width": least_side_px,
         },
         "output": {
             "scores": "B N, float32, best first",
@@ -255,18 +231,8 @@ def _about(
         "classes": [asdict(category) for category in predictor.categories],
         "config": flatten(predictor.config),
         "onnx_opset": ONNX_OPSET,
-        "versions": _versions(),
+        "versions": {one.name: one.version for one in distributions() if one.name in PACKAGES},
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("deta-platform", "torch", "torchvision", "timm", "onnx", "onnxruntime"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _require_onnx() -> None:

@@ -28,7 +28,7 @@ import glob
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,6 +42,7 @@ from deta.jobs.model_options import (
     read_model_options,
 )
 from deta.platform.system.atomic_write import write_json
+from deta.platform.system.short_list import short_list
 
 if TYPE_CHECKING:
     from deta.model.postprocess import Detections
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
 
 WRITTEN_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})  # others get .png added
 JPEG_QUALITY = 92
+_SAME_NAME = (
+    "{} and {} have the same name: one would overwrite the other; give the folder above them, or "
+    "run the job twice"
+)
 
 
 @dataclass(frozen=True)
@@ -84,82 +89,128 @@ def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predicto
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
     if not options.image:
         raise ValueError("no images are given; name files or folders")
-    named_files = _find_pictures(options.image, options.output)
-
-    categories, image_ids = None, None
+    images = _find_images(options)
+    categories = None
     if options.annotations is not None:
         categories, image_ids = read_listing(options.annotations)
-    image_files = _number(named_files, options.output, options.annotations, image_ids)
+        images = _with_ids(images, image_ids, options.annotations)
     predictor = open_predictor(options, changes, categories)
     if categories is not None:
         predictor.check_categories(categories, str(options.annotations))
-    check_headers([image_file.path for image_file in image_files], predictor.config.data.max_pixels)
+    check_headers([image.path for image in images], predictor.config.data.max_pixels)
     (options.output if options.no_pictures else options.output / "pictures").mkdir(
         parents=True, exist_ok=True
     )
-    return predictor, image_files
+    return predictor, images
 
 
-def _predict(predictor: Predictor, image_files: list[_Image], options: PredictOptions) -> int:
+def _find_images(options: PredictOptions) -> list[_Image]:
+    """Find each image file once and number it; refuse those that this job would overwrite."""
+    from deta.platform.inference.image_paths import find_images
+
+    for text in options.image:
+        if "=" in text and not glob.has_magic(text) and not Path(text).exists():
+            raise ValueError(f"{text}: there is no such file, folder or configuration key")
+    images: dict[Path, _Image] = {}  # by target
+    for number, (path, name) in enumerate(map(astuple, find_images(options.image, echo)), 1):
+        if path.resolve().is_relative_to(options.output.resolve()):
+            raise ValueError(
+                f"{path}: lies in --output {options.output}, where it could be overwritten; choose "
+                "another folder"
+            )
+        target = options.output / "pictures" / name
+        if target.suffix.lower() not in WRITTEN_SUFFIXES:
+            target = target.with_name(target.name + ".png")
+        image = _Image(path, name, number, target)
+        if (other := images.setdefault(target, image)) is not image:
+            raise ValueError(_SAME_NAME.format(other.path, path))
+    return list(images.values())
+
+
+def _with_ids(images: Sequence[_Image], ids: dict[str, int], annotations: Path) -> list[_Image]:
+    """Give each image the id that the annotations list under its name, or its last part."""
+    last_parts = Counter(name.rpartition("/")[2] for name in ids)
+    by_last_part = {name.rpartition("/")[2]: image_id for name, image_id in ids.items()}
+    found: dict[int, _Image] = {}
+    missing = []
+    for image in images:
+        image_id = ids.get(image.name)
+        if image_id is None and last_parts[image.path.name] == 1:
+            image_id = by_last_part[image.path.name]
+        if image_id is None:
+            missing.append(image.path)
+        elif image_id in found:
+            raise ValueError(_SAME_NAME.format(found[image_id].path, image.path))
+        else:
+            found[image_id] = replace(image, image_id=image_id)
+    if missing:
+        raise ValueError(
+            f"{annotations}: does not list the images {short_list(missing)}; "
+            "leave out --annotations, or these images"
+        )
+    return list(found.values())
+
+
+def _predict(predictor: Predictor, images: list[_Image], options: PredictOptions) -> int:
     from deta.platform.data.image_decoding import ImageError
     from deta.platform.data.progress import progress_bar
     from deta.platform.evaluation.coco_metrics import to_coco_results
     from deta.platform.evaluation.detections_parquet import DetectionTable
 
     echo(f"model: {predictor.description}")
-    by_path = {image_file.path: image_file for image_file in image_files}
+    by_path = {image.path: image for image in images}
     results: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
-    num_width = len(str(len(image_files)))
+    num_width = len(str(len(images)))
 
     def print_line(text: str) -> None:
-        number = len(images) + len(unreadable)
-        echo(f"{number:>{num_width}}/{len(image_files)}  {text}")
+        number = len(listed) + len(unreadable)
+        echo(f"{number:>{num_width}}/{len(images)}  {text}")
         advance(1)
 
     def on_unreadable(path: Path, error: ImageError) -> None:
-        unreadable.append(_entry(by_path[path]) | {"reason": str(error)})
+        image = by_path[path]
+        unreadable.append({"id": image.image_id, "file_name": image.name, "reason": str(error)})
         print_line(f"not readable: {error}")
 
     began_s = time.perf_counter()
     table = DetectionTable(
         options.output / "detections.parquet", predictor.categories, predictor.weights_sha256
     )
-    with progress_bar("images", len(image_files)) as advance, table:
+    with progress_bar("images", len(images)) as advance, table:
         for path, found in predictor.predict_files(
             by_path, batch_size=options.batch_size, on_unreadable=on_unreadable
         ):
-            image_file = by_path[path]
-            width, height = _draw(image_file, found, predictor, options)
-            results += to_coco_results(found, image_file.image_id, predictor.category_ids)
-            table.add(str(path), image_file.image_id, found)
-            images.append(_entry(image_file) | {"width": width, "height": height})
+            image = by_path[path]
+            width, height = _draw(image, found, predictor, options)
+            results += to_coco_results(found, image.image_id, predictor.category_ids)
+            table.add(str(path), image.image_id, found)
+            about = {"id": image.image_id, "file_name": image.name}
+            listed.append(about | {"width": width, "height": height})
             shown = found.labels[found.scores >= options.threshold].tolist()
-            print_line(f"{image_file.name}  {_counts(shown, predictor.names)}")
+            print_line(f"{image.name}  {_counts(shown, predictor.names)}")
     elapsed_s = time.perf_counter() - began_s
 
-    categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
     listing = {
-        "images": images,
+        "images": listed,
         "annotations": [],
-        "categories": categories,
+        "categories": [{"id": c.id, "name": c.name} for c in predictor.categories],
         "unreadable": unreadable,
     }
     write_json(options.output / "images.json", listing)
     write_json(options.output / "results.json", results)
-    echo("")
     echo(
-        f"{len(images)} images, {len(images) / elapsed_s:.1f} images/s on "
+        f"\n{len(listed)} images, {len(listed) / elapsed_s:.1f} images/s on "
         f"{predictor.device.type}: {options.output}"
     )
     if unreadable:
-        echo(f"{len(unreadable)} of {len(image_files)} images could not be read, see above")
+        echo(f"{len(unreadable)} of {len(images)} images could not be read, see above")
     return 1 if unreadable else 0
 
 
 def _draw(
-    image_file: _Image, found: Detections, predictor: Predictor, options: PredictOptions
+    image: _Image, found: Detections, predictor: Predictor, options: PredictOptions
 ) -> tuple[int, int]:
     """Draw an image with its boxes unless --no-pictures. Returns its (width, height)."""
     from deta.platform.data.draw_boxes import draw_detections
@@ -167,86 +218,17 @@ def _draw(
 
     max_pixels = predictor.config.data.max_pixels
     if options.no_pictures:
-        header = read_header(image_file.path, max_pixels)
+        header = read_header(image.path, max_pixels)
         return header.width, header.height
     # Decoded again: images are large, and detections only need their size.
-    image = decode(image_file.path, max_pixels)
+    pixels = decode(image.path, max_pixels)
     shown = found.scores >= options.threshold
     drawing = draw_detections(
-        image, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names
+        pixels, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names
     )
-    image_file.target.parent.mkdir(parents=True, exist_ok=True)
-    drawing.save(image_file.target, quality=JPEG_QUALITY)
-    return image.width, image.height
-
-
-def _find_pictures(texts: Sequence[str], output: Path) -> list[tuple[str, Path]]:
-    """Find each image file once, with its name, except those that this job writes."""
-    from deta.platform.inference.image_paths import find_images
-
-    for text in texts:
-        if "=" in text and not glob.has_magic(text) and not Path(text).exists():
-            raise ValueError(f"{text}: there is no such file, folder or configuration key")
-    found = find_images(texts, echo)
-    own = output.resolve()
-    if inside := [file.path for file in found if file.path.resolve().is_relative_to(own)]:
-        raise ValueError(
-            f"{inside[0]}: lies in --output {output}, where it could be overwritten; choose "
-            "another folder"
-        )
-    return [(file.name, file.path) for file in found]
-
-
-def _number(
-    named_files: Sequence[tuple[str, Path]],
-    output: Path,
-    annotations: Path | None,
-    image_ids: dict[str, int] | None,
-) -> list[_Image]:
-    """Give each image its id (by name if there are annotations) and its output path."""
-    if image_ids is None:
-        ids = list(range(1, len(named_files) + 1))
-    else:
-        by_last_part: dict[str, list[int]] = {}
-        for name, image_id in image_ids.items():
-            by_last_part.setdefault(name.rpartition("/")[2], []).append(image_id)
-        ids, missing = [], []
-        for name, path in named_files:
-            candidates = by_last_part.get(path.name, [])
-            if name in image_ids:
-                ids.append(image_ids[name])
-            elif len(candidates) == 1:
-                ids.append(candidates[0])
-            else:
-                missing.append(str(path))
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise ValueError(
-                f"{annotations}: does not list the images {', '.join(missing[:5])}{more}; "
-                "leave out --annotations, or these images"
-            )
-    image_files = []
-    by_target: dict[Path, _Image] = {}
-    by_id: dict[int, _Image] = {}
-    for (name, path), image_id in zip(named_files, ids, strict=True):
-        target = output / "pictures" / name
-        if target.suffix.lower() not in WRITTEN_SUFFIXES:
-            target = target.with_name(target.name + ".png")
-        image_file = _Image(path, name, image_id, target)
-        other = by_target.setdefault(target, image_file)
-        if other is image_file:
-            other = by_id.setdefault(image_id, image_file)
-        if other is not image_file:
-            raise ValueError(
-                f"{other.path} and {path} have the same name: one would overwrite the other; give "
-                "the folder above them, or run the job twice"
-            )
-        image_files.append(image_file)
-    return image_files
-
-
-def _entry(image_file: _Image) -> dict[str, Any]:
-    return {"id": image_file.image_id, "file_name": image_file.name}
+    image.target.parent.mkdir(parents=True, exist_ok=True)
+    drawing.save(image.target, quality=JPEG_QUALITY)
+    return pixels.width, pixels.height
 
 
 def _counts(labels: Sequence[int], names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -49,7 +49,7 @@ class ServeOptions:
     without_ray: bool = False  # a single process, no cluster
     replicas: int = 1  # processes on the cluster
     cpus: float = 1.0  # CPUs of each replica
-    # Limits; without a value, those of platform/serving/config.py.
+    # Limits, named as in platform/serving/config.py, whose values are the defaults.
     max_batch: int | None = None  # images per batch
     batch_wait: float | None = None  # seconds that the first image of a batch waits for others
     # Concurrent requests of a process; others get 503 and Retry-After.
@@ -67,12 +67,7 @@ def main() -> NoReturn:
 
 
 def _prepare(options: ServeOptions) -> tuple[ModelSource, ServingConfig]:
-    from deta.platform.serving.config import (
-        TOKEN_VARIABLE,
-        ServingConfig,
-        read_token,
-        token_hash,
-    )
+    from deta.platform.serving.config import TOKEN_VARIABLE, ServingConfig, read_token, token_hash
     from deta.platform.serving.model_source import model_source
     from deta.platform.system.child_server import is_loopback
 
@@ -89,17 +84,11 @@ def _prepare(options: ServeOptions) -> tuple[ModelSource, ServingConfig]:
     hosts = tuple(name.lower() for name in options.allow_host)
     if not hosts and is_loopback(options.host):
         hosts = ("127.0.0.1", "localhost", "[::1]")
-    named = {
-        "max_batch": options.max_batch,
-        "batch_wait_s": options.batch_wait,
-        "max_requests": options.max_requests,
-        "max_bytes": options.max_bytes,
-        "max_pixels": options.max_pixels,
-        "read_timeout_s": options.read_timeout,
-        "answer_timeout_s": options.answer_timeout,
-        "poll_s": options.poll,
+    given: dict[str, Any] = {
+        field.name: limit
+        for field in fields(ServingConfig)
+        if (limit := getattr(options, field.name.removesuffix("_s"), None)) is not None
     }
-    given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     config = ServingConfig(token_sha256=token_hash(token) if token else "", hosts=hosts, **given)
     os.environ.pop(TOKEN_VARIABLE, None)  # child processes must not inherit it
     source = model_source(options.model, options.tracking_uri, options.device)
