@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 
 from deta.platform.cluster.auth_token import (
     OPEN_CLUSTER,
@@ -33,6 +34,8 @@ for _name, _value in {
 import ray
 import ray.train
 
+_ADDRESS = re.compile(r"[\w.-]+:\d+")  # of a head node, not `auto` or ray://…
+
 
 class ClusterTooSmallError(RuntimeError):
     """The cluster can never provide the resources that the run needs."""
@@ -51,9 +54,16 @@ def join_cluster() -> str:
     address = "local" if is_own else os.environ["RAY_ADDRESS"]
     if is_own and not ray.is_initialized():
         ensure_private_token()
+    # Without the address in their environment, Ray's own actors look for the cluster on their
+    # machine and fail if there are two; what a stopped trial had reserved is then never released.
+    known = {} if is_own or not _ADDRESS.fullmatch(address) else {"RAY_ADDRESS": address}
     # Workers write to the journal; their other output is in Ray's logs.
     context = ray.init(
-        address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR
+        address,
+        ignore_reinit_error=True,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": known} if known else None,
     )
     is_unprotected = bool(context.dashboard_url) and is_open(context.dashboard_url or "")
     if is_own and is_unprotected:

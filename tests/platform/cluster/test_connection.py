@@ -1,0 +1,41 @@
+"""Processes of a cluster find their own cluster, although another one is on the machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).resolve().parents[3]
+# Ray's own actors look a cluster up in this way, such as the one that frees what a killed training
+# had reserved.
+LOOK_UP = """
+import json
+import ray
+from deta.platform.cluster.connection import join_cluster
+
+join_cluster()
+
+@ray.remote(num_cpus=0)
+def look_up():
+    import os
+    from ray._private.services import canonicalize_bootstrap_address
+    return os.environ.get("RAY_ADDRESS"), canonicalize_bootstrap_address(None)
+
+print(json.dumps(ray.get(look_up.remote())))
+"""
+
+
+def test_a_process_of_the_cluster_knows_its_address(ray_cluster, tmp_path: Path):
+    ran = subprocess.run(
+        [sys.executable, "-c", LOOK_UP],
+        env=ray_cluster.env | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1]) == [ray_cluster.address] * 2
