@@ -94,11 +94,8 @@ def detrex_r50() -> RunConfig:
 
 
 VARIANTS = {
-    "official_r50": official_r50,
-    "official_r50_dc5": official_r50_dc5,
-    "official_r101": official_r101,
-    "official_r101_dc5": official_r101_dc5,
-    "detrex_r50": detrex_r50,
+    make.__name__: make
+    for make in (official_r50, official_r50_dc5, official_r101, official_r101_dc5, detrex_r50)
 }
 
 if __name__ == "__main__":

@@ -102,13 +102,11 @@ def _submit(options: SubmitOptions, arguments: list[str]) -> int:
     from deta.platform.cluster.submit_job import ClusterError, submit_job
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # its client logs the upload
-    if arguments[:1] == ["--"]:  # as `ray job submit` requires
-        del arguments[0]
-    if not options.keep_paths:
-        given, arguments = arguments, with_absolute_paths(arguments, Path.cwd())
-        for before, after in zip(given, arguments, strict=True):
-            if before != after:
-                _note(f"path:    {before} -> {after}")
+    given = arguments[1:] if arguments[:1] == ["--"] else arguments  # as `ray job submit` requires
+    arguments = given if options.keep_paths else with_absolute_paths(given, Path.cwd())
+    for before, after in zip(given, arguments, strict=True):
+        if before != after:
+            _note(f"path:    {before} -> {after}")
     try:
         return submit_job(
             options.script,
@@ -121,12 +119,9 @@ def _submit(options: SubmitOptions, arguments: list[str]) -> int:
             env=dict(_variable(text) for text in options.env),
             echo=_note,
         )
-    except ValueError as error:
+    except (ValueError, ClusterError) as error:
         _note(f"error: {error}")
-        return 2
-    except ClusterError as error:
-        _note(f"error: {error}")
-        return 1
+        return 1 if isinstance(error, ClusterError) else 2
     except KeyboardInterrupt:
         _note("\nstopped before the job was submitted")
         return 130

@@ -24,6 +24,7 @@ from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from deta.platform.data.synthetic_shapes import ShapesDataset
+    from deta.platform.run.config import RunConfig
 
 Options = TypeVar("Options")
 Inputs = TypeVar("Inputs")
@@ -41,6 +42,18 @@ class StorageOptions:
     storage: Positional[Path] = Path(DEFAULT_STORAGE)  # the folder of the runs
 
 
+# By the option that sets it.
+KEYS = {
+    "train_images": "data.train_images",
+    "train_annotations": "data.train_annotations",
+    "val_images": "data.val_images",
+    "val_annotations": "data.val_annotations",
+    "name": "name",
+    "storage": "storage",
+    "init": "init_checkpoint",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """The images for training and validation with their annotations."""
@@ -52,19 +65,13 @@ class DataOptions:
 
     def changes(self) -> dict[str, str]:
         """Return what was given, by configuration key."""
-        given = {field.name: getattr(self, field.name) for field in fields(DataOptions)}
-        return {f"data.{name}": value for name, value in given.items() if value is not None}
+        given = {KEYS.get(field.name): getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in given.items() if key and value is not None}
 
 
-def read_options(
-    kind: type[Options],
-    doc: str | None,
-    *,
-    program: str | None = None,
-    arguments: Sequence[str] | None = None,
-) -> Options:
+def read_options(kind: type[Options], doc: str | None, **how: Any) -> Options:
     """Parse a command line without `key=value`; see `read_command_line`."""
-    return read_command_line(kind, doc, program=program, arguments=arguments)[0]
+    return read_command_line(kind, doc, **how)[0]
 
 
 def read_command_line(
@@ -204,42 +211,22 @@ def _option(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def drawn_changes(drawn: ShapesDataset) -> dict[str, str]:
-    """Return the paths of a drawn data set by configuration key."""
-    return {
-        "data.train_images": str(drawn.train_images),
-        "data.train_annotations": str(drawn.train_annotations),
-        "data.val_images": str(drawn.val_images),
-        "data.val_annotations": str(drawn.val_annotations),
-    }
+def drawn_data(
+    config: RunConfig, draw: Callable[[Path], ShapesDataset], name: str = "demo"
+) -> dict[str, str]:
+    """Draw a data set unless the configuration names one; return its paths by key."""
+    if config.data.train_images:
+        return {}
+    folder = Path(config.storage).expanduser() / "data" / name
+    echo(f"drawing the data set into {folder} …")
+    drawn = draw(folder)
+    keys = ("train_images", "train_annotations", "val_images", "val_annotations")
+    return {f"data.{key}": str(getattr(drawn, key)) for key in keys}
 
 
 def echo(line: str) -> None:
     """Print a line at once, also into a pipe or a log."""
     print(line, flush=True)
-
-
-def exit_after(
-    training: Callable[[], object], again: str = "the same command with --resume goes on"
-) -> NoReturn:
-    """Run a training and exit with its outcome as exit code (see `run_recipe`).
-
-    Args:
-        again: hint printed after an interruption.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit_on_signal)
-    try:
-        training()
-    except ValueError as error:
-        refuse(error)
-    except RuntimeError as error:
-        print(f"\nthe run failed: {error}", file=sys.stderr)
-        sys.exit(1)
-    except SystemExit:
-        print(f"\nstopped; {again}", file=sys.stderr)
-        raise
-    sys.exit(0)
 
 
 def refuse(error: ValueError) -> NoReturn:
@@ -272,7 +259,8 @@ def run_tool(
         again: hint printed after a failure or an interruption.
     """
     hint = again and f"; {again}"
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_on_signal)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         try:
@@ -283,9 +271,15 @@ def run_tool(
     except (ValueError, RuntimeError, OSError) as error:
         print(f"\nfailed: {error}{hint}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"\nstopped{hint}", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit:
+        if _signals:
+            print(f"\nstopped{hint}", file=sys.stderr)
+        raise
+
+
+def run_training(training: Callable[[], object], again: str) -> NoReturn:
+    """Run a training, whose input may be refused until it starts; exit like `run_tool`."""
+    run_tool(training, lambda _: 0, again)
 
 
 def exit_cleanly_on_signals() -> None:

@@ -100,14 +100,20 @@ def _compare(a: Side, b: Side, options: CompareOptions) -> int:
     run_id = options.mlflow_run or b.run_id
     if not run_id or options.no_mlflow:
         return 0
-    try:  # the page is written; MLflow raises many kinds of errors, or is not installed
-        from deta.platform.registry.model_address import registry_uri
-        from deta.platform.tracking.mlflow_store import MlflowStore
-        from deta.platform.tracking.upload_plan import uri_of
+    from deta.platform.registry.model_address import registry_uri
+    from deta.platform.tracking.upload_plan import uri_of
 
+    try:
+        from deta.platform.tracking.mlflow_store import MlflowStore
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{out} is not logged, since MLflow is missing ({error}): pip install "
+            "'deta-platform[train]', or add --no-mlflow"
+        ) from error
+    try:
         uri = options.mlflow or (uri_of(b.run_folder) if b.run_folder else registry_uri())
         MlflowStore(uri).send_file(run_id, out, "comparisons")
-    except Exception as error:
+    except Exception as error:  # the page is written; MLflow raises many kinds of errors
         echo(f"not logged to MLflow: {error}; give its address with --mlflow, or --no-mlflow")
         return 1
     echo(f"logged to MLflow: run {run_id}, comparisons/{out.name}")

@@ -27,14 +27,15 @@ A tensor that is missing, unused or of another shape is an error, unless it is a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from tyro.conf import Positional, UseAppendAction
 
-from deta.jobs.command_line import echo, read_command_line, refuse, run_tool
-from deta.jobs.model_options import refuse_without_effect
+from deta.jobs.command_line import echo, refuse, run_tool
+from deta.jobs.model_options import MODEL_KEYS, read_model_options
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.atomic_write import write_json
 from deta.platform.system.safe_read import file_sha256
@@ -51,7 +52,6 @@ SUFFIXES = {
     "detrex": (".pth", ".safetensors"),
     "huggingface": (".safetensors", ".bin"),
 }
-CONVERSION_KEYS = ("model.", "postprocess.", "data.evaluation_size.")
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,7 @@ class ConvertOptions:
 
 
 def main() -> NoReturn:
-    options, changes = read_command_line(
-        ConvertOptions,
-        f"{__doc__}\nKeys of the configuration that matter here: model.*, postprocess.* and "
-        "data.evaluation_size.*",
-        RunConfig(),
-    )
+    options, changes = read_model_options(ConvertOptions, __doc__, MODEL_KEYS)
     if options.list:
         from deta.platform.weights.published_catalogue import format_catalogue
 
@@ -112,7 +107,6 @@ def _prepare(options: ConvertOptions, changes: dict[str, str]) -> _Weights:
             raise ValueError(f"{output}: end the name in {' or '.join(SUFFIXES[options.to])}")
         if output.is_dir():
             raise ValueError(f"{output}: is a folder; name the file to write")
-    refuse_without_effect(changes, CONVERSION_KEYS)
     path = fetch(options.source, echo=echo)
     if path.is_dir() or path.name == "best":
         from deta.platform.checkpoint.local import find_checkpoint
@@ -235,23 +229,21 @@ def _write(weights: _Weights, options: ConvertOptions) -> int:
     return 0
 
 
-def _notes(config: RunConfig, layout: str) -> list[str]:
-    """Return notes on what the other implementation assumes."""
-    notes = []
-    rows = config.model.num_classes
+def _notes(config: RunConfig, layout: str) -> Iterator[str]:
+    """Say what the other implementation assumes."""
+    rows, eps = config.model.num_classes, config.model.logit_eps
     if layout == "official" and rows != 91:
-        notes.append(f"note: official code reads rows as the 91 COCO ids; this file has {rows}")
-    if layout == "detrex" and config.model.logit_eps != 1e-3:
-        notes.append(
-            f"note: detrex uses a logit epsilon of 1e-3, these weights were trained with "
-            f"{config.model.logit_eps:g}; boxes at the border move by up to 1.2e-3 of the image"
+        yield f"note: official code reads rows as the 91 COCO ids; this file has {rows}"
+    if layout == "detrex" and eps != 1e-3:
+        yield (
+            "note: detrex uses a logit epsilon of 1e-3, these weights were trained with "
+            f"{eps:g}; boxes at the border move by up to 1.2e-3 of the image"
         )
     if layout == "huggingface":
-        notes.append(
+        yield (
             f"note: set num_labels={rows}, num_queries={config.model.num_queries} and "
             "two_stage_num_proposals to the same number in its configuration"
         )
-    return notes
 
 
 def _output(options: ConvertOptions) -> Path:

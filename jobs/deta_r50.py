@@ -187,17 +187,20 @@ def demo() -> RunConfig:
 
 
 VARIANTS = {
-    "official_12ep": official_12ep,
-    "official_24ep": official_24ep,
-    "detrex_bs8": detrex_bs8,
-    "detrex_bs16": detrex_bs16,
-    "detrex_aligned": detrex_aligned,
-    "no_frozen_backbone": no_frozen_backbone,
-    "small": small,
-    "demo": demo,
+    make.__name__: make
+    for make in (
+        official_12ep,
+        official_24ep,
+        detrex_bs8,
+        detrex_bs16,
+        detrex_aligned,
+        no_frozen_backbone,
+        small,
+        demo,
+    )
 }
 
 if __name__ == "__main__":
     from deta.jobs.recipe import run_recipe
 
-    run_recipe(__doc__ or "", VARIANTS, drawn_data={"demo": write_shapes})
+    run_recipe(__doc__ or "", VARIANTS, drawn={"demo": write_shapes})

@@ -97,11 +97,7 @@ def o365_pretrain() -> RunConfig:
     )
 
 
-VARIANTS = {
-    "official_finetune": official_finetune,
-    "detrex_finetune": detrex_finetune,
-    "o365_pretrain": o365_pretrain,
-}
+VARIANTS = {make.__name__: make for make in (official_finetune, detrex_finetune, o365_pretrain)}
 
 if __name__ == "__main__":
     from deta.jobs.recipe import run_recipe

@@ -34,14 +34,8 @@ class DifferenceRow:
         return _plain(self.ours) == _plain(self.published)
 
     @property
-    def is_explained(self) -> bool:
-        return self.is_same or bool(self.why)
-
-    @property
     def verdict(self) -> str:
-        if self.is_same:
-            return "same"
-        return self.why or "DIFFERS, NOT EXPLAINED"
+        return "same" if self.is_same else self.why or "DIFFERS, NOT EXPLAINED"
 
 
 def compare_configs(config: RunConfig, published: Published) -> list[DifferenceRow]:
@@ -73,30 +67,29 @@ def compare_configs(config: RunConfig, published: Published) -> list[DifferenceR
 
 def unexplained(rows: Sequence[DifferenceRow]) -> list[str]:
     """Return the keys that differ without a reason."""
-    return [row.key for row in rows if not row.is_explained]
+    return [row.key for row in rows if not (row.is_same or row.why)]
 
 
 def as_text(rows: Sequence[DifferenceRow], published: Published) -> str:
     """Format the comparison for a terminal: differences first, then equal values."""
-    lines = [f"{published.system} ({published.origin}, {published.url})", ""]
-    different = [row for row in rows if not row.is_same]
     width = max(len(row.key) for row in rows)
-    for row in different:
-        lines += [
-            f"{row.key:<{width}}  ours {value_text(row.ours)}, "
-            f"published {value_text(row.published)}",
-            f"{'':<{width}}  {row.verdict} [{row.source}]",
-        ]
-    lines += ["", f"the same ({len(rows) - len(different)}):"]
-    lines += [
-        f"{row.key:<{width}}  {value_text(row.ours)} [{row.source}]" for row in rows if row.is_same
-    ]
-    lines += ["", "beyond the configuration:"]
-    lines += [
+    different, same = [], []
+    for row in rows:
+        key, ours, source = f"{row.key:<{width}}", value_text(row.ours), f"[{row.source}]"
+        if row.is_same:
+            same.append(f"{key}  {ours} {source}")
+        else:
+            different.append(f"{key}  ours {ours}, published {value_text(row.published)}")
+            different.append(f"{'':<{width}}  {row.verdict} {source}")
+    remarks = [
         f"- published: {remark.published}\n  ours: {remark.ours} [{remark.source}]"
         for remark in published.remarks
     ]
-    return "\n".join(lines)
+    head = f"{published.system} ({published.origin}, {published.url})"
+    return "\n".join(
+        (head, "", *different, "", f"the same ({len(same)}):", *same,
+         "", "beyond the configuration:", *remarks)
+    )  # fmt: skip
 
 
 def value_text(value: Any) -> str:

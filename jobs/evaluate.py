@@ -43,6 +43,7 @@ from deta.platform.system.atomic_write import write_json
 if TYPE_CHECKING:
     from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.evaluation.evaluate_model import EvaluationResult
+    from deta.platform.evaluation.evaluation_folder import Origin
     from deta.platform.inference.predictor import Predictor
 
 EVALUATION_KEYS = (
@@ -70,10 +71,10 @@ def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predict
 
     from deta.platform.shards.open_dataset import open_dataset
 
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
+    if options.out is not None and options.out.is_file():
         raise ValueError(f"{options.out}: is a file; name a folder to write")
-    for path in (options.results, options.pictures):
-        if path is not None and path.is_dir():
+    for path in filter(None, (options.results, options.pictures)):
+        if path.is_dir():
             raise ValueError(f"{path}: is a folder; name the file to write")
     if options.pictures is not None:
         suffixes = Image.registered_extensions()
@@ -107,6 +108,7 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
     from deta.platform.data.draw_boxes import write_validation_sheet
     from deta.platform.data.image_decoding import ImageError
     from deta.platform.data.progress import progress_bar
+    from deta.platform.evaluation.evaluation_folder import Origin
     from deta.platform.pages.number_format import duration
 
     echo(f"model: {predictor.description}")
@@ -131,11 +133,9 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
     assert evaluation is not None  # there is one process only
     elapsed_s = last_s - began_s
 
-    echo(evaluation.metrics.table(dataset.categories))
-    echo("")
     echo(
-        f"{len(dataset)} images in {duration(elapsed_s)}, {len(dataset) / elapsed_s:.1f} images/s "
-        f"on {predictor.device.type}"
+        f"{evaluation.metrics.table(dataset.categories)}\n\n{len(dataset)} images in "
+        f"{duration(elapsed_s)}, {len(dataset) / elapsed_s:.1f} images/s on {predictor.device.type}"
     )
     if options.results is not None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
@@ -146,53 +146,41 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
         write_validation_sheet(options.pictures, dataset, evaluation.results, num_pictures)
         echo(f"images with boxes: {options.pictures}")
     if options.out is not None:
-        _write_folder(options.out, predictor, dataset, evaluation, options, elapsed_s)
+        origin = Origin(
+            description=predictor.description,
+            data_fingerprint=dataset.fingerprint,
+            annotations=options.annotations,
+            image_folder=options.images,
+            weights_sha256=predictor.weights_sha256,
+            config=flatten(predictor.config),
+            engine=predictor.config.evaluation.engine,
+            seconds={"evaluation": elapsed_s},
+        )
+        _write_folder(options.out, dataset, evaluation, origin)
     return 0
 
 
 def _write_folder(
-    out: Path,
-    predictor: Predictor,
-    dataset: CocoDataset,
-    evaluation: EvaluationResult,
-    options: EvaluateOptions,
-    elapsed_s: float,
+    out: Path, dataset: CocoDataset, evaluation: EvaluationResult, origin: Origin
 ) -> None:
     """Write the evaluation folder with its report, and print how long that took."""
     from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
     from deta.platform.analysis.images import image_opener
     from deta.platform.analysis.report import write_evaluation_report
-    from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
+    from deta.platform.evaluation.evaluation_folder import write_evaluation
 
     began_s = time.perf_counter()
-    ground_truth = dataset.ground_truth
-    explanation = explain(ground_truth, evaluation.results)
-    origin = Origin(
-        description=predictor.description,
-        data_fingerprint=dataset.fingerprint,
-        annotations=options.annotations,
-        image_folder=options.images,
-        weights_sha256=predictor.weights_sha256,
-        config=flatten(predictor.config),
-        engine=predictor.config.evaluation.engine,
-        seconds={"evaluation": elapsed_s, "explanation": explanation.seconds},
-    )
-    write_evaluation(out, ground_truth, evaluation.results, evaluation.metrics, origin)
+    truth, report = dataset.ground_truth, out / "report.html"
+    explanation = explain(truth, evaluation.results)
+    origin = replace(origin, seconds={**origin.seconds, "explanation": explanation.seconds})
+    write_evaluation(out, truth, evaluation.results, evaluation.metrics, origin)
     write_explanation(out / EXPLANATION, explanation)
+    opener = image_opener(dataset)
+    write_evaluation_report(report, explanation, evaluation.metrics, origin, truth, opener)
     costs = sorted(explanation.errors.cost.items(), key=lambda item: -item[1])
     echo("points of AP50 lost to errors: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in costs))
-    report = out / "report.html"
-    open_image = image_opener(dataset)
-    write_evaluation_report(
-        report, explanation, evaluation.metrics, origin, ground_truth, open_image
-    )
-    all_s = time.perf_counter() - began_s
-    share, num_errors = all_s / (all_s + elapsed_s), len(explanation.label_errors)
-    echo(f"{num_errors} annotations to check, and what went wrong: {report}")
-    echo(
-        f"explained in {explanation.seconds:.1f} s, {all_s:.1f} s with report and files: "
-        f"{100 * share:.0f} % of the whole"
-    )
+    all_s, num_errors = time.perf_counter() - began_s, len(explanation.label_errors)
+    echo(f"{num_errors} annotations to check, and what went wrong: {report}, in {all_s:.1f} s")
 
 
 if __name__ == "__main__":

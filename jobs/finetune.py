@@ -5,7 +5,6 @@ It also has the data set report, which any recipe prints with --look.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deta.jobs.command_line import DataOptions, echo, exit_after, read_command_line, refuse
+from deta.jobs.command_line import DataOptions, echo, read_command_line, refuse, run_training
 from deta.jobs.total_batch import with_base_batch
 from deta.platform.run.config import RunConfig, flatten, override
 
@@ -55,14 +54,8 @@ class TrainingOptions(DataOptions):
     probe: bool = False
     show: bool = False  # print the configuration and exit
 
-    def changes(self) -> dict[str, str]:
-        return super().changes() | ({} if self.name is None else {"name": self.name})
-
     def checked_variant(self, variants: Variants) -> str | None:
-        """
-        Raises:
-            ValueError: there is no such variant.
-        """
+        """Return the name if there is such a variant, else raise a ValueError."""
         if self.variant is not None and self.variant not in variants:
             raise ValueError(f"--variant {self.variant}: is not one of {', '.join(variants)}")
         return self.variant
@@ -72,9 +65,6 @@ class TrainingOptions(DataOptions):
 class FinetuneOptions(TrainingOptions):
     init: str | None = None  # checkpoint to start from (see above)
     samples: int | None = None  # samples to train on in total
-
-    def changes(self) -> dict[str, str]:
-        return super().changes() | ({} if self.init is None else {"init_checkpoint": self.init})
 
 
 def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoReturn:
@@ -86,7 +76,6 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         program=f"{program} finetune",
         arguments=arguments,
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         changes |= options.changes()
         if changes.get("init_checkpoint", "none") == "none":
@@ -96,18 +85,15 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
             )
         config, origin = _base(changes, variants, options.checked_variant(variants))
         config = override(config, changes)
-    except ValueError as error:
-        refuse(error)
-    if options.show and not config.data.train_annotations:
-        show(config)
+        if options.show and not config.data.train_annotations:
+            show(config)
 
-    import torch
+        import torch
 
-    from deta.platform.launch.finetune_plan import machine_plan, schedule_plan
-    from deta.platform.launch.prepare_run import prepare_run
+        from deta.platform.launch.finetune_plan import machine_plan, schedule_plan
+        from deta.platform.launch.prepare_run import prepare_run
 
-    given = frozenset(changes)
-    try:
+        given = frozenset(changes)
         machine = machine_plan(
             config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
         )
@@ -120,10 +106,8 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         refuse(error)
     if options.show:
         show(run.config)
-    echo(f"starting from {origin}")
-    for reason in (*machine.reasons, *schedule.reasons):
-        echo(reason)
-    train_with_a_look(run, only_look=options.look, probe=options.probe, resume=options.resume)
+    echo("\n".join((f"starting from {origin}", *machine.reasons, *schedule.reasons)))
+    train_and_exit(lambda: run, options, reports=True)
 
 
 def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tuple[RunConfig, str]:
@@ -157,41 +141,39 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
     return base, origin
 
 
-def look_and_exit(config: RunConfig, *, only_look: bool, probe: bool) -> NoReturn:
-    """Prepare a new run, report on its data, then train unless `only_look`. Exits."""
-    from deta.platform.launch.prepare_run import prepare_run
+def train_and_exit(
+    prepare: Callable[[], Run],
+    options: TrainingOptions,
+    *,
+    reports: bool,
+    force: bool = False,
+    tags: dict[str, str] | None = None,
+) -> NoReturn:
+    """Train a run, or only report on its data with --look; exit like `run_tool`.
 
-    try:
-        run = prepare_run(config)
-    except ValueError as error:
-        refuse(error)
-    train_with_a_look(run, only_look=only_look, probe=probe)
-
-
-def train_with_a_look(run: Run, *, only_look: bool, probe: bool, resume: bool = False) -> NoReturn:
-    """Report on the data of a run, then train unless `only_look`. Exits."""
+    Args:
+        reports: report on the data of a new run before the training.
+    """
     from deta.platform.launch.console import Console
     from deta.platform.launch.start_run import launch_prepared
 
-    if not only_look:
-        exit_after(
-            lambda: launch_prepared(
-                run,
-                resume=resume,
-                echo=echo,
-                preview=lambda run: _look(run, run.folder, probe),
-            )
+    def train() -> None:
+        run = prepare()
+        if options.look:
+            Console(run, echo).print_start()
+            folder = run.folder.parent / "first-looks" / run.folder.name
+            _look(run, folder, options.probe, refuses=False)
+            return
+        launch_prepared(
+            run,
+            resume=options.resume,
+            force=force,
+            echo=echo,
+            preview=(lambda run: _look(run, run.folder, options.probe)) if reports else None,
+            tags=tags,
         )
-    folder = run.folder.parent / "first-looks" / run.folder.name
-    try:
-        Console(run, echo).print_start()
-        _look(run, folder, probe, refuses=False)
-    except ValueError as error:
-        refuse(error)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+
+    run_training(train, "the same command with --resume goes on")
 
 
 def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
@@ -209,19 +191,14 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     from deta.platform.run.journal import Journal
 
     config = run.config
-    lines: list[str] = []
-
-    def print_line(line: str) -> None:
-        lines.append(line)
-        echo(line)
-
-    print_line("")
-    for line in summarize_datasets(run.train_set, run.val_set, config.data).lines():
-        print_line(line)
     share = -(-config.total_batch_size // config.cluster.num_workers)
     num_images = min(config.micro_batch_size, share)
     worst = worst_batch(run.train_set, config.data.augmentation, num_images)
-    print_line(f"worst micro-batch: {num_images} images padded to {worst}")
+    lines = [
+        *summarize_datasets(run.train_set, run.val_set, config.data).lines(),
+        f"worst micro-batch: {num_images} images padded to {worst}",
+    ]
+    echo("\n".join(("", *lines)))
     sheet = folder / "pictures" / "training.png"
     write_training_sheet(sheet, run)
     if folder == run.folder:
@@ -231,15 +208,15 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
     if probe:
         device = "cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu"
         suggestion = suggest_micro_batch(run, device, echo)
-        for line in suggestion.lines():
-            print_line(line)
-        if config.cluster.gpu and device == "cpu":
-            print_line("this machine has no GPU; a GPU needs about as much")
-        elif refuses and not suggestion.fits:
-            raise ValueError(suggestion.lines()[-1].lstrip("! "))
-    (folder / "first_look.txt").write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")
-    echo(f"training images as the model sees them: {sheet}")
-    echo("")
+        measured, is_other_device = suggestion.lines(), config.cluster.gpu and device == "cpu"
+        if is_other_device:
+            measured.append("this machine has no GPU; a GPU needs about as much")
+        echo("\n".join(measured))
+        lines += measured
+        if refuses and not is_other_device and not suggestion.fits:
+            raise ValueError(measured[-1].lstrip("! "))
+    (folder / "first_look.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    echo(f"training images as the model sees them: {sheet}\n")
 
 
 def show(config: RunConfig) -> NoReturn:

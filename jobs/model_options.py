@@ -19,13 +19,8 @@ if TYPE_CHECKING:
     from deta.platform.inference.predictor import Predictor
 
 # What changes the numbers or the speed of predictions. Other keys are refused, not ignored.
-PREDICTION_KEYS = (
-    "model.",
-    "postprocess.",
-    "data.evaluation_size.",
-    "data.max_pixels",
-    "precision",
-)
+MODEL_KEYS = ("model.", "postprocess.", "data.evaluation_size.")
+PREDICTION_KEYS = (*MODEL_KEYS, "data.max_pixels", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +33,7 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is any
 
 
-Options = TypeVar("Options", bound=ModelOptions)
+Options = TypeVar("Options")
 
 
 def read_model_options(
@@ -47,31 +42,15 @@ def read_model_options(
     """Read the command line of a job that takes weights; see `read_command_line`.
 
     Args:
-        allowed: how the keys begin that have an effect here.
+        allowed: how the keys begin that have an effect here. Others are refused.
     """
     keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in allowed)
-    options, changes = read_command_line(
-        kind,
-        f"{doc}\nKeys of the configuration that matter here: {keys}\n\nvariants:\n  "
-        + "\n  ".join(VARIANTS),
-        RunConfig(),
-    )
-    try:
-        refuse_without_effect(changes, allowed)
-    except ValueError as error:
-        refuse(error)
-    return options, changes
-
-
-def refuse_without_effect(changes: Mapping[str, str], allowed: tuple[str, ...]) -> None:
-    """
-    Raises:
-        ValueError: a key of the configuration that changes nothing here.
-    """
+    doc = f"{doc}\nKeys of the configuration that matter here: {keys}\n\nvariants:\n  "
+    options, changes = read_command_line(kind, doc + "\n  ".join(VARIANTS), RunConfig())
     known = flatten(RunConfig())
-    for key in changes:
-        if key in known and not key.startswith(allowed):
-            raise ValueError(f"{key} changes nothing here; leave it out")
+    if idle := [key for key in changes if key in known and not key.startswith(allowed)]:
+        refuse(ValueError(f"{idle[0]} changes nothing here; leave it out"))
+    return options, changes
 
 
 def pick_device(name: str) -> str:
@@ -107,19 +86,16 @@ def open_predictor(
 
     weights = local_weights(options.weights)
     device = pick_device(options.device)
-    if weights.is_file() and not is_converted(weights):
-        return Predictor.from_published(
-            weights, named_variant(options), categories, device, changes
-        )
-    if options.variant is not None:
+    holds_config = not weights.is_file() or is_converted(weights)
+    if holds_config and options.variant is not None:
         raise ValueError(
             "--variant is for published files; a checkpoint or a file of jobs/convert.py "
             "holds its own configuration, so leave it out"
         )
-    if weights.is_file():
-        return Predictor.from_published(weights, RunConfig(), categories, device, changes)
-    checkpoint = find_checkpoint(weights)
-    return Predictor.from_checkpoint(checkpoint, device, changes)
+    if not weights.is_file():
+        return Predictor.from_checkpoint(find_checkpoint(weights), device, changes)
+    config = RunConfig() if holds_config else named_variant(options)
+    return Predictor.from_published(weights, config, categories, device, changes)
 
 
 def local_weights(weights: str | Path) -> Path:

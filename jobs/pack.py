@@ -13,7 +13,8 @@ larger than the images.
 An interrupted call continues when it is repeated. Images are checked as training
 checks them, by their headers; --decode also decodes every image once.
 
-Credentials of an object store come from the environment, never from its address.
+Credentials of an object store come from the environment, never from its address. The exit code is 2
+for data that were refused or damaged, 1 if the storage failed.
 """
 
 from __future__ import annotations
@@ -45,22 +46,17 @@ class PackOptions:
 
 
 def main() -> NoReturn:
-    options = read_options(
-        PackOptions,
-        f"{__doc__}\nThe exit code is 2 for data that were refused or damaged, 1 if the storage "
-        "failed.",
-    )
-    run_tool(lambda: _run(options), lambda _: 0, "repeat the command to continue")
-
-
-def _run(options: PackOptions) -> None:
-    if options.verify is not None:
-        _verify(options.verify)
-    else:
-        _pack(options)
+    options = read_options(PackOptions, __doc__)
+    run_tool(lambda: _pack(options), lambda _: 0, "repeat the command to continue")
 
 
 def _pack(options: PackOptions) -> None:
+    if options.verify is not None:
+        store = ObjectStore(options.verify)
+        manifest = read_pack_manifest(store)
+        verify_shards(store, manifest, progress=True)
+        echo(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
+        return
     if options.images is None or options.annotations is None or options.output is None:
         raise ValueError("give --images, --annotations and --output; or --verify FOLDER")
     if not 1 <= options.shard_mb <= MAX_SHARD_MB:
@@ -92,13 +88,6 @@ def _pack(options: PackOptions) -> None:
         f"({packed.num_reused} existed already), {num_bytes / MEGABYTE:,.1f} MB, "
         f"data {manifest.fingerprint[:12]}"
     )
-
-
-def _verify(location: str) -> None:
-    store = ObjectStore(location)
-    manifest = read_pack_manifest(store)
-    verify_shards(store, manifest, progress=True)
-    echo(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
 
 
 if __name__ == "__main__":

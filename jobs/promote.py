@@ -26,7 +26,7 @@ invalid command line, 1 if something fails or the history was tampered with.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -80,36 +80,40 @@ def _prepare(options: PromoteOptions, changes: dict[str, str]) -> tuple[Policy, 
         if address.version is None:
             raise ValueError(f"{address}: give the number of a version, not an alias")
         options = replace(options, name=address.name, what=str(address.version))
-    floors = []
-    for text in options.floor:
-        name, _, value = text.rpartition("=")
-        try:
-            floors.append((name, float(value)))
-        except ValueError:
-            name = ""
-        if not name:
-            raise ValueError(f"--floor {text}: is not of the form CLASS=AP, such as rivet=0.4")
+    floors = [_floor(text) for text in options.floor]
     policy = override(Policy(), changes)
     return replace(policy, class_floors=(*policy.class_floors, *floors)), options
 
 
-def _run(policy: Policy, options: PromoteOptions) -> int:
-    from dataclasses import asdict
+def _floor(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        if name:
+            return name, float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"--floor {text}: is not of the form CLASS=AP, such as rivet=0.4")
 
+
+def _run(policy: Policy, options: PromoteOptions) -> int:
+    from deta.platform.registry.mlflow_registry import Registry
     from deta.platform.registry.model_address import registry_uri
+    from deta.platform.registry.promote import current_user, rollback
 
     if options.show:
         for key, value in asdict(policy).items():
             echo(f"{key}={value}")
         return 0
-    from deta.platform.registry.mlflow_registry import Registry
-
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it logs every retry
     registry = Registry(registry_uri())
+    by = options.by or current_user()
     if options.what == HISTORY:
         return _history(registry, options)
     if options.what == ROLLBACK:
-        return _rollback(registry, options)
+        entry = rollback(registry, options.name, options.to, by=by, reason=options.reason)
+        before, after = entry.champion_before, entry.champion_after
+        echo(f"the champion was version {before} and is version {after}")
+        return 0
     if options.what == REPAIR:
         registry.decisions.read(options.name).require_intact()
         log = registry.decisions.sync_alias(options.name)
@@ -120,14 +124,14 @@ def _run(policy: Policy, options: PromoteOptions) -> int:
             f"{options.what!r} is neither the number of a version nor {HISTORY}, {ROLLBACK} or "
             f"{REPAIR}"
         )
-    return _promote(registry, policy, options)
+    return _promote(registry, policy, options, by)
 
 
-def _promote(registry: Registry, policy: Policy, options: PromoteOptions) -> int:
+def _promote(registry: Registry, policy: Policy, options: PromoteOptions, by: str) -> int:
     from deta.platform.evaluation.evaluation_folder import read_facts
     from deta.platform.registry.decision_log import REFUSE
     from deta.platform.registry.gate_inputs import GateJudge
-    from deta.platform.registry.promote import current_user, promote
+    from deta.platform.registry.promote import promote
 
     given = {read_facts(folder)["weights_sha256"]: folder for folder in options.evaluation}
     outcome = promote(
@@ -135,46 +139,25 @@ def _promote(registry: Registry, policy: Policy, options: PromoteOptions) -> int
         options.name,
         int(options.what),
         GateJudge(registry, policy, given, options.measure, echo=echo),
-        by=options.by or current_user(),
+        by=by,
         reason=options.reason,
         force=options.force,
         dry_run=options.dry_run,
     )
     if outcome.decision is not None:
-        echo(outcome.decision.table())
-        echo("")
-        echo(outcome.decision.verdict())
+        echo(f"{outcome.decision.table()}\n\n{outcome.decision.verdict()}")
     else:
         echo("nothing could be compared")
     champion = "none" if outcome.champion is None else f"version {outcome.champion}"
-    if options.dry_run:
-        echo(f"nothing was changed; it would be: {outcome.action}; the champion is {champion}")
-    else:
-        echo(f"{outcome.action}; the champion is {champion}")
+    would = "nothing was changed; it would be: " * options.dry_run
+    echo(f"{would}{outcome.action}; the champion is {champion}")
     return REFUSED if outcome.action == REFUSE else 0
-
-
-def _rollback(registry: Registry, options: PromoteOptions) -> int:
-    from deta.platform.registry.promote import current_user, rollback
-
-    entry = rollback(
-        registry,
-        options.name,
-        options.to,
-        by=options.by or current_user(),
-        reason=options.reason,
-    )
-    echo(f"the champion was version {entry.champion_before} and is version {entry.champion_after}")
-    return 0
 
 
 def _history(registry: Registry, options: PromoteOptions) -> int:
     log = registry.decisions.read(options.name)
     for number, entry in log.entries:
-        if options.json:
-            echo(entry.to_line())
-        else:
-            echo(f"#{number} {entry.text}\n")
+        echo(entry.to_line() if options.json else f"#{number} {entry.text}\n")
     if not options.json:
         alias = registry.aliases(options.name).get("champion")
         echo(f"{len(log.entries)} decisions; the champion is {log.champion or alias or 'none'}")

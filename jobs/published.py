@@ -42,27 +42,22 @@ class Published:
 
 def _read(path: Path) -> dict[str, Published]:
     content = tomllib.loads(path.read_text(encoding="utf-8"))
-    groups, remarks = content["groups"], content["remarks"]
 
-    def facts_of(entry: Mapping[str, Any]) -> dict[str, Fact]:
+    def facts_of(entry: dict[str, Any]) -> dict[str, Fact]:
         facts: dict[str, Fact] = {}
-        for group in entry.get("of", ()):
-            facts |= facts_of(groups[group])
-        for one in entry.get("facts", ()):
+        for group in entry.pop("of", ()):
+            facts |= facts_of(dict(content["groups"][group]))
+        for one in entry.pop("facts", ()):
             for key, value in _flat(one["values"]):
                 facts[key] = Fact(value, one["source"], one.get("why", ""))
         return facts
 
+    def remarks_of(entry: dict[str, Any]) -> tuple[Remark, ...]:
+        groups = (content["remarks"][group] for group in entry.pop("remarks"))
+        return tuple(Remark(**one) for group in groups for one in group)
+
     return {
-        name: Published(
-            system=entry["system"],
-            origin=entry["origin"],
-            url=entry["url"],
-            ap=entry["ap"],
-            facts=facts_of(entry),
-            remarks=tuple(Remark(**one) for group in entry["remarks"] for one in remarks[group]),
-            weights=entry.get("weights", ""),
-        )
+        name: Published(facts=facts_of(entry), remarks=remarks_of(entry), **entry)
         for name, entry in content["systems"].items()
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-from deta.jobs.command_line import drawn_changes, echo, exit_after, read_command_line, refuse
-from deta.jobs.finetune import TrainingOptions, finetune, look_and_exit, show
+from deta.jobs.command_line import drawn_data, read_command_line, refuse
+from deta.jobs.finetune import TrainingOptions, finetune, show, train_and_exit
 from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
@@ -29,14 +28,14 @@ class RecipeOptions(TrainingOptions):
 def run_recipe(
     doc: str,
     variants: Mapping[str, Callable[[], RunConfig]],
-    drawn_data: Mapping[str, Callable[[Path], ShapesDataset]] = MappingProxyType({}),
+    drawn: Mapping[str, Callable[[Path], ShapesDataset]] = MappingProxyType({}),
 ) -> NoReturn:
     """Read the command line, train, and exit with the run's outcome.
 
     Args:
         doc: the recipe's own description.
         variants: by name; the first is the default. The first line of each docstring is shown.
-        drawn_data: variants that draw a data set of their own into a folder when none is given.
+        drawn: variants that draw a data set of their own into a folder when none is given.
 
     The exit code is 0 for a run that reached its end, 2 for input that was refused before the
     cluster was touched, 1 for a run that failed, 130 and 143 for one that was stopped.
@@ -54,7 +53,6 @@ def run_recipe(
         "finetune --help",
         next(iter(variants.values()))(),
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         variant = options.checked_variant(variants) or next(iter(variants))
         recipe = variants[variant]()
@@ -70,18 +68,17 @@ def run_recipe(
         print(note, file=sys.stderr)
     if options.show:
         show(config)
-    if variant in drawn_data and not config.data.train_images:
-        folder = Path(config.storage).expanduser() / "data" / variant
-        echo(f"drawing the data set into {folder} …")
-        config = override(config, drawn_changes(drawn_data[variant](folder)))
-    if (options.look or options.probe) and not options.resume:
-        look_and_exit(config, only_look=options.look, probe=options.probe)
+    if variant in drawn:
+        config = override(config, drawn_data(config, drawn[variant], variant))
 
-    from deta.platform.launch.start_run import launch
+    from deta.platform.launch.prepare_run import prepare_run
 
-    tags = {RECIPE_TAG: name}
-    exit_after(
-        lambda: launch(config, resume=options.resume, force=options.force, echo=echo, tags=tags)
+    train_and_exit(
+        lambda: prepare_run(config, resume=options.resume),
+        options,
+        reports=options.probe,
+        force=options.force,
+        tags={RECIPE_TAG: name},
     )
 
 

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deta.jobs.command_line import echo, read_options, run_tool
 from deta.jobs.differences import compare_configs, unexplained, value_text
-from deta.jobs.published import PUBLISHED, Published
+from deta.jobs.published import PUBLISHED
 from deta.jobs.recipes import RECIPES, VARIANTS
-from deta.platform.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("docs") / "recipes"
 RESULTS = Path("docs") / "RESULTS.md"
 BEGIN, END = "<!-- recipes: begin, written by jobs/recipe_pages.py -->", "<!-- recipes: end -->"
-NOTE = "<!-- Written by jobs/recipe_pages.py; change the recipe or jobs/published.toml. -->"
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -48,8 +46,24 @@ def pages(root: Path) -> dict[Path, str]:
             "these recipes differ from what was published without a reason. Change the recipe, or "
             "give the fact in jobs/published.toml a `why`:\n  " + "\n  ".join(problems)
         )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown
+    )
+    environment.filters |= {"cell": _cell, "code": _code}
+    environment.globals |= {
+        "systems": PUBLISHED,
+        "recipes": RECIPES,
+        "variants": VARIANTS,
+        "compare": compare_configs,
+        "description": _description,
+    }
+    page = environment.get_template("recipe_pages.md.j2")
     written = {
-        root / FOLDER / f"{recipe}.md": recipe_page(recipe, module)
+        root / FOLDER / f"{recipe}.md": page.render(recipe=recipe, module=module)
         for recipe, module in RECIPES.items()
     }
     results = root / RESULTS
@@ -57,96 +71,27 @@ def pages(root: Path) -> dict[Path, str]:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{results}: must contain the lines {BEGIN!r} and {END!r}, once each")
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    written[results] = f"{before}{BEGIN}\n\n{results_table()}\n\n{END}{after}"
+    table = environment.get_template("results.md.j2").render()
+    written[results] = f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}"
     return written
 
 
-def recipe_page(recipe: str, module: ModuleType) -> str:
-    """Return the page of one recipe with all its variants."""
-    title, _, text = inspect.cleandoc(module.__doc__ or "").partition("\n")
-    parts = [f"# `jobs/{recipe}.py`", NOTE, title, _code(text.strip("\n"))]
-    for variant, make in module.VARIANTS.items():
-        published = PUBLISHED.get(f"{recipe}.{variant}")
-        parts.append(_section(recipe, variant, make, published))
-    return "\n\n".join(part for part in parts if part) + "\n"
+def _description(thing: object) -> tuple[str, str]:
+    """Return the first line of a docstring, and the others."""
+    title, _, text = (inspect.getdoc(thing) or "").partition("\n")
+    return title, text.strip("\n")
 
 
-def results_table() -> str:
-    """Return a table with one row for each published system."""
-    rows = []
-    for name, published in PUBLISHED.items():
-        recipe, _, variant = name.partition(".")
-        config = VARIANTS[name]()
-        different = [row.key for row in compare_configs(config, published) if not row.is_same]
-        number = f"{len(different)}, explained" if different else "none"
-        is_default = variant == next(iter(RECIPES[recipe].VARIANTS))
-        command = f"`jobs/{recipe}.py`" + ("" if is_default else f" `--variant {variant}`")
-        rows.append(
-            (
-                f"{published.system} ([{published.origin}]({published.url}))",
-                value_text(config.schedule.epochs),
-                published.ap,
-                command,
-                f"[{number}]({FOLDER.name}/{recipe}.md#{variant})",
-            )
-        )
-    return _table(("system", "epochs", "published AP", "command", "differences"), rows)
-
-
-def _section(
-    recipe: str, variant: str, make: Callable[[], RunConfig], published: Published | None
-) -> str:
-    first, _, text = inspect.cleandoc(make.__doc__ or "").partition("\n")
-    parts = [f"## {variant}", f"{first[:1].upper()}{first[1:]}.", text.strip()]
-    if published is None:
-        return "\n\n".join(parts)
-    rows = compare_configs(make(), published)
-    different = [row for row in rows if not row.is_same]
-    parts.append(
-        f"Published: [{published.system}, {published.origin}]({published.url}), AP {published.ap}."
-        + (f" [Weights]({published.weights})." if published.weights else "")
-    )
-    if different:
-        cells = [
-            (f"`{r.key}`", value_text(r.ours), value_text(r.published), r.verdict, r.source)
-            for r in different
-        ]
-        parts.append(_table(("key", "ours", "published", "why", "source"), cells))
-    else:
-        parts.append("Every number is the published one.")
-    if published.remarks:
-        remarks = [(one.published, one.ours, one.source) for one in published.remarks]
-        parts.append("Beyond the configuration:")
-        parts.append(_table(("published", "here", "source"), remarks))
-    same = _table(
-        ("key", "both", "source"),
-        [(f"`{row.key}`", value_text(row.ours), row.source) for row in rows if row.is_same],
-    )
-    summary = f"<summary>the same: {len(rows) - len(different)} numbers</summary>"
-    parts.append(f"<details>{summary}\n\n{same}\n\n</details>")
-    parts.append(f"`python jobs/{recipe}.py --variant {variant} --compare` prints this table.")
-    return "\n\n".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: Any) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+def _cell(value: Any) -> str:
+    return value_text(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _code(text: str) -> str:
     """Turn the indented commands in a module's description into blocks of code."""
-    paragraphs = []
-    for paragraph in text.split("\n\n"):
-        if all(line.startswith("  ") for line in paragraph.splitlines()):
-            paragraphs.append(f"```sh\n{textwrap.dedent(paragraph)}\n```")
-        else:
-            paragraphs.append(paragraph)
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(
+        f"```sh\n{textwrap.dedent(paragraph)}\n```" if paragraph.startswith("  ") else paragraph
+        for paragraph in text.split("\n\n")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,13 +47,13 @@ class RegisterOptions:
 
 def main() -> NoReturn:
     options = read_options(RegisterOptions, __doc__)
-    run_tool(lambda: _prepare(options), lambda prepared: _register(prepared, options))
-
-
-def _prepare(options: RegisterOptions) -> Registration:
     from deta.platform.registry.register import prepare_registration
 
-    return prepare_registration(options.weights.expanduser(), options.evaluation, options.export)
+    weights = options.weights.expanduser()
+    run_tool(
+        lambda: prepare_registration(weights, options.evaluation, options.export),
+        lambda prepared: _register(prepared, options),
+    )
 
 
 def _register(prepared: Registration, options: RegisterOptions) -> int:

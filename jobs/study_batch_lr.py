@@ -21,12 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from deta.jobs.command_line import read_command_line, refuse
+from deta.jobs.command_line import drawn_data, read_command_line, run_tool
 from deta.jobs.deta_r50 import demo, detrex_bs8, detrex_bs16
-from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit, with_drawn_data
+from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
 from deta.platform.study.cost import CostEstimate
@@ -37,23 +36,21 @@ from deta.platform.study.study_types import Anchor, Question
 from deta.platform.sweep.search_space import Sweep
 
 SEEDS = (1, 2, 3)
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+TITLE = "Batch 8 or 16, and at which learning rate?"
 METHOD = (
     "Total batch crossed with the learning rate. Every cell is trained with the same seeds on "
     "equally many samples, so that differences are taken within seeds."
 )
 # For the demo: one core per trial, and just enough samples to learn something.
-DEMO_SIZE: Mapping[str, Any] = MappingProxyType(
-    {
-        "cluster.num_workers": 1,
-        "cluster.cpus_per_worker": 1,
-        "data.train_first": 650,
-        "schedule.epochs": 4,
-        "evaluate_every_epochs": 1,
-        "log_every_steps": 10,
-        "num_pictures": 4,
-    }
-)
+DEMO_SIZE: dict[str, Any] = {
+    "cluster.num_workers": 1,
+    "cluster.cpus_per_worker": 1,
+    "data.train_first": 650,
+    "schedule.epochs": 4,
+    "evaluate_every_epochs": 1,
+    "log_every_steps": 10,
+    "num_pictures": 4,
+}
 
 _DETREX = "detrex README (IDEA-Research/detrex, projects/deta), one run without a fixed seed"
 # Box AP on COCO val2017, DETA R50 5-scale, 12 epochs.
@@ -104,32 +101,11 @@ COCO_PATH = (
 )
 
 
-def demo_design(seeds: tuple[int, ...] = SEEDS, *, published_pair: bool = False) -> Design:
-    """Ask the same question of the demo model on drawn shapes: minutes per trial on two CPU cores.
-
-    Args:
-        published_pair: add two cells that differ as the published pair does, in batch, weight decay
-            and backbone rate; the demo's backbone starts from scratch, so none of it is frozen.
-    """
+def demo_design(seeds: tuple[int, ...] = SEEDS) -> Design:
+    """Ask the same question of the demo model on drawn shapes, minutes per trial on two cores."""
     base = replace(demo(), name="study-batch-lr-demo")
-    pair: dict[str, Mapping[str, Any]] = {
-        BS8: {"total_batch_size": 8, "optim.weight_decay": 1e-4, "optim.backbone_lr_factor": 0.1},
-        BS16: {"total_batch_size": 16, "optim.weight_decay": 0.1, "optim.backbone_lr_factor": 1.0},
-    }
-    return Design(
-        base=base,
-        factors=(batch_factor((8, 16)), rate_factor(base.optim.lr)),
-        seeds=seeds,
-        named_cells=pair if published_pair else {},
-    )
-
-
-DEMO_PATH = (
-    (BS8, ""),
-    (crossed(8, "1×"), "backbone rate ×0.1 to ×1"),
-    (crossed(16, "1×"), "batch 8 to 16"),
-    (BS16, "weight decay 0.0001 to 0.1"),
-)
+    factors = (batch_factor((8, 16)), rate_factor(base.optim.lr))
+    return Design(base=base, factors=factors, seeds=seeds)
 
 
 def changes_to(base: RunConfig, recipe: RunConfig) -> dict[str, Any]:
@@ -142,14 +118,13 @@ def changes_to(base: RunConfig, recipe: RunConfig) -> dict[str, Any]:
     }
 
 
-def coco_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTHING) -> Sweep:
+def coco_study(seeds: tuple[int, ...], changes: Mapping[str, Any]) -> Sweep:
     """the real study, on COCO with GPUs"""
-    design = coco_design(seeds)
-    design = _changed(design, changes)
+    design = _changed(coco_design(seeds), changes)
     return Sweep(
         base=design.base,
         design=design,
-        title="Batch 8 or 16, and at which learning rate?",
+        title=TITLE,
         method=METHOD,
         questions=(*QUESTIONS, PUBLISHED_QUESTION),
         path=COCO_PATH,
@@ -158,17 +133,11 @@ def coco_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTH
     )
 
 
-def demo_study(seeds: tuple[int, ...] = SEEDS, changes: Mapping[str, Any] = NOTHING) -> Sweep:
+def demo_study(seeds: tuple[int, ...], changes: Mapping[str, Any]) -> Sweep:
     """the same on drawn shapes with the demo model: two CPU cores, about 25 minutes"""
-    design = demo_design(seeds)
-    design = _changed(design, {**DEMO_SIZE, **changes})
-    return Sweep(
-        base=design.base,
-        design=design,
-        title="Batch 8 or 16, and at which learning rate? On drawn shapes",
-        method=METHOD,
-        questions=QUESTIONS,
-    )
+    design = _changed(demo_design(seeds), DEMO_SIZE | dict(changes))
+    title = f"{TITLE} On drawn shapes"
+    return Sweep(base=design.base, design=design, title=title, method=METHOD, questions=QUESTIONS)
 
 
 def _changed(design: Design, changes: Mapping[str, Any]) -> Design:
@@ -190,37 +159,34 @@ class StudyOptions(SweepOptions):
     hours_per_trial: float | None = None  # wall time of one training
 
 
-def main() -> None:
+def main() -> NoReturn:
     options, given = read_command_line(StudyOptions, __doc__, coco_design().base)
     given |= options.changes()
     seeds = tuple(range(1, options.seeds + 1))
-    if options.plan:
-        try:
-            print(_plan(VARIANTS[options.variant](seeds, given), options))
-        except ValueError as error:
-            refuse(error)
-        return
 
     def make() -> Sweep:
         changes: dict[str, Any] = dict(given)
-        if options.variant == "demo" and not options.report_only:
-            changes = with_drawn_data(demo_study(seeds).base, changes, write_shapes)
+        draws = options.variant == "demo" and not (options.report_only or options.plan)
+        if draws:
+            changes |= drawn_data(override(demo(), given), write_shapes)
         return VARIANTS[options.variant](seeds, changes)
 
+    if options.plan:
+        run_tool(make, lambda study: _print_plan(study, options))
     if options.estimate:  # the cost is measured below; this prints what it would buy
-        print(_plan(VARIANTS[options.variant](seeds), options))
+        _print_plan(VARIANTS[options.variant](seeds, {}), options)
     run_sweep_and_exit(options, make)
 
 
-def _plan(study: Sweep, options: StudyOptions) -> str:
-    """Describe cells, trials, cost, and the differences that the seeds can detect."""
+def _print_plan(study: Sweep, options: StudyOptions) -> int:
+    """Print cells, trials, cost, and the differences that the seeds can detect."""
     assert study.design is not None
-    design, trial = study.design, None
-    if options.hours_per_trial is not None:
-        workers = design.base.cluster.num_workers
-        trial = CostEstimate(options.hours_per_trial, options.hours_per_trial * workers)
+    design, trial, hours = study.design, None, options.hours_per_trial
+    if hours is not None:
+        trial = CostEstimate(hours, hours * design.base.cluster.num_workers)
     num_cells = sum(not cell.same_as for cell in design.cells())
-    return plan_text(design, StudyPlan(options.sd, num_cells=num_cells), trial)
+    print(plan_text(design, StudyPlan(options.sd, num_cells=num_cells), trial))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from deta.jobs.command_line import DataOptions, drawn_changes, echo, exit_after, refuse
-from deta.platform.data.synthetic_shapes import ShapesDataset
-from deta.platform.run.config import RunConfig, override
+from deta.jobs.command_line import DataOptions, echo, run_training
 from deta.platform.sweep.search_space import Sweep
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
@@ -29,39 +25,16 @@ class SweepOptions(DataOptions):
     no_probe: bool = False  # start without an estimate
     retry_failed: bool = False  # run failed trials again
 
-    def changes(self) -> dict[str, str]:
-        named = {"name": self.name, "storage": self.storage}
-        return super().changes() | {key: value for key, value in named.items() if value is not None}
-
-
-def with_drawn_data(
-    config: RunConfig, changes: Mapping[str, Any], draw: Callable[[Path], ShapesDataset]
-) -> dict[str, Any]:
-    """Add a data set of drawn shapes to the changes if none is given."""
-    config = override(config, changes)
-    if config.data.train_images:
-        return dict(changes)
-    folder = Path(config.storage).expanduser() / "data" / "demo"
-    echo(f"drawing the data set into {folder} …")
-    drawn = draw(folder)
-    return dict(changes) | drawn_changes(drawn)
-
 
 def run_sweep_and_exit(options: SweepOptions, make: Callable[[], Sweep]) -> NoReturn:
     """Create the sweep and do what the options say. Exits with the codes of a recipe."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        sweep = make()
-    except ValueError as error:
-        refuse(error)
 
     def run() -> None:
+        sweep = make()
         if options.report_only:
             from deta.platform.sweep.results import report_only
 
-            report = report_only(sweep)
-            for sentence in report.verdicts:
-                echo(sentence)
+            echo("\n".join(report_only(sweep).verdicts))
             return
         from deta.platform.sweep.tune_sweep import launch_sweep  # slow to import
 
@@ -70,12 +43,12 @@ def run_sweep_and_exit(options: SweepOptions, make: Callable[[], Sweep]) -> NoRe
             sweep,
             probe=not options.no_probe,
             estimate_only=options.estimate,
-            confirm=_ask if asks and not options.no_probe else None,
+            confirm=_confirm if asks and not options.no_probe else None,
             retry_failed=options.retry_failed,
         )
 
-    exit_after(run, again="repeat the command to continue")
+    run_training(run, again="repeat the command to continue")
 
 
-def _ask(_estimate: str) -> bool:
+def _confirm(_estimate: str) -> bool:
     return input("continue? [Y/n] ").strip().lower() in ("", "y", "yes")

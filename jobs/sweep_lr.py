@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from deta.jobs.command_line import read_command_line
+from deta.jobs.command_line import drawn_data, read_command_line
 from deta.jobs.deta_r50 import demo, small
-from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit, with_drawn_data
+from deta.jobs.sweep_command import SweepOptions, run_sweep_and_exit
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
 from deta.platform.sweep.search_space import Asha, Domain, Grid, Optuna, Random, Search, Sweep
@@ -65,28 +65,27 @@ def main() -> None:
         if options.variant == "demo":
             changes = {**DEMO_SIZE, **changes}
             if not options.report_only:
-                changes = with_drawn_data(base, changes, write_shapes)
+                changes |= drawn_data(override(base, changes), write_shapes)
         return sweep(override(base, changes), options)
 
     run_sweep_and_exit(options, make)
 
 
 def sweep(base: RunConfig, options: SearchOptions) -> Sweep:
-    search: Search = Random(options.trials, options.search_seed)
-    if options.search == "grid":
-        search = Grid()
-    elif options.search == "optuna":
-        objectives = tuple(options.objectives.split(","))
-        search = Optuna(options.trials, objectives, options.search_seed)
+    objectives = tuple(options.objectives.split(","))
+    searches: dict[str, Search] = {
+        "random": Random(options.trials, options.search_seed),
+        "grid": Grid(),
+        "optuna": Optuna(options.trials, objectives, options.search_seed),
+    }
     # ASHA first decides at the demo's second evaluation, then at three times as many samples.
-    images = base.data.train_first or 1000
-    several = isinstance(search, Optuna) and len(search.objectives) > 1
-    stops = not options.to_the_end and not several
+    asha = Asha(grace_samples=base.data.train_first or 1000, reduction=3)
+    has_several = options.search == "optuna" and len(objectives) > 1
     return Sweep(
         base=base,
-        space=GRID if isinstance(search, Grid) else SPACE,
-        search=search,
-        stopping=Asha(grace_samples=images, reduction=3) if stops else None,
+        space=GRID if options.search == "grid" else SPACE,
+        search=searches[options.search],
+        stopping=None if options.to_the_end or has_several else asha,
         title="Learning rate, batch and weight decay",
     )
 

@@ -23,6 +23,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -58,7 +59,7 @@ def main() -> NoReturn:
 
 
 def _find_all(folders: Sequence[Path]) -> list[Path]:
-    runs: list[Path] = []
+    runs: dict[Path, None] = {}
     for folder in folders:
         path = folder.expanduser().resolve()
         if not path.is_dir():
@@ -66,8 +67,8 @@ def _find_all(folders: Sequence[Path]) -> list[Path]:
         found = find_runs(path)
         if not found:
             print_line(f"{path}: there is no run in it (a run has a {RUN_FILE})")
-        runs += [run for run in found if run not in runs]
-    return runs
+        runs |= dict.fromkeys(found)
+    return list(runs)
 
 
 def _sync(runs: list[Path], options: SyncOptions) -> int:
@@ -89,23 +90,20 @@ def _sync(runs: list[Path], options: SyncOptions) -> int:
 def _reap(runs: list[Path], stores: dict[str, MlflowStore], options: SyncOptions) -> bool:
     from deta.platform.tracking.mlflow_store import MlflowStore
 
-    experiments = set(options.experiment)
-    if not experiments:
-        experiments = {read_run_file(run)["config"].get("experiment", "deta") for run in runs}
+    found = {read_run_file(run)["config"].get("experiment", "deta") for run in runs}
     if not stores:
         uri = tracking_uri(runs[0].parent if runs else Path(DEFAULT_STORAGE).expanduser())
         stores[uri] = MlflowStore(uri)
     is_well = True
-    for store in stores.values():
-        for experiment in sorted(experiments or {"deta"}):
-            try:
-                dead = store.reap(experiment, dry_run=options.dry_run)
-            except Exception as error:
-                print_line(f"{store.shown_uri}: {redact(str(error))}")
-                is_well = False
-                continue
-            for run_id, name in dead:
+    for store, experiment in product(
+        stores.values(), sorted(options.experiment or found or ("deta",))
+    ):
+        try:
+            for run_id, name in store.reap(experiment, dry_run=options.dry_run):
                 print_line(f"{name} ({run_id}): nothing was heard of it; marked KILLED")
+        except Exception as error:
+            print_line(f"{store.shown_uri}: {redact(str(error))}")
+            is_well = False
     return is_well
 
 

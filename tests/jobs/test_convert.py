@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +30,7 @@ from deta.platform.run.run_state import RunState
 from deta.platform.weights.converted_file import read_converted
 from deta.platform.weights.initial_weights import load_initial_weights
 from deta.platform.weights.weight_files import read_weights, write_weights
+from tests.jobs.in_process import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()
@@ -80,15 +80,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run a job in this process and folder. Returns the exit code and the output."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
 
     def run(job, *arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [job.__file__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            job.main()
+        code = run_job(job, *arguments)
         printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
+        return code, printed.out + printed.err
 
     return run
 

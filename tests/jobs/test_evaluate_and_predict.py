@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
 from deta.platform.weights.weight_files import write_weights
+from tests.jobs import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DETA_SHARED", ROOT / "../shared")).resolve()
@@ -99,17 +99,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.fixture
-def refusal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return the error of a job that must exit with 2; runs in this process."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def refusal(job, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [job.__file__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            job.main()
-        assert caught.value.code == 2
+        assert in_process.run_job(job, *arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         return error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from deta.platform.inference.exported_model import (
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState
+from tests.jobs.in_process import run_job
 
 SIZE = EvaluationSize(short_edge=64, max_long_edge=90)
 LEAST_SIDE_PX = 33  # with three levels
@@ -143,17 +143,6 @@ def pictures(*sizes_px: tuple[int, int]) -> list[Image.Image]:
 
 def packed(images: list[Image.Image]) -> PackedImages:
     return pack_images(images, SIZE, LEAST_SIDE_PX)
-
-
-def run_job(job, *arguments: object) -> int:
-    """In this process, as from a command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)
-        patch.setattr(sys, "argv", [job.__file__, *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            job.main()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 @pytest.fixture(scope="module")

@@ -202,10 +202,18 @@ def test_stochastic_depth_of_swin_l_rises_linearly_over_all_24_blocks(variant: s
     assert found == pytest.approx([last * block / 23 for block in range(24)])
 
 
-def gradients(model: torch.nn.Module, outputs_of) -> dict[str, torch.Tensor]:
-    torch.manual_seed(5)  # of what stochastic depth drops
-    outputs_of(model).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def assert_same_gradients(make, loss_of) -> None:
+    """Of the model with and without activations that are computed again."""
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = make(again).train()
+        torch.manual_seed(5)  # of what stochastic depth drops
+        loss_of(model).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
 @pytest.mark.parametrize(
@@ -227,18 +235,10 @@ def gradients(model: torch.nn.Module, outputs_of) -> dict[str, torch.Tensor]:
 )
 def test_activations_computed_again_give_the_same_gradients(config: BackboneConfig):
     images = torch.randn(1, 3, 70, 90)  # not a multiple of any window
-    found = []
-    for checkpoint in (False, True):
-        torch.manual_seed(0)
-        backbone = Backbone(replace(config, checkpoint_activations=checkpoint)).train()
-        found.append(
-            gradients(
-                backbone, lambda model: sum(map(torch.Tensor.sum, map(torch.square, model(images))))
-            )
-        )
-    plain, again = found
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert_same_gradients(
+        lambda again: Backbone(replace(config, checkpoint_activations=again)),
+        lambda model: sum(map(torch.Tensor.sum, map(torch.square, model(images)))),
+    )
 
 
 def test_an_encoder_computed_again_gives_the_same_gradients():
@@ -256,16 +256,10 @@ def test_an_encoder_computed_again_gives_the_same_gradients():
     )
     nothing = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     batch = pad_batch([torch.randn(3, 64, 64)], [nothing])
-    found = []
-    for checkpoint in (False, True):
-        torch.manual_seed(0)
-        model = DETA(replace(config, checkpoint_encoder=checkpoint)).train()
-        found.append(
-            gradients(model, lambda model: model(batch.images, batch.padding).encoder_logits.sum())
-        )
-    plain, again = found
-    assert plain.keys() == again.keys()
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert_same_gradients(
+        lambda again: DETA(replace(config, checkpoint_encoder=again)),
+        lambda model: model(batch.images, batch.padding).encoder_logits.sum(),
+    )
 
 
 def test_an_assignment_that_does_not_fit_the_model_is_refused_before_anything_is_read():
