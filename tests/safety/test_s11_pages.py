@@ -33,7 +33,11 @@ MAY = {
     "platform/weights/weight_files.py": "the same",
 }
 # Markup switches escaping off: only these make it, of JSON and of files of the program.
-MARKUP_MAKERS = ("platform/pages/render.py", "platform/pages/safe_text.py")
+MARKUP_MAKERS = (
+    "platform/pages/render.py",
+    "platform/pages/safe_text.py",
+    "jobs/recipe_pages.py",  # Markdown of this repository's own docs
+)
 TAG = re.compile(r"<[a-zA-Z](?:\{\{.*?\}\}|\{%.*?%\}|\"[^\"]*\"|[^\">])*>", re.DOTALL)
 ATTRIBUTE = re.compile(r"([\w-]+)\s*=\s*(\"[^\"]*\"|[^\s>]+)")
 IMAGE = re.compile(r"data:image/jpeg;base64,\{\{ [\w.]+\.base64 \}\}")
