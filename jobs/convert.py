@@ -171,7 +171,7 @@ def _prepare_detector(file: ModelFile, options: ConvertOptions, source: dict[str
     echo(report.table() + "\n")
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.report, report.as_json() | {"source": source})
+        write_json(options.report, vars(report) | {"source": source})
     state, config, classes = complete_state(file, report), file.config, file.classes
     if options.for_data is not None:
         categories, _ = read_listing(options.for_data)

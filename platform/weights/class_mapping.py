@@ -6,7 +6,6 @@ same id to different classes.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES
 from deta.platform.data.coco_dataset import Category
-from deta.platform.system.safe_read import read_bounded
+from deta.platform.system.safe_read import read_bounded, read_json
 from deta.platform.system.short_list import short_list
 
 # "by_name": a class of the data set starts from the file's class of that name, or untrained.
@@ -60,10 +59,6 @@ class ClassPlan:
     rows: tuple[int | None, ...]
     lines: tuple[str, ...]  # to print: matched, new and dropped classes
 
-    @property
-    def new(self) -> int:
-        return self.rows.count(None)
-
 
 def published_classes(num_rows: int) -> FileClasses:
     """Return the classes of a published file without names: COCO's if the number of rows fits."""
@@ -94,22 +89,28 @@ def listed_classes(path: Path, num_rows: int) -> FileClasses:
         ValueError: the file cannot be read, or does not fit the number of rows.
     """
     try:
-        text = read_bounded(path, MAX_ANNOTATION_BYTES).decode()
-        content = json.loads(text) if path.suffix == ".json" else None
-    except RecursionError as error:
-        raise ValueError(f"{path}: is nested too deeply") from error
+        if path.suffix == ".json":
+            content = read_json(path, MAX_ANNOTATION_BYTES)
+        else:
+            content = read_bounded(path, MAX_ANNOTATION_BYTES).decode().splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
-    if content is None:
-        names = [line.strip() for line in text.splitlines()]
-        by_row = {
-            row: Category(row, name) for row, name in enumerate(names) if name not in ("", "-")
-        }
-        if len(names) != num_rows:
-            raise ValueError(f"{path}: has {len(names)} lines, the class heads {num_rows} rows")
+    if path.suffix != ".json":
+        if len(content) != num_rows:
+            raise ValueError(f"{path}: has {len(content)} lines, the class heads {num_rows} rows")
+        names = {row: line.strip() for row, line in enumerate(content)}
+        by_row = {row: Category(row, n) for row, n in names.items() if n not in ("", "-")}
         return FileClasses(num_rows, by_row, f"from {path}")
     if isinstance(content, dict) and isinstance(content.get("id2label"), dict):
-        return _from_hugging_face(path, content["id2label"], num_rows)
+        by_row = {}
+        for key, value in content["id2label"].items():
+            if not key.isdecimal() or int(key) >= num_rows:
+                raise ValueError(
+                    f"{path}: id2label has {key!r}, the class heads have {num_rows} rows"
+                )
+            if str(value) not in ("N/A", "", f"LABEL_{key}"):
+                by_row[int(key)] = Category(int(key), str(value))
+        return FileClasses(num_rows, by_row, f"from id2label in {path}")
     try:
         listed = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
     except (TypeError, KeyError, ValueError) as error:
@@ -125,17 +126,6 @@ def listed_classes(path: Path, num_rows: int) -> FileClasses:
         f"{categories[-1].id if categories else 'none'}; the class heads have {num_rows} rows, "
         "which fits neither one row per category nor one row per id"
     )
-
-
-def _from_hugging_face(path: Path, labels: Mapping[str, object], num_rows: int) -> FileClasses:
-    by_row = {}
-    for key, value in labels.items():
-        name = str(value)
-        if not key.isdecimal() or int(key) >= num_rows:
-            raise ValueError(f"{path}: id2label has {key!r}, the class heads have {num_rows} rows")
-        if name not in ("N/A", "", f"LABEL_{key}"):
-            by_row[int(key)] = Category(int(key), name)
-    return FileClasses(num_rows, by_row, f"from id2label in {path}")
 
 
 def plan_classes(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,13 @@ from deta.model.architectures import layouts_of, make_detector, without_download
 from deta.model.published_names import STEPS
 from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig
-from deta.platform.weights.class_mapping import ClassPlan, FileClasses, InitClasses, plan_classes
+from deta.platform.weights.class_mapping import (
+    ClassPlan,
+    FileClasses,
+    InitClasses,
+    own_classes,
+    plan_classes,
+)
 from deta.platform.weights.model_file import ModelFile, is_class_head
 
 SEED = 0  # for initialising tensors that may be missing, and new classes
@@ -34,28 +38,26 @@ class ConversionReport:
     left_over: list[str]
     allowed_unused: list[str]
     wrong_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # found, expected
-    num_values: dict[str, int] = field(default_factory=dict)  # of each used tensor
+    num_values: dict[str, int]  # of each used tensor
 
     @property
     def is_complete(self) -> bool:
         """True if no tensor is missing, unused or of another shape, except allowed ones."""
         return not (self.missing or self.left_over or self.wrong_shape)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return asdict(self)
-
     def table(self) -> str:
         """Return a text with counts per part of the model, then the names of all other tensors."""
         used = {
-            name: (1, self.num_values.get(name, 0), len(sources), 0, 0)
+            name: (1, self.num_values[name], len(sources), 0, 0)
             for name, sources in self.used.items()
         }
         absent = dict.fromkeys([*self.missing, *self.allowed_missing], (0, 0, 0, 1, 0))
         rows: dict[str, list[tuple[int, ...]]] = {}
         counted = used | absent | dict.fromkeys(self.wrong_shape, (0, 0, 0, 0, 1))
         for name, counts in counted.items():
-            rows.setdefault(part_of(name), []).append(counts)
+            first, *rest = name.split(".")
+            part = f"{first}.{rest[0]}" if first == "pyramid" else first
+            rows.setdefault(part, []).append(counts)
         rows["all"] = list(counted.values())
         heads = ("tensors", "values", "from", "missing", "other shape")
         lines = [f"{'part':<22}" + "".join(f"{head:>13}" for head in heads)]
@@ -96,8 +98,10 @@ def compare_with_model(
     left_over = [*file.unknown, *(source for name in own_extra for source in file.sources[name])]
     counters = [n for n in file.tensors if n.endswith(STEPS) and n not in expected]
     missing = [n for n in expected if n not in file.tensors and not n.endswith(STEPS)]
-    known = {name: tuple(t.shape) for name, t in file.tensors.items() if name in expected}
-    fits = [name for name, shape in known.items() if shape == tuple(expected[name])]
+    shapes = {
+        n: (tuple(t.shape), tuple(expected[n])) for n, t in file.tensors.items() if n in expected
+    }
+    fits = [name for name, (found, wanted) in shapes.items() if found == wanted]
     return ConversionReport(
         layout=file.layout,
         used={name: file.sources[name] for name in fits},
@@ -106,12 +110,8 @@ def compare_with_model(
         allowed_missing=[name for name in missing if _matches(name, allow_missing)],
         left_over=[name for name in left_over if not _matches(name, allow_unused)],
         allowed_unused=[name for name in left_over if _matches(name, allow_unused)],
-        wrong_shape={
-            name: (shape, tuple(expected[name]))
-            for name, shape in known.items()
-            if shape != tuple(expected[name])
-        },
-        num_values={name: math.prod(known[name]) for name in fits},
+        wrong_shape={name: both for name, both in shapes.items() if name not in fits},
+        num_values={name: file.tensors[name].numel() for name in fits},
     )
 
 
@@ -142,10 +142,7 @@ def complete_state(file: ModelFile, report: ConversionReport) -> dict[str, Tenso
 def adapt_classes(
     file: ModelFile, state: Mapping[str, Tensor], categories: Sequence[Category], how: InitClasses
 ) -> tuple[dict[str, Tensor], RunConfig, FileClasses, ClassPlan]:
-    """Adapt the weights to the classes of a data set.
-
-    Returns:
-        The tensors, their configuration and classes, and the origin of each class.
+    """Return tensors, configuration and classes for a data set, and the origin of each class.
 
     Raises:
         ValueError: the file's classes have no names, or do not fit `how`.
@@ -158,15 +155,8 @@ def adapt_classes(
         changed = {**state, **untrained}
     else:
         changed = layouts_of(model).select_classes(state, plan.rows, untrained)
-    origin = f"the {len(categories)} classes of a data set"
-    classes = FileClasses(len(categories), dict(enumerate(categories)), origin)
+    classes = own_classes(categories, f"the {len(categories)} classes of a data set")
     return layouts_of(model).fit(changed, model), config, classes, plan
-
-
-def part_of(name: str) -> str:
-    """Return the part of the model that a tensor belongs to, given our name of it."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "pyramid" else parts[0]
 
 
 def _new_model(config: RunConfig) -> dict[str, Tensor]:

@@ -36,7 +36,6 @@ DIGEST_KEY = "content_sha256"
 class ConvertedFile:
     """A converted file whose checksum matched."""
 
-    path: Path
     config: RunConfig
     classes: FileClasses
     source: dict[str, str]  # name, layout and SHA-256 of the source file
@@ -55,21 +54,17 @@ def write_converted(
     classes: FileClasses,
     source: Mapping[str, str],
 ) -> None:
-    """Write weights with configuration, classes and source.
+    """Write weights under our names with their configuration and classes.
 
     Args:
-        tensors: under our names.
-        config: of the model; its training settings are the variant's, not the file's.
         source: `file`, `sha256` and `layout`, for people.
     """
     rows = {str(row): asdict(category) for row, category in classes.by_row.items()}
     listed = {"num_rows": classes.num_rows, "rows": rows, "origin": classes.origin}
     metadata = {
-        FORMAT_KEY: str(FORMAT_VERSION),
-        "config": to_json(config),
-        "classes": json.dumps(listed),
-        "source": json.dumps(dict(source)),
-    }
+        FORMAT_KEY: str(FORMAT_VERSION), "config": to_json(config),
+        "classes": json.dumps(listed), "source": json.dumps(dict(source)),
+    }  # fmt: skip
     metadata[DIGEST_KEY] = _digest(tensors, metadata)
     write_weights(path, tensors, metadata)
 
@@ -91,7 +86,8 @@ def read_converted(path: Path) -> ConvertedFile:
             f"{FORMAT_VERSION}; update deta-platform"
         )
     tensors = read_weights(path)
-    if metadata.pop(DIGEST_KEY, "") != _digest(tensors, metadata):
+    framework, digest = metadata.pop("format", ""), metadata.pop(DIGEST_KEY, "")
+    if framework != "pt" or digest != _digest(tensors, metadata):
         raise WeightsError(
             f"{path}: has changed since it was written; convert or download it again"
         )
@@ -99,7 +95,7 @@ def read_converted(path: Path) -> ConvertedFile:
     by_row = {int(row): Category(**category) for row, category in listed["rows"].items()}
     classes = FileClasses(listed["num_rows"], by_row, listed["origin"])
     config, source = from_json(RunConfig, metadata["config"]), json.loads(metadata["source"])
-    return ConvertedFile(path, config, classes, source, tensors)
+    return ConvertedFile(config, classes, source, tensors)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ a published file, and a plain file of tensors under our names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,6 @@ class ModelFile:
     sources: dict[str, list[str]]
     computed: list[str]
     unknown: list[str]
-    knows_config: bool  # False: the caller gave what the tensors do not show
 
     @property
     def origin(self) -> str:
@@ -75,14 +74,14 @@ class ModelFile:
                     "with jobs/convert.py --classes FILE and use the converted file"
                 )
             return list(range(len(categories))), tuple(categories)
-        plan = plan_classes(self.classes, categories)
-        unknown = [c.name for c, row in zip(categories, plan.rows, strict=True) if row is None]
+        rows = plan_classes(self.classes, categories).rows
+        unknown = [c.name for c, row in zip(categories, rows, strict=True) if row is None]
         if unknown:
             raise ValueError(
                 f"has {self.classes.origin}; among them are no {short_list(unknown, 10)}. Use a "
                 "data set of its classes, or fine-tune it on this one first (init_checkpoint)"
             )
-        return [row for row in plan.rows if row is not None], tuple(categories)
+        return [row for row in rows if row is not None], tuple(categories)
 
     def state_of(self, rows: Sequence[int], model: DetectorConfig) -> dict[str, Tensor]:
         """Return the tensors for a model with these rows of the class heads.
@@ -91,11 +90,10 @@ class ModelFile:
             ValueError: a tensor is missing, unused or of another shape.
         """
         self.require_known()
-        every = list(rows) == list(range(self.classes.num_rows))
-        layouts = layouts_of(model)
-        return layouts.fit(
-            self.tensors if every else layouts.select_classes(self.tensors, rows), model
-        )
+        layouts, tensors = layouts_of(model), self.tensors
+        if list(rows) != list(range(self.classes.num_rows)):
+            tensors = layouts.select_classes(tensors, rows)
+        return layouts.fit(tensors, model)
 
     def require_known(self) -> None:
         """Raise ValueError if there are tensors that the detector does not have."""
@@ -142,12 +140,11 @@ def identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelFi
 
 def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelFile:
     model = base.model
-    if has_our_names(tensors):
+    if "level_embedding" in tensors or "class_head.bias" in tensors:  # names of ours alone
         if isinstance(model, ModelConfig):
             model = with_sizes_of(tensors, model)
         classes = published_classes(model.num_classes)
-        ours = _ours(path, replace(base, model=model), tensors, classes)
-        return replace(ours, knows_config=False)
+        return _ours(path, replace(base, model=model), tensors, classes)
     if isinstance(model, ModelConfig) and is_anchor_detr(tensors):
         raise ValueError("contains weights of an Anchor DETR; choose an Anchor DETR with --variant")
     layouts = layouts_of(model)
@@ -159,22 +156,11 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
         with suppress(ValueError):  # a configuration without usable names
             listed = listed_classes(labels, classes.num_rows)
             classes = listed if listed.by_row else classes
+    config = replace(base, model=model)
     return ModelFile(
-        path=path,
-        layout=renamed.layout,
-        config=replace(base, model=model),
-        tensors=renamed.tensors,
-        classes=classes,
-        sources=renamed.sources,
-        computed=renamed.computed,
-        unknown=renamed.unknown,
-        knows_config=False,
-    )
-
-
-def has_our_names(names: Mapping[str, object]) -> bool:
-    """Return True if tensors have our names, not those of a published layout."""
-    return "level_embedding" in names or "class_head.bias" in names
+        path, renamed.layout, config, renamed.tensors, classes,
+        renamed.sources, renamed.computed, renamed.unknown,
+    )  # fmt: skip
 
 
 def is_class_head(name: str) -> bool:
@@ -186,4 +172,4 @@ def _ours(
     path: Path, config: RunConfig, tensors: dict[str, Tensor], classes: FileClasses
 ) -> ModelFile:
     sources = {name: [name] for name in tensors}
-    return ModelFile(path, OURS, config, tensors, classes, sources, [], [], knows_config=True)
+    return ModelFile(path, OURS, config, tensors, classes, sources, [], [])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,9 +23,6 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
 # Keys under which training code stores the weights; the first existing one is read.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "ema", "blobs")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-# Valid values of the optional field `format` of a safetensors file.
-FRAMEWORKS = frozenset({"pt", "np", "tf", "flax", "jax", "mlx", "paddle"})
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the limit of the format's own library
 NUM_SHOWN = 10  # names listed in one message
 CHECKED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,7 +48,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     _require_file(path)
     if path.suffix == ".safetensors":
-        return _without_prefixes(_require_finite(path, _read_safetensors(path)))
+        _require_weights_inside(path)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise _damaged(path, error) from error
+        return _without_prefixes(_require_finite(path, tensors))
     if path.suffix not in PICKLE_SUFFIXES:
         raise WeightsError(
             f"{path}: files of weights end in .safetensors, {', '.join(PICKLE_SUFFIXES)}; "
@@ -77,7 +77,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of `write_weights`; empty for other files.
+    """Read the metadata of a safetensors file; empty for other files.
 
     Raises:
         WeightsError: there is no such file, or it is damaged.
@@ -85,16 +85,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     _require_file(path)
     if path.suffix != ".safetensors":
         return {}
-    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
-    framework = metadata.pop("format", "pt")
-    if framework not in FRAMEWORKS:
-        raise _damaged(path, f"its metadata name {framework!r} as the framework that wrote it")
-    return metadata
 
 
 def write_weights(
@@ -133,25 +128,6 @@ def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=True) as unfinished:
         torch.save(content, unfinished)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    _require_weights_inside(path)
-    _check_header(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _check_header(path: Path) -> None:
-    """Check that the header fits in the file, before memory is allocated for it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        beginning = file.read(8)
-    declared = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else size
-    if declared > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(path, f"its header declares {declared} bytes, the file has {size}")
 
 
 def _unwrap(path: Path, content: object) -> dict[str, object]:
@@ -200,37 +176,24 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _require_file(path: Path) -> None:
     if path.is_dir():
-        if (path / ".metadata").exists() or any(path.glob("*.distcp")):
-            raise WeightsError(
-                f"{path}: a distributed checkpoint of torch, which runs code when it is loaded; "
-                "convert it on the machine that wrote it, with torch.distributed.checkpoint."
-                "format_utils.dcp_to_torch_save, and use that file"
-            )
-        raise WeightsError(f"{path}: a folder; give the file of weights inside it")
-    if path.is_symlink() and not path.exists():
-        raise WeightsError(f"{path}: a link to {os.readlink(path)}, which does not exist")
+        raise WeightsError(
+            f"{path}: a folder; give the file of weights inside it. Convert a distributed "
+            "checkpoint, which runs code when it is loaded, where it was written, with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
     if not path.exists():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: no such file, or a link to one that does not exist")
     if not path.is_file():
         raise WeightsError(f"{path}: a device or pipe, not a file of weights")
 
 
 # How files that are often taken for weights begin, in lower case, and what to do about them.
-_OTHER_FILES: tuple[tuple[tuple[bytes, ...], str], ...] = (
-    (
-        (b"<!doctype", b"<html", b"<?xml"),
-        "a web page, not weights, from a link that needs a login or a confirmation; open it in a "
-        "browser and download again",
-    ),
-    (
-        (b"version https://git-lfs",),
-        "a pointer of git-lfs, not the weights; run `git lfs pull` in its clone",
-    ),
-    (
-        (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"),
-        "a compressed archive; unpack it first",
-    ),
-)
+_OTHER_FILES = {
+    (b"<!doctype", b"<html", b"<?xml"): "a web page, not weights, from a link that needs a login "
+    "or a confirmation; open it in a browser and download again",
+    (b"version https://git-lfs",): "a pointer of git-lfs; run `git lfs pull` in its clone",
+    (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"7z\xbc\xaf"): "an archive; unpack it first",
+}
 
 
 def _require_weights_inside(path: Path) -> None:
@@ -238,14 +201,11 @@ def _require_weights_inside(path: Path) -> None:
     with path.open("rb") as file:
         beginning = file.read(512)
     text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    what = next((advice for begins, advice in _OTHER_FILES if text.startswith(begins)), "")
+    what = next((advice for begins, advice in _OTHER_FILES.items() if text.startswith(begins)), "")
     if not beginning:
         what = "an empty file; copy or download it again"
     elif beginning[257:262] == b"ustar":
-        what = (
-            "a tar archive; unpack it, or if torch.save wrote it long before 1.0, load and save it "
-            "with a newer torch"
-        )
+        what = "a tar archive; unpack it first"
     elif path.suffix == ".safetensors" and beginning.startswith((b"PK\x03\x04", b"\x80")):
         what = "a file of torch.save, not a safetensors file; rename it to .pth"
     if what:

@@ -43,7 +43,6 @@ def test_names_decide_and_not_ids():
     plan = plan_classes(file, categories("dog", "Person", "resistor"))
 
     assert plan.rows == (18, 1, None)
-    assert plan.new == 1
     told = "\n".join(plan.lines)
     assert "2 of 3 by name: dog, Person (there person)" in told
     assert "1 new, which start untrained: resistor" in told

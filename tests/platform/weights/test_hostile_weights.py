@@ -184,12 +184,12 @@ def a_distributed_checkpoint(folder, trace):
     return folder / "dcp"
 
 
-@kind("header declares")
+@kind("not a complete safetensors file")
 def a_safetensors_header_longer_than_the_file(folder, trace):
     return _written(folder / "a.safetensors", struct.pack("<Q", 2**62) + b"{}")
 
 
-@kind("header declares")
+@kind("not a complete safetensors file")
 def a_safetensors_header_of_a_gigabyte(folder, trace):
     path = _written(folder / "a.safetensors", struct.pack("<Q", 2**30) + b"{")
     os.truncate(path, 2**30 + 8)  # a hole, so it takes no disk
@@ -299,7 +299,7 @@ def things_that_are_no_tensors(folder, trace):
     return folder / "a.pth"
 
 
-@kind("which does not exist")
+@kind("that does not exist")
 def a_link_into_nothing(folder, trace):
     (folder / "a.pth").symlink_to(folder / "elsewhere.pth")
     return folder / "a.pth"

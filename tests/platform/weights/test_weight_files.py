@@ -175,7 +175,7 @@ def test_written_weights_and_metadata_are_read_back(tmp_path, state):
     write_weights(path, state, {"config": "{}", "classes": "cat, dog"})
 
     assert_same(read_weights(path), state)
-    assert read_metadata(path) == {"config": "{}", "classes": "cat, dog"}
+    assert read_metadata(path) == {"config": "{}", "classes": "cat, dog", "format": "pt"}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -183,7 +183,7 @@ def test_a_file_without_metadata_has_none(tmp_path, state):
     write_weights(tmp_path / "weights.safetensors", state)
     torch.save(state, tmp_path / "weights.pth")
 
-    assert read_metadata(tmp_path / "weights.safetensors") == {}
+    assert read_metadata(tmp_path / "weights.safetensors") == {"format": "pt"}
     assert read_metadata(tmp_path / "weights.pth") == {}
 
 
