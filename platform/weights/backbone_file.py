@@ -26,12 +26,11 @@ from deta.platform.weights.weight_files import WeightsError, read_weights
 
 # For each layout, how a tensor name begins, and the prefix of such a name in a complete detector.
 _LAYOUTS = {
-    "detectron2": (re.compile(r"stem\.conv1\.|res2\.0\."), "backbone."),
+    "detectron2": (r"stem\.conv1\.|res2\.0\.", "backbone."),
     "torchvision or Swin": (
-        re.compile(r"conv1\.weight|layer1\.0\.|patch_embed\.|layers\.0\."),
-        "backbone.0.body.",
+        r"conv1\.weight|layer1\.0\.|patch_embed\.|layers\.0\.", "backbone.0.body."
     ),
-}
+}  # fmt: skip
 _CAFFE2 = re.compile(r"(res_)?conv1_|res\d_\d+_branch")
 # The classifier, and in Swin the masks that the window size determines.
 _UNUSED = re.compile(r"(stem\.)?fc\.|head\.|norm\.(weight|bias)$|.*\.attn_mask$")
@@ -97,8 +96,10 @@ def rename_backbone(
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> str | None:
-    fits = (name for name, (begins, _) in _LAYOUTS.items() if any(map(begins.match, tensors)))
-    return next(fits, None)
+    for layout, (begins, _) in _LAYOUTS.items():
+        if any(re.match(begins, name) for name in tensors):
+            return layout
+    return None
 
 
 def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[str, Tensor]:
@@ -114,16 +115,15 @@ def _fit_backbone(renamed: Mapping[str, Tensor], model: DetectorConfig) -> dict[
         for name, tensor in renamed.items()
         if not name.endswith(STEPS)
     }
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    wrong = {n for n in expected.keys() & state.keys() if expected[n] != state[n].shape}
-    problems = [
-        f"{len(names)} {what} ({', '.join(sorted(names)[:5])})"
-        for names, what in ((missing, "missing"), (extra, "left over"), (wrong, "of other shape"))
-        if names
-    ]
-    if problems:
+    problems = {
+        "missing": expected.keys() - state.keys(),
+        "left over": state.keys() - expected.keys(),
+        "of other shape": [n for n in expected if n in state and expected[n] != state[n].shape],
+    }
+    if any(problems.values()):
+        found = [f"{len(n)} {what} ({short_list(sorted(n))})" for what, n in problems.items() if n]
         raise ValueError(
-            f"is not backbone {model.backbone.name}: {'; '.join(problems)}. Set "
-            "model.backbone.name to the network of the file"
+            f"is not backbone {model.backbone.name}: {'; '.join(found)}. Set model.backbone.name "
+            "to the network of the file"
         )
     return {name: state[name] for name in expected}

@@ -23,12 +23,11 @@ def load_initial_weights(
     categories: tuple[Category, ...],
     how: InitClasses = "by_name",
 ) -> list[str]:
-    """Load weights into a model.
+    """Load weights into a new model; classes without weights in the file keep its rows.
 
     Args:
-        model: newly made; classes without weights in the file keep its rows.
         path: a checkpoint folder, a file that jobs/convert.py wrote, or a published file.
-        categories: of the data set; those of the weights may differ, see `how`.
+        categories: of the data set; those of the weights may differ.
         how: how the rows of the file are matched with the categories.
 
     Returns:
@@ -45,10 +44,7 @@ def load_initial_weights(
 
 
 def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -> list[str]:
-    """Check what `load_initial_weights` and `load_backbone` will read, without a model.
-
-    Returns:
-        Lines to print.
+    """Check what `load_initial_weights` and `load_backbone` will read; return lines to print.
 
     Raises:
         ValueError: the errors of these two functions, before the run starts.
@@ -68,17 +64,10 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
 
 
 def load_backbone(model: Detector, path: Path) -> list[str]:
-    """Load weights into the backbone of a new model only.
-
-    Args:
-        path: `.pkl` of detectron2, `.pth` of torchvision or of the Swin repository, or a file
-            that jobs/convert.py made from one.
-
-    Returns:
-        Lines about the used tensors, to print.
+    """Load weights into the backbone of a new model only; return lines to print.
 
     Raises:
-        ValueError: the file is none of these, or is for another network; names what does not fit.
+        ValueError: as `read_backbone`.
     """
     state, lines = read_backbone(path, model.config)
     model.load_state_dict({**model.state_dict(), **state})
@@ -101,9 +90,9 @@ def _initial_state(
         else:
             plan = plan_classes(file.classes, categories, how)
         if how == "drop":
-            others = {name: t for name, t in file.tensors.items() if not is_class_head(name)}
-            return layouts_of(model).fit({**others, **untrained}, model), plan
-        state = layouts_of(model).select_classes(file.tensors, plan.rows, untrained)
+            state = {n: t for n, t in file.tensors.items() if not is_class_head(n)} | {**untrained}
+        else:
+            state = layouts_of(model).select_classes(file.tensors, plan.rows, untrained)
         return layouts_of(model).fit(state, model), plan
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error

@@ -20,8 +20,8 @@ def format_catalogue() -> str:
     for file in published_files():
         ap = f", AP {file['ap']}" if "ap" in file else ""
         page = " (a page: download it with a browser and give the file's path)"
-        is_page = file.get("is_page", False)
-        lines.append(f"{file['name']}{ap}, {file['layout']} layout{page if is_page else ''}")
+        page = page if file.get("is_page") else ""
+        lines.append(f"{file['name']}{ap}, {file['layout']} layout{page}")
         lines.append(f"  {file['url']}")
         if "note" in file:
             lines.append(f"  {file['note']}")

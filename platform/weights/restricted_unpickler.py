@@ -74,7 +74,7 @@ class _Dtype:
 
 
 class _Ignored:
-    """An object that weights do not need, such as the command line of a run or a path."""
+    """Stands for an object that weights do not need, such as a command line or a path."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -104,13 +104,6 @@ class BoundedReader(io.RawIOBase):
         self._left -= size
 
 
-def _no_bytes(*arguments: object) -> bytes:
-    """Return empty bytes, as Python 3 pickles them in protocol 2."""
-    if arguments:
-        raise UnreadableError("it makes bytes from something else")
-    return b""
-
-
 def _rebuild_tensor(
     storage: Storage, offset: int, shape: Any, stride: Any, *_: object
 ) -> TensorRecord:
@@ -130,9 +123,7 @@ def _content(data: bytes) -> bytes:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     """Return bytes, as Python 3 pickles them in protocol 2."""
-    if encoding not in ("latin1", "latin-1"):
-        raise UnreadableError(f"it has bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
+    return text.encode({"latin1": "latin1", "latin-1": "latin1"}[encoding])
 
 
 def _numpy_type(dtype: object) -> torch.dtype:
@@ -155,8 +146,8 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "Counter"): dict,
     ("builtins", "set"): frozenset,
     ("__builtin__", "set"): frozenset,
-    ("builtins", "bytes"): _no_bytes,
-    ("__builtin__", "bytes"): _no_bytes,
+    ("builtins", "bytes"): lambda: b"",  # in protocol 2
+    ("__builtin__", "bytes"): lambda: b"",
     ("argparse", "Namespace"): _Ignored,
     ("pathlib", "PosixPath"): _Ignored,
     ("pathlib", "WindowsPath"): _Ignored,
@@ -228,24 +219,19 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python: allocates no declar
         num_bytes = int.from_bytes(self.read(8), "little")  # type: ignore[attr-defined]
         self.append(self.read(num_bytes))  # type: ignore[attr-defined]
 
-    def load_forbidden(self) -> None:
-        raise UnreadableError("it uses a pickle instruction that weight files do not need")
 
-
+_REFUSED = (
+    pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
+    pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
+)  # fmt: skip
 _INSTRUCTIONS: dict[int, Callable[[Any], None]] = {
+    **{k: do for k, do in pickle._Unpickler.dispatch.items() if bytes([k]) not in _REFUSED},
     pickle.REDUCE[0]: _RestrictedUnpickler.load_reduce,
     pickle.NEWOBJ[0]: _RestrictedUnpickler.load_reduce,
     pickle.BUILD[0]: _RestrictedUnpickler.load_build,
     pickle.BYTEARRAY8[0]: _RestrictedUnpickler.load_bytearray8,
-    **{
-        instruction[0]: _RestrictedUnpickler.load_forbidden
-        for instruction in (
-            pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
-            pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
-        )
-    },
-}  # fmt: skip
-_RestrictedUnpickler.dispatch = {**pickle._Unpickler.dispatch, **_INSTRUCTIONS}
+}
+_RestrictedUnpickler.dispatch = _INSTRUCTIONS
 
 
 def read_pickle(file: BoundedReader) -> tuple[object, dict[str, Storage]]:
@@ -262,5 +248,6 @@ def read_pickle(file: BoundedReader) -> tuple[object, dict[str, Storage]]:
         raise
     except Exception as error:  # damaged pickles raise errors of every type
         raise UnreadableError(
-            f"it is damaged, cut off, or not a pickle ({type(error).__name__}: {error})"
+            "it is damaged, cut off, not a pickle, or uses an instruction that weight files do "
+            f"not need ({type(error).__name__}: {error})"
         ) from error

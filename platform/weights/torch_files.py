@@ -73,7 +73,10 @@ def _read_zip(
             )
     pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
-        raise UnreadableError(_other_archive(members))
+        raise UnreadableError(
+            f"it is a zip file without weights ({', '.join(list(members)[:5]) or 'empty'}), such "
+            "as a TorchScript or an exported program; save the state_dict() of its model"
+        )
     root = pickles[0].removesuffix("data.pkl")
 
     def member(name: str) -> bytearray:
@@ -91,16 +94,6 @@ def _read_zip(
     text = member("data.pkl")
     content, _ = read_pickle(BoundedReader(io.BytesIO(text), len(text)))
     return _tensors(choose(content), lambda storage: member(f"data/{storage.key}"), size)
-
-
-def _other_archive(members: Mapping[str, object]) -> str:
-    names = list(members)
-    last_parts = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in last_parts or any("/code/" in name for name in names):
-        return "it is a TorchScript program, not weights; save the model's state_dict()"
-    if last_parts & {"archive_format", "serialized_exported_program.json"}:
-        return "it is a program exported by torch.export, not weights; convert what it came from"
-    return f"it is a zip file without weights ({', '.join(names[:5]) or 'empty'})"
 
 
 def _read_stream(

@@ -159,7 +159,7 @@ def a_zip_with_a_path_that_climbs_out(folder, trace):
     return _zip_of(folder / "a.pth", _members(folder) | {f"../../../..{trace}/x": b"x"})
 
 
-@kind("TorchScript program")
+@kind("a TorchScript")
 def a_torchscript_archive(folder, trace):
     members = {
         "a/data.pkl": b"",
@@ -169,7 +169,7 @@ def a_torchscript_archive(folder, trace):
     return _zip_of(folder / "a.pt", {k: v for k, v in members.items() if k != "a/data.pkl"})
 
 
-@kind("program exported by torch.export")
+@kind("an exported program")
 def an_exported_program(folder, trace):
     inputs = io.BytesIO()
     torch.save(Planted(trace), inputs)
