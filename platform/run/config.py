@@ -29,6 +29,18 @@ MAX_JSON_CHARACTERS = 1_000_000  # of a configuration; the largest one here has 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+def _require_at_least(part: Any, prefix: str, **minima: int) -> None:
+    for key, minimum in minima.items():
+        if (value := getattr(part, key)) is not None and value < minimum:
+            raise ValueError(f"{prefix}{key}={value} must be at least {minimum}")
+
+
+def _require_positive(part: Any, prefix: str, *keys: str) -> None:
+    for key in keys:
+        if (value := getattr(part, key)) is not None and value <= 0:
+            raise ValueError(f"{prefix}{key}={value} must be positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A COCO-format data set: a folder of images and a file of annotations for each split."""
@@ -49,11 +61,7 @@ class DataConfig:
     evaluation_size: EvaluationSize = field(default_factory=EvaluationSize)
 
     def __post_init__(self) -> None:
-        for key in ("train_first", "val_first"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1, or none")
-        if self.loader_workers < 0:
-            raise ValueError(f"data.loader_workers={self.loader_workers} must be at least 0")
+        _require_at_least(self, "data.", train_first=1, val_first=1, loader_workers=0)
         if not 0 <= self.max_broken_share <= 1:
             raise ValueError(f"data.max_broken_share={self.max_broken_share} is not in 0 .. 1")
 
@@ -76,20 +84,12 @@ class ClusterConfig:
     max_fruitless_starts: int = 3
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"cluster.num_workers={self.num_workers} must be at least 1")
-        if self.cpus_per_worker <= 0:
-            raise ValueError(f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+        _require_at_least(self, "cluster.", num_workers=1, min_workers=1, max_fruitless_starts=1)
+        _require_positive(self, "cluster.", "cpus_per_worker", "hang_timeout_s")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(
-                f"cluster.min_workers={self.min_workers} is not in 1 .. cluster.num_workers="
+                f"cluster.min_workers={self.min_workers} is above cluster.num_workers="
                 f"{self.num_workers}"
-            )
-        if self.hang_timeout_s <= 0:
-            raise ValueError(f"cluster.hang_timeout_s={self.hang_timeout_s} must be positive")
-        if self.max_fruitless_starts < 1:
-            raise ValueError(
-                f"cluster.max_fruitless_starts={self.max_fruitless_starts} must be at least 1"
             )
 
 
@@ -105,16 +105,8 @@ class CheckpointConfig:
     store: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every_minutes is not None and self.every_minutes <= 0:
-            raise ValueError(
-                f"checkpoint.every_minutes={self.every_minutes} must be positive, or none"
-            )
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(
-                f"checkpoint.every_steps={self.every_steps} must be at least 1, or none"
-            )
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+        _require_positive(self, "checkpoint.", "every_minutes")
+        _require_at_least(self, "checkpoint.", every_steps=1, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +167,10 @@ class RunConfig:
                 "init_checkpoint holds a backbone already; leave one of init_backbone and "
                 "init_checkpoint out"
             )
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        _require_at_least(
+            self, "", micro_batch_size=1, max_skipped_steps=1, compare_weights_every_steps=1,
+            log_every_steps=1, evaluate_every_epochs=1, num_pictures=0,
+        )  # fmt: skip
         if self.total_batch_size < self.cluster.num_workers:
             raise ValueError(
                 f"total_batch_size={self.total_batch_size} leaves some of the "
@@ -184,13 +178,6 @@ class RunConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is not in (0, 1)")
-        if self.max_skipped_steps < 1 or self.compare_weights_every_steps < 1:
-            raise ValueError("max_skipped_steps and compare_weights_every_steps must be at least 1")
-        if self.log_every_steps < 1 or self.evaluate_every_epochs < 1 or self.num_pictures < 0:
-            raise ValueError(
-                "log_every_steps and evaluate_every_epochs must be at least 1 and num_pictures at "
-                "least 0"
-            )
 
 
 def flatten(config: Any) -> dict[str, Any]:
