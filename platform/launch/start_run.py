@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 
 from deta.platform.launch.console import Console
-from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.launch.resume_check import (
     changes_since_start,
     open_run_folder,
@@ -16,36 +15,11 @@ from deta.platform.launch.resume_check import (
     refuse_if_finished,
 )
 from deta.platform.launch.supervisor import Supervisor
-from deta.platform.run.config import RunConfig
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import Run, RunResult
 from deta.platform.run.run_file import describe_run, write_run_file
 from deta.platform.run.run_lock import RunLock
 from deta.platform.system.process_tree import working_in
-
-
-def launch(
-    config: RunConfig,
-    *,
-    resume: bool = False,
-    force: bool = False,
-    echo: Callable[[str], None] = print,
-    tags: dict[str, str] | None = None,
-) -> RunResult:
-    """Train on the Ray cluster named by RAY_ADDRESS, or on one that is started on this machine.
-
-    Args:
-        resume: continue the run of this name; otherwise the name must be new.
-        force: resume even if data or configuration have changed.
-        echo: prints a line for the user.
-        tags: further tags of the MLflow run, such as the recipe's name.
-
-    Raises:
-        ValueError: the input or the name is invalid, or the run is locked. Nothing was started.
-        RuntimeError: the run failed on the cluster; the message has the reason.
-    """
-    run = prepare_run(config, resume=resume)
-    return launch_prepared(run, resume=resume, force=force, echo=echo, tags=tags)
 
 
 def launch_prepared(
@@ -57,11 +31,20 @@ def launch_prepared(
     preview: Callable[[Run], None] | None = None,
     tags: dict[str, str] | None = None,
 ) -> RunResult:
-    """Do what `launch` does, for a run from `prepare_run`.
+    """Train on the Ray cluster named by RAY_ADDRESS, or on one that is started on this machine.
 
     Args:
+        run: from `prepare_run`.
+        resume: continue the run of this name; otherwise the name must be new.
+        force: resume even if data or configuration have changed.
+        echo: prints a line for the user.
         preview: called for a new run once its folder exists and before the cluster is used; may
             write images and journal events. If it fails, the folder is removed.
+        tags: further tags of the MLflow run, such as the recipe's name.
+
+    Raises:
+        ValueError: the name is invalid, or the run is locked. Nothing was started.
+        RuntimeError: the run failed on the cluster; the message has the reason.
     """
     console = Console(run, echo, is_live=sys.stdout.isatty())
     console.print_start()
