@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RESERVE_BYTES = 10**9  # left free on the disk; on a small disk, a twentieth of it
+_NO_ROOM = "Make room there; a twentieth of the disk, or 1 GB, is reserved for the journal. "
+_READ_ONLY = "Make the folder writable again. "
+ADVICE = {
+    errno.ENOSPC: _NO_ROOM, errno.EDQUOT: _NO_ROOM,
+    errno.EROFS: _READ_ONLY, errno.EACCES: _READ_ONLY, errno.EPERM: _READ_ONLY,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,11 @@ class CheckpointWriter:
         """Return whether a save is in progress."""
         return self._save is not None and self._save.is_alive()
 
-    def save(
-        self,
-        snapshot_or_make: Snapshot | Callable[[Snapshot | None], Snapshot],
-        *,
-        wait: bool = False,
-    ) -> bool:
+    def save(self, make: Callable[[Snapshot | None], Snapshot], *, wait: bool = False) -> bool:
         """Start a save. It never raises; `poll` returns its result.
 
         Args:
-            snapshot_or_make: a snapshot, which the writer owns from now on. Or a function that
-                makes one, called here with an earlier snapshot whose memory it can reuse.
+            make: makes the snapshot; called here with an earlier one whose memory it can reuse.
             wait: wait for a save in progress, and then for this one; not for the copy to the
                 store, see `close`.
 
@@ -103,10 +103,8 @@ class CheckpointWriter:
                 return False
             self._save.join()
         try:
-            snapshot = snapshot_or_make
-            if not isinstance(snapshot, Snapshot):
-                spare, self._spare = self._spare, None
-                snapshot = snapshot(spare)
+            spare, self._spare = self._spare, None
+            snapshot = make(spare)
             blocked_s = None if wait else time.perf_counter() - began_s
             self._save = threading.Thread(
                 target=self._write, args=(snapshot, began_s, blocked_s), daemon=True,
@@ -117,9 +115,8 @@ class CheckpointWriter:
             logger.exception("the state could not be copied for a checkpoint")
             self._save = None
             message = f"the state could not be copied for a checkpoint: {_text_of(error)}"
-            seconds = time.perf_counter() - began_s
-            result = WriteResult(-1, None, seconds, seconds, f"{message}; the next save retries")
-            self._add_result(result)
+            seconds, message = time.perf_counter() - began_s, f"{message}; the next save retries"
+            self._add_result(WriteResult(-1, None, seconds, seconds, message))
             return True
         if wait:
             self._save.join()
@@ -160,8 +157,9 @@ class CheckpointWriter:
             self._delete_old(path)
         seconds = time.perf_counter() - began_s
         blocked_s = seconds if blocked_s is None else blocked_s
-        result = WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off)
-        self._add_result(result)
+        self._add_result(
+            WriteResult(step, path, seconds, blocked_s, message, fenced_off=fenced_off)
+        )
         if path is not None and self._store is not None:
             self._copy_to_store(path)
 
@@ -174,22 +172,17 @@ class CheckpointWriter:
     def _explain(self, error: Exception, snapshot: Snapshot) -> str:
         free, last = "", "There is none yet"
         try:
-            free = f"{_megabytes(shutil.disk_usage(self.folder).free)} are free there. "
+            free = f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free there. "
             paths = all_checkpoints(self.folder)
             last = f"The newest checkpoint is {paths[-1].name}" if paths else last
         except OSError:  # the disk is unavailable
             pass
-        code = getattr(error, "errno", None)
         advice = "If this repeats, check that disk. "
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            advice = (
-                "Make room there; a twentieth of the disk, or 1 GB, is reserved for the journal. "
-            )
-        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            advice = "Make the folder writable again. "
+        if isinstance(error, OSError):
+            advice = ADVICE.get(error.errno or 0, advice)
         return (
             f"step {snapshot.state.step}: the checkpoint could not be written to {self.folder}: "
-            f"{_text_of(error)}. It takes {_megabytes(snapshot.num_bytes)}; {free}{advice}"
+            f"{_text_of(error)}. It takes {snapshot.num_bytes / 1e6:.1f} MB; {free}{advice}"
             f"Training continues, and the next save retries. {last}"
         )
 
@@ -232,12 +225,9 @@ class CheckpointWriter:
                     f"step {step}: {error}. The checkpoint on disk is complete; training "
                     "continues, and the next save copies again"
                 )
-                seconds, fenced_off = (
-                    time.perf_counter() - began_s,
-                    isinstance(error, FencedOffError),
-                )
-                result = WriteResult(step, None, seconds, 0.0, message, "store", fenced_off)
-                self._add_result(result)
+                seconds = time.perf_counter() - began_s
+                is_fenced = isinstance(error, FencedOffError)
+                self._add_result(WriteResult(step, None, seconds, 0.0, message, "store", is_fenced))
 
     def _add_result(self, result: WriteResult) -> None:
         with self._guard:
@@ -248,7 +238,3 @@ def _text_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"

@@ -60,20 +60,6 @@ class CheckpointError(ValueError):
 class OtherVersionError(CheckpointError):
     """A checkpoint is intact, but this version of deta-platform cannot read it."""
 
-    @classmethod
-    def newer(cls, place: object, version: int) -> OtherVersionError:
-        return cls(
-            f"{place}: has format {version}; this version of deta-platform reads up to "
-            f"{FORMAT_VERSION}, so it needs a newer one"
-        )
-
-    @classmethod
-    def unknown(cls, path: Path, error: Exception) -> OtherVersionError:
-        return cls(
-            f"{path}: cannot be read by this version of deta-platform ({error}); use the version "
-            "that wrote it"
-        )
-
 
 def state_to_json(state: RunState, categories: tuple[Category, ...]) -> str:
     """Return the content of state.json, without metrics that are not finite."""
@@ -113,7 +99,10 @@ def parse_manifest(text: str | bytes, place: object) -> dict[str, WrittenFile]:
             expected = manifest.pop("sha256", None)
             intact = expected == _own_sha256(manifest)
             if version > FORMAT_VERSION and (intact or expected is None):
-                raise OtherVersionError.newer(place, version)
+                raise OtherVersionError(
+                    f"{place}: has format {version}; this version of deta-platform reads up to "
+                    f"{FORMAT_VERSION}, so it needs a newer one"
+                )
             if not intact:
                 raise ValueError("does not match its own SHA-256")
             manifest = manifest["files"]
@@ -172,25 +161,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path / name}: has changed since it was written; use an older checkpoint"
             )
     try:
-        content = read_json(path / "state.json")
-        version = int(content["format_version"])
-        if version > FORMAT_VERSION:
-            raise OtherVersionError.newer(path, version)
+        content, values = read_json(path / "state.json"), read_json(path / "config.json")
         categories = tuple(Category(**category) for category in content.pop("categories"))
         state = RunState(**content)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:  # not damage: every byte is verified
-        raise OtherVersionError.unknown(path / "state.json", error) from error
-    try:
-        values = read_json(path / "config.json")
-        if version == 1:
+        if state.format_version == 1:
             for part, key in _GONE_KEYS:
                 values.get(part, {}).pop(key, None)
-        config = from_json(RunConfig, json.dumps(values))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OtherVersionError.unknown(path / "config.json", error) from error
-    return Checkpoint(path, config, state, categories)
+        return Checkpoint(path, from_json(RunConfig, json.dumps(values)), state, categories)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # every byte is verified
+        raise OtherVersionError(
+            f"{path}: cannot be read by this version of deta-platform ({error}); use the version "
+            "that wrote it"
+        ) from error
 
 
 def read_metrics(path: Path) -> dict[str, float]:

@@ -142,16 +142,13 @@ def restore_from_store(
     run_folder: Path,
     report: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Fetch what the store has of a run and the folder of the run lacks.
+    """Fetch what the folder of a run lacks; return whether anything was fetched.
 
     Fetches the newest intact checkpoint if the folder has none or an older one, the best one, and
     the records of the run if they are missing or older than that checkpoint.
 
     Args:
         report: receives a line about each checkpoint that is fetched or damaged.
-
-    Returns:
-        Whether anything was fetched.
 
     Raises:
         StoreError: the store cannot be reached, or holds another run of this name.
@@ -173,14 +170,8 @@ def _restore(place: _RunFolder, run_folder: Path, report: Callable[[str], None])
     place.require_same_run(run_folder)
     stored = place.checkpoints()
     local = newest_checkpoint(folder, report)
-    fetched = False
-    is_behind = False
-    for name in reversed(stored):
-        if local is not None and local.state.step >= _step(name):
-            break
-        if place.fetch_checkpoint(name, folder, report):
-            fetched = is_behind = True
-            break
+    newer = [name for name in reversed(stored) if local is None or local.state.step < _step(name)]
+    fetched = is_behind = any(place.fetch_checkpoint(name, folder, report) for name in newer)
     best = place.best(stored)
     if best is not None and not (folder / best).exists():
         ours = best_checkpoint(folder)
@@ -215,8 +206,7 @@ class _RunFolder:
         return self.store.filesystem
 
     def _path(self, *names: str) -> str:
-        root = [self.store.root] if self.store.root else []
-        return "/".join((*root, self.run_name, *names))
+        return "/".join(filter(None, (self.store.root, self.run_name, *names)))
 
     def get(self, *names: str) -> bytes | None:
         """Return the content of a file, or None if it does not exist."""
@@ -230,9 +220,8 @@ class _RunFolder:
         """Write a file, if there is content, completely or not at all."""
         if content is None:
             return
-        path = first = self._path(name)
-        if self._make_folder():
-            first = f"{path}.unfinished"
+        path = self._path(name)
+        first = f"{path}.unfinished" if self._make_folder() else path
         with self._files.open_output_stream(first) as stream:
             stream.write(content)
         if first != path:
@@ -256,9 +245,9 @@ class _RunFolder:
 
     def checkpoints(self) -> list[str]:
         """Return the names of complete checkpoints, by step."""
-        return sorted((name for name, complete in self._steps().items() if complete), key=_step)
+        return sorted((name for name, complete in self.steps().items() if complete), key=_step)
 
-    def _steps(self) -> dict[str, bool]:
+    def steps(self) -> dict[str, bool]:
         """Return every step folder, and whether it has a manifest."""
         selector = FileSelector(self._path(), allow_not_found=True)
         names = [
@@ -302,13 +291,10 @@ class _RunFolder:
     def delete_old(self, keep: int, protect: str, fence: Fence | None) -> None:
         if fence is not None:
             fence.check()
-        steps = self._steps()
         complete = self.checkpoints()
-        kept = {*complete[-keep:], protect, self.best(complete)}
-        for name in steps:
-            if name not in kept:
-                self._delete_file(name, MANIFEST)
-                self._files.delete_dir(self._path(name))
+        for name in self.steps().keys() - {*complete[-keep:], protect, self.best(complete)}:
+            self._delete_file(name, MANIFEST)
+            self._files.delete_dir(self._path(name))
 
     def _delete_file(self, *names: str) -> None:
         if self._files.get_file_info(self._path(*names)).type == FileType.File:

@@ -99,7 +99,7 @@ def make(step: int, ap: float | None = None, num_values: int = 1000) -> Snapshot
 
 
 def save(writer: CheckpointWriter, snapshot: Snapshot) -> WriteResult:
-    assert writer.save(snapshot, wait=True)
+    assert writer.save(lambda _: snapshot, wait=True)
     (result,) = writer.poll()
     return result
 

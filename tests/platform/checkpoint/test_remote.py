@@ -55,7 +55,7 @@ def train(
         with (run / "journal.jsonl").open("a") as journal:
             journal.write(json.dumps({"kind": "progress", "step": step}) + "\n")
         (run / "mlflow.json").write_text(json.dumps({"step": step}))
-        assert writer.save(make(step, ap), wait=True)
+        assert writer.save(lambda _, step=step, ap=ap: make(step, ap), wait=True)
         assert writer.close(30)
         errors += [outcome.error for outcome in writer.poll() if outcome.error]
     return errors
@@ -195,7 +195,7 @@ def test_a_store_that_hangs_delays_no_save(tmp_path: Path):
     writer = CheckpointWriter(run / "checkpoints", store=address)
     began_s = time.monotonic()
     for step in (1, 2, 3):
-        assert writer.save(make(step), wait=True)
+        assert writer.save(lambda _, step=step: make(step), wait=True)
     assert time.monotonic() - began_s < 5
     assert all(outcome.path is not None for outcome in writer.poll())
     assert writer.close(60)
