@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -27,26 +28,19 @@ class RayExport:
         self._made: dict[str, Counter | Gauge | Histogram] = {}
 
     def __call__(self, metric: Metric, value: float, part: str = "", /) -> None:
-        made = self._made.get(metric.name) or self._make(metric)
-        tags = {metric.label: part} if metric.label else {}
+        tags = {"run": self.run_name} | ({metric.label: part} if metric.label else {})
+        if metric.name not in self._made:
+            kinds: Any = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+            bounds = [list(metric.bounds)] if metric.kind == "histogram" else []
+            made = kinds[metric.kind](metric.name, metric.help, *bounds, tuple(tags))
+            self._made[metric.name] = made
+        made = self._made[metric.name]
         if isinstance(made, Counter):
             made.inc(value, tags)
         elif isinstance(made, Gauge):
             made.set(value, tags)
         else:
             made.observe(value, tags)
-
-    def _make(self, metric: Metric) -> Counter | Gauge | Histogram:
-        keys = ("run", metric.label) if metric.label else ("run",)
-        made: Counter | Gauge | Histogram
-        if metric.kind == "histogram":
-            made = Histogram(metric.name, metric.help, list(metric.bounds), keys)
-        else:
-            kind = Counter if metric.kind == "counter" else Gauge
-            made = kind(metric.name, metric.help, keys)
-        made.set_default_tags({"run": self.run_name})
-        self._made[metric.name] = made
-        return made
 
 
 class RunExport:
@@ -65,10 +59,10 @@ class RunExport:
         self._stop.set()
 
     def _follow(self) -> None:
-        while True:
+        wait_s = 0.0
+        while not self._stop.wait(wait_s):
+            wait_s = POLL_EVERY_S
             try:
                 self._meter.poll()
             except Exception:  # the export must never end a run
                 logger.exception("the run's metrics could not be exported; retrying")
-            if self._stop.wait(POLL_EVERY_S):
-                return

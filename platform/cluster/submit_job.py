@@ -18,12 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from deta.platform.cluster.auth_token import OPEN_CLUSTER, is_open
-from deta.platform.cluster.job_project import (
-    STOP_WAIT_S,
-    excludes,
-    job_environment,
-    project_root,
-)
+from deta.platform.cluster.job_project import STOP_WAIT_S, excludes, job_environment, project_root
 from deta.platform.system.redaction import redact_value
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -52,7 +47,6 @@ def submit_job(
     """Run a script as a job of a Ray cluster, and print its output to stdout.
 
     Args:
-        arguments: for the script, passed unchanged.
         address: the cluster's dashboard; see `cluster_address`.
         working_dir: the folder to send; by default the script's project.
         follow: wait for the end. Otherwise only the job's id is printed.
@@ -81,8 +75,7 @@ def submit_job(
     if is_open(address):
         _refuse_secrets(address, variables)
         echo(f"WARNING, {address}: {OPEN_CLUSTER}")
-    echo(f"project: {root} at {variables.get('DETA_COMMIT', 'no commit')}")
-    echo(f"cluster: {address}")
+    echo(f"project: {root} at {variables.get('DETA_COMMIT', 'no commit')}\ncluster: {address}")
     passed_on = sorted(set(variables) - {"DETA_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"})
     if passed_on:
         echo(f"passed on: {', '.join(passed_on)}")
@@ -113,11 +106,7 @@ def submit_job(
 
 
 def _refuse_secrets(address: str, variables: Mapping[str, str]) -> None:
-    """Refuse to send secrets to an open cluster: everybody who reaches it can read them.
-
-    Raises:
-        ClusterError: a secret would go to an open cluster on another machine.
-    """
+    """Refuse to send secrets to an open cluster elsewhere: who reaches it can read them."""
     named = sorted(name for name, value in variables.items() if redact_value(name, value) != value)
     if named and not _is_this_machine(address):
         raise ClusterError(
@@ -165,23 +154,18 @@ def connect_client(address: str | None) -> tuple[JobSubmissionClient, str]:
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # overrides the argument in Ray
         return JobSubmissionClient(address), address
     except AuthenticationError as error:
-        given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
         raise ClusterError(
             f"the Ray cluster at {address} rejected the request: "
             f"{str(error).partition('. ')[0].partition(chr(10))[0]}\n"
-            f"RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')}, the token would come "
-            f"from {(given or ['~/.ray/auth_token'])[0]}. Set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN_PATH to the file with the cluster's token (or RAY_AUTH_TOKEN)"
-        ) from error
-    except requests.ReadTimeout as error:
-        raise ClusterError(
-            f"something listens at {address}, but gave no answer within {ANSWER_WITHIN_S:.0f} s: "
-            "not the dashboard of a Ray cluster, or one that is overloaded"
+            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token "
+            "(or RAY_AUTH_TOKEN; the default is ~/.ray/auth_token)"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:  # those of requests are OSErrors
+        late = f"no answer within {ANSWER_WITHIN_S:.0f} s"
+        found = late if isinstance(error, requests.ReadTimeout) else type(error).__name__
         raise ClusterError(
-            f"no Ray cluster answers at {address} ({type(error).__name__}). Start one on this "
-            "machine with `ray start --head`, or give the dashboard of another with --address or "
+            f"no Ray cluster answers at {address} ({found}). Start one on this machine with `ray "
+            "start --head`, or give the dashboard of another with --address or "
             "RAY_API_SERVER_ADDRESS"
         ) from error
 
@@ -191,11 +175,7 @@ def _is_this_machine(address: str) -> bool:
 
 
 def _hand_over(submit: Callable[[], str], address: str) -> str:
-    """Submit a job and return its id, also to a cluster that is still starting.
-
-    Raises:
-        ClusterError: the cluster does not become ready, or refuses.
-    """
+    """Submit a job and return its id, also to a cluster that is still starting."""
     deadline_s = time.monotonic() + READY_WITHIN_S
     while True:
         try:
@@ -213,11 +193,7 @@ def _hand_over(submit: Callable[[], str], address: str) -> str:
 
 
 def _follow(client: JobSubmissionClient, job_id: str, *, show: bool = True) -> JobDetails:
-    """Print the job's output until it ends.
-
-    Raises:
-        ClusterError: the connection was lost for too long.
-    """
+    """Print the job's output until it ends."""
     printed = 0  # characters; after a lost connection Ray starts again from the first
 
     async def print_output() -> None:
@@ -268,7 +244,5 @@ def _exit_code(details: JobDetails, echo: Callable[[str], None]) -> int:
 
 def _next_commands(job_id: str, address: str) -> str:
     # As a variable, since RAY_ADDRESS overrides --address in Ray.
-    return "\n".join(
-        f"  {what} RAY_API_SERVER_ADDRESS={address} ray job {command} {job_id}"
-        for what, command in (("follow:", "logs --follow"), ("stop:  ", "stop"))
-    )
+    command = f"RAY_API_SERVER_ADDRESS={address} ray job"
+    return f"  follow: {command} logs --follow {job_id}\n  stop:   {command} stop {job_id}"

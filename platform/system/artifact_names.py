@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import re
 
-PART = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-MAX_PARTS = 8
+PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]{1,128}"
+PATH = re.compile(f"{PART}(?:/{PART}){{0,7}}", re.ASCII)
 
 
 def artifact_fault(path: object) -> str | None:
     """Return why a value is not a valid relative artifact path; None if it is valid."""
-    if not isinstance(path, str):
-        return f"{path!r:.80} is not text"
-    parts = path.split("/")
-    if len(parts) > MAX_PARTS:
-        return f"{path[:80]!r} has over {MAX_PARTS} folders"
-    for part in parts:
-        if part in (".", "..") or not PART.fullmatch(part):
-            return (
-                f"{path[:80]!r} is not a path of letters, digits, '.', '_' and '-', with at most "
-                "128 in each of its parts"
-            )
-    return None
+    if isinstance(path, str) and PATH.fullmatch(path):
+        return None
+    return (
+        f"{path!r:.80} is not a path of at most 8 parts, each with 1 to 128 letters, digits, '.', "
+        "'_' and '-'"
+    )

@@ -25,9 +25,6 @@ class Recorded:
         self.calls: list[tuple[str, float, dict[str, str]]] = []
         self.made.append(self)
 
-    def set_default_tags(self, tags: dict[str, str]) -> None:
-        self.tags = tags
-
     def inc(self, value: float, tags: dict[str, str]) -> None:
         self.calls.append(("inc", value, tags))
 
@@ -60,11 +57,11 @@ def test_each_kind_of_metric_is_made_once_with_its_labels(made: list[Recorded]):
     assert [one.keys for one in made] == [
         ("run", "rank"), ("run", "kind"), ("run", "rank"), ("run",),
     ]  # fmt: skip
-    assert all(one.tags == {"run": "mine"} for one in made)
-    assert made[0].calls == [("inc", 2, {"rank": "3"}), ("inc", 4, {"rank": "3"})]
-    assert made[1].calls == [("set", 51.0, {"kind": "AP50"})]
-    assert made[2].calls == [("observe", 0.5, {"rank": "3"})]
-    assert made[3].calls == [("set", 7, {})]
+    of_rank = {"run": "mine", "rank": "3"}
+    assert made[0].calls == [("inc", 2, of_rank), ("inc", 4, of_rank)]
+    assert made[1].calls == [("set", 51.0, {"run": "mine", "kind": "AP50"})]
+    assert made[2].calls == [("observe", 0.5, of_rank)]
+    assert made[3].calls == [("set", 7, {"run": "mine"})]
 
 
 def test_an_export_that_fails_is_retried(

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from deta.platform.system.artifact_names import MAX_PARTS, artifact_fault
+from deta.platform.system.artifact_names import artifact_fault
 
 
 @pytest.mark.parametrize(
-    ("path", "fault"),
+    "path",
     [
-        ("../secret", "is not a path"),
-        ("a/./b", "is not a path"),
-        ("a//b", "is not a path"),
-        ("/etc/passwd", "is not a path"),
-        ("a%2fb", "is not a path"),
-        ("ü.png", "is not a path"),
-        ("x" * 129, "at most 128"),
-        ("/".join("a" * (MAX_PARTS + 1)), f"over {MAX_PARTS} folders"),
-        (7, "is not text"),
-        (None, "is not text"),
+        "../secret", "..", "a/.", "a/./b", "a/..", "a//b", "a/", "a\n", "", "/etc/passwd", "a%2fb",
+        "ü.png", "x" * 129, "a" + "/a" * 8, 7, None,
     ],
-)
-def test_the_fault_of_a_name_is_stated(path: object, fault: str):
+)  # fmt: skip
+def test_the_fault_of_a_name_is_stated(path: object):
     found = artifact_fault(path)
     assert found is not None
-    assert fault in found
+    assert "is not a path" in found
     assert len(found) < 250  # a long name is cut
 
 
