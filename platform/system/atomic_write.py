@@ -14,26 +14,21 @@ LEFTOVER_SUFFIX = ".unfinished"  # end of the names of files that a killed proce
 
 
 def write_atomic(
-    path: Path,
-    content: str | bytes | memoryview,
-    *,
-    durable: bool = False,
-    mode: int | None = None,
+    path: Path, content: str | bytes | memoryview, *, durable: bool = False, mode: int = 0o666
 ) -> None:
     """Write a file, or leave it as it is. Its folder must exist.
 
     Args:
         durable: force file and name to the disk, so that they survive a power failure. Without
             it, they survive the end of this process.
-        mode: permissions of the file from its first byte on. Default: those of any new file.
+        mode: permissions of the file from its first byte on, less the umask.
 
     Raises:
         OSError: the disk is full, read-only or broken.
     """
     with replacing(path, durable=durable) as unfinished:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(unfinished, flags, 0o666 if mode is None else mode)
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(unfinished, flags, mode), "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -73,14 +73,12 @@ def start_child_server(
     env: Mapping[str, str] | None = None,
     within_s: float = 300.0,
 ) -> ChildServer:
-    """Start a server and wait until it answers.
+    """Start a server and wait until it answers, which `is_ready` finds out.
 
     Args:
         log: file for its output; readable for its owner alone.
-        is_ready: returns True once the server answers.
         env: variables besides those of this process. Put secrets here: every user of the machine
             can read a command line.
-        within_s: time limit for the start.
 
     Raises:
         ChildServerError: it exited, or does not answer in time. It is stopped then.
@@ -132,15 +130,13 @@ def free_port(host: str, wanted: int) -> int:
     try:
         with socket.create_server((host, wanted), family=family) as probe:
             return int(probe.getsockname()[1])
-    except OSError:
-        try:
-            with socket.create_server((host, 0), family=family) as probe:
-                return int(probe.getsockname()[1])
-        except OSError as error:
-            raise ValueError(
-                f"--host {host}: nothing can listen there ({error}); give an address of this "
-                "machine, or omit --host to serve this machine alone"
-            ) from error
+    except OSError as error:
+        if wanted:
+            return free_port(host, 0)
+        raise ValueError(
+            f"--host {host}: nothing can listen there ({error}); give an address of this machine, "
+            "or omit --host to serve this machine alone"
+        ) from error
 
 
 def run_guarded(command: Sequence[str]) -> int:

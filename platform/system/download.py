@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import ssl
 import sys
 import time
 import urllib.error
@@ -43,10 +42,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # backoff before a retry; doubles each
 TIMEOUT_S = 30.0  # without a byte
 RETRIED = (408, 416, 425, 429, 500, 502, 503, 504)
 ADVICE = {
+    404: "there is no such file; check the address",
     401: "it needs a log-in; download it with a browser and give the file's path",
     403: "it needs a log-in; download it with a browser and give the file's path",
-    404: "there is no such file; check the address",
-    410: "the file was removed; look for another address",
 }
 _PIN = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
@@ -164,13 +162,9 @@ def _locked(place: Path, url: str, echo: Callable[[str], None]) -> Iterator[None
 
 
 def _receive_all(
-    url: str,
-    part: Path,
-    max_bytes: int,
-    attempts: int,
-    first_wait_s: float,
+    url: str, part: Path, max_bytes: int, attempts: int, first_wait_s: float,
     echo: Callable[[str], None],
-) -> None:
+) -> None:  # fmt: skip
     """Request the file until all of it is in `part`."""
     failures, furthest = 0, part.stat().st_size if part.exists() else 0
     while True:
@@ -184,7 +178,8 @@ def _receive_all(
             if error.code == 416:  # more bytes than the file has: it is another file
                 part.unlink(missing_ok=True)
         except (OSError, http.client.HTTPException) as error:
-            problem = _reason(error)
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            problem = str(cause) or type(cause).__name__
         size = part.stat().st_size if part.exists() else 0
         failures = 0 if size > furthest else failures + 1
         furthest = max(furthest, size)
@@ -274,15 +269,6 @@ class _SaferRedirects(urllib.request.HTTPRedirectHandler):
                 "less safe; give that address yourself if it is right"
             )
         return super().redirect_request(request, fp, code, message, headers, new_url)
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"the server's certificate is not trusted ({cause.verify_message})"
-    if isinstance(cause, TimeoutError):
-        return "the server does not answer in time"
-    return str(cause) or type(cause).__name__
 
 
 def _shown(url: str) -> str:

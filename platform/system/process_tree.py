@@ -52,11 +52,8 @@ def marked_processes(name: str, value: str) -> list[int]:
     } - {home}
     if os.getsid(0) != os.getpid():  # a leader's session holds only what it started
         began.discard(os.getsid(0))
-    return sorted(
-        pid
-        for pid, session in sessions.items()
-        if (pid in found or session in began) and pid != os.getpid()
-    )
+    found |= {pid for pid, session in sessions.items() if session in began}
+    return sorted(found - {os.getpid()})
 
 
 def kill_marked(name: str, value: str, within_s: float = 10.0) -> int:
@@ -64,10 +61,8 @@ def kill_marked(name: str, value: str, within_s: float = 10.0) -> int:
     deadline_s = time.monotonic() + within_s
     while (alive := marked_processes(name, value)) and time.monotonic() < deadline_s:
         for pid in alive:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.05)
     return len(alive)
 
@@ -94,14 +89,12 @@ def working_in(folder: Path) -> Iterator[None]:
     The working directory of a Ray job can disappear: two nodes on one machine unpack it to the
     same place, and the second replaces the files of the first.
     """
-    try:
+    before = None
+    with suppress(FileNotFoundError):
         before = os.getcwd()
-    except FileNotFoundError:
-        before = None
     os.chdir(folder)
     try:
         yield
     finally:
-        if before is not None:
-            with suppress(OSError):
-                os.chdir(before)
+        with suppress(OSError):
+            os.chdir(before or folder)

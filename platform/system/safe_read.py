@@ -25,10 +25,8 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         ValueError: it is not a regular file, or larger than `max_bytes`.
         OSError: it does not exist, or cannot be read.
     """
-    kind = path.stat().st_mode  # before opening: a pipe would wait for a writer
-    if not stat.S_ISREG(kind):
-        what = "a folder" if stat.S_ISDIR(kind) else "a device or pipe"
-        raise ValueError(f"{path}: is {what}, not a file")
+    if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would wait for a writer
+        raise ValueError(f"{path}: is a folder, a device or a pipe, not a file")
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:

@@ -227,7 +227,7 @@ def test_a_file_in_the_cache_that_was_changed_is_refused(get):
 
 @pytest.mark.parametrize(
     ("code", "says"),
-    [(404, "there is no such file"), (403, "needs a log-in"), (410, "was removed"), (418, "418")],
+    [(404, "there is no such file"), (403, "needs a log-in"), (418, "418")],
 )
 def test_a_permanent_error_is_not_retried(get, server, code, says):
     server.codes = [code]
