@@ -74,7 +74,12 @@ def ensure_private_token() -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
     if not path.exists():
-        _write_new(path)
+        # Atomically: another process may read or create it at the same time.
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        write_atomic(unfinished, secrets.token_hex(32), mode=0o600)
+        with suppress(FileExistsError):
+            os.link(unfinished, path)
+        unfinished.unlink()
     elif path.stat().st_mode & 0o077:  # as Ray writes it
         logger.warning(
             "%s could be read by others until now; if others have accounts on this machine, stop "
@@ -85,28 +90,16 @@ def ensure_private_token() -> None:
     _refuse_wide(path)
 
 
-def _write_new(path: Path) -> None:
-    """Create the file atomically: another process may read it or create it at the same time."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    write_atomic(unfinished, secrets.token_hex(32), mode=0o600)
-    with suppress(FileExistsError):
-        os.link(unfinished, path)
-    unfinished.unlink()
-
-
 def _refuse_wide(path: Path) -> None:
-    fault = ""
     try:
         status = path.stat()
-        if status.st_mode & 0o077:
-            mode = f"{status.st_mode & 0o777:o}"
-            fault = f"others can read the token (mode {mode}); chmod 600 it, or write a new one"
-        elif status.st_uid != os.getuid():
-            fault = "the token belongs to another user; use your own"
     except OSError as error:
-        fault = f"the token cannot be read: {error.strerror}"
-    if fault:
-        raise OpenClusterError(f"{path}: {fault}")
+        raise OpenClusterError(f"{path}: the token cannot be read: {error.strerror}") from error
+    if status.st_mode & 0o077 or status.st_uid != os.getuid():
+        mode = f"mode {status.st_mode & 0o777:o}"
+        raise OpenClusterError(
+            f"{path}: others can read the token ({mode}), or it is theirs; chmod 600 your own"
+        )
 
 
 def is_open(dashboard: str) -> bool:

@@ -40,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             run,
             worker,
             on_evaluation=_report,
-            is_preemption_announced=_is_preemption_announced,
+            is_preemption_announced=lambda: ray.train.get_preemption_info() is not None,
             on_step=meter,
         )
     except FencedOffError:  # another worker group has taken over the run
@@ -53,10 +53,6 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _report(metrics: dict[str, float]) -> None:
     # Ray ranks by these and stores them as JSON: a value that is not finite breaks its restart.
     ray.train.report({name: value for name, value in metrics.items() if math.isfinite(value)})
-
-
-def _is_preemption_announced() -> bool:
-    return ray.train.get_preemption_info() is not None
 
 
 def _write_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:

@@ -53,8 +53,8 @@ def write_dataset_snapshot(run: Run) -> None:
         "code_commit": run.code_commit,
         "notes": list(run.notes),
         "annotations_sha256": {
-            "train": _annotations_sha256(data.train_annotations),
-            "val": _annotations_sha256(data.val_annotations),
+            split: _annotations_sha256(getattr(data, f"{split}_annotations"))
+            for split in ("train", "val")
         },
     }
     tables: dict[str, np.ndarray] = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ class Fence:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             number = _newest_number(folder) + 1
-            # A process that slept here may get an old number whose ticket was removed.
-            if _take_ticket(folder, number) and _newest_number(folder) < number + TICKETS_KEPT:
-                break
+            with suppress(FileExistsError):
+                (folder / f".fence-{number}").touch(0o644, exist_ok=False)
+                # A process that slept before may get an old number whose ticket was removed.
+                if _newest_number(folder) < number + TICKETS_KEPT:
+                    break
         fence = cls(folder, number, owner)
         record = {"number": number, "owner": owner, "since_s": time.time()}
         # This may overwrite the record of a newer group; the tickets still show which is newest.
@@ -90,11 +93,3 @@ def _fence_record(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _take_ticket(folder: Path, number: int) -> bool:
-    try:
-        os.close(os.open(folder / f".fence-{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    except FileExistsError:
-        return False
-    return True

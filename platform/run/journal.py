@@ -77,12 +77,10 @@ class Journal:
             self._fence.check()
         self._flush()
         if self._buffer:
-            logger.error(
-                "%s: %d events could not be written and are lost", self._path, len(self._buffer)
-            )
-        if self._descriptor is not None:
-            self._force_to_disk()
-            self._release()
+            lost = len(self._buffer)
+            logger.error("%s: %d events could not be written and are lost", self._path, lost)
+        self._force_to_disk()
+        self._release()
 
     def _flush(self) -> None:
         force = False
@@ -100,11 +98,8 @@ class Journal:
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "%s cannot be written (%s); the run continues and keeps the last %d events in "
-                    "memory. Make room on the disk.",
-                    self._path,
-                    error,
-                    MAX_BUFFERED,
+                    f"{self._path} cannot be written ({error}); the run continues and keeps the "
+                    f"last {MAX_BUFFERED} events in memory. Make room on the disk."
                 )
             self._is_failing = True
             self._release()  # a disk that comes back may need the file reopened
@@ -122,9 +117,8 @@ class Journal:
             OSError: the line is not in the file, or only a part, which readers skip.
         """
         if self._descriptor is None:
-            self._descriptor = os.open(
-                self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
-            )
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            self._descriptor = os.open(self._path, flags, 0o644)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             line = b"\n" + line  # a process died, or the disk was full, within a line

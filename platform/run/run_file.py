@@ -54,6 +54,7 @@ def describe_run(
 
     before = before or {}
     data = run.config.data
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
     return {
         "key": before.get("key") or uuid.uuid4().hex,
         "config": json.loads(to_json(run.config)),
@@ -69,7 +70,11 @@ def describe_run(
             "validation": _describe_data(run.val_set, data.val_images, data.val_annotations),
         },
         "categories": {str(category.id): category.name for category in run.train_set.categories},
-        "environment": _environment(),
+        "environment": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "packages": sorted(packages),
+        },
     }
 
 
@@ -101,15 +106,6 @@ def _describe_data(dataset: CocoDataset, images: str, annotations: str) -> dict[
         "num_images": len(dataset),
         "num_classes": len(dataset.categories),
         "notes": list(dataset.notes),
-    }
-
-
-def _environment() -> dict[str, Any]:
-    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": sorted(packages),
     }
 
 

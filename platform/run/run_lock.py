@@ -237,7 +237,6 @@ def _machine() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
@@ -262,11 +261,9 @@ def _time_of_disk(folder: Path) -> float:
     """Return the time by the clock that dates files in a folder; on a network disk, a server's."""
     probe = folder / f".clock-{secrets.token_hex(8)}"
     try:
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        probe.touch(0o600, exist_ok=False)
+        now_s = probe.stat().st_mtime
+        probe.unlink()
     except OSError:  # read-only
         return time.time()
-    try:
-        return os.fstat(descriptor).st_mtime
-    finally:
-        os.close(descriptor)
-        probe.unlink(missing_ok=True)
+    return now_s
