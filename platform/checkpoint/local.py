@@ -134,7 +134,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (int(path.name.removeprefix("step-")), path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_checkpoint(
@@ -235,10 +235,8 @@ def _is_complete(path: Path) -> bool:
     """Return whether all files exist in full length, also for another format version."""
     try:
         read_manifest(path)
-    except OtherVersionError:
-        return True
-    except (CheckpointError, OSError):
-        return False
+    except (CheckpointError, OSError) as error:
+        return isinstance(error, OtherVersionError)
     return True
 
 

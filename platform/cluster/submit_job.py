@@ -236,9 +236,8 @@ def _exit_code(details: JobDetails, echo: Callable[[str], None]) -> int:
     if not code:  # it never started
         echo(f"{details.submission_id} failed: {details.message}")
         return 1
-    echo(f"{details.submission_id} ended with exit code {code}")
-    if code in (126, 127):
-        echo("if the cluster has no such Python, give its path with --python")
+    hint = "; if the cluster has no such Python, give its path with --python"
+    echo(f"{details.submission_id} ended with exit code {code}{hint if code in (126, 127) else ''}")
     return code if code > 0 else 128 - code  # killed by a signal
 
 

@@ -56,11 +56,7 @@ def read_backbone(path: Path, model: DetectorConfig) -> tuple[dict[str, Tensor],
 
 def is_backbone(tensors: Mapping[str, Tensor]) -> bool:
     """Return True for the names of a backbone alone, readable or refused."""
-    return (
-        any(_CAFFE2.match(name) for name in tensors)
-        or all(name.startswith(BODY) for name in tensors)
-        or _layout(tensors) is not None
-    )
+    return _layout(tensors) is not None
 
 
 def rename_backbone(
@@ -71,15 +67,15 @@ def rename_backbone(
     Raises:
         ValueError: the layout is unknown, or the network expects another input than ours.
     """
-    if any(_CAFFE2.match(name) for name in tensors):
+    layout = _layout(tensors)
+    if layout == "Caffe2":
         raise ValueError(
             "has Caffe2 names, so it is a network of MSRA or Detectron: it expects blue before "
             "red, values of 0 to 255 and strides in its 1x1 convolutions, unlike ours. Use "
             "detectron2's torchvision/R-50.pkl (jobs/convert.py --list) or timm's weights"
         )
-    if all(name.startswith(BODY) for name in tensors):
-        return "ours", dict(tensors), []
-    layout = _layout(tensors)
+    if layout == "ours":
+        return layout, dict(tensors), []
     if layout is None:
         raise ValueError(
             f"{', '.join(list(tensors)[:5])}: not the names of a ResNet or Swin of detectron2, "
@@ -96,6 +92,10 @@ def rename_backbone(
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> str | None:
+    if any(_CAFFE2.match(name) for name in tensors):
+        return "Caffe2"
+    if all(name.startswith(BODY) for name in tensors):
+        return "ours"
     for layout, (begins, _) in _LAYOUTS.items():
         if any(re.match(begins, name) for name in tensors):
             return layout
