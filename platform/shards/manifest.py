@@ -53,28 +53,22 @@ class Manifest:
     annotations: Shard | None  # None: incomplete
     shards: tuple[Shard, ...]
 
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """All files besides the manifest."""
+        return self.shards if self.annotations is None else (*self.shards, self.annotations)
+
     def to_json(self) -> bytes:
         return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self), indent=1).encode()
 
     @classmethod
     def from_json(cls, content: bytes, name: str) -> Manifest:
-        """Parse a manifest.
-
-        Raises:
-            ShardError: this is not a manifest, is damaged, or has an unknown version.
-        """
+        """Parse a manifest; raise ShardError if it is none, damaged, or of an unknown version."""
         try:
             values = json.loads(content)
-        except ValueError as error:
-            raise ShardError(f"{name}: is not JSON ({error}); pack the data set again") from None
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ShardError(f"{name}: is not the manifest of a data set packed by jobs/pack.py")
-        if (version := values.pop("version", None)) != VERSION:
-            raise ShardError(
-                f"{name}: has format version {version}, and this code reads version {VERSION}; "
-                "update deta-platform, or pack the data set again"
-            )
-        try:
+            found = values.pop("format", None), values.pop("version", None)
+            if found != (FORMAT, VERSION):
+                raise ValueError(f"format and version {found}, not {(FORMAT, VERSION)}")
             annotations = values["annotations"]
             values |= {
                 "categories": tuple(Category(**each) for each in values["categories"]),
@@ -83,9 +77,9 @@ class Manifest:
                 "shards": tuple(Shard(**each) for each in values["shards"]),
             }
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ShardError(
-                f"{name}: is damaged ({error}); copy it again, or pack the data set again"
+                f"{name}: is no manifest of jobs/pack.py ({error}); {REPAIR}"
             ) from None
 
 
@@ -110,24 +104,31 @@ def read_pack_manifest(store: ObjectStore) -> Manifest:
     return manifest
 
 
-def check_size(store: ObjectStore, shard: Shard, sizes: dict[str, int]) -> None:
-    """Raise ShardError for a file that is missing or has another size than when packed."""
-    if shard.name not in sizes:
-        raise ShardError(f"{store.name_of(shard.name)}: is missing; {REPAIR}")
-    if sizes[shard.name] != shard.num_bytes:
-        raise ShardError(
-            f"{store.name_of(shard.name)}: has {sizes[shard.name]:,} bytes, and "
-            f"{shard.num_bytes:,} were packed; {REPAIR}"
-        )
+def check_sizes(store: ObjectStore, manifest: Manifest) -> None:
+    """Raise ShardError if a file is missing or has another size than when packed."""
+    sizes = store.sizes()
+    for file in manifest.files:
+        if file.name not in sizes:
+            raise ShardError(f"{store.name_of(file.name)}: is missing; {REPAIR}")
+        if sizes[file.name] != file.num_bytes:
+            raise ShardError(
+                f"{store.name_of(file.name)}: has {sizes[file.name]:,} bytes, and "
+                f"{file.num_bytes:,} were packed; {REPAIR}"
+            )
 
 
-def check_sha256(store: ObjectStore, shard: Shard, content: bytes) -> None:
-    """Raise ShardError unless these are the packed bytes."""
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
+def read_packed(store: ObjectStore, file: Shard) -> bytes:
+    """Read a complete file; raise ShardError unless it has the packed bytes."""
+    try:
+        content = store.read(file.name)
+    except FileNotFoundError:
+        raise ShardError(f"{store.name_of(file.name)}: is missing; {REPAIR}") from None
+    if hashlib.sha256(content).hexdigest() != file.sha256:
         raise ShardError(
-            f"{store.name_of(shard.name)}: its SHA-256 differs from MANIFEST.json, so it was "
+            f"{store.name_of(file.name)}: its SHA-256 is not that of the packed file, so it was "
             f"altered; {REPAIR}"
         )
+    return content
 
 
 def verify_shards(store: ObjectStore, manifest: Manifest, progress: bool = False) -> None:
@@ -136,15 +137,12 @@ def verify_shards(store: ObjectStore, manifest: Manifest, progress: bool = False
     Raises:
         ShardError: names all files that are missing, truncated or altered.
     """
-    files = [*manifest.shards, *([manifest.annotations] if manifest.annotations else [])]
-    sizes = store.sizes()
     faults = []
-    total = sum(file.num_bytes for file in files)
+    total = sum(file.num_bytes for file in manifest.files)
     with progress_bar("checksums", total, is_bytes=True, show=progress) as advance:
-        for file in files:
+        for file in manifest.files:
             try:
-                check_size(store, file, sizes)
-                check_sha256(store, file, store.read(file.name))
+                read_packed(store, file)
             except ShardError as error:
                 faults.append(str(error))
             advance(file.num_bytes)

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.system.atomic_write import write_atomic
+from deta.platform.system.redaction import holds_secret
 
 MAX_OPEN_FILES = 64
-SECRET_WORDS = ("secret", "password", "token", "signature", "account_key")
 
 
 def is_address(location: str | Path) -> bool:
@@ -56,10 +56,9 @@ class ObjectStore:
             self._local = Path(location).expanduser().absolute()
             return
         parts = urlsplit(self._address)
-        user, _, host = parts.netloc.rpartition("@")
+        host = parts.netloc.rpartition("@")[2]
         self.shown = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
-        keys = [key.lower() for key, _ in parse_qsl(parts.query, keep_blank_values=True)]
-        if ":" in user or any(word in key for key in keys for word in SECRET_WORDS):
+        if holds_secret(self._address):
             raise DatasetError(
                 f"{self.shown}: the address contains a password, which would end up in logs "
                 "and configurations; set it in the environment (AWS_ACCESS_KEY_ID and "
@@ -70,9 +69,6 @@ class ObjectStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_connection": None}
-
-    def __repr__(self) -> str:
-        return f"ObjectStore({self.shown!r})"
 
     def name_of(self, file: str) -> str:
         """Return the name of a file for messages."""
@@ -95,16 +91,14 @@ class ObjectStore:
     def read(self, file: str) -> bytes:
         """Read a complete file. Like every method, it raises OSError if the storage fails."""
         with self._connect().filesystem.open_input_stream(file) as stream:
-            content: bytes = stream.read()
-        return content
+            return bytes(stream.read())
 
     def read_at(self, file: str, offset: int, num_bytes: int) -> bytes:
         """Read a part of a file; shorter if the file ends before.
 
         Local files are read, not mapped: truncating a mapped file kills the process.
         """
-        content: bytes = self._connect().open_file(file).read_at(num_bytes, offset)
-        return content
+        return bytes(self._connect().open_file(file).read_at(num_bytes, offset))
 
     def write(self, file: str, content: bytes | memoryview) -> None:
         """Write a complete file: a reader sees all of it, or the file as it was before."""
@@ -117,7 +111,6 @@ class ObjectStore:
             stream.write(content)
 
     def delete(self, file: str) -> None:
-        """Delete a file."""
         self._connect().filesystem.delete_file(file)
 
     def _connect(self) -> _Connection:

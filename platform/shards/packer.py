@@ -12,13 +12,14 @@ import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deta.platform.data.coco_annotations import NUM_SHOWN, DatasetError
+from deta.platform.data.coco_annotations import DatasetError, Problems
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.image_folder import NUM_READERS
@@ -30,10 +31,13 @@ from deta.platform.shards.manifest import (
     UNFINISHED,
     Manifest,
     Shard,
-    check_size,
+    ShardError,
+    check_sizes,
     read_pack_manifest,
+    read_packed,
 )
 from deta.platform.shards.object_store import ObjectStore
+from deta.platform.shards.sharded_dataset import LOCATION_ROW
 from deta.platform.system.atomic_write import LEFTOVER_SUFFIX
 
 ROW_GROUP_IMAGES = 32  # for other Parquet readers; ours reads single images
@@ -41,18 +45,10 @@ ROW_GROUP_BYTES = 64 << 20
 MEGABYTE = 1 << 20
 
 LOCATION_FIELDS = [
-    pa.field("shard", pa.int32(), nullable=False),
-    pa.field("offset", pa.int64(), nullable=False),
-    pa.field("crc32", pa.uint32(), nullable=False),
+    pa.field(name, pa.from_numpy_dtype(LOCATION_ROW[name]), nullable=False)
+    for name in LOCATION_ROW.names or ()
 ]
 SHARD_SCHEMA = pa.schema([pa.field("image", pa.binary(), nullable=False), *ANNOTATION_FIELDS])
-
-
-class ImageLocation(NamedTuple):
-    """Where a shard has an image."""
-
-    offset: int
-    crc32: int
 
 
 class PackedDataset(NamedTuple):
@@ -108,7 +104,7 @@ def pack_dataset(
     with progress_bar("packing", total, is_bytes=True, show=progress) as advance:
         for number, images in enumerate(plan):
             name = f"shard-{number:05d}.parquet"
-            content = _read_finished(store, earlier.get(name))
+            content = _finished(store, earlier.get(name))
             if content is not None:
                 shards.append(earlier[name])
                 num_reused += 1
@@ -144,9 +140,9 @@ def consecutive(num_bytes: np.ndarray, max_bytes: int, max_images: int) -> list[
     return ranges
 
 
-def locate_images(shard: bytes) -> list[ImageLocation]:
-    """Return the locations of the images in a shard, in order, by reading it as Parquet."""
-    locations: list[ImageLocation] = []
+def locate_images(shard: bytes) -> list[tuple[int, int]]:
+    """Return offset and CRC-32 of each image in a shard, in order, by reading it as Parquet."""
+    locations: list[tuple[int, int]] = []
     end = 0
     file = pq.ParquetFile(pa.BufferReader(shard), page_checksum_verification=True)
     for batch in file.iter_batches(ROW_GROUP_IMAGES, columns=["image"]):
@@ -159,7 +155,7 @@ def locate_images(shard: bytes) -> list[ImageLocation]:
             found = shard.find(length + image, end)
             if found < 0:
                 raise RuntimeError("an image is not stored contiguously; was the shard compressed?")
-            locations.append(ImageLocation(found + len(length), zlib.crc32(image)))
+            locations.append((found + len(length), zlib.crc32(image)))
             end = found + len(length) + len(image)
     return locations
 
@@ -175,9 +171,7 @@ def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
                 f"{manifest.fingerprint[:12]}, this one {empty.fingerprint[:12]}); "
                 "choose another output"
             )
-        assert manifest.annotations is not None
-        for file in (manifest.annotations, *manifest.shards):
-            check_size(store, file, sizes)
+        check_sizes(store, manifest)
         return manifest
     if UNFINISHED not in sizes:
         if unknown := [name for name in sizes if not name.startswith(".")]:
@@ -194,20 +188,17 @@ def _resume_manifest(store: ObjectStore, empty: Manifest) -> Manifest:
             "--shard-mb; delete it, or choose another output"
         )
     for name in sizes:  # left over from a killed call
-        if name.startswith(".") and name.endswith((LEFTOVER_SUFFIX, ".tmp")):  # .tmp: until 2026-11
+        if name.startswith(".") and name.endswith(LEFTOVER_SUFFIX):
             store.delete(name)
     return resumed
 
 
-def _read_finished(store: ObjectStore, shard: Shard | None) -> bytes | None:
+def _finished(store: ObjectStore, shard: Shard | None) -> bytes | None:
     """Return the content of a shard that an earlier call finished, or None if it is not intact."""
-    if shard is None:
-        return None
     try:
-        content = store.read(shard.name)
-    except FileNotFoundError:
+        return None if shard is None else read_packed(store, shard)
+    except ShardError:
         return None
-    return content if hashlib.sha256(content).hexdigest() == shard.sha256 else None
 
 
 def _encode_shard(dataset: CocoDataset, images: range) -> bytes:
@@ -253,24 +244,21 @@ def _only_decodable(dataset: CocoDataset, lenient: bool, progress: bool) -> Coco
             return f"image {dataset.records[index].image_id}, file_name: {error}"
         return None
 
-    faults = {}
+    problems = Problems(Path(dataset.folder.name))
+    good = []
     with (
         ThreadPoolExecutor(NUM_READERS) as pool,
         progress_bar("decoding", len(dataset), show=progress) as advance,
     ):
         for index, text in enumerate(pool.map(fault, range(len(dataset)))):
-            if text is not None:
-                faults[index] = text
+            if text is None:
+                good.append(index)
+            else:
+                image_id = dataset.records[index].image_id
+                problems.add_skippable("image does not decode", image_id, text)
             advance(1)
-    if not faults:
-        return dataset
-    lines = list(faults.values())
-    if not lenient or len(faults) == len(dataset):
-        more = f"\n  ... and {len(lines) - NUM_SHOWN} more" if len(lines) > NUM_SHOWN else ""
-        raise DatasetError(
-            f"{dataset.folder}: {len(faults)} images do not decode; repair them, or use "
-            "--lenient to leave them out:\n  " + "\n  ".join(lines[:NUM_SHOWN]) + more
-        )
-    decodable = dataset.subset(index for index in range(len(dataset)) if index not in faults)
-    decodable.notes.append(f"left out: {len(faults)} images that do not decode; first: {lines[0]}")
-    return decodable
+    problems.raise_errors(lenient and bool(good))
+    if len(good) < len(dataset):
+        dataset = dataset.subset(good)
+        dataset.notes += problems.notes()
+    return dataset

@@ -8,15 +8,13 @@
 `jobs/pack.py` writes them. A `ShardedDataset` equals the `CocoDataset` of the loose files: same
 samples, order, fingerprint and ground truth, so a run can resume with either.
 
-Any tool can read the shards as Parquet. This reader does not: training reads single images in
-random order, but Parquet returns row groups, here of 32 images. The images are stored uncompressed,
-so each one is contiguous in its shard, and `annotations.parquet` has its location. One image costs
-one read of its size, on disk or in an object store.
+Any tool can read the shards as Parquet. Training reads single images in random order, but Parquet
+returns row groups, here of 32 images. So images are stored uncompressed, each contiguous in its
+shard, and `annotations.parquet` has its location: one image costs one read of its size.
 
-No altered data reaches training. Opening checks the SHA-256 of `annotations.parquet`, and the
-fingerprint of its content. Each read checks the CRC-32 of the image, which detects every flipped
-bit and costs a hundredth of decoding. `jobs/pack.py --verify` and `verify=True` check the SHA-256
-of complete shards.
+No altered data reaches training. Opening checks the SHA-256 of `annotations.parquet` and the
+fingerprint of its content. Each read checks the image's CRC-32, which costs a hundredth of
+decoding. `jobs/pack.py --verify` and `verify=True` check the SHA-256 of complete shards.
 """
 
 # I images   A annotations of all images
@@ -43,9 +41,9 @@ from deta.platform.shards.manifest import (
     REPAIR,
     Shard,
     ShardError,
-    check_sha256,
-    check_size,
+    check_sizes,
     read_pack_manifest,
+    read_packed,
     verify_shards,
 )
 from deta.platform.shards.object_store import ObjectStore
@@ -64,11 +62,8 @@ class ShardedDataset(CocoDataset):
     def __init__(
         self, store: ObjectStore, shards: tuple[Shard, ...], locations: np.ndarray, *others: Any
     ) -> None:
-        """Wrap tables that were checked before.
-
-        Args:
-            locations: the location of each image, I rows of LOCATION_ROW; do not modify.
-            others: the arguments of `CocoDataset` after the folder.
+        """Wrap checked tables: `locations` has I rows of LOCATION_ROW, `others` the arguments of
+        `CocoDataset` after the folder.
         """
         super().__init__(Path(store.shown), *others)
         self.store, self.shards, self.locations = store, shards, locations
@@ -94,15 +89,11 @@ class ShardedDataset(CocoDataset):
         """
         store = ObjectStore(location)
         manifest = read_pack_manifest(store)
-        sizes = store.sizes()
-        assert manifest.annotations is not None
-        for file in (manifest.annotations, *manifest.shards):
-            check_size(store, file, sizes)
-        content = store.read(manifest.annotations.name)
-        check_sha256(store, manifest.annotations, content)
+        check_sizes(store, manifest)
         if verify:
             verify_shards(store, manifest, progress)
-        table = pq.read_table(pa.BufferReader(content))
+        assert manifest.annotations is not None  # the manifest is complete
+        table = pq.read_table(pa.BufferReader(read_packed(store, manifest.annotations)))
         tables = from_arrow(table, manifest.categories)
         locations = np.zeros(len(table), LOCATION_ROW)
         for name in LOCATION_ROW.names or ():
@@ -130,21 +121,16 @@ class ShardedDataset(CocoDataset):
         """
         index = range(len(self))[index]
         shard, offset, checksum = self.locations[index].tolist()
-        name, image = self.shards[shard].name, self.tables.file_names[index]
         length = int(self.tables.images["num_bytes"][index])
+        name = self.store.name_of(self.shards[shard].name)
         try:
-            content = self.store.read_at(name, offset, length)
+            content = self.store.read_at(self.shards[shard].name, offset, length)
         except FileNotFoundError:
-            raise ShardError(f"{self.store.name_of(name)}: is missing; {REPAIR}") from None
-        if len(content) < length:
-            raise ShardError(
-                f"{self.store.name_of(name)}: ends at image {image}, so it was "
-                f"cut since it was opened; {REPAIR}"
-            )
+            raise ShardError(f"{name}: is missing; {REPAIR}") from None
         if zlib.crc32(content) != checksum:
             raise ShardError(
-                f"{self.store.name_of(name)}: the bytes of image {image}, from "
-                f"byte {offset}, are not the packed ones (CRC-32 differs); {REPAIR}"
+                f"{name}: the bytes of image {self.tables.file_names[index]}, from byte {offset}, "
+                f"are not the packed ones (cut, or the CRC-32 differs); {REPAIR}"
             )
         return content
 
