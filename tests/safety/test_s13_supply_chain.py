@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
 from packaging.utils import canonicalize_name as canonical
 
 ROOT = Path(__file__).resolve().parents[2]
