@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 Inputs = TypeVar("Inputs")
+# A file or folder to write. All jobs call it --out; --output is accepted, too.
+OUTPUT = tyro.conf.arg(aliases=["--output"])
 DEFAULT_STORAGE = "~/deta-runs"
 HELP_OF_KEYS = """
 
@@ -176,6 +178,12 @@ def _sorted_words(
         for hint in hints.values()
     )
     flags, own = flags_of(kind), {_option(name) for name in hints}
+    # `--storage FOLDER` and `storage=FOLDER`, where a job takes FOLDER without a name.
+    nameless = {
+        name
+        for name, hint in hints.items()
+        if Positional in getattr(hint, "__metadata__", ()) and hint.__origin__ is Path
+    }
     plain: list[str] = []
     named: list[str] = []
     changes: dict[str, str] = {}
@@ -183,7 +191,9 @@ def _sorted_words(
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if not word.startswith("--"):
+        if name.removeprefix("--") in nameless and (equals or word.startswith("--")):
+            plain.append(value if equals or not rest else rest.pop(0))
+        elif not word.startswith("--"):
             is_key = equals and (name in known or (known and not takes_files and "/" not in name))
             if is_key:
                 changes[name] = value

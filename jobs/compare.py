@@ -20,11 +20,11 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from tyro.conf import Positional
 
-from deta.jobs.command_line import echo, read_options, run_tool
+from deta.jobs.command_line import OUTPUT, echo, read_options, run_tool
 
 if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
@@ -38,7 +38,7 @@ class CompareOptions:
     images: Path | None = None  # a folder; without it, where B was evaluated
     run_a: Path | None = None  # run of A, for its curve and cost
     run_b: Path | None = None  # run of B
-    out: Path | None = None  # the page; without it, comparison-A-B.html here
+    out: Annotated[Path | None, OUTPUT] = None  # the page; without it, comparison-A-B.html here
     resamples: int = 1000  # of the bootstrap
     seed: int = 0  # random seed of the resamples
     confidence: float = 0.95  # of the interval

@@ -30,11 +30,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from tyro.conf import Positional, UseAppendAction
 
-from deta.jobs.command_line import echo, refuse, run_tool
+from deta.jobs.command_line import OUTPUT, echo, refuse, run_tool
 from deta.jobs.model_options import MODEL_KEYS, read_model_options
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.atomic_write import write_json
@@ -69,7 +69,7 @@ class ConvertOptions:
     source: Positional[str] = ""  # a file, run or https://…
     # The layout to write; without it, nothing is written.
     to: Literal["ours", "official", "detrex", "huggingface"] | None = None
-    output: Path | None = None  # the file; without it, named by SOURCE, here
+    out: Annotated[Path | None, OUTPUT] = None  # the file; without it, named by SOURCE, here
     variant: str | None = None  # without it, chosen by the tensors
     # The classes of the rows of SOURCE: annotations in COCO format, a config.json of Hugging Face,
     # or a text file with one name per line.
@@ -247,15 +247,15 @@ def _notes(config: RunConfig, layout: str) -> Iterator[str]:
 
 
 def _output(options: ConvertOptions) -> Path:
-    if options.output is not None:
-        return options.output
+    if options.out is not None:
+        return options.out
     assert options.to is not None
     stem = Path(options.source.partition("#")[0].partition("?")[0]).name
     stem = stem.rpartition(".")[0] if Path(stem).suffix else stem
     kind = "" if options.to == "ours" else f".{options.to}"
     output = Path(f"{stem}{kind}{SUFFIXES[options.to][0]}")
     if output.exists():
-        raise ValueError(f"{output}: already exists; choose another with --output")
+        raise ValueError(f"{output}: already exists; choose another with --out")
     return output
 
 

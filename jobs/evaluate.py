@@ -25,9 +25,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from deta.jobs.command_line import echo, run_tool
+from deta.jobs.command_line import OUTPUT, echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
     ModelOptions,
@@ -58,7 +58,9 @@ class EvaluateOptions(ModelOptions):
     annotations: str = ""  # a file, COCO format; shards hold theirs
     results: Path | None = None  # write detections into this file, COCO JSON
     pictures: Path | None = None  # write a sheet of true and found boxes (.png)
-    out: Path | None = None  # write the evaluation into this folder, with report.html
+    out: Annotated[Path | None, OUTPUT] = (
+        None  # write the evaluation into this folder, with report.html
+    )
 
 
 def main() -> NoReturn:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Export a trained model to files that need none of this package, and check them.
 
-  python jobs/export.py ~/deta-runs/deta-r50-12ep --check-images val2017 --output exported
+  python jobs/export.py ~/deta-runs/deta-r50-12ep --check-images val2017 --out exported
 
 WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. The files in
---output are
+--out are
 
   model.pt2   a torch.export program; needs torch alone
   model.onnx  operator set 18, standard operators only; needs any ONNX runtime
@@ -44,9 +44,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from deta.jobs.command_line import echo, run_tool
+from deta.jobs.command_line import OUTPUT, echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
     ModelOptions,
@@ -68,7 +68,7 @@ PACKAGES = ("deta-platform", "torch", "torchvision", "timm", "onnx", "onnxruntim
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(ModelOptions):
-    output: Path  # a folder
+    out: Annotated[Path, OUTPUT]  # a folder
     format: Literal["pt2", "onnx"] | None = None  # write only this file
     check_images: tuple[str, ...] = ()  # real images: files, folders or quoted patterns
     check_first: int = 20  # images to check
@@ -91,8 +91,8 @@ def _prepare(options: ExportOptions, changes: dict[str, str]) -> tuple[Predictor
         )
     if options.check_first < 1 or options.check_batch < 1:
         raise ValueError("--check-first and --check-batch must be at least 1")
-    if options.output.is_file():
-        raise ValueError(f"{options.output}: is a file; name a folder")
+    if options.out.is_file():
+        raise ValueError(f"{options.out}: is a file; name a folder")
     if changes.setdefault("precision", "fp32") != "fp32":
         raise ValueError("precision: files are exported in fp32; leave this key out")
     if options.format != "pt2":
@@ -129,10 +129,10 @@ def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> 
         eager_speed = measure_runtime_speed(partial(run_eagerly, predictor), pack(images[:1]))
         echo(f"the model itself, on {device}: {eager_speed}")
 
-    options.output.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Any]] = {}
     formats = [options.format] if options.format else list(FILE_NAMES)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.output) as folder:
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.out) as folder:
         for format_ in formats:
             path = Path(folder) / FILE_NAMES[format_]
             began_s = time.perf_counter()
@@ -158,17 +158,17 @@ def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> 
                 about |= {"difference": asdict(difference), "speed": asdict(speed)}
             files[path.name] = about
         for name in files:
-            shutil.move(Path(folder) / name, options.output / name)
+            shutil.move(Path(folder) / name, options.out / name)
     if files:
         measured = {
             "verified": bool(images),
             "files": files,
             "eager_speed": None if eager_speed is None else asdict(eager_speed),
         }
-        write_json(options.output / "model.json", measured | _about(predictor, least))
+        write_json(options.out / "model.json", measured | _about(predictor, least))
     if not images:
         echo("NOT VERIFIED: no image was checked")
-    echo(f"{', '.join(files) or 'nothing'}: {options.output}")
+    echo(f"{', '.join(files) or 'nothing'}: {options.out}")
     return 0 if len(files) == len(formats) else 1
 
 

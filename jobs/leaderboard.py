@@ -16,11 +16,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from tyro.conf import UseAppendAction
 
 from deta.jobs.command_line import (
+    OUTPUT,
     StorageOptions,
     exit_cleanly_on_signals,
     read_options,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardOptions(StorageOptions):
-    out: Path | None = None  # write one file and exit
+    out: Annotated[Path | None, OUTPUT] = None  # write one file and exit
     mlflow: str = ""  # where links point
     port: int = 5050
     host: str = "127.0.0.1"  # default: this machine only

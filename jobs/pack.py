@@ -2,8 +2,8 @@
 """Pack a data set into Parquet shards, for slow disks, shared storage and object stores.
 
   python jobs/pack.py --images train2017 --annotations instances_train2017.json \\
-      --output /data/coco-train
-  python jobs/pack.py … --output s3://bucket/coco-train
+      --out /data/coco-train
+  python jobs/pack.py … --out s3://bucket/coco-train
   python jobs/pack.py --verify s3://bucket/coco-train
 
 The shards hold the unchanged files and all annotations, and train exactly as the loose files do:
@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
-from deta.jobs.command_line import echo, read_options, run_tool
+from deta.jobs.command_line import OUTPUT, echo, read_options, run_tool
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import MAX_PIXELS
 from deta.platform.shards.manifest import read_pack_manifest, verify_shards
@@ -37,7 +37,7 @@ MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2
 class PackOptions:
     images: Path | None = None  # folder of image files
     annotations: Path | None = None  # a file, COCO format
-    output: str | None = None  # new folder, or address of one
+    out: Annotated[str | None, OUTPUT] = None  # new folder, or address of one
     shard_mb: int = 256  # megabytes of a shard
     lenient: bool = False  # leave out invalid records
     decode: bool = False  # decode every image first
@@ -57,11 +57,11 @@ def _pack(options: PackOptions) -> None:
         verify_shards(store, manifest, progress=True)
         echo(f"{store.shown}: all {len(manifest.shards)} shards are as they were packed")
         return
-    if options.images is None or options.annotations is None or options.output is None:
-        raise ValueError("give --images, --annotations and --output; or --verify FOLDER")
+    if options.images is None or options.annotations is None or options.out is None:
+        raise ValueError("give --images, --annotations and --out; or --verify FOLDER")
     if not 1 <= options.shard_mb <= MAX_SHARD_MB:
         raise ValueError(f"--shard-mb {options.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
-    store = ObjectStore(options.output)
+    store = ObjectStore(options.out)
     dataset = CocoDataset.open(
         options.images,
         options.annotations,

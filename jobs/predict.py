@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Detect objects in images: draw their boxes and list all detections.
 
-  python jobs/predict.py ~/deta-runs/deta-r50-12ep holiday.jpg street/ --output found
+  python jobs/predict.py ~/deta-runs/deta-r50-12ep holiday.jpg street/ --out found
 
 WEIGHTS is as for jobs/evaluate.py: a run, a checkpoint or a file of published weights. Images are
 files, folders (with all folders below them), or patterns in quotes, such as
-'street/**/*.jpg'. The files in --output are
+'street/**/*.jpg'. The files in --out are
 
   pictures/           each image with its boxes, with a score of at least --threshold
   results.json        all detections of any score, up to 100 per image, as COCO results
@@ -18,23 +18,24 @@ form a batch, so none is padded.
 --annotations names a COCO file that lists the images and so gives their ids. For a published file
 with a row for every COCO id it also gives class names; otherwise classes are shown as row numbers.
 
-An image with a broken header is an error before anything runs. An image that turns out damaged
-later is reported, listed in images.json as unreadable, and makes the exit code 1.
+An image that cannot be read is reported, listed in images.json as unreadable, and makes the exit
+code 1. With --strict, one with a broken header is an error before anything runs.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from tyro.conf import Positional
 
-from deta.jobs.command_line import echo, run_tool
+from deta.jobs.command_line import OUTPUT, echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
     ModelOptions,
@@ -50,10 +51,7 @@ if TYPE_CHECKING:
 
 WRITTEN_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})  # others get .png added
 JPEG_QUALITY = 92
-_SAME_NAME = (
-    "{} and {} have the same name: one would overwrite the other; give the folder above them, or "
-    "run the job twice"
-)
+_SAME_NAME = "{} and {} have the same name: one would overwrite the other; run the job twice"
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,12 @@ class _Image:
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(ModelOptions):
     image: Positional[tuple[str, ...]] = ()  # files, folders or quoted patterns
-    output: Path  # a folder
+    out: Annotated[Path, OUTPUT]  # a folder
     threshold: float = 0.3  # least score to draw
     annotations: Path | None = None  # a file, COCO format
     batch_size: int = 1  # images of equal size per batch; does not change the results
     no_pictures: bool = False  # draw no images, which is faster
+    strict: bool = False  # predict nothing if the header of an image is broken
 
 
 def main() -> NoReturn:
@@ -97,8 +96,9 @@ def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predicto
     predictor = open_predictor(options, changes, categories)
     if categories is not None:
         predictor.check_categories(categories, str(options.annotations))
-    check_headers([image.path for image in images], predictor.config.data.max_pixels)
-    (options.output if options.no_pictures else options.output / "pictures").mkdir(
+    if options.strict:
+        check_headers([image.path for image in images], predictor.config.data.max_pixels)
+    (options.out if options.no_pictures else options.out / "pictures").mkdir(
         parents=True, exist_ok=True
     )
     return predictor, images
@@ -111,14 +111,18 @@ def _find_images(options: PredictOptions) -> list[_Image]:
     for text in options.image:
         if "=" in text and not glob.has_magic(text) and not Path(text).exists():
             raise ValueError(f"{text}: there is no such file, folder or configuration key")
+    found = find_images(options.image, echo)
+    if len({image.name for image in found}) < len(found):  # in two folders: name them by these
+        above = os.path.commonpath([os.path.abspath(image.path.parent) for image in found])
+        found = [replace(one, name=os.path.relpath(one.path, above)) for one in found]
     images: dict[Path, _Image] = {}  # by target
-    for number, (path, name) in enumerate(map(astuple, find_images(options.image, echo)), 1):
-        if path.resolve().is_relative_to(options.output.resolve()):
+    for number, (path, name) in enumerate(map(astuple, found), 1):
+        if path.resolve().is_relative_to(options.out.resolve()):
             raise ValueError(
-                f"{path}: lies in --output {options.output}, where it could be overwritten; choose "
+                f"{path}: lies in --out {options.out}, where it could be overwritten; choose "
                 "another folder"
             )
-        target = options.output / "pictures" / name
+        target = options.out / "pictures" / name
         if target.suffix.lower() not in WRITTEN_SUFFIXES:
             target = target.with_name(target.name + ".png")
         image = _Image(path, name, number, target)
@@ -176,7 +180,7 @@ def _predict(predictor: Predictor, images: list[_Image], options: PredictOptions
 
     began_s = time.perf_counter()
     table = DetectionTable(
-        options.output / "detections.parquet", predictor.categories, predictor.weights_sha256
+        options.out / "detections.parquet", predictor.categories, predictor.weights_sha256
     )
     with progress_bar("images", len(images)) as advance, table:
         for path, found in predictor.predict_files(
@@ -198,11 +202,11 @@ def _predict(predictor: Predictor, images: list[_Image], options: PredictOptions
         "categories": [{"id": c.id, "name": c.name} for c in predictor.categories],
         "unreadable": unreadable,
     }
-    write_json(options.output / "images.json", listing)
-    write_json(options.output / "results.json", results)
+    write_json(options.out / "images.json", listing)
+    write_json(options.out / "results.json", results)
     echo(
         f"\n{len(listed)} images, {len(listed) / elapsed_s:.1f} images/s on "
-        f"{predictor.device.type}: {options.output}"
+        f"{predictor.device.type}: {options.out}"
     )
     if unreadable:
         echo(f"{len(unreadable)} of {len(images)} images could not be read, see above")

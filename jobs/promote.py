@@ -26,6 +26,7 @@ invalid command line, 1 if something fails or the history was tampered with.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -157,7 +158,9 @@ def _promote(registry: Registry, policy: Policy, options: PromoteOptions, by: st
 def _history(registry: Registry, options: PromoteOptions) -> int:
     log = registry.decisions.read(options.name)
     for number, entry in log.entries:
-        echo(entry.to_line() if options.json else f"#{number} {entry.text}\n")
+        # The text is Markdown, for MLflow's pages.
+        plain = re.sub(r"\*\*(.+?)\*\*|^```$\n?", r"\1", entry.text, flags=re.MULTILINE)
+        echo(entry.to_line() if options.json else f"#{number} {plain}\n")
     if not options.json:
         alias = registry.aliases(options.name).get("champion")
         echo(f"{len(log.entries)} decisions; the champion is {log.champion or alias or 'none'}")

@@ -34,6 +34,8 @@ for _name, _value in {
 import ray
 import ray.train
 
+from deta.platform.system.child_server import free_port
+
 _ADDRESS = re.compile(r"[\w.-]+:\d+")  # of a head node, not `auto` or ray://…
 
 
@@ -57,12 +59,16 @@ def join_cluster() -> str:
     # Without the address in their environment, Ray's own actors look for the cluster on their
     # machine and fail if there are two; what a stopped trial had reserved is then never released.
     known = {} if is_own or not _ADDRESS.fullmatch(address) else {"RAY_ADDRESS": address}
+    # `deta submit` and `ray job submit` look for a cluster at Ray's default port. A cluster that
+    # ends with its run leaves the port to others.
+    own_port = free_port("127.0.0.1", 20_000 + os.getpid() % 12_000)
     # Workers write to the journal; their other output is in Ray's logs.
     context = ray.init(
         address,
         ignore_reinit_error=True,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        dashboard_port=own_port if is_own else None,
         runtime_env={"env_vars": known} if known else None,
     )
     is_unprotected = bool(context.dashboard_url) and is_open(context.dashboard_url or "")

@@ -46,18 +46,26 @@ def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> 
     return plan
 
 
+def read_headers(paths: Sequence[Path], max_pixels: int) -> list[Header | ImageError]:
+    """Read the header of every image file, or find why it is missing, no image, or too large."""
+    headers: list[Header | ImageError] = []
+    for _, future in read_ahead(lambda path: read_header(path, max_pixels), paths):
+        try:
+            headers.append(future.result())
+        except ImageError as error:
+            headers.append(error)
+    return headers
+
+
 def check_headers(paths: Sequence[Path], max_pixels: int) -> list[Header]:
     """Read the header of every image file.
 
     Raises:
         ImageError: names each file that is missing, not an image, or too large.
     """
-    headers, faults = [], []
-    for _, future in read_ahead(lambda path: read_header(path, max_pixels), paths):
-        try:
-            headers.append(future.result())
-        except ImageError as error:
-            faults.append(str(error))
+    found = read_headers(paths, max_pixels)
+    headers = [one for one in found if not isinstance(one, ImageError)]
+    faults = [str(one) for one in found if isinstance(one, ImageError)]
     if faults:
         more = [f"... and {len(faults) - NUM_SHOWN} more"] if len(faults) > NUM_SHOWN else []
         raise ImageError(

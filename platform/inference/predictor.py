@@ -17,16 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from deta.model.architectures import Detector, make_detector, without_download
 from deta.model.postprocess import Detections
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_dataset import Category, CocoDataset, Sample
-from deta.platform.data.image_decoding import EIGHT_BIT_MODES, ImageError, decode
+from deta.platform.data.image_decoding import EIGHT_BIT_MODES, Header, ImageError, decode
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
 from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batch, evaluate_model
-from deta.platform.inference.batching import batches_of_one_shape, check_headers, read_ahead
+from deta.platform.inference.batching import (
+    batches_of_one_shape,
+    check_headers,
+    read_ahead,
+    read_headers,
+)
 from deta.platform.learning.distributed import Worker
 from deta.platform.learning.train_step import PRECISIONS
 from deta.platform.run.config import RunConfig, override
@@ -196,21 +202,29 @@ class Predictor:
     def detect(self, images: Sequence[PreparedImage]) -> list[Detections]:
         """Return the detections in each image of one batch, in pixels before the resize.
 
+        Boxes end at the borders of the image; those of an evaluation may cross them, as in the
+        published programs.
+
         Raises:
             ValueError: the images have different shapes; see `batches_of_one_shape`.
         """
         if len(shapes := sorted({image.shape for image in images})) != 1:
             raise ValueError(f"images of one batch must have one shape, not {shapes}")
         pixels = torch.stack([image.pixels for image in images])
-        return detect_batch(
+        sizes_px = [image.size_px for image in images]
+        found = detect_batch(
             self.model,
             pixels,
             torch.zeros_like(pixels[:, 0], dtype=torch.bool),  # no padding
-            [image.size_px for image in images],
+            sizes_px,
             self.config.postprocess,
             precision=PRECISIONS[self.config.precision],
             device=self.device,
         )
+        return [
+            replace(one, boxes_px=clip_boxes_to_image(one.boxes_px, size))
+            for one, size in zip(found, sizes_px, strict=True)
+        ]
 
     def predict(self, images: Sequence[Image.Image], *, batch_size: int = 1) -> list[Detections]:
         """Return the detections of each image, in pixels of that image, best first.
@@ -247,18 +261,33 @@ class Predictor:
 
         Args:
             batch_size: as for `predict`.
-            on_unreadable: called with a file whose pixels turn out damaged, which is then left out.
-                Without it, such a file raises.
+            on_unreadable: called with each file that is no image, too large or damaged, which is
+                then left out. Without it, such a file raises.
 
         Raises:
             ImageError: at once, names all files whose header is bad; later, the first file that
                 cannot be decoded.
         """
         files = [Path(path) for path in paths]
-        headers = check_headers(files, self.config.data.max_pixels)
+        max_pixels = self.config.data.max_pixels
+        headers: list[Header] = []
+        if on_unreadable is None:
+            headers = check_headers(files, max_pixels)
+        else:
+            found_headers = read_headers(files, max_pixels)
+            for path, header in zip(files, found_headers, strict=True):
+                if isinstance(header, ImageError):
+                    on_unreadable(path, header)
+                else:
+                    headers.append(header)
+            files = [
+                path
+                for path, header in zip(files, found_headers, strict=True)
+                if not isinstance(header, ImageError)
+            ]
 
         def read(index: int) -> PreparedImage:
-            return self.prepare(decode(files[index], self.config.data.max_pixels))
+            return self.prepare(decode(files[index], max_pixels))
 
         def handle_unreadable(index: int, error: ImageError) -> None:
             if on_unreadable is None:

@@ -7,6 +7,7 @@ sometimes everything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import defaultdict
@@ -23,6 +24,7 @@ from deta.platform.leaderboard.rows import (
 from deta.platform.registry.decision_log import CHAMPION, HISTORY_SUFFIX
 from deta.platform.registry.decision_store import DecisionStore
 from deta.platform.registry.mlflow_client import RetryingClient
+from deta.platform.registry.mlflow_registry import AP_TAG
 from deta.platform.system.redaction import redact
 
 # The first page is small, so that it arrives at once. Pages hold complete runs in memory, with all
@@ -64,6 +66,7 @@ class MlflowSource:
         found = self._registry.all_of(self._client.search_registered_models)
         models = {one.name: one for one in found}
         versions: dict[str, list[str]] = defaultdict(list)
+        aps: dict[str, float] = {}
         champions: set[str] = set()
         promotions: list[Promotion] = []
         for name in sorted(models):
@@ -77,6 +80,8 @@ class MlflowSource:
                 own = sorted(alias for alias, target in aliases.items() if target == number)
                 text = " ".join([name, str(number), *(f"@{alias}" for alias in own)])
                 versions[runs[number]].append(redact(text))
+                with contextlib.suppress(KeyError, ValueError):  # versions of other programs
+                    aps[runs[number]] = float(version.tags[AP_TAG])
             champion = aliases.get(CHAMPION)
             champions.add(runs.get(champion or 0, ""))
             if f"{name}{HISTORY_SUFFIX}" in models:
@@ -99,6 +104,7 @@ class MlflowSource:
             {run: ", ".join(texts) for run, texts in versions.items() if run},
             frozenset(champions),
             tuple(sorted(promotions, key=lambda one: one.time, reverse=True)),
+            aps,
         )
 
     def _search(self, condition: str) -> Iterator[list[LeaderboardRow]]:

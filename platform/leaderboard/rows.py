@@ -83,6 +83,7 @@ class RegisteredModels:
     versions: Mapping[str, str] = field(default_factory=dict)  # "deta 3 @champion" by run id
     champions: frozenset[str] = frozenset()  # ids of their runs
     promotions: tuple[Promotion, ...] = ()  # the newest first
+    aps: Mapping[str, float] = field(default_factory=dict)  # of a run's newest version, 0..100
 
 
 def make_row(run: Any, experiment: str, data: tuple[str, str, int]) -> LeaderboardRow:
@@ -113,7 +114,7 @@ def make_row(run: Any, experiment: str, data: tuple[str, str, int]) -> Leaderboa
         experiment_id=info.experiment_id,
         experiment=_display_text(experiment),
         name=_display_text(info.run_name or info.run_id),
-        recipe=_display_text(tags.get("deta.recipe") or tags.get("mlflow.source.name", "")),
+        recipe=_display_text(_recipe(tags)),
         data=_display_text(f"{data_name} {fingerprint.removeprefix('sha256:')[:8]}".strip()),
         status=info.status,
         ap=number("best/AP", "val/AP"),
@@ -167,13 +168,30 @@ def with_seed_intervals(rows: Iterable[LeaderboardRow]) -> list[LeaderboardRow]:
 
 
 def with_models(rows: Iterable[LeaderboardRow], models: RegisteredModels) -> list[LeaderboardRow]:
-    """Return the rows with the versions that were registered from them."""
+    """Return the rows with the versions that were registered from them.
+
+    A run without an AP of its own, such as one that was evaluated later, has that of its version.
+    """
     return [
-        replace(row, models=models.versions[row.id], is_champion=row.id in models.champions)
+        replace(
+            row,
+            models=models.versions[row.id],
+            is_champion=row.id in models.champions,
+            ap=models.aps.get(row.id) if row.ap is None else row.ap,
+        )
         if row.id in models.versions
         else row
         for row in rows
     ]
+
+
+def _recipe(tags: Mapping[str, str]) -> str:
+    sweep = tags.get("deta.sweep")
+    return (
+        tags.get("deta.recipe")
+        or (f"sweep {sweep}" if sweep else "")
+        or tags.get("mlflow.source.name", "")
+    )
 
 
 def _group_key(params: Mapping[str, str], tags: Mapping[str, str], fingerprint: str) -> str:

@@ -17,6 +17,7 @@ from deta.platform.registry.model_address import ModelAddress
 from deta.platform.system.redaction import redact
 
 SHA256_TAG, MANIFEST_TAG = "deta.sha256", "deta.manifest_sha256"
+AP_TAG = "deta.AP"  # 0..100
 REGISTRATION_TAG = "deta.registration"
 MODEL_PART, EVALUATION_PART = "artifacts/model", "evaluation"
 FILE_TIMEOUT_S = 300

@@ -31,6 +31,7 @@ from deta.platform.pages.render import render
 from deta.platform.registry.decision_log import HISTORY_SUFFIX
 from deta.platform.registry.lineage import Lineage, read_lineage, run_folder
 from deta.platform.registry.mlflow_registry import (
+    AP_TAG,
     EVALUATION_PART,
     MANIFEST_TAG,
     SHA256_TAG,
@@ -156,7 +157,7 @@ def version_tags(
     return {
         SHA256_TAG: registration.sha256,
         MANIFEST_TAG: manifest,
-        "deta.AP": f"{100 * metrics.ap['AP']:.2f}",
+        AP_TAG: f"{100 * metrics.ap['AP']:.2f}",
         "deta.commit": lineage.code_commit + "-dirty" * lineage.code_is_dirty,
         "deta.config_sha256": lineage.config_sha256,
         "deta.data_fingerprint": lineage.data_fingerprint,

@@ -291,7 +291,9 @@ def _refusal(error: Any, known: Sequence[str]) -> ValueError:
 
 def _unknown(key: str, known: Sequence[str]) -> ValueError:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    leaf = key.rpartition(".")[2]
+    initials = "".join(word[:1] for word in leaf.split("_"))  # learning_rate: lr
+    same_leaf = [name for name in known if name.rpartition(".")[2] in (leaf, initials)]
     suggestions = list(dict.fromkeys(same_leaf + near))[:4]
     hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
     return ValueError(f"there is no configuration key {key!r}{hint}")

@@ -36,7 +36,7 @@ from deta.platform.serving.batcher import Batcher
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model_source import ModelSlot, ModelSource
-from deta.platform.serving.schema import DETECT_BODY, Detected, Problem, Served
+from deta.platform.serving.schema import DETECT_BODY, Detected, DetectParameters, Problem, Served
 from deta.platform.serving.upload import decode_image, read_image
 from deta.platform.system.origin_guard import OriginGuard, Refusal
 
@@ -56,12 +56,6 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (504, "The model did not answer in time"),
     )
 }
-LOWEST = Query(ge=0, le=1, description="Leave out detections with a lower score")
-MOST = Query(ge=1, le=1000, description="Return at most this many, best first")
-UPRIGHT = Query(
-    description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
-    "Otherwise to the stored one, as in training"
-)
 
 
 class DetectionService:
@@ -206,13 +200,10 @@ def create_app(
     @app.post("/v1/detect", responses=PROBLEMS, response_model=Detected, openapi_extra=DETECT_BODY)
     async def detect(
         request: Request,
-        min_score: Annotated[float, LOWEST] = 0.05,
-        max_detections: Annotated[int, MOST] = 100,
-        upright: Annotated[bool, UPRIGHT] = False,
+        parameters: Annotated[DetectParameters, Query()],
     ) -> Response:
         """Return the detections in an image, best first."""
-        limits = {"min_score": min_score, "max_detections": max_detections}
-        return JSONResponse(await service.detect(request, upright, **limits))
+        return JSONResponse(await service.detect(request, **parameters.model_dump()))
 
     @app.get("/v1/model", response_model=Served, responses={503: PROBLEMS[503]})
     async def model() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The types of the responses, for the OpenAPI description and for tests.
+"""The types of requests and responses, for the OpenAPI description and for tests.
 
 The responses themselves are plain dictionaries: validating a hundred boxes per response would cost
 time and find nothing.
@@ -28,6 +28,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class DetectParameters(_Strict):
+    """The query of a request; another parameter, perhaps a misspelt one, is refused."""
+
+    min_score: float = Field(0.05, ge=0, le=1, description="Leave out lower scores")
+    max_detections: int = Field(
+        100, ge=1, le=1000, description="Return at most this many, best first"
+    )
+    upright: bool = Field(
+        False,
+        description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
+        "Otherwise to the stored one, as in training",
+    )
+
+
 class Model(_Strict):
     name: str
     version: str | None = Field(description="Number in the registry")
@@ -44,7 +58,7 @@ class Detection(_Strict):
     category: str
     score: float = Field(ge=0, le=1)
     box: tuple[float, float, float, float] = Field(
-        description="Left, top, right, bottom in pixels; may extend beyond the image"
+        description="Left, top, right, bottom in pixels, within the image"
     )
 
 

@@ -249,7 +249,7 @@ class Sweep:
         others = {key: value for key, value in resolved.items() if key != "seed"}
         key = f"trial {number:02d}"
         if "seed" in resolved:
-            key = ", ".join(f"{k.rpartition('.')[2]}={format_value(v)}" for k, v in others.items())
+            key = _values_text(others)
         cell = Cell(key or "the base", {}, others)
         return Trial(identity, cell, config.seed, resolved)
 
@@ -260,6 +260,12 @@ class Sweep:
 
     def trial_name(self, trial: Trial) -> str:
         return trial.name if self.design or "seed" in self.space else trial.cell.key
+
+    def trial_title(self, trial: Trial) -> str:
+        """Return the name of the trial's MLflow run, with the values that it tries."""
+        if self.design or "seed" in self.space:
+            return trial.name
+        return f"{trial.cell.key}: {_values_text(trial.cell.changes)}"
 
     def varied_keys(self) -> list[str]:
         """Return the keys in which trials differ."""
@@ -306,6 +312,10 @@ class Sweep:
 
 def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _values_text(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k.rpartition('.')[2]}={format_value(v)}" for k, v in changes.items())
 
 
 def _resolve(base: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

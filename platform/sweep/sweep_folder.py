@@ -155,7 +155,7 @@ def write_trial_files(
         "deta.seed": str(trial.seed),
     }
     description = describe_run(run, before, parent=parent, tags=tags)
-    description["title"] = sweep.trial_name(trial)
+    description["title"] = sweep.trial_title(trial)
     write_run_file(folder, description)
     write_json(
         folder / TRIAL_FILE,

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 from tyro.conf import Positional, UseAppendAction
 
-from deta.jobs.command_line import DataOptions, read_command_line
+from deta.jobs.command_line import (
+    DataOptions,
+    StorageOptions,
+    read_command_line,
+    read_options,
+)
 from deta.platform.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +49,12 @@ def test_words_may_be_mixed(line: str, images: str, floor: str, check: str, chan
     assert options.floor == tuple(floor.split())
     assert options.check == tuple(check.split())
     assert found == changes
+
+
+@pytest.mark.parametrize("line", ["a", "--storage a", "--storage=a", "storage=a"])
+def test_the_storage_may_be_named(line: str):
+    options = read_options(StorageOptions, "", arguments=line.split())
+    assert options.storage == Path("a")
 
 
 def test_unknown_keys_are_left_to_the_configuration_where_no_files_are_named():

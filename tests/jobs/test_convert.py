@@ -109,7 +109,7 @@ def test_published_files_become_ours_and_the_same_file_again(
 ):
     source = write_published(tmp_path / f"source{suffix}", state, layout, wrapper)
 
-    code, printed = run(convert_job, source, "--to", "ours", "--output", "ours.safetensors", *KEYS)
+    code, printed = run(convert_job, source, "--to", "ours", "--out", "ours.safetensors", *KEYS)
     assert code == 0, printed
     assert f"layout: {layout}" in printed
     converted = read_converted(tmp_path / "ours.safetensors")
@@ -146,7 +146,7 @@ def test_missing_and_left_over_tensors_are_errors_unless_allowed_by_name(state, 
     del published["transformer.level_embed"], published["transformer.enc_output.bias"]
     published |= {"query_embed.weight": torch.ones(2), "mask_head.a": torch.ones(1)}
     torch.save(published, tmp_path / "a.pth")
-    command = [convert_job, "a.pth", "--to", "ours", "--output", "b.safetensors", *KEYS]
+    command = [convert_job, "a.pth", "--to", "ours", "--out", "b.safetensors", *KEYS]
     command += ["model.num_levels=4", "model.dim=32"]
 
     code, printed = run(*command)
@@ -193,7 +193,7 @@ def test_classes_are_named_and_kept_for_a_data_set(state, run, tmp_path):
     source = write_published(tmp_path / "a.pth", state, "official", "model")
     (tmp_path / "names.txt").write_text("-\ncat\ndog\ncow\nemu\n")
     data = annotations(tmp_path / "data.json", "Dog", "yak", "cat")
-    command = [convert_job, source, "--to", "ours", "--output", "b.safetensors", *KEYS]
+    command = [convert_job, source, "--to", "ours", "--out", "b.safetensors", *KEYS]
 
     code, printed = run(*command, "--for-data", data)
     assert code == 2
@@ -298,8 +298,8 @@ def test_a_backbone_becomes_ours_and_is_no_detector(state, run, tmp_path):
     ("arguments", "says"),
     [
         (["absent.pth"], "absent.pth: no such file"),
-        (["a.pth", "--to", "ours", "--output", "b.pth"], "end the name in .safetensors"),
-        (["a.pth", "--to", "ours", "--output", "folder.safetensors"], "is a folder"),
+        (["a.pth", "--to", "ours", "--out", "b.pth"], "end the name in .safetensors"),
+        (["a.pth", "--to", "ours", "--out", "folder.safetensors"], "is a folder"),
         (["a.pth", "--to", "official", "optim.lr=1"], "optim.lr changes nothing here"),
         (["a.pth", "--variant", "deta_r101"], "there is no variant"),
         (["ftp://host/a.pth"], "only http and https"),

@@ -178,7 +178,7 @@ def test_predictions_of_a_folder_are_those_of_the_evaluation(tmp_path, trained):
     output = tmp_path / "out"
 
     done = run_job(
-        "predict.py", trained.run, trained.shapes.val_images, "--output", output,
+        "predict.py", trained.run, trained.shapes.val_images, "--out", output,
         "--annotations", trained.own_annotations, "--threshold", "0.2", "--device", "cpu",
     )  # fmt: skip
 
@@ -203,29 +203,35 @@ def test_a_damaged_image_is_reported_and_the_others_are_predicted(tmp_path, trai
     (folder / "b.JPG").write_bytes(second.read_bytes()[:-200])
     Image.open(third).save(folder / "below" / "c.webp", lossless=True)
     (folder / "notes.txt").write_text("no picture")
+    (folder / "z.png").write_text("no picture either")
+    elsewhere = tmp_path / "elsewhere" / "a.jpg"  # as in the folder
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(third.read_bytes())
 
     done = run_job(
-        "predict.py", trained.run, folder, "--output", tmp_path / "out", "--device", "cpu",
-        "postprocess.max_detections=7",
+        "predict.py", trained.run, folder, elsewhere, "--output", tmp_path / "out",
+        "--device", "cpu", "postprocess.max_detections=7",
     )  # fmt: skip
 
     assert done.returncode == 1, done.stderr
     assert "1 other file left out (1 .txt)" in done.stdout
-    assert "1 of 3 images could not be read" in done.stdout
+    assert "2 of 5 images could not be read" in done.stdout
     assert f"not readable: {folder / 'b.JPG'}" in done.stdout
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     assert written == {
-        "pictures/a.jpg", "pictures/below/c.webp.png", "images.json", "results.json",
-        "detections.parquet",
+        "pictures/mixed/a.jpg", "pictures/mixed/below/c.webp.png", "pictures/elsewhere/a.jpg",
+        "images.json", "results.json", "detections.parquet",
     }  # fmt: skip
     listing = json.loads((tmp_path / "out" / "images.json").read_text())
     assert {image["id"]: image["file_name"] for image in listing["images"]} == {
-        1: "a.jpg",
-        3: "below/c.webp",
+        1: "mixed/a.jpg",
+        3: "mixed/below/c.webp",
+        5: "elsewhere/a.jpg",
     }
-    assert [entry["file_name"] for entry in listing["unreadable"]] == ["b.JPG"]
+    unreadable = [entry["file_name"] for entry in listing["unreadable"]]
+    assert unreadable == ["mixed/z.png", "mixed/b.JPG"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [result["image_id"] for result in results] == [1] * 7 + [3] * 7
+    assert [result["image_id"] for result in results] == [1] * 7 + [3] * 7 + [5] * 7
 
 
 def test_a_pattern_gives_the_same_detections_in_batches_and_as_a_table(tmp_path, trained):
@@ -235,7 +241,7 @@ def test_a_pattern_gives_the_same_detections_in_batches_and_as_a_table(tmp_path,
 
     done = run_job(
         "predict.py", trained.run, folder.parent / f"{folder.name[:2]}*" / "**" / "*[0-9].jpg",
-        "--output", tmp_path / "out", "--annotations", trained.own_annotations,
+        "--out", tmp_path / "out", "--annotations", trained.own_annotations,
         "--batch-size", "3", "--no-pictures", "--device", "cpu",
     )  # fmt: skip
 
@@ -269,7 +275,7 @@ def test_photographs_are_predicted(tmp_path, trained):
         pytest.skip("no shared photographs")
 
     done = run_job(
-        "predict.py", trained.run, *photographs, "--output", tmp_path, "--device", "cpu",
+        "predict.py", trained.run, *photographs, "--out", tmp_path, "--device", "cpu",
         "--batch-size", "2", "--threshold", "0.25",
     )  # fmt: skip
 
@@ -309,7 +315,7 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
     (tmp_path / one.name).write_bytes(one.read_bytes())
 
     def refused(*arguments: object) -> str:
-        return refusal(predict_job, trained.run, *arguments, "--output", output)
+        return refusal(predict_job, trained.run, *arguments, "--out", output)
 
     assert "absent.jpg: there is no such" in refused(pictures, tmp_path / "absent.jpg")
     assert "or configuration key" in refused(pictures, "postprocess.nms=0.5")
@@ -317,8 +323,7 @@ def test_refused_predictions_say_what_is_wrong_and_write_nothing(tmp_path, train
     assert "no images are given" in refused("precision=fp32")
     assert "no file matches this pattern" in refused(pictures / "*.gif")
     assert "no file in it ends in" in refused(tmp_path / "empty")
-    assert "bad.jpg: is not JPEG" in refused(one, tmp_path / "bad.jpg")
-    assert "have the same name" in refused(one, tmp_path / one.name)
+    assert "bad.jpg: is not JPEG" in refused(one, tmp_path / "bad.jpg", "--strict")
     assert "not in 0..1" in refused(one, "--threshold", "30")
     bad = ["--annotations", trained.own_annotations]
     assert "bad.jpg; leave out" in refused(one, tmp_path / "bad.jpg", *bad)

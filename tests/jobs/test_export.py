@@ -177,7 +177,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         patch.setattr("deta.platform.inference.exported_model.open_program", open_alone)
         patch.setattr("deta.platform.inference.export_check.MEASURED_S", 0.1)
         code = run_job(
-            export_job, root / "run", "--output", root / "out", "--device", "cpu",
+            export_job, root / "run", "--out", root / "out", "--device", "cpu",
             "--check-images", root / "pictures" / "*.png", "--check-batch", "2",
         )  # fmt: skip
     assert code == 0, captured
@@ -302,7 +302,7 @@ def test_a_file_with_other_detections_is_deleted(tmp_path, exported, monkeypatch
     )
 
     code = run_job(
-        export_job, exported.run, "--output", tmp_path / "out", "--device", "cpu",
+        export_job, exported.run, "--out", tmp_path / "out", "--device", "cpu",
         "--format", "pt2", "--check-images", exported.pictures,
     )  # fmt: skip
 
@@ -325,7 +325,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def test_refused_exports_say_what_is_wrong_and_write_nothing(tmp_path, exported, refusal):
-    to = ["--output", tmp_path / "out"]
+    to = ["--out", tmp_path / "out"]
     checked = ["--check-images", exported.pictures]
 
     assert "add --unverified" in refusal(exported.run, *to)

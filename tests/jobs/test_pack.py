@@ -57,7 +57,7 @@ def test_a_killed_pack_goes_on_and_verifies(loose, tmp_path, monkeypatch, capsys
     images, annotations = loose
     output = tmp_path / "shards"
     packing = command(
-        "--images", images, "--annotations", annotations, "--output", output, "--shard-mb", "1"
+        "--images", images, "--annotations", annotations, "--out", output, "--shard-mb", "1"
     )
     process = subprocess.Popen(
         packing, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -101,8 +101,8 @@ def test_what_does_not_fit_is_refused_with_code_2(loose, monkeypatch, capsys):
     images, annotations = loose
     given = ["--images", images, "--annotations", annotations]
     assert run(monkeypatch, *given) == 2
-    assert "give --images, --annotations and --output" in capsys.readouterr().err
-    assert run(monkeypatch, *given, "--output", "s3://name:hunter2@bucket/shards") == 2
+    assert "give --images, --annotations and --out" in capsys.readouterr().err
+    assert run(monkeypatch, *given, "--out", "s3://name:hunter2@bucket/shards") == 2
     captured = capsys.readouterr()
     assert "contains a password" in captured.err
     assert "hunter2" not in captured.err + captured.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,20 @@ def test_a_process_of_the_cluster_knows_its_address(ray_cluster, tmp_path: Path)
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1]) == [ray_cluster.address] * 2
+
+
+def test_the_cluster_of_a_run_leaves_the_default_port_to_others(tmp_path: Path):
+    """`deta submit` without an address would find it there, and lose its job with the run."""
+    code = (
+        "from deta.platform.cluster.connection import join_cluster; join_cluster(); import ray; "
+        "print(ray._private.worker._global_node.webui_url)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    port = int(ran.stdout.split()[-1].rpartition(":")[2])
+    assert 20_000 <= port < 32_000

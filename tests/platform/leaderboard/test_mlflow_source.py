@@ -37,9 +37,18 @@ def test_runs_versions_and_champions_come_from_mlflow(tmp_path: Path):
         client.log_metric(ids[-1], "best/AP", ap)
     client.create_run(experiment, run_name="sweep", tags={"deta.kind": "sweep"})
     client.create_registered_model("deta")
+    sweep = {"deta.sweep": "lr-sweep", "mlflow.source.name": "driver.py"}
+    trial = client.create_run(experiment, run_name="trial 01: lr=0.1", tags=sweep)
     client.create_model_version("deta", (tmp_path / "f").as_uri(), run_id=ids[2])
+    client.create_model_version(
+        "deta", (tmp_path / "f").as_uri(), run_id=trial.info.run_id, tags={"deta.AP": "20.5"}
+    )
     client.set_registered_model_alias("deta", "champion", "1")
     board = Board(uri)
+    board.refresh(MlflowSource(uri))
+    assert column(board.content, "ap")[3] == 20.5  # of its version: it has none of its own
+    assert column(board.content, "recipe")[3] == "sweep lr-sweep"
+    client.delete_run(trial.info.run_id)
     board.refresh(MlflowSource(uri))
     assert column(board.content, "id") == [ids[1], ids[2], ids[0]]
     assert column(board.content, "name")[0] == HOSTILE[1]

@@ -39,6 +39,7 @@ def test_text_becomes_the_type_of_its_field(key: str, text: str, value: object):
     ("key", "text", "message"),
     [
         ("lr", "1", "did you mean optim.lr"),
+        ("optim.learning_rate", "1", "did you mean optim.lr or"),
         ("optim.learning_rate", "1", "there is no configuration key"),
         ("optim", "1", "there is no configuration key"),
         ("total_batch_size", "eight", "total_batch_size='eight': Input should be a valid integer"),

@@ -126,6 +126,7 @@ def test_a_form_and_a_body_get_the_same_detections(server: Server):
         ("?min_score=nan", "min_score"),
         ("?max_detections=0", "max_detections"),
         ("?upright=perhaps", "upright"),
+        ("?min_scor=0.9", "min_scor"),
     ],
 )
 def test_a_bad_parameter_is_named(server: Server, query: str, words: str):

@@ -93,6 +93,14 @@ def test_keys_beside_the_numbers_still_tell_trials_apart():
     assert len({trial.id for trial in sweep.trials()}) == 2
 
 
+def test_the_title_of_a_trial_has_its_values():
+    space = {"optim.lr": Choice((1e-3, 2e-3)), "total_batch_size": Choice((4, 8))}
+    sweep = Sweep(base=demo(), space=space)
+    titles = [sweep.trial_title(trial) for trial in sweep.trials()]
+    assert titles[1] == "trial 02: lr=0.001, total_batch_size=8"
+    assert len(set(titles)) == 4
+
+
 def test_seeds_of_one_combination_share_its_cell():
     sweep = Sweep(base=demo(), space={"optim.lr": Choice((1e-3, 2e-3)), "seed": Choice((1, 2))})
     trials = sweep.trials()
