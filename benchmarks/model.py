@@ -19,10 +19,10 @@ from measuring import peak_memory, processor, timed
 from torch import Tensor
 from transformers.models.deprecated.deta import DetaConfig, DetaForObjectDetection
 
-from deta.model.backbone import BackboneConfig
 from deta.model.batch import Target, pad_batch
-from deta.model.criterion import Criterion, CriterionConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import BackboneConfig, CriterionConfig, ModelConfig
+from deta.model.criterion import Criterion
+from deta.model.detector import DETA
 from deta.model.pretrained import to_published
 from deta.ops.ms_deform_attn import path
 

@@ -29,8 +29,8 @@ from measuring import processor
 
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import train_loader
+from deta.platform.data.image_sizes import AugmentationConfig
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import AugmentationConfig
 from deta.platform.shards.object_store import ObjectStore, is_address
 from deta.platform.shards.open_dataset import open_dataset
 from deta.platform.shards.packer import MEGABYTE, pack_dataset

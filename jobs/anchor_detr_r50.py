@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.model.anchor_detr import AnchorDETRConfig
-from deta.model.backbone import BackboneConfig
-from deta.model.criterion import CriterionConfig
-from deta.model.postprocess import PostprocessConfig
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.model.config import AnchorDETRConfig, BackboneConfig, CriterionConfig, PostprocessConfig
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import RunConfig
 
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.model.backbone import BackboneConfig
-from deta.model.criterion import CriterionConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, CriterionConfig, ModelConfig
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig
 
 

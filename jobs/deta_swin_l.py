@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
-from deta.platform.data.transforms import larger_augmentation, larger_evaluation_size
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.platform.data.image_sizes import larger_augmentation, larger_evaluation_size
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig
 
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deta.model.criterion import CriterionConfig
-from deta.model.detector import ModelConfig
-from deta.model.postprocess import PostprocessConfig
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.model.config import CriterionConfig, ModelConfig, PostprocessConfig
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import RunConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deta.platform.learning.optimizer import LR_RULES
+from deta.platform.learning.schedule import LR_RULES
 from deta.platform.run.config import RunConfig
 
 RULE_KEY, BASE_KEY = "optim.lr_rule", "optim.lr_base_batch"

@@ -10,67 +10,21 @@ Source: Anchor DETR, Wang et al. 2021, https://arxiv.org/abs/2109.07107, and its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deta.model.backbone import Backbone, BackboneConfig
+from deta.model.backbone import Backbone
 from deta.model.boxes import box_logits
+from deta.model.config import AnchorDETRConfig
 from deta.model.detector import PRIOR_PROBABILITY, InputProjection, Predictions
 from deta.model.position import encode_boxes
 from deta.model.transformer import BoxHead, FeedForward
 
 STRIDE = 32  # C5; the same map is twice as fine where the backbone is dilated (DC5)
 FIRST_SIZE_LOGIT = -2.0  # every box starts at 0.12 of the image; released code
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchorDETRConfig:
-    """Configuration of Anchor DETR. The defaults are Anchor DETR R50 C5 as published."""
-
-    architecture: Literal["anchor_detr"] = "anchor_detr"
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    num_classes: int = 80
-    dim: int = 256
-    num_heads: int = 8
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 1024
-    dropout: float = 0.0
-    num_points: int = 300
-    num_patterns: int = 3  # one point may have several objects around it
-    # "learned": training moves them. "grid": fixed and evenly spaced, the nearest square number.
-    points: Literal["learned", "grid"] = "learned"
-    # Keys are averages over a column or row of the feature map. Released code includes padding, so
-    # a prediction depends on the other images of the batch; false excludes it.
-    average_padding: bool = True
-    logit_eps: float = 1e-5  # official; detrex trained its weights with 1e-3
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1 or self.num_points < 1 or self.num_patterns < 1:
-            raise ValueError(
-                f"num_classes={self.num_classes}, num_points={self.num_points} and "
-                f"num_patterns={self.num_patterns} must be at least 1"
-            )
-        if self.dim % 4 or self.dim % self.num_heads:
-            raise ValueError(
-                f"dim={self.dim} must be a multiple of 4 and of {self.num_heads} heads"
-            )
-        if self.encoder_layers < 0 or self.decoder_layers < 1:
-            raise ValueError(
-                f"encoder_layers={self.encoder_layers} must be at least 0 and "
-                f"decoder_layers={self.decoder_layers} at least 1"
-            )
-        if self.points not in ("learned", "grid"):
-            raise ValueError(f"points={self.points!r} is neither learned nor grid")
-
-    @property
-    def num_queries(self) -> int:
-        side = round(math.sqrt(self.num_points))
-        return self.num_patterns * (self.num_points if self.points == "learned" else side**2)
 
 
 @dataclass(frozen=True)

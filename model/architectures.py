@@ -9,9 +9,10 @@ from dataclasses import replace
 from types import ModuleType
 
 from deta.model import pretrained, pretrained_anchor
-from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig
-from deta.model.criterion import Criterion, CriterionConfig, OneToOneCriterion
-from deta.model.detector import DETA, ModelConfig
+from deta.model.anchor_detr import AnchorDETR
+from deta.model.config import AnchorDETRConfig, CriterionConfig, ModelConfig
+from deta.model.criterion import Criterion, OneToOneCriterion
+from deta.model.detector import DETA
 
 DetectorConfig = ModelConfig | AnchorDETRConfig
 Detector = DETA | AnchorDETR  # `detector(images, padding)` gives at least `Predictions`

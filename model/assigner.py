@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deta.model.batch import Targets
 from deta.model.boxes import cxcywh_to_xyxy, pairwise_generalized_iou, pairwise_iou
+from deta.model.config import IouAssignerConfig, MatchingCost
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,6 @@ class Matches:
         """Return (prediction, object) indices of one image, by object. Waits for the device."""
         objects, _ = self.valid[image].nonzero(as_tuple=True)
         return self.predictions[image][self.valid[image]], objects
-
-
-@dataclass(frozen=True, kw_only=True)
-class IouAssignerConfig:
-    """Configuration of the IoU assigner. The defaults are those of all published results."""
-
-    positive_iou: float
-    max_positives: int  # per image; more are subsampled at random
-    max_per_object: int = 4  # DETA, released code; the paper's table 6 varies it
-    # A prediction assigned to two objects keeps only the one that it overlaps more. Released code
-    # uses the class of one of them and counts both boxes (issue 8 of jozhang97/DETA).
-    exclusive: bool = False
-    # An object that no prediction overlaps stays unmatched. Released code makes every prediction
-    # without overlap positive for it.
-    require_overlap: bool = False
-    # Subsample at random above max_positives, as released code does. Off: keep all.
-    subsample: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.positive_iou <= 1:
-            raise ValueError(f"positive_iou={self.positive_iou} is not in (0, 1]")
-        if self.max_positives < 0 or self.max_per_object < 1:
-            raise ValueError(
-                f"max_positives={self.max_positives} must be at least 0 and "
-                f"max_per_object={self.max_per_object} at least 1"
-            )
 
 
 def random_priority(seeds: Tensor, length: int) -> Tensor:
@@ -150,15 +125,6 @@ def predicted_object(matches: Matches, num_predictions: int) -> Tensor:
     objects = objects.masked_fill(~matches.valid.flatten(1), -1)
     none = objects.new_full((num_images, num_predictions), -1)
     return none.scatter_reduce(1, matches.predictions.flatten(1), objects, "amax")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingCost:
-    """Cost weights of the one-to-one matching, as in the released code of Deformable DETR."""
-
-    class_: float = 2.0
-    l1: float = 5.0
-    giou: float = 2.0
 
 
 @torch.no_grad()

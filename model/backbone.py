@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import timm
 import torch
@@ -18,41 +16,9 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from deta.model.config import STRIDES, BackboneConfig
+
 RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's values, before the expansion
-STRIDES = (8, 16, 32)  # DETA builds its extra levels from the last of these
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Configuration of the backbone. The defaults are those of DETA R50."""
-
-    name: str = "resnet50.tv_in1k"  # any timm network with features at strides 8, 16 and 32
-    pretrained: bool = True  # start from timm's weights of that name; downloads them once
-    # "frozen": BatchNorm with fixed statistics and weights, as in all published DETA R50.
-    # "batch": trainable BatchNorm; its result depends on how a batch is split among workers.
-    # "group": GroupNorm instead, for training from scratch; independent of the split.
-    # "own": the norms of the network, unchanged.
-    norm: Literal["frozen", "batch", "group", "own"] = "frozen"
-    frozen_parts: tuple[str, ...] = ("conv1", "bn1", "layer1")  # not trained; names as in timm
-    output_norm: bool = False  # a LayerNorm after each output, as in DETA with Swin
-    drop_path: float = 0.0  # stochastic depth rate of the last block; lower in earlier ones
-    window: int | None = None  # window size of a Swin, if not the one in its name
-    width: float = 1.0  # of a ResNet or Swin from scratch: 0.5 halves the channels everywhere
-    dilated: bool = False  # the last stage of a ResNet at stride 16 instead of 32 ("DC5")
-    # Store only the input of each block and recompute the rest in the backward pass: less memory,
-    # more time, the same gradients. Official DETA does so in Swin.
-    checkpoint_activations: bool = False
-
-    def __post_init__(self) -> None:
-        if self.norm not in ("frozen", "batch", "group", "own"):
-            raise ValueError(f"backbone.norm={self.norm!r} is not frozen, batch, group or own")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"backbone.drop_path={self.drop_path} is not in 0..1")
-        if self.width <= 0 or (self.width != 1 and self.pretrained):
-            raise ValueError(
-                f"backbone.width={self.width} must be positive, and 1 where pretrained weights are "
-                "loaded"
-            )
 
 
 class GroupNorm(nn.GroupNorm):

@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deta.model.assigner import (
-    IouAssignerConfig,
     Matches,
-    MatchingCost,
     assign_by_iou,
     match_one_to_one,
     predicted_object,
@@ -23,45 +20,10 @@ from deta.model.assigner import (
 )
 from deta.model.batch import Batch, Targets
 from deta.model.boxes import cxcywh_to_xyxy, generalized_iou
+from deta.model.config import CriterionConfig
 from deta.model.detector import Outputs, Predictions
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2  # Lin et al. 2017, and all published DETA code
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriterionConfig:
-    """Configuration of the losses and of the assignment of predictions to objects."""
-
-    # "iou": several predictions per object, by overlap (DETA).
-    # "one_to_one": the cheapest matching of each layer (improved Deformable DETR).
-    assignment: Literal["iou", "one_to_one"] = "iou"
-    class_weight: float = 1.0  # as in all DETA configurations; Deformable DETR uses 2
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    first_stage_iou: float = 0.7  # DETA, released code
-    second_stage_iou: float = 0.6  # DETA, released code
-    max_per_object: int = 4
-    exclusive: bool = False  # these three: see IouAssignerConfig
-    require_overlap: bool = False
-    subsample: bool = True
-    matching_cost: MatchingCost = field(default_factory=MatchingCost)
-
-    def __post_init__(self) -> None:
-        if self.assignment not in ("iou", "one_to_one"):
-            raise ValueError(f"assignment={self.assignment!r} is neither iou nor one_to_one")
-        self.assigner(self.first_stage_iou, 1)
-        self.assigner(self.second_stage_iou, 1)
-
-    def assigner(self, positive_iou: float, max_positives: int) -> IouAssignerConfig:
-        """Return the configuration of the IoU assigner for one stage."""
-        return IouAssignerConfig(
-            positive_iou=positive_iou,
-            max_positives=max_positives,
-            max_per_object=self.max_per_object,
-            exclusive=self.exclusive,
-            require_overlap=self.require_overlap,
-            subsample=self.subsample,
-        )
 
 
 FIRST_STAGE_POSITIVES = 128  # half of 256, DETA, released code

@@ -10,15 +10,15 @@ Source: NMS Strikes Back, Ouyang-Zhang et al. 2022, https://arxiv.org/abs/2212.0
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deta.model.backbone import STRIDES, Backbone, BackboneConfig, GroupNorm
+from deta.model.backbone import Backbone, GroupNorm
+from deta.model.config import ModelConfig
 from deta.model.position import encode_boxes, encode_pixels
 from deta.model.proposals import make_anchors, select_highest, select_spread
 from deta.model.transformer import (
@@ -31,50 +31,6 @@ from deta.model.transformer import (
 )
 
 PRIOR_PROBABILITY = 0.01  # of every class, initially (focal loss, Lin et al. 2017, section 4.1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Configuration of DETA. The defaults are DETA R50 5-scale as published."""
-
-    architecture: Literal["deta"] = "deta"
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    num_classes: int = 80
-    num_levels: int = 5
-    dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 2048
-    dropout: float = 0.0
-    num_queries: int = 900
-    # "spread": per-level candidates, NMS and a quota for each level (DETA).
-    # "highest": the highest scores of all levels (improved Deformable DETR).
-    proposal_selection: Literal["spread", "highest"] = "spread"
-    logit_eps: float = 1e-5  # official and Hugging Face; detrex trained its weights with 1e-3
-    # Store only the input of each encoder layer and recompute the rest in the backward pass.
-    checkpoint_encoder: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1 or self.num_queries < 1:
-            raise ValueError(
-                f"num_classes={self.num_classes} and num_queries={self.num_queries} must be at "
-                "least 1"
-            )
-        if self.num_levels < len(STRIDES):
-            raise ValueError(
-                f"num_levels={self.num_levels} must be at least {len(STRIDES)}, the number of maps "
-                "that the backbone gives"
-            )
-        if self.dim % 4 or self.dim % self.num_heads:
-            raise ValueError(
-                f"dim={self.dim} must be a multiple of 4 and of {self.num_heads} heads"
-            )
-        if self.proposal_selection not in ("spread", "highest"):
-            raise ValueError(
-                f"proposal_selection={self.proposal_selection!r} is neither spread nor highest"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,26 +11,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.config import PostprocessConfig
 from deta.model.detector import Predictions
 from deta.model.suppression import best_surviving
-
-
-@dataclass(frozen=True, kw_only=True)
-class PostprocessConfig:
-    """Configuration of the postprocessing. The defaults are DETA's."""
-
-    nms_iou: float | None = 0.7  # within a class; None for the one-to-one baseline
-    max_candidates: int = 10_000  # (query, class) pairs that enter NMS
-    max_detections: int = 100  # per image; COCO counts no more
-
-    def __post_init__(self) -> None:
-        if self.nms_iou is not None and not 0 < self.nms_iou <= 1:
-            raise ValueError(f"nms_iou={self.nms_iou} is not in (0, 1]")
-        if self.max_candidates < 1 or self.max_detections < 1:
-            raise ValueError(
-                f"max_candidates={self.max_candidates} and max_detections={self.max_detections} "
-                "must be at least 1"
-            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import ModelConfig
+from deta.model.detector import DETA
 from deta.model.published_names import (
     BIAS_INDEX,
     BIAS_TABLE,

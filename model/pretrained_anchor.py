@@ -16,7 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig
+from deta.model.anchor_detr import AnchorDETR
+from deta.model.config import AnchorDETRConfig
 from deta.model.pretrained import Renamed, listing, rows_or_fresh
 
 Format = Literal["official", "detrex"]

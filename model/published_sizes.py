@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deta.model.backbone import Backbone, BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.backbone import Backbone
+from deta.model.config import BackboneConfig, ModelConfig
 from deta.model.published_names import BIAS_TABLE, STEPS
 
 BACKBONE = "pyramid.backbone."  # prefix of the names of its tensors

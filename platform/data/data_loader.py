@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.data.coco_dataset import ImageRecord, Sample
 from deta.platform.data.image_decoding import ImageError
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.loader_errors import explain_worker_errors, restore_signal_handler
 from deta.platform.data.sample_order import (
     Draws,
@@ -34,13 +35,7 @@ from deta.platform.data.sample_order import (
     replacement_index,
     sample_seed,
 )
-from deta.platform.data.transforms import (
-    AugmentationConfig,
-    EvaluationSize,
-    augment,
-    resize_for_evaluation,
-    to_model_input,
-)
+from deta.platform.data.transforms import augment, resize_for_evaluation, to_model_input
 
 MAX_REPLACEMENTS = 8  # tries; if half of all images are broken, all fail for one in 256
 

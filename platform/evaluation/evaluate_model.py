@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
+from deta.model.config import PostprocessConfig
+from deta.model.postprocess import Detections, detect_objects
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import evaluation_loader
-from deta.platform.data.transforms import EvaluationSize
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.evaluation.coco_metrics import (
     CocoMetrics,
     evaluate_detections,

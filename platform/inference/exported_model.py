@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from deta.model.postprocess import Detections
-from deta.platform.data.transforms import EvaluationSize, resized_size
+from deta.platform.data.image_sizes import EvaluationSize
+from deta.platform.data.transforms import resized_size
 
 INPUTS = ("images", "sizes_px", "original_sizes_px")
 

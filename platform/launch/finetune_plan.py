@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deta.model.architectures import DetectorConfig, without_download
-from deta.platform.learning.optimizer import ScheduleConfig
+from deta.platform.learning.schedule import ScheduleConfig
 from deta.platform.run.config import RunConfig, override
 
 SAMPLES_PER_IMAGE = 60

@@ -27,11 +27,8 @@ from torch.optim.swa_utils import AveragedModel
 from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.model.batch import Batch, Target, pad_batch
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.transforms import (
-    MAX_LONG_EDGE_BEFORE_CROP,
-    AugmentationConfig,
-    resized_size,
-)
+from deta.platform.data.image_sizes import AugmentationConfig
+from deta.platform.data.transforms import MAX_LONG_EDGE_BEFORE_CROP, resized_size
 from deta.platform.learning.gradient_sum import GradientSum
 from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
 from deta.platform.learning.train_step import PRECISIONS, train_step

@@ -15,12 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from deta.model.anchor_detr import AnchorDETRConfig
-from deta.model.criterion import CriterionConfig
-from deta.model.detector import ModelConfig
-from deta.model.postprocess import PostprocessConfig
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.model.config import AnchorDETRConfig, CriterionConfig, ModelConfig, PostprocessConfig
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 
 Config = TypeVar("Config")
 Engine = Literal["hotcoco", "pycocotools"]

@@ -17,8 +17,8 @@ from pathlib import Path
 from torch import Tensor
 
 from deta.model import pretrained
-from deta.model.anchor_detr import AnchorDETRConfig
 from deta.model.architectures import DetectorConfig, layouts_of
+from deta.model.config import AnchorDETRConfig
 from deta.model.published_names import STEPS
 from deta.model.published_sizes import BODY
 from deta.platform.system.short_list import short_list

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deta.model.architectures import DetectorConfig, layouts_of
-from deta.model.detector import ModelConfig
+from deta.model.config import ModelConfig
 from deta.model.pretrained_anchor import is_anchor_detr
 from deta.model.published_sizes import with_sizes_of
 from deta.platform.checkpoint.format import MANIFEST, read_checkpoint

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from deta.jobs import convert as convert_job
 from deta.jobs import evaluate as evaluate_job
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.model.detector import DETA
 from deta.model.pretrained import to_published
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.data.transforms import EvaluationSize
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState

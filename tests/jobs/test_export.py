@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deta.jobs import export as export_job
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.model.detector import DETA
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
-from deta.platform.data.transforms import EvaluationSize
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.inference.export_check import OutputDifference, compare_detections, run_eagerly
 from deta.platform.inference.exported_model import (
     PackedImages,

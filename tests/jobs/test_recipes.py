@@ -15,11 +15,12 @@ from timm.layers.drop import DropPath
 
 from deta.jobs.recipes import RECIPES, VARIANTS, find_variant
 from deta.model import pretrained_anchor
-from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig
+from deta.model.anchor_detr import AnchorDETR
 from deta.model.architectures import make_detector, without_download
-from deta.model.backbone import Backbone, BackboneConfig
+from deta.model.backbone import Backbone
 from deta.model.batch import Target, pad_batch
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import AnchorDETRConfig, BackboneConfig, ModelConfig
+from deta.model.detector import DETA
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.inference.predictor import Predictor
 from deta.platform.learning.distributed import Worker

@@ -8,7 +8,8 @@ from torch import nn
 from deta.jobs.deta_r50 import detrex_bs8, official_12ep
 from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.launch.console import batch_line
-from deta.platform.learning.optimizer import OptimConfig, make_optimizer
+from deta.platform.learning.optimizer import make_optimizer
+from deta.platform.learning.schedule import OptimConfig
 from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
 
 

@@ -23,10 +23,10 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from deta.model import detector
-from deta.model.backbone import BackboneConfig
 from deta.model.batch import Batch, Target, pad_batch, pad_targets
-from deta.model.criterion import Criterion, CriterionConfig
-from deta.model.detector import DETA, ModelConfig, Outputs
+from deta.model.config import BackboneConfig, CriterionConfig, ModelConfig
+from deta.model.criterion import Criterion
+from deta.model.detector import DETA, Outputs
 from deta.model.pretrained import rename_from_published, rename_to_published
 
 VARIANTS = {

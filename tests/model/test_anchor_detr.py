@@ -13,13 +13,20 @@ import torchvision
 from torch import Tensor, nn
 
 from deta.model import pretrained_anchor
-from deta.model.anchor_detr import AnchorDETR, AnchorDETRConfig, RowColumnAttention
+from deta.model.anchor_detr import AnchorDETR, RowColumnAttention
 from deta.model.architectures import make_criterion, make_detector
-from deta.model.backbone import Backbone, BackboneConfig
+from deta.model.backbone import Backbone
 from deta.model.batch import Target, pad_batch
-from deta.model.criterion import Criterion, CriterionConfig, OneToOneCriterion
-from deta.model.detector import ModelConfig, Outputs, Predictions
-from deta.model.postprocess import PostprocessConfig, detect_objects
+from deta.model.config import (
+    AnchorDETRConfig,
+    BackboneConfig,
+    CriterionConfig,
+    ModelConfig,
+    PostprocessConfig,
+)
+from deta.model.criterion import Criterion, OneToOneCriterion
+from deta.model.detector import Outputs, Predictions
+from deta.model.postprocess import detect_objects
 
 DIM, HEADS = 16, 4
 TINY = AnchorDETRConfig(

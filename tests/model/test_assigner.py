@@ -16,9 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from deta.model.assigner import (
-    IouAssignerConfig,
     Matches,
-    MatchingCost,
     assign_by_iou,
     match_one_to_one,
     predicted_object,
@@ -26,11 +24,8 @@ from deta.model.assigner import (
 )
 from deta.model.batch import Target, Targets, pad_targets
 from deta.model.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from deta.model.criterion import (
-    FIRST_STAGE_POSITIVES,
-    SECOND_STAGE_SHARE,
-    CriterionConfig,
-)
+from deta.model.config import CriterionConfig, IouAssignerConfig, MatchingCost
+from deta.model.criterion import FIRST_STAGE_POSITIVES, SECOND_STAGE_SHARE
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared")

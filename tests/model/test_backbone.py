@@ -11,7 +11,8 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from deta.model.backbone import Backbone, BackboneConfig
+from deta.model.backbone import Backbone
+from deta.model.config import BackboneConfig
 
 
 def with_statistics(network: nn.Module) -> nn.Module:

@@ -17,7 +17,8 @@ from torch import Tensor
 from deta.model.assigner import Matches, predicted_object
 from deta.model.batch import Batch, Target, pad_targets
 from deta.model.boxes import cxcywh_to_xyxy, generalized_iou
-from deta.model.criterion import Criterion, CriterionConfig, focal_loss
+from deta.model.config import CriterionConfig
+from deta.model.criterion import Criterion, focal_loss
 from deta.model.detector import Outputs
 from deta.model.pretrained import rename_to_published
 

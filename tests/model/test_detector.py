@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deta.model import proposals
-from deta.model.backbone import BackboneConfig
 from deta.model.batch import Batch, Target, pad_batch
-from deta.model.criterion import Criterion, CriterionConfig
-from deta.model.detector import DETA, ModelConfig, Outputs
+from deta.model.config import BackboneConfig, CriterionConfig, ModelConfig
+from deta.model.criterion import Criterion
+from deta.model.detector import DETA, Outputs
 from deta.model.proposals import select_highest, select_spread
 
 SHARED = Path(

@@ -13,8 +13,9 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from deta.model.boxes import cxcywh_to_xyxy
+from deta.model.config import PostprocessConfig
 from deta.model.detector import Outputs
-from deta.model.postprocess import Detections, PostprocessConfig, detect_objects
+from deta.model.postprocess import Detections, detect_objects
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[2] / "../shared")

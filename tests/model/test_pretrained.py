@@ -15,9 +15,10 @@ from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer, _create_swin_transformer
 from torch import Tensor
 
-from deta.model.backbone import Backbone, BackboneConfig
-from deta.model.detector import DETA, ModelConfig
-from deta.model.postprocess import PostprocessConfig, detect_objects
+from deta.model.backbone import Backbone
+from deta.model.config import BackboneConfig, ModelConfig, PostprocessConfig
+from deta.model.detector import DETA
+from deta.model.postprocess import detect_objects
 from deta.model.pretrained import (
     Format,
     detect_format,

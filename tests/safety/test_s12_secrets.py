@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.launch.prepare_run import prepare_run
 from deta.platform.run.config import (
     ClusterConfig,

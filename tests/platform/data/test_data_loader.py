@@ -24,9 +24,9 @@ from deta.model.batch import Batch
 from deta.platform.data.coco_dataset import CocoDataset, ImageRecord, Sample
 from deta.platform.data.data_loader import LoadedBatch, TrainLoader, evaluation_loader, train_loader
 from deta.platform.data.image_decoding import ImageError
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.loader_errors import LoaderWorkerError
 from deta.platform.data.sample_order import TrainingOrder, replacement_index, sample_seed
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 
 SMALL = AugmentationConfig(
     short_edges=(24, 32),

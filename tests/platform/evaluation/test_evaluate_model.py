@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from deta.model.config import PostprocessConfig
 from deta.model.detector import DETA
-from deta.model.postprocess import PostprocessConfig
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.evaluate_model import evaluate_model
 from deta.platform.learning.distributed import Worker
 from tests.platform.weights.small_detector import SMALL

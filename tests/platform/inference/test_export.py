@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deta.model.detector import ModelConfig
+from deta.model.config import ModelConfig
 from deta.platform.inference.export import foreign_operators, least_side_px
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deta.platform.data.transforms import EvaluationSize
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.inference.exported_model import open_program, pack_images, unpack_detections
 
 

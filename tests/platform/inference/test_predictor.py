@@ -14,14 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import ModelConfig
+from deta.model.detector import DETA
 from deta.model.postprocess import Detections
 from deta.model.pretrained import published_logit_eps, to_published
 from deta.platform.checkpoint.local import find_checkpoint, take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.image_decoding import ImageError, decode
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation import coco_engines
 from deta.platform.evaluation.coco_metrics import to_coco_results
 from deta.platform.inference.predictor import Predictor

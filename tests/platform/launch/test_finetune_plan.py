@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from deta.jobs.deta_r50 import VARIANTS, official_12ep, small
-from deta.platform.data.transforms import EvaluationSize
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.launch.finetune_plan import (
     base_config,
     machine_plan,

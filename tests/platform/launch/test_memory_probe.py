@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deta.platform.data.coco_dataset import CocoDataset, Sample
+from deta.platform.data.image_sizes import AugmentationConfig, tiny_augmentation
 from deta.platform.data.sample_order import Draws
-from deta.platform.data.transforms import AugmentationConfig, augment, tiny_augmentation
+from deta.platform.data.transforms import augment
 from deta.platform.launch import memory_probe
 from deta.platform.launch.memory_probe import (
     ProbeResult,

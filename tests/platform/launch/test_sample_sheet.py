@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from deta.platform.data.data_loader import train_loader
-from deta.platform.data.transforms import tiny_augmentation
+from deta.platform.data.image_sizes import tiny_augmentation
 from deta.platform.launch.sample_sheet import (
     CELL_PX,
     first_epoch_images,

@@ -9,10 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig
 from deta.platform.run.run import Run
 

@@ -20,13 +20,13 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.model.detector import DETA
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import EvaluationSize
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 from deta.platform.inference.predictor import Predictor

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deta.model.anchor_detr import AnchorDETRConfig
+from deta.model.config import AnchorDETRConfig
 from deta.platform.run.config import RunConfig, flatten, from_json, override, to_json
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from deta.model.detector import DETA
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_dataset import Category
-from deta.platform.data.transforms import EvaluationSize
+from deta.platform.data.image_sizes import EvaluationSize
 from deta.platform.inference.predictor import Predictor
 from deta.platform.run.config import DataConfig, RunConfig
 from deta.platform.run.run_state import RunState

@@ -20,7 +20,7 @@ from PIL import Image
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.data_loader import batch_tensors, evaluation_loader, train_loader
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.shards.manifest import ShardError, read_pack_manifest, verify_shards
 from deta.platform.shards.object_store import ObjectStore
 from deta.platform.shards.open_dataset import open_dataset

@@ -14,20 +14,16 @@ import pytest
 import torch
 
 from deta.model.architectures import make_detector
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import all_checkpoints, best_checkpoint, newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.launch.resume_check import refuse_if_finished
 from deta.platform.learning.distributed import Worker
-from deta.platform.learning.optimizer import (
-    OptimConfig,
-    ScheduleConfig,
-)
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run

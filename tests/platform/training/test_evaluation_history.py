@@ -13,7 +13,7 @@ from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.evaluation.evaluation_folder import REPORT, read_evaluation
-from deta.platform.learning.optimizer import ScheduleConfig
+from deta.platform.learning.schedule import ScheduleConfig
 from deta.platform.run.config import ClusterConfig, RunConfig
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState

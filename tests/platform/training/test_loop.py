@@ -17,17 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
 from deta.platform.checkpoint import local as checkpoint
 from deta.platform.data import data_loader as loader
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
-from deta.platform.data.transforms import AugmentationConfig, EvaluationSize
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import read_evaluation
 from deta.platform.learning.distributed import Worker
-from deta.platform.learning.optimizer import OptimConfig, ScheduleConfig
+from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 from deta.platform.run.config import ClusterConfig, DataConfig, RunConfig, override
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run import Run

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.learning.distributed import Worker

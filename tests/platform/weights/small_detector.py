@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from deta.model.backbone import BackboneConfig
-from deta.model.detector import DETA, ModelConfig
+from deta.model.config import BackboneConfig, ModelConfig
+from deta.model.detector import DETA
 from deta.platform.data.coco_dataset import Category
 
 SMALL = ModelConfig(

@@ -12,7 +12,7 @@ from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer, _create_swin_transformer
 from torch import Tensor
 
-from deta.model.backbone import BackboneConfig
+from deta.model.config import BackboneConfig
 from deta.model.detector import DETA
 from deta.model.pretrained import rename_to_published
 from deta.platform.run.config import RunConfig
