@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 from tyro.conf import Positional
 
 from deta.jobs.command_line import OUTPUT, echo, read_options, run_tool
+from deta.platform.run.run_file import RUN_ID
+from deta.platform.run.run_paths import require_paths
 
 if TYPE_CHECKING:
     from deta.platform.comparison.sources import Side
@@ -54,6 +56,10 @@ def main() -> NoReturn:
 
 
 def _prepare(options: CompareOptions, work: Path) -> tuple[Side, Side]:
+    for source in (options.a, options.b):
+        if not RUN_ID.fullmatch(source):
+            require_paths({"": source})
+    require_paths({"--annotations": options.annotations, "--images": options.images})
     from deta.platform.comparison.sources import open_side, refuse_other_images
 
     if options.resamples < 1 or not 0 < options.confidence < 1:

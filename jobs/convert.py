@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 from tyro.conf import Positional, UseAppendAction
 
 from deta.jobs.command_line import OUTPUT, echo, refuse, run_tool
-from deta.jobs.model_options import MODEL_KEYS, read_model_options
+from deta.jobs.model_options import MODEL_KEYS, read_model_options, require_weights
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.atomic_write import write_json
 from deta.platform.system.safe_read import file_sha256
@@ -97,6 +97,7 @@ def main() -> NoReturn:
 
 
 def _prepare(options: ConvertOptions, changes: dict[str, str]) -> _Weights:
+    require_weights(options.source)
     from deta.platform.system.download import fetch
     from deta.platform.weights.backbone_file import is_backbone
     from deta.platform.weights.weight_files import read_weights

@@ -35,8 +35,10 @@ from deta.jobs.model_options import (
     named_variant,
     open_predictor,
     read_model_options,
+    require_weights,
 )
 from deta.platform.run.config import RunConfig, flatten, override
+from deta.platform.run.run_paths import require_paths
 from deta.platform.system.atomic_write import write_json
 
 # Before anything slow is imported: --help does not need it.
@@ -69,6 +71,8 @@ def main() -> NoReturn:
 
 
 def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predictor, CocoDataset]:
+    require_weights(options.weights)
+    require_paths({"--images": options.images, "--annotations": options.annotations})
     from PIL import Image
 
     from deta.platform.shards.open_dataset import open_dataset

@@ -52,6 +52,7 @@ from deta.jobs.model_options import (
     ModelOptions,
     open_predictor,
     read_model_options,
+    require_weights,
 )
 from deta.platform.system.atomic_write import write_json
 
@@ -82,7 +83,7 @@ def main() -> NoReturn:
 
 
 def _prepare(options: ExportOptions, changes: dict[str, str]) -> tuple[Predictor, list[Path]]:
-    from deta.platform.inference.batching import check_headers
+    require_weights(options.weights)
     from deta.platform.inference.image_paths import find_images
 
     if bool(options.check_images) == options.unverified:
@@ -101,6 +102,8 @@ def _prepare(options: ExportOptions, changes: dict[str, str]) -> tuple[Predictor
     number = min(options.check_first, len(paths))
     paths = [paths[i * len(paths) // number] for i in range(number)]  # evenly spread
     predictor = open_predictor(options, changes)
+    from deta.platform.inference.batching import check_headers
+
     check_headers(paths, predictor.config.data.max_pixels)
     return predictor, paths
 

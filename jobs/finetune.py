@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from deta.jobs.command_line import DataOptions, echo, read_command_line, refuse, run_training
 from deta.jobs.total_batch import with_base_batch
 from deta.platform.run.config import RunConfig, flatten, override
+from deta.platform.run.run_paths import require_run_paths
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -83,7 +84,11 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
                 "no checkpoint to start from; give --init CHECKPOINT. To train from scratch, leave "
                 "out the word finetune"
             )
-        config, origin = _base(changes, variants, options.checked_variant(variants))
+        first = variants[options.checked_variant(variants) or next(iter(variants))]()
+        wanted = override(first, changes)
+        if wanted.data.train_images or not options.show:
+            require_run_paths(wanted, is_resumed=options.resume)
+        config, origin = _base(changes, variants, options.variant)
         config = override(config, changes)
         if options.show and not config.data.train_annotations:
             show(config)

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from deta.jobs.command_line import echo, read_command_line, refuse
 from deta.jobs.recipes import VARIANTS, find_variant
 from deta.platform.run.config import RunConfig, flatten
+from deta.platform.run.run_paths import require_paths
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def open_predictor(
     Raises:
         ValueError: the weights, the changes or the device cannot be used.
     """
+    require_weights(options.weights)
     from deta.platform.checkpoint.local import find_checkpoint
     from deta.platform.inference.predictor import Predictor
     from deta.platform.weights.converted_file import is_converted
@@ -104,6 +106,7 @@ def local_weights(weights: str | Path) -> Path:
     Raises:
         ValueError: the download failed, or the file is not the pinned or registered one.
     """
+    require_weights(weights)
     from deta.platform.system.download import fetch
 
     if str(weights).startswith("models:/"):
@@ -113,6 +116,11 @@ def local_weights(weights: str | Path) -> Path:
         echo(f"registered: {model}")
         return model.path
     return fetch(str(weights), echo=echo)
+
+
+def require_weights(weights: str | Path) -> None:
+    """Refuse a path that does not exist, before anything slow is imported."""
+    require_paths({"": str(weights).removesuffix("/best")})
 
 
 def named_variant(options: ModelOptions) -> RunConfig:

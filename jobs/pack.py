@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from deta.jobs.command_line import OUTPUT, echo, read_options, run_tool
-from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.image_decoding import MAX_PIXELS
-from deta.platform.shards.manifest import read_pack_manifest, verify_shards
-from deta.platform.shards.object_store import ObjectStore
-from deta.platform.shards.packer import MEGABYTE, pack_dataset
+from deta.platform.run.config import DataConfig
+from deta.platform.run.run_paths import require_paths
 
 MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
 
@@ -41,7 +38,7 @@ class PackOptions:
     shard_mb: int = 256  # megabytes of a shard
     lenient: bool = False  # leave out invalid records
     decode: bool = False  # decode every image first
-    max_pixels: int = MAX_PIXELS  # of an image
+    max_pixels: int = DataConfig().max_pixels  # of an image
     verify: str | None = None  # compare all checksums of the shards in this folder
 
 
@@ -51,6 +48,12 @@ def main() -> NoReturn:
 
 
 def _pack(options: PackOptions) -> None:
+    require_paths({"--images": options.images, "--annotations": options.annotations})
+    from deta.platform.data.coco_dataset import CocoDataset
+    from deta.platform.shards.manifest import read_pack_manifest, verify_shards
+    from deta.platform.shards.object_store import ObjectStore
+    from deta.platform.shards.packer import MEGABYTE, pack_dataset
+
     if options.verify is not None:
         store = ObjectStore(options.verify)
         manifest = read_pack_manifest(store)

@@ -41,6 +41,7 @@ from deta.jobs.model_options import (
     ModelOptions,
     open_predictor,
     read_model_options,
+    require_weights,
 )
 from deta.platform.system.atomic_write import write_json
 from deta.platform.system.short_list import short_list
@@ -79,7 +80,7 @@ def main() -> NoReturn:
 
 
 def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predictor, list[_Image]]:
-    from deta.platform.inference.batching import check_headers
+    require_weights(options.weights)
     from deta.platform.inference.image_paths import read_listing
 
     if not 0 <= options.threshold <= 1:
@@ -97,6 +98,8 @@ def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predicto
     if categories is not None:
         predictor.check_categories(categories, str(options.annotations))
     if options.strict:
+        from deta.platform.inference.batching import check_headers
+
         check_headers([image.path for image in images], predictor.config.data.max_pixels)
     (options.out if options.no_pictures else options.out / "pictures").mkdir(
         parents=True, exist_ok=True

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from tyro.conf import Positional
 
-from deta.jobs.command_line import echo, read_options, run_tool
+from deta.jobs.command_line import echo, read_options, refuse, run_tool
+from deta.platform.run.run_paths import require_paths
 
 if TYPE_CHECKING:
     from deta.platform.registry.register import Registration
@@ -47,6 +48,10 @@ class RegisterOptions:
 
 def main() -> NoReturn:
     options = read_options(RegisterOptions, __doc__)
+    try:
+        require_paths({"": options.weights, "--evaluation": options.evaluation})
+    except ValueError as error:
+        refuse(error)
     from deta.platform.registry.register import prepare_registration
 
     weights = options.weights.expanduser()

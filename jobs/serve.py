@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from tyro.conf import Positional, UseAppendAction
 
 from deta.jobs.command_line import echo, read_options, run_tool
+from deta.platform.run.run_paths import require_paths
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def main() -> NoReturn:
 
 
 def _prepare(options: ServeOptions) -> tuple[ModelSource, ServingConfig]:
+    require_paths({"": options.model.removesuffix("/best")})
     from deta.platform.serving.config import TOKEN_VARIABLE, ServingConfig, read_token, token_hash
     from deta.platform.serving.model_source import model_source
     from deta.platform.system.child_server import is_loopback

@@ -30,8 +30,6 @@ from deta.platform.data.synthetic_shapes import write_shapes
 from deta.platform.run.config import RunConfig, override
 from deta.platform.study.cost import CostEstimate
 from deta.platform.study.design import Design, batch_factor, cell_key, numbers_of, rate_factor
-from deta.platform.study.plan_text import plan_text
-from deta.platform.study.power import StudyPlan
 from deta.platform.study.study_types import Anchor, Question
 from deta.platform.sweep.search_space import Sweep
 
@@ -185,6 +183,9 @@ def _print_plan(study: Sweep, options: StudyOptions) -> int:
     if hours is not None:
         trial = CostEstimate(hours, hours * design.base.cluster.num_workers)
     num_cells = sum(not cell.same_as for cell in design.cells())
+    from deta.platform.study.plan_text import plan_text
+    from deta.platform.study.power import StudyPlan  # scipy.stats is slow to import
+
     print(plan_text(design, StudyPlan(options.sd, num_cells=num_cells), trial))
     return 0
 

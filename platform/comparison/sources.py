@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,11 +27,10 @@ from deta.platform.evaluation.evaluation_folder import (
 )
 from deta.platform.pages.number_format import num_of
 from deta.platform.run.journal import read_events
-from deta.platform.run.run_file import RUN_FILE, read_run_file
+from deta.platform.run.run_file import RUN_FILE, RUN_ID, read_run_file
 from deta.platform.study.trial_record import TrialCost
 from deta.platform.system.short_list import short_list
 
-RUN_ID = re.compile(r"[0-9a-f]{32}")
 MAX_NAMED = 5
 
 

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deta.platform.data.coco_annotations import Problems, read_coco_file
-from deta.platform.data.coco_dataset import Category
+# Slow to import, and not needed to find files.
+if TYPE_CHECKING:
+    from deta.platform.data.coco_dataset import Category
 
 # Suffixes of images in a folder or by a pattern. A file given by its own path may have any name.
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -61,6 +63,9 @@ def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int
     Raises:
         DatasetError: the file is broken, or two images have the same file name.
     """
+    from deta.platform.data.coco_annotations import Problems, read_coco_file
+    from deta.platform.data.coco_dataset import Category
+
     problems = Problems(annotations)
     coco = read_coco_file(annotations, problems)
     image_ids: dict[str, int] = {}

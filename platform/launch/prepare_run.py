@@ -19,6 +19,7 @@ from deta.platform.learning.optimizer import freeze
 from deta.platform.run.config import DataConfig, RunConfig, flatten
 from deta.platform.run.dataset_snapshot import Split, read_dataset_snapshot
 from deta.platform.run.run import Run
+from deta.platform.run.run_paths import require_run_paths
 from deta.platform.shards.open_dataset import open_dataset
 from deta.platform.system.download import fetch, is_url
 from deta.platform.system.redaction import holds_secret
@@ -38,13 +39,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
         ValueError: names the file and record, or the configuration key.
     """
     make_criterion(config.criterion, config.model)  # raises if it does not fit the model
+    require_run_paths(config, is_resumed=resume)
     data = config.data
-    for split in ("train", "val"):
-        if not getattr(data, f"{split}_images"):
-            raise ValueError(
-                f"data.{split}_images is not set; give --train-images, --train-annotations, "
-                "--val-images and --val-annotations (shards hold their annotations)"
-            )
     keys = ("train_images", "train_annotations", "val_images", "val_annotations")
     paths: dict[str, Any] = {key: _absolute(getattr(data, key)) for key in keys}
     data = replace(data, **paths)

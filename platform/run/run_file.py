@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 import uuid
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from deta.platform.run.run import Run
 
 RUN_FILE = "run.json"
+RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow
 RECIPE_TAG = "deta.recipe"  # a tag of the MLflow run, such as "deta_r50.demo"
 
 

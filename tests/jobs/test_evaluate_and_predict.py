@@ -290,7 +290,7 @@ def test_photographs_are_predicted(tmp_path, trained):
 def test_refused_evaluations_say_what_is_wrong(tmp_path, trained, refusal):
     data = data_of(trained)
     job = evaluate_job
-    assert "there is no such" in refusal(job, tmp_path / "absent", *data)
+    assert "no such file or folder" in refusal(job, tmp_path / "absent", *data)
     assert "neither a checkpoint" in refusal(job, tmp_path, *data)
     assert "did you mean" in refusal(job, trained.run, *data, "postproces.nms_iou=0.5").lower()
     assert "optim.lr changes nothing" in refusal(job, trained.run, *data, "optim.lr=1")
