@@ -6,7 +6,8 @@
   python jobs/convert.py ~/deta-runs/my-run --to official           my-run.official.pth
   python jobs/convert.py --list                                     where published files are
 
-SOURCE is a file of the official code, of detrex or of Hugging Face (.pth, .pt, .bin, .safetensors);
+SOURCE is a file of the official code, of detrex or of Hugging Face (.pth, .pt, .bin, .ckpt,
+.safetensors), or a folder of Hugging Face with weights in one or several files;
 a run or checkpoint of ours, or a file that this tool wrote; a backbone of a published configuration
 (detectron2's torchvision R-50.pkl, torchvision's and the Swin repository's .pth); or the address of
 such a file, which is downloaded and cached: https://…, with #sha256=… to pin it. The layout is
@@ -38,7 +39,6 @@ from deta.jobs.command_line import OUTPUT, echo, refuse, run_tool
 from deta.jobs.model_options import MODEL_KEYS, read_model_options, require_weights
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.atomic_write import write_json
-from deta.platform.system.safe_read import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,7 @@ def _prepare(options: ConvertOptions, changes: dict[str, str]) -> _Weights:
     from deta.platform.system.download import fetch
     from deta.platform.weights.backbone_file import is_backbone
     from deta.platform.weights.weight_files import read_weights
+    from deta.platform.weights.weight_parts import is_weights_folder
 
     if options.to is not None:
         output = _output(options)
@@ -109,11 +110,12 @@ def _prepare(options: ConvertOptions, changes: dict[str, str]) -> _Weights:
         if output.is_dir():
             raise ValueError(f"{output}: is a folder; name the file to write")
     path = fetch(options.source, echo=echo)
-    if path.is_dir() or path.name == "best":
+    if (path.is_dir() and not is_weights_folder(path)) or path.name == "best":
         from deta.platform.checkpoint.local import find_checkpoint
 
         path = find_checkpoint(path)
-    tensors = None if path.is_dir() else read_weights(path)
+    is_checkpoint = path.is_dir() and not is_weights_folder(path)
+    tensors = None if is_checkpoint else read_weights(path, echo)
     source = {"file": path.name, "sha256": _weights_sha256(path)}
     if tensors is not None and is_backbone(tensors):
         return _prepare_backbone(path, tensors, options, source)
@@ -261,9 +263,12 @@ def _output(options: ConvertOptions) -> Path:
 
 
 def _weights_sha256(path: Path) -> str:
-    """Return the hash of a file or of a checkpoint's weights; empty if there is no such file."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    return file_sha256(file) if file.is_file() else ""
+    """Return the hash of weights or of a checkpoint's; empty if there is no such file."""
+    from deta.platform.weights.weight_parts import is_weights_folder, weights_sha256
+
+    if path.is_dir() and not is_weights_folder(path):
+        path = path / "model.safetensors"
+    return weights_sha256(path) if path.exists() else ""
 
 
 if __name__ == "__main__":

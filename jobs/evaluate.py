@@ -31,6 +31,7 @@ from deta.jobs.command_line import OUTPUT, echo, run_tool
 from deta.jobs.model_options import (
     PREDICTION_KEYS,
     ModelOptions,
+    holds_tensors,
     local_weights,
     named_variant,
     open_predictor,
@@ -98,7 +99,7 @@ def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predict
 
     weights = local_weights(options.weights)
     options = replace(options, weights=str(weights))
-    if not weights.is_file():
+    if not holds_tensors(weights):
         predictor = open_predictor(options, changes)
         dataset = open_images(predictor.config)
         predictor.check_categories(dataset.categories, options.annotations or options.images)

@@ -124,13 +124,14 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
     from deta.platform.checkpoint.local import find_checkpoint
     from deta.platform.launch.finetune_plan import base_config, variant_of
     from deta.platform.weights.converted_file import is_converted, read_converted
+    from deta.platform.weights.weight_parts import is_weights_folder
 
     path = Path(changes["init_checkpoint"]).expanduser()
     theirs: RunConfig | None = None
     origin = changes["init_checkpoint"]
     if path.is_file() and is_converted(path):
         theirs = read_converted(path).config
-    elif path.is_dir() or path.name == "best":
+    elif (path.is_dir() and not is_weights_folder(path)) or path.name == "best":
         checkpoint = read_checkpoint(find_checkpoint(path))
         theirs = checkpoint.config
         origin = changes["init_checkpoint"] = str(checkpoint.path)

@@ -88,16 +88,23 @@ def open_predictor(
 
     weights = local_weights(options.weights)
     device = pick_device(options.device)
-    holds_config = not weights.is_file() or is_converted(weights)
+    holds_config = not holds_tensors(weights) or is_converted(weights)
     if holds_config and options.variant is not None:
         raise ValueError(
             "--variant is for published files; a checkpoint or a file of jobs/convert.py "
             "holds its own configuration, so leave it out"
         )
-    if not weights.is_file():
+    if not holds_tensors(weights):
         return Predictor.from_checkpoint(find_checkpoint(weights), device, changes)
     config = RunConfig() if holds_config else named_variant(options)
     return Predictor.from_published(weights, config, categories, device, changes)
+
+
+def holds_tensors(weights: Path) -> bool:
+    """Return True for a file, or a folder of weights in parts; False for a run or checkpoint."""
+    from deta.platform.weights.weight_parts import is_weights_folder
+
+    return weights.is_file() or is_weights_folder(weights)
 
 
 def local_weights(weights: str | Path) -> Path:

@@ -39,6 +39,7 @@ from deta.platform.run.config import RunConfig, override
 from deta.platform.system.safe_read import file_sha256
 from deta.platform.system.short_list import short_list
 from deta.platform.weights.model_file import open_model_file
+from deta.platform.weights.weight_parts import weights_sha256
 
 NUM_SHOWN = 10  # differences named in one message
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
@@ -152,7 +153,7 @@ class Predictor:
             raise ValueError(f"{path}: {error}") from error
         count = f"{len(rows)} of {file.classes.num_rows} classes"
         description = f"{file.origin}; {count}, {_names(categories)}"
-        return cls(detector, config, categories, device, description, file_sha256(path))
+        return cls(detector, config, categories, device, description, weights_sha256(path))
 
     @property
     def category_ids(self) -> list[int]:

@@ -24,6 +24,7 @@ from deta.platform.shards.open_dataset import open_dataset
 from deta.platform.system.download import fetch, is_url
 from deta.platform.system.redaction import holds_secret
 from deta.platform.weights.initial_weights import check_initial_weights
+from deta.platform.weights.weight_parts import is_weights_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _local(key: str, given: str | None, storage: Path) -> str | None:
     if is_url(given):  # download it to the storage, which all nodes share
         return str(fetch(given, storage / "downloads"))
     path = Path(_absolute(given))
-    if key == "init_checkpoint" and not path.is_file():
+    if key == "init_checkpoint" and not path.is_file() and not is_weights_folder(path):
         path = find_checkpoint(path)
     if not path.exists():
         raise ValueError(f"{key}={path}: no such file or folder")

@@ -44,14 +44,15 @@ def read_backbone(path: Path, model: DetectorConfig) -> tuple[dict[str, Tensor],
     Raises:
         ValueError: the file is refused, or is for another network or another input.
     """
-    tensors = read_weights(path)
+    notes: list[str] = []
+    tensors = read_weights(path, notes.append)
     try:
         layout, renamed, unused = rename_backbone(tensors)
         state = _fit_backbone(renamed, model)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
     rest = f", not used: {short_list(unused, 6)}" if unused else ""
-    return state, [f"backbone from {path} ({layout} layout): {len(state)} tensors{rest}"]
+    return state, [f"backbone from {path} ({layout} layout): {len(state)} tensors{rest}", *notes]
 
 
 def is_backbone(tensors: Mapping[str, Tensor]) -> bool:

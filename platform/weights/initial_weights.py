@@ -57,7 +57,8 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
         shapes = layouts_of(model).shapes_of(model)
         untrained = {name: torch.zeros(shapes[name]) for name in shapes if is_class_head(name)}
         _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
-        lines += [f"starts from {file.path} ({file.layout} layout)", *plan.lines]
+        lines += [f"starts from {file.path} ({'; '.join((f'{file.layout} layout', *file.notes))})"]
+        lines += plan.lines
     if config.init_backbone is not None:
         lines += read_backbone(Path(config.init_backbone), model)[1]
     return lines

@@ -47,11 +47,13 @@ class ModelFile:
     sources: dict[str, list[str]]
     computed: list[str]
     unknown: list[str]
+    notes: tuple[str, ...] = ()  # on what was chosen in the file, such as averaged weights
 
     @property
     def origin(self) -> str:
         """The source of these weights, for messages."""
-        return f"{self.path} ({self.layout} layout, {self.classes.origin})"
+        about = "; ".join((f"{self.layout} layout", *self.notes, self.classes.origin))
+        return f"{self.path} ({about})"
 
     def rows_of(
         self, categories: Sequence[Category] | None
@@ -109,7 +111,7 @@ def open_model_file(path: Path, base: RunConfig) -> ModelFile:
     """Read weights of any kind.
 
     Args:
-        path: a checkpoint folder, or a file.
+        path: a checkpoint folder; a file; or weights in several parts (`weight_parts.py`).
         base: for a published file: settings that its tensors do not show, such as heads, points,
             queries, image size, suppression, and a backbone that is not a published one.
 
@@ -125,7 +127,8 @@ def open_model_file(path: Path, base: RunConfig) -> ModelFile:
     if is_converted(path):
         converted = read_converted(path)
         return _ours(path, converted.config, converted.tensors, converted.classes)
-    return identify(path, read_weights(path), base)
+    notes: list[str] = []
+    return replace(identify(path, read_weights(path, notes.append), base), notes=tuple(notes))
 
 
 def identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelFile:
@@ -151,7 +154,7 @@ def _identify(path: Path, tensors: dict[str, Tensor], base: RunConfig) -> ModelF
     renamed = layouts.trace_published(tensors)
     model = layouts.published_config(renamed, model)
     classes = published_classes(model.num_classes)
-    labels = path.with_name("config.json")
+    labels = path / "config.json" if path.is_dir() else path.with_name("config.json")
     if renamed.layout == "huggingface" and labels.is_file():
         with suppress(ValueError):  # a configuration without usable names
             listed = listed_classes(labels, classes.num_rows)

@@ -79,6 +79,24 @@ class _Ignored:
     def __init__(self, *_: object) -> None: ...
 
 
+class _IgnoredDict(dict[Any, Any]):
+    """Stands for a dictionary of settings, such as Lightning's hyperparameters."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+
+
+class Foreign:
+    """Stands for an object of a class that is not read; see `outline`."""
+
+    state: object = None
+
+    @property
+    def is_module(self) -> bool:
+        """Return True for a torch module, by what all of them keep."""
+        return isinstance(self.state, dict) and {"_parameters", "_modules"} <= self.state.keys()
+
+
 class BoundedReader(io.RawIOBase):
     """A file reader that refuses to read past the end, before it allocates memory."""
 
@@ -149,6 +167,15 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("builtins", "bytes"): lambda: b"",  # in protocol 2
     ("__builtin__", "bytes"): lambda: b"",
     ("argparse", "Namespace"): _Ignored,
+    # Settings in checkpoints of Lightning and others.
+    ("collections", "defaultdict"): _IgnoredDict,
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"): _IgnoredDict,
+    ("lightning.pytorch.utilities.parsing", "AttributeDict"): _IgnoredDict,
+    ("lightning_fabric.utilities.data", "AttributeDict"): _IgnoredDict,
+    ("lightning.fabric.utilities.data", "AttributeDict"): _IgnoredDict,
+    ("torch.torch_version", "TorchVersion"): _Ignored,
+    ("datetime", "datetime"): _Ignored,
+    ("datetime", "timedelta"): _Ignored,
     ("pathlib", "PosixPath"): _Ignored,
     ("pathlib", "WindowsPath"): _Ignored,
     ("torch", "device"): _Ignored,
@@ -234,6 +261,51 @@ _INSTRUCTIONS: dict[int, Callable[[Any], None]] = {
 _RestrictedUnpickler.dispatch = _INSTRUCTIONS
 
 
+class _OutlineUnpickler(_RestrictedUnpickler):
+    """An unpickler that puts an inert `Foreign` in the place of every object it does not know."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _NAMES:
+            return _NAMES[module, name]
+        return Foreign
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # of torch.save before 1.6: a class with its source
+            return pid[1]
+        return super().persistent_load(pid)
+
+    def load_reduce(self) -> None:
+        if self.stack[-2] is Foreign:  # type: ignore[attr-defined]
+            self.stack[-2:] = [Foreign()]  # type: ignore[attr-defined]
+        else:
+            super().load_reduce()
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], Foreign):  # type: ignore[attr-defined]
+            state = self.stack.pop()  # type: ignore[attr-defined]
+            self.stack[-1].state = state  # type: ignore[attr-defined]
+        else:
+            super().load_build()
+
+
+_OutlineUnpickler.dispatch = _INSTRUCTIONS | {
+    pickle.REDUCE[0]: _OutlineUnpickler.load_reduce,
+    pickle.NEWOBJ[0]: _OutlineUnpickler.load_reduce,
+    pickle.BUILD[0]: _OutlineUnpickler.load_build,
+}
+
+
+def outline(file: BoundedReader) -> object:
+    """Return what the next pickle holds, with inert objects for all that is not read.
+
+    It runs no code either: it only serves to say what a refused file is.
+
+    Raises:
+        UnreadableError: as for `read_pickle`.
+    """
+    return _load(_OutlineUnpickler(file))
+
+
 def read_pickle(file: BoundedReader) -> tuple[object, dict[str, Storage]]:
     """Read the next pickle of a file and return its content and its storages by key.
 
@@ -242,8 +314,12 @@ def read_pickle(file: BoundedReader) -> tuple[object, dict[str, Storage]]:
         UnreadableError: it is damaged, or declares more data than it has.
     """
     reader = _RestrictedUnpickler(file)
+    return _load(reader), reader.storages
+
+
+def _load(reader: _RestrictedUnpickler) -> object:
     try:
-        return reader.load(), reader.storages
+        return reader.load()
     except (RefusedNameError, UnreadableError):
         raise
     except Exception as error:  # damaged pickles raise errors of every type

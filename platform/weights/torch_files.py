@@ -21,11 +21,14 @@ from torch import Tensor
 from deta.platform.weights.restricted_unpickler import (
     ArrayRecord,
     BoundedReader,
+    Foreign,
     Storage,
     TensorRecord,
     UnreadableError,
     read_pickle,
 )
+from deta.platform.weights.restricted_unpickler import outline as outline_pickle
+from deta.platform.weights.wrapped_names import weights_key
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with it
 MAX_PICKLE_BYTES = 2**30  # without the bytes of tensors; real ones take a megabyte
@@ -50,6 +53,37 @@ def read_pickled_weights(
             return _read_zip(file, choose)
         file.seek(0)
         return _read_stream(file, path.stat().st_size, choose)
+
+
+def outline(path: Path) -> tuple[bool, list[str]]:
+    """Return where the weights are in a file that names code: in a module or not, and its keys.
+
+    For `{"ema": module}` that is (True, ["ema"]). Nothing in the file is run. Where the content
+    cannot be outlined, the file is taken for plain weights.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                with zipfile.ZipFile(file) as archive:
+                    name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+                    if archive.getinfo(name).file_size > min(size, MAX_PICKLE_BYTES):
+                        return False, []
+                    text = archive.read(name)
+                content = outline_pickle(BoundedReader(io.BytesIO(text), len(text)))
+            else:
+                file.seek(0)
+                bounded = BoundedReader(file, size)
+                content = outline_pickle(bounded)
+                if content == LEGACY_MAGIC:  # then version and system come before the content
+                    content = [outline_pickle(bounded) for _ in range(3)][-1]
+    except (UnreadableError, zipfile.BadZipFile, StopIteration, OSError, NotImplementedError):
+        return False, []
+    keys: list[str] = []
+    while isinstance(content, Mapping) and (key := weights_key(content)) is not None:
+        keys.append(key)
+        content = content[key]
+    return isinstance(content, Foreign) and content.is_module, keys
 
 
 def _read_zip(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,18 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deta.platform.system.atomic_write import replacing
+from deta.platform.system.short_list import short_list
 from deta.platform.weights.restricted_unpickler import (
     ArrayRecord,
     RefusedNameError,
     TensorRecord,
     UnreadableError,
 )
-from deta.platform.weights.torch_files import read_pickled_weights
+from deta.platform.weights.torch_files import outline, read_pickled_weights
+from deta.platform.weights.weight_parts import PartsError, weight_parts
+from deta.platform.weights.wrapped_names import select_weights
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl")
-# Keys under which training code stores the weights; the first existing one is read.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "ema", "blobs")
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+logger = logging.getLogger(__name__)
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
 NUM_SHOWN = 10  # names listed in one message
 CHECKED_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,29 +34,58 @@ class WeightsError(ValueError):
     """A refused weight file; the message names the file, the reason and a remedy."""
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, say: Callable[[str], object] = logger.info) -> dict[str, Tensor]:
     """Read the tensors of a file by name, on the CPU.
 
-    From a checkpoint with other content, the tensors under `model`, `state_dict`,
-    `model_state_dict`, `ema` or `blobs` are read, in this order, also nested; the rest is not
-    read. A prefix `module.` or `_orig_mod.` that all names share is removed.
+    Of a checkpoint with other content only the weights are read, the averaged ones where there are
+    any, and parts of names that wrappers add are taken off (`wrapped_names.py`). Weights in several
+    parts are read as one (`weight_parts.py`).
 
     Args:
-        path: `.safetensors`; a file of `torch.save`: `.pth`, `.pt` or `.bin`; or a pickle of
-            numpy arrays, `.pkl`.
+        path: `.safetensors`; a file of `torch.save`: `.pth`, `.pt`, `.bin`, `.ckpt`; a pickle of
+            numpy arrays, `.pkl`; or the folder, the index or one part of weights in several parts.
+        say: called with a line about each choice, for people.
 
     Raises:
         WeightsError: there is no such file, it is damaged, would run code, declares more data than
             it has, or contains something other than finite tensors.
     """
+    try:
+        parts = weight_parts(path)
+    except PartsError as error:
+        raise WeightsError(str(error)) from error
+    if len(parts) > 1:
+        say(f"read {len(parts)} files: {short_list([part.name for part in parts])}")
+    notes: list[str] = []
+    tensors: dict[str, Tensor] = {}
+
+    def select(content: object) -> object:
+        selected, about = select_weights(content)
+        notes.extend(about)
+        return selected
+
+    # Names in a part alone do not show which prefix all names share.
+    in_pickle = len(parts) == 1 and parts[0].suffix != ".safetensors"
+    for part in parts:
+        found = _read_file(part, select if in_pickle else lambda content: content)
+        if twice := found.keys() & tensors.keys():
+            raise WeightsError(f"{part}: holds {short_list(sorted(twice))}, as another part does")
+        tensors |= found
+    chosen = tensors if in_pickle else select(tensors)
+    for note in notes:
+        say(note)
+    assert isinstance(chosen, Mapping)
+    return dict(chosen)
+
+
+def _read_file(path: Path, select: Callable[[object], object]) -> dict[str, Tensor]:
     _require_file(path)
     if path.suffix == ".safetensors":
         _require_weights_inside(path)
         try:
-            tensors = load_file(path)
+            return _require_finite(path, load_file(path))
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise _damaged(path, error) from error
-        return _without_prefixes(_require_finite(path, tensors))
     if path.suffix not in PICKLE_SUFFIXES:
         raise WeightsError(
             f"{path}: files of weights end in .safetensors, {', '.join(PICKLE_SUFFIXES)}; "
@@ -61,19 +93,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     _require_weights_inside(path)
     try:
-        tensors = read_pickled_weights(path, lambda content: _unwrap(path, content))
+        tensors = read_pickled_weights(path, lambda content: _named(path, select(content)))
     except RefusedNameError as error:
         raise WeightsError(
-            f"{path}: refused, because reading it would run the code of {error}. Where its "
-            "origin is trusted, save its tensors alone: safetensors.torch.save_file("
-            "torch.load(path, weights_only=False)['model'], new_path)"
+            f"{path}: refused, because reading it would run the code of {error}. "
+            f"{_advice_on_code(path)}"
         ) from error
     except UnreadableError as error:
         raise WeightsError(
             f"{path}: damaged, or not written by torch.save: {error}. Copy or download it again, "
             "or rename it to .safetensors if it is one"
         ) from error
-    return _without_prefixes(_require_finite(path, tensors))
+    return _require_finite(path, tensors)
+
+
+def _advice_on_code(path: Path) -> str:
+    """Return what makes a readable file of one that names code."""
+    is_module, keys = outline(path)
+    load = "torch.load(path, weights_only=False)" + "".join(f"[{key!r}]" for key in keys)
+    state = f"{load}.state_dict()" if is_module else load
+    what = "It holds a whole pickled model instead of its state_dict. " if is_module else ""
+    return (
+        f"{what}Where its origin is trusted, save its tensors alone, with the code that wrote it "
+        f"on the path: torch.save({state}, new_path)"
+    )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -130,26 +173,21 @@ def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
         torch.save(content, unfinished)
 
 
-def _unwrap(path: Path, content: object) -> dict[str, object]:
-    while isinstance(content, Mapping):
-        wrapped = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not wrapped:
-            break
-        content = wrapped[0]
-    if not isinstance(content, Mapping) or not content:
-        kind = "Tensor" if isinstance(content, TensorRecord) else type(content).__name__
+def _named(path: Path, weights: object) -> dict[str, object]:
+    if not isinstance(weights, Mapping) or not weights:
+        kind = "Tensor" if isinstance(weights, TensorRecord) else type(weights).__name__
         raise WeightsError(
             f"{path}: contains {kind} and no named weights; save a model's state_dict(), not the "
             "model"
         )
     kinds = (TensorRecord, ArrayRecord)
-    others = [str(name) for name, value in content.items() if not isinstance(value, kinds)]
+    others = [str(name) for name, value in weights.items() if not isinstance(value, kinds)]
     if others:
         raise WeightsError(
-            f"{path}: {len(others)} of {len(content)} entries are not tensors "
+            f"{path}: {len(others)} of {len(weights)} entries are not tensors "
             f"({', '.join(others[:NUM_SHOWN])}); save a model's state_dict() alone or under 'model'"
         )
-    return {str(name): value for name, value in content.items()}
+    return {str(name): value for name, value in weights.items()}
 
 
 def _require_finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,17 +205,11 @@ def _require_finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES * 2:  # either may surround the other
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
 def _require_file(path: Path) -> None:
     if path.is_dir():
         raise WeightsError(
-            f"{path}: a folder; give the file of weights inside it. Convert a distributed "
+            f"{path}: a folder without model.safetensors, pytorch_model.bin or an index of parts; "
+            "give the file of weights inside it. Convert a distributed "
             "checkpoint, which runs code when it is loaded, where it was written, with "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
@@ -206,10 +238,15 @@ def _require_weights_inside(path: Path) -> None:
         what = "an empty file; copy or download it again"
     elif beginning[257:262] == b"ustar":
         what = "a tar archive; unpack it first"
-    elif path.suffix == ".safetensors" and beginning.startswith((b"PK\x03\x04", b"\x80")):
+    elif path.suffix == ".safetensors" and _is_of_torch(beginning):
         what = "a file of torch.save, not a safetensors file; rename it to .pth"
     if what:
         raise WeightsError(f"{path}: {what}")
+
+
+def _is_of_torch(beginning: bytes) -> bool:
+    # A header of 128 bytes makes a safetensors file begin like a pickle; a brace follows.
+    return beginning.startswith((b"PK\x03\x04", b"\x80")) and beginning[8:9] != b"{"
 
 
 def _damaged(path: Path, error: object) -> WeightsError:

@@ -67,6 +67,7 @@ def test_a_folder_a_missing_file_and_other_bad_files_are_refused(tmp_path, state
         ({"model": {"a": torch.zeros(2), "b": 3}}, r"1 of 2 entries are not tensors \(b\)"),
         ({"epoch": 3}, r"1 of 1 entries are not tensors \(epoch\)"),
         ({"model": {}}, "no named weights"),
+        ({"ema": {"shadow_params": [torch.zeros(2)]}}, "1 of 1 entries are not tensors"),
         (torch.zeros(2), "contains Tensor and no named weights"),
         ([torch.zeros(2)], "contains list and no named weights"),
     ],
@@ -114,20 +115,6 @@ def test_weights_are_found_under_wrappers_and_prefixes(tmp_path, state, wrappers
     torch.save(content, path, _use_new_zipfile_serialization=use_zip)
 
     assert_same(read_weights(path), state)
-
-
-def test_the_model_comes_before_its_average(tmp_path, state):
-    path = tmp_path / "weights.pth"
-    torch.save({"ema": {"other": torch.zeros(1)}, "model": state}, path)
-
-    assert_same(read_weights(path), state)
-
-
-def test_a_prefix_of_only_some_names_stays(tmp_path, state):
-    mixed = {"module.a": torch.zeros(1), **state}
-    write_weights(tmp_path / "weights.safetensors", mixed)
-
-    assert_same(read_weights(tmp_path / "weights.safetensors"), mixed)
 
 
 def test_written_weights_and_metadata_are_read_back(tmp_path, state):
