@@ -112,11 +112,11 @@ def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predict
 
 
 def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptions) -> int:
-    from deta.platform.data.draw_boxes import write_validation_sheet
     from deta.platform.data.image_decoding import ImageError
-    from deta.platform.data.progress import progress_bar
     from deta.platform.evaluation.evaluation_folder import Origin
+    from deta.platform.pages.draw_boxes import write_validation_sheet
     from deta.platform.pages.number_format import duration
+    from deta.platform.system.progress import progress_bar
 
     echo(f"model: {predictor.description}")
     echo(

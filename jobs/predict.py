@@ -160,9 +160,9 @@ def _with_ids(images: Sequence[_Image], ids: dict[str, int], annotations: Path) 
 
 def _predict(predictor: Predictor, images: list[_Image], options: PredictOptions) -> int:
     from deta.platform.data.image_decoding import ImageError
-    from deta.platform.data.progress import progress_bar
     from deta.platform.evaluation.coco_metrics import to_coco_results
     from deta.platform.evaluation.detections_parquet import DetectionTable
+    from deta.platform.system.progress import progress_bar
 
     echo(f"model: {predictor.description}")
     by_path = {image.path: image for image in images}
@@ -220,8 +220,8 @@ def _draw(
     image: _Image, found: Detections, predictor: Predictor, options: PredictOptions
 ) -> tuple[int, int]:
     """Draw an image with its boxes unless --no-pictures. Returns its (width, height)."""
-    from deta.platform.data.draw_boxes import draw_detections
     from deta.platform.data.image_decoding import decode, read_header
+    from deta.platform.pages.draw_boxes import draw_detections
 
     max_pixels = predictor.config.data.max_pixels
     if options.no_pictures:

@@ -9,7 +9,12 @@ The rules are stricter than those of Python's `json` and of pycocotools:
 - `id`, `name`, `file_name`, `width`, `height`, `image_id`, `category_id` and `bbox` are required,
   even annotation ids, which are renumbered later: a file without some was cut or merged wrongly.
   `area` and `iscrowd` are optional; their defaults are w * h and 0.
+- Values of another type that have one meaning are read, with a count: whole numbers with a decimal
+  point (96.0), `iscrowd` as true or false, and null for a missing `area` or `iscrowd`.
 - Ids are unique. An image record that is repeated with equal fields can be skipped.
+- A file has one id. A second id without boxes, where the first has some, can be skipped: it would
+  teach that the same objects are background.
+- A negative width or height is a fault: the box was drawn backwards. It can be turned round.
 - A file name is a relative path with `/` and without `..`: see `file_name_fault`.
 
 `segmentation` is dropped while parsing: boxes need no masks, and masks take most of the memory.
@@ -22,19 +27,30 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deta.platform.data.other_formats import (
+    EXPORT,
+    is_json_lines,
+    kind_of_bytes,
+    kind_of_document,
+    kind_of_folder,
+)
 from deta.platform.system.safe_read import read_bounded
 
+WARNING = "! "  # how a note begins that says that training will probably go wrong
 NUM_SHOWN = 10  # problems listed in one error
 NUM_IDS_SHOWN = 5  # ids listed in one note
 MAX_ANNOTATION_BYTES = 4 << 30  # COCO has 0.5 GB; Objects365, the largest we know, has 2.5 GB
 
 REPEATED_IMAGE = "image record given twice"
 IMAGE_NOT_LISTED = "annotation of an image that is not listed"
+EMPTY_TWIN = "image whose file has boxes under another id, and none under this one"
+REVERSED_BOX = "box with a negative width or height: drawn backwards, and turned round"
+REPAIRED = {REVERSED_BOX}  # all other kinds are skipped
 
 
 class DatasetError(ValueError):
@@ -57,17 +73,26 @@ class Problems:
     path: Path
     errors: list[str] = field(default_factory=list)
     skippable: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    noted: dict[str, list[int]] = field(default_factory=dict)  # what is read all the same
 
     def add_error(self, record: str, field_name: str, what: str) -> None:
         """Record a fault that is an error in both modes."""
         self.errors.append(f"{record}, {field_name}: {what}")
 
     def add_skippable(self, kind: str, record_id: int, text: str) -> None:
-        """Record a fault that makes lenient mode skip the record."""
+        """Record a fault that makes lenient mode skip the record, or repair it."""
         self.skippable.setdefault(kind, []).append((record_id, text))
 
-    def raise_errors(self, lenient: bool) -> None:
-        """Raise one DatasetError with all faults that are errors in this mode."""
+    def add_note(self, what: str, record_id: int) -> None:
+        """Record what is odd about a record and no fault."""
+        self.noted.setdefault(what, []).append(record_id)
+
+    def raise_errors(self, lenient: bool, *, all_skipped: bool = False) -> None:
+        """Raise one DatasetError with all faults that are errors in this mode.
+
+        Args:
+            all_skipped: lenient mode would skip all images, so it is no advice.
+        """
         skippable = [text for faults in self.skippable.values() for _, text in faults]
         refused = self.errors if lenient else self.errors + skippable
         if not refused:
@@ -76,8 +101,11 @@ class Problems:
         lines += [f"  {text}" for text in refused[:NUM_SHOWN]]
         if len(refused) > NUM_SHOWN:
             lines.append(f"  ... and {len(refused) - NUM_SHOWN} more")
-        if not self.errors:
-            lines.append("Repair them, or pass data.lenient=true to skip such records.")
+        if all_skipped:
+            lines.append("Repair them; data.lenient=true would skip all images.")
+        elif not self.errors:
+            repairs = " or turn round" * (REVERSED_BOX in self.skippable)
+            lines.append(f"Repair them, or pass data.lenient=true to skip{repairs} such records.")
         elif len(refused) > len(self.errors):
             lines.append(
                 f"Repair them; data.lenient=true would skip {len(refused) - len(self.errors)} "
@@ -88,32 +116,38 @@ class Problems:
         raise DatasetError("\n".join(lines))
 
     def notes(self) -> list[str]:
-        """Return a line for each kind of skipped record, with the count and the first ids."""
-        return [
-            records_note(self.path, f"skipped: {kind}", [record_id for record_id, _ in faults])
+        """Return a line for each kind of skipped or odd record, with the count and first ids."""
+        skipped = [
+            records_note(
+                self.path,
+                f"{'repaired' if kind in REPAIRED else 'skipped'}: {kind}",
+                [record_id for record_id, _ in faults],
+            )
             + f"; first: {faults[0][1]}"
             for kind, faults in self.skippable.items()
         ]
+        return skipped + [records_note(self.path, what, ids) for what, ids in self.noted.items()]
 
 
-def records_note(path: Path, what: str, ids: list[int]) -> str:
+def records_note(path: Path, what: str, ids: Sequence[int]) -> str:
     """Return one line that counts records and lists the first of their ids."""
     shown = ", ".join(str(i) for i in ids[:NUM_IDS_SHOWN])
     more = ", ..." if len(ids) > NUM_IDS_SHOWN else ""
     return f"{path}: {len(ids)} record{'s' * (len(ids) > 1)} {what} (ids {shown}{more})"
 
 
-def read_coco_file(path: Path, problems: Problems) -> CocoFile:
+def read_coco_file(path: Path, problems: Problems, *, needs_annotations: bool = True) -> CocoFile:
     """Read the lists of an annotation file, without broken and repeated records.
 
     Args:
         path: the annotation file.
         problems: receives every fault in a record.
+        needs_annotations: without it, a list of images and categories is enough.
 
     Raises:
-        DatasetError: the file cannot be read or parsed.
+        DatasetError: the file cannot be read or parsed, or is of another kind.
     """
-    document = _parse(path, problems)
+    document = _parse(path, needs_annotations)
     categories = _records(document, "categories", problems)
     images = _records(document, "images", problems)
     annotations = _records(document, "annotations", problems)
@@ -121,6 +155,8 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
         if document.get(name) == []:
             problems.add_error("top level", name, "is empty; at least one is needed")
 
+    for records, noun in ((categories, "category"), (images, "image"), (annotations, "annotation")):
+        _read_odd_types(records, noun, problems)
     # Ids of broken records count as known: an error on a reference would only repeat the fault.
     known_categories = {c.get("id") for c in categories if type(c.get("id")) is int}
     known_images = {i.get("id") for i in images if type(i.get("id")) is int}
@@ -143,10 +179,13 @@ def read_coco_file(path: Path, problems: Problems) -> CocoFile:
         else:
             what = f"annotation {a['id']}, image_id: no image has the id {a['image_id']}"
             problems.add_skippable(IMAGE_NOT_LISTED, a["id"], what)
-    return CocoFile(categories, images, listed)
+    _turn_round(listed, problems)
+    return CocoFile(categories, _without_empty_twins(images, listed, problems), listed)
 
 
-def _parse(path: Path, problems: Problems) -> dict[str, Any]:
+def _parse(path: Path, needs_annotations: bool) -> dict[str, Any]:
+    if path.is_dir():
+        raise DatasetError(f"{path}: is {kind_of_folder(path)}")
     try:
         content = read_bounded(path, MAX_ANNOTATION_BYTES)
     except ValueError as error:  # a folder, a device, or too large
@@ -155,6 +194,8 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
         raise DatasetError(
             f"{path}: cannot be read as annotation file: {error.strerror}"
         ) from error
+    if what := kind_of_bytes(content):
+        raise DatasetError(f"{path}: is {what}")
     encoding = json.detect_encoding(content)
     if not encoding.startswith("utf-8"):
         raise DatasetError(f"{path}: has the encoding {encoding}; save it as UTF-8")
@@ -173,17 +214,24 @@ def _parse(path: Path, problems: Problems) -> dict[str, Any]:
     try:
         document = json.loads(text, object_hook=without_masks)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and is_json_lines(text):
+            raise DatasetError(
+                f"{path}: is JSON Lines, one object a line, not COCO; {EXPORT}"
+            ) from error
         raise DatasetError(
             f"{path}: is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except (ValueError, RecursionError) as error:  # a number too long, or nested too deeply
         raise DatasetError(f"{path}: cannot be read as JSON: {error}") from error
+    if what := kind_of_document(document, needs_annotations=needs_annotations):
+        raise DatasetError(f"{path}: is {what}")
     if not isinstance(document, dict):
-        hint = "; is this a results file?" if isinstance(document, list) else ""
         raise DatasetError(
-            f"{path}: holds {_show(document)} at top level{hint}; an annotation file is an object "
+            f"{path}: holds {_show(document)} at top level; an annotation file is an object "
             "with `images`, `annotations` and `categories`"
         )
+    if not needs_annotations:
+        document.setdefault("annotations", [])
     return document
 
 
@@ -301,6 +349,80 @@ def _checked(
         for field_name, what in faults[position]:
             problems.add_error(f"{noun} {where}", field_name, what)
     return [record for position, record in enumerate(records) if position not in faults]
+
+
+def _read_odd_types(records: list[dict[str, Any]], noun: str, problems: Problems) -> None:
+    """Read values of an odd type that can mean one thing only, and note how many there were."""
+    integers = ("id", "width", "height", "image_id", "category_id", "iscrowd")
+    for name in integers:
+        for record in records:
+            value = record.get(name)
+            # Above 2**53 a float no longer holds every integer, so two ids may have become one.
+            if type(value) is float and value.is_integer() and abs(value) < 2**53:
+                record[name] = int(value)
+                what = f"({noun}) whose {name} is a whole number with a decimal point, read so"
+                problems.add_note(what, _id_of(record))
+            elif name == "iscrowd" and type(value) is bool:
+                record[name] = int(value)
+                problems.add_note(
+                    "(annotation) whose iscrowd is true or false, read as 1 or 0", _id_of(record)
+                )
+    for name in ("area", "iscrowd"):
+        for record in records:
+            if name in record and record[name] is None and noun == "annotation":
+                del record[name]
+                problems.add_note(
+                    f"(annotation) whose {name} is null, read as missing", _id_of(record)
+                )
+
+
+def _id_of(record: dict[str, Any]) -> Any:
+    return record.get("id", "without")
+
+
+def _turn_round(annotations: list[dict[str, Any]], problems: Problems) -> None:
+    """Make negative widths and heights positive, by moving the corner."""
+    for annotation in annotations:
+        x, y, width, height = annotation["bbox"]
+        if width < 0 or height < 0:
+            what = f"annotation {annotation['id']}, bbox: {_show(annotation['bbox'])} has a"
+            what += f" negative {'width' if width < 0 else 'height'}, so it was drawn backwards"
+            problems.add_skippable(REVERSED_BOX, annotation["id"], what)
+            annotation["bbox"] = [
+                x + min(width, 0), y + min(height, 0), abs(width), abs(height)
+            ]  # fmt: skip
+
+
+def _without_empty_twins(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]], problems: Problems
+) -> list[dict[str, Any]]:
+    """Find files that are listed under several ids; leave out those ids without boxes."""
+    by_file: dict[str, list[dict[str, Any]]] = {}
+    for image in images:
+        by_file.setdefault(str(PurePosixPath(image["file_name"])), []).append(image)
+    twins = [records for records in by_file.values() if len(records) > 1]
+    if not twins:
+        return images
+    num_boxes = Counter(annotation["image_id"] for annotation in annotations)
+    empty: set[int] = set()
+    for records in twins:
+        full = [image for image in records if num_boxes[image["id"]]]
+        for image in records:
+            if full and not num_boxes[image["id"]]:
+                empty.add(image["id"])
+                what = (
+                    f"image {image['id']}, file_name: {_show(image['file_name'])} is image "
+                    f"{full[0]['id']} too, with {num_boxes[full[0]['id']]} boxes, which this id "
+                    "would teach to be background"
+                )
+                problems.add_skippable(EMPTY_TWIN, image["id"], what)
+        if len(kept := full or records) > 1:
+            for image in kept[1:]:
+                problems.add_note(
+                    "whose file is listed under another id too; each is trained without the boxes "
+                    "of the other", image["id"],
+                )  # fmt: skip
+    return [image for image in images if image["id"] not in empty]
 
 
 def _without_repeats(images: list[dict[str, Any]], problems: Problems) -> list[dict[str, Any]]:

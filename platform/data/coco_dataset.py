@@ -6,18 +6,22 @@ each image (`image_folder.py`).
 
 There are two modes. Strict, the default, raises `DatasetError` for any fault. Lenient skips some
 records and adds a note with a count for each kind: images that are missing, unreadable or of
-another size, repeated image records, and annotations of images that are not listed. Structural
+another size, repeated image records, second ids of a file without its boxes, and annotations of
+images that are not listed. It turns boxes round that were drawn backwards. Structural
 faults are errors in both modes: missing fields, wrong types, shared ids, unknown categories,
 numbers that are not finite, paths out of the folder. An image that fails only when its pixels are
 decoded is an error in both modes too: then `dataset[i]` raises.
 
 Odd boxes are not faults: COCO itself has boxes that reach out of the image and two without area.
 Training boxes are clipped to the image. Boxes without area, outside the image, or with a side under
-0.01 px after clipping are dropped and counted. Crowd regions are not training boxes. The ground
-truth for evaluation is as pycocotools would read the file: every annotation of these images,
-including crowds and dropped boxes, unclipped, with the file's `area` (even one that contradicts the
-box). Only the annotation ids are new and start at 1, because pycocotools reads an id of 0 as "no
-match".
+0.01 px after clipping are dropped and counted; a set whose boxes are all dropped is refused. What
+looks like a mix-up (corners for sizes, normalised boxes, the same box twice) is opened in both
+modes, since it is a guess, with a note that begins with `WARNING`.
+
+Crowd regions are not training boxes. The ground truth for evaluation is as pycocotools would read
+the file: every annotation of these images, including crowds and dropped boxes, unclipped, with the
+file's `area` (even one that contradicts the box). Only the annotation ids are new and start at 1,
+because pycocotools reads an id of 0 as "no match".
 
 A class index is the position among the sorted category ids; unused categories count too.
 Images are sorted by id, whatever the order of the file.
@@ -119,11 +123,14 @@ class CocoDataset:
         """
         images, annotations = Path(images), Path(annotations)
         if not images.is_dir():
-            raise DatasetError(f"{images}: is not a folder; check data.images")
+            raise DatasetError(
+                f"{images}: is not a folder; give the folder of images (data.train_images, "
+                "data.val_images, or --images)"
+            )
         problems = Problems(annotations)
         coco = read_coco_file(annotations, problems)
         num_bytes = inspect_images(images, coco.images, max_pixels, progress, problems)
-        problems.raise_errors(lenient)
+        problems.raise_errors(lenient, all_skipped=bool(coco.images) and not num_bytes)
 
         usable = sorted(
             (i for i in coco.images if i["id"] in num_bytes), key=operator.itemgetter("id")
@@ -171,6 +178,15 @@ class CocoDataset:
             ImageError: the file is missing or cannot be read.
         """
         return read_file(self.records[index].path, self.max_pixels)
+
+    def beginning(self, index: int, num_bytes: int) -> bytes:
+        """Return the first stored bytes of image `index`, fewer if it is shorter.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
+        with open(self.records[index].path, "rb") as file:
+            return file.read(num_bytes)
 
     @property
     def num_bytes(self) -> np.ndarray:

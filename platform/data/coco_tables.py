@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deta.platform.data.coco_annotations import CocoFile, records_note
+from deta.platform.data.box_form import box_form_warning
+from deta.platform.data.coco_annotations import WARNING, CocoFile, DatasetError, records_note
 
 MIN_SIDE_PX = 0.01  # smaller is rounding noise: float32 has steps of 0.0005 at 4096 px
 
@@ -112,7 +113,11 @@ def make_tables(
     category_ids: list[int],
     num_bytes: dict[int, int],
 ) -> tuple[CocoTables, list[str]]:
-    """Return the tables of some images, sorted by id, and notes on suspicious records."""
+    """Return the tables of some images, sorted by id, and notes on suspicious records.
+
+    Raises:
+        DatasetError: there are boxes, and none of them can be trained on.
+    """
     place_of = {image["id"]: place for place, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     annotations = [a for a in coco.annotations if a["image_id"] in place_of]
@@ -144,9 +149,33 @@ def make_tables(
         for reason, dropped in reasons.items()
         if (dropped & ~rows["crowd"]).any()
     ]
+    boxes = ~rows["crowd"]
+    if boxes.any() and not rows["target"].any():
+        raise DatasetError(
+            f"{path}: none of its {boxes.sum()} boxes can be trained on:\n  "
+            + "\n  ".join(notes)
+            + "\nRepair the boxes; COCO has [x, y, width, height] in pixels of the image"
+        )
     file_names = [str(PurePosixPath(image["file_name"])) for image in images]
     tables = CocoTables(file_names, image_rows, rows)
-    return tables, notes + _warnings(path, coco, image_rows, rows)
+    suspicious = []
+    if form := box_form_warning(rows["bbox"][boxes], rows["area"][boxes], size_px[boxes]):
+        suspicious.append(f"{WARNING}{path}: {form}")
+    repeated = _repeated_boxes(rows[boxes], places[boxes])
+    if repeated.any():
+        what = "of the same class and place as another in the same image; each counts as an object"
+        note = records_note(path, what, ids[boxes][repeated].tolist())
+        suspicious.append(f"{WARNING}{note}; was a file merged with itself?")
+    return tables, suspicious + notes + _warnings(path, coco, image_rows, rows)
+
+
+def _repeated_boxes(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return which boxes are an earlier one again, up to a tenth of a pixel: A."""
+    keys = np.column_stack([places, rows["label"], np.round(rows["bbox"], 1)])
+    order = np.lexsort(keys.T)  # stable: of equal boxes, the first one stays first
+    repeated = np.zeros(len(rows), bool)
+    repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    return repeated
 
 
 def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarray) -> list[str]:
@@ -157,10 +186,11 @@ def _warnings(path: Path, coco: CocoFile, image_rows: np.ndarray, rows: np.ndarr
         notes.append(f"{path}: {count} categories of different ids share the name {name!r}")
     if not rows["target"].any():
         notes.append(f"{path}: has no box to train on, in any of {len(image_rows)} images")
-    sizes_px = rows["bbox"][~rows["crowd"], 2:]
-    large_images = max(image_rows["height"].max(), image_rows["width"].max()) > 1
-    if len(sizes_px) and large_images and (sizes_px <= 1).all():
-        notes.append(f"{path}: every box is smaller than 1 px; normalised boxes? COCO has pixels")
+    if any("neg_category_ids" in image for image in coco.images):
+        notes.append(
+            f"{WARNING}{path}: holds annotations of LVIS, which leave out objects of most classes "
+            "of an image: training takes these for background, and AP is not that of LVIS"
+        )
     return notes
 
 

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deta.platform.data.coco_annotations import Problems
+from deta.platform.data.coco_annotations import DatasetError, Problems
 from deta.platform.data.image_decoding import Header, ImageError, read_header
-from deta.platform.data.progress import progress_bar
+from deta.platform.system.progress import progress_bar
 
 NUM_READERS = 16  # threads that read headers; network storage keeps more of them busy than cores
 IMAGES_PER_TASK = 128
@@ -66,6 +66,9 @@ def inspect_images(
     """Return image id -> file size in bytes, for each image with a valid path and header.
 
     `problems` receives a fault for every other image, also for one of over `max_pixels`.
+
+    Raises:
+        DatasetError: no image file exists.
     """
     image_folder = ImageFolder(folder)
 
@@ -101,7 +104,38 @@ def inspect_images(
                 else:
                     num_bytes[image_id] = found.num_bytes
             advance(len(chunk))
+    if images and not num_bytes:
+        _require_any(folder, images, problems.path)
     return num_bytes
+
+
+def _require_any(folder: Path, images: list[dict[str, Any]], annotations: Path) -> None:
+    """Raise one error if the folder has none of the images, instead of one for each."""
+    names = [str(PurePosixPath(image["file_name"])) for image in images]
+    if any(os.path.lexists(folder / name) for name in names):
+        return
+    found = sum(1 for path in folder.iterdir() if not path.name.startswith("."))
+    first = names[0]
+    likely = [
+        place
+        for place, name in (
+            *((parent, first) for parent in folder.resolve().parents[:3]),
+            *((path, first) for path in sorted(folder.iterdir()) if path.is_dir()),
+        )
+        if (place / name).is_file()
+    ]
+    advice = "wrong folder?"
+    if likely:
+        advice = f"the images are in {likely[0]}; give that folder"
+    elif (folder / PurePosixPath(first).name).is_file():
+        advice = (
+            f"it has {PurePosixPath(first).name}: take the folders off the file names in "
+            f"{annotations.name}"
+        )
+    raise DatasetError(
+        f"{folder}: has 0 of the {len(names)} images of {annotations}, such as {first} (it has "
+        f"{found} other entries); {advice}"
+    )
 
 
 def size_mismatch(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> str:

@@ -67,7 +67,7 @@ def read_listing(annotations: Path) -> tuple[tuple[Category, ...], dict[str, int
     from deta.platform.data.coco_dataset import Category
 
     problems = Problems(annotations)
-    coco = read_coco_file(annotations, problems)
+    coco = read_coco_file(annotations, problems, needs_annotations=False)
     image_ids: dict[str, int] = {}
     for image in coco.images:
         other = image_ids.setdefault(image["file_name"], image["id"])

@@ -10,17 +10,18 @@ show all of this in seconds. Crowd regions and dropped boxes are not counted.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
+from deta.platform.data.coco_annotations import WARNING
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.transforms import resized_size
 from deta.platform.pages.number_format import percent_of
 from deta.platform.run.config import DataConfig
+from deta.platform.system.short_list import short_list
 
 SMALL_PX2, LARGE_PX2 = 32**2, 96**2  # COCO's borders between small, medium and large
 TINY_PX = 8  # stride of the finest feature map
@@ -29,7 +30,9 @@ ELONGATED = 5.0  # longer over shorter side
 FEW_BOXES = 20  # of a class in training
 AP_DETECTIONS = 100  # per image; COCO's AP uses no more
 MAX_CLASS_ROWS = 30
-MAX_HASHED_FILES = 2000
+NUM_READERS = 16  # threads; network storage keeps more of them busy than cores
+NUM_FIRST_BYTES = 8192  # beyond the headers, which all files of a camera may share
+MAX_COMPARED = 20_000  # files of a split whose length files of the other have too
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class DatasetSummary:
     categories: tuple[Category, ...]
     train: SplitSummary
     val: SplitSummary
-    num_shared_images: int  # validation images that are training images, byte for byte
+    notes: tuple[str, ...]  # of both data sets, those that warn
 
     def lines(self) -> list[str]:
         """Return text for a terminal: tables of the splits and the classes, and the warnings."""
@@ -95,7 +98,7 @@ class DatasetSummary:
     def warnings(self) -> list[str]:
         """Return warnings: what was found and what to do."""
         train, val = self.train, self.val
-        found: list[str] = []
+        found = list(self.notes)
         in_train, in_val = train.boxes_of_class > 0, val.boxes_of_class > 0
         few = in_train & (train.boxes_of_class < FEW_BOXES)
         never = "only in validation, so they are never learned and their AP stays 0"
@@ -130,11 +133,6 @@ class DatasetSummary:
                 f"{percent_of(num_empty, num_images)} of the training images have no "
                 "box; if they contain objects without annotations, the model learns to miss them"
             )
-        if self.num_shared_images:
-            found.append(
-                f"{self.num_shared_images} of the validation images are in training too, byte "
-                "for byte; AP will be too high"
-            )
         return found
 
 
@@ -152,7 +150,12 @@ def summarize_datasets(
         train_set.categories,
         _count(train_set, edges[len(edges) // 2], data.augmentation.max_long_edge),
         _count(val_set, size.short_edge, size.max_long_edge),
-        num_shared_images(train_set, val_set),
+        tuple(
+            note.removeprefix(WARNING)
+            for dataset in (train_set, val_set)
+            for note in dataset.notes
+            if note.startswith(WARNING)
+        ),
     )
 
 
@@ -180,28 +183,46 @@ def _count(dataset: CocoDataset, short_edge: int, max_long_edge: int) -> SplitSu
     )
 
 
-def num_shared_images(train_set: CocoDataset, val_set: CocoDataset) -> int:
-    """Return how many validation files are, byte for byte, training files too.
+def shared_images_note(train_set: CocoDataset, val_set: CocoDataset) -> str | None:
+    """Return a warning with the validation images that are training images too, byte for byte.
 
-    Only files of equal length are read, and at most the first `MAX_HASHED_FILES` of them.
+    Lengths are compared first, then the first bytes, and the whole files only where these agree;
+    at most `MAX_COMPARED` files are looked into.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, length in enumerate(train_set.num_bytes.tolist()):
-        by_length[length].append(index)
+    lengths = train_set.num_bytes, val_set.num_bytes
+    pairs = [np.flatnonzero(np.isin(*both)).tolist() for both in (lengths, lengths[::-1])]
+    likely = [indices[:MAX_COMPARED] for indices in pairs]
+    if not all(likely):
+        return None
 
-    @cache
-    def hash_of(index: int) -> bytes:
-        return hashlib.sha256(train_set.content(index)).digest()
+    def keys(which: int, indices: list[int], whole: bool) -> dict[int, bytes]:
+        dataset = (train_set, val_set)[which]
 
-    shared = 0
-    for index, length in enumerate(val_set.num_bytes.tolist()):
-        likely = by_length.get(length, [])
-        if hash_of.cache_info().currsize + len(likely) > MAX_HASHED_FILES:
-            break
-        if likely:
-            own = hashlib.sha256(val_set.content(index)).digest()
-            shared += any(hash_of(other) == own for other in likely)
-    return shared
+        def key(index: int) -> bytes | None:
+            try:
+                if whole:
+                    return hashlib.sha256(dataset.content(index)).digest()
+                length = int(lengths[which][index])
+                return b"%d " % length + dataset.beginning(index, NUM_FIRST_BYTES)
+            except (ValueError, OSError):  # unreadable images are told elsewhere
+                return None
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            found = zip(indices, pool.map(key, indices), strict=True)
+            return {index: key for index, key in found if key is not None}
+
+    for whole in (False, True):
+        found = [keys(which, likely[which], whole) for which in range(2)]
+        common = set(found[0].values()) & set(found[1].values())
+        likely = [[index for index, key in one.items() if key in common] for one in found]
+    if not likely[1]:
+        return None
+    ids = val_set.tables.images["id"][likely[1]].tolist()
+    least = "at least " * any(len(indices) > MAX_COMPARED for indices in pairs)
+    return (
+        f"{WARNING}{least}{len(ids)} of the {len(val_set)} validation images are in training too, "
+        f"byte for byte (ids {short_list(ids)}); AP will be too high. Split the data without them"
+    )
 
 
 def _class_table(

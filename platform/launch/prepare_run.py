@@ -15,6 +15,7 @@ from deta.model.architectures import make_criterion, make_detector, without_down
 from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
+from deta.platform.launch.dataset_report import shared_images_note
 from deta.platform.learning.optimizer import freeze
 from deta.platform.run.config import DataConfig, RunConfig, flatten
 from deta.platform.run.dataset_snapshot import Split, read_dataset_snapshot
@@ -57,6 +58,8 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
             f"first {sorted(train - val)[:5]}, only in the second {sorted(val - train)[:5]}; both "
             "must list the same ids and names"
         )
+    if not resume and (note := shared_images_note(train_set, val_set)):
+        val_set.notes.append(note)
     if config.optim.freeze:
         with torch.device("meta"):
             freeze(make_detector(without_download(config.model)), config.optim.freeze)

@@ -20,15 +20,15 @@ from PIL import Image
 
 from deta.model.boxes import cxcywh_to_xyxy
 from deta.platform.data.data_loader import train_loader
-from deta.platform.data.draw_boxes import (
+from deta.platform.data.sample_order import TrainingOrder
+from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
+from deta.platform.pages.draw_boxes import (
     colour_of,
     contact_sheet,
     draw_detections,
     save_image,
     scaled,
 )
-from deta.platform.data.sample_order import TrainingOrder
-from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.run.run import Run
 
 NUM_IMAGES = 12

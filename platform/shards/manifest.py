@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import Category
-from deta.platform.data.progress import progress_bar
 from deta.platform.shards.object_store import ObjectStore
+from deta.platform.system.progress import progress_bar
 
 MANIFEST = "MANIFEST.json"
 UNFINISHED = "PACKING.json"  # the manifest of an incomplete pack

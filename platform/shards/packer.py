@@ -23,7 +23,6 @@ from deta.platform.data.coco_annotations import DatasetError, Problems
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.image_folder import NUM_READERS
-from deta.platform.data.progress import progress_bar
 from deta.platform.shards.arrow_tables import ANNOTATION_FIELDS, to_arrow
 from deta.platform.shards.manifest import (
     ANNOTATIONS,
@@ -39,6 +38,7 @@ from deta.platform.shards.manifest import (
 from deta.platform.shards.object_store import ObjectStore
 from deta.platform.shards.sharded_dataset import LOCATION_ROW
 from deta.platform.system.atomic_write import LEFTOVER_SUFFIX
+from deta.platform.system.progress import progress_bar
 
 ROW_GROUP_IMAGES = 32  # for other Parquet readers; ours reads single images
 ROW_GROUP_BYTES = 64 << 20

@@ -134,6 +134,11 @@ class ShardedDataset(CocoDataset):
             )
         return content
 
+    def beginning(self, index: int, num_bytes: int) -> bytes:
+        shard, offset, _ = self.locations[index].tolist()
+        length = min(num_bytes, int(self.tables.images["num_bytes"][index]))
+        return self.store.read_at(self.shards[shard].name, offset, length)
+
     def subset(self, indices: Iterable[int]) -> Self:
         chosen = sorted(indices)
         part = super().subset(chosen)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deta.platform.data.data_loader import LoadedBatch
-from deta.platform.data.draw_boxes import write_validation_sheet
 from deta.platform.evaluation.evaluate_model import EvaluationResult
 from deta.platform.learning.distributed import Worker, gather_from_all
 from deta.platform.learning.train_step import StepResult
+from deta.platform.pages.draw_boxes import write_validation_sheet
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
 from deta.platform.system.short_list import short_list

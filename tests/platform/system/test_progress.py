@@ -11,7 +11,7 @@ import sys
 import pytest
 
 CODE = """
-from deta.platform.data.progress import progress_bar
+from deta.platform.system.progress import progress_bar
 with progress_bar("image headers", {total}, is_bytes={is_bytes}, show={show}) as advance:
     for _ in range(10):
         advance({total} / 10)

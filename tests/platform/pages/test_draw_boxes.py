@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.draw_boxes import (
+from deta.platform.data.synthetic_shapes import write_shapes
+from deta.platform.pages.draw_boxes import (
     colour_of,
     contact_sheet,
     draw_detections,
     write_validation_sheet,
 )
-from deta.platform.data.synthetic_shapes import write_shapes
 
 NAMES = ["disc", "Käse 猫 🐈", "a very long name " * 20]
 
