@@ -47,6 +47,8 @@ class CompareOptions:
     mlflow: str = ""  # address of MLflow; without it, that of B's run
     mlflow_run: str = ""  # log the page to the run of this id; without it, B's
     no_mlflow: bool = False  # do not log the page
+    # Leave out detections of images and categories that the annotations do not have.
+    lenient: bool = False
 
 
 def main() -> NoReturn:
@@ -75,6 +77,7 @@ def _prepare(options: CompareOptions, work: Path) -> tuple[Side, Side]:
             run=run,
             mlflow_uri=options.mlflow,
             work=place,
+            say=echo if options.lenient else None,
         )
 
     a, b = (

@@ -44,6 +44,8 @@ class RegisterOptions:
     export: Path | None = None  # output of jobs/export.py, for the gate
     # Device for the latency; auto: cuda if there is any.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Register in spite of detections of images and categories that the ground truth does not have.
+    lenient: bool = False
 
 
 def main() -> NoReturn:
@@ -56,7 +58,9 @@ def main() -> NoReturn:
 
     weights = options.weights.expanduser()
     run_tool(
-        lambda: prepare_registration(weights, options.evaluation, options.export),
+        lambda: prepare_registration(
+            weights, options.evaluation, options.export, echo if options.lenient else None
+        ),
         lambda prepared: _register(prepared, options),
     )
 

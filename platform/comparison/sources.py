@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deta.platform.data.other_formats import kind_of_document
 from deta.platform.evaluation.evaluation_folder import (
     EVALUATIONS,
     FACTS,
@@ -25,6 +26,7 @@ from deta.platform.evaluation.evaluation_folder import (
     images_fingerprint,
     read_evaluation,
 )
+from deta.platform.evaluation.result_list import listed_results
 from deta.platform.pages.number_format import num_of
 from deta.platform.run.journal import read_events
 from deta.platform.run.run_file import RUN_FILE, RUN_ID, read_run_file
@@ -32,6 +34,7 @@ from deta.platform.study.trial_record import TrialCost
 from deta.platform.system.short_list import short_list
 
 MAX_NAMED = 5
+Say = Callable[[str], object] | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def open_side(
     run: Path | None = None,
     mlflow_uri: str = "",
     work: Path | None = None,
+    say: Say = None,
 ) -> Side:
     """Read one side of a comparison.
 
@@ -70,6 +74,8 @@ def open_side(
         run: folder of the run that an evaluation or a file comes from, for curve and cost.
         mlflow_uri: of the registry and of runs; empty for the default one.
         work: an empty folder for downloads; needed for models:/… and MLflow's runs.
+        say: leave out detections of unknown images and categories, and call this with a line about
+            them; without it they are an error.
 
     Raises:
         ValueError: there is no such source, or it has no evaluation.
@@ -77,16 +83,19 @@ def open_side(
     path = Path(source).expanduser()
     if source.startswith("models:/") or (RUN_ID.fullmatch(source) and not path.exists()):
         assert work is not None
-        side = _of_mlflow(source, mlflow_uri, work)
+        side = _of_mlflow(source, mlflow_uri, work, say)
     elif path.is_file():
-        side = _of_file(path, annotations)
+        side = _of_file(path, annotations, say)
     elif (path / FACTS).is_file():
-        side = _of_evaluation(path)
+        side = _of_evaluation(path, say)
         owner = path.resolve().parent.parent
         if path.resolve().parent.name == EVALUATIONS and (owner / RUN_FILE).is_file():
             side, run = replace(side, name=f"{owner.name}, {side.name}"), run or owner
     elif (path / RUN_FILE).is_file():
-        side, run = replace(_of_evaluation(_best_evaluation(path)), name=path.resolve().name), path
+        side, run = (
+            replace(_of_evaluation(_best_evaluation(path), say), name=path.resolve().name),
+            path,
+        )
     elif path.is_dir():
         raise ValueError(
             f"{path}: holds neither a run (run.json) nor an evaluation (evaluation.json); "
@@ -142,8 +151,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _of_evaluation(folder: Path) -> Side:
-    found = read_evaluation(folder)
+def _of_evaluation(folder: Path, say: Say) -> Side:
+    found = read_evaluation(folder, say)
     origin = found.origin
     return Side(
         name=folder.resolve().name,
@@ -169,7 +178,7 @@ def _best_evaluation(run: Path) -> Path:
     return best
 
 
-def _of_file(path: Path, annotations: Path | None) -> Side:
+def _of_file(path: Path, annotations: Path | None, say: Say) -> Side:
     if annotations is None:
         raise ValueError(f"{path}: a file of detections needs its boxes: --annotations FILE")
     try:
@@ -185,13 +194,15 @@ def _of_file(path: Path, annotations: Path | None) -> Side:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}, {annotations}: cannot be read, {error}") from error
     if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
-        raise ValueError(f"{annotations}: is no annotation file in COCO format")
+        what = kind_of_document(truth) or "no annotation file in COCO format"
+        raise ValueError(f"{annotations}: is {what}")
     if not isinstance(results, list):
         raise ValueError(f"{path}: is no list of detections in the format of COCO results")
+    results = listed_results(results, truth, str(path), say)
     return Side(path.stem, str(path), truth, results, images_fingerprint(truth))
 
 
-def _of_mlflow(source: str, uri: str, work: Path) -> Side:
+def _of_mlflow(source: str, uri: str, work: Path, say: Say) -> Side:
     try:
         from deta.platform.registry.mlflow_registry import EVALUATION_PART, Registry
         from deta.platform.registry.model_address import parse_address, registry_uri
@@ -205,9 +216,9 @@ def _of_mlflow(source: str, uri: str, work: Path) -> Side:
         registry = Registry(uri)
         version = registry.find(parse_address(source))
         folder = registry.download(version, work, EVALUATION_PART)
-        return replace(_of_evaluation(folder), name=str(version), source=source)
+        return replace(_of_evaluation(folder, say), name=str(version), source=source)
     name, folder = MlflowStore(uri).fetch_folder(source, "evaluation", work)
-    return replace(_of_evaluation(folder), name=name, source=source, run_id=source)
+    return replace(_of_evaluation(folder, say), name=name, source=source, run_id=source)
 
 
 def _with_run(side: Side, run: Path) -> Side:

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from deta.model.postprocess import Detections
 from deta.platform.data.coco_dataset import Category
+from deta.platform.evaluation.result_list import listed_results
 from deta.platform.system.atomic_write import replacing
 
 ROWS_PER_GROUP = 100_000  # collected in memory, then written
@@ -121,29 +122,23 @@ def table_of_results(
 ) -> pa.Table:
     """Return a COCO results list as a table, in its order, with the ground truth's file names.
 
-    Results of categories that are not listed are left out. A label is the rank of the category's
-    id, from 0.
+    A label is the rank of the category's id, from 0.
 
     Raises:
-        ValueError: a result is of an image that is not listed.
+        ValueError: a result is of an image or a category that is not listed.
     """
+    results = listed_results(results, ground_truth, "detections")
     paths = {image["id"]: str(image.get("file_name", "")) for image in ground_truth["images"]}
     listed = sorted(ground_truth["categories"], key=lambda category: category["id"])
     categories = [Category(category["id"], str(category["name"])) for category in listed]
     label_of = {category.id: label for label, category in enumerate(categories)}
-    counted = [result for result in results if result["category_id"] in label_of]
-    if unknown := {result["image_id"] for result in counted} - paths.keys():
-        raise ValueError(
-            f"{len(unknown)} images of the results are not in the ground truth, such as "
-            f"{min(unknown, key=str)!r}"
-        )
-    boxes = np.array([result["bbox"] for result in counted], np.float64).reshape(-1, 4)  # N 4, xywh
+    boxes = np.array([result["bbox"] for result in results], np.float64).reshape(-1, 4)  # N 4, xywh
     boxes[:, 2:] += boxes[:, :2]  # N 4, xyxy
     return _table(
-        [paths[result["image_id"]] for result in counted],
-        [result["image_id"] for result in counted],
-        np.array([result["score"] for result in counted], np.float32),
-        np.array([label_of[result["category_id"]] for result in counted], np.int32),
+        [paths[result["image_id"]] for result in results],
+        [result["image_id"] for result in results],
+        np.array([result["score"] for result in results], np.float32),
+        np.array([label_of[result["category_id"]] for result in results], np.int32),
         categories,
         boxes.astype(np.float32),
         weights_sha256,

@@ -19,7 +19,7 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from deta.platform.evaluation.coco_metrics import CocoMetrics
 from deta.platform.evaluation.detections_parquet import results_of_table, table_of_results
+from deta.platform.evaluation.result_list import listed_results
 from deta.platform.system.atomic_write import replacing, write_atomic
 from deta.platform.system.safe_read import file_sha256, gunzip, read_json
 
@@ -76,14 +77,13 @@ def write_evaluation(
     """Write the folder. It is readable only once it is complete. Other files in it stay.
 
     Boxes and scores are stored as float32, as models return them, so the results of
-    `to_coco_results` are read back without a difference. Detections of categories that are not
-    listed are left out, since they never count.
+    `to_coco_results` are read back without a difference.
 
     Args:
         ground_truth: a COCO dict of the evaluated images, with integer ids.
 
     Raises:
-        ValueError: a detection is of an image that is not listed.
+        ValueError: a detection is of an image or a category that is not listed.
         OSError: the disk is full or read-only.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,12 @@ def write_evaluation(
     write_atomic(folder / FACTS, json.dumps(facts, indent=1).encode())
 
 
-def read_evaluation(folder: Path) -> StoredEvaluation:
+def read_evaluation(folder: Path, say: Callable[[str], object] | None = None) -> StoredEvaluation:
     """Read the folder that `write_evaluation` wrote.
+
+    Args:
+        say: leave out detections of unknown images and categories, and call this with a line about
+            them; without it they are an error.
 
     Raises:
         ValueError: it is no evaluation folder, has a newer format, or is incomplete or damaged;
@@ -125,6 +129,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         results = results_of_table(pq.read_table(folder / DETECTIONS))
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{folder}: cannot be read, {error}; evaluate again") from error
+    results = listed_results(results, ground_truth, str(folder), say)
     by_category = {int(i): float(ap) for i, ap in facts["ap_per_category"].items()}
     metrics = CocoMetrics(**facts["ap"], ap_per_category=by_category)
     origin = Origin(**{part.name: facts[part.name] for part in fields(Origin)})

@@ -63,7 +63,10 @@ class Registration:
 
 
 def prepare_registration(
-    weights: Path, evaluation: Path | None, export: Path | None
+    weights: Path,
+    evaluation: Path | None,
+    export: Path | None,
+    say: Callable[[str], object] | None = None,
 ) -> Registration:
     """Read and check everything that a version needs.
 
@@ -71,6 +74,7 @@ def prepare_registration(
         weights: a checkpoint, or the folder of a run, for its best checkpoint.
         evaluation: folder of an evaluation of these weights; default: one in the folder of the run.
         export: folder that jobs/export.py wrote, if any.
+        say: as for `read_evaluation`.
 
     Raises:
         LineageError: some of the model's lineage is unknown.
@@ -80,7 +84,7 @@ def prepare_registration(
     lineage = read_lineage(checkpoint)
     sha256 = file_sha256(checkpoint.path / WEIGHTS_FILE)
     folder = evaluation or _evaluation_of(checkpoint, sha256)
-    read = read_evaluation(folder)
+    read = read_evaluation(folder, say)
     if read.origin.weights_sha256 != sha256:
         raise ValueError(
             f"{folder}: is the evaluation of other weights, SHA-256 "

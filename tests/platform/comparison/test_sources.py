@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from deta.platform.comparison.sources import open_side
 from deta.platform.evaluation.coco_metrics import evaluate_detections
 from deta.platform.evaluation.evaluation_folder import Origin, write_evaluation
 from tests.platform.comparison.cases import boxes, detection
+
+SHARED = Path(
+    os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared")
+).resolve()
 
 
 def test_a_run_brings_its_best_evaluation_curve_and_cost(tmp_path: Path) -> None:
@@ -61,3 +66,44 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, name: str, words: st
     (tmp_path / "found.json").write_text("[]")
     with pytest.raises(ValueError, match=words):
         open_side(str(tmp_path / name))
+
+
+def test_detections_of_unknown_categories_are_refused_or_left_out(tmp_path: Path) -> None:
+    truth = boxes(3)
+    results = [detection(0, 0, 0.9), {**detection(1, 0, 0.9), "category_id": 77}]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"found\.json: 1 of 2 detections are of 1 categories"):
+        open_side(str(path), annotations=tmp_path / "truth.json")
+
+    said: list[str] = []
+    side = open_side(str(path), annotations=tmp_path / "truth.json", say=said.append)
+
+    assert list(side.results) == results[:1]
+    assert "Left out: 1 of 2" in said[0]
+
+
+def test_the_files_in_each_others_place_are_named(tmp_path: Path) -> None:
+    truth, found = tmp_path / "truth.json", tmp_path / "found.json"
+    truth.write_text(json.dumps(boxes(3)))
+    found.write_text(json.dumps([detection(0, 0, 0.9)]))
+    with pytest.raises(ValueError, match=r"found\.json: is a results file"):
+        open_side(str(truth), annotations=found)
+
+
+REPORTED = sorted((SHARED / "reports").glob("unknown_category*/*.json"))
+
+
+@pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.stem)
+def test_reported_results_are_read_whole_or_refused_with_a_count(path: Path) -> None:
+    if isinstance(json.loads(path.read_text()), dict):
+        return  # the annotations
+    annotations = path.with_name("ann.json")
+    known = {c["id"] for c in json.loads(annotations.read_text())["categories"]}
+    unknown = [r for r in json.loads(path.read_text()) if r["category_id"] not in known]
+    if unknown:
+        with pytest.raises(ValueError, match=rf"{len(unknown)} of \d+ detections"):
+            open_side(str(path), annotations=annotations)
+    left = open_side(str(path), annotations=annotations, say=lambda line: None)
+    assert {r["category_id"] for r in left.results} <= known

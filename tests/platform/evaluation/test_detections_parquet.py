@@ -67,17 +67,17 @@ def test_results_are_read_back_in_their_order() -> None:
         {"image_id": 2, "category_id": 90, "bbox": [1.0, 2, 3, 6], "score": 0.5},
         {"image_id": 5, "category_id": 3, "bbox": [0.5, 0, 10, 3], "score": 0.75},
     ]
-    unlisted = {"image_id": 5, "category_id": 4, "bbox": [0, 0, 1, 1], "score": 1.0}
 
-    table = table_of_results([results[0], unlisted, results[1]], TRUTH, "cd")
+    table = table_of_results(results, TRUTH, "cd")
 
     assert results_of_table(table) == results
     assert table["image"].to_pylist() == ["a.jpg", "b.jpg"]
     assert table["label"].to_pylist() == [1, 0]  # by ascending id of the category
 
 
-def test_a_result_of_an_unknown_image_is_refused() -> None:
-    result = {"image_id": 6, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1.0}
+@pytest.mark.parametrize("ids", [(6, 3), (5, 4)])
+def test_a_result_of_an_unknown_image_or_category_is_refused(ids: tuple[int, int]) -> None:
+    result = {"image_id": ids[0], "category_id": ids[1], "bbox": [0, 0, 1, 1], "score": 1.0}
 
-    with pytest.raises(ValueError, match="1 images of the results are not in the ground truth"):
+    with pytest.raises(ValueError, match=r"1 of 1 detections are of 1 .* does not have"):
         table_of_results([result], TRUTH, "")

@@ -136,5 +136,5 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
 def test_a_detection_of_an_unknown_image_is_refused(tmp_path: Path) -> None:
     ground_truth, results = example()
     metrics = evaluate_detections(ground_truth, results)
-    with pytest.raises(ValueError, match="not in the ground truth, such as 99"):
+    with pytest.raises(ValueError, match=r"1 images that the ground truth does not have \(99\)"):
         write_evaluation(tmp_path, ground_truth, [results[0] | {"image_id": 99}], metrics, ORIGIN)
