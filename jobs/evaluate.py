@@ -94,6 +94,7 @@ def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predict
             options.annotations,
             lenient=config.data.lenient,
             max_pixels=config.data.max_pixels,
+            rules=config.data.pixel_rules,
             progress=True,
         )
 

@@ -124,7 +124,7 @@ def _export(predictor: Predictor, paths: list[Path], options: ExportOptions) -> 
     began_s = time.perf_counter()
     program = trace_detector(predictor.model, predictor.config.postprocess, predictor.device)
     echo(f"traced in {duration(time.perf_counter() - began_s)}")
-    images = [decode(path, data.max_pixels) for path in paths]
+    images = [decode(path, data.max_pixels, data.pixel_rules) for path in paths]
     least = least_side_px(predictor.model.config)
     pack = partial(pack_images, size=data.evaluation_size, least_side_px=least)
     eager_speed = None

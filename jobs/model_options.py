@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What changes the numbers or the speed of predictions. Other keys are refused, not ignored.
 MODEL_KEYS = ("model.", "postprocess.", "data.evaluation_size.")
-PREDICTION_KEYS = (*MODEL_KEYS, "data.max_pixels", "precision")
+PREDICTION_KEYS = (*MODEL_KEYS, "data.max_pixels", "data.exif", "data.sixteen_bit", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)

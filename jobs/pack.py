@@ -21,9 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from deta.jobs.command_line import OUTPUT, echo, read_options, run_tool
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.run.config import DataConfig
 from deta.platform.run.run_paths import require_paths
 
@@ -39,6 +40,7 @@ class PackOptions:
     lenient: bool = False  # leave out invalid records
     decode: bool = False  # decode every image first
     max_pixels: int = DataConfig().max_pixels  # of an image
+    exif: Literal["ignore", "apply"] = "ignore"  # as data.exif; train with the same
     verify: str | None = None  # compare all checksums of the shards in this folder
 
 
@@ -70,6 +72,7 @@ def _pack(options: PackOptions) -> None:
         options.annotations,
         lenient=options.lenient,
         max_pixels=options.max_pixels,
+        rules=PixelRules(exif=options.exif),
         progress=True,
     )
     # The notes are stored in the shards, where paths of this machine mean nothing.

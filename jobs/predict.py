@@ -223,12 +223,12 @@ def _draw(
     from deta.platform.data.image_decoding import decode, read_header
     from deta.platform.pages.draw_boxes import draw_detections
 
-    max_pixels = predictor.config.data.max_pixels
+    max_pixels, rules = predictor.config.data.max_pixels, predictor.config.data.pixel_rules
     if options.no_pictures:
-        header = read_header(image.path, max_pixels)
+        header = read_header(image.path, max_pixels, rules)
         return header.width, header.height
     # Decoded again: images are large, and detections only need their size.
-    pixels = decode(image.path, max_pixels)
+    pixels = decode(image.path, max_pixels, rules)
     shown = found.scores >= options.threshold
     drawing = draw_detections(
         pixels, found.boxes_px[shown], found.labels[shown], found.scores[shown], predictor.names

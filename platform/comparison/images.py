@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deta.platform.analysis.analysis import outcomes
 from deta.platform.analysis.images import KEY, LONGER_PX, boxes_of, drawn, small_jpeg
 from deta.platform.comparison.compare import Comparison, ImageChange
 from deta.platform.data.image_decoding import ImageError, decode
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.pages.content import Number, Paragraph, Part, Section, Slide, SlideShow, table
 from deta.platform.pages.number_format import num_of
 
@@ -31,10 +33,18 @@ def slides_of(comparison: Comparison, folder: Path | None) -> list[Slide]:
     return slides
 
 
+def rules_of(config: Mapping[str, Any]) -> PixelRules:
+    """Return how a flat configuration reads pixels; older ones, and files, do not say it."""
+    keys = ("exif", "sixteen_bit", "sixteen_bit_range")
+    given = {key: config.get(f"data.{key}") for key in keys}
+    return PixelRules(**{key: value for key, value in given.items() if value is not None})
+
+
 def _slide(comparison: Comparison, change: ImageChange, group: str, folder: Path) -> Slide | None:
     """Return a slide, or None if the image is missing or broken."""
     try:
-        image = decode(folder / change.file_name)
+        rules = rules_of(comparison.sides[1].config)
+        image = decode(folder / change.file_name, rules=rules)
     except (ImageError, OSError):
         return None
     note = (

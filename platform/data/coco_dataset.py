@@ -36,7 +36,8 @@ import hashlib
 import json
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,12 +48,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deta.platform.data.coco_annotations import DatasetError, Problems, read_coco_file
+from deta.platform.data.coco_annotations import (
+    WARNING,
+    DatasetError,
+    Problems,
+    read_coco_file,
+)
 from deta.platform.data.coco_tables import CocoTables, make_tables
-from deta.platform.data.image_decoding import MAX_PIXELS, ImageError, decode_bytes, read_file
-from deta.platform.data.image_folder import inspect_images, size_mismatch
+from deta.platform.data.image_decoding import (
+    AS_STORED,
+    MAX_PIXELS,
+    Header,
+    ImageError,
+    decode_bytes,
+    read_file,
+    sixteen_bit_values,
+)
+from deta.platform.data.image_folder import inspect_images, orientation_warnings, size_mismatch
+from deta.platform.data.image_sizes import PixelRules
+from deta.platform.system.short_list import short_list
 
 logger = logging.getLogger(__name__)
+
+# The range of 16-bit images: from so many images, with so many values of each.
+NUM_RANGE_IMAGES, NUM_RANGE_VALUES = 64, 20_000
+RANGE_PERCENTILES = (0.1, 99.9)
+FEW_LEVELS = 64  # of 256
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,7 @@ class CocoDataset:
     categories: tuple[Category, ...]
     notes: list[str]
     max_pixels: int
+    rules: PixelRules = AS_STORED
 
     @classmethod
     def open(
@@ -107,6 +129,7 @@ class CocoDataset:
         *,
         lenient: bool = False,
         max_pixels: int = MAX_PIXELS,
+        rules: PixelRules = AS_STORED,
         progress: bool = False,
     ) -> CocoDataset:
         """Check a data set and open it.
@@ -116,6 +139,7 @@ class CocoDataset:
             annotations: JSON in COCO's format.
             lenient: skip records that can be skipped, and count them in `notes`.
             max_pixels: the largest image to accept, width times height.
+            rules: how pixels are read; with `exif="apply"`, boxes are of the upright images.
             progress: show a bar on stderr if reading the headers takes long.
 
         Raises:
@@ -129,11 +153,18 @@ class CocoDataset:
             )
         problems = Problems(annotations)
         coco = read_coco_file(annotations, problems)
-        num_bytes = inspect_images(images, coco.images, max_pixels, progress, problems)
+        headers = inspect_images(images, coco.images, max_pixels, progress, problems, rules)
+        num_bytes = {image_id: header.num_bytes for image_id, header in headers.items()}
         problems.raise_errors(lenient, all_skipped=bool(coco.images) and not num_bytes)
 
+        # The annotated size may be the stored one of a picture that is turned.
         usable = sorted(
-            (i for i in coco.images if i["id"] in num_bytes), key=operator.itemgetter("id")
+            (
+                i | {"width": headers[i["id"]].width, "height": headers[i["id"]].height}
+                for i in coco.images
+                if i["id"] in headers
+            ),
+            key=operator.itemgetter("id"),
         )
         if not usable:
             raise DatasetError(
@@ -145,10 +176,15 @@ class CocoDataset:
         categories = tuple(Category(i, names[i]) for i in ids)
         tables, notes = make_tables(annotations, coco, usable, ids, num_bytes)
 
-        notes = problems.notes() + notes
+        about = orientation_warnings(annotations, coco, usable, headers, rules)
+        notes = about + problems.notes() + notes
         for note in notes:
             logger.warning(note)
-        return cls(images, tables, categories, notes, max_pixels)
+        dataset = cls(images, tables, categories, notes, max_pixels, rules)
+        if warning := dataset.sixteen_bit_warning(headers):
+            logger.warning(warning)
+            dataset.notes.insert(0, warning)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.tables.images)
@@ -160,9 +196,10 @@ class CocoDataset:
             ImageError: the file does not decode completely, or changed since it was checked.
         """
         record = self.records[index]
-        image = decode_bytes(self.content(index), record.path, self.max_pixels)
+        image = decode_bytes(self.content(index), record.path, self.max_pixels, self.rules)
         if image.size != (record.width, record.height):
-            raise ImageError(size_mismatch(record.path, image.size, (record.width, record.height)))
+            found = Header(*image.size, num_bytes=0)
+            raise ImageError(size_mismatch(record.path, found, (record.width, record.height)))
         return Sample(
             image,
             torch.from_numpy(record.boxes_px),
@@ -247,6 +284,45 @@ class CocoDataset:
             digest.update(rows["box_px"].tobytes())
             digest.update(rows["label"].tobytes())
         return digest.hexdigest()
+
+    def sixteen_bit_range(self, indices: Sequence[int] | None = None) -> tuple[int, int] | None:
+        """Return the range of values that 16-bit grey images use, or None if there are none.
+
+        The ends are the 0.1 and 99.9 percentiles over some of the images, always the same ones.
+
+        Args:
+            indices: of 16-bit images, if known; otherwise some of all images are looked at.
+        """
+        indices = range(len(self)) if indices is None else indices
+        step = max(1, len(indices) // NUM_RANGE_IMAGES)
+        values: list[np.ndarray] = []
+        for index in indices[::step]:
+            path = self.records[index].path
+            with suppress(ImageError):  # told where it is trained on
+                found = sixteen_bit_values(self.content(index), path, self.max_pixels).ravel()
+                values.append(found[:: max(1, len(found) // NUM_RANGE_VALUES)])
+        pooled = np.concatenate(values) if values else np.zeros(0)
+        if not len(pooled):
+            return None
+        least, most = np.percentile(pooled, RANGE_PERCENTILES).round().astype(int).tolist()
+        return (least, most) if least < most else (min(least, 65534), min(least, 65534) + 1)
+
+    def sixteen_bit_warning(self, headers: Mapping[int, Header]) -> str | None:
+        """Return a warning if 16-bit images use so little of their range that 8 bits lose much."""
+        ids = self.tables.images["id"].tolist()
+        deep = [index for index, image_id in enumerate(ids) if headers[image_id].is_sixteen_bit]
+        found = self.sixteen_bit_range(deep) if deep else None
+        if found is None or self.rules.sixteen_bit == "stretch":
+            return None
+        levels = (found[1] + 128) // 257 - (found[0] + 128) // 257 + 1
+        if levels > FEW_LEVELS:
+            return None
+        return (
+            f"{WARNING}{self.folder}: {len(deep)} of {len(self)} images have 16 bits, and their "
+            f"values lie in {found[0]} .. {found[1]} of 0 .. 65535, so at most {levels} of 256 "
+            f"grey levels are left (ids {short_list([ids[index] for index in deep])}); "
+            "data.sixteen_bit=stretch uses all levels"
+        )
 
     def first(self, num_images: int) -> Self:
         """Return a data set of the images with the lowest ids.

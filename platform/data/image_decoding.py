@@ -7,10 +7,12 @@ is refused, GIF too: it cannot store a photograph without loss, and mostly holds
 Pixels are converted as follows:
 
 - Grey, palette and bilevel images become RGB. 16-bit grey is divided by 257, because PIL alone
-  would turn it white. PIL converts CMYK, and knows that Adobe stores it inverted.
+  would turn it white; or a range of it is stretched to 0 .. 255 (`PixelRules`). PIL converts CMYK,
+  and knows that Adobe stores it inverted.
 - Alpha is dropped, not composited: the colours under it were annotated.
-- The EXIF orientation is ignored, as in COCO and DETA, where boxes refer to the stored pixels.
-  A file annotated as displayed fails the size check of `image_folder.py`.
+- The EXIF orientation is ignored, as in COCO and DETA, where boxes refer to the stored pixels;
+  or it is applied (`PixelRules`). That of a TIFF is always applied, by PIL. `image_folder.py`
+  counts such images, and compares both sizes with the annotated one.
 - Float, 32-bit integer and Lab images are refused, because they do not define white.
 
 A file that decodes only in part is an error: a missing end, even of two bytes, a broken scan, or a
@@ -32,16 +34,27 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from deta.platform.data.image_sizes import PixelRules
+
 MAX_PIXELS = 50_000_000  # 150 MB as RGB, 600 MB as the float tensor of a model input
 BYTES_PER_PIXEL = 8  # uncompressed 16-bit RGBA: no accepted file needs more
 OTHER_BYTES = 16 << 20  # allowed besides the pixels: previews, profiles, text
+
+AS_STORED = PixelRules()
+ORIENTATION = ExifTags.Base.Orientation
+SWAPPING = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
+_WAYS = Image.Transpose
+UPRIGHT = {
+    2: _WAYS.FLIP_LEFT_RIGHT, 3: _WAYS.ROTATE_180, 4: _WAYS.FLIP_TOP_BOTTOM, 5: _WAYS.TRANSPOSE,
+    6: _WAYS.ROTATE_270, 7: _WAYS.TRANSVERSE, 8: _WAYS.ROTATE_90,
+}  # fmt: skip
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FORMATS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
@@ -69,12 +82,20 @@ class ImageError(ValueError):
 class Header(NamedTuple):
     """Size in pixels and bytes of an image file, read without decoding pixels."""
 
-    width: int
+    width: int  # as it is decoded: upright if the rules say so
     height: int
     num_bytes: int
+    orientation: int = 1  # EXIF, 1 to 8; 1: stored upright
+    is_sixteen_bit: bool = False  # grey of 16 bits
+
+    @property
+    def turned(self) -> tuple[int, int]:
+        """(width, height) with the other way to treat the orientation."""
+        swaps = self.orientation in SWAPPING
+        return (self.height, self.width) if swaps else (self.width, self.height)
 
 
-def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(path: Path, max_pixels: int = MAX_PIXELS, rules: PixelRules = AS_STORED) -> Header:
     """Read the header of an image file; no pixel is decoded.
 
     Raises:
@@ -84,10 +105,29 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """
     num_bytes = _file_size(path, max_pixels)
     with _permanent_errors_as_image_errors(path), open(path, "rb") as file:
-        return Header(*_open_header(file, path, max_pixels, num_bytes).size, num_bytes)
+        image = _open_header(file, path, max_pixels, num_bytes)
+        orientation = orientation_of(image)
+        stored = Header(*image.size, num_bytes, orientation, image.mode.startswith("I;16"))
+        if rules.exif == "apply":
+            return stored._replace(width=stored.turned[0], height=stored.turned[1])
+        return stored
 
 
-def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def orientation_of(image: ImageFile.ImageFile) -> int:
+    """Return the EXIF orientation of an image whose header is read; 1 if missing or invalid."""
+    if isinstance(image, TiffImageFile):
+        return 1  # PIL turns it
+    try:
+        # Not the method of PngImageFile, which decodes all pixels to find EXIF behind them.
+        orientation = int(Image.Image.getexif(image).get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # of every type, from malformed EXIF
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def decode(path: Path, max_pixels: int = MAX_PIXELS, rules: PixelRules = AS_STORED) -> Image.Image:
     """Decode an image file to 8-bit RGB, without EXIF, text and other metadata.
 
     It is safe to call from several threads and after a fork; no file stays open.
@@ -96,7 +136,7 @@ def decode(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: as for `read_header`, or the file does not decode completely.
         OSError: the storage failed.
     """
-    return decode_bytes(read_file(path, max_pixels), path, max_pixels)
+    return decode_bytes(read_file(path, max_pixels), path, max_pixels, rules)
 
 
 def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -111,7 +151,9 @@ def read_file(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
         return path.read_bytes()
 
 
-def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_bytes(
+    content: bytes, path: Path, max_pixels: int = MAX_PIXELS, rules: PixelRules = AS_STORED
+) -> Image.Image:
     """Decode bytes as `decode` does; errors name them by `path`."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
@@ -122,6 +164,7 @@ def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Im
         _check_png_chunks(content, path)
 
     image = _open_header(BytesIO(content), path, max_pixels, len(content))
+    orientation = orientation_of(image) if rules.exif == "apply" else 1
     try:
         image.load()
     except MemoryError:
@@ -130,7 +173,25 @@ def decode_bytes(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> Im
         raise ImageError(
             f"{path}: does not decode completely ({error}); download or export the file again"
         ) from error
-    return _to_rgb(image, path)
+    rgb = _to_rgb(image, path, rules)
+    return rgb.transpose(UPRIGHT[orientation]) if orientation != 1 else rgb
+
+
+def sixteen_bit_values(content: bytes, path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the values of a 16-bit grey image, H W uint16; empty for any other image.
+
+    Raises:
+        ImageError: the header is broken, or the file does not decode.
+    """
+    image = _open_header(BytesIO(content), path, max_pixels, len(content))
+    if not image.mode.startswith("I;16"):
+        return np.zeros((0, 0), np.uint16)
+    try:
+        return np.asarray(image).astype(np.uint16)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in decode_bytes
+        raise ImageError(f"{path}: does not decode completely ({error})") from error
 
 
 def _file_size(path: Path, max_pixels: int) -> int:
@@ -212,11 +273,21 @@ def _check_png_chunks(content: bytes, path: Path) -> None:
         start = end + 4
 
 
-def _to_rgb(image: ImageFile.ImageFile, path: Path) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile, path: Path, rules: PixelRules) -> Image.Image:
     image.info.clear()  # PIL would warn about transparency, and copy EXIF and text
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)  # H W, 0 to 65535 = 255 * 257
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.int64)  # H W, 0 to 65535 = 255 * 257
+        least, most = 0, 65535
+        if rules.sixteen_bit == "stretch":
+            if rules.sixteen_bit_range is None:
+                raise ImageError(
+                    f"{path}: has 16 bits, and data.sixteen_bit=stretch needs the range of the "
+                    "data set: data.sixteen_bit_range=LEAST,MOST"
+                )
+            least, most = rules.sixteen_bit_range
+        span = most - least
+        levels = ((grey - least).clip(0, span) * 255 + span // 2) // span
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode not in EIGHT_BIT_MODES:
         raise ImageError(
             f"{path}: has pixels of PIL's mode {image.mode}, which does not define white; "

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deta.platform.data.coco_annotations import DatasetError, Problems
-from deta.platform.data.image_decoding import Header, ImageError, read_header
+from deta.platform.data.coco_annotations import (
+    WARNING,
+    CocoFile,
+    DatasetError,
+    Problems,
+)
+from deta.platform.data.image_decoding import AS_STORED, Header, ImageError, read_header
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.system.progress import progress_bar
+from deta.platform.system.short_list import short_list
 
 NUM_READERS = 16  # threads that read headers; network storage keeps more of them busy than cores
 IMAGES_PER_TASK = 128
@@ -62,8 +71,12 @@ def inspect_images(
     max_pixels: int,
     progress: bool,
     problems: Problems,
-) -> dict[int, int]:
-    """Return image id -> file size in bytes, for each image with a valid path and header.
+    rules: PixelRules = AS_STORED,
+) -> dict[int, Header]:
+    """Return the header of each image by its id, where path, header and size are valid.
+
+    With `rules.exif` "apply", a picture that is turned may be annotated with either of its sizes,
+    since some tools write the stored size beside boxes of the upright picture.
 
     `problems` receives a fault for every other image, also for one of over `max_pixels`.
 
@@ -76,12 +89,12 @@ def inspect_images(
         found: list[Header | ValueError] = []
         for image in chunk:
             try:
-                found.append(read_header(image_folder.path(image["file_name"]), max_pixels))
+                found.append(read_header(image_folder.path(image["file_name"]), max_pixels, rules))
             except (ImageError, OutsideFolderError) as error:
                 found.append(error)
         return found
 
-    num_bytes = {}
+    headers = {}
     starts = range(0, len(images), IMAGES_PER_TASK)
     chunks = [images[start : start + IMAGES_PER_TASK] for start in starts]
     with (
@@ -96,17 +109,19 @@ def inspect_images(
                 elif isinstance(found, ValueError):
                     text = f"image {image_id}, file_name: {found}"
                     problems.add_skippable(IMAGE_UNREADABLE, image_id, text)
-                elif found[:2] != annotated:
-                    fault = size_mismatch(folder / image["file_name"], found[:2], annotated)
+                elif annotated not in (
+                    (found[:2], found.turned) if rules.exif == "apply" else (found[:2],)
+                ):
+                    fault = size_mismatch(folder / image["file_name"], found, annotated)
                     field = "width" if found.width != image["width"] else "height"
                     text = f"image {image_id}, {field}: {fault}"
                     problems.add_skippable(IMAGE_OF_OTHER_SIZE, image_id, text)
                 else:
-                    num_bytes[image_id] = found.num_bytes
+                    headers[image_id] = found
             advance(len(chunk))
-    if images and not num_bytes:
+    if images and not headers:
         _require_any(folder, images, problems.path)
-    return num_bytes
+    return headers
 
 
 def _require_any(folder: Path, images: list[dict[str, Any]], annotations: Path) -> None:
@@ -138,9 +153,57 @@ def _require_any(folder: Path, images: list[dict[str, Any]], annotations: Path) 
     )
 
 
-def size_mismatch(path: Path, found: tuple[int, int], annotated: tuple[int, int]) -> str:
-    """Return the message for a file whose (width, height) in pixels is not the annotated one."""
-    return (
-        f"{path}: has {found[0]} x {found[1]} pixels as stored, but {annotated[0]} x "
-        f"{annotated[1]} are annotated; if its EXIF orientation rotates it, rotate the pixels"
+def size_mismatch(path: Path, found: Header, annotated: tuple[int, int]) -> str:
+    """Return the message for a file whose size is not the annotated (width, height) in pixels."""
+    said = (
+        f"{path}: has {found.width} x {found.height} pixels, but {annotated[0]} x {annotated[1]} "
+        "are annotated"
     )
+    if annotated == found.turned:
+        return (
+            f"{said}, which is its size after turning it by its EXIF orientation, "
+            f"{found.orientation}: boxes are of the upright picture; set data.exif=apply"
+        )
+    return said
+
+
+def orientation_warnings(
+    annotations: Path,
+    coco: CocoFile,
+    images: list[dict[str, Any]],
+    headers: Mapping[int, Header],
+    rules: PixelRules,
+) -> list[str]:
+    """Return warnings of images that are shown in another way than they are stored.
+
+    Args:
+        images: those that are used, with their sizes as they are decoded.
+    """
+    turned = {image["id"]: image for image in images if headers[image["id"]].orientation != 1}
+    if not turned:
+        return []
+    kinds = Counter(headers[image_id].orientation for image_id in turned)
+    each = ", ".join(f"{count} with {kind}" for kind, count in sorted(kinds.items()))
+    note = (
+        f"{annotations}: {len(turned)} of {len(images)} images have an EXIF orientation other than "
+        f"1: {each} (ids {short_list(sorted(turned))})"
+    )
+    inside = {True: 0, False: 0}  # boxes that fit the image as it is decoded, and the other way
+    boxes = [a for a in coco.annotations if a["image_id"] in turned]
+    for annotation in boxes:
+        x, y, width, height = annotation["bbox"]
+        for as_decoded in inside:
+            sizes = headers[annotation["image_id"]]
+            size = sizes[:2] if as_decoded else sizes.turned
+            inside[as_decoded] += x + width <= size[0] + 1 and y + height <= size[1] + 1
+    fits = (
+        f"{inside[True]} of their {len(boxes)} boxes fit the image that way, {inside[False]} the "
+        "other way"
+    )
+    if rules.exif == "apply":
+        note += f". They are turned upright (data.exif=apply): {fits}"
+        return [WARNING + note if inside[False] > inside[True] else note]
+    return [
+        f"{WARNING}{note}. Boxes are taken to be of the stored pixels: {fits}. If the annotation "
+        "tool showed the images upright, set data.exif=apply"
+    ]

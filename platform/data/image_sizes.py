@@ -1,9 +1,30 @@
-"""The sizes of training and evaluation images, and the other options of augmentation."""
+"""How pixels are read, the sizes of images, and the other options of augmentation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelRules:
+    """How the pixels of a file become an 8-bit image; the same for training and prediction."""
+
+    exif: Literal["ignore", "apply"] = "ignore"  # apply: turn images upright
+    # full: 0 to 65535 become 0 to 255. stretch: the values of sixteen_bit_range do.
+    sixteen_bit: Literal["full", "stretch"] = "full"
+    sixteen_bit_range: tuple[int, int] | None = None  # (least, most) of a data set
+
+    def __post_init__(self) -> None:
+        if self.sixteen_bit_range is None:
+            return
+        object.__setattr__(self, "sixteen_bit_range", tuple(self.sixteen_bit_range))
+        if self.sixteen_bit != "stretch":
+            raise ValueError("sixteen_bit_range has no effect without sixteen_bit=stretch")
+        least, most = self.sixteen_bit_range
+        if not 0 <= least < most <= 65535:
+            raise ValueError(f"sixteen_bit_range={least}, {most} is no rising range in 0 .. 65535")
 
 
 @dataclass(frozen=True, kw_only=True)

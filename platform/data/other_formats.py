@@ -104,7 +104,7 @@ def kind_of_document(document: object, *, needs_annotations: bool = True) -> str
         return (
             "a file of keypoints without boxes; add a bbox to each record, or take instances_*.json"
         )
-    if _all(annotations, lambda one: "score" in one):
+    if _all(annotations, lambda one: "score" in one and "id" not in one):
         return (
             "a file of results (its annotations have a score), not ground truth; take the "
             "annotation file that they were computed on"

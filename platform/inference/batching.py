@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from deta.platform.data.image_decoding import Header, ImageError, read_header
+from deta.platform.data.image_decoding import AS_STORED, Header, ImageError, read_header
+from deta.platform.data.image_sizes import PixelRules
 
 NUM_READERS = 4  # threads that read and resize images while the model works
 NUM_SHOWN = 10  # files named in one message
@@ -46,10 +47,12 @@ def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> 
     return plan
 
 
-def read_headers(paths: Sequence[Path], max_pixels: int) -> list[Header | ImageError]:
+def read_headers(
+    paths: Sequence[Path], max_pixels: int, rules: PixelRules = AS_STORED
+) -> list[Header | ImageError]:
     """Read the header of every image file, or find why it is missing, no image, or too large."""
     headers: list[Header | ImageError] = []
-    for _, future in read_ahead(lambda path: read_header(path, max_pixels), paths):
+    for _, future in read_ahead(lambda path: read_header(path, max_pixels, rules), paths):
         try:
             headers.append(future.result())
         except ImageError as error:
@@ -57,13 +60,15 @@ def read_headers(paths: Sequence[Path], max_pixels: int) -> list[Header | ImageE
     return headers
 
 
-def check_headers(paths: Sequence[Path], max_pixels: int) -> list[Header]:
+def check_headers(
+    paths: Sequence[Path], max_pixels: int, rules: PixelRules = AS_STORED
+) -> list[Header]:
     """Read the header of every image file.
 
     Raises:
         ImageError: names each file that is missing, not an image, or too large.
     """
-    found = read_headers(paths, max_pixels)
+    found = read_headers(paths, max_pixels, rules)
     headers = [one for one in found if not isinstance(one, ImageError)]
     faults = [str(one) for one in found if isinstance(one, ImageError)]
     if faults:

@@ -231,7 +231,7 @@ class Predictor:
         """Return the detections of each image, in pixels of that image, best first.
 
         Args:
-            images: of any 8-bit mode; the EXIF orientation is ignored, as in training.
+            images: of any 8-bit mode; their EXIF orientation is not looked at.
             batch_size: the most images in a batch. Only images of one size form a batch, so none is
                 padded, and detections do not depend on the other images, up to the order of
                 float32 sums, which changes scores in the sixth digit.
@@ -270,12 +270,12 @@ class Predictor:
                 cannot be decoded.
         """
         files = [Path(path) for path in paths]
-        max_pixels = self.config.data.max_pixels
+        max_pixels, rules = self.config.data.max_pixels, self.config.data.pixel_rules
         headers: list[Header] = []
         if on_unreadable is None:
-            headers = check_headers(files, max_pixels)
+            headers = check_headers(files, max_pixels, rules)
         else:
-            found_headers = read_headers(files, max_pixels)
+            found_headers = read_headers(files, max_pixels, rules)
             for path, header in zip(files, found_headers, strict=True):
                 if isinstance(header, ImageError):
                     on_unreadable(path, header)
@@ -288,7 +288,7 @@ class Predictor:
             ]
 
         def read(index: int) -> PreparedImage:
-            return self.prepare(decode(files[index], max_pixels))
+            return self.prepare(decode(files[index], max_pixels, rules))
 
         def handle_unreadable(index: int, error: ImageError) -> None:
             if on_unreadable is None:

@@ -62,8 +62,13 @@ def base_config(recipe: RunConfig, theirs: RunConfig | None) -> RunConfig:
     config = replace(recipe, name=f"{recipe.name}-finetune", schedule=OPEN_SCHEDULE)
     if theirs is None:
         return config
-    size, augmentation = theirs.data.evaluation_size, theirs.data.augmentation
-    data = replace(config.data, augmentation=augmentation, evaluation_size=size)
+    data = replace(
+        config.data,
+        augmentation=theirs.data.augmentation,
+        evaluation_size=theirs.data.evaluation_size,
+        exif=theirs.data.exif,
+        sixteen_bit=theirs.data.sixteen_bit,  # its range is that of the new images
+    )
     model, criterion = theirs.model, theirs.criterion
     return replace(
         config, model=model, criterion=criterion, postprocess=theirs.postprocess, data=data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from deta.platform.learning.optimizer import freeze
 from deta.platform.run.config import DataConfig, RunConfig, flatten
 from deta.platform.run.dataset_snapshot import Split, read_dataset_snapshot
 from deta.platform.run.run import Run
+from deta.platform.run.run_file import read_run_file
 from deta.platform.run.run_paths import require_run_paths
 from deta.platform.shards.open_dataset import open_dataset
 from deta.platform.system.download import fetch, is_url
@@ -58,6 +60,9 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
             f"first {sorted(train - val)[:5]}, only in the second {sorted(val - train)[:5]}; both "
             "must list the same ids and names"
         )
+    if data.sixteen_bit == "stretch" and data.sixteen_bit_range is None:
+        data = replace(data, sixteen_bit_range=_sixteen_bit_range(train_set, kept))
+        train_set.rules = val_set.rules = data.pixel_rules
     if not resume and (note := shared_images_note(train_set, val_set)):
         val_set.notes.append(note)
     if config.optim.freeze:
@@ -82,7 +87,12 @@ def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
     )
     try:
         dataset = open_dataset(
-            images, annotations, lenient=data.lenient, max_pixels=data.max_pixels, progress=True
+            images,
+            annotations,
+            lenient=data.lenient,
+            max_pixels=data.max_pixels,
+            rules=data.pixel_rules,
+            progress=True,
         )
     except DatasetError as error:
         before = None
@@ -94,6 +104,20 @@ def _open(split: Split, data: DataConfig, kept: Path | None) -> CocoDataset:
                        "training replaces broken images.", error)  # fmt: skip
         return before
     return dataset if first is None else dataset.first(min(first, len(dataset)))
+
+
+def _sixteen_bit_range(train_set: CocoDataset, kept: Path | None) -> tuple[int, int]:
+    """Return the range that the run began with, or that of the training images."""
+    if kept is not None:
+        with suppress(ValueError, OSError, KeyError, TypeError):
+            least, most = read_run_file(kept)["config"]["data"]["sixteen_bit_range"]
+            return least, most
+    if (found := train_set.sixteen_bit_range()) is None:
+        raise ValueError(
+            "data.sixteen_bit=stretch: no training image that was looked at is grey of 16 bits; "
+            "leave it out, or give data.sixteen_bit_range=LEAST,MOST"
+        )
+    return found
 
 
 def _local(key: str, given: str | None, storage: Path) -> str | None:

@@ -66,9 +66,9 @@ class RegisteredDetector(PythonModel):
         from deta.platform.data.image_decoding import decode_bytes
 
         threshold = float((params or {}).get("score_threshold", 0.0))
-        max_pixels = self.predictor.config.data.max_pixels
+        data = self.predictor.config.data
         images = [
-            decode_bytes(content, Path(f"image {number}"), max_pixels)
+            decode_bytes(content, Path(f"image {number}"), data.max_pixels, data.pixel_rules)
             for number, content in enumerate(model_input[INPUT], 1)
         ]
         rows = []

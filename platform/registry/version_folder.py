@@ -121,7 +121,10 @@ def preprocessing(config: RunConfig) -> dict[str, Any]:
     """
     size = config.data.evaluation_size
     return {
-        "colour": "RGB, 8 bits a channel; the EXIF orientation is ignored",
+        "colour": "RGB, 8 bits a channel; the EXIF orientation is "
+        + ("applied" if config.data.exif == "apply" else "ignored"),
+        "sixteen_bit": config.data.sixteen_bit,
+        "sixteen_bit_range": config.data.sixteen_bit_range,
         "resize": "bilinear, antialiased (PIL), the ratio is kept",
         "short_edge_px": size.short_edge,
         "max_long_edge_px": size.max_long_edge,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from deta.model.config import AnchorDETRConfig, CriterionConfig, ModelConfig, PostprocessConfig
-from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
+from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize, PixelRules
 from deta.platform.learning.schedule import OptimConfig, ScheduleConfig
 
 Config = TypeVar("Config")
@@ -48,6 +48,12 @@ class DataConfig:
     val_annotations: str = ""
     lenient: bool = False  # skip and count unusable records instead of refusing the data set
     max_pixels: int = 50_000_000  # per image; the header of a larger one is enough to refuse it
+    # Boxes are of the stored pixels (ignore) or of the picture as its EXIF orientation shows it.
+    exif: Literal["ignore", "apply"] = "ignore"
+    # 16-bit grey images: 0 to 65535 become 0 to 255 (full), or the range that the training images
+    # use does (stretch). The range is measured, if it is not given, and stored with the model.
+    sixteen_bit: Literal["full", "stretch"] = "full"
+    sixteen_bit_range: tuple[int, int] | None = None
     train_first: int | None = None  # use only this many images, for example to overfit a few
     val_first: int | None = None
     loader_workers: int = 2  # processes per training worker; affects speed only
@@ -61,6 +67,21 @@ class DataConfig:
         _require_at_least(self, "data.", train_first=1, val_first=1, loader_workers=0)
         if not 0 <= self.max_broken_share <= 1:
             raise ValueError(f"data.max_broken_share={self.max_broken_share} is not in 0 .. 1")
+        if self.sixteen_bit_range is not None:
+            object.__setattr__(self, "sixteen_bit_range", tuple(self.sixteen_bit_range))
+        try:
+            self.pixel_rules  # noqa: B018  checks the values
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from None
+
+    @property
+    def pixel_rules(self) -> PixelRules:
+        """How pixels are read, in training and wherever else the model is used."""
+        return PixelRules(
+            exif=self.exif,
+            sixteen_bit=self.sixteen_bit,
+            sixteen_bit_range=self.sixteen_bit_range,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +275,8 @@ def _parsed(value: Any, kind: Any, key: str) -> Any:
     if isinstance(value, str):
         if value.lower() in ("none", "null") and type(None) in typing.get_args(kind):
             return None
-        if typing.get_origin(kind) in (tuple, Sequence):
+        kinds = (kind, *typing.get_args(kind))  # of a union too
+        if any(typing.get_origin(one) in (tuple, Sequence) for one in kinds):
             items = (item.strip(" '\"") for item in value.strip("[]() ").split(","))
             read = tuple(item for item in items if item)
     try:

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from deta.platform.data.coco_annotations import file_name_fault
 from deta.platform.data.coco_dataset import Category, CocoDataset
 from deta.platform.data.coco_tables import ANNOTATION_ROW, IMAGE_ROW, CocoTables
-from deta.platform.run.config import RunConfig, from_json, to_json
+from deta.platform.run.config import DataConfig, RunConfig, from_json, to_json
 from deta.platform.run.run import Run
 from deta.platform.shards.manifest import Shard
 from deta.platform.shards.object_store import ObjectStore
@@ -87,8 +87,8 @@ def read_run_snapshot(folder: Path) -> Run:
     about, rows = _read(folder)
     try:
         config = from_json(RunConfig, json.dumps(about["config"]))
-        train_set = _dataset(about["train"], rows, "train", config.data.train_images)
-        val_set = _dataset(about["val"], rows, "val", config.data.val_images)
+        train_set = _dataset(about["train"], rows, "train", config.data)
+        val_set = _dataset(about["val"], rows, "val", config.data)
         notes = tuple(str(note) for note in about["notes"])
         return Run(config, folder, train_set, val_set, str(about["code_commit"]), notes)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -126,9 +126,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _dataset(
-    about: dict[str, Any], rows: dict[str, np.ndarray], split: Split, images: str
+    about: dict[str, Any], rows: dict[str, np.ndarray], split: Split, data: DataConfig
 ) -> CocoDataset:
-    """Return one of the two data sets. The configuration says where its images are.
+    """Return one of the two data sets. The configuration says where and how its images are read.
 
     Raises:
         ValueError, TypeError, KeyError: some content is not as it is written.
@@ -148,11 +148,12 @@ def _dataset(
         raise ValueError("images point at annotations that do not exist")
     _require_within(annotation_rows["label"], len(categories), "categories")
 
-    max_pixels = int(about["max_pixels"])
+    max_pixels, rules = int(about["max_pixels"]), data.pixel_rules
+    images = getattr(data, f"{split}_images")
     coco = CocoTables(names, image_rows, annotation_rows)
     dataset: CocoDataset
     if about["shards"] is None:
-        dataset = CocoDataset(Path(images), coco, categories, notes, max_pixels)
+        dataset = CocoDataset(Path(images), coco, categories, notes, max_pixels, rules)
     else:
         places = _table(rows[f"{split}.places"], LOCATION_ROW)
         shards = tuple(Shard(**shard) for shard in about["shards"])
@@ -160,7 +161,7 @@ def _dataset(
             raise ValueError(f"{len(places)} places for {len(image_rows)} images")
         _require_within(places["shard"], len(shards), "shards")
         dataset = ShardedDataset(
-            ObjectStore(images), shards, places, coco, categories, notes, max_pixels
+            ObjectStore(images), shards, places, coco, categories, notes, max_pixels, rules
         )
     if dataset.fingerprint != about["fingerprint"]:
         raise ValueError(

@@ -263,7 +263,9 @@ def _decode_and_prepare(
     predictor: Predictor, content: bytes, config: ServingConfig, upright: bool
 ) -> PreparedImage:
     try:
-        return predictor.prepare(decode_image(content, config, upright=upright))
+        return predictor.prepare(
+            decode_image(content, config, predictor.config.data.pixel_rules, upright=upright)
+        )
     except MemoryError as error:
         detail = "too little memory for this image at the moment; try again later"
         raise Refusal(503, "memory", detail) from error

@@ -38,7 +38,7 @@ class DetectParameters(_Strict):
     upright: bool = Field(
         False,
         description="Rotate the image by its EXIF orientation; boxes refer to the rotated image. "
-        "Otherwise to the stored one, as in training",
+        "Otherwise they refer to the image as in training: stored, or upright with data.exif=apply",
     )
 
 

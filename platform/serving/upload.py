@@ -12,17 +12,24 @@ import logging
 import math
 import re
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from deta.platform.data.image_decoding import PNG_SIGNATURE, ImageError, decode_bytes
+from deta.platform.data.image_decoding import (
+    AS_STORED,
+    PNG_SIGNATURE,
+    ImageError,
+    decode_bytes,
+)
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.serving.config import ServingConfig
 from deta.platform.system.origin_guard import Refusal
 
@@ -36,7 +43,6 @@ FORM_BYTES = 64 << 10  # what a form may contain besides the image
 MAX_FIELDS = 4
 MAX_DRAINED = 4  # times the limit; a longer body is not read to its end
 MAX_SCANS = 64  # of a progressive JPEG, which usually has 10; each costs a pass over all pixels
-ORIENTATION = 0x0112  # the tag of EXIF
 CLOSE = {"Connection": "close"}
 
 # Ends a JPEG's entropy-coded data: FF, then neither a stuffed zero, a restart marker nor a fill.
@@ -107,11 +113,18 @@ async def read_image(
     return content
 
 
-def decode_image(content: bytes, config: ServingConfig, *, upright: bool = False) -> Image.Image:
+def decode_image(
+    content: bytes,
+    config: ServingConfig,
+    rules: PixelRules = AS_STORED,
+    *,
+    upright: bool = False,
+) -> Image.Image:
     """Return the image as 8-bit RGB; see `image_decoding.decode_bytes`.
 
     Args:
-        upright: rotate the image by its EXIF orientation; otherwise as stored, as in training.
+        rules: those of the model.
+        upright: rotate the image by its EXIF orientation, also for a model that ignores it.
 
     Raises:
         Refusal: 413 for too many pixels, 415 for another format, 422 if it does not decode.
@@ -133,13 +146,10 @@ def decode_image(content: bytes, config: ServingConfig, *, upright: bool = False
         detail = f"{size} pixels are more than {config.max_pixels:,}; shrink the image"
         raise Refusal(413, "too_many_pixels", detail)
     try:
-        image = decode_bytes(content, Path("the image"), config.max_pixels)
+        rules = replace(rules, exif="apply") if upright else rules
+        return decode_bytes(content, Path("the image"), config.max_pixels, rules)
     except ImageError as error:
         raise Refusal(422, "undecodable", str(error)) from error
-    if upright and opened is not None and (orientation := _orientation(opened)) != 1:
-        image.getexif()[ORIENTATION] = orientation
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def count_scans(content: bytes) -> int:
@@ -203,15 +213,3 @@ def _open_header(content: bytes) -> ImageFile.ImageFile | None:
         raise
     except Exception:  # as in image_decoding.py
         return None
-
-
-def _orientation(opened: ImageFile.ImageFile) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if it is missing or invalid."""
-    if isinstance(opened, PngImageFile) and "exif" not in opened.info:
-        return 1  # PIL would decode the whole PNG to find EXIF data after the pixels
-    try:
-        return int(opened.getexif().get(ORIENTATION, 1))
-    except MemoryError:
-        raise
-    except Exception:  # broken EXIF data counts as none
-        return 1

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.image_decoding import MAX_PIXELS
+from deta.platform.data.image_decoding import AS_STORED, MAX_PIXELS
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.shards.manifest import FORMAT, MANIFEST, UNFINISHED
 from deta.platform.shards.object_store import ObjectStore, is_address
 from deta.platform.shards.sharded_dataset import ShardedDataset
@@ -18,6 +19,7 @@ def open_dataset(
     *,
     lenient: bool = False,
     max_pixels: int = MAX_PIXELS,
+    rules: PixelRules = AS_STORED,
     verify: bool = False,
     progress: bool = False,
 ) -> CocoDataset:
@@ -28,6 +30,7 @@ def open_dataset(
         annotations: JSON in COCO format; empty for shards, which contain their annotations.
         lenient: skip records that can be skipped, and count them in `notes`.
         max_pixels: the largest image to accept, width times height.
+        rules: how pixels are read.
         verify: read all shards first and compare their SHA-256.
         progress: show a bar on stderr if a step takes long.
 
@@ -41,7 +44,12 @@ def open_dataset(
                 f"annotations, so {annotations} would not be read; leave the annotations empty"
             )
         return ShardedDataset.open_shards(
-            images, lenient=lenient, max_pixels=max_pixels, verify=verify, progress=progress
+            images,
+            lenient=lenient,
+            max_pixels=max_pixels,
+            rules=rules,
+            verify=verify,
+            progress=progress,
         )
     if not str(annotations):
         raise DatasetError(
@@ -49,7 +57,9 @@ def open_dataset(
             f"written by jobs/pack.py (there is no {MANIFEST})"
         )
     folder, file = Path(images), Path(annotations)
-    return CocoDataset.open(folder, file, lenient=lenient, max_pixels=max_pixels, progress=progress)
+    return CocoDataset.open(
+        folder, file, lenient=lenient, max_pixels=max_pixels, rules=rules, progress=progress
+    )
 
 
 def _holds_shards(folder: Path) -> bool:

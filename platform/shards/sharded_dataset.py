@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.image_decoding import MAX_PIXELS
+from deta.platform.data.image_decoding import AS_STORED, MAX_PIXELS
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.shards.arrow_tables import from_arrow
 from deta.platform.shards.manifest import (
     ANNOTATIONS,
@@ -75,6 +76,7 @@ class ShardedDataset(CocoDataset):
         *,
         lenient: bool = False,
         max_pixels: int = MAX_PIXELS,
+        rules: PixelRules = AS_STORED,
         verify: bool = False,
         progress: bool = False,
     ) -> ShardedDataset:
@@ -100,7 +102,7 @@ class ShardedDataset(CocoDataset):
             locations[name] = table[name].to_numpy()
         notes = list(manifest.notes)
         dataset = cls(
-            store, manifest.shards, locations, tables, manifest.categories, notes, max_pixels
+            store, manifest.shards, locations, tables, manifest.categories, notes, max_pixels, rules
         )
         if len(dataset) != manifest.num_images or dataset.fingerprint != manifest.fingerprint:
             raise ShardError(

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deta.platform.data.coco_annotations import DatasetError, file_name_fault
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.coco_tables import MIN_SIDE_PX, training_boxes
 from deta.platform.data.image_decoding import ImageError
+from deta.platform.data.image_sizes import PixelRules
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared")
@@ -99,7 +100,7 @@ def outcome(images: Path, annotations: Path, lenient: bool = False) -> tuple[boo
         assert np.isfinite(record.boxes_px).all()
         assert (record.boxes_px[:, 2:] > record.boxes_px[:, :2]).all()
         assert (record.labels < len(dataset.categories)).all()
-    return True, dataset.fingerprint + "\n".join(dataset.notes)
+    return True, "\n".join([dataset.fingerprint, *dataset.notes])
 
 
 # --- Bad inputs ----------------------------------------------------------------------------------
@@ -662,3 +663,124 @@ def test_the_pixel_limit_can_be_lowered_and_raised(tmp_path: Path) -> None:
         CocoDataset.open(images, path, max_pixels=40 * 30 - 1)
 
     assert len(CocoDataset.open(images, path, max_pixels=40 * 30, progress=True)) == 3
+
+
+# --- Orientation and 16 bits ---------------------------------------------------------------------
+
+APPLY = PixelRules(exif="apply")
+
+
+def write_turned(
+    folder: Path, orientation: int, size: tuple[int, int], annotated: tuple[int, int]
+) -> tuple[Path, Path]:
+    """A bright box of 8 x 6 px at (12, 10) of the upright picture; its file is turned."""
+    upright = Image.new("RGB", size, (20, 20, 20))
+    upright.paste((250, 250, 250), (12, 10, 20, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    back = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
+    there = Image.Exif()
+    there[0x0112] = back
+    upright.info["exif"] = there.tobytes()
+    upright.getexif()[0x0112] = back
+    stored = ImageOps.exif_transpose(upright)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    stored.save(folder / "images" / "a.png", exif=exif)
+    coco = small_coco()
+    width, height = annotated
+    coco["images"] = [{"id": 3, "file_name": "a.png", "width": width, "height": height}]
+    coco["annotations"] = [note(1, 3, 2, [12, 10, 8, 6])]
+    (folder / "annotations.json").write_text(json.dumps(coco))
+    return folder / "images", folder / "annotations.json"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(40, 30), (40, 40)])
+@pytest.mark.parametrize("writes", ["stored", "upright"])
+def test_boxes_of_an_upright_picture_lie_right_with_exif_applied(
+    orientation: int, shape: tuple[int, int], writes: str, tmp_path: Path
+) -> None:
+    """Tools write the stored size or the upright one beside boxes of the upright picture."""
+    turns = orientation > 4
+    annotated = shape[::-1] if turns and writes == "stored" else shape
+    given = write_turned(tmp_path, orientation, shape, annotated)
+
+    dataset = CocoDataset.open(*given, rules=APPLY)
+
+    record, sample = dataset.records[0], dataset[0]
+    assert sample.image.size == (record.width, record.height) == shape
+    x1, y1, x2, y2 = map(int, record.boxes_px[0])
+    assert (np.asarray(sample.image)[y1:y2, x1:x2] == 250).all()
+    assert (np.asarray(sample.image) == 250).sum() == 3 * 8 * 6
+    truth = dataset.ground_truth["images"][0]
+    assert (truth["width"], truth["height"]) == shape
+    assert len([n for n in dataset.notes if "turned upright" in n]) == (orientation != 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(40, 30), (40, 40)])
+def test_orientation_is_counted_in_both_modes_and_a_swapped_size_tells_the_cure(
+    orientation: int, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    stored = shape[::-1] if orientation > 4 else shape
+    given = write_turned(tmp_path, orientation, shape, stored)
+    for lenient in (False, True):
+        warned = [n for n in CocoDataset.open(*given, lenient=lenient).notes if "EXIF" in n]
+        assert len(warned) == (orientation != 1)
+        for said in warned:
+            assert said.startswith("! ")
+            assert "1 of 1 images have an EXIF orientation other than 1" in said
+            assert f": 1 with {orientation} (ids 3)" in said
+            assert "data.exif=apply" in said
+    if stored != shape:
+        given = write_turned(tmp_path, orientation, shape, shape)
+        with pytest.raises(DatasetError, match=r"upright picture; set data\.exif=apply"):
+            CocoDataset.open(*given)
+
+
+def test_a_size_that_fits_neither_way_is_a_fault_with_exif_applied(tmp_path: Path) -> None:
+    given = write_turned(tmp_path, 6, (40, 30), (41, 30))
+    with pytest.raises(DatasetError, match="41 x 30 are annotated"):
+        CocoDataset.open(*given, rules=APPLY)
+    given = write_turned(tmp_path, 1, (40, 30), (30, 40))  # an image that is not turned
+    with pytest.raises(DatasetError, match="30 x 40 are annotated"):
+        CocoDataset.open(*given, rules=APPLY)
+
+
+@pytest.mark.parametrize(("most", "warns"), [(65535, False), (30000, False), (4095, True)])
+def test_sixteen_bit_images_that_use_few_levels_are_counted(
+    most: int, warns: bool, tmp_path: Path
+) -> None:
+    images, path = write(tmp_path, small_coco())
+    values = np.random.default_rng(0).integers(0, most + 1, (30, 40)).astype(np.uint16)
+    Image.fromarray(values).save(images / "b.png")
+    for lenient in (False, True):
+        dataset = CocoDataset.open(images, path, lenient=lenient)
+        said = [n for n in dataset.notes if "16 bits" in n]
+        assert len(said) == warns
+        assert not said or (
+            said[0].startswith("! ")
+            and "1 of 3 images" in said[0]
+            and "(ids 7)" in said[0]
+            and "data.sixteen_bit=stretch" in said[0]
+        )
+    found = dataset.sixteen_bit_range()
+    assert found is not None
+    assert 0 <= found[0] <= 0.01 * most
+    assert 0.99 * most <= found[1] <= most
+    rules = PixelRules(sixteen_bit="stretch", sixteen_bit_range=found)
+    stretched = CocoDataset.open(images, path, rules=rules)
+    assert not [n for n in stretched.notes if "16 bits" in n]
+    assert len(np.unique(np.asarray(stretched[1].image))) > 200
+    assert stretched.fingerprint == dataset.fingerprint
+
+
+REPORTED = sorted((SHARED / "reports").glob("*/ann.json"))
+
+
+@pytest.mark.parametrize("path", REPORTED, ids=lambda path: path.parent.name)
+def test_a_reported_set_is_opened_with_a_word_or_refused(path: Path) -> None:
+    loads, said = outcome(path.parent / "images", path)
+
+    is_of_detections = "compare.py" in path.with_name("README.md").read_text()
+    assert is_of_detections or len(said.splitlines()) > loads  # after the fingerprint

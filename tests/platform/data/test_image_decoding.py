@@ -17,9 +17,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from deta.platform.data.image_decoding import ImageError, decode, read_header
+from deta.platform.data.image_decoding import (
+    ImageError,
+    decode,
+    read_header,
+    sixteen_bit_values,
+)
+from deta.platform.data.image_sizes import PixelRules
 
 SHARED = Path(
     os.environ.get("DETA_SHARED", Path(__file__).resolve().parents[3] / "../shared")
@@ -73,7 +79,7 @@ def test_colours_are_the_same_in_every_format(
     image = decode(path)
 
     assert (image.mode, image.size) == ("RGB", (64, 48))
-    assert read_header(path) == (64, 48, path.stat().st_size)
+    assert read_header(path)[:3] == (64, 48, path.stat().st_size)
     # JPEG at quality 95 and a palette of 216 colours move the mean by a few levels at most.
     assert np.abs(mean(image) - mean(photo())).max() < (8 if mode == "P" else 2)
 
@@ -282,3 +288,95 @@ def test_bad_image_without_colour_has_three_equal_channels(name: str) -> None:
 
     assert (pixels == pixels[..., :1]).all()
     assert pixels.std() > 1
+
+
+# --- Orientation and 16 bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(64, 48), (48, 48)])
+def test_orientation_is_applied_if_asked_and_the_header_agrees(
+    orientation: int, suffix: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
+    photo(*size).save(path, exif=exif, **options)
+    with Image.open(path) as opened:
+        expected = ImageOps.exif_transpose(opened).convert("RGB")
+    apply = PixelRules(exif="apply")
+
+    upright, header = decode(path, rules=apply), read_header(path, rules=apply)
+
+    assert upright.tobytes() == expected.tobytes()
+    assert (header.width, header.height) == upright.size
+    stored, header = decode(path), read_header(path)
+    assert (header.width, header.height) == stored.size
+    if suffix == "tif":  # PIL turns it always
+        assert stored.tobytes() == upright.tobytes()
+        assert header.orientation == 1
+    else:
+        assert stored.size == size
+        assert header.orientation == orientation
+        assert header.turned == upright.size
+
+
+@pytest.mark.parametrize("value", [0, 9, 255, None])
+def test_an_invalid_orientation_is_none(value: Any, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    if value is not None:
+        exif[0x0112] = value
+    photo().save(tmp_path / "a.jpg", exif=exif)
+
+    assert read_header(tmp_path / "a.jpg", rules=PixelRules(exif="apply")).orientation == 1
+    assert decode(tmp_path / "a.jpg", rules=PixelRules(exif="apply")).size == (64, 48)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("least", "most"), [(0, 65535), (0, 4095), (29000, 29399), (100, 101)])
+def test_sixteen_bits_are_divided_or_stretched(
+    least: int, most: int, suffix: str, tmp_path: Path
+) -> None:
+    values = np.linspace(least, most, 48 * 64).round().astype(np.uint16).reshape(48, 64)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(values).save(path)
+
+    assert read_header(path).is_sixteen_bit
+    assert (sixteen_bit_values(path.read_bytes(), path) == values).all()
+    full = np.asarray(decode(path))
+    assert (full == np.round(values / 257).astype(np.uint8)[..., None]).all()
+    rules = PixelRules(sixteen_bit="stretch", sixteen_bit_range=(least, most))
+    found = np.asarray(decode(path, rules=rules)).astype(int)
+    exact = (values.astype(float) - least) / (most - least) * 255
+    assert np.abs(found - exact[..., None]).max() <= 0.5
+    assert len(np.unique(found)) == min(256, most - least + 1)
+
+
+def test_values_outside_of_the_range_are_clipped_and_eight_bits_stay(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 100, 150, 200, 65535]], np.uint16)).save(tmp_path / "a.png")
+    photo().save(tmp_path / "b.png")
+    rules = PixelRules(sixteen_bit="stretch", sixteen_bit_range=(100, 200))
+
+    assert np.asarray(decode(tmp_path / "a.png", rules=rules))[0, :, 0].tolist() == [
+        0, 0, 128, 255, 255,
+    ]  # fmt: skip
+    assert decode(tmp_path / "b.png", rules=rules).tobytes() == photo().tobytes()
+    assert not read_header(tmp_path / "b.png").is_sixteen_bit
+    with pytest.raises(ImageError, match=r"a\.png: has 16 bits, and data\.sixteen_bit=stretch"):
+        decode(tmp_path / "a.png", rules=PixelRules(sixteen_bit="stretch"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sixteen_bit_range": (1, 2)},
+        {"sixteen_bit": "stretch", "sixteen_bit_range": (2, 2)},
+        {"sixteen_bit": "stretch", "sixteen_bit_range": (-1, 2)},
+        {"sixteen_bit": "stretch", "sixteen_bit_range": (0, 65536)},
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sixteen_bit_range"):
+        PixelRules(**values)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deta.platform.data.coco_annotations import Problems
-from deta.platform.data.image_decoding import MAX_PIXELS
+from deta.platform.data.image_decoding import MAX_PIXELS, Header
 from deta.platform.data.image_folder import (
     IMAGE_OF_OTHER_SIZE,
     IMAGE_UNREADABLE,
@@ -48,9 +48,9 @@ def test_images_are_sorted_into_sizes_and_problems(tmp_path: Path) -> None:
     ]
     problems = Problems(tmp_path / "annotations.json")
 
-    num_bytes = inspect_images(tmp_path, images, MAX_PIXELS, False, problems)
+    headers = inspect_images(tmp_path, images, MAX_PIXELS, False, problems)
 
-    assert num_bytes == {0: (tmp_path / "a.png").stat().st_size}
+    assert headers == {0: Header(40, 30, (tmp_path / "a.png").stat().st_size)}
     skippable = {kind: [i for i, _ in faults] for kind, faults in problems.skippable.items()}
     assert skippable == {IMAGE_OF_OTHER_SIZE: [1], IMAGE_UNREADABLE: [2]}
     assert len(problems.errors) == 1

@@ -209,6 +209,44 @@ def test_the_exif_orientation_is_ignored(tmp_path, predictor, paths):
     assert_same(opened, plain[1])
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_model_of_upright_pictures_turns_them_in_every_place(
+    orientation, tmp_path, trained, predictor, paths
+):
+    """Training reads pixels as the evaluation does, by `dataset[i]`."""
+    upright = decode(next(path for path in paths if Image.open(path).size[0] != 64))
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.transpose(back).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "plain.png")
+    categories = [{"id": c.id, "name": c.name} for c in predictor.categories]
+    content = {
+        "images": [
+            {"id": n, "file_name": name, "width": upright.width, "height": upright.height}
+            for n, name in enumerate(("plain.png", "turned.png"))
+        ],
+        "annotations": [],
+        "categories": categories,
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    changes = {"data.exif": "apply"}
+    turning = Predictor.from_checkpoint(trained.checkpoint, "cpu", changes)
+    rules = turning.config.data.pixel_rules
+
+    plain, turned = turning.predict_files([tmp_path / "plain.png", tmp_path / "turned.png"])
+    dataset = CocoDataset.open(tmp_path, tmp_path / "a.json", rules=rules)
+    evaluated = turning.evaluate(dataset).results
+    (decoded,) = {
+        decode(tmp_path / name, rules=rules).tobytes() for name in ("plain.png", "turned.png")
+    }
+
+    assert_same(turned[1], plain[1])
+    halves = [[r["bbox"] for r in evaluated if r["image_id"] == n] for n in range(2)]
+    assert halves[0] == halves[1] != []
+    assert decoded == upright.tobytes()
+
+
 def test_images_of_other_modes_become_rgb_or_are_refused(predictor, paths):
     grey = decode(paths[0]).convert("L")
     with_alpha = grey.convert("RGBA")

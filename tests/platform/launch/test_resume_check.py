@@ -7,7 +7,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from deta.platform.checkpoint.local import take_snapshot, write_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
@@ -136,3 +138,44 @@ def test_changed_annotations_are_never_taken_for_those_of_the_beginning(
     with pytest.raises(DatasetError):
         prepare_run(override(config, {"data.train_annotations": str(changed)}), resume=True)
     assert isinstance(run.train_set, CocoDataset)
+
+
+def test_the_range_of_sixteen_bits_is_measured_once_and_stored_with_the_run(config: RunConfig):
+    folder = Path(config.data.train_images)
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L")).astype(np.uint16)
+        Image.fromarray(29000 + grey).save(path, "PNG")
+    config = override(config, {"data.sixteen_bit": "stretch"})
+    run = started(config)
+
+    least, most = run.config.data.sixteen_bit_range or (0, 0)
+    assert 29000 <= least < most <= 29255
+    assert run.train_set.rules == run.val_set.rules == run.config.data.pixel_rules
+    assert read_run_snapshot(run.folder).train_set.rules == run.train_set.rules
+    assert len(np.unique(np.asarray(run.train_set[0].image))) > 10
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(
+        paths[0], "PNG"
+    )  # it would change the range
+    again = prepare_run(config, resume=True)
+    assert again.config.data.sixteen_bit_range == (least, most)
+    other = prepare_run(override(config, {"data.sixteen_bit_range": "1,2"}), resume=True)
+    assert any("sixteen_bit_range" in change for change in resume_check.changes_since_start(other))
+
+
+def test_stretching_without_sixteen_bits_is_refused(config: RunConfig):
+    with pytest.raises(ValueError, match="no training image that was looked at is grey of 16"):
+        prepare_run(override(config, {"data.sixteen_bit": "stretch"}))
+
+
+def test_validation_images_of_the_training_are_told_when_a_run_is_prepared(config: RunConfig):
+    images, annotations = config.data.train_images, config.data.train_annotations
+    changes = {"data.val_images": images, "data.val_annotations": annotations}
+    run = prepare_run(override(config, changes))
+
+    said = [note for note in run.val_set.notes if "in training too" in note]
+
+    assert len(said) == 1
+    assert said[0].startswith("! 16 of the 16 validation images")
+    assert prepare_run(config).val_set.notes == []

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deta.platform.data.image_sizes import PixelRules
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.upload import (
     MAX_SCANS,
-    ORIENTATION,
     count_scans,
     decode_image,
     read_image,
@@ -130,12 +130,14 @@ def test_an_upright_image_is_rotated_by_its_exif_orientation(orientation: int):
             6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}[orientation]  # fmt: skip
     stored = seen if back is None else seen.transpose(Image.Transpose[back])
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[0x0112] = orientation
     content = encoded(stored, exif=exif)
 
     as_stored = decode_image(content, CONFIG)
     upright = decode_image(content, CONFIG, upright=True)
+    of_model = decode_image(content, CONFIG, PixelRules(exif="apply"))
 
+    assert of_model.tobytes() == upright.tobytes()
     assert as_stored.size == stored.size
     assert upright.size == seen.size
     assert np.abs(np.asarray(upright, int) - np.asarray(seen, int)).mean() < JPEG_LOSS
