@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -93,9 +94,10 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         if options.show and not config.data.train_annotations:
             show(config)
 
+        import numpy as np
         import torch
 
-        from deta.platform.launch.finetune_plan import machine_plan, schedule_plan
+        from deta.platform.launch.finetune_plan import machine_plan, schedule_plan, size_reason
         from deta.platform.launch.prepare_run import prepare_run
 
         given = frozenset(changes)
@@ -111,7 +113,9 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         refuse(error)
     if options.show:
         show(run.config)
-    echo("\n".join((f"starting from {origin}", *machine.reasons, *schedule.reasons)))
+    images = run.train_set.tables.images
+    size = size_reason(run.config, np.minimum(images["height"], images["width"]).tolist())
+    echo("\n".join((f"starting from {origin}", size, *machine.reasons, *schedule.reasons)))
     train_and_exit(lambda: run, options, reports=True)
 
 
@@ -226,7 +230,13 @@ def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
 
 
 def show(config: RunConfig) -> NoReturn:
-    """Print every key with its value, and exit."""
+    """Print every key with its value, the number of classes of the data, and exit."""
+    from deta.platform.inference.image_paths import read_listing
+
+    if config.data.train_annotations:
+        with suppress(ValueError):  # told when it is trained on
+            categories, _ = read_listing(Path(config.data.train_annotations).expanduser())
+            config = override(config, {"model.num_classes": len(categories)})
     for key, value in flatten(config).items():
         print(f"{key}={value}")
     sys.exit(0)

@@ -29,6 +29,13 @@ from deta.platform.run.config import DataConfig
 from deta.platform.run.run_paths import require_paths
 
 MAX_SHARD_MB = 1900  # a shard is built in memory, and Parquet's arrays end at 2 GB
+# What an error advises, as an option of this job.
+ADVICE = {
+    "data.lenient=true": "--lenient",
+    "data.lenient": "--lenient",
+    "data.exif=apply": "--exif apply",
+    "data.train_images, data.val_images, or --images": "--images",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ def main() -> NoReturn:
 
 def _pack(options: PackOptions) -> None:
     require_paths({"--images": options.images, "--annotations": options.annotations})
+    from deta.platform.data.coco_annotations import DatasetError
     from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.shards.manifest import read_pack_manifest, verify_shards
     from deta.platform.shards.object_store import ObjectStore
@@ -67,14 +75,20 @@ def _pack(options: PackOptions) -> None:
     if not 1 <= options.shard_mb <= MAX_SHARD_MB:
         raise ValueError(f"--shard-mb {options.shard_mb} is not in 1 .. {MAX_SHARD_MB}")
     store = ObjectStore(options.out)
-    dataset = CocoDataset.open(
-        options.images,
-        options.annotations,
-        lenient=options.lenient,
-        max_pixels=options.max_pixels,
-        rules=PixelRules(exif=options.exif),
-        progress=True,
-    )
+    try:
+        dataset = CocoDataset.open(
+            options.images,
+            options.annotations,
+            lenient=options.lenient,
+            max_pixels=options.max_pixels,
+            rules=PixelRules(exif=options.exif),
+            progress=True,
+        )
+    except DatasetError as error:  # it advises keys, which are options here
+        said = str(error)
+        for key, option in ADVICE.items():
+            said = said.replace(key, option)
+        raise DatasetError(said) from error
     # The notes are stored in the shards, where paths of this machine mean nothing.
     dataset.notes = [
         note.replace(str(options.annotations), options.annotations.name) for note in dataset.notes

@@ -325,7 +325,12 @@ ANNOTATION_FIELDS: Faults = {
     "area": _expect(_is_number, "a finite number"),
     "iscrowd": _expect(lambda v: type(v) is int and v in (0, 1), "0 or 1"),
 }
-OPTIONAL_FIELDS = frozenset({"area", "iscrowd"})
+OPTIONAL_FIELDS = ("area", "iscrowd")
+INTEGERS = {
+    "category": ("id",),
+    "image": ("id", "width", "height"),
+    "annotation": ("id", "image_id", "category_id", "iscrowd"),
+}
 
 
 def _checked(
@@ -353,27 +358,23 @@ def _checked(
 
 def _read_odd_types(records: list[dict[str, Any]], noun: str, problems: Problems) -> None:
     """Read values of an odd type that can mean one thing only, and note how many there were."""
-    integers = ("id", "width", "height", "image_id", "category_id", "iscrowd")
-    for name in integers:
-        for record in records:
-            value = record.get(name)
+    for name in INTEGERS[noun]:
+        for record in [r for r in records if type(r.get(name, 0)) is not int]:
+            value = record[name]
             # Above 2**53 a float no longer holds every integer, so two ids may have become one.
             if type(value) is float and value.is_integer() and abs(value) < 2**53:
                 record[name] = int(value)
                 what = f"({noun}) whose {name} is a whole number with a decimal point, read so"
-                problems.add_note(what, _id_of(record))
             elif name == "iscrowd" and type(value) is bool:
                 record[name] = int(value)
-                problems.add_note(
-                    "(annotation) whose iscrowd is true or false, read as 1 or 0", _id_of(record)
-                )
-    for name in ("area", "iscrowd"):
-        for record in records:
-            if name in record and record[name] is None and noun == "annotation":
-                del record[name]
-                problems.add_note(
-                    f"(annotation) whose {name} is null, read as missing", _id_of(record)
-                )
+                what = f"({noun}) whose iscrowd is true or false, read as 1 or 0"
+            else:
+                continue
+            problems.add_note(what, _id_of(record))
+    for name in OPTIONAL_FIELDS if noun == "annotation" else ():
+        for record in [r for r in records if r.get(name, 0) is None]:
+            del record[name]
+            problems.add_note(f"({noun}) whose {name} is null, read as missing", _id_of(record))
 
 
 def _id_of(record: dict[str, Any]) -> Any:

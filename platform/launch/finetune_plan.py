@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from statistics import median
 from typing import Any, NamedTuple
 
 from deta.model.architectures import DetectorConfig, without_download
@@ -35,6 +36,7 @@ LR_SHARE = 0.5  # of the recipe's learning rate
 BACKBONE_LR_FACTOR = 0.1
 WARMUP_SHARE = 0.05  # of the run
 NUM_EVALUATIONS = 20
+OTHER_SIZE = 2.0  # times the size of the images: from there on a warning
 PATIENCE_SHARE = 0.3  # of the evaluations
 MIN_DELTA = 0.1  # AP, in points
 
@@ -84,6 +86,26 @@ def variant_of(
         return replace(without_download(model), num_classes=1)
 
     return next((n for n, make in variants.items() if shape(make().model) == shape(model)), None)
+
+
+def size_reason(config: RunConfig, short_edges_px: Sequence[int]) -> str:
+    """Return a line on the size at which the model sees images, which a checkpoint brings along.
+
+    Args:
+        short_edges_px: of the training images, as they are stored.
+    """
+    seen, stored = config.data.evaluation_size.short_edge, float(median(short_edges_px))
+    line = (
+        f"images are resized to a short edge of {seen} px for the evaluation and about that in "
+        f"training; the training images have {stored:g} px (median)"
+    )
+    if OTHER_SIZE * seen >= stored and seen <= OTHER_SIZE * stored:
+        return line
+    return (
+        f"! {line}: an object of 32 px is seen with {32 * seen / stored:.0f} px. "
+        "data.evaluation_size.short_edge and data.augmentation.short_edges (with max_long_edge) "
+        "set another size"
+    )
 
 
 def num_samples(num_images: int) -> int:

@@ -59,6 +59,13 @@ def check_initial_weights(config: RunConfig, categories: tuple[Category, ...]) -
         _, plan = _initial_state(file, model, categories, config.init_classes, untrained)
         lines += [f"starts from {file.path} ({'; '.join((f'{file.layout} layout', *file.notes))})"]
         lines += plan.lines
+        theirs, ours = file.config.data.evaluation_size, config.data.evaluation_size
+        if theirs != ours:
+            lines.append(
+                f"! its images were resized to a short edge of {theirs.short_edge} px (at most "
+                f"{theirs.max_long_edge}), those of this run to {ours.short_edge} px (at most "
+                f"{ours.max_long_edge}); data.evaluation_size.* and data.augmentation.* set it"
+            )
     if config.init_backbone is not None:
         lines += read_backbone(Path(config.init_backbone), model)[1]
     return lines

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from deta.jobs.deta_r50 import VARIANTS, demo
-from deta.jobs.finetune import finetune
+from deta.jobs.finetune import finetune, show
 from deta.platform.checkpoint.format import Checkpoint
 from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.data.coco_dataset import CocoDataset
@@ -281,3 +281,12 @@ def test_published_files_take_the_variants_model(call: Call):
     assert shown.returncode == 0, shown.stderr
     assert "model.num_queries=900" in shown.stdout
     assert "name=deta-r50-24ep-finetune" in shown.stdout
+
+
+def test_show_counts_the_classes_of_the_data(drawn: ShapesDataset, capsys):
+    config = override(demo(), {"model.num_classes": 80})
+    known = override(config, {"data.train_annotations": str(drawn.train_annotations)})
+    for shown, count in ((known, 5), (config, 80)):
+        with pytest.raises(SystemExit):
+            show(shown)
+        assert f"model.num_classes={count}\n" in capsys.readouterr().out

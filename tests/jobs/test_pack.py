@@ -106,3 +106,13 @@ def test_what_does_not_fit_is_refused_with_code_2(loose, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "contains a password" in captured.err
     assert "hunter2" not in captured.err + captured.out
+
+    text = json.loads(Path(annotations).read_text())
+    text["images"][0]["width"] += 1
+    wrong = Path(annotations).with_name("wrong.json")
+    wrong.write_text(json.dumps(text))
+    given = ["--images", images, "--annotations", str(wrong), "--out", str(wrong.parent / "out")]
+    assert run(monkeypatch, *given) == 2
+    said = capsys.readouterr().err
+    assert "pass --lenient to skip" in said
+    assert "data.lenient" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from deta.platform.evaluation.evaluation_folder import (
     read_evaluation,
     write_evaluation,
 )
+from deta.platform.system.safe_read import file_sha256
 
 ORIGIN = Origin(
     description="a <model>", weights_sha256="ab" * 32, config={"optim.lr": 1e-4}, epoch=3.0, step=9
@@ -138,3 +140,25 @@ def test_a_detection_of_an_unknown_image_is_refused(tmp_path: Path) -> None:
     metrics = evaluate_detections(ground_truth, results)
     with pytest.raises(ValueError, match=r"1 images that the ground truth does not have \(99\)"):
         write_evaluation(tmp_path, ground_truth, [results[0] | {"image_id": 99}], metrics, ORIGIN)
+
+
+def test_stored_detections_of_an_unknown_category_are_refused_or_left_out(tmp_path: Path) -> None:
+    """As in a folder that another program wrote."""
+    ground_truth, results = example()
+    metrics = evaluate_detections(ground_truth, results)
+    write_evaluation(tmp_path, ground_truth, results, metrics, ORIGIN)
+    fewer = {**ground_truth, "categories": ground_truth["categories"][1:]}
+    gone = ground_truth["categories"][0]["id"]
+    fewer["annotations"] = [a for a in fewer["annotations"] if a["category_id"] != gone]
+    (tmp_path / GROUND_TRUTH).write_bytes(gzip.compress(json.dumps(fewer).encode()))
+    facts = json.loads((tmp_path / FACTS).read_text())
+    facts["sha256"][GROUND_TRUTH] = file_sha256(tmp_path / GROUND_TRUTH)
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+    count = sum(result["category_id"] == gone for result in results)
+    assert count > 0
+
+    with pytest.raises(ValueError, match=rf"{count} of {len(results)} detections are of 1 categ"):
+        read_evaluation(tmp_path)
+    said: list[str] = []
+    assert len(read_evaluation(tmp_path, said.append).results) == len(results) - count
+    assert f"Left out: {count} of {len(results)}" in said[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from deta.jobs.deta_r50 import VARIANTS, official_12ep, small
@@ -14,9 +15,10 @@ from deta.platform.launch.finetune_plan import (
     machine_plan,
     num_samples,
     schedule_plan,
+    size_reason,
     variant_of,
 )
-from deta.platform.run.config import RunConfig, override
+from deta.platform.run.config import RunConfig, flatten, override
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,24 @@ def test_model_and_image_sizes_are_the_checkpoints_and_training_is_the_recipes()
     assert config.data.train_images == ""
     assert config.optim == official_12ep().optim
     assert config.name == "deta-r50-12ep-finetune"
+
+
+@pytest.mark.parametrize(
+    ("edges", "warns", "seen"),
+    [([504], True, 7), ([30, 50], True, 90), ([100, 150, 200], False, 0)],
+)
+def test_the_size_that_a_checkpoint_brings_along_is_told(edges: list[int], warns: bool, seen: int):
+    config = override(small(), {"data.evaluation_size.short_edge": 112})
+
+    said = size_reason(config, edges)
+
+    assert "a short edge of 112 px" in said
+    assert f"the training images have {np.median(edges):g} px" in said
+    assert said.startswith("! ") == warns
+    assert not warns or f"32 px is seen with {seen} px" in said
+    for key in ("data.evaluation_size.short_edge", "data.augmentation.short_edges"):
+        assert not warns or key in said
+        assert key in flatten(config)
 
 
 def test_the_variant_with_the_same_model_is_found_for_any_classes():

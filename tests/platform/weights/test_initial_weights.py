@@ -120,6 +120,23 @@ def test_rows_without_names_are_refused_and_the_ways_out_are_told(tmp_path):
     load_initial_weights(model, path, DATA, "drop")
 
 
+def test_another_image_size_of_the_weights_is_told(tmp_path, trained):
+    state = RunState(step=1, samples_seen=1, epoch=1.0)
+    theirs = override(
+        RunConfig(model=trained.config),
+        {"data.evaluation_size.short_edge": 112, "data.evaluation_size.max_long_edge": 200},
+    )
+    categories = tuple(Category(i, f"c{i}") for i in range(trained.config.num_classes))
+    snapshot = take_snapshot(state, theirs, categories, trained.state_dict(), {})
+    path = write_checkpoint(tmp_path, snapshot)
+    config = RunConfig(model=trained.config, init_checkpoint=str(path), init_classes="drop")
+
+    said = check_initial_weights(config, DATA)[-1]
+
+    assert said.startswith("! ")
+    assert "short edge of 112 px (at most 200), those of this run to 800 px (at most 1333)" in said
+
+
 def test_all_that_can_be_refused_is_refused_before_a_run(tmp_path, trained):
     path = tmp_path / "a.safetensors"
     write_weights(path, to_published(trained.state_dict(), SMALL, "official"))
