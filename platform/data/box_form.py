@@ -48,7 +48,9 @@ def box_form_warning(bbox: np.ndarray, areas: np.ndarray, size_px: np.ndarray) -
 
     outside = _outside(bbox, size_px)
     if _areas_are_of_corners(bbox, areas):
-        return _advice("x1 y1 x2 y2, corners instead of sizes", outside, count, "area tells it too")
+        return _advice(
+            "x1 y1 x2 y2, corners instead of sizes", outside, count, "their areas say so too"
+        )
     if outside.sum() < MANY * count or (count < 3 and not outside.all()):
         return None
     x, y, width, height = bbox.T
@@ -87,7 +89,7 @@ def _advice(form: str, outside: np.ndarray, count: int, more: str) -> str:
         )
     return (
         f"{outside.sum()} of {count} boxes reach out of their image by more than {SLACK_PX:g} px"
-        f"; are they {form}? {more and f'({more}) '}"
+        f"; are they {form}{more and f' ({more})'}? "
         "COCO has [x, y, width, height] from the upper left corner"
     )
 

@@ -309,19 +309,28 @@ class CocoDataset:
 
     def sixteen_bit_warning(self, headers: Mapping[int, Header]) -> str | None:
         """Return a warning if 16-bit images use so little of their range that 8 bits lose much."""
-        ids = self.tables.images["id"].tolist()
-        deep = [index for index, image_id in enumerate(ids) if headers[image_id].is_sixteen_bit]
-        found = self.sixteen_bit_range(deep) if deep else None
-        if found is None or self.rules.sixteen_bit == "stretch":
+        own = [headers[image_id] for image_id in self.tables.images["id"].tolist()]
+        grey = [index for index, header in enumerate(own) if header.is_sixteen_bit]
+        colour = [index for index, header in enumerate(own) if header.is_deep_colour]
+        if grey and self.rules.sixteen_bit == "full" and (found := self.sixteen_bit_range(grey)):
+            least, most = found
+            deep, advice = grey, "data.sixteen_bit=stretch uses all levels"
+        elif colour:
+            levels = np.concatenate(
+                [np.asarray(self[i].image).ravel()[::7] for i in colour[:NUM_RANGE_IMAGES]]
+            )
+            least, most = (257 * np.percentile(levels, RANGE_PERCENTILES)).astype(int).tolist()
+            deep, advice = colour, "export them with 8 bits a channel, brightened"
+        else:
             return None
-        levels = (found[1] + 128) // 257 - (found[0] + 128) // 257 + 1
-        if levels > FEW_LEVELS:
+        num_levels = (most + 128) // 257 - (least + 128) // 257 + 1
+        if num_levels > FEW_LEVELS:
             return None
+        ids = self.tables.images["id"][deep].tolist()
         return (
             f"{WARNING}{self.folder}: {len(deep)} of {len(self)} images have 16 bits, and their "
-            f"values lie in {found[0]} .. {found[1]} of 0 .. 65535, so at most {levels} of 256 "
-            f"grey levels are left (ids {short_list([ids[index] for index in deep])}); "
-            "data.sixteen_bit=stretch uses all levels"
+            f"values lie in {least} .. {most} of 0 .. 65535, so at most {num_levels} of 256 "
+            f"levels are left (ids {short_list(ids)}); {advice}"
         )
 
     def first(self, num_images: int) -> Self:

@@ -87,6 +87,7 @@ class Header(NamedTuple):
     num_bytes: int
     orientation: int = 1  # EXIF, 1 to 8; 1: stored upright
     is_sixteen_bit: bool = False  # grey of 16 bits
+    is_deep_colour: bool = False  # colours of 16 bits, of which PIL keeps the higher 8
 
     @property
     def turned(self) -> tuple[int, int]:
@@ -107,7 +108,10 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS, rules: PixelRules = AS
     with _permanent_errors_as_image_errors(path), open(path, "rb") as file:
         image = _open_header(file, path, max_pixels, num_bytes)
         orientation = orientation_of(image)
-        stored = Header(*image.size, num_bytes, orientation, image.mode.startswith("I;16"))
+        is_grey = image.mode.startswith("I;16")
+        # The decoder's arguments name the stored form, such as "RGB;16B".
+        is_deep = not is_grey and any(";16" in str(tile) for tile in image.tile)
+        stored = Header(*image.size, num_bytes, orientation, is_grey, is_deep)
         if rules.exif == "apply":
             return stored._replace(width=stored.turned[0], height=stored.turned[1])
         return stored

@@ -152,8 +152,7 @@ def summarize_datasets(
         _count(val_set, size.short_edge, size.max_long_edge),
         tuple(
             note.removeprefix(WARNING)
-            for dataset in (train_set, val_set)
-            for note in dataset.notes
+            for note in dict.fromkeys([*train_set.notes, *val_set.notes])
             if note.startswith(WARNING)
         ),
     )

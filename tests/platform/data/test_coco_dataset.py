@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -773,6 +775,25 @@ def test_sixteen_bit_images_that_use_few_levels_are_counted(
     assert not [n for n in stretched.notes if "16 bits" in n]
     assert len(np.unique(np.asarray(stretched[1].image))) > 200
     assert stretched.fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("most", [15, 255])
+def test_colours_of_sixteen_bits_that_use_few_levels_are_counted(most: int, tmp_path: Path) -> None:
+    images, path = write(tmp_path, small_coco())
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, most * 257 + 1, (30, 40, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 40, 30, 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data
+        content += struct.pack(">I", zlib.crc32(name + data))
+    (images / "b.png").write_bytes(content)
+
+    said = [n for n in CocoDataset.open(images, path).notes if "16 bits" in n]
+
+    assert len(said) == (most == 15)
+    assert not said or ("1 of 3 images" in said[0] and "at most 16 of 256" in said[0])
 
 
 REPORTED = sorted((SHARED / "reports").glob("*/ann.json"))
