@@ -316,9 +316,11 @@ class CocoDataset:
             least, most = found
             deep, advice = grey, "data.sixteen_bit=stretch uses all levels"
         elif colour:
-            levels = np.concatenate(
-                [np.asarray(self[i].image).ravel()[::7] for i in colour[:NUM_RANGE_IMAGES]]
-            )
+            values = [np.array([0, 255], np.uint8)]
+            for index in colour[:NUM_RANGE_IMAGES]:
+                with suppress(ImageError):  # told where it is trained on
+                    values.append(np.asarray(self[index].image).ravel()[::7])
+            levels = np.concatenate(values[1:] or values)
             least, most = (257 * np.percentile(levels, RANGE_PERCENTILES)).astype(int).tolist()
             deep, advice = colour, "export them with 8 bits a channel, brightened"
         else:

@@ -793,7 +793,7 @@ def test_colours_of_sixteen_bits_that_use_few_levels_are_counted(most: int, tmp_
     said = [n for n in CocoDataset.open(images, path).notes if "16 bits" in n]
 
     assert len(said) == (most == 15)
-    assert not said or ("1 of 3 images" in said[0] and "at most 16 of 256" in said[0])
+    assert not said or ("1 of 3 images" in said[0] and "at most 15 of 256" in said[0])
 
 
 REPORTED = sorted((SHARED / "reports").glob("*/ann.json"))
