@@ -100,7 +100,9 @@ class Problems:
         lines = [f"{self.path}: {len(refused)} problem{'s' * (len(refused) > 1)} found"]
         lines += [f"  {text}" for text in refused[:NUM_SHOWN]]
         if len(refused) > NUM_SHOWN:
-            lines.append(f"  ... and {len(refused) - NUM_SHOWN} more")
+            kinds = [f"{len(faults)} {kind}" for kind, faults in self.skippable.items()]
+            counts = f" (of all: {', '.join(kinds)})" if kinds and not lenient else ""
+            lines.append(f"  ... and {len(refused) - NUM_SHOWN} more{counts}")
         if all_skipped:
             lines.append("Repair them; data.lenient=true would skip all images.")
         elif not self.errors:

@@ -52,7 +52,7 @@ def kind_of_bytes(content: bytes) -> str | None:
 def _kind_of_text(lines: list[str]) -> str | None:
     number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
     if lines and all(re.fullmatch(rf"\s*\d+(\s+{number}){{4,}}\s*", line) for line in lines):
-        return f"labels of one image in YOLO's format, not COCO; {EXPORT}"
+        return f"a label file of one image in YOLO's format, not COCO; {EXPORT}"
     if any(re.match(r"(names|nc)\s*:", line) for line in lines):
         return f"the description of a YOLO data set (data.yaml), not COCO; {EXPORT}"
     if lines and all(re.search(r"\.(jpe?g|png|bmp|tiff?|webp)\s*$", line, re.I) for line in lines):

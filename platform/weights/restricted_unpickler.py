@@ -96,6 +96,15 @@ class Foreign:
         """Return True for a torch module, by what all of them keep."""
         return isinstance(self.state, dict) and {"_parameters", "_modules"} <= self.state.keys()
 
+    def __setitem__(self, key: object, value: object) -> None:
+        """Take the items of a dictionary of an unknown class."""
+
+    def append(self, value: object) -> None:
+        """Take an item of a list of an unknown class."""
+
+    def extend(self, values: object) -> None:
+        """Take the items of a list of an unknown class."""
+
 
 class BoundedReader(io.RawIOBase):
     """A file reader that refuses to read past the end, before it allocates memory."""

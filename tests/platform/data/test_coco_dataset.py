@@ -478,6 +478,19 @@ def test_a_long_list_of_faults_is_counted(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 13
 
 
+def test_a_long_list_is_counted_by_kind_too(tmp_path: Path) -> None:
+    coco = small_coco()
+    coco["images"] += [
+        {"id": 100 + i, "file_name": f"gone{i}.png", "width": 40, "height": 30} for i in range(20)
+    ]
+    coco["annotations"] += [note(200 + i, 999, 2, [1, 1, 5, 5]) for i in range(3)]
+    with pytest.raises(DatasetError, match="23 problems") as caught:
+        CocoDataset.open(*write(tmp_path, coco))
+
+    assert "20 image missing or unreadable" in str(caught.value)
+    assert "3 annotation of an image that is not listed" in str(caught.value)
+
+
 def test_lenient_skips_and_counts_by_kind(tmp_path: Path) -> None:
     coco = small_coco()
     coco["images"] += [
