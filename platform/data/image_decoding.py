@@ -49,6 +49,7 @@ OTHER_BYTES = 16 << 20  # allowed besides the pixels: previews, profiles, text
 
 AS_STORED = PixelRules()
 ORIENTATION = ExifTags.Base.Orientation
+HOLD_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # PIL's `info`
 SWAPPING = frozenset({5, 6, 7, 8})  # orientations that exchange width and height
 _WAYS = Image.Transpose
 UPRIGHT = {
@@ -121,6 +122,8 @@ def orientation_of(image: ImageFile.ImageFile) -> int:
     """Return the EXIF orientation of an image whose header is read; 1 if missing or invalid."""
     if isinstance(image, TiffImageFile):
         return 1  # PIL turns it
+    if image.info.keys().isdisjoint(HOLD_ORIENTATION):
+        return 1  # most images; parsing takes longer than the header
     try:
         # Not the method of PngImageFile, which decodes all pixels to find EXIF behind them.
         orientation = int(Image.Image.getexif(image).get(ORIENTATION, 1))
