@@ -56,6 +56,32 @@ class MatchTable:
         """Return the index of each detection's category in category_ids: N."""
         return np.repeat(np.arange(len(self.category_ids)), np.diff(self.starts))
 
+    def of_images(self, chosen: np.ndarray) -> MatchTable:
+        """Return the table of some images.
+
+        Args:
+            chosen: indices into image_ids, ascending, each once.
+        """
+        place = np.full(len(self.image_ids), -1)
+        place[chosen] = np.arange(len(chosen))
+        kept, here = place[self.image] >= 0, place[self.truth_image] >= 0
+        rank = np.append(np.cumsum(here) - 1, -1)  # of each box that stays; -1 stays -1
+        return MatchTable(
+            image_ids=tuple(self.image_ids[i] for i in chosen),
+            category_ids=self.category_ids,
+            starts=np.append(0, np.cumsum(kept))[self.starts],
+            image=place[self.image[kept]],
+            score=self.score[kept],
+            row=self.row[kept],
+            true=self.true[..., kept],
+            ignored=self.ignored[..., kept],
+            found=rank[self.found[:, kept]],
+            truth_image=place[self.truth_image[here]],
+            truth_category=self.truth_category[here],
+            truth_row=self.truth_row[here],
+            truth_counts=self.truth_counts[:, here],
+        )
+
 
 def match_table(
     ground_truth: Mapping[str, Any],
