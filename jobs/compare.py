@@ -11,7 +11,8 @@ an MLflow run; or a file of detections, Parquet or COCO results JSON, with --ann
 cover the same images and boxes.
 
 The job writes one self-contained HTML page, and logs it to the MLflow run of B as
-comparisons/A-B.html. The difference in AP has a paired bootstrap interval over images.
+comparisons/A-B.html. The difference in AP has an interval over images,
+from half-samples that are the same for both; with fewer than 20 images it has none.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class CompareOptions:
     run_a: Path | None = None  # run of A, for its curve and cost
     run_b: Path | None = None  # run of B
     out: Annotated[Path | None, OUTPUT] = None  # the page; without it, comparison-A-B.html here
-    resamples: int = 1000  # of the bootstrap
-    seed: int = 0  # random seed of the resamples
+    resamples: int = 1000  # half-samples of the images
+    seed: int = 0  # random seed of these
     confidence: float = 0.95  # of the interval
     mlflow: str = ""  # address of MLflow; without it, that of B's run
     mlflow_run: str = ""  # log the page to the run of this id; without it, B's
@@ -64,8 +65,8 @@ def _prepare(options: CompareOptions, work: Path) -> tuple[Side, Side]:
     require_paths({"--annotations": options.annotations, "--images": options.images})
     from deta.platform.comparison.sources import open_side, refuse_other_images
 
-    if options.resamples < 1 or not 0 < options.confidence < 1:
-        raise ValueError("--resamples is at least 1, --confidence between 0 and 1")
+    if options.resamples < 2 or not 0 < options.confidence < 1:
+        raise ValueError("--resamples is at least 2, --confidence between 0 and 1")
     if options.images is not None and not options.images.is_dir():
         raise ValueError(f"--images {options.images}: there is no such folder")
 
@@ -102,7 +103,7 @@ def _compare(a: Side, b: Side, options: CompareOptions) -> int:
     out = options.out or Path(f"comparison-{_file_name(a.name)}-{_file_name(b.name)}.html")
     num_images = write_comparison(out, comparison, images)
     echo(
-        f"{comparison.difference.resamples} resamples in {comparison.difference.seconds:.1f} s, "
+        f"{comparison.difference.resamples} half-samples in {comparison.difference.seconds:.1f} s, "
         f"{num_images} images"
     )
     echo(f"page: {out}")

@@ -13,6 +13,9 @@ converted file holds the same; the data set may have some of its classes. A publ
 only its tensors; --variant gives the rest. With COCO's number of rows its classes are
 COCO's. Classes are matched by name, never by id; a class that the file lacks is an error.
 
+It prints the interval of AP over images. AP of few images is too high on average; where that
+matters, the AP without it is beside. With fewer than 20 images there is no interval.
+
 --out writes the evaluation as a folder: metrics, all detections (Parquet), ground truth, and
 report.html, which shows what goes wrong: error types, confusions, worst images, annotations that
 are likely wrong. jobs/compare.py compares two such folders.
@@ -22,6 +25,7 @@ It runs in one process on one device. AP does not depend on the device, up to ro
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.evaluation.evaluate_model import EvaluationResult
     from deta.platform.evaluation.evaluation_folder import Origin
+    from deta.platform.evaluation.paired_bootstrap import ApInterval
     from deta.platform.inference.predictor import Predictor
 
 EVALUATION_KEYS = (
@@ -115,6 +120,7 @@ def _prepare(options: EvaluateOptions, changes: dict[str, str]) -> tuple[Predict
 def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptions) -> int:
     from deta.platform.data.image_decoding import ImageError
     from deta.platform.evaluation.evaluation_folder import Origin
+    from deta.platform.evaluation.paired_bootstrap import ap_interval
     from deta.platform.pages.draw_boxes import write_validation_sheet
     from deta.platform.pages.number_format import duration
     from deta.platform.system.progress import progress_bar
@@ -145,6 +151,9 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
         f"{evaluation.metrics.table(dataset.categories)}\n\n{len(dataset)} images in "
         f"{duration(elapsed_s)}, {len(dataset) / elapsed_s:.1f} images/s on {predictor.device.type}"
     )
+    interval = ap_interval(dataset.ground_truth, evaluation.results)
+    if not math.isnan(interval.ap):
+        echo(f"AP {100 * interval.ap:.1f}, {interval.text()}")
     if options.results is not None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.results, evaluation.results)
@@ -164,16 +173,21 @@ def _evaluate(predictor: Predictor, dataset: CocoDataset, options: EvaluateOptio
             engine=predictor.config.evaluation.engine,
             seconds={"evaluation": elapsed_s},
         )
-        _write_folder(options.out, dataset, evaluation, origin)
+        _write_folder(options.out, dataset, evaluation, origin, interval)
     return 0
 
 
 def _write_folder(
-    out: Path, dataset: CocoDataset, evaluation: EvaluationResult, origin: Origin
+    out: Path,
+    dataset: CocoDataset,
+    evaluation: EvaluationResult,
+    origin: Origin,
+    interval: ApInterval,
 ) -> None:
     """Write the evaluation folder with its report, and print how long that took."""
     from deta.platform.analysis.analysis import EXPLANATION, explain, write_explanation
     from deta.platform.analysis.images import image_opener
+    from deta.platform.analysis.label_errors import is_too_weak
     from deta.platform.analysis.report import write_evaluation_report
     from deta.platform.evaluation.evaluation_folder import write_evaluation
 
@@ -182,13 +196,18 @@ def _write_folder(
     explanation = explain(truth, evaluation.results)
     origin = replace(origin, seconds={**origin.seconds, "explanation": explanation.seconds})
     write_evaluation(out, truth, evaluation.results, evaluation.metrics, origin)
-    write_explanation(out / EXPLANATION, explanation)
+    write_explanation(out / EXPLANATION, explanation, interval=interval)
     opener = image_opener(dataset)
-    write_evaluation_report(report, explanation, evaluation.metrics, origin, truth, opener)
+    write_evaluation_report(
+        report, explanation, evaluation.metrics, origin, truth, opener, interval
+    )
     costs = sorted(explanation.errors.cost.items(), key=lambda item: -item[1])
     echo("points of AP50 lost to errors: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in costs))
     all_s, num_errors = time.perf_counter() - began_s, len(explanation.label_errors)
-    echo(f"{num_errors} annotations to check, and what went wrong: {report}, in {all_s:.1f} s")
+    to_check = f"{num_errors} annotations to check"
+    if is_too_weak(explanation.best_f1):
+        to_check = "too weak a model to tell which annotations are wrong"
+    echo(f"{to_check}, and what went wrong: {report}, in {all_s:.1f} s")
 
 
 if __name__ == "__main__":

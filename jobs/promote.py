@@ -10,11 +10,11 @@
   python jobs/promote.py repair               set the alias to what the history records
 
 A challenger passes if its files are the registered and evaluated ones, its lineage is
-complete, it was evaluated on the champion's images, the bootstrap interval of the
-difference in AP over these images lies above min_gain, no class drops too far, latency and size are
-within limits, and the exported form agrees with the model. The first champion has no one to
-beat, so only absolute criteria apply. --show prints the policy: every line is a key that
-you can change, and every decision records the policy.
+complete, it was evaluated on the champion's images, the interval of the difference in AP over
+these images (20 at least) lies above min_gain, no class drops too far, latency and size are within
+limits, and the exported form agrees with the model. The first champion has no one to beat, so only
+absolute criteria apply, with an AP of min_first_ap at least. --show prints the policy: every line
+is a key that you can change, and every decision records the policy.
 
 Any number of promotions may run at once: each is compared with the champion at the time it
 is recorded. Decisions are stored in MLflow, as the registered model NAME-history.

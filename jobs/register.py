@@ -72,6 +72,7 @@ def _register(prepared: Registration, options: RegisterOptions) -> int:
     from deta.platform.registry.mlflow_registry import Registry
     from deta.platform.registry.model_address import registry_uri
     from deta.platform.registry.register import register
+    from deta.platform.registry.version_folder import export_parity
     from deta.platform.system.redaction import redact
     from deta.platform.tracking.upload_plan import uri_of
 
@@ -87,6 +88,12 @@ def _register(prepared: Registration, options: RegisterOptions) -> int:
     registry = Registry(uri_of(run_folder(checkpoint.path)))
     version = register(registry, options.name, prepared, device=device, echo=echo)
     echo(f"registered: models:/{version.name}/{version.number}")
+    _, fault = export_parity(prepared.export, prepared.sha256)
+    if fault:
+        echo(
+            f"promotion will refuse it: {fault}. Export and check it with: python jobs/export.py "
+            f"{options.weights} --check-images FOLDER --out exported; or promote with parity=false"
+        )
     where = "" if registry.uri == registry_uri() else f"MLFLOW_TRACKING_URI={redact(registry.uri)} "
     echo(f"next: {where}python jobs/promote.py {version.number} --name {version.name} --dry-run")
     return 0

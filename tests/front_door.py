@@ -76,6 +76,8 @@ def shortened(command: str) -> str:
     job = Path(words[1]).stem if words[0] == "python" and len(words) > 1 else ""
     if job == "export":
         return f"{command} --check-first 4"
+    if job == "promote":  # a model of few steps has next to no AP
+        return f"{command} min_first_ap=0"
     if job.startswith(("sweep_", "study_")):
         return " ".join([command, "--trials 2 --no-probe", *SHORT])
     if not job.startswith(("deta_", "anchor_", "improved_")) or words[-1] in PRINTS_ONLY:

@@ -36,7 +36,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> ShapesDataset:
-    return write_shapes(tmp_path_factory.mktemp("shapes"), num_train=16, num_val=6, size_px=64)
+    return write_shapes(tmp_path_factory.mktemp("shapes"), num_train=16, num_val=20, size_px=64)
 
 
 @pytest.fixture(scope="module")

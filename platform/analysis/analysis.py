@@ -20,6 +20,7 @@ needs one threshold. Confusions and the images with most errors count detections
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from hotcoco import metrics as hotcoco_metrics
 
-from deta.platform.analysis.label_errors import LabelError, find_label_errors
+from deta.platform.analysis.label_errors import LabelError, find_label_errors, is_too_weak
 from deta.platform.analysis.tide_errors import (
     CORRECT,
     KINDS,
@@ -50,6 +51,7 @@ from deta.platform.evaluation.coco_metrics import (
     SMALL,
     TOP100,
 )
+from deta.platform.evaluation.paired_bootstrap import ApInterval
 from deta.platform.system.atomic_write import write_json
 
 SIZES = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
@@ -110,7 +112,7 @@ class Explanation:
     confusion: np.ndarray  # K+1 K+1 int64: rows true, columns found, the last for neither
     calibration: Calibration
     worst: tuple[WorstImage, ...]  # all images with an error, most errors first
-    label_errors: tuple[LabelError, ...]  # the most suspicious first
+    label_errors: tuple[LabelError, ...]  # most suspicious first; none of a weak model
     seconds: float  # time of the analysis
 
 
@@ -142,7 +144,7 @@ def explain(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]
         np.asarray(confusion).astype(np.int64),
         _calibration(matched, errors),
         worst_images(matched, errors, score),
-        tuple(find_label_errors(matched, overlaps, errors, score)),
+        () if is_too_weak(f1) else tuple(find_label_errors(matched, overlaps, errors, score)),
         time.perf_counter() - began_s,
     )
 
@@ -170,7 +172,9 @@ def scalars(explanation: Explanation) -> dict[str, float]:
     return found
 
 
-def write_explanation(path: Path, explanation: Explanation, most: int = 1000) -> None:
+def write_explanation(
+    path: Path, explanation: Explanation, most: int = 1000, *, interval: ApInterval | None = None
+) -> None:
     """Write the numbers as JSON atomically, with the first `most` images and label errors."""
     content = {
         "format": 1,
@@ -188,7 +192,19 @@ def write_explanation(path: Path, explanation: Explanation, most: int = 1000) ->
         "suspects": [label_error_row(explanation, one) for one in explanation.label_errors[:most]],
         "seconds": explanation.seconds,
     }
+    if interval is not None:
+        content["interval"] = {
+            "confidence": interval.confidence,
+            "AP": _numbers(interval.corrected, interval.low, interval.high),
+            "classes": {str(key): _numbers(*one) for key, one in interval.per_category.items()},
+        }
     write_json(path, content)
+
+
+def _numbers(corrected: float, low: float, high: float) -> dict[str, float | None]:
+    """Return them by name, None instead of NaN."""
+    values = {"corrected": corrected, "low": low, "high": high}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def label_error_row(explanation: Explanation, error: LabelError) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deta.platform.analysis.analysis import Explanation, label_error_row, outcomes
-from deta.platform.analysis.label_errors import LabelError
+from deta.platform.analysis.label_errors import LEAST_F1, LabelError, is_too_weak
 from deta.platform.analysis.tide_errors import NOT_COUNTED
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_decoding import ImageError
@@ -28,7 +28,6 @@ from deta.platform.pages.content import (
 
 NUM_WORST, NUM_LABEL_ERRORS, MAX_ROWS = 12, 24, 100
 MAX_IMAGE_BYTES = 1_500_000  # of all images of a page; those beyond are left out
-MIN_SUSPICION = 0.1  # of a label error that is shown as an image
 LONGER_PX, CROP_PX = 640, 260  # longer side of an image, and of the surroundings of a label error
 JPEG_QUALITY = 74
 MAX_BOXES = 40  # on one image: those that another model sees differently, and those of high score
@@ -122,10 +121,16 @@ def label_errors_section(
 ) -> Section:
     """Return the section of annotations that are likely wrong."""
     if not explanation.label_errors:
-        return Section("suspects", "Annotations to check", [Paragraph("None.")])
+        text = "None."
+        if is_too_weak(explanation.best_f1):
+            text = (
+                f"None are listed: with an F1 of {100 * explanation.best_f1:.0f} the model is "
+                "wrong more often than the labels. From an F1 of "
+                f"{100 * LEAST_F1:.0f} on its contradictions count."
+            )
+        return Section("suspects", "Annotations to check", [Paragraph(text)])
     cards, used = [], 0
-    shown = [one for one in explanation.label_errors if one.suspicion >= MIN_SUSPICION]
-    for error in choose_label_errors(shown, NUM_LABEL_ERRORS):
+    for error in choose_label_errors(explanation.label_errors, NUM_LABEL_ERRORS):
         image = open_image(error.image_id) if open_image else None
         if image is not None and used <= MAX_IMAGE_BYTES // 3:
             name = names.get(error.image_id) or f"image {error.image_id}"
@@ -145,12 +150,12 @@ def label_errors_section(
          Number("Box", "x, y, width, height in pixels")],
         rows,
     )  # fmt: skip
-    text = Paragraph(
+    explained = Paragraph(
         "Places where the model contradicts the annotation most confidently. Check these; a model "
         "repeats what it has learned, wrong labels too."
     )
     grid: list[Part] = [ImageGrid(cards, LABEL_KEY, is_small=True)] if cards else []
-    return Section("suspects", "Annotations to check", [text, *grid, errors])
+    return Section("suspects", "Annotations to check", [explained, *grid, errors])
 
 
 def label_error_card(

@@ -13,6 +13,19 @@ number for how confidently the model contradicts the annotation. A box without a
 little in a class of low recall. So the suspicion of the last kind is the recall of the class, times
 1 - s / o, where s is the highest score on the box and o the operating score. A suspicion is only a
 reason to check: a model repeats what it has learned, wrong labels too.
+
+A weak model contradicts right labels. So nothing is listed if F1 is below `LEAST_F1`, and nothing
+of a suspicion below `LEAST_SUSPICION`. These limits are measured on 1,000 drawn pictures with 2,529
+boxes, of whose labels 99 were made wrong, and on the same with all labels right:
+
+| AP | F1 | listed with right labels | listed with wrong labels | of these wrong |
+|---|---|---|---|---|
+| 75 | 0.92 | 4 (107 without the limits) | 56 (180) | 52 (70) |
+| 61 | 0.86 | 0 (235) | 19 (295) | 19 (67) |
+| 28 | 0.55 | 0 (1,022) | 0 (1,050) | 0 (63) |
+
+The last model with its scores raised to the power 0.3, so that it is confident as well: 16 and 35,
+of which 19 are wrong, without the limit of F1.
 """
 
 # M detections   A true boxes
@@ -43,6 +56,9 @@ WRONG_CLASS, MISSING, SHIFTED, NEEDLESS = (
     "needless box",
 )
 IN_CROWD_FROM = 0.5  # share of a detection that lies in a crowd region
+# Below these, contradictions are the model's errors and not those of the labels; see the docstring.
+LEAST_F1 = 0.6  # of the model
+LEAST_SUSPICION = {WRONG_CLASS: 0.6, MISSING: 0.6, SHIFTED: 0.6, NEEDLESS: 0.8}
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,9 @@ class LabelError:
 def find_label_errors(
     matched: Matched, overlaps: Overlaps, errors: DetectionErrors, operating_score: float
 ) -> list[LabelError]:
-    """Return all label errors, most suspicious first; each annotation once, by its highest one.
+    """Return the label errors, most suspicious first; each annotation once, by its highest one.
+
+    They are none if the model is too weak to tell, `is_too_weak`.
 
     Args:
         operating_score: only detections from here on contradict, and count for recall.
@@ -90,6 +108,7 @@ def find_label_errors(
     needless = _needless(matched, overlaps.near, errors, operating_score)
     found += [(NEEDLESS, float(needless[a]), int(a), -1) for a in np.flatnonzero(needless)]
 
+    found = [one for one in found if one[1] >= LEAST_SUSPICION[one[0]]]
     found.sort(key=lambda one: -one[1])
     errors_found, seen = [], set()
     for kind, value, a, m in found:
@@ -102,6 +121,11 @@ def find_label_errors(
             LabelError(kind, value, image_id, a if a >= 0 else None, m if m >= 0 else None)
         )
     return errors_found
+
+
+def is_too_weak(best_f1: float) -> bool:
+    """Return whether a model of this F1 contradicts right labels more often than wrong ones."""
+    return best_f1 < LEAST_F1
 
 
 def _best_own_score(matched: Matched, near: Near) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from deta.platform.analysis.images import OpenImage, label_errors_section, worst
 from deta.platform.analysis.tide_errors import KINDS
 from deta.platform.evaluation.coco_metrics import CocoMetrics, percent_text
 from deta.platform.evaluation.evaluation_folder import Origin
-from deta.platform.pages.content import Cell, Figure, Number, Paragraph, Section, Table, table
+from deta.platform.evaluation.paired_bootstrap import FEWEST_CLASS_IMAGES, ApInterval
+from deta.platform.pages.content import Cell, Figure, Number, Paragraph, Part, Section, Table, table
 from deta.platform.pages.page import write_page
 
 NOUNS = {
@@ -49,11 +51,13 @@ def write_evaluation_report(
     origin: Origin,
     ground_truth: Mapping[str, Any],
     open_image: OpenImage | None,
+    interval: ApInterval | None = None,
 ) -> None:
     """Write the page atomically. It has up to 7 MB, of which plotly takes 4.8.
 
     Args:
         open_image: returns an image by its id; None makes a page without images.
+        interval: of AP; None makes a page without it.
 
     Raises:
         OSError: the page cannot be written.
@@ -63,22 +67,24 @@ def write_evaluation_report(
     write_page(
         path,
         title=f"Evaluation of {origin.description or 'a model'}{step}",
-        summary=_summary(explanation, metrics, len(names)),
+        summary=_summary(explanation, metrics, len(names), interval),
         sections=[
             _errors(explanation),
-            _classes(explanation),
+            _classes(explanation, interval),
             _curves(explanation),
             _confusions(explanation),
             _calibration(explanation),
             worst_images_section(explanation, names, open_image),
             label_errors_section(explanation, names, open_image),
-            _how(explanation, origin),
+            _how(explanation, origin, interval),
         ],
         footer=f"Explained in {explanation.seconds:.1f} s.",
     )
 
 
-def _summary(explanation: Explanation, metrics: CocoMetrics, num_images: int) -> list[Paragraph]:
+def _summary(
+    explanation: Explanation, metrics: CocoMetrics, num_images: int, interval: ApInterval | None
+) -> list[Paragraph]:
     if metrics.AP < 0:
         return [Paragraph("There is no box to find.", style="verdict")]
     cost = explanation.errors.cost
@@ -86,9 +92,10 @@ def _summary(explanation: Explanation, metrics: CocoMetrics, num_images: int) ->
     what = "No error could be repaired."
     if cost[dearest] > 0:
         what = f"Most AP is lost to {NOUNS[dearest]}: {100 * cost[dearest]:.1f} points of AP50."
+    over = "" if interval is None else f" ({interval.text()})"
     numbers = ", ".join(f"{n} {v:.1f}" for n, v in metrics.percent().items() if n[:2] == "AP")
     return [
-        Paragraph(f"AP {100 * metrics.AP:.1f}. {what}", style="verdict"),
+        Paragraph(f"AP {100 * metrics.AP:.1f}{over}. {what}", style="verdict"),
         Paragraph(
             f"{num_images} images, {(~explanation.matched.crowd).sum()} boxes, "
             f"{len(explanation.classes)} classes, {len(explanation.matched.scores)} detections. "
@@ -122,12 +129,13 @@ def _errors(explanation: Explanation) -> Section:
     return Section("errors", "Error types", [figure, numbers])
 
 
-def _classes(explanation: Explanation) -> Section:
+def _classes(explanation: Explanation, interval: ApInterval | None) -> Section:
     score = f"≥ {explanation.operating_score:.2f}"
     rows: list[list[Cell]] = [
         [
             one.name,
             one.num_boxes,
+            *([] if interval is None else [_ends(*interval.per_category[one.category_id])]),
             *map(_percent, (one.AP, one.AP50, one.AP75, one.AR)),
             *(_percent(one.by_size[size]) for size in SIZES),
             _percent(one.precision),
@@ -144,6 +152,11 @@ def _classes(explanation: Explanation) -> Section:
         [
             "Class",
             Number("Boxes"),
+            *(
+                []
+                if interval is None
+                else [Number("Interval of AP", f"{100 * interval.confidence:g} %")]
+            ),
             *(Number(name, "", 1) for name in ("AP", "AP50", "AP75", "AR")),
             *(Number("AP", size, 1) for size in SIZES),
             Number("Precision", score, 1),
@@ -248,7 +261,7 @@ def _calibration(explanation: Explanation) -> Section:
     return Section("calibration", "Calibration of scores", [figure])
 
 
-def _how(explanation: Explanation, origin: Origin) -> Section:
+def _how(explanation: Explanation, origin: Origin, interval: ApInterval | None) -> Section:
     facts = {
         "model": origin.description,
         "weights": origin.weights_sha256,
@@ -267,7 +280,21 @@ def _how(explanation: Explanation, origin: Origin) -> Section:
         "Error types and their costs follow TIDE (Bolya et al. 2020), calibration Guo et al. 2017."
     )
     what = table("What was evaluated", ["What", "Which"], given)
-    return Section("how", "How it was measured", [what, text])
+    parts: list[Part] = [what, text]
+    if interval is not None:
+        parts.append(Paragraph(
+            "Intervals are over images of this kind, by half-samples. AP of few images is too high "
+            "on average, since precision is the highest from each recall on; intervals are of AP "
+            "without that, so the printed AP may be near their upper end. A class in fewer than "
+            f"{FEWEST_CLASS_IMAGES} images has none."
+        ))  # fmt: skip
+    return Section("how", "How it was measured", parts)
+
+
+def _ends(corrected: float, low: float, high: float) -> Cell:
+    if math.isnan(corrected):
+        return None
+    return "too few images" if math.isnan(low) else f"{100 * low:.0f} … {100 * high:.0f}"
 
 
 def _percent(value: float) -> float | None:

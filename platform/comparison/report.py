@@ -16,6 +16,11 @@ from deta.platform.comparison.figures import (
     training_curves,
 )
 from deta.platform.comparison.images import images_section, slides_of
+from deta.platform.evaluation.paired_bootstrap import (
+    FEWEST_CLASS_IMAGES,
+    FEWEST_IMAGES,
+    CategoryDifference,
+)
 from deta.platform.pages.content import Cell, Figure, Number, Paragraph, Part, Section, table
 from deta.platform.pages.figures import ForestRow, forest
 from deta.platform.pages.number_format import duration, num_of, p_value, signed
@@ -23,7 +28,6 @@ from deta.platform.pages.page import write_page
 from deta.platform.system.short_list import short_list
 
 DRAWN_IOUS = (0.5, 0.7, 0.9)
-FEW_IMAGES = 10  # an interval from fewer images is unreliable
 
 
 def write_comparison(path: Path, comparison: Comparison, image_folder: Path | None) -> int:
@@ -52,7 +56,7 @@ def write_comparison(path: Path, comparison: Comparison, image_folder: Path | No
             Paragraph(_facts(comparison), style="facts"),
         ],
         sections=[section for section in sections if section.parts],
-        footer=f"{num_of(comparison.difference.resamples, 'resample')} in "
+        footer=f"{num_of(comparison.difference.resamples, 'half-sample')} in "
         f"{comparison.difference.seconds:.1f} s.",
     )
     return len(slides)
@@ -67,6 +71,10 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
     interval = f"{_points(found.low)} to {_points(found.high)}"
     confidence = f"{100 * found.confidence:g} % interval"
     size = f"{abs(100 * found.difference):.1f} AP"
+    if _points(found.corrected) != _points(found.difference):
+        interval += f"; corrected for few images {_points(found.corrected)}"
+    if found.no_interval:
+        return [f"{b} has {_points(found.difference)} AP. {found.no_interval}."]
     if found.low > 0:
         first = f"{b} is better by {size} ({confidence} {interval})."
     elif found.high < 0:
@@ -116,7 +124,7 @@ def _result(comparison: Comparison) -> Section:
         [[name, *_cells(*values)] for name, values in rows],
     )
     note = (
-        "Paired: both models get the same resamples of the images, so images that are hard for "
+        "Paired: both models get the same half-samples of the images, so images that are hard for "
         "both do not widen the interval. The interval covers other images of this kind, not other "
         "trainings of these models."
     )
@@ -132,9 +140,9 @@ def _classes(comparison: Comparison) -> Section:
     )
     rows: list[list[Cell]] = [
         [
-            names[key] + (" (few images)" if 0 < one.num_images < FEW_IMAGES else ""),
+            names[key] + (" (too few images)" if is_rare(one) else ""),
             *_cells(one.ap_a, one.ap_b, one.difference, one.low, one.high),
-            one.p_adjusted,
+            None if math.isnan(one.p_adjusted) else one.p_adjusted,
             one.num_images,
             one.num_boxes,
         ]
@@ -157,6 +165,11 @@ def _classes(comparison: Comparison) -> Section:
     )
     figure = _forest(title, shown, note)
     return Section("classes", "Classes", [*figure, numbers])
+
+
+def is_rare(one: CategoryDifference) -> bool:
+    """Return whether a class is in too few images for an interval."""
+    return math.isnan(one.low) and not math.isnan(one.difference)
 
 
 def _errors(comparison: Comparison) -> Section:
@@ -242,11 +255,12 @@ def _how(comparison: Comparison) -> Section:
         ["images and boxes", *(side.fingerprint[:16] for side in sides)],
     ]
     text = Paragraph(
-        f"{num_of(found.resamples, 'resample')} of the {num_of(found.num_images, 'image')} with "
-        f"replacement, the same for both, seed {found.seed}. AP of a resample is the COCO AP of "
-        "the data set in which each image counts as often as it was drawn; a class without a drawn "
-        "image is left out of both. The interval is between quantiles. For a class in fewer than "
-        f"{FEW_IMAGES} images, interval and p are unreliable."
+        f"{num_of(found.resamples, 'half-sample')} of the "
+        f"{num_of(found.num_images, 'image')}, without replacement, the same for both, seed "
+        f"{found.seed}. They show how much the COCO AP varies, and by how much AP of few images is "
+        "too high; the interval is for the difference without that. A class in few images borrows "
+        f"from the variance of the others; one in fewer than {FEWEST_CLASS_IMAGES} images has no "
+        f"interval, and fewer than {FEWEST_IMAGES} images in all have none."
     )
     aside = Paragraph(
         "This page contains all of its data and its drawing code (plotly.js, MIT license); it "

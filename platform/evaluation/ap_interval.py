@@ -30,6 +30,7 @@ from typing import Protocol
 
 import numpy as np
 from scipy import stats
+from scipy.special import expit, logit
 
 # The bias falls with the root of the number of images, so that of all images is this often the
 # difference between half of them and all.
@@ -103,9 +104,9 @@ class ApSpread:
 
     def interval(self, confidence: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inside = np.clip(self.center, EDGE, 1 - EDGE)
-        logit = np.log(inside / (1 - inside))
+        middle = logit(inside)
         half = _student(confidence, self.freedom) * np.sqrt(self.variance) / inside / (1 - inside)
-        low, high = 1 / (1 + np.exp(half - logit)), 1 / (1 + np.exp(-half - logit))
+        low, high = expit(middle - half), expit(middle + half)
         low = np.where(self.center <= EDGE, 0.0, low)
         high = np.where(self.center >= 1 - EDGE, 1.0, high)
         gone = np.isnan(self.variance)

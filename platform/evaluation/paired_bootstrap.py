@@ -87,8 +87,11 @@ class PairedDifference:
     corrected: float = math.nan  # difference, without the bias of few images
 
     @property
-    def has_too_few_images(self) -> bool:
-        return math.isnan(self.low) and not math.isnan(self.difference)
+    def no_interval(self) -> str:
+        """Return why there is no interval; empty if there is one, or no box to find."""
+        if math.isnan(self.difference) or not math.isnan(self.low):
+            return ""
+        return _too_few(self.num_images)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class ApInterval:
         if math.isnan(self.ap):
             return "no box to find"
         if math.isnan(self.low):
-            return too_few_images(self.num_images)
+            return _too_few(self.num_images)
         text = (
             f"{100 * self.confidence:g} % interval over images {100 * self.low:.1f} to "
             f"{100 * self.high:.1f}"
@@ -116,11 +119,6 @@ class ApInterval:
         if f"{100 * self.corrected:.1f}" == f"{100 * self.ap:.1f}":
             return text
         return f"{text}; corrected for few images {100 * self.corrected:.1f}"
-
-
-def too_few_images(num_images: int) -> str:
-    """Return why there is no interval."""
-    return f"{num_images} images are too few for an interval; it needs {FEWEST_IMAGES}"
 
 
 def half_sample(num_images: int, seed: int, index: int) -> np.ndarray:
@@ -301,6 +299,10 @@ def _counts(table: MatchTable) -> tuple[np.ndarray, np.ndarray]:
         np.bincount(shown, minlength=num_categories),
         np.bincount(category, minlength=num_categories),
     )
+
+
+def _too_few(num_images: int) -> str:
+    return f"{num_images} images are too few for an interval; it needs {FEWEST_IMAGES}"
 
 
 def _mean(ap: np.ndarray) -> float:

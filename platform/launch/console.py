@@ -152,15 +152,18 @@ class Console:
             return
         try:
             read = read_evaluation(folder)
-            low, high = (100 * bound for bound in ap_interval(read.ground_truth, read.results))
+            found = ap_interval(read.ground_truth, read.results)
         except Exception as error:  # the training is done even without the interval
             self.echo(f"the interval of the best AP could not be computed: {error}")
             return
-        if math.isnan(low):
+        if math.isnan(found.ap):
             return
-        step, best = read.origin.step or 0, 100 * read.metrics.AP
-        self.echo(f"best AP {best:.1f}, 95 % interval over images {low:.1f} to {high:.1f}")
-        self._write("interval", step=step, low=low, high=high)
+        self.echo(f"best AP {100 * read.metrics.AP:.1f}, {found.text()}")
+        if math.isnan(found.low):
+            return
+        values = {"low": found.low, "high": found.high, "corrected": found.corrected}
+        points = {name: 100 * value for name, value in values.items()}
+        self._write("interval", step=read.origin.step or 0, **points)
 
     def print_upload(self, uploaded: UploadState) -> None:
         """Print what MLflow does not have, and how to send it."""

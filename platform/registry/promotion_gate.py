@@ -27,6 +27,7 @@ class Policy:
     resamples: int = 1000
     seed: int = 0
     min_ap: float = 0.0  # 0..1
+    min_first_ap: float = 0.1  # 0..1, of a version without a champion to be compared with
     max_class_drop: float | None = 0.05  # how far any class may fall below the champion, AP 0..1
     min_class_ap: float | None = None  # of every class, 0..1
     class_floors: tuple[tuple[str, float], ...] = ()  # least AP of single classes, by name
@@ -44,6 +45,7 @@ class Policy:
         if self.resamples < 100:
             raise ValueError(f"resamples={self.resamples} are too few for an interval; use 1000")
         limits = {"min_ap": self.min_ap, "max_class_drop": self.max_class_drop}
+        limits |= {"min_first_ap": self.min_first_ap}
         limits |= {"min_class_ap": self.min_class_ap} | dict(self.class_floors)
         for name, value in limits.items():
             if value is not None and not 0 <= value <= 1:
@@ -140,8 +142,10 @@ class Decision:
             values["champion_ap"] = self.champion.ap
         if self.difference is not None:
             one = self.difference
-            values |= {"difference": one.difference, "low": one.low, "high": one.high}
-            values |= {"p_value": one.p_value, "resamples": one.resamples}
+            found = {"difference": one.difference, "corrected": one.corrected}
+            found |= {"low": one.low, "high": one.high, "p_value": one.p_value}
+            values |= {name: value for name, value in found.items() if not math.isnan(value)}
+            values["resamples"] = one.resamples
         return values
 
 
@@ -166,7 +170,7 @@ def decide(
         _weights(challenger),
         _lineage(challenger, policy),
         _evaluation_set(challenger, champion, policy),
-        _at_least_ap(challenger, policy),
+        _at_least_ap(challenger, champion, policy),
     ]
     if champion is not None:
         criteria += [_gain(difference, policy), _class_drop(difference, policy, names)]
@@ -211,11 +215,14 @@ def _evaluation_set(one: Candidate, champion: Candidate | None, policy: Policy) 
     return GateCriterion("evaluation set", passed, found, f"{wanted[:12]}…, for a comparison")
 
 
-def _at_least_ap(one: Candidate, policy: Policy) -> GateCriterion:
-    found, least = f"{100 * one.ap:.2f}", policy.min_ap
+def _at_least_ap(one: Candidate, champion: Candidate | None, policy: Policy) -> GateCriterion:
+    found, least, why = f"{100 * one.ap:.2f}", policy.min_ap, ""
+    if champion is None and policy.min_first_ap > least:
+        least = policy.min_first_ap
+        why = f" of a first champion, which has no other to beat (min_first_ap={least:g})"
     if not least:
         return GateCriterion("AP", None, found, "no limit")
-    return GateCriterion("AP", one.ap >= least, found, f"at least {100 * least:.2f}")
+    return GateCriterion("AP", one.ap >= least, found, f"at least {100 * least:.2f}{why}")
 
 
 def _gain(difference: PairedDifference | None, policy: Policy) -> GateCriterion:
@@ -223,6 +230,9 @@ def _gain(difference: PairedDifference | None, policy: Policy) -> GateCriterion:
     required = f"{100 * policy.confidence:g} % interval above {100 * policy.min_gain:+.2f}"
     if difference is None:
         return GateCriterion(name, False, "not comparable with the champion's evaluation", required)
+    if difference.no_interval:
+        found = f"{100 * difference.difference:+.2f}; {difference.no_interval}"
+        return GateCriterion(name, False, found, required)
     found = (
         f"{100 * difference.difference:+.2f}, {100 * difference.low:+.2f} to "
         f"{100 * difference.high:+.2f}"

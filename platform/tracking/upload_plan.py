@@ -45,7 +45,11 @@ BEST_FILES = {
 # Metrics that are a value of an event, by the event's kind.
 COPIED = {
     "evaluation_kept": {"val/keep_seconds": "seconds"},
-    "interval": {"best/AP_low": "low", "best/AP_high": "high"},
+    "interval": {
+        "best/AP_low": "low",
+        "best/AP_high": "high",
+        "best/AP_corrected": "corrected",
+    },
     "skipped": {"train/skipped_steps": "total"},
     "checkpoint": {"checkpoint/blocked_s": "blocked_s", "checkpoint/seconds": "seconds"},
 }

@@ -19,7 +19,7 @@ from deta.platform.analysis.images import (
     label_error_card,
     small_jpeg,
 )
-from deta.platform.analysis.label_errors import MISSING, LabelError
+from deta.platform.analysis.label_errors import MISSING, SHIFTED, LabelError
 from deta.platform.pages.content import Box
 from tests.platform.analysis.scenes import detections_of, scene
 
@@ -37,7 +37,7 @@ def test_an_image_is_chosen_once_while_there_are_others():
 def test_images_are_small_jpegs_with_their_boxes():
     explanation = explain(scene(0), detections_of(scene(0), 0, noise=1))
     image = Image.fromarray(np.full((600, 900, 3), 128, np.uint8))
-    card = label_error_card(explanation, explanation.label_errors[0], image, "name")
+    card = label_error_card(explanation, LabelError(SHIFTED, 0.7, 0, 0, 0), image, "name")
     for jpeg, longer in ((small_jpeg(image, LONGER_PX), LONGER_PX), (card.jpeg, CROP_PX)):
         assert max(jpeg.size_px) == longer
         with Image.open(io.BytesIO(jpeg.content)) as found:

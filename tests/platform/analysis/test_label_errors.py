@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from deta.platform.analysis.analysis import explain
-from deta.platform.analysis.label_errors import MISSING, NEEDLESS, SHIFTED, WRONG_CLASS
+from deta.platform.analysis.label_errors import (
+    LEAST_F1,
+    LEAST_SUSPICION,
+    MISSING,
+    NEEDLESS,
+    SHIFTED,
+    WRONG_CLASS,
+)
 from tests.platform.analysis.scenes import detections_of, scene
 
 
@@ -52,3 +59,35 @@ def test_correct_labels_and_a_perfect_model_show_no_label_error() -> None:
     assert found.label_errors == ()
     assert found.worst == ()
     assert max(found.errors.cost.values()) == 0
+
+
+@pytest.mark.parametrize("share_found", [0.9, 0.3])
+def test_a_weak_model_lists_none_however_sure_it_is(share_found: float) -> None:
+    """It names the class wrongly, at a score of 0.95, where it does not name it rightly."""
+    truth = scene(4, num_images=40)
+    rng = np.random.default_rng(0)
+    results = [
+        {"image_id": one["image_id"], "bbox": one["bbox"], "score": 0.95,
+         "category_id": one["category_id"] if rng.random() < share_found
+         else one["category_id"] % 3 + 1}
+        for one in truth["annotations"]
+    ]  # fmt: skip
+    found = explain(truth, results)
+
+    assert (found.best_f1 < LEAST_F1) == (share_found == 0.3)
+    assert bool(found.label_errors) == (share_found == 0.9)
+
+
+def test_what_is_hardly_suspicious_is_not_listed() -> None:
+    """A detection of nothing, at a score just below and at what its kind needs."""
+    truth = scene(5, num_images=20)
+    right = [
+        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"],
+         "score": 0.5}
+        for one in truth["annotations"]
+    ]  # fmt: skip
+    least = LEAST_SUSPICION[MISSING]
+    for score, kinds in ((least - 0.01, []), (least + 0.01, [MISSING])):
+        nothing = {"image_id": 0, "category_id": 1, "bbox": [20.0, 300.0, 40.0, 40.0]}
+        errors = explain(truth, [*right, {**nothing, "score": score}]).label_errors
+        assert [one.kind for one in errors] == kinds

@@ -25,7 +25,7 @@ def test_images_gained_and_lost_are_counted(compared: Comparison) -> None:
 
 
 def test_a_side_compared_with_itself_is_equal() -> None:
-    truth, results = random_case(2, num_images=8)
+    truth, results = random_case(2, num_images=24)
     both = compare_sides(side("x", truth, results), side("x", truth, results), resamples=30)
 
     assert both.gained == both.lost == ()

@@ -80,3 +80,28 @@ def test_a_broken_result_is_named(change: dict[str, Any], words: str) -> None:
     truth, results = random_case(1)
     with pytest.raises(ValueError, match=words):
         match_table(truth, [*results, results[0] | change])
+
+
+def test_the_table_of_some_images_is_that_of_their_data_set() -> None:
+    truth, results = random_case(3, num_images=20, rounded=True)
+    ids = sorted(image["id"] for image in truth["images"])
+    chosen = np.array([0, 3, 4, 11, 19])
+    kept = {ids[i] for i in chosen}
+    part = {
+        **truth,
+        "images": [one for one in truth["images"] if one["id"] in kept],
+        "annotations": [one for one in truth["annotations"] if one["image_id"] in kept],
+    }
+    table = match_table(truth, results)
+    found = table.of_images(chosen)
+    wanted = match_table(part, [one for one in results if one["image_id"] in kept])
+
+    assert found.image_ids == wanted.image_ids
+    names = ("starts", "image", "score", "true", "ignored", "truth_image", "truth_category",
+             "truth_counts", "found")  # fmt: skip
+    for name in names:
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
+    for i, row in zip(found.truth_image, found.truth_row, strict=True):
+        assert truth["annotations"][row]["image_id"] == found.image_ids[i]
+    for i, row in zip(found.image, found.row, strict=True):
+        assert results[row]["image_id"] == found.image_ids[i]

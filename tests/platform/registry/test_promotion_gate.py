@@ -124,6 +124,35 @@ def test_the_first_champion_has_only_absolute_criteria():
     assert not decide_on(replace(CHALLENGER, parity_fault="none"), champion=None).accepted
 
 
+def test_a_first_champion_needs_some_ap():
+    weak = replace(CHALLENGER, ap=0.014)
+    decision = decide_on(weak, champion=None)
+
+    assert decision.failed == ("AP",)
+    row = next(one for one in decision.criteria if one.name == "AP")
+    assert row.found == "1.40"
+    assert row.required == (
+        "at least 10.00 of a first champion, which has no other to beat (min_first_ap=0.1)"
+    )
+    assert decide_on(weak, champion=None, policy=Policy(min_first_ap=0.0)).accepted
+    assert decide_on(replace(CHALLENGER, ap=0.1), champion=None).accepted
+    stricter = decide_on(weak, champion=None, policy=Policy(min_ap=0.2)).criteria
+    assert "at least 20.00" in {one.required for one in stricter}
+    assert decide_on(weak).accepted  # it beats a champion, which is what counts
+
+
+def test_too_few_images_for_an_interval_are_no_gain():
+    found = replace(difference(low=np.nan, high=np.nan), num_images=12)
+    decision = decide_on(found=found)
+
+    assert decision.failed == ("AP gain",)
+    row = next(one for one in decision.criteria if one.name == "AP gain")
+    assert row.found == "+3.00; 12 images are too few for an interval; it needs 20"
+    values = decision.measurements()
+    assert values["difference"] == 0.03
+    assert not {"low", "high"} & values.keys()  # NaN is no JSON
+
+
 def test_two_evaluations_of_other_images_are_not_compared():
     decision = decide(
         replace(CHALLENGER, images_fingerprint="e" * 64), CHAMPION, Policy(), None, {}
@@ -134,8 +163,8 @@ def test_two_evaluations_of_other_images_are_not_compared():
 
 @pytest.mark.parametrize(
     "change",
-    [{"confidence": 1.0}, {"resamples": 5}, {"min_ap": 40.0}, {"max_size_ratio": 0.0},
-     {"class_floors": (("disc", 40.0),)}],
+    [{"confidence": 1.0}, {"resamples": 5}, {"min_ap": 40.0}, {"min_first_ap": 10.0},
+     {"max_size_ratio": 0.0}, {"class_floors": (("disc", 40.0),)}],
 )  # fmt: skip
 def test_an_impossible_policy_is_refused(change: dict[str, object]):
     with pytest.raises(ValueError, match=next(iter(change)).replace("class_floors", "disc")):

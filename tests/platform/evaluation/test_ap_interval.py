@@ -1,0 +1,169 @@
+"""Intervals from half-samples: by hand for few classes, and by theory for means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from deta.platform.evaluation.ap_interval import (
+    AP_PRIOR,
+    BIAS_FACTOR,
+    DIFFERENCE_PRIOR,
+    SHARE_PRIOR,
+    ApSpread,
+    DifferenceSpread,
+    mean_center,
+    mean_interval,
+    p_values,
+)
+
+RNG = np.random.default_rng(7)
+HALVES = np.clip(RNG.normal([0.6, 0.3], [0.05, 0.1], (200, 2)), 0, 1)
+WHOLE = np.array([0.59, 0.28])
+IMAGES = np.array([30, 6])
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def expit(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_one_class_has_students_interval_in_the_logit() -> None:
+    halves, whole = HALVES[:, :1], WHOLE[:1]
+    spread = ApSpread.of(whole, halves, IMAGES[:1], 40)
+    center = whole[0] - (halves.mean() - whole[0]) / (math.sqrt(2) - 1)
+    half = stats.t.ppf(0.975, 29) * halves.std() / (center * (1 - center))
+    wanted = (expit(logit(center) - half), expit(logit(center) + half))
+
+    assert pytest.approx(1 / (math.sqrt(2) - 1)) == BIAS_FACTOR
+    assert spread.center[0] == pytest.approx(center)
+    assert [end[0] for end in spread.interval(0.95)] == pytest.approx(wanted)
+    assert mean_interval(spread, 0.95) == pytest.approx(wanted)  # no other class, no covariance
+
+
+def moderated(prior: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return centers, variances and degrees of freedom of the two classes."""
+    center = WHOLE - BIAS_FACTOR * (HALVES.mean(axis=0) - WHOLE)
+    own, freedom = HALVES.var(axis=0), np.array([29, 5])
+    expected = center * (1 - center) / IMAGES
+    factor = ((own / expected) * freedom).sum() / freedom.sum()
+    prior_of = np.array([min(prior, 5), min(prior, 29)])  # the other class has no more
+    return (
+        center,
+        (prior_of * factor * expected + freedom * own) / (prior_of + freedom),
+        prior_of + freedom,
+    )
+
+
+def test_a_class_in_few_images_borrows_from_the_other() -> None:
+    spread = ApSpread.of(WHOLE, HALVES, IMAGES, 40)
+    center, variance, freedom = moderated(AP_PRIOR)
+
+    assert spread.center == pytest.approx(center)
+    assert spread.variance == pytest.approx(variance)
+    assert spread.freedom == pytest.approx(freedom)
+
+
+def test_the_mean_adds_lengths_as_squares_and_covariances() -> None:
+    spread = ApSpread.of(WHOLE, HALVES, IMAGES, 40)
+    low, high = spread.interval(0.9)
+    covariance = 2 * np.cov(HALVES.T, bias=True)[0, 1] / 4
+    extra = covariance * stats.t.ppf(0.95, 39) ** 2
+    middle = spread.center.mean()
+    wanted = (
+        middle - math.sqrt(((spread.center - low) ** 2).sum() / 4 + extra),
+        middle + math.sqrt(((high - spread.center) ** 2).sum() / 4 + extra),
+    )
+    assert mean_center(spread) == pytest.approx(middle)
+    assert mean_interval(spread, 0.9) == pytest.approx(wanted)
+
+
+def test_a_difference_scales_both_lengths_by_what_the_models_share() -> None:
+    others = HALVES * 0.8 + RNG.normal(0, 0.02, HALVES.shape)
+    a, b = (
+        ApSpread.of(whole, halves, IMAGES, 40, prior=DIFFERENCE_PRIOR)
+        for whole, halves in ((WHOLE, HALVES), (0.8 * WHOLE, others))
+    )
+    spread = DifferenceSpread.of(a, b, HALVES, others)
+    _, variance, _ = moderated(DIFFERENCE_PRIOR)
+    assert a.variance == pytest.approx(variance)
+    share = (others - HALVES).var(axis=0) / (HALVES.var(axis=0) + others.var(axis=0))
+    freedom = np.array([29, 5])
+    pooled = (share * freedom).sum() / freedom.sum()
+    prior = np.array([min(SHARE_PRIOR, 5), min(SHARE_PRIOR, 29)])
+    share = (prior * pooled + freedom * share) / (prior + freedom)
+    (low_a, high_a), (low_b, high_b) = a.interval(0.95), b.interval(0.95)
+    down = np.sqrt(share * ((b.center - low_b) ** 2 + (high_a - a.center) ** 2))
+    up = np.sqrt(share * ((high_b - b.center) ** 2 + (a.center - low_a) ** 2))
+
+    low, high = spread.interval(0.95)
+    assert spread.center == pytest.approx(b.center - a.center)
+    assert low == pytest.approx(b.center - a.center - down)
+    assert high == pytest.approx(b.center - a.center + up)
+
+
+def test_the_variance_of_a_mean_over_images_is_that_of_theory() -> None:
+    """Of a mean of n numbers it is s^2 / n, with n - 1 in s^2."""
+    numbers = RNG.uniform(0.2, 0.9, 40)
+    halves = np.array([numbers[RNG.permutation(40)[:20]].mean() for _ in range(20_000)])
+    spread = ApSpread.of(np.array([numbers.mean()]), halves[:, None], np.array([40]), 40)
+
+    assert spread.own[0] == pytest.approx(numbers.var(ddof=1) / 40, rel=0.03)
+    assert spread.center[0] == pytest.approx(numbers.mean(), abs=0.002)  # no bias
+
+
+def test_a_class_without_images_counts_nowhere() -> None:
+    halves = np.column_stack([HALVES, np.full(200, np.nan)])
+    spread = ApSpread.of(np.append(WHOLE, np.nan), halves, np.append(IMAGES, 0), 40)
+    without = ApSpread.of(WHOLE, HALVES, IMAGES, 40)
+
+    assert np.isnan(spread.interval(0.95)).tolist() == [[False, False, True]] * 2
+    assert mean_interval(spread, 0.95) == pytest.approx(mean_interval(without, 0.95))
+    assert mean_center(spread) == mean_center(without)
+    nothing = ApSpread.of(np.array([np.nan]), np.full((4, 1), np.nan), np.array([0]), 40)
+    assert math.isnan(mean_center(nothing))
+    assert all(math.isnan(end) for end in mean_interval(nothing, 0.95))
+
+
+def test_a_half_sample_without_the_class_is_left_out_of_its_own_variance() -> None:
+    halves = HALVES.copy()
+    halves[::4, 1] = np.nan
+    spread = ApSpread.of(WHOLE, halves, IMAGES, 40)
+    assert spread.own[1] == pytest.approx(np.nanvar(halves[:, 1]))
+    shown = np.where(np.isnan(halves), 0, halves - np.nanmean(halves, axis=0))
+    shown[:, 1] /= math.sqrt(0.75)
+    wanted = shown.mean(axis=1).var() - spread.own.sum() / 4
+    assert spread.covariance == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("ap", "side"), [(0.0, 0), (1.0, 1)])
+def test_an_interval_at_the_edge_reaches_it(ap: float, side: int) -> None:
+    halves = np.column_stack([np.full(200, ap), HALVES[:, 0]])
+    spread = ApSpread.of(np.array([ap, 0.59]), halves, np.array([8, 30]), 40)
+    ends = [end[0] for end in spread.interval(0.95)]
+
+    assert ends[side] == ap
+    assert 0 < abs(ends[1 - side] - ap) < 0.5
+
+
+def test_a_higher_confidence_is_wider_and_p_is_where_zero_is_reached() -> None:
+    spread = ApSpread.of(WHOLE, HALVES, IMAGES, 40)
+
+    def interval(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        low, high = spread.interval(confidence)
+        return low - 0.45, high - 0.45
+
+    found = p_values(interval, (2,))
+    for k, p in enumerate(found):
+        low, high = interval(np.array(1 - p))
+        assert min(abs(low[k]), abs(high[k])) == pytest.approx(0, abs=1e-6)
+    assert found[0] < 0.05
+    wide, narrow = spread.interval(0.99), spread.interval(0.9)
+    assert (wide[0] < narrow[0]).all()
+    assert (wide[1] > narrow[1]).all()
