@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from deta.model.boxes import cxcywh_to_xyxy
 from deta.model.suppression import surviving
@@ -19,6 +19,8 @@ ANCHOR_SIZE = 0.05  # on the finest level; doubles with each level
 ANCHOR_MARGIN = 0.01  # an anchor this close to the border, or this small, is not used
 CANDIDATES_PER_LEVEL = 1000  # DETA, released code
 PROPOSAL_NMS_IOU = 0.9  # DETA, released code
+# In one call. The host waits for each on a GPU, so there are few; a CPU has more work with many.
+IMAGES_PER_NMS = {"cpu": 1, "cuda": 8, "meta": 8}
 
 
 def make_anchors(levels: Levels) -> tuple[Tensor, Tensor]:
@@ -116,16 +118,26 @@ def _survivors(
             stays = surviving(boxes.double(), PROPOSAL_NMS_IOU)
             survives = survives.scatter(1, of_level, stays)
         return survives
-    of_image = torch.cat(candidates, 1)
-    for image in range(scores.shape[0]):
-        chosen = of_image[image]
-        # float64: batched_nms separates levels by an offset to the coordinates, which in float32
-        # would cost the last bits of the IoU.
-        kept = batched_nms(
-            boxes_xyxy[image, chosen].double(),
-            scores[image, chosen].double(),
-            level_index[chosen],
-            PROPOSAL_NMS_IOU,
+    of_image = torch.cat(candidates, 1)  # B C
+    num_candidates = of_image.shape[1]
+    at_once = IMAGES_PER_NMS[scores.device.type]
+    for first in range(0, scores.shape[0], at_once):
+        chosen = of_image[first : first + at_once]  # n C
+        image = torch.arange(len(chosen), device=scores.device)[:, None]
+        # float64: NMS separates groups by an offset to the coordinates, which in float32 would cost
+        # the last bits of the IoU.
+        kept = _nms_in_groups(
+            boxes_xyxy[first + image, chosen].flatten(0, 1).double(),
+            scores[first + image, chosen].flatten().double(),
+            (level_index[chosen] + len(candidates) * image).flatten(),
         )
-        survives[image, chosen[kept]] = True
+        survives[first + kept // num_candidates, chosen.flatten()[kept]] = True
     return survives
+
+
+def _nms_in_groups(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor) -> Tensor:
+    """Return the indices of the boxes, within 0..1, that survive the NMS of their group."""
+    if IMAGES_PER_NMS[boxes_xyxy.device.type] == 1:
+        return batched_nms(boxes_xyxy, scores, groups, PROPOSAL_NMS_IOU)
+    # One kernel: with many boxes, batched_nms would wait for the device once for each group.
+    return nms(boxes_xyxy + 2.0 * groups[:, None], scores, PROPOSAL_NMS_IOU)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from deta.platform.cluster.metrics_export import RayExport
-from deta.platform.learning.distributed import Worker
+from deta.platform.learning.distributed import Worker, control_group
+from deta.platform.learning.numerics import configure_numerics
 from deta.platform.run.fence import FencedOffError
 from deta.platform.run.run import FAILURES, Run
 from deta.platform.system.atomic_write import write_json
@@ -30,11 +31,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     run: Run = ray.get(settings["run"])
     rank = context.get_world_rank()
     try:
+        configure_numerics(run.config.precision, deterministic=run.config.deterministic)
         device = ray.train.torch.get_device()
-        if device.type == "cuda":
-            # fp32 means exact fp32; bf16 is a separate setting.
-            torch.backends.cuda.matmul.allow_tf32 = False
-        worker = Worker(rank, context.get_world_size(), device)
+        world_size = context.get_world_size()
+        worker = Worker(rank, world_size, device, control_group(world_size, device))
         meter = WorkerMeter(RayExport(run.config.name), rank, on_gpu=device.type == "cuda")
         train(
             run,

@@ -107,7 +107,7 @@ def evaluate_model(
     shards: list[Any] | None = [shard]
     if worker.world_size > 1:
         shards = [None] * worker.world_size if worker.is_leader else None
-        dist.gather_object(shard, shards)
+        dist.gather_object(shard, shards, group=worker.control)
     if not worker.is_leader:
         return None
     assert shards is not None

@@ -34,7 +34,7 @@ from deta.platform.inference.batching import (
     read_headers,
 )
 from deta.platform.learning.distributed import Worker
-from deta.platform.learning.train_step import PRECISIONS
+from deta.platform.learning.numerics import AUTOCAST
 from deta.platform.run.config import RunConfig, override
 from deta.platform.system.safe_read import file_sha256
 from deta.platform.system.short_list import short_list
@@ -219,7 +219,7 @@ class Predictor:
             torch.zeros_like(pixels[:, 0], dtype=torch.bool),  # no padding
             sizes_px,
             self.config.postprocess,
-            precision=PRECISIONS[self.config.precision],
+            precision=AUTOCAST[self.config.precision],
             device=self.device,
         )
         return [
@@ -319,7 +319,7 @@ class Predictor:
             config.data.evaluation_size,
             config.postprocess,
             batch_size=config.micro_batch_size,
-            precision=PRECISIONS[config.precision],
+            precision=AUTOCAST[config.precision],
             worker=Worker(0, 1, self.device),
             loader_workers=config.data.loader_workers,
             engine=config.evaluation.engine,

@@ -12,12 +12,15 @@ from deta.ops.ms_deform_attn import path as operator_path
 from deta.platform.evaluation.evaluation_folder import best_evaluation, read_evaluation
 from deta.platform.evaluation.paired_bootstrap import ap_interval
 from deta.platform.launch.attempt_monitor import resume_point
+from deta.platform.learning.numerics import describe_numerics
 from deta.platform.pages.number_format import duration
 from deta.platform.run.config import RunConfig
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import Run, RunResult
 from deta.platform.system.short_list import short_list
 from deta.platform.tracking.upload_process import UploadState
+
+MUCH_WAITING = 0.1  # share of the time
 
 
 class Console:
@@ -31,6 +34,8 @@ class Console:
         self.run, self.echo, self.is_live = run, echo, is_live
         self._bar: Progress | None = None
         self._ap = ""
+        self._has_advised = False
+        self._num_windows = 0
 
     def close(self) -> None:
         """Leave the bar as it is, and print below it from now on."""
@@ -55,6 +60,10 @@ class Console:
             f"{'GPUs' if config.cluster.gpu else 'CPUs'}"
         )
         self.echo(batch_line(config))
+        numerics = describe_numerics(
+            config.precision, deterministic=config.deterministic, on_gpu=config.cluster.gpu
+        )
+        self.echo(f"precision: {numerics}")
         if not config.cluster.gpu:
             self.echo(f"deformable attention: {operator_path('cpu')} kernel")
         self.echo(f"folder: {run.folder}")
@@ -98,6 +107,15 @@ class Console:
 
     def _print_progress(self, event: dict[str, Any]) -> None:
         metrics = event["metrics"]
+        waited = metrics.get("train/data_wait_share", 0.0)
+        self._num_windows += 1  # the loader starts in the first one
+        if waited > MUCH_WAITING and self._num_windows > 1 and not self._has_advised:
+            self._has_advised = True
+            self.echo(
+                f"training waited for data {100 * waited:.0f} % of the time: raise "
+                f"data.loader_workers (now {self.run.config.data.loader_workers}) if there are "
+                "idle cores, or pack the data (jobs/pack.py) if the storage is slow"
+            )
         loss = metrics.get("train/loss", math.nan)
         speed = f"{metrics['train/images_per_s']:7.1f} images/s"
         left = f"{duration(event['remaining_s'])} left"

@@ -30,8 +30,9 @@ from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.image_sizes import AugmentationConfig
 from deta.platform.data.transforms import MAX_LONG_EDGE_BEFORE_CROP, resized_size
 from deta.platform.learning.gradient_sum import GradientSum
+from deta.platform.learning.numerics import AUTOCAST
 from deta.platform.learning.optimizer import freeze, make_optimizer, trainable
-from deta.platform.learning.train_step import PRECISIONS, train_step
+from deta.platform.learning.train_step import train_step
 from deta.platform.run.config import RunConfig
 from deta.platform.run.run import Run
 
@@ -329,7 +330,7 @@ def _update_once(
             num_boxes=sum(batch.num_boxes for batch in micro_batches),
             seeds=[0] * len(micro_batches),
             max_grad_norm=config.optim.max_grad_norm,
-            precision=PRECISIONS[config.precision],
+            precision=AUTOCAST[config.precision],
             device=device,
             gradients=gradients,
         )

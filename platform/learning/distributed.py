@@ -23,6 +23,9 @@ class Worker:
     rank: int = 0
     world_size: int = 1
     device: torch.device = CPU
+    # For messages between the hosts, so that they never wait for a device; None: the default group,
+    # which is on the hosts already. See `control_group`.
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_leader(self) -> bool:
@@ -41,6 +44,15 @@ class StepVote:
     num_replaced: int = 0  # broken images that were replaced
 
 
+def control_group(world_size: int, device: torch.device) -> dist.ProcessGroup | None:
+    """Make the `control` of a `Worker`. All workers must call it."""
+    if world_size == 1 or device.type == "cpu":
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # this worker is a member
+    return group
+
+
 class DriftError(RuntimeError):
     """The weights of workers differ although they must be equal: faulty memory or link."""
 
@@ -50,8 +62,8 @@ def sum_votes(vote: StepVote, worker: Worker) -> StepVote:
     if worker.world_size == 1:
         return vote
     own = [vote.num_boxes, vote.stop, vote.save, vote.check_preemption, vote.num_replaced]
-    total = torch.tensor(own, dtype=torch.int64, device=worker.device)
-    dist.all_reduce(total)
+    total = torch.tensor(own, dtype=torch.int64)
+    dist.all_reduce(total, group=worker.control)
     num_boxes, stop, save, check_preemption, num_replaced = total.tolist()
     return StepVote(num_boxes, stop > 0, save > 0, check_preemption > 0, num_replaced)
 
@@ -61,7 +73,7 @@ def broadcast_from_leader(value: T, worker: Worker) -> T:
     if worker.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=worker.control)
     return box[0]
 
 
@@ -70,7 +82,7 @@ def gather_from_all(value: T, worker: Worker) -> list[T]:
     if worker.world_size == 1:
         return [value]
     values: list[T] = [value] * worker.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=worker.control)
     return values
 
 
@@ -84,10 +96,10 @@ def first_different_tensor(model: nn.Module, worker: Worker) -> str | None:
     if worker.world_size == 1:
         return None
     tensors = model.state_dict()
-    sums = torch.stack([_sum_of_bits(tensor) for tensor in tensors.values()]).to(worker.device)
+    sums = torch.stack([_sum_of_bits(tensor) for tensor in tensors.values()]).cpu()
     least, most = sums.clone(), sums
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=worker.control)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=worker.control)
     different = (least != most).tolist()
     return next((name for name, other in zip(tensors, different, strict=True) if other), None)
 

@@ -121,9 +121,7 @@ def load_optimizer_state(
         if key.startswith("optimizer/"):
             _, kind, name = key.split("/", 2)
             parameter = parameters[name]
-            # AdamW counts steps on the host; its moments are on the device of the parameter.
-            device = "cpu" if kind == "step" else parameter.device
-            optimizer.state[parameter][kind] = tensor.to(device)
+            optimizer.state[parameter][kind] = tensor.to(parameter.device)
 
 
 def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

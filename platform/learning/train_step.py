@@ -18,8 +18,6 @@ from deta.model.batch import Batch
 from deta.platform.learning.gradient_sum import GradientSum
 from deta.platform.learning.optimizer import trainable
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class StepResult:
@@ -29,7 +27,12 @@ class StepResult:
     # clipping). With one worker, losses are those of the global batch. With more, each is this
     # worker's part times the number of workers, so that their mean is that of the global batch.
     scalars: dict[str, Tensor]
-    updated: bool  # equal on all workers; False if any of them had a value that is not finite
+    is_finite: Tensor  # bool, on the device; equal on all workers
+
+    @property
+    def updated(self) -> bool:
+        """Return False if any worker had a value that is not finite. Waits for the device."""
+        return bool(self.is_finite)
 
 
 def train_step(
@@ -52,11 +55,15 @@ def train_step(
     global batch.
 
     A loss that is not finite turns this worker's gradients into NaN. The all_reduce of gradients
-    carries that to all workers, without another collective, and none updates its weights.
+    carries that to all workers, without another collective, and none updates its weights: the
+    optimizer's kernel reads the flag on the device. So the host launches the step without waiting
+    for the device, except where the model does, for its suppression.
 
     Args:
         model: the detector, bare or wrapped in DistributedDataParallel.
-        micro_batches: this worker's share of the global batch, on the host; at least one.
+        micro_batches: this worker's share of the global batch, on the host or the device; at least
+            one.
+        optimizer: a fused one, whose kernel can skip the update.
         num_boxes: in the global batch, over all workers.
         seeds: one for each micro-batch, for all random numbers of the model; below 2**64.
         precision: torch.float32, or torch.bfloat16 for autocast.
@@ -66,7 +73,8 @@ def train_step(
     num_averaged = dist.get_world_size() if parallel else 1  # DistributedDataParallel averages
     # At least one box in the global batch, not on each worker as in released code: otherwise a
     # batch with hardly any boxes would weigh less on more workers.
-    divisor = torch.tensor(max(num_boxes, 1) / num_averaged, dtype=torch.float32).to(device)
+    divisor = torch.full((), max(num_boxes, 1) / num_averaged, device=device)
+    exact = gradients if gradients is not None and gradients.needs(len(micro_batches)) else None
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):
@@ -80,17 +88,18 @@ def train_step(
             losses = criterion(outputs, batch, divisor)
             total = criterion.total(losses)
             total.mul(torch.where(total.isfinite(), 1.0, torch.nan)).backward()
-        if gradients is not None:
-            gradients.add()
+        if exact is not None:
+            exact.add()
         for name, loss in (losses | {"loss": total}).items():
-            sums[name] = sums.get(name, 0) + loss.detach()
+            sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
 
-    if gradients is not None:
-        gradients.all_reduce()
-        sums = {name: part * gradients.num_workers for name, part in sums.items()}
+    if exact is not None:
+        exact.all_reduce()
+    if exact is not None and exact.num_workers > 1:
+        sums = {name: part * exact.num_workers for name, part in sums.items()}
     limit = float("inf") if max_grad_norm is None else max_grad_norm
     sums["grad_norm"] = clip_grad_norm_(trainable(model.parameters()), limit)
-    updated = bool(sums["grad_norm"].isfinite())  # blocks on the device, as the matching does
-    if updated:
-        optimizer.step()
-    return StepResult(sums, updated)
+    is_finite = sums["grad_norm"].isfinite()
+    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return StepResult(sums, is_finite)

@@ -154,7 +154,10 @@ class RunConfig:
     # Images per update, over all workers. A worker accumulates micro-batches to reach its share.
     total_batch_size: int = 16
     micro_batch_size: int = 2  # images per forward pass of a worker
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # "fp32": IEEE float32. "tf32": float32 whose products are TF32 on a GPU. "bf16": autocast.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    # The same bits from each run on GPUs of one kind, for some speed. On CPUs that is so anyway.
+    deterministic: bool = False
     ema_decay: float | None = None  # decay of the EMA weights, which are evaluated instead
     # Initial weights: a run, a checkpoint, a published file, a file that jobs/convert.py wrote, or
     # the address of a file, https://…#sha256=…

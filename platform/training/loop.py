@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 
 from deta.model.architectures import make_criterion
 from deta.platform.data.data_loader import LoadedBatch, train_loader
 from deta.platform.data.sample_order import splitmix64
 from deta.platform.evaluation.evaluate_model import evaluate_model
+from deta.platform.learning.device_batches import DeviceBatches, StepBatches
 from deta.platform.learning.distributed import (
     DriftError,
     StepVote,
@@ -31,8 +33,9 @@ from deta.platform.learning.distributed import (
 )
 from deta.platform.learning.gradient_sum import broadcast_statistics
 from deta.platform.learning.hang_watchdog import Watchdog
+from deta.platform.learning.numerics import AUTOCAST
 from deta.platform.learning.optimizer import set_lr
-from deta.platform.learning.train_step import PRECISIONS, train_step
+from deta.platform.learning.train_step import train_step
 from deta.platform.run.run import Run
 from deta.platform.run.run_state import RunState
 from deta.platform.training.evaluation_history import EvaluationHistory
@@ -114,10 +117,11 @@ class _Loop:
         self.events = TrainEvents(run, worker, recorder, dict(state.broken_images))
         self.history = EvaluationHistory(run, recorder.log_event)
         self.criterion = make_criterion(run.config.criterion, run.config.model)
-        self.precision = PRECISIONS[run.config.precision]
+        self.precision = AUTOCAST[run.config.precision]
         self.window = LogWindow()
         self.step_ended_s = self.polled_cluster_s = time.monotonic()
         self.is_preempted = False
+        self.data_wait_s = 0.0  # of the present step
 
     def run_to_end(self) -> dict[str, float]:
         run, config = self.run, self.run.config
@@ -126,14 +130,15 @@ class _Loop:
         evaluation_steps = run.evaluation_steps()
         if self.state.step in evaluation_steps and not self.state.metrics:
             self._evaluate_and_save()  # the run was interrupted here
-        batches = self._batches()
+        self.batches = self._batches()
         metrics = dict(self.state.metrics)
         self._reset_window()
         for step in range(self.state.step, run.num_steps):
             if run.reason_to_stop(self.state):  # also where a stopped run is resumed
                 break
-            micro_batches, data_wait_s = self._next_micro_batches(batches)
-            vote = sum_votes(self._vote(micro_batches), self.worker)
+            batches = self._next_batches()
+            micro_batches = batches.micro_batches
+            vote = sum_votes(self._vote(batches), self.worker)
             if vote.num_replaced:
                 self.events.log_broken_images(self.state, micro_batches)
             if vote.check_preemption:
@@ -155,7 +160,9 @@ class _Loop:
             self._update(step, micro_batches, vote.num_boxes)
             if self.on_step is not None:
                 num_images = sum(len(loaded) for loaded in micro_batches)
-                self.on_step(StepTimes(num_images, data_wait_s, time.perf_counter() - began_s))
+                update_s = time.perf_counter() - began_s
+                self.on_step(StepTimes(num_images, self.data_wait_s, update_s))
+            self.data_wait_s = 0.0
             is_evaluation = step + 1 in evaluation_steps
             if (step + 1) % config.log_every_steps == 0 or is_evaluation:
                 lr = self.train_state.optimizer.param_groups[0]["lr"]
@@ -168,7 +175,7 @@ class _Loop:
         self.recorder.close(timeout_s=600)
         return metrics
 
-    def _batches(self) -> Iterator[list[LoadedBatch]]:
+    def _batches(self) -> DeviceBatches:
         """Load the micro-batches of this worker, from the present step to the end."""
         config = self.run.config
         loader = train_loader(
@@ -184,32 +191,46 @@ class _Loop:
             num_loader_workers=config.data.loader_workers,
             pin_memory=self.worker.device.type == "cuda",
         )
-        return iter(loader) if len(loader) > 0 else iter(())
+        return DeviceBatches(iter(loader) if len(loader) > 0 else iter(()), self.worker.device)
 
-    def _next_micro_batches(
-        self, batches: Iterator[list[LoadedBatch]]
-    ) -> tuple[list[LoadedBatch], float]:
-        """Return the data of the next step, and how many seconds this worker waited for it."""
+    def _next_batches(self) -> StepBatches:
+        """Return the data of the next step."""
         self.watchdog.heartbeat("data")
         began_s = time.perf_counter()
-        micro_batches = next(batches)
-        data_wait_s = time.perf_counter() - began_s
-        self.window.data_wait_s += data_wait_s
+        batches = next(self.batches)
+        self._count_data_wait(time.perf_counter() - began_s)
         self.watchdog.heartbeat("step")
-        return micro_batches, data_wait_s
+        return batches
+
+    def _prefetch(self) -> None:
+        """Load and begin to copy the data of the next step, while the GPU computes this one."""
+        if self.worker.device.type != "cuda":
+            return
+        computed = torch.cuda.Event()
+        computed.record()
+        self.watchdog.heartbeat("data")
+        began_s = time.perf_counter()
+        self.batches.prefetch()
+        if computed.query():  # else the GPU has not waited
+            self._count_data_wait(time.perf_counter() - began_s)
+        self.watchdog.heartbeat("step")
+
+    def _count_data_wait(self, seconds: float) -> None:
+        self.window.data_wait_s += seconds
+        self.data_wait_s += seconds
 
     # Between two steps
 
-    def _vote(self, micro_batches: list[LoadedBatch]) -> StepVote:
+    def _vote(self, batches: StepBatches) -> StepVote:
         """Return what this worker contributes to the all_reduce before a step."""
         may_ask = self.worker.is_leader and self.is_preemption_announced is not None
         is_time = time.monotonic() - self.polled_cluster_s > POLL_CLUSTER_EVERY_S
         return StepVote(
-            num_boxes=sum(loaded.batch.num_boxes for loaded in micro_batches),
+            num_boxes=batches.num_boxes,
             stop=self.recorder.is_stop_requested(),
             save=self.recorder.is_save_due(at_once=self.is_preempted),
             check_preemption=may_ask and is_time,
-            num_replaced=sum(len(loaded.replaced) for loaded in micro_batches),
+            num_replaced=sum(len(loaded.replaced) for loaded in batches.micro_batches),
         )
 
     def _require_equal_weights(self) -> None:
@@ -241,7 +262,9 @@ class _Loop:
             gradients=train_state.gradients,
         )
         broadcast_statistics(train_state.statistics, self.worker.world_size)
-        if result.updated and train_state.ema is not None:
+        self._prefetch()
+        updated = result.updated
+        if updated and train_state.ema is not None:
             train_state.ema.update_parameters(train_state.model)
         self.window.scalars.append(result.scalars)
         now_s = time.monotonic()
@@ -252,8 +275,8 @@ class _Loop:
             samples_seen=done * config.total_batch_size,
             epoch=self.run.epoch_at(done),
             metrics={},
-            skipped_steps=self.state.skipped_steps + (not result.updated),
-            skipped_in_a_row=0 if result.updated else self.state.skipped_in_a_row + 1,
+            skipped_steps=self.state.skipped_steps + (not updated),
+            skipped_in_a_row=0 if updated else self.state.skipped_in_a_row + 1,
             broken_images=self.events.broken_images,
             useful_s=self.state.useful_s + now_s - self.step_ended_s,
             data_fingerprint=self.run.train_set.fingerprint,
@@ -261,7 +284,7 @@ class _Loop:
         )
         self.step_ended_s = now_s
         self.recorder.count_step(done)
-        if not result.updated:
+        if not updated:
             self.events.log_skipped_step(self.state, result, micro_batches)
 
     def _reset_window(self) -> None:
@@ -315,7 +338,8 @@ class _Loop:
             self.watchdog.heartbeat("saving")
             self.history.save(evaluation, self.state, seconds)
         if self.worker.world_size > 1:
-            dist.barrier()  # no worker continues, and perhaps fails, before the checkpoint exists
+            # No worker continues, and perhaps fails, before the checkpoint exists.
+            dist.barrier(group=self.worker.control)
         if self.on_evaluation is not None:
             step, seen = self.state.step, self.state.samples_seen
             self.on_evaluation(metrics | {"step": step, "samples_seen": seen})

@@ -61,9 +61,9 @@ class TrainEvents:
         names = list(window.scalars[0])
         table = torch.stack(
             [torch.stack([row[name].float() for name in names]) for row in window.scalars]
-        )  # steps, scalars
+        ).cpu()  # steps, scalars
         if self.worker.world_size > 1:
-            dist.all_reduce(table)
+            dist.all_reduce(table, group=self.worker.control)
             table /= self.worker.world_size
         finite = table.isfinite().all(1)  # steps that were not skipped
         means = dict(zip(names, table[finite].mean(0).tolist(), strict=True))

@@ -76,7 +76,7 @@ def make_train_state(run: Run, worker: Worker, resumed: Checkpoint | None) -> Tr
     parallel: nn.Module = model
     gradients = None
     if config.optim.exact_sum:
-        gradients = GradientSum(trainable(model.parameters()), worker.world_size)
+        gradients = GradientSum(trainable(model.parameters()), worker.world_size, worker.control)
     elif worker.world_size > 1:
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None

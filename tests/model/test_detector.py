@@ -347,10 +347,10 @@ def test_an_image_does_not_depend_on_the_other_images_of_its_batch(selection: st
 def test_nothing_but_suppression_waits_for_the_device(monkeypatch, channels_last: bool):
     """Run on the meta device, which has no values: code that reads one raises."""
 
-    def keep_all(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    def keep_all(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
         return torch.arange(len(scores), device=scores.device)
 
-    monkeypatch.setattr(proposals, "batched_nms", keep_all)
+    monkeypatch.setattr(proposals, "nms", keep_all)
     batch = random_batch([(64, 96), (50, 40)], [3, 0])
     num_boxes = float(batch.num_boxes)
     model = small_model().to("meta")
