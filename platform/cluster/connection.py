@@ -38,6 +38,9 @@ from deta.platform.system.child_server import free_port
 
 _ADDRESS = re.compile(r"[\w.-]+:\d+")  # of a head node, not `auto` or ray://…
 
+START_ATTEMPTS = 4  # of 30 s, which is fixed in Ray
+logger = logging.getLogger(__name__)
+
 
 class ClusterTooSmallError(RuntimeError):
     """The cluster can never provide the resources that the run needs."""
@@ -62,15 +65,28 @@ def join_cluster() -> str:
     # `deta submit` and `ray job submit` look for a cluster at Ray's default port. A cluster that
     # ends with its run leaves the port to others.
     own_port = free_port("127.0.0.1", 20_000 + os.getpid() % 12_000)
-    # Workers write to the journal; their other output is in Ray's logs.
-    context = ray.init(
-        address,
-        ignore_reinit_error=True,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        dashboard_port=own_port if is_own else None,
-        runtime_env={"env_vars": known} if known else None,
-    )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            # Workers write to the journal; their other output is in Ray's logs.
+            context = ray.init(
+                address,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                dashboard_port=own_port if is_own else None,
+                runtime_env={"env_vars": known} if known else None,
+            )
+            break
+        except Exception as error:  # Ray has no class for it
+            if not is_own or "timed out during startup" not in str(error):
+                raise
+            if attempt == START_ATTEMPTS:
+                raise RuntimeError(
+                    f"Ray could not start on this machine within {START_ATTEMPTS} times 30 s: it "
+                    "is too busy (see `uptime`). End other work, or start the cluster once with "
+                    "`ray start --head` and set RAY_ADDRESS=auto"
+                ) from error
+            logger.warning("Ray did not start within 30 s, as the machine is busy; trying again")
     is_unprotected = bool(context.dashboard_url) and is_open(context.dashboard_url or "")
     if is_own and is_unprotected:
         ray.shutdown()

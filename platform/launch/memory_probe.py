@@ -315,7 +315,9 @@ def _update_once(
     model.to(device)
     averaged = AveragedModel(model) if config.ema_decay is not None else None
     optimizer = make_optimizer(model, config.optim)
-    gradients = GradientSum(trainable(model.parameters()), 1) if config.optim.exact_sum else None
+    gradients = None
+    if config.optim.exact_sum:
+        gradients = GradientSum(trainable(model.parameters()), 1, accumulates=True)
     criterion = make_criterion(config.criterion, config.model)
     num_classes = config.model.num_classes
     small = _noise(1, WARM_UP_PX, WARM_UP_PX, 1, num_classes)

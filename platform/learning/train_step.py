@@ -74,7 +74,7 @@ def train_step(
     # At least one box in the global batch, not on each worker as in released code: otherwise a
     # batch with hardly any boxes would weigh less on more workers.
     divisor = torch.full((), max(num_boxes, 1) / num_averaged, device=device)
-    exact = gradients if gradients is not None and gradients.needs(len(micro_batches)) else None
+    exact = gradients if gradients is not None and gradients.is_needed else None
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for index, (micro_batch, seed) in enumerate(zip(micro_batches, seeds, strict=True)):

@@ -76,7 +76,16 @@ def make_train_state(run: Run, worker: Worker, resumed: Checkpoint | None) -> Tr
     parallel: nn.Module = model
     gradients = None
     if config.optim.exact_sum:
-        gradients = GradientSum(trainable(model.parameters()), worker.world_size, worker.control)
+        split = [
+            run.order.micro_batch_positions(0, rank, worker.world_size, config.micro_batch_size)
+            for rank in range(worker.world_size)
+        ]
+        gradients = GradientSum(
+            trainable(model.parameters()),
+            worker.world_size,
+            accumulates=max(map(len, split)) > 1,
+            control=worker.control,
+        )
     elif worker.world_size > 1:
         parallel = DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from deta.platform.learning.distributed import (
@@ -20,32 +16,7 @@ from deta.platform.learning.distributed import (
     gather_from_all,
     sum_votes,
 )
-
-
-def _in_a_group(rank: int, port: int, act: Callable[[Worker], Any], answers: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    answers.put((rank, act(Worker(rank, 2))))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_two(act: Callable[[Worker], Any]) -> list[Any]:
-    """Run `act` on two workers; return their results by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    workers = [
-        context.Process(target=_in_a_group, args=(rank, port, act, answers)) for rank in (0, 1)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(answers.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    return [found[0], found[1]]
+from tests.platform.learning.two_workers import on_two
 
 
 def test_flags_are_ored_and_counts_are_summed():

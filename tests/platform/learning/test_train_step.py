@@ -73,7 +73,7 @@ def step(images: list[Tensor], max_grad_norm: float | None = None) -> tuple[Mode
         max_grad_norm=max_grad_norm,
         precision=torch.float32,
         device=CPU,
-        gradients=GradientSum(model.parameters(), 1),
+        gradients=GradientSum(model.parameters(), 1, accumulates=True),
     )
     return model, result
 
@@ -174,7 +174,7 @@ def test_a_step_waits_for_the_device_in_suppression_and_nowhere_else(
         max_grad_norm=0.1,
         precision=torch.float32,
         device=torch.device("meta"),
-        gradients=GradientSum(model.parameters(), 1),
+        gradients=GradientSum(model.parameters(), 1, accumulates=True),
     )
 
     assert waits == {"nms": num_micro_batches}

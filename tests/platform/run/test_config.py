@@ -45,7 +45,7 @@ def test_text_becomes_the_type_of_its_field(key: str, text: str, value: object):
         ("total_batch_size", "eight", "total_batch_size='eight': Input should be a valid integer"),
         ("total_batch_size", "8.5", "total_batch_size='8.5': Input should be a valid integer"),
         ("total_batch_size", "4", "without an image"),
-        ("precision", "fp16", "precision='fp16': Input should be 'fp32' or 'bf16'"),
+        ("precision", "fp16", "precision='fp16': Input should be 'fp32', 'tf32' or 'bf16'"),
         ("optim.lr", "-1", "must be positive"),
         ("schedule.epochs", "5", "lie outside the 5 epochs"),
         ("name", "../x", "is not a run name"),
