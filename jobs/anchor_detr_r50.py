@@ -28,6 +28,7 @@ def official_r50() -> RunConfig:
     """
     return RunConfig(
         name="anchor-detr-r50",
+        precision="bf16",
         model=AnchorDETRConfig(),
         criterion=CriterionConfig(assignment="one_to_one", class_weight=2.0),
         postprocess=PostprocessConfig(nms_iou=None),

@@ -27,7 +27,7 @@ def official_12ep() -> RunConfig:
     Source: official configs/deta.sh. AdamW 2e-4 (backbone and sampling offsets 2e-5), weight decay
     1e-4 on everything, gradients clipped at 0.1, total batch 16, rate / 10 after epoch 10.
     """
-    return RunConfig(name="deta-r50-12ep")
+    return RunConfig(name="deta-r50-12ep", precision="bf16")
 
 
 def official_24ep() -> RunConfig:

@@ -32,6 +32,7 @@ def official_finetune() -> RunConfig:
     """
     return RunConfig(
         name="deta-swin-l-finetune",
+        precision="bf16",
         model=ModelConfig(
             backbone=BackboneConfig(
                 name="swin_large_patch4_window12_384.ms_in22k",

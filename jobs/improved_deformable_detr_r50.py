@@ -27,6 +27,7 @@ def official_50ep() -> RunConfig:
     """
     return RunConfig(
         name="improved-deformable-detr-r50-50ep",
+        precision="bf16",
         model=ModelConfig(proposal_selection="highest"),
         criterion=CriterionConfig(assignment="one_to_one"),
         postprocess=PostprocessConfig(nms_iou=None),

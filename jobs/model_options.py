@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -131,4 +131,5 @@ def require_weights(weights: str | Path) -> None:
 
 
 def named_variant(options: ModelOptions) -> RunConfig:
-    return find_variant(options.variant or next(iter(VARIANTS)))
+    """Return the variant of a published file, which was trained in float32."""
+    return replace(find_variant(options.variant or next(iter(VARIANTS))), precision="tf32")

@@ -62,6 +62,14 @@ class InputProjection(nn.Sequential):
         nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
         super().__init__(convolution, GroupNorm(math.gcd(32, dim), dim))
 
+    def forward(self, x: Tensor) -> Tensor:
+        # On maps one pixel wide, oneDNN's gradient for the weights of a bfloat16 convolution with a
+        # stride has values from memory that nothing was written to (PyTorch 2.15).
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[3] == 1:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+        return super().forward(x)
+
 
 class FeaturePyramid(nn.Module):
     """Images -> L maps of D channels: strides 8, 16, 32, and extra ones made from the last."""

@@ -208,6 +208,8 @@ def machine_plan(
         "cluster.gpu": gpu,
         "cluster.cpus_per_worker": cpus,
     }
+    if not gpu and "precision" not in given:
+        changes["precision"] = "fp32"  # most processors are no faster in bfloat16
     if override(config, changes) == config:
         return FinetunePlan({}, [])
     kind = "GPU" if gpu else "CPU"
