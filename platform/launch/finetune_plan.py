@@ -203,7 +203,7 @@ def machine_plan(
         cpus = max(1.0, min(cluster.cpus_per_worker, num_cpus // workers))
     elif cluster.gpu:
         workers, cpus = 1, float(num_cpus)
-    changes = {
+    changes: dict[str, Any] = {
         "cluster.num_workers": workers,
         "cluster.gpu": gpu,
         "cluster.cpus_per_worker": cpus,
