@@ -170,7 +170,7 @@ def learning_curves(
 
     Beside it, the last third is plotted again at its own scale, where differences are visible. A
     trial that did not finish is a thin line: in a mean, trials that were stopped early for a low
-    AP would bias the others upwards.
+    AP would bias the others upwards. Cells with a single evaluation are points, with their range.
     """
     end = max((x for trial in trials for x, _ in trial.curve), default=0)
     if not end:
@@ -214,13 +214,20 @@ def _curve_traces(
         curve, look = means[key], style(places.get(key, 0))
         first = sum(x < begin for x in curve.samples)
         x, low, high = (v[first:] for v in (curve.samples, curve.low, curve.high))
-        if curve.num_seeds > 1 and not is_many:
+        y, has_range = curve.mean[first:], curve.num_seeds > 1 and not is_many
+        if has_range and len(x) > 1:
             traces.append(band(x, low, high, look["line"]["color"]))
         line = {**look["line"], "width": 2.5} if key in places else {"color": MUTED, "width": 1}
+        # A line through one point would not be seen.
+        is_point, whisker = len(x) == 1, None
+        if is_point and has_range:
+            whisker = {"array": [high[0] - y[0]], "arrayminus": [y[0] - low[0]]}
         traces.append(
             go.Scatter(
-                x=x, y=curve.mean[first:], mode="lines", line=line, name=figure_text(key),
-                showlegend=key in places, hovertemplate="%{x:,} samples: %{y:.2f}",
+                x=x, y=y, mode="markers" if is_point else "lines", line=line, error_y=whisker,
+                marker={**look["marker"], "color": line["color"], "size": 9 if is_point else 0},
+                name=figure_text(key), showlegend=key in places,
+                hovertemplate="%{x:,} samples: %{y:.2f}",
             )
         )  # fmt: skip
     return traces

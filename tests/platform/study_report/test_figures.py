@@ -97,3 +97,29 @@ def test_the_end_of_curves_is_drawn_again_where_each_has_an_end(evaluations: int
     assert [len(trace.x) for trace in plots[0].data] == [evaluations] * 2
     for trace in plots[1].data if has_late else ():
         assert 3 <= len(trace.x) < evaluations
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_a_single_evaluation_is_a_point_with_its_range(evaluations: int):
+    """A line through one point would be invisible, as would be a band of one."""
+    trials = [
+        TrialRecord(
+            name=f"{cell} {seed}", cell=cell, seed=seed, status="finished", metrics={"AP": 1.0},
+            curve=tuple((100.0 * (i + 1), ap + i) for i in range(evaluations)),
+        )
+        for cell, seed, ap in (("a", 1, 20.0), ("a", 2, 26.0), ("b", 1, 30.0))
+    ]  # fmt: skip
+    (plot,) = learning_curves(trials, ["a", "b"], "AP")
+    named = {trace.name: trace for trace in plot.data if trace.showlegend}
+
+    assert {name: len(trace.x) for name, trace in named.items()} == {
+        "a": evaluations, "b": evaluations,
+    }  # fmt: skip
+    if evaluations == 2:
+        assert all(trace.mode == "lines" for trace in named.values())
+        assert len(plot.data) == 3  # the range of a
+        return
+    assert all(trace.mode == "markers" and trace.marker.size > 0 for trace in named.values())
+    assert (named["a"].y, named["b"].y) == ((23.0,), (30.0,))
+    assert (named["a"].error_y.array, named["a"].error_y.arrayminus) == ((3.0,), (3.0,))
+    assert named["b"].error_y.array is None
