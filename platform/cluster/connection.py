@@ -38,6 +38,10 @@ from deta.platform.system.child_server import free_port
 
 _ADDRESS = re.compile(r"[\w.-]+:\d+")  # of a head node, not `auto` or ray://…
 
+# Batches differ in size. Segments that grow leave fewer gaps in a GPU's memory than fixed ones.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+PASSED_ON = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 START_ATTEMPTS = 4  # of 30 s, which is fixed in Ray
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,10 @@ def join_cluster() -> str:
         ensure_private_token()
     # Without the address in their environment, Ray's own actors look for the cluster on their
     # machine and fail if there are two; what a stopped trial had reserved is then never released.
-    known = {} if is_own or not _ADDRESS.fullmatch(address) else {"RAY_ADDRESS": address}
+    known: dict[str, str] = {}  # a cluster of this process has its environment already
+    if not is_own:
+        known = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        known |= {"RAY_ADDRESS": address} if _ADDRESS.fullmatch(address) else {}
     # `deta submit` and `ray job submit` look for a cluster at Ray's default port. A cluster that
     # ends with its run leaves the port to others.
     own_port = free_port("127.0.0.1", 20_000 + os.getpid() % 12_000)

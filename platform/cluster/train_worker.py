@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import traceback
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     run: Run = ray.get(settings["run"])
     rank = context.get_world_rank()
     try:
+        if run.config.cluster.gpu:
+            require_gpu()
         configure_numerics(run.config.precision, deterministic=run.config.deterministic)
         device = ray.train.torch.get_device()
         world_size = context.get_world_size()
@@ -55,20 +58,51 @@ def _report(metrics: dict[str, float]) -> None:
     ray.train.report({name: value for name, value in metrics.items() if math.isfinite(value)})
 
 
+def require_gpu() -> None:
+    """Refuse to train on the CPU of a node whose GPUs Ray counts and PyTorch cannot use.
+
+    Raises:
+        ValueError: says why, as far as PyTorch knows.
+    """
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        why = f"PyTorch {torch.__version__} was built without CUDA; install a build with it"
+    else:
+        try:
+            torch.cuda.init()
+            why = "no device is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        except (RuntimeError, AssertionError) as error:  # such as a driver that is too old
+            why = str(error)
+    raise ValueError(
+        f"Ray gives this worker a GPU of {socket.gethostname()}, but PyTorch finds none: {why}. To "
+        "train on CPUs, set cluster.gpu=false"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU or the host had too little memory, whoever says so."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in text for words in ("out of memory", "alloc_failed", "can't allocate memory")
+    )
+
+
 def _write_failure(folder: Path, rank: int, world_size: int, error: Exception) -> None:
     """Write the error for the supervisor, which may be on another machine and not see it."""
     # Errors of the input, the configuration or the code repeat with every retry. An error of any
     # type that a worker raises after Ray has ended its group (for example a lost node) does not.
-    kinds = (ValueError, FloatingPointError, TypeError, KeyError, torch.OutOfMemoryError)
+    kinds = (ValueError, FloatingPointError, TypeError, KeyError)
     is_alone = world_size > 1 and not dist.is_initialized()
     message = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    needs_memory = is_out_of_memory(error)
+    if needs_memory:
         message += "\nLower micro_batch_size; the total batch stays the same. --probe finds a size."
     failure = {
         "rank": rank,
         "type": type(error).__name__,
         "message": message,
-        "comes_again": isinstance(error, kinds) and not is_alone,
+        "comes_again": needs_memory or (isinstance(error, kinds) and not is_alone),
         "traceback": traceback.format_exc(),
     }
     try:

@@ -138,7 +138,9 @@ class _Loop:
                 break
             batches = self._next_batches()
             micro_batches = batches.micro_batches
+            self.watchdog.heartbeat("peers")
             vote = sum_votes(self._vote(batches), self.worker)
+            self.watchdog.heartbeat("step")
             if vote.num_replaced:
                 self.events.log_broken_images(self.state, micro_batches)
             if vote.check_preemption:

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("ray")
 
+import torch
+
 from deta.platform.cluster import train_worker
 
 
@@ -27,3 +29,35 @@ def test_a_failure_is_permanent_if_it_is_of_the_input(tmp_path: Path, error, wor
     failure = json.loads(path.read_text())
     assert failure["comes_again"] is repeats
     assert failure["message"] == str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory'"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate "
+                     "memory: you tried to allocate 4096000000000 bytes"),
+        MemoryError(),
+    ],
+)  # fmt: skip
+def test_too_little_memory_of_any_kind_ends_once_with_advice(tmp_path: Path, error: Exception):
+    train_worker._write_failure(tmp_path, 1, 2, error)
+    (path,) = (tmp_path / train_worker.FAILURES).iterdir()
+    failure = json.loads(path.read_text())
+    assert failure["comes_again"]
+    assert "Lower micro_batch_size" in failure["message"]
+
+
+def test_the_real_error_of_this_machine_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert train_worker.is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch finds a GPU here")
+def test_a_gpu_that_only_ray_counts_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"Ray gives this worker a GPU of .*PyTorch finds none: .+"):
+        train_worker.require_gpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -106,3 +107,39 @@ def test_the_limit_follows_the_median_step(tmp_path: Path, steps_s: list[float],
     assert watchdog.limit_s == pytest.approx(limit_s, rel=0.01)
     watchdog.heartbeat("evaluating")
     assert watchdog.limit_s > 600
+
+
+IN_PHASE = """
+import sys, time
+from pathlib import Path
+from deta.platform.learning.hang_watchdog import Watchdog
+
+watchdog = Watchdog(Path(sys.argv[1]), int(sys.argv[2]), 2)
+watchdog.heartbeat(sys.argv[3])
+print("waits", flush=True)
+time.sleep(300)
+"""
+
+
+def test_who_waits_for_a_peer_is_as_patient_as_the_peer_may_be_slow(tmp_path: Path):
+    """A slow disk of one worker ends none; a peer that is frozen or gone does."""
+    slow, waiting = (
+        subprocess.Popen(
+            [sys.executable, "-c", IN_PHASE, str(tmp_path), rank, phase], stdout=subprocess.PIPE
+        )
+        for rank, phase in (("0", "data"), ("1", "peers"))
+    )
+    for one in (slow, waiting):
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"waits\n"
+    time.sleep(8)  # four times the limit of a step; a wait for data may take 20 s
+    assert waiting.poll() is None
+    assert slow.poll() is None
+    slow.send_signal(signal.SIGSTOP)
+    try:
+        assert waiting.wait(10) == EXIT_CODE
+    finally:
+        slow.kill()
+        slow.wait()
+    (stacks,) = (tmp_path / STACKS).glob("rank-1-*.txt")
+    assert "in phase 'peers'" in stacks.read_text()
