@@ -258,7 +258,8 @@ class AnchorDETR(nn.Module):
         """Build the `Map`. Positions run from 0 to 1 over the unpadded part of the map."""
         along = []
         for inside in (~padding[:, 0], ~padding[:, :, 0]):  # B W, then B H
-            count = inside.float().cumsum(1)
+            # In integers: CUDA has no deterministic sum along an axis of floats.
+            count = inside.cumsum(1).float()
             centres = (count - 0.5) / count[:, -1:]
             along.append(self.position_1d(self._encode(centres[..., None], dtype)))
         averaged = torch.ones_like(padding) if self.config.average_padding else ~padding
