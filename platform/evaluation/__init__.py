@@ -1,1 +1,1 @@
-"""Detections and ground truth become COCO AP and paired bootstrap intervals."""
+"""Detections and ground truth become COCO AP and intervals of AP over images."""

@@ -41,7 +41,9 @@ class LeaderboardRow:
     ap: float | None = None  # of the best checkpoint; of the last one while the run lasts
     low: float | None = None  # 95 % interval, by `interval`
     high: float | None = None
-    interval: str = ""  # "images": bootstrap over images; "3 seeds": of the mean, by Student's t
+    interval: str = (
+        ""  # "images": over half-samples of images; "3 seeds": of the mean, by Student's t
+    )
     ap50: float | None = None
     gpu_hours: float | None = None
     cpu_hours: float | None = None

@@ -397,9 +397,13 @@ def test_the_command_lines(world: World):
     done = call("register.py", str(run), "--name", "commands")
     assert done.returncode == 0, done.stderr
     assert "registered: models:/commands/1" in done.stdout
+    assert "promotion will refuse it: no exported file was checked" in done.stdout
     done = call("promote.py", "1", "--name", "commands", "--dry-run")
     assert done.returncode == 3, done.stderr  # no exported form
     assert "nothing was changed" in done.stdout
+    done = call("promote.py", "models:/commands/1", "--dry-run", "min_first_ap=0.99")
+    assert done.returncode == 3, done.stderr
+    assert "of a first champion, which has no other to beat (min_first_ap=0.99)" in done.stdout
     done = call("promote.py", "models:/commands/1", "parity=false", "--reason", "a first one")
     assert done.returncode == 0, done.stderr
     done = call("promote.py", "history", "--name", "commands")
