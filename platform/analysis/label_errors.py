@@ -15,7 +15,7 @@ little in a class of low recall. So the suspicion of the last kind is the recall
 reason to check: a model repeats what it has learned, wrong labels too.
 
 A weak model contradicts right labels. So nothing is listed if F1 is below `LEAST_F1`, and nothing
-of a suspicion below `LEAST_SUSPICION`. These limits are measured on 1,000 drawn pictures with 2,529
+of a suspicion below `LEAST_SUSPICION`. These limits were chosen and measured on the same 1,000 drawn pictures with 2,529
 boxes, of whose labels 99 were made wrong, and on the same with all labels right:
 
 | AP | F1 | listed with right labels | listed with wrong labels | of these wrong |
