@@ -15,8 +15,8 @@ little in a class of low recall. So the suspicion of the last kind is the recall
 reason to check: a model repeats what it has learned, wrong labels too.
 
 A weak model contradicts right labels. So nothing is listed if F1 is below `LEAST_F1`, and nothing
-of a suspicion below `LEAST_SUSPICION`. These limits were chosen and measured on the same 1,000 drawn pictures with 2,529
-boxes, of whose labels 99 were made wrong, and on the same with all labels right:
+of a suspicion below `LEAST_SUSPICION`. These limits were chosen and measured on the same 1,000
+drawn pictures with 2,529 boxes, with all labels right and with 99 of them made wrong:
 
 | AP | F1 | listed with right labels | listed with wrong labels | of these wrong |
 |---|---|---|---|---|
