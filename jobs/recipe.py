@@ -15,7 +15,7 @@ from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.run_file import RECIPE_TAG
-from deta.platform.run.run_paths import require_run_paths
+from deta.platform.run.run_paths import require_run_paths, require_storage
 
 # Before anything of Ray or MLflow is imported: they are slow to import, and --help needs neither.
 
@@ -69,11 +69,14 @@ def run_recipe(
         print(note, file=sys.stderr)
     if options.show:
         show(config)
-    if not (draws := variant in drawn and not config.data.train_images):
-        try:
+    draws = variant in drawn and not config.data.train_images
+    try:
+        if draws:
+            require_storage(config.storage)
+        else:
             require_run_paths(config, is_resumed=options.resume)
-        except ValueError as error:
-            refuse(error)
+    except ValueError as error:
+        refuse(error)
     if draws:
         config = override(config, drawn_data(config, drawn[variant], variant))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def require_run_paths(config: RunConfig, *, is_resumed: bool = False) -> None:
     Raises:
         ValueError: names the key.
     """
+    require_storage(config.storage)
     data = config.data
     for split in ("train", "val"):
         if not getattr(data, f"{split}_images"):
@@ -30,6 +32,25 @@ def require_run_paths(config: RunConfig, *, is_resumed: bool = False) -> None:
     require_paths({"init_backbone": config.init_backbone})
     weights = config.init_checkpoint
     require_paths({"init_checkpoint": weights and weights.removesuffix("/best")})
+
+
+def require_storage(storage: str) -> None:
+    """Refuse a folder for runs that cannot be written, before any work.
+
+    Raises:
+        ValueError: says which folder above it is the obstacle, or that there is no home.
+    """
+    try:
+        folder = Path(storage).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"storage={storage}: the home of this user is unknown; set HOME, or storage=FOLDER"
+        ) from error
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise ValueError(f"storage={storage}: {existing} is not a folder; set storage=FOLDER")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"storage={storage}: {existing} cannot be written; set storage=FOLDER")
 
 
 def require_paths(paths: Mapping[str, str | Path | None]) -> None:

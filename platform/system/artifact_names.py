@@ -6,6 +6,7 @@ So every artifact that leaves a run has a name of plain characters, whatever the
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]{1,128}"
@@ -20,3 +21,15 @@ def artifact_fault(path: object) -> str | None:
         f"{path!r:.80} is not a path of at most 8 parts, each with 1 to 128 letters, digits, '.', "
         "'_' and '-'"
     )
+
+
+def folder_name(text: str) -> str:
+    """Return a name for a folder that stands for any text: the text itself where it is plain.
+
+    Otherwise its plain characters and a hash, so that no name leaves the folder above or meets
+    another's.
+    """
+    if artifact_fault(text) is None and "/" not in text:
+        return text
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", text, flags=re.ASCII).strip("-")[:60]
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".lstrip("-")

@@ -40,6 +40,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
+from deta.platform.system.artifact_names import folder_name
 from deta.platform.system.atomic_write import replacing
 from deta.platform.system.redaction import REDACTED, redact, redact_value
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
@@ -240,7 +241,7 @@ class MlflowStore:
             location = None
             if self.uri.startswith("sqlite:///"):
                 beside = Path(self.uri.removeprefix("sqlite:///")).resolve().parent
-                location = (beside / "mlartifacts" / name).as_uri()
+                location = (beside / "mlartifacts" / folder_name(name)).as_uri()
             try:
                 self._call("create_experiment", name, artifact_location=location)
             except MlflowException as error:

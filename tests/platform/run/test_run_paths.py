@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from deta.platform.run.config import RunConfig, override
-from deta.platform.run.run_paths import require_paths, require_run_paths
+from deta.platform.run.run_paths import require_paths, require_run_paths, require_storage
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def given(folder: Path) -> dict[str, str]:
@@ -44,3 +48,22 @@ def test_data_must_be_given():
 
 def test_addresses_are_not_looked_up():
     require_paths({"data": "s3://bucket/shards", "": "models:/deta@champion", "none": None})
+
+
+def test_a_storage_that_cannot_be_written_is_refused(tmp_path: Path):
+    require_storage(str(tmp_path / "new" / "folder"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is not a folder"):
+        require_storage(str(tmp_path / "file" / "runs"))
+    with pytest.raises(ValueError, match="/proc/1 cannot be written"):
+        require_storage("/proc/1/runs")  # for nobody, root included
+
+
+def test_an_unknown_home_is_named():
+    code = (
+        "from deta.platform.run.run_paths import require_storage\n"
+        "try: require_storage('~nobody-of-this-name/runs')\n"
+        "except ValueError as error: print(error)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "set HOME" in shown.stdout, shown.stderr

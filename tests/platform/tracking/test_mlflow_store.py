@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlflow.entities import Run
 import deta.platform.tracking.mlflow_store as tracking
 from deta.platform.run.journal import Journal, read_events
 from deta.platform.run.run_file import write_run_file
+from deta.platform.system.artifact_names import folder_name
 from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import RECORD_FILE, count_unsent, metric_name, read_record
 from deta.platform.tracking.upload_process import (
@@ -605,3 +607,21 @@ def wait_for(condition: Callable[[], bool], within_s: float) -> None:
 
 def test_a_missing_state_is_no_error(tmp_path: Path):
     assert read_upload_state(tmp_path) == UploadState()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deta", "/Shared/detection", "/tmp/elsewhere", "..", "a/../../b", "сборка", "x" * 300, "a b%@",
+     "😀", "."],
+)  # fmt: skip
+def test_no_name_of_an_experiment_leaves_the_folder_of_artifacts(tmp_path: Path, name: str):
+    store = MlflowStore(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    store._connect()
+    location = store._experiment(name).artifact_location
+    folder = Path(urllib.request.url2pathname(urllib.parse.urlsplit(location).path))
+    assert folder.resolve().parent == (tmp_path / "mlartifacts").resolve()
+
+
+def test_experiments_with_like_names_have_folders_of_their_own():
+    names = ["a b", "a-b", "a/b", "a  b", "/a/b", "😀", "😁", "..", "..."]
+    assert len({folder_name(name) for name in names}) == len(names)
