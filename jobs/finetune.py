@@ -52,7 +52,7 @@ class TrainingOptions(DataOptions):
     name: str | None = None  # of the run; its folder is storage/name
     resume: bool = False  # continue the run of this name
     look: bool = False  # report on the data and exit
-    # Measure the memory of the worst batch first, and suggest micro_batch_size.
+    # Measure the memory of the worst batch, suggest micro_batch_size, and exit.
     probe: bool = False
     show: bool = False  # print the configuration and exit
 
@@ -159,7 +159,7 @@ def train_and_exit(
     force: bool = False,
     tags: dict[str, str] | None = None,
 ) -> NoReturn:
-    """Train a run, or only report on its data with --look; exit like `run_tool`.
+    """Train a run, or only report on its data (--look) or memory (--probe); exit like `run_tool`.
 
     Args:
         reports: report on the data of a new run before the training.
@@ -169,24 +169,24 @@ def train_and_exit(
 
     def train() -> None:
         run = prepare()
-        if options.look:
+        if options.look or options.probe:
             Console(run, echo).print_start()
             folder = run.folder.parent / "first-looks" / run.folder.name
-            _look(run, folder, options.probe, refuses=False)
+            _look(run, folder, options.probe, refuses=not options.look)
             return
         launch_prepared(
             run,
             resume=options.resume,
             force=force,
             echo=echo,
-            preview=(lambda run: _look(run, run.folder, options.probe)) if reports else None,
+            preview=(lambda run: _look(run, run.folder)) if reports else None,
             tags=tags,
         )
 
     run_training(train, "the same command with --resume goes on")
 
 
-def _look(run: Run, folder: Path, probe: bool, *, refuses: bool = True) -> None:
+def _look(run: Run, folder: Path, probe: bool = False, *, refuses: bool = True) -> None:
     """Print the data set report; write its text and the sheet of training images into the folder.
 
     Raises:

@@ -85,7 +85,7 @@ def run_recipe(
     train_and_exit(
         lambda: prepare_run(config, resume=options.resume),
         options,
-        reports=options.probe,
+        reports=False,
         force=options.force,
         tags={RECIPE_TAG: name},
     )

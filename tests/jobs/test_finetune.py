@@ -210,21 +210,23 @@ def test_look_writes_a_sheet_and_no_run(
     assert (tmp_path / "first-looks" / "mine" / "pictures" / "training.png").exists()
 
 
-def test_a_micro_batch_that_does_not_fit_is_refused_before_the_cluster(
-    checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call, monkeypatch
-):
+@pytest.mark.parametrize(("free_gib", "code"), [(10, 2), (100, 0)])
+def test_a_probe_stops_before_the_cluster_and_refuses_what_does_not_fit(
+    checkpoint: Checkpoint, own: ShapesDataset, tmp_path: Path, call: Call, monkeypatch,
+    free_gib: int, code: int,
+):  # fmt: skip
     def pretend(config, worst, num_images, device, limit_bytes) -> memory_probe.ProbeResult:
         return memory_probe.ProbeResult(num_images, 5 * num_images << 30, 1.0)
 
     monkeypatch.setattr(memory_probe, "measure_update", pretend)
-    monkeypatch.setattr(memory_probe, "free_bytes", lambda *_: 10 << 30)
-    refused = call(
+    monkeypatch.setattr(memory_probe, "free_bytes", lambda *_: free_gib << 30)
+    probed = call(
         "--init", str(checkpoint.path), *data_options(own), "--probe", "--name", "mine",
         f"storage={tmp_path}", "cluster.num_workers=1", "cluster.gpu=false",
         "cluster.cpus_per_worker=1",
     )  # fmt: skip
-    assert refused.returncode == 2
-    assert "micro_batch_size=1 does" in refused.stderr
+    assert probed.returncode == code
+    assert code == 0 or "micro_batch_size=1 does" in probed.stderr
     assert not (tmp_path / "mine").exists()
 
 
