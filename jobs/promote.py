@@ -145,7 +145,12 @@ def _promote(registry: Registry, policy: Policy, options: PromoteOptions, by: st
         force=options.force,
         dry_run=options.dry_run,
     )
-    if outcome.decision is not None:
+    if outcome.entry is not None and outcome.tries == 0:
+        echo(
+            f"an earlier command recorded this at {outcome.entry.time} and ended before MLflow's "
+            "alias was moved; it is moved now"
+        )
+    elif outcome.decision is not None:
         echo(f"{outcome.decision.table()}\n\n{outcome.decision.verdict()}")
     else:
         echo("nothing could be compared")

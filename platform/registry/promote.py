@@ -60,7 +60,9 @@ class PromotionResult:
     decision: Decision | None  # None: forced, and no comparison was possible
     champion: int | None  # after the decision; in a dry run, before it
     entry: Entry | None  # None for a dry run
-    tries: int  # 1, plus one for each time that another process was faster
+    # 1, plus one for each time that another process was faster; 0: the decision had been recorded
+    # before, by a command that was killed before it moved the alias.
+    tries: int
 
 
 def current_user() -> str:
@@ -113,6 +115,8 @@ def promote(
         accepted = decision is not None and decision.accepted
         return ACCEPT if accepted else FORCE if force else REFUSE, before, decision
 
+    if not dry_run and (begun := _finish(registry, name, number)):
+        return PromotionResult(begun.action, None, number, begun, 0)
     if dry_run:
         log = registry.decisions.read(name)
         log.require_intact()
@@ -121,6 +125,20 @@ def promote(
     entry, tries = _commit(registry, version, decide_on, by, redact(reason))
     decision = decisions.get(entry.champion_before)
     return PromotionResult(entry.action, decision, entry.champion_after, entry, tries)
+
+
+def _finish(registry: Registry, name: str, number: int) -> Entry | None:
+    """Move the alias to a version whose promotion was recorded and then killed.
+
+    Returns:
+        The recorded entry; None if nothing was left to do.
+    """
+    log = registry.decisions.read(name)
+    if log.champion != number or registry.aliases(name).get(CHAMPION) == number:
+        return None
+    registry.decisions.sync_alias(name)
+    made = (entry for _, entry in reversed(log.entries) if entry.action != REFUSE)
+    return next((entry for entry in made if entry.champion_after == number), None)
 
 
 def rollback(registry: Registry, name: str, to: int | None, *, by: str, reason: str) -> Entry:

@@ -259,7 +259,7 @@ def test_a_killed_process_leaves_nothing_behind_that_stops_others(tmp_path: Path
         assert registry.decisions.read(name).problems == ()
 
 
-def test_the_next_decision_sets_the_alias_after_a_kill_between_entry_and_alias(tmp_path: Path):
+def test_the_same_command_finishes_what_a_killed_one_began(tmp_path: Path):
     class Killed(DecisionStore):
         num_syncs = 0
 
@@ -280,10 +280,14 @@ def test_the_next_decision_sets_the_alias_after_a_kill_between_entry_and_alias(t
     assert registry.decisions.read(name).champion == second
     assert registry.aliases(name) == {"champion": first}
 
+    again = promote(registry, name, second, SmallGate(), by="ann")
+
+    assert (again.action, again.champion, again.tries) == ("accept", second, 0)
+    assert again.entry == registry.decisions.read(name).entries[-1][1]
+    assert registry.aliases(name) == {"champion": second}
+    assert len(registry.decisions.read(name).entries) == 2
     with pytest.raises(ValueError, match="is the champion already"):
         promote(registry, name, second, SmallGate(), by="ann")
-
-    assert registry.aliases(name) == {"champion": second}
     assert registry.find(parse_address(f"models:/{name}@champion")).number == second
 
 
