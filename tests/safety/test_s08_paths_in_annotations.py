@@ -85,7 +85,7 @@ def test_a_device_a_pipe_or_a_folder_is_not_read_as_a_file(tmp_path: Path):
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
     for path in (pipe, Path("/dev/zero"), tmp_path):
-        with pytest.raises(DatasetError, match="not a file"):
+        with pytest.raises(DatasetError, match="is a folder"):
             CocoDataset.open(tmp_path, path)
         with pytest.raises(ValueError, match="not a file"):
             read_json(path)
