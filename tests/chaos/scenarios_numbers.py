@@ -67,7 +67,8 @@ def _skipped_alike(events: list[dict[str, Any]], run: TinyRun | Direct, output: 
     )
     expect(list(run.folder.glob("not-finite-step-*.json")), "no dump was written")
     weights = oracles.weights_by_rank(run.records)
-    expect(20 not in weights, "an update was made at step 20")
+    # The optimizer's kernel skips the update itself, so its call is recorded in any case.
+    expect(weights.get(20, weights[19]) == weights[19], "an update was made at step 20")
     unequal = [step for step, of in weights.items() if len(of) != 2 or len(set(of.values())) != 1]
     expect(not unequal, f"the ranks' weights differ at steps {unequal[:5]}")
     poisoned = sum(
