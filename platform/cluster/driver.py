@@ -25,18 +25,20 @@ from deta.platform.system.atomic_write import write_json
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.cluster.auth_token import OpenClusterError, starts_own_cluster
 from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import release_reservations, save_reservation
-from deta.platform.cluster.train_worker import train_worker
+from deta.platform.cluster.train_worker import require_gpu, train_worker
 from deta.platform.run.config import RunConfig
 from deta.platform.run.dataset_snapshot import SnapshotError, read_run_snapshot
 from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
 from deta.platform.system.process_tree import ATTEMPT_MARK, kill_marked
 
 MAX_CONTROLLERS = 3  # Ray controllers lost in a row without a new checkpoint; then the attempt ends
+GPU_ANSWER_WITHIN_S = 60.0  # a worker process starts within it on a busy machine
 RELEASE_WITHIN_S = 1.0  # it takes milliseconds
 
 
@@ -75,6 +77,31 @@ def check_resources(config: RunConfig) -> None:
             "cluster. Lower cluster.num_workers or cluster.cpus_per_worker (the total batch stays "
             "the same: workers accumulate), or set cluster.gpu=false to train on CPUs."
         )
+
+
+def check_gpus(config: RunConfig) -> None:
+    """Check that PyTorch can use the GPUs that Ray counts, on each node that has a free one.
+
+    Raises:
+        ClusterTooSmallError: it cannot; says where and why.
+    """
+    if not config.cluster.gpu:
+        return
+    ask = ray.remote(num_cpus=0, num_gpus=1)(require_gpu)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    answers = [
+        ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in nodes
+    ]
+    given, others = ray.wait(answers, num_returns=len(answers), timeout=GPU_ANSWER_WITHIN_S)
+    for other in others:  # the GPUs of its node are in use, so they can be used
+        ray.cancel(other)
+    try:
+        ray.get(given)
+    except ray.exceptions.RayTaskError as error:
+        raise ClusterTooSmallError(str(error.cause)) from error
 
 
 def fit_on_cluster(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
@@ -135,6 +162,7 @@ def run_attempt(folder: Path) -> AttemptOutcome:
         return AttemptOutcome(kind, f"{type(error).__name__}: {error}")
     try:
         check_resources(run.config)
+        check_gpus(run.config)
         fruitless, reached = 0, _newest_step(run)
         while True:
             try:

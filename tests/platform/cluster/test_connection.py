@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.cluster
 
@@ -57,3 +58,28 @@ def test_the_cluster_of_a_run_leaves_the_default_port_to_others(tmp_path: Path):
     assert ran.returncode == 0, ran.stderr
     port = int(ran.stdout.split()[-1].rpartition(":")[2])
     assert 20_000 <= port < 32_000
+
+
+COUNTS_A_GPU = """
+import os
+import ray
+ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+from deta.platform.cluster.driver import ClusterTooSmallError, check_gpus
+from deta.platform.run.config import RunConfig
+try:
+    check_gpus(RunConfig())
+except ClusterTooSmallError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch finds a GPU here")
+def test_gpus_that_pytorch_cannot_use_are_refused_before_the_training(tmp_path: Path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", COUNTS_A_GPU],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert "PyTorch finds none" in ran.stdout, ran.stderr
