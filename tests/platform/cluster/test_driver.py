@@ -31,6 +31,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
             "read_run_snapshot": lambda folder: SimpleNamespace(config=CONFIG, checkpoints=None),
             "join_cluster": lambda: "Ray cluster of a test",
             "check_resources": lambda config: None,
+            "check_gpus": lambda config: None,
             "newest_checkpoint": lambda checkpoints: None,
             "fit_on_cluster": lambda run, max_failures: None,
         } | parts
