@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,11 @@ from deta.platform.run.run_file import RUN_FILE
 # Watchdogs write a heartbeat every 5 s. After this time without any, not even the watchdogs run,
 # and Ray, which replaces workers that exit, has not replaced them.
 SILENCE_S = 120.0
+LONGEST_LOOK_S = 5.0  # a longer time between two looks is a stop of this process, not silence
 READ_ONLY_S = 10.0  # how long a read-only disk is tolerated
+
+
+_Version = tuple[int, int, int]  # of a file: inode, modification time, bytes
 
 
 class RunFailedError(RuntimeError):
@@ -27,7 +32,11 @@ class RunFailedError(RuntimeError):
 
 
 class AttemptMonitor:
-    """The state of a run and of its current attempt; `poll` reads what is new."""
+    """The state of a run and of its current attempt; `poll` reads what is new.
+
+    It compares no times of files: the clocks of workers and file servers differ from the one here,
+    and any of them may be set. What counts is whether a file changes while this process looks.
+    """
 
     def __init__(
         self, run: Run, on_event: Callable[[dict[str, Any]], None] = lambda event: None
@@ -50,12 +59,19 @@ class AttemptMonitor:
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
-        self._attempt_began_s = self._started_s = time.time()
-        self._old_stacks = stack_files(self.run.folder)
+        self._failures_before_attempt = _versions(self.run.folder / FAILURES)
+        self._expect_start()
         self.has_started = self.has_begun = False
         self.num_workers = 0
         self._evaluating_step: int | None = None
         self._saved_step = -1
+
+    def _expect_start(self) -> None:
+        """Regard what the folder has now as left over from earlier starts."""
+        self._failures_before_start = _versions(self.run.folder / FAILURES)
+        self._old_stacks = stack_files(self.run.folder)
+        self._heartbeats = _versions(self.run.folder / HEARTBEATS)
+        self._looked_s, self._silent_s = time.monotonic(), 0.0
 
     def poll(self) -> None:
         """Read new events of the journal."""
@@ -68,8 +84,7 @@ class AttemptMonitor:
         kind = event["kind"]
         if kind == "starting":
             self.has_started, self.num_workers = True, 0
-            self._started_s = event["time_s"]
-            self._old_stacks = stack_files(self.run.folder)
+            self._expect_start()
             is_further = self.num_starts == 0 or event["step"] > self.start_step
             self.fruitless_starts = 1 if is_further else self.fruitless_starts + 1
             self.num_starts += 1
@@ -97,18 +112,18 @@ class AttemptMonitor:
 
     @property
     def failed_since_start(self) -> bool:
-        return bool(self._failures(self._started_s))
+        return bool(self._failures(self._failures_before_start))
 
     def permanent_failure(self) -> str:
         """Return the failure of a worker that a retry would repeat; empty if there is none."""
-        for failure in self._failures(self._attempt_began_s):
+        for failure in self._failures(self._failures_before_attempt):
             if failure["comes_again"]:
                 return str(failure["message"])
         return ""
 
     def last_failure(self) -> str:
         """Return a failure of this attempt; rather a cause than a lost connection to a peer."""
-        found = [f"{f['type']}: {f['message']}" for f in self._failures(self._attempt_began_s)]
+        found = [f"{f['type']}: {f['message']}" for f in self._failures(self._failures_before_attempt)]
         # Workers whose peer has died report a lost connection.
         own = [text for text in found if "onnection" not in text and "peer" not in text]
         return (own or (["a worker was lost"] if found else [""]))[0]
@@ -169,11 +184,14 @@ class AttemptMonitor:
         """Return how long not even the watchdogs sent heartbeats, if that is too long."""
         if not self.has_begun:
             return ""
-        beats = list((self.run.folder / HEARTBEATS).glob("rank-*.json"))
-        newest_s = max((path.stat().st_mtime for path in beats), default=self._started_s)
-        silent_s = time.time() - max(newest_s, self._started_s)
-        if silent_s > max(SILENCE_S, 2 * self.run.config.cluster.hang_timeout_s):
-            return f"no heartbeat from any worker for {silent_s:.0f} s"
+        now_s, heartbeats = time.monotonic(), _versions(self.run.folder / HEARTBEATS)
+        if heartbeats != self._heartbeats:
+            self._heartbeats, self._silent_s = heartbeats, 0.0
+        else:
+            self._silent_s += min(now_s - self._looked_s, LONGEST_LOOK_S)
+        self._looked_s = now_s
+        if self._silent_s > max(SILENCE_S, 2 * self.run.config.cluster.hang_timeout_s):
+            return f"no heartbeat from any worker for {self._silent_s:.0f} s"
         return ""
 
     def local_workers(self) -> list[int]:
@@ -190,15 +208,25 @@ class AttemptMonitor:
             processes.append(int(heartbeat["pid"]))
         return processes
 
-    def _failures(self, since_s: float) -> list[dict[str, Any]]:
+    def _failures(self, before: dict[str, _Version]) -> list[dict[str, Any]]:
+        """Return the failures that workers have reported since."""
         found = []
-        for path in sorted((self.run.folder / FAILURES).glob("rank-*.json")):
-            try:
-                if path.stat().st_mtime > since_s:
+        for name, version in sorted(_versions(self.run.folder / FAILURES).items()):
+            if version != before.get(name):
+                with contextlib.suppress(OSError, ValueError):  # being replaced
+                    path = self.run.folder / FAILURES / name
                     found.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError):  # being replaced
-                continue
         return found
+
+
+def _versions(folder: Path) -> dict[str, _Version]:
+    """Return what changes whenever a worker writes its file in a folder, by file."""
+    found = {}
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # network disks look again
+            status = os.fstat(file.fileno())
+            found[path.name] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
 
 
 def resume_point(run: Run) -> str:

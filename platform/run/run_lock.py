@@ -25,6 +25,7 @@ from pathlib import Path
 LOCK_FILE = "run.lock"
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
+CLOCK_TICK_S = 0.1  # the clock that dates files moves in ticks
 _NAME = re.compile(r"run\.lock|\.run\.lock-(\d{1,6})")
 
 
@@ -53,6 +54,13 @@ class _Claim:
     owner: _Owner | None  # None: the file is being written, or its writer died
     beat: tuple[int, int]  # inode and modification time: changes with each heartbeat
     age_s: float  # since the last heartbeat, by the clock of the disk
+
+    def is_living(self) -> bool:
+        """Return whether the owner is a process of this machine that exists and is not stopped."""
+        owner = self.owner
+        if owner is None or owner.machine != _machine() or not owner.process_start:
+            return False
+        return _process_start(owner.pid) == owner.process_start and not _is_stopped(owner.pid)
 
     def has_exited(self) -> bool:
         """Return whether the owner was a process of this machine that exists no more."""
@@ -84,9 +92,9 @@ class RunLock:
     def acquire(cls, folder: Path, on_lost: Callable[[], None] | None = None) -> RunLock:
         """Acquire the lock of a run's folder, also from a dead owner.
 
-        An owner that has exited on this machine is detected at once. Any other one is watched: its
-        heartbeat must stand still by the clock of this process, so that a clock that was set, here
-        or on the disk, takes the lock from nobody.
+        An owner that lives or has exited on this machine is detected at once. Any other one is
+        watched: its heartbeat must stand still by the clock of this process, so that a clock that
+        was set, here or on the disk, takes the lock from nobody.
 
         Args:
             on_lost: called once, from a thread, if another process takes this lock over because
@@ -102,8 +110,10 @@ class RunLock:
         while True:
             holder = _holder(folder)
             if holder is not None and not holder.has_exited():
+                if holder.is_living():  # no clock says more about it than this
+                    raise RunLockedError(_refusal(folder, holder))
                 if watched is None or watched.beat != holder.beat:
-                    if watched is not None or 0 <= holder.age_s < 2 * HEARTBEAT_S:
+                    if watched is not None or -CLOCK_TICK_S <= holder.age_s < 2 * HEARTBEAT_S:
                         raise RunLockedError(_refusal(folder, holder))
                     watched, watched_since_s = holder, time.monotonic()
                 # A heartbeat that seems old may come from a clock that was set: wait for the next.
@@ -170,9 +180,23 @@ class RunLock:
 
 
 def is_alive(folder: Path) -> bool:
-    """Return whether a process supervises the run in this folder."""
+    """Return whether a process supervises the run in this folder.
+
+    A heartbeat of another machine that seems old, or to come, is watched until the next is due: the
+    clock of the disk may have been set since.
+    """
     holder = _holder(folder)
-    return holder is not None and holder.age_s <= STALE_AFTER_S and not holder.has_exited()
+    if holder is None or holder.has_exited():
+        return False
+    if holder.is_living() or -CLOCK_TICK_S <= holder.age_s <= STALE_AFTER_S:
+        return True
+    due_s = time.monotonic() + 1.5 * HEARTBEAT_S
+    while time.monotonic() < due_s:
+        time.sleep(0.1)
+        newest = _holder(folder)
+        if newest is None or newest.beat != holder.beat:
+            return newest is not None
+    return False
 
 
 def _holder(folder: Path) -> _Claim | None:
@@ -255,6 +279,13 @@ def _process_start(pid: int) -> str | None:
                 os.kill(pid, 0)
             return ""
         return None
+
+
+def _is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, by a signal or a debugger."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
 
 
 def _time_of_disk(folder: Path) -> float:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from deta.platform.launch import attempt_monitor
-from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
+from deta.platform.launch.attempt_monitor import SILENCE_S, AttemptMonitor, RunFailedError
 from deta.platform.learning.hang_watchdog import HEARTBEATS, STACKS, host
 from deta.platform.run.journal import Journal
 from deta.platform.run.run import FAILURES, Run
+from deta.platform.system.atomic_write import write_json
 from tests.platform.launch.tiny_splits import DATA, make_run, write_split
 
 
@@ -76,7 +77,7 @@ def fail(run: Run, rank: int, **values: object) -> None:
     folder = run.folder / FAILURES
     folder.mkdir(exist_ok=True)
     content = {"rank": rank, "type": "ValueError", "traceback": "", "comes_again": False}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(content | values))
+    write_json(folder / f"rank-{rank}.json", content | values)
 
 
 def test_a_cause_is_reported_rather_than_a_lost_connection(run: Run, monitor: AttemptMonitor):
@@ -102,24 +103,91 @@ def test_a_new_stack_file_is_a_hung_worker(run: Run, monitor: AttemptMonitor):
     assert monitor.hang() == ""
 
 
-def test_old_heartbeats_are_missing_heartbeats(
-    run: Run, monitor: AttemptMonitor, monkeypatch: pytest.MonkeyPatch
-):
-    (run.folder / HEARTBEATS).mkdir()
-    for rank in range(2):
-        heartbeat = {"phase": "step", "time_s": 0, "pid": os.getpid(), "host": host()}
-        (run.folder / HEARTBEATS / f"rank-{rank}.json").write_text(json.dumps(heartbeat))
+def beat(run: Run, rank: int, clock_s: float = 0.0) -> None:
+    """Write a heartbeat as a watchdog does; the file's time is `clock_s` from the one here."""
+    (run.folder / HEARTBEATS).mkdir(exist_ok=True)
+    heartbeat = {"phase": "step", "time_s": time.time(), "pid": os.getpid(), "host": host()}
+    path = run.folder / HEARTBEATS / f"rank-{rank}.json"
+    write_json(path, heartbeat)
+    os.utime(path, (time.time() + clock_s,) * 2)
+
+
+class Clock:
+    """The monotonic clock of the monitor, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        monkeypatch.setattr(attempt_monitor.time, "monotonic", lambda: self.now_s)
+
+    def silence(self, monitor: AttemptMonitor, seconds: float) -> str:
+        """Look once a second for a while; return the last answer."""
+        answer = ""
+        for _ in range(round(seconds)):
+            self.now_s += 1
+            answer = monitor.missing_heartbeats()
+        return answer
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_heartbeats_that_stand_still_are_missing(clock: Clock, run: Run):
+    monitor = AttemptMonitor(run)
+    beat(run, 0)
+    beat(run, 1)
     write(run, starting(0))
     monitor.poll()
-    now_s = time.time() + 10_000
-    monkeypatch.setattr(attempt_monitor.time, "time", lambda: now_s)
-    assert monitor.missing_heartbeats() == ""  # the training has not begun
+    assert clock.silence(monitor, 1000) == ""  # the training has not begun
     write(run, begin(0))
     monitor.poll()
-    assert "no heartbeat from any worker for" in monitor.missing_heartbeats()
     assert monitor.local_workers() == [os.getpid()] * 2
+    assert clock.silence(monitor, SILENCE_S - 10) == ""
+    assert "no heartbeat from any worker for 1" in clock.silence(monitor, 20)
     (run.folder / HEARTBEATS / "rank-1.json").write_text(json.dumps({"host": "x", "pid": 1}))
     assert monitor.local_workers() == []
+    assert clock.silence(monitor, 1) == ""
+
+
+@pytest.mark.parametrize("off_s", [-3600, -130, 0, 130, 3600])
+def test_the_clock_of_a_file_server_ends_no_living_run_and_hides_no_dead_one(
+    clock: Clock, run: Run, off_s: float
+):
+    monitor = AttemptMonitor(run)
+    write(run, starting(0), begin(0))
+    monitor.poll()
+    for _ in range(100):
+        beat(run, 0, off_s)
+        assert clock.silence(monitor, 5) == ""
+    assert "no heartbeat from any worker for" in clock.silence(monitor, SILENCE_S + 10)
+
+
+def test_a_stop_of_the_supervisor_is_no_silence_of_the_workers(clock: Clock, run: Run):
+    """The machine slept: neither process ran, and the first look comes before their first beat."""
+    monitor = AttemptMonitor(run)
+    write(run, starting(0), begin(0))
+    monitor.poll()
+    beat(run, 0)
+    assert clock.silence(monitor, 5) == ""
+    clock.now_s += 10_000
+    assert clock.silence(monitor, 5) == ""
+
+
+@pytest.mark.parametrize("off_s", [-3600, -60, 0, 3600])
+def test_a_failure_counts_once_whatever_the_clock_says(run: Run, off_s: float):
+    fail(run, 0, message="of an earlier attempt", comes_again=True)
+    monitor = AttemptMonitor(run)
+    assert monitor.permanent_failure() == ""
+    fail(run, 0, message="5 of 400 images are broken", comes_again=True)
+    os.utime(run.folder / FAILURES / "rank-0.json", (time.time() + off_s,) * 2)
+    assert monitor.permanent_failure() == "5 of 400 images are broken"
+    assert monitor.failed_since_start
+    write(run, starting(0))
+    monitor.poll()
+    assert not monitor.failed_since_start
+    monitor.begin_attempt()
+    assert monitor.permanent_failure() == ""
 
 
 def test_a_folder_that_stays_read_only_fails_the_run(run: Run, monkeypatch):

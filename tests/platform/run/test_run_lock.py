@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deta.platform.run.run_lock import RunLock, RunLockedError, is_alive
+from deta.platform.run.run_lock import HEARTBEAT_S, RunLock, RunLockedError, is_alive
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -199,6 +199,33 @@ def test_a_clock_that_was_set_takes_the_lock_from_nobody(tmp_path: Path):
             age(tmp_path, seconds)
             with pytest.raises(RunLockedError, match=f"process {process.pid}"):
                 RunLock.acquire(tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [-7200, 45, 7200])
+def test_a_living_process_of_this_machine_is_believed_before_any_clock(
+    tmp_path: Path, seconds: float
+):
+    with holder(tmp_path) as process:
+        age(tmp_path, seconds)
+        began_s = time.monotonic()
+        assert is_alive(tmp_path)
+        with pytest.raises(RunLockedError, match=f"process {process.pid}"):
+            RunLock.acquire(tmp_path)
+        assert time.monotonic() - began_s < HEARTBEAT_S / 2, "nothing needs to be watched"
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_a_clock_that_was_set_makes_no_run_of_another_machine_dead_or_alive(
+    tmp_path: Path, seconds: float
+):
+    with holder(tmp_path) as process:
+        edit(tmp_path, machine="elsewhere")
+        age(tmp_path, seconds)
+        assert is_alive(tmp_path)
+        process.kill()
+        process.wait()
+        age(tmp_path, seconds)
+        assert not is_alive(tmp_path)
 
 
 def test_a_frozen_owner_is_replaced(tmp_path: Path):
