@@ -11,7 +11,8 @@ may be left. It is sent once, however often this is run. Runs that are alive are
 A run whose process died is marked KILLED, or FINISHED if its training had come to its end.
 
 With --reap, runs that MLflow holds for running are marked KILLED as well if nothing was heard of
-them for two minutes and their folder is not on this machine.
+them for two minutes and their folder is not on this machine. They are watched for 45 seconds
+before, since the clock of their machine may be wrong.
 
 MLflow is the one of MLFLOW_TRACKING_URI, else the one a run went to before, else the database file
 beside the runs. The exit code is 0 if all is sent, 1 if something is left, 2 for a bad folder.

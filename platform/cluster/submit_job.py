@@ -19,6 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from deta.platform.cluster.auth_token import OPEN_CLUSTER, is_open
 from deta.platform.cluster.job_project import STOP_WAIT_S, excludes, job_environment, project_root
+from deta.platform.system.loopback import bypass_proxies
 from deta.platform.system.redaction import redact_value
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -148,6 +149,7 @@ def connect_client(address: str | None) -> tuple[JobSubmissionClient, str]:
         ClusterError: no answer within seconds, or the token is wrong.
     """
     address = cluster_address(address, os.environ)
+    bypass_proxies()
     try:
         # Ray's own client has no timeout.
         requests.get(f"{address}/api/version", timeout=(CONNECT_WITHIN_S, ANSWER_WITHIN_S))

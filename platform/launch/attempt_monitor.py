@@ -123,7 +123,9 @@ class AttemptMonitor:
 
     def last_failure(self) -> str:
         """Return a failure of this attempt; rather a cause than a lost connection to a peer."""
-        found = [f"{f['type']}: {f['message']}" for f in self._failures(self._failures_before_attempt)]
+        found = [
+            f"{f['type']}: {f['message']}" for f in self._failures(self._failures_before_attempt)
+        ]
         # Workers whose peer has died report a lost connection.
         own = [text for text in found if "onnection" not in text and "peer" not in text]
         return (own or (["a worker was lost"] if found else [""]))[0]

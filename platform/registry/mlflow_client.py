@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from deta.platform.system.loopback import bypass_proxies
 from deta.platform.system.redaction import redact
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class RetryingClient:
                 f"{path}: there is no MLflow database; set MLFLOW_TRACKING_URI to the one that "
                 "has the runs"
             )
+        bypass_proxies()
         self.uri = uri
         self.mlflow = MlflowClient(tracking_uri=uri, registry_uri=uri)
 

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from deta.platform.system.atomic_write import force_to_disk, write_json
+from deta.platform.system.loopback import bypass_proxies
 from deta.platform.system.safe_read import file_sha256
 
 MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB
@@ -98,6 +99,7 @@ def download(
         DownloadError: no connection, no such file, too large, or not the pinned content.
     """
     address, pinned = _split(url)
+    bypass_proxies()
     name = urllib.parse.unquote(urllib.parse.urlsplit(address).path).rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-100:].lstrip(".") or "download"
     place = (folder or cache_folder()) / hashlib.sha256(address.encode()).hexdigest()[:16]

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from deta.platform.system.loopback import bypass_proxies
+
 # The folder that holds deta/. Not resolved: in a checkout, deta/ consists of links.
 PROJECT_ROOT = Path(__file__).absolute().parents[3]
 
@@ -21,4 +23,6 @@ def child_environment(
     """
     env = dict(os.environ if base is None else base)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), env.get("PYTHONPATH")]))
-    return env | dict(changes or {})
+    env |= dict(changes or {})
+    bypass_proxies(env)
+    return env

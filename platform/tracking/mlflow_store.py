@@ -42,6 +42,7 @@ from mlflow.exceptions import MlflowException
 
 from deta.platform.system.artifact_names import folder_name
 from deta.platform.system.atomic_write import replacing
+from deta.platform.system.loopback import bypass_proxies
 from deta.platform.system.redaction import REDACTED, redact, redact_value
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
 
@@ -55,6 +56,7 @@ MAX_REDACTED_BYTES = 2_000_000
 TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".md", ".csv", ".yaml", ".yml")
 HEARTBEAT_TAG, KEY_TAG, FOLDER_TAG = "deta.heartbeat", "deta.key", "deta.run_folder"
 DEAD_AFTER_S = 120.0
+WATCH_S = 45.0  # one and a half times between two heartbeats of an uploader
 # A metric that every event of the kind has.
 SENTINELS = {"progress": "train/epoch", "evaluation": "val/epoch"}
 
@@ -63,6 +65,7 @@ class MlflowStore:
     """The uploader's calls to MLflow. Each may raise anything, and can be repeated."""
 
     def __init__(self, uri: str) -> None:
+        bypass_proxies()
         self.uri, self.shown_uri = uri, redact(uri)
         self.call_s = 0.0
         self._client: MlflowClient | None = None
@@ -98,7 +101,10 @@ class MlflowStore:
         return mine[0].info.run_id
 
     def describe(self, run_id: str, description: dict[str, Any]) -> None:
-        """Send what is known before the first step; do not change what MLflow has already."""
+        """Send what is known before the first step; do not change what MLflow has already.
+
+        Sends no files: `send_text` does.
+        """
         run = self._call("get_run", run_id)
         params = [
             Param(key, _param_value(key, value))
@@ -112,10 +118,11 @@ class MlflowStore:
         if data and not (run.inputs and run.inputs.dataset_inputs):
             inputs = [_dataset_input(context, one) for context, one in data.items()]
             self._call("log_inputs", run_id, datasets=inputs)
-        for name in ("environment", "categories"):
-            if name in description:
-                text = redact(json.dumps(description[name], indent=2))
-                self._call("log_text", run_id, text, f"{name}.json")
+
+    def send_text(self, run_id: str, name: str, content: Any) -> None:
+        """Send a part of the description as a JSON file."""
+        text = redact(json.dumps(content, indent=2))
+        self._call("log_text", run_id, text, f"{name}.json", at_least_s=FILE_TIMEOUT_S)
 
     def known_steps(self, run_id: str) -> dict[str, dict[int, int]]:
         """Return, for each kind of event, the steps that MLflow has and their times in ms."""
@@ -322,28 +329,47 @@ class MlflowStore:
             )
         )
 
-    def reap(self, experiment: str, *, dry_run: bool = False) -> list[tuple[str, str]]:
+    def reap(
+        self, experiment: str, *, dry_run: bool = False, watch_s: float = WATCH_S
+    ) -> list[tuple[str, str]]:
         """Mark runs KILLED that are RUNNING without a recent heartbeat, and have no folder here.
+
+        Args:
+            watch_s: how long to watch heartbeats that seem old. The clock of another machine may be
+                wrong, so a run whose heartbeat changes meanwhile is alive.
 
         Returns:
             The id and name of each.
         """
-        found = self._call("get_experiment_by_name", experiment)
+        silent = self._silent_runs(experiment)
+        if silent:
+            time.sleep(watch_s)
+        later = self._silent_runs(experiment)
         dead = []
-        for run in self._search(found, "attributes.status = 'RUNNING'") if found else []:
-            beat = run.data.tags.get(HEARTBEAT_TAG, "")
-            if not re.fullmatch(r"\d+(\.\d+)?", beat) or time.time() - float(beat) < DEAD_AFTER_S:
+        for run_id, (name, beat) in silent.items():
+            if later.get(run_id) != (name, beat):
                 continue
-            folder = run.data.tags.get(FOLDER_TAG, "")
-            if folder and REDACTED not in folder and Path(folder).is_dir():
-                continue  # jobs/sync.py reads the status from the folder
-            run_id = run.info.run_id
-            dead.append((run_id, run.info.run_name))
+            dead.append((run_id, name))
             if not dry_run:
                 when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(beat)))
                 self._call("set_tag", run_id, "deta.reason", f"no heartbeat since {when}")
                 self._call("set_terminated", run_id, status="KILLED")
         return dead
+
+    def _silent_runs(self, experiment: str) -> dict[str, tuple[str, str]]:
+        """Return name and heartbeat of running runs that seem silent, by id."""
+        found = self._call("get_experiment_by_name", experiment)
+        silent = {}
+        for run in self._search(found, "attributes.status = 'RUNNING'") if found else []:
+            beat = run.data.tags.get(HEARTBEAT_TAG, "")
+            is_beat = re.fullmatch(r"\d+(\.\d+)?", beat)
+            if not is_beat or abs(time.time() - float(beat)) < DEAD_AFTER_S:
+                continue
+            folder = run.data.tags.get(FOLDER_TAG, "")
+            if folder and REDACTED not in folder and Path(folder).is_dir():
+                continue  # jobs/sync.py reads the status from the folder
+            silent[run.info.run_id] = (run.info.run_name or "", beat)
+        return silent
 
 
 def _create_database(database: Path) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "mlflow.json"
 REPLACED_FILE = "replaced_images.jsonl"
+TEXTS = ("environment", "categories")  # parts of run.json that become files in MLflow
 REPORT_FILE, REPORT_TAG = "report.html", "deta.report"  # the tag: its path in MLflow
 ROWS_PER_CALL = 1000  # limit of MLflow's REST interface
 ENDS = ("FINISHED", "FAILED", "KILLED")
@@ -80,6 +81,7 @@ class UploadRecord:
     end_time_ms: int = 0
     end_bytes: int = 0  # after the `ended` event, if it is the last event
     files: list[list[str]] = field(default_factory=list)  # to send: path, folder in MLflow
+    texts: list[str] = field(default_factory=list)  # to send: parts of run.json, as files
     files_bytes: int = 0  # sent so far
     tags: dict[str, str] = field(default_factory=dict)  # to set
     replaced_images: list[int] = field(default_factory=list)
@@ -265,7 +267,7 @@ def count_unsent(folder: Path) -> tuple[int, int]:
     record, num_rows = read_record(folder), 0
     for further, rows in next_rows(folder, record):
         record, num_rows = further, num_rows + len(rows)
-    return num_rows, len(record.files)
+    return num_rows, len(record.files) + len(record.texts)
 
 
 def is_number(value: Any) -> bool:

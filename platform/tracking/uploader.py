@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from deta.platform.tracking.upload_plan import (
     REPLACED_FILE,
     REPORT_FILE,
     REPORT_TAG,
+    TEXTS,
     UploadRecord,
     UploadRow,
     count_unsent,
@@ -45,14 +47,22 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "mlflow.lock"
 MAX_FILES_BYTES = 20 * 10**9  # limit for the files of one run: best checkpoint, images, reports
 HEARTBEAT_S = 30.0
+LONGEST_FILES_WAIT_S = 30.0  # after a failure, before files are tried again; doubles up to it
 
 
 class BusyError(RuntimeError):
     """Another uploader is sending this run."""
 
 
+class FilesError(RuntimeError):
+    """Files could not be sent; all rows were. They are tried again later."""
+
+
 class RunUploader:
-    """Sends the journal and files of one run."""
+    """Sends the journal and files of one run.
+
+    Rows go first and wait for no file: a store that takes no files still takes all numbers.
+    """
 
     def __init__(self, folder: Path, store: MlflowStore) -> None:
         self.folder, self.store = folder, store
@@ -63,16 +73,22 @@ class RunUploader:
         self.written_state = read_upload_state(folder)
         self._last_success_s, self._last_heartbeat_s = 0.0, -HEARTBEAT_S
         self._known: dict[str, dict[int, int]] = {}
+        self._failures, self._files_due_s, self._files_error = 0, 0.0, ""
 
     def has_new(self) -> bool:
         record = self.record
-        return bool(self._journal_bytes() != record.offset_bytes or record.files or record.tags)
+        left = record.files or record.texts or record.tags
+        return bool(self._journal_bytes() != record.offset_bytes or left)
+
+    def has_sent_end(self, behind_bytes: int = 0) -> bool:
+        """Return whether all rows are sent and the last event is an `ended` after this offset."""
+        record = self.record
+        is_end = record.end_bytes > behind_bytes and record.end_bytes == record.offset_bytes
+        return self._is_open and is_end and self._journal_bytes() == record.offset_bytes
 
     def is_complete(self, behind_bytes: int = 0) -> bool:
         """Return whether all is sent and the last event is an `ended` after this offset."""
-        record = self.record
-        is_end = record.end_bytes > behind_bytes and record.end_bytes == record.offset_bytes
-        return self._is_open and is_end and not self.has_new()
+        return self.has_sent_end(behind_bytes) and not self.has_new()
 
     def send_new(self, *, heartbeats: bool = False) -> None:
         """Send all new rows, tags and files.
@@ -82,6 +98,7 @@ class RunUploader:
 
         Raises:
             BusyError: another uploader is sending the run.
+            FilesError: all rows are sent, and some files are not.
             Exception: of the store. What was sent is recorded; the next call sends the rest.
         """
         if not self._lock.is_locked:
@@ -93,6 +110,23 @@ class RunUploader:
         if not self._is_open:
             self._open()
         run_id = self.record.run_id
+        self._send_rows(run_id)
+        is_due = time.monotonic() > self._last_heartbeat_s + HEARTBEAT_S
+        if heartbeats and not self.record.end_bytes and is_due:
+            self.store.heartbeat(run_id)
+            self._last_heartbeat_s = time.monotonic()
+            self._last_success_s = time.time()
+        if time.monotonic() >= self._files_due_s:
+            self._try_files(run_id)
+        if self._is_unsaved:
+            self._is_done(self.record)
+        if self._files_error:
+            self.write_state("waiting", self._files_error)
+            raise FilesError(self._files_error)
+        self.write_state("finished" if self.is_complete() else "waiting")
+
+    def _send_rows(self, run_id: str) -> None:
+        """Send all new rows and tags."""
         if self._journal_bytes() < self.record.offset_bytes:  # another file, or cut by a disk check
             self.record.offset_bytes = 0
         for record, rows in next_rows(self.folder, self.record):
@@ -109,15 +143,26 @@ class RunUploader:
             record = self.record.copy()
             record.tags = {}
             self._is_done(record)
-        self._send_files(run_id)
-        is_due = time.monotonic() > self._last_heartbeat_s + HEARTBEAT_S
-        if heartbeats and not self.record.end_bytes and is_due:
-            self.store.heartbeat(run_id)
-            self._last_heartbeat_s = time.monotonic()
-            self._last_success_s = time.time()
-        if self._is_unsaved:
-            self._is_done(self.record)
-        self.write_state("finished" if self.is_complete() else "waiting")
+
+    def _try_files(self, run_id: str) -> None:
+        """Send all files, and between two of them the rows that are new by then.
+
+        After a failure, the rest waits for a later call.
+        """
+        sending = self._send_files(run_id)
+        while True:
+            try:
+                is_end = next(sending, True)
+            except Exception as error:
+                self._failures += 1
+                wait_s = min(LONGEST_FILES_WAIT_S, 0.5 * 2**self._failures)
+                self._files_due_s = time.monotonic() + wait_s
+                self._files_error = f"files are not stored: {str(error) or type(error).__name__}"
+                return
+            self._failures, self._files_due_s, self._files_error = 0, 0.0, ""
+            if is_end:
+                return
+            self._send_rows(run_id)
 
     def write_state(self, state: str, error: str = "") -> None:
         """Write uploader.json, if the state has changed."""
@@ -127,7 +172,7 @@ class RunUploader:
             run_id=record.run_id,
             state=state,
             left_rows=count_unsent(self.folder)[0] if error else 0,
-            left_files=len(record.files),
+            left_files=len(record.files) + len(record.texts),
             sent_rows=record.sent_rows,
             skipped_rows=record.skipped_rows,
             refused_rows=record.refused_rows,
@@ -169,6 +214,7 @@ class RunUploader:
         if not self.record.is_described:
             self.store.describe(run_id, description)
             self.record.is_described = True
+            self.record.texts = [name for name in TEXTS if name in description]
             self._save()
         known = self.store.known_steps(run_id)
         self._known = {
@@ -186,7 +232,14 @@ class RunUploader:
         """
         return self._known.get(row.kind, {}).get(row.step, row.time_ms) != row.time_ms
 
-    def _send_files(self, run_id: str) -> None:
+    def _send_files(self, run_id: str) -> Iterator[bool]:
+        """Send texts and files; yield False after each."""
+        for name in list(self.record.texts):
+            self.store.send_text(run_id, name, read_run_file(self.folder)[name])
+            record = self.record.copy()
+            record.texts.remove(name)
+            self._is_done(record)
+            yield False
         for path, folder in list(self.record.files):
             record = self.record.copy()
             record.files.remove([path, folder])
@@ -212,6 +265,7 @@ class RunUploader:
                 self.record = record
                 raise
             self._is_done(record)
+            yield False
 
     def _is_done(self, record: UploadRecord) -> None:
         self.record = record

@@ -20,7 +20,7 @@ from deta.platform.system.redaction import redact
 from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import uri_of
 from deta.platform.tracking.upload_process import find_runs
-from deta.platform.tracking.uploader import BusyError, RunUploader
+from deta.platform.tracking.uploader import BusyError, FilesError, RunUploader
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Follower:
         self._stop = threading.Event()
         self._began_s = time.monotonic()
         self._stopped_s = 0.0
+        self._are_files_left = False
 
     def follow(self) -> bool:
         """Send until the run has ended; return True if everything is in MLflow."""
@@ -67,9 +68,10 @@ class Follower:
                 return True
             # If the supervisor was also stopped, it has yet to write the last event, `ended`.
             is_late = time.monotonic() - self._stopped_s > LAST_WAIT_S
-            waits = error is None and not is_late and self.parent == os.getppid()
+            has_end = own is not None and own.has_sent_end(self.behind_bytes)
+            waits = error is None and not (is_late or has_end) and self.parent == os.getppid()
             if self._stop.is_set() and not waits:
-                return error is None
+                return error is None and not self._are_files_left
             if error is None:
                 failures = 0
                 self._wait(POLL_EVERY_S)
@@ -79,14 +81,17 @@ class Follower:
                 self._wait(min(MAX_BACKOFF_S, 0.5 * 2 ** min(failures, 6)))
 
     def send_new(self) -> str | None:
-        """Send what is new of every run; return the error, if there was one."""
+        """Send what is new of every run; return the error, unless only files were not stored."""
         first: str | None = None
+        self._are_files_left = False
         for run in self._find_runs():
             if run.is_complete() and run.folder != self.folder:
                 continue
             try:
                 run.needs_parent = time.monotonic() - self._began_s < WAIT_FOR_PARENT_S
                 run.send_new(heartbeats=not self._stop.is_set())
+            except FilesError:  # it has recorded it, and knows when to try again
+                self._are_files_left = True
             except BusyError as error:
                 first = first or str(error)
             except (OSError, ValueError) as error:  # of this folder alone

@@ -33,7 +33,7 @@ from deta.platform.tracking.upload_process import (
     read_upload_state,
     start_uploader,
 )
-from deta.platform.tracking.uploader import BusyError, RunUploader
+from deta.platform.tracking.uploader import BusyError, FilesError, RunUploader
 from deta.platform.tracking.uploader_main import Follower
 
 BEST_FILES = ("model.safetensors", "config.json", "state.json")
@@ -86,7 +86,8 @@ class Proxy:
         return f"http://127.0.0.1:{self.port}"
 
     def set(self, mode: str, latency_s: float = 0.0) -> None:
-        """pass, refuse, black_hole, slow (by `latency_s`), or failing (half of the requests)."""
+        """pass, refuse, black_hole, slow (by `latency_s`), failing (half of the requests),
+        or no_files (of artifacts)."""
         self.mode, self.latency_s = mode, latency_s
         if mode == "refuse" and self.listener is not None:
             self.listener.shutdown(socket.SHUT_RDWR)
@@ -113,6 +114,12 @@ class Proxy:
                 request = read_request(client)
                 time.sleep(self.latency_s)
                 dice = self.random.random() if self.mode == "failing" else 1.0
+                if (
+                    self.mode == "no_files"
+                    and b"/mlflow-artifacts/" in request.partition(b"\r\n")[0]
+                ):
+                    client.sendall(answer(507))
+                    return
                 if dice < 0.25:  # refused before it was processed
                     client.sendall(answer(500))
                     return
@@ -295,6 +302,84 @@ def test_parameters_metrics_images_and_status_arrive(
     assert "pictures/hostname" not in files
     local = client.download_artifacts(run.info.run_id, "replaced_images.jsonl")
     assert [json.loads(x)["image_id"] for x in Path(local).read_text().splitlines()] == [5, 9]
+
+
+def test_numbers_arrive_while_no_file_is_stored(client: MlflowClient, proxy: Proxy, folder: Path):
+    (folder / "pictures").mkdir()
+    (folder / "pictures/a.png").write_bytes(b"picture")
+    proxy.set("no_files")
+    journal = Journal(folder)
+    uploader = RunUploader(folder, MlflowStore(proxy.uri))
+    for first in (0, 20):
+        train(journal, first, first + 20)
+        journal.write("picture", step=first + 20, path="pictures/a.png")
+        with pytest.raises(FilesError, match=r"files are not stored: .*507"):
+            uploader.send_new(heartbeats=True)
+        require_every_row_once(client, folder)
+        state = read_upload_state(folder)
+        assert (state.left_rows, state.left_files, state.state) == (0, 3, "waiting")
+    end(journal)
+    with pytest.raises(FilesError):
+        uploader.send_new()
+    assert require_every_row_once(client, folder).info.status == "FINISHED"
+    assert not uploader.is_complete()
+    uploader.close()
+
+    proxy.set("pass")
+    upload(folder, proxy.uri)
+    (run,) = runs_of(client, folder)
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"environment.json", "categories.json", "pictures"} <= files
+    assert count_unsent(folder) == (0, 0)
+
+
+def test_one_file_that_cannot_be_stored_blocks_no_number_and_no_other_file(tmp_path: Path):
+    folder = new_run(tmp_path / "run")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name in ("pictures", "evaluation"):
+        (folder / name).mkdir()
+        (folder / name / "a.png").write_bytes(b"picture")
+    journal = Journal(folder)
+    train(journal, 0, 20)
+    uploader = RunUploader(folder, MlflowStore(uri))
+    uploader.send_new()
+    (tmp_path / "mlartifacts/deta" / uploader.record.run_id / "artifacts/pictures").write_text("")
+    for name in ("pictures", "evaluation"):
+        journal.write("file", path=f"{name}/a.png", to=name)
+    end(journal)
+    with pytest.raises(FilesError):
+        uploader.send_new()
+    uploader._files_due_s = 0.0
+    with pytest.raises(FilesError):
+        uploader.send_new()
+    assert uploader.record.files == [["pictures/a.png", "pictures"]]
+    assert uploader.has_sent_end()
+    require_every_row_once(MlflowClient(uri), folder)
+
+
+def test_a_run_whose_clock_is_wrong_is_not_reaped_while_it_beats(
+    client: MlflowClient, proxy: Proxy, tmp_path: Path
+):
+    folders = {name: new_run(tmp_path / name) for name in ("behind", "ahead", "dead", "from ahead")}
+    for folder in folders.values():
+        Journal(folder).write("begin", step=0, num_steps=10)
+        upload(folder, proxy.uri)
+    ids = {name: read_record(folder).run_id for name, folder in folders.items()}
+    off_s = {"behind": -300, "ahead": 300, "dead": -300, "from ahead": 300}
+    for name, run_id in ids.items():
+        client.set_tag(run_id, "deta.run_folder", f"/nowhere/{name}")
+        client.set_tag(run_id, "deta.heartbeat", str(int(time.time()) + off_s[name]))
+
+    def beat() -> None:
+        for name in ("behind", "ahead"):
+            client.set_tag(ids[name], "deta.heartbeat", str(int(time.time()) + off_s[name]))
+
+    timer = threading.Timer(1.5, beat)
+    timer.start()
+    found = {name for _, name in MlflowStore(proxy.uri).reap("deta", watch_s=4)}
+    timer.join()
+    assert {"dead", "from ahead"} <= found
+    assert not {"behind", "ahead"} & found
 
 
 def test_repeated_steps_are_not_sent_again_even_if_the_record_is_lost(
@@ -577,9 +662,9 @@ def test_runs_without_heartbeat_and_folder_are_marked_killed(
     for name in ("gone", "beating", "silent"):
         client.set_tag(ids[name], "deta.run_folder", f"/nowhere/{name}")
     store = MlflowStore(proxy.uri)
-    assert (ids["gone"], "gone") in store.reap("deta", dry_run=True)
+    assert (ids["gone"], "gone") in store.reap("deta", dry_run=True, watch_s=0)
     assert client.get_run(ids["gone"]).info.status == "RUNNING"
-    store.reap("deta")
+    store.reap("deta", watch_s=0)
     status = {name: client.get_run(run_id).info.status for name, run_id in ids.items()}
     assert status == {"gone": "KILLED", "here": "RUNNING", "beating": "RUNNING",
                       "silent": "RUNNING"}  # fmt: skip
