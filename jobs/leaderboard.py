@@ -104,6 +104,7 @@ def _serve(options: LeaderboardOptions) -> int:
 
     from deta.platform.leaderboard.app import create_app
     from deta.platform.leaderboard.board import Board
+    from deta.platform.system.patient_http import KEEP_ALIVE_S, MAX_CONNECTIONS, patient_protocol
 
     folder = options.storage.expanduser() / "dashboards"
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +123,9 @@ def _serve(options: LeaderboardOptions) -> int:
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=2,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=int(KEEP_ALIVE_S),
+        http=patient_protocol(),
     )
     return 0
 

@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from deta.platform.cluster.auth_token import OPEN_CLUSTER, is_open
 from deta.platform.cluster.job_project import STOP_WAIT_S, excludes, job_environment, project_root
-from deta.platform.system.loopback import bypass_proxies
+from deta.platform.system.places import bypass_proxies
 from deta.platform.system.redaction import redact_value
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

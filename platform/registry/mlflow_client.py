@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from deta.platform.system.loopback import bypass_proxies
+from deta.platform.system.places import bypass_proxies
 from deta.platform.system.redaction import redact
 
 T = TypeVar("T")

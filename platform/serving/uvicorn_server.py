@@ -11,9 +11,7 @@ from deta.platform.serving.app import create_app
 from deta.platform.serving.config import ServingConfig
 from deta.platform.serving.metrics import Measurements
 from deta.platform.serving.model_source import ModelSource
-
-MAX_CONNECTIONS = 512  # beyond these, uvicorn itself answers 503
-KEEP_ALIVE_S = 30
+from deta.platform.system.patient_http import KEEP_ALIVE_S, MAX_CONNECTIONS, patient_protocol
 
 
 def serve_alone(
@@ -41,7 +39,8 @@ def serve_alone(
             server_header=False,
             ws="none",
             limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=int(KEEP_ALIVE_S),
+            http=patient_protocol(),
             timeout_graceful_shutdown=int(config.answer_timeout_s) + 1,
         )
     )

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from deta.platform.system.atomic_write import force_to_disk, write_json
-from deta.platform.system.loopback import bypass_proxies
+from deta.platform.system.places import bypass_proxies
 from deta.platform.system.safe_read import file_sha256
 
 MAX_BYTES = 20 * 2**30  # DETA with Swin-L and its optimizer is 2.6 GB

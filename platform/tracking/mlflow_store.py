@@ -42,7 +42,7 @@ from mlflow.exceptions import MlflowException
 
 from deta.platform.system.artifact_names import folder_name
 from deta.platform.system.atomic_write import replacing
-from deta.platform.system.loopback import bypass_proxies
+from deta.platform.system.places import bypass_proxies
 from deta.platform.system.redaction import REDACTED, redact, redact_value
 from deta.platform.tracking.upload_plan import ROWS_PER_CALL, UploadRecord, UploadRow
 
