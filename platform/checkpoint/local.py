@@ -45,7 +45,7 @@ from deta.platform.data.coco_dataset import Category
 from deta.platform.run.config import RunConfig, to_json
 from deta.platform.run.fence import Fence
 from deta.platform.run.run_state import RunState
-from deta.platform.system.atomic_write import force_to_disk
+from deta.platform.system.atomic_write import force_to_disk, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, fence: Fence | None = Non
     final = folder / f"step-{snapshot.state.step:08d}"
     token = secrets.token_hex(4)
     unfinished = folder / f".{final.name}.{token}.unfinished"
-    unfinished.mkdir(parents=True)
+    make_folder(folder)
+    unfinished.mkdir()
     try:
         files: dict[str, list[memoryview] | str] = {
             "model.safetensors": snapshot.model.parts,

@@ -34,7 +34,7 @@ from deta.platform.checkpoint.format import (
 from deta.platform.checkpoint.host_snapshot import CHUNK_BYTES, write_file
 from deta.platform.checkpoint.local import best_checkpoint, delete_checkpoint, newest_checkpoint
 from deta.platform.run.fence import Fence, FencedOffError
-from deta.platform.system.atomic_write import force_to_disk, write_atomic
+from deta.platform.system.atomic_write import force_to_disk, make_folder, write_atomic
 
 RUN_FILE, JOURNAL, TRACKING_FILE = "run.json", "journal.jsonl", "mlflow.json"
 OBJECT_STORES = ("s3", "gcs", "abfs")  # have no folders; a file appears when it is complete
@@ -304,7 +304,8 @@ class _RunFolder:
         """Fetch a checkpoint into the folder if every byte is as it was written."""
         where = f"{self.store.address}/{self.run_name}/{name}"
         unfinished = folder / f".{name}.{secrets.token_hex(4)}.unfinished"
-        unfinished.mkdir(parents=True)
+        make_folder(folder)
+        unfinished.mkdir()
         try:
             text = self.get(name, MANIFEST) or b""
             for file, expected in parse_manifest(text, f"{where}/{MANIFEST}").items():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deta.platform.system.atomic_write import write_json
+from deta.platform.system.atomic_write import make_folder, write_json
 
 FENCE_FILE = "fence.json"
 TICKETS_KEPT = 16
@@ -45,7 +45,7 @@ class Fence:
         Raises:
             OSError: the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         while True:
             number = _newest_number(folder) + 1
             with suppress(FileExistsError):

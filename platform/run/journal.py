@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deta.platform.run.fence import Fence
+from deta.platform.system.atomic_write import force_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Journal:
         # kind and line of events that wait for the disk, oldest first
         self._buffer: deque[tuple[str, bytes]] = deque(maxlen=MAX_BUFFERED)
         self._num_lost = 0
-        self._is_failing = False
+        self._is_failing = self._is_named = False
 
     def write(self, kind: str, **values: Any) -> None:
         """Append an event. It is written when this returns, or buffered for the next call.
@@ -136,6 +137,9 @@ class Journal:
         if self._descriptor is not None:
             try:
                 os.fsync(self._descriptor)
+                if not self._is_named:  # this process may have created it
+                    force_to_disk(self._path.parent)
+                    self._is_named = True
             except OSError as error:
                 logger.warning("%s could not be forced to the disk: %s", self._path, error)
 

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from deta.platform.system.atomic_write import make_folder
+
 LOCK_FILE = "run.lock"
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
@@ -104,7 +106,7 @@ class RunLock:
             RunLockedError: it is held; says by which process, since when, and what to do.
             OSError: the folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         watched: _Claim | None = None
         watched_since_s = 0.0
         while True:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise
     if durable:
         force_to_disk(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and what is missing above it, and force their names to the disk.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with suppress(PermissionError):  # a folder in which one may create, and not read
+            force_to_disk(folder.parent)
 
 
 def force_to_disk(path: Path) -> None:

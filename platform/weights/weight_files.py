@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deta.platform.system.atomic_write import replacing
+from deta.platform.system.atomic_write import make_folder, replacing
 from deta.platform.system.short_list import short_list
 from deta.platform.weights.restricted_unpickler import (
     ArrayRecord,
@@ -157,7 +157,7 @@ def write_weights(
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path, durable=True) as unfinished:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # safetensors would deny other users to read it
@@ -168,7 +168,7 @@ def write_weights(
 
 def write_torch_file(path: Path, content: Mapping[str, object]) -> None:
     """Write a file for torch.load atomically, for other implementations."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path, durable=True) as unfinished:
         torch.save(content, unfinished)
 
