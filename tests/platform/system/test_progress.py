@@ -30,7 +30,9 @@ def test_a_bar_fits_a_terminal_and_is_gone_at_its_end(
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     subprocess.run(command, stdout=terminal, stderr=terminal, env=environment, check=True)
     os.write(terminal, b"end")
-    shown = os.read(reader, 1 << 20).decode()
+    shown = ""
+    while not shown.endswith("end"):  # the terminal passes its bytes on in pieces
+        shown += os.read(reader, 1 << 20).decode()
 
     lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]+", shown)]
     assert max(len(line) for line in lines) <= 80
