@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from deta.jobs.command_line import DataOptions, echo, read_command_line, refuse, run_training
 from deta.jobs.total_batch import with_base_batch
+from deta.platform.cluster.auth_token import starts_own_cluster
 from deta.platform.run.config import RunConfig, flatten, override
 from deta.platform.run.run_paths import require_run_paths
 
 # Before anything slow is imported: --help does not need it.
 if TYPE_CHECKING:
+    from deta.platform.launch.ray_driver import RayDriver
     from deta.platform.run.run import Run
 
 Variants = Mapping[str, Callable[[], RunConfig]]
@@ -104,7 +106,9 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
         machine = machine_plan(
             config, given=given, num_gpus=torch.cuda.device_count(), num_cpus=os.cpu_count() or 1
         )
-        run = prepare_run(override(config, machine.changes), resume=options.resume)
+        config = override(config, machine.changes)
+        driver = start_driver(config, options)
+        run = prepare_run(config, resume=options.resume)
         schedule = schedule_plan(
             run.config, len(run.train_set), given=given, samples=options.samples
         )
@@ -116,7 +120,7 @@ def finetune(program: str, variants: Variants, arguments: Sequence[str]) -> NoRe
     images = run.train_set.tables.images
     size = size_reason(run.config, np.minimum(images["height"], images["width"]).tolist())
     echo("\n".join((f"starting from {origin}", size, *machine.reasons, *schedule.reasons)))
-    train_and_exit(lambda: run, options, reports=True)
+    train_and_exit(lambda: run, options, reports=True, driver=driver)
 
 
 def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tuple[RunConfig, str]:
@@ -151,6 +155,21 @@ def _base(changes: dict[str, str], variants: Variants, named: str | None) -> tup
     return base, origin
 
 
+def start_driver(config: RunConfig, options: TrainingOptions) -> RayDriver | None:
+    """Start a cluster on this machine for a run whose data are still to be checked.
+
+    It ends with this process. None if the run is not to train yet, or joins a cluster.
+    """
+    if options.look or options.probe or options.show or not starts_own_cluster():
+        return None
+    from deta.platform.launch.ray_driver import RayDriver
+    from deta.platform.system.process_tree import new_mark
+
+    driver = RayDriver(new_mark())
+    driver.plan(config.cluster)
+    return driver
+
+
 def train_and_exit(
     prepare: Callable[[], Run],
     options: TrainingOptions,
@@ -158,11 +177,13 @@ def train_and_exit(
     reports: bool,
     force: bool = False,
     tags: dict[str, str] | None = None,
+    driver: RayDriver | None = None,
 ) -> NoReturn:
     """Train a run, or only report on its data (--look) or memory (--probe); exit like `run_tool`.
 
     Args:
         reports: report on the data of a new run before the training.
+        driver: of the run, if it was started already.
     """
     from deta.platform.launch.console import Console
     from deta.platform.launch.start_run import launch_prepared
@@ -181,6 +202,7 @@ def train_and_exit(
             echo=echo,
             preview=(lambda run: _look(run, run.folder)) if reports else None,
             tags=tags,
+            driver=driver,
         )
 
     run_training(train, "the same command with --resume goes on")

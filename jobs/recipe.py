@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 from deta.jobs.command_line import drawn_data, read_command_line, refuse
-from deta.jobs.finetune import TrainingOptions, finetune, show, train_and_exit
+from deta.jobs.finetune import TrainingOptions, finetune, show, start_driver, train_and_exit
 from deta.jobs.total_batch import batch_notes, with_base_batch
 from deta.platform.data.synthetic_shapes import ShapesDataset
 from deta.platform.run.config import RunConfig, override
@@ -77,6 +77,7 @@ def run_recipe(
             require_run_paths(config, is_resumed=options.resume)
     except ValueError as error:
         refuse(error)
+    driver = start_driver(config, options)
     if draws:
         config = override(config, drawn_data(config, drawn[variant], variant))
 
@@ -88,6 +89,7 @@ def run_recipe(
         reports=False,
         force=options.force,
         tags={RECIPE_TAG: name},
+        driver=driver,
     )
 
 

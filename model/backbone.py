@@ -7,6 +7,9 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import timm
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from deta.model.config import STRIDES, BackboneConfig
+from deta.model.shapes_only import shapes_only
 
 RESNET_CHANNELS, RESNET_STEM_WIDTH = (64, 128, 256, 512), 32  # timm's values, before the expansion
 
@@ -81,7 +85,7 @@ def _timm_network(config: BackboneConfig, wanted: tuple[int, ...]) -> nn.Module:
         if not config.name.startswith("resnet"):
             raise ValueError(f"backbone.dilated is for ResNets, not for {config.name}")
         options["output_stride"] = 16
-    with torch.device("meta"):  # built only to read its strides
+    with shapes_only():  # built only to read its strides
         probe = timm.create_model(config.name, pretrained=False, features_only=True)
     strides = _features(probe).reduction()
     if not set(wanted) <= set(strides):

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms

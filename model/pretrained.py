@@ -26,6 +26,7 @@ from deta.model.published_names import (
     rows_of,
 )
 from deta.model.published_sizes import with_sizes_of
+from deta.model.shapes_only import shapes_only
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def fit(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
 @lru_cache(maxsize=4)  # a Swin takes a second
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     """Return the shape of every tensor of this model, without allocating memory for it."""
-    with torch.device("meta"):
+    with shapes_only():
         model = DETA(replace(config, backbone=replace(config.backbone, pretrained=False)))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 

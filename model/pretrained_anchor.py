@@ -19,6 +19,7 @@ from torch import Tensor
 from deta.model.anchor_detr import AnchorDETR
 from deta.model.config import AnchorDETRConfig
 from deta.model.pretrained import Renamed, listing, rows_or_fresh
+from deta.model.shapes_only import shapes_only
 
 Format = Literal["official", "detrex"]
 
@@ -290,6 +291,6 @@ def _rest(prefix: str, name: str) -> tuple[int | None, str] | None:
 @lru_cache(maxsize=4)
 def shapes_of(config: AnchorDETRConfig) -> dict[str, torch.Size]:
     """Return the shape of every tensor of this model, without allocating memory for it."""
-    with torch.device("meta"):
+    with shapes_only():
         model = AnchorDETR(replace(config, backbone=replace(config.backbone, pretrained=False)))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, nms

@@ -14,6 +14,7 @@ from torch import Tensor
 from deta.model.backbone import Backbone
 from deta.model.config import BackboneConfig, ModelConfig
 from deta.model.published_names import BIAS_TABLE, STEPS
+from deta.model.shapes_only import shapes_only
 
 BACKBONE = "pyramid.backbone."  # prefix of the names of its tensors
 BODY = f"{BACKBONE}body."  # the same, without the output norms that DETA adds
@@ -95,7 +96,7 @@ def backbone_shapes(config: BackboneConfig) -> dict[str, torch.Size]:
     Raises:
         RuntimeError, ValueError: timm has no such network, or it has other strides.
     """
-    with torch.device("meta"):
+    with shapes_only():
         tensors = Backbone(config).state_dict()
     return {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(STEPS)}
 

@@ -4,37 +4,41 @@ The supervisor (`launch/supervisor.py`) runs it as a separate process, because t
 can end the process that has joined it, from C++ and without an exception. Ray replaces lost workers
 without the supervisor; every other failure ends the attempt.
 
-    python -m deta.platform.cluster.driver FOLDER
+It starts before the run does (`launch/ray_driver.py`), and reads from its input what it needs:
+first the resources, then the folder of the run. A cluster of its own and its workers start while
+the supervisor's process checks the data. Input that ends is the request to exit.
+
+    python -m deta.platform.cluster.driver
 """
 
 from __future__ import annotations
 
+import json
 import os
+import queue
+import shutil
 import sys
+import tempfile
 import threading
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
 
 # First: it sets variables that Ray reads when it is imported.
-from deta.platform.system.atomic_write import write_json
+from deta.platform.system.atomic_write import write_atomic, write_json
 
 # isort: split
 import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deta.platform.checkpoint.local import newest_checkpoint
 from deta.platform.cluster.auth_token import OpenClusterError, starts_own_cluster
 from deta.platform.cluster.metrics_export import RunExport
-from deta.platform.cluster.reservations import release_reservations, save_reservation
-from deta.platform.cluster.train_worker import require_gpu, train_worker
-from deta.platform.run.config import RunConfig
-from deta.platform.run.dataset_snapshot import SnapshotError, read_run_snapshot
-from deta.platform.run.run import OUTCOME_FILE, AttemptOutcome, Run
+from deta.platform.cluster.reservations import release_reservations
+from deta.platform.cluster.train_worker import require_gpu
+from deta.platform.cluster.trainer import fit_on_cluster, make_trainer
+from deta.platform.run.config import ClusterConfig, from_json
+from deta.platform.run.run import ATTEMPT_LOG, OUTCOME_FILE, AttemptOutcome
 from deta.platform.system.process_tree import ATTEMPT_MARK, kill_marked
 
 MAX_CONTROLLERS = 3  # Ray controllers lost in a row without a new checkpoint; then the attempt ends
@@ -42,27 +46,17 @@ GPU_ANSWER_WITHIN_S = 60.0  # a worker process starts within it on a busy machin
 RELEASE_WITHIN_S = 1.0  # it takes milliseconds
 
 
-class Trainer(TorchTrainer):
-    """A `TorchTrainer` without Ray's manager of data sets, which a run does not use.
-
-    The manager is one more process at each start of workers, and its imports take one of fourteen
-    seconds on two cores. The method is private to Ray (2.60); if Ray renames it, the manager starts
-    again and nothing else changes.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [one for one in callbacks if type(one).__name__ != "DatasetsCallback"]
+class RunRefusedError(RuntimeError):
+    """The run cannot be read, so no attempt would succeed."""
 
 
-def check_resources(config: RunConfig) -> None:
+def check_resources(cluster: ClusterConfig) -> None:
     """Check that the cluster can provide the resources; without this, Ray would wait forever.
 
     Raises:
         ClusterTooSmallError: names what the cluster lacks.
     """
     available = ray.cluster_resources()
-    cluster = config.cluster
     num_workers = cluster.min_workers or cluster.num_workers
     wanted = {"CPU": num_workers * cluster.cpus_per_worker}
     if cluster.gpu:
@@ -79,13 +73,13 @@ def check_resources(config: RunConfig) -> None:
         )
 
 
-def check_gpus(config: RunConfig) -> None:
+def check_gpus(cluster: ClusterConfig) -> None:
     """Check that PyTorch can use the GPUs that Ray counts, on each node that has a free one.
 
     Raises:
         ClusterTooSmallError: it cannot; says where and why.
     """
-    if not config.cluster.gpu:
+    if not cluster.gpu:
         return
     ask = ray.remote(num_cpus=0, num_gpus=1)(require_gpu)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
@@ -104,109 +98,136 @@ def check_gpus(config: RunConfig) -> None:
         raise ClusterTooSmallError(str(error.cause)) from error
 
 
-def fit_on_cluster(run: Run, *, max_failures: int, callbacks: list[Any] | None = None) -> None:
-    """Train on the cluster that this process has joined, until the run has ended.
+class Orders:
+    """What the supervisor writes to this process, line by line: the resources, then the folder."""
 
-    Args:
-        max_failures: how often Ray may replace lost workers; -1 for any number of times.
-        callbacks: of Ray Train; a sweep uses one to follow the metrics.
+    def __init__(self) -> None:
+        self._clusters: queue.Queue[ClusterConfig] = queue.Queue()
+        self._folders: queue.Queue[Path] = queue.Queue()
+        # For the workers that wait for the run, and for what Ray stores of them.
+        self.scratch = Path(tempfile.mkdtemp(prefix="deta-ray-"))
+        self.folder_file = self.scratch / "folder"
 
-    Raises:
-        ray.train.TrainingFailedError: workers failed too often.
-        ray.exceptions.RayActorError: Ray's controller was lost.
-    """
-    cluster = run.config.cluster
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpu:
-        resources["GPU"] = 1
-    num_workers: Any = cluster.num_workers
-    if cluster.min_workers not in (None, cluster.num_workers):
-        num_workers = (cluster.min_workers, cluster.num_workers)
-        # Ray requests only what it believes is free, so workers start at once; or Ray does not know
-        # yet that a node is lost, checks again after this time, and continues with fewer workers.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
-    trainer = Trainer(
-        train_worker,
-        train_loop_config={"run": ray.put(run)},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=cluster.gpu,
-            resources_per_worker=resources,
-        ),
-        # Each attempt has a new name. With the same name Ray would resume from its own records, but
-        # a run resumes from its checkpoints.
-        run_config=ray.train.RunConfig(
-            name=f"{run.config.name}-{time.time_ns()}",
-            storage_path=str(run.folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
-            callbacks=callbacks,
-        ),
-    )
-    release_reservations(run.folder)
-    save_reservation(run.folder, trainer)
-    with RunExport(run.folder, run.config.name):
-        trainer.fit()
+    def cluster(self) -> ClusterConfig:
+        """Return the resources; wait until they are known."""
+        return self._clusters.get()
+
+    def folder(self) -> Path:
+        """Return the folder of the run; wait until it may begin."""
+        folder = self._folders.get()
+        self._folders.put(folder)  # for the next caller
+        return folder
+
+    def follow(self) -> None:
+        """Read until the input ends, then end this process and all that it has started."""
+        for line in sys.stdin.buffer:
+            order = json.loads(line)
+            if "cluster" in order:
+                self._clusters.put(from_json(ClusterConfig, json.dumps(order["cluster"])))
+            if "folder" in order:
+                folder = Path(order["folder"])
+                _move_log(folder)
+                write_atomic(self.folder_file, str(folder))
+                self._folders.put(folder)
+                if starts_own_cluster():  # otherwise `fit_on_cluster` exports
+                    RunExport(folder, folder.name).start()
+        # The supervisor closed it on purpose, or died. A driver must not train beside its
+        # successor, nor hold reservations that others need.
+        if ray.is_initialized() and not starts_own_cluster() and not self._folders.empty():
+            releasing = threading.Thread(
+                target=release_reservations, args=(self.folder(),), daemon=True
+            )
+            releasing.start()
+            releasing.join(RELEASE_WITHIN_S)  # a lost cluster does not answer
+        kill_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
+        self.exit(1)
+
+    def exit(self, code: int) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        # Ray's atexit handlers can hang when the cluster is gone.
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def run_attempt(folder: Path) -> AttemptOutcome:
+def _move_log(folder: Path) -> None:
+    """Append to the log of the run's attempts what this process has printed and will print."""
+    sys.stdout.flush()
+    with (folder / ATTEMPT_LOG).open("ab") as log:
+        early_bytes = os.fstat(1).st_size
+        log.write(os.pread(1, early_bytes, 0))
+        log.flush()
+        os.ftruncate(1, 0)  # the supervisor saves what is left there, if this process dies early
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+
+def run_attempt(orders: Orders) -> AttemptOutcome:
     """Train once and return the outcome; the results are in the run's journal and checkpoints."""
+    is_own = starts_own_cluster()
     try:
-        run = read_run_snapshot(folder)
         print(join_cluster(), flush=True)
-    except (SnapshotError, OpenClusterError) as error:
+    except OpenClusterError as error:
         return AttemptOutcome("refused", str(error))
     except Exception as error:
         # If our own cluster did not start, for example on a busy machine, a retry may help.
-        kind: Literal["unreachable", "lost"] = "lost" if starts_own_cluster() else "unreachable"
+        kind: Literal["unreachable", "lost"] = "lost" if is_own else "unreachable"
         return AttemptOutcome(kind, f"{type(error).__name__}: {error}")
     try:
-        check_resources(run.config)
-        check_gpus(run.config)
-        fruitless, reached = 0, _newest_step(run)
+        cluster = orders.cluster()
+        check_resources(cluster)
+        check_gpus(cluster)
+        train = _train_early if is_own else _train
+        fruitless, reached = 0, -1
         while True:
             try:
-                fit_on_cluster(run, max_failures=-1)
+                train(cluster, orders)
                 return AttemptOutcome("ended")
             except ray.exceptions.RayActorError as error:  # the controller, not a worker
                 print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
-                before, reached = reached, _newest_step(run)
+                before, reached = reached, newest_step(orders.folder())
                 fruitless = 0 if reached > before else fruitless + 1
                 if fruitless == MAX_CONTROLLERS:
                     raise
-    except ClusterTooSmallError as error:
+    except (ClusterTooSmallError, RunRefusedError) as error:
         return AttemptOutcome("refused", str(error))
     except Exception as error:
         return AttemptOutcome("lost", f"{type(error).__name__}: {error}")
 
 
-def _newest_step(run: Run) -> int:
-    newest = newest_checkpoint(run.checkpoints)
+def _train_early(cluster: ClusterConfig, orders: Orders) -> None:
+    """Train on a cluster of this process; its workers wait for the run when they have started."""
+    settings = {"folder_file": str(orders.folder_file)}
+    make_trainer(cluster, settings, orders.scratch, max_failures=-1).fit()
+
+
+def _train(cluster: ClusterConfig, orders: Orders) -> None:
+    """Train on a cluster of others, whose resources are taken once the run may begin."""
+    # Here, because it imports torch.
+    from deta.platform.run.dataset_snapshot import SnapshotError, read_run_snapshot
+
+    try:
+        run = read_run_snapshot(orders.folder())
+    except SnapshotError as error:
+        raise RunRefusedError(str(error)) from error
+    fit_on_cluster(run, max_failures=-1)
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint of a run; -1 if it has none."""
+    # Here, because it imports torch.
+    from deta.platform.checkpoint.local import newest_checkpoint
+
+    newest = newest_checkpoint(folder / "checkpoints")
     return -1 if newest is None else newest.state.step
 
 
-def _end_with_supervisor(folder: Path) -> None:
-    """Exit when stdin closes: the supervisor closed it on purpose, or died.
-
-    A driver must not train beside its successor, nor hold reservations that others need.
-    """
-    sys.stdin.buffer.read()
-    if ray.is_initialized() and not starts_own_cluster():
-        releasing = threading.Thread(target=release_reservations, args=(folder,), daemon=True)
-        releasing.start()
-        releasing.join(RELEASE_WITHIN_S)  # a lost cluster does not answer
-    kill_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
-    os._exit(1)
-
-
-def main(folder: Path) -> None:
-    threading.Thread(target=_end_with_supervisor, args=(folder,), daemon=True).start()
-    outcome = run_attempt(folder)
-    write_json(folder / OUTCOME_FILE, vars(outcome))
-    # Ray's atexit handlers can hang when the cluster is gone.
-    sys.stdout.flush()
-    os._exit(0)
+def main() -> None:
+    orders = Orders()
+    threading.Thread(target=orders.follow, daemon=True).start()
+    outcome = run_attempt(orders)
+    write_json(orders.folder() / OUTCOME_FILE, vars(outcome))
+    orders.exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

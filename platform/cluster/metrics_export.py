@@ -44,15 +44,18 @@ class RayExport:
 
 
 class RunExport:
-    """Exports the state of a run while the context is open, from a thread of this process."""
+    """Exports the state of a run from a thread, while the context is open or this process lives."""
 
     def __init__(self, folder: Path, run_name: str) -> None:
         self._meter = RunMeter(folder, RayExport(run_name))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> RunExport:
+    def start(self) -> None:
         self._thread.start()
+
+    def __enter__(self) -> RunExport:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from PIL import Image
 from torch import Tensor

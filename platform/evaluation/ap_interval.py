@@ -29,8 +29,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy import stats
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtrit  # scipy.stats takes a second to import
 
 # The bias falls with the root of the number of images, so that of all images is this often the
 # difference between half of them and all.
@@ -190,7 +189,7 @@ def p_values(
 
 
 def _student(confidence: float | np.ndarray, freedom: float | np.ndarray) -> np.ndarray:
-    return np.asarray(stats.t.isf((1 - np.asarray(confidence)) / 2, freedom))
+    return np.asarray(-stdtrit(freedom, (1 - np.asarray(confidence)) / 2))
 
 
 def _center(whole: np.ndarray, halves: np.ndarray, there: np.ndarray) -> np.ndarray:

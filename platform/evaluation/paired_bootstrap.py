@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import false_discovery_control
 
 from deta.platform.evaluation.ap_interval import (
     DIFFERENCE_PRIOR,
@@ -252,6 +251,8 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
     Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb02031.x
     """
+    from scipy.stats import false_discovery_control  # here, since it takes a second to import
+
     adjusted = np.array(p_values, np.float64)
     given = ~np.isnan(adjusted)
     if given.any():

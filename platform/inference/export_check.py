@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.utils.benchmark import Timer

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from PIL import Image
 from torch import Tensor

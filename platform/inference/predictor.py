@@ -14,6 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from PIL import Image
 from torch import Tensor

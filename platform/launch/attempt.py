@@ -1,4 +1,4 @@
-"""One attempt at a run: starts the Ray driver as a child process and watches it."""
+"""One attempt at a run: gives it to a Ray driver, and watches that."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
 from deta.platform.launch.console import Console
-from deta.platform.run.run import OUTCOME_FILE, STOP_FILE, AttemptOutcome, Run
+from deta.platform.launch.ray_driver import RayDriver
+from deta.platform.run.run import ATTEMPT_LOG, OUTCOME_FILE, STOP_FILE, AttemptOutcome, Run
 from deta.platform.run.run_lock import RunLock
-from deta.platform.system.places import child_environment
-from deta.platform.system.process_tree import (
-    ATTEMPT_MARK,
-    RUN_MARK,
-    marked_processes,
-    new_mark,
-    terminate,
-)
+from deta.platform.system.process_tree import RUN_MARK, marked_processes
 
-LOG_FILE = "attempt.log"  # the output of the Ray drivers
 POLL_EVERY_S = 0.25
 GRACE_S = 20.0  # after a request to stop, for a step and a checkpoint
 EXIT_WITHIN_S = 2.0  # for all workers, once the watchdog of one has ended it
@@ -35,22 +26,16 @@ class Attempt:
     """One Ray driver process, from its start to its outcome."""
 
     def __init__(
-        self, run: Run, lock: RunLock, monitor: AttemptMonitor, console: Console, run_mark: str
+        self, run: Run, lock: RunLock, monitor: AttemptMonitor, console: Console, driver: RayDriver
     ) -> None:
-        """
-        Args:
-            run_mark: the mark of all processes of this run; see `process_tree.py`.
-        """
         self.run, self.lock, self.monitor, self.console = run, lock, monitor, console
-        self.run_mark = run_mark
-        self.mark = new_mark()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.driver = driver
         self._log_offset = 0  # where the log of this attempt begins, in bytes
         # Of hung workers: their start, when the hang was noticed, whether all of them were killed.
         self._hung_start, self._hung_s, self._are_killed = -1, 0.0, False
 
     def run_to_end(self) -> AttemptOutcome:
-        """Start the Ray driver, and watch it until it ends or the run has ended.
+        """Let the driver train, and watch it until it ends or the run has ended.
 
         Raises:
             RunFailedError: the run cannot continue.
@@ -60,39 +45,29 @@ class Attempt:
             time.sleep(POLL_EVERY_S)
         (folder / OUTCOME_FILE).unlink(missing_ok=True)
         self.monitor.begin_attempt()
-        with (folder / LOG_FILE).open("ab") as log:
-            self._log_offset = log.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "deta.platform.cluster.driver", str(folder)],
-                env=child_environment({ATTEMPT_MARK: self.mark}),
-                stdin=subprocess.PIPE,  # see `terminate`
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the supervisor, which stops the run
-            )
-        return self._watch(self.process)
+        log = folder / ATTEMPT_LOG
+        self._log_offset = log.stat().st_size if log.exists() else 0
+        if self.driver.cluster is None:
+            self.driver.plan(self.run.config.cluster)
+        self.driver.begin(folder)
+        return self._watch()
 
     def request_stop(self) -> None:
         """Request a stop, and wait until the state is saved or `GRACE_S` have passed."""
         self.monitor.poll()
-        if self.process is None or self.monitor.ended or not self.monitor.has_begun:
+        if self.monitor.ended or not self.monitor.has_begun:
             return
         self.console.echo("stopping: saving the state …")
         (self.run.folder / STOP_FILE).touch()
         deadline_s = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline_s and self.process.poll() is None:
+        while time.monotonic() < deadline_s and self.driver.process.poll() is None:
             time.sleep(0.05)
             self.monitor.poll()
             if self.monitor.stopped or self.monitor.ended or self.monitor.is_safe_to_kill:
                 return
 
-    def terminate(self) -> None:
-        """End the driver and all its processes."""
-        if self.process is not None:
-            terminate(self.process, self.mark)
-            self.process = None
-
-    def _watch(self, process: subprocess.Popen[bytes]) -> AttemptOutcome:
+    def _watch(self) -> AttemptOutcome:
+        process = self.driver.process
         has_printed_cluster = False
         ended_s: float | None = None
         while True:
@@ -114,7 +89,7 @@ class Attempt:
             if failure:
                 raise RunFailedError(failure)
             if process.poll() is not None:
-                return self._outcome(process)
+                return self._outcome()
             if silence := self.monitor.missing_heartbeats():
                 return AttemptOutcome("lost", silence)
             if (hang := self.monitor.hung_worker()) and not self._is_recovering(hang):
@@ -138,7 +113,7 @@ class Attempt:
         if not self._are_killed:
             workers = self.monitor.local_workers()
             alive = {process for process in workers if Path(f"/proc/{process}").exists()}
-            if not workers or alive - set(marked_processes(RUN_MARK, self.run_mark)):
+            if not workers or alive - set(marked_processes(RUN_MARK, self.driver.run_mark)):
                 return False  # on another machine, or in somebody else's cluster
             for process in alive:
                 with contextlib.suppress(ProcessLookupError):
@@ -147,7 +122,7 @@ class Attempt:
             self.console.log_restart(hang)
         return now_s - self._hung_s < REPLACED_WITHIN_S
 
-    def _outcome(self, process: subprocess.Popen[bytes]) -> AttemptOutcome:
+    def _outcome(self) -> AttemptOutcome:
         self.monitor.poll()
         self.monitor.require_writable(tolerance_s=0)
         if self.monitor.ended:  # the cluster may be gone by now, but the run is done
@@ -156,12 +131,14 @@ class Attempt:
             text = (self.run.folder / OUTCOME_FILE).read_text(encoding="utf-8")
             return AttemptOutcome(**json.loads(text))
         except (OSError, ValueError, TypeError):
-            return AttemptOutcome("lost", f"the Ray driver died (exit code {process.returncode})")
+            return AttemptOutcome(
+                "lost", f"the Ray driver died (exit code {self.driver.process.returncode})"
+            )
 
     def _print_cluster(self) -> bool:
         """Print the driver's line about the cluster; return whether it has written it yet."""
         try:
-            output = (self.run.folder / LOG_FILE).read_bytes()[self._log_offset :]
+            output = (self.run.folder / ATTEMPT_LOG).read_bytes()[self._log_offset :]
         except OSError:
             return False
         lines = output.decode(errors="replace").splitlines(keepends=True)

@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deta.model.architectures import make_criterion, make_detector, without_download
+from deta.model.shapes_only import shapes_only
 from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_annotations import DatasetError
 from deta.platform.data.coco_dataset import CocoDataset
@@ -66,7 +65,7 @@ def prepare_run(config: RunConfig, *, resume: bool = False) -> Run:
     if not resume and (note := shared_images_note(train_set, val_set)):
         val_set.notes.append(note)
     if config.optim.freeze:
-        with torch.device("meta"):
+        with shapes_only():
             freeze(make_detector(without_download(config.model)), config.optim.freeze)
     config = replace(
         config,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from deta.platform.launch.console import Console
+from deta.platform.launch.ray_driver import RayDriver
 from deta.platform.launch.resume_check import (
     changes_since_start,
     open_run_folder,
@@ -30,6 +31,7 @@ def launch_prepared(
     echo: Callable[[str], None] = print,
     preview: Callable[[Run], None] | None = None,
     tags: dict[str, str] | None = None,
+    driver: RayDriver | None = None,
 ) -> RunResult:
     """Train on the Ray cluster named by RAY_ADDRESS, or on one that is started on this machine.
 
@@ -41,6 +43,7 @@ def launch_prepared(
         preview: called for a new run once its folder exists and before the cluster is used; may
             write images and journal events. If it fails, the folder is removed.
         tags: further tags of the MLflow run, such as the recipe's name.
+        driver: one that was started already.
 
     Raises:
         ValueError: the name is invalid, or the run is locked. Nothing was started.
@@ -67,7 +70,7 @@ def launch_prepared(
                 raise
         write_run_file(run.folder, describe_run(run, original, tags=tags))
         with working_in(run.folder):
-            return Supervisor(run, lock, console).supervise()
+            return Supervisor(run, lock, console, driver).supervise()
 
 
 def _log_changes(

@@ -19,6 +19,7 @@ from deta.platform.launch.attempt import Attempt
 from deta.platform.launch.attempt_monitor import AttemptMonitor, RunFailedError
 from deta.platform.launch.console import Console
 from deta.platform.launch.orphan_reaper import CLEAN_EXIT, start_orphan_reaper
+from deta.platform.launch.ray_driver import RayDriver
 from deta.platform.run.dataset_snapshot import write_dataset_snapshot
 from deta.platform.run.run import STOP_FILE, AttemptOutcome, Run, RunResult
 from deta.platform.run.run_lock import RunLock
@@ -34,14 +35,21 @@ MAX_BACKOFF_S = 60.0
 class Supervisor:
     """Runs attempt after attempt until the run has ended or cannot continue."""
 
-    def __init__(self, run: Run, lock: RunLock, console: Console) -> None:
+    def __init__(
+        self, run: Run, lock: RunLock, console: Console, driver: RayDriver | None = None
+    ) -> None:
+        """
+        Args:
+            driver: for the first attempt, if it was started before the run.
+        """
         self.run, self.lock, self.console = run, lock, console
         self.began_s = time.monotonic()
         self.last = newest_checkpoint(run.checkpoints)
         self.useful_s_before = self.last.state.useful_s if self.last is not None else 0.0
-        self.mark = new_mark()
+        self.mark = new_mark() if driver is None else driver.run_mark
         os.environ[RUN_MARK] = self.mark  # inherited by all processes that are started here
         self.monitor = AttemptMonitor(run, console.print_event)
+        self.driver = driver
         self.attempt: Attempt | None = None
 
     def supervise(self) -> RunResult:
@@ -100,7 +108,9 @@ class Supervisor:
         failed_attempts = 0  # in a row, whose workers did not start
         while True:
             step_before = self.monitor.step
-            self.attempt = Attempt(self.run, self.lock, self.monitor, self.console, self.mark)
+            if self.driver is None:
+                self.driver = RayDriver(self.mark)
+            self.attempt = Attempt(self.run, self.lock, self.monitor, self.console, self.driver)
             outcome = self.attempt.run_to_end()
             self._end_attempt()
             if outcome.kind == "ended":
@@ -132,9 +142,9 @@ class Supervisor:
             time.sleep(backoff_s)
 
     def _end_attempt(self) -> None:
-        if self.attempt is not None:
-            self.attempt.terminate()
-            self.attempt = None
+        if self.driver is not None:
+            self.driver.terminate()
+        self.driver = self.attempt = None
 
     def _goodput(self) -> float:
         useful_s = self.last.state.useful_s if self.last is not None else 0.0

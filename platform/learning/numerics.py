@@ -32,7 +32,8 @@ def configure_numerics(precision: Precision, *, deterministic: bool) -> None:
     torch.backends.cudnn.deterministic = deterministic
     # Kernels are chosen by timing them, so from run to run others may be.
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # it imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         # cuBLAS reads it when CUDA begins; without it, products on several streams vary.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -12,6 +16,18 @@ from torch.optim import AdamW, Optimizer
 from deta.platform.learning.schedule import OptimConfig
 
 HEAD = re.compile(r"_heads?(\.|$)")  # in the name of a parameter of a class or box head
+
+
+class EagerAdamW(AdamW):
+    """AdamW for steps that are not compiled.
+
+    torch's `step` imports `torch._dynamo`, which takes two seconds, to end a graph that is being
+    compiled where there is one. The function within it computes the same.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return inspect.unwrap(AdamW.step)(self, closure)
 
 
 class FixedStatsBatchNorm2d(nn.BatchNorm2d):
@@ -84,7 +100,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, lr: float | None = Non
             factor = config.sampling_lr_factor
         decay = config.weight_decay if config.decay_norms or id(parameter) not in norms else 0.0
         groups.setdefault((base_lr * factor, decay), []).append(parameter)
-    return AdamW(
+    return EagerAdamW(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
             for (lr, decay), parameters in groups.items()

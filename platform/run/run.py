@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.sample_order import TrainingOrder
 from deta.platform.run.config import RunConfig
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the Ray driver needs nothing of torch
+    from deta.platform.data.coco_dataset import CocoDataset
     from deta.platform.run.run_state import RunState
 
 # Files in the folder of a run.
 STOP_FILE = "stop"  # ask the workers to save and exit at the next step
+ATTEMPT_LOG = "attempt.log"  # the output of the Ray drivers
 OUTCOME_FILE = "attempt.json"  # the driver's AttemptOutcome
 FAILURES = "failures"  # a folder: the last failure of each rank
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deta.platform.cluster.driver import fit_on_cluster
+from deta.platform.cluster.trainer import fit_on_cluster
 from deta.platform.run.config import RunConfig, override
 from deta.platform.run.journal import read_events
 from deta.platform.run.run import Run

@@ -26,7 +26,8 @@ from typing import Any, Literal, cast
 
 # First: they set variables that Ray reads when it is imported.
 from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
-from deta.platform.cluster.driver import check_resources, fit_on_cluster
+from deta.platform.cluster.driver import check_resources
+from deta.platform.cluster.trainer import fit_on_cluster
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # journals replace them
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is handled here
@@ -165,7 +166,7 @@ def _room(sweep: Sweep, trials: list[Trial]) -> int:
         clusters.setdefault(sweep.trial_config(trial).cluster, sweep.trial_name(trial))
     for cluster, name in (clusters or {sweep.config.cluster: "a trial"}).items():
         try:
-            check_resources(replace(sweep.config, cluster=cluster))
+            check_resources(cluster)
         except ClusterTooSmallError as error:
             raise ClusterTooSmallError(f"{name}: {error}") from None
         num_workers = cluster.min_workers or cluster.num_workers

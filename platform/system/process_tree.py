@@ -73,7 +73,8 @@ def terminate(process: subprocess.Popen[bytes], mark: str) -> None:
     Closing its input asks it to exit. It is killed if it does not.
     """
     assert process.stdin is not None
-    process.stdin.close()
+    with suppress(BrokenPipeError):  # it has died before it read all
+        process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(EXIT_GRACE_S)
     if process.poll() is None:

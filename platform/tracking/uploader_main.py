@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deta.platform.run.journal import JOURNAL_FILE
 from deta.platform.system.redaction import redact
-from deta.platform.tracking.mlflow_store import MlflowStore
 from deta.platform.tracking.upload_plan import uri_of
 from deta.platform.tracking.upload_process import find_runs
 from deta.platform.tracking.uploader import BusyError, FilesError, RunUploader
+
+if TYPE_CHECKING:
+    from deta.platform.tracking.mlflow_store import MlflowStore
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +179,9 @@ def main() -> int:
     parser.add_argument("--behind", type=int, default=0, help="see Follower")
     parser.add_argument("--parent", type=int, help="see Follower")
     given = parser.parse_args()
+    os.nice(5)  # training has priority; also its start, over the import of MLflow
+    from deta.platform.tracking.mlflow_store import MlflowStore
+
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     follower = Follower(
         given.folder,
@@ -184,7 +190,6 @@ def main() -> int:
         behind_bytes=given.behind,
         parent=given.parent,
     )
-    os.nice(5)  # training has priority
     stop_on_signals(follower.stop, follower.write_stopped)
     is_complete = follower.follow()
     follower.write_stopped()

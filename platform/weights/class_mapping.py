@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import deta.model.without_dynamo  # noqa: F401
+
+# isort: split
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from deta.platform.data.coco_annotations import MAX_ANNOTATION_BYTES

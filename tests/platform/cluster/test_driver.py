@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,29 +21,39 @@ import ray
 from deta.platform.cluster import connection, driver
 from deta.platform.cluster.auth_token import OpenClusterError
 from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
-from deta.platform.cluster.driver import MAX_CONTROLLERS, check_resources, run_attempt
-from deta.platform.run.config import ClusterConfig, RunConfig
-from deta.platform.run.dataset_snapshot import SnapshotError
+from deta.platform.cluster.driver import (
+    MAX_CONTROLLERS,
+    RunRefusedError,
+    check_resources,
+    run_attempt,
+)
+from deta.platform.run.config import ClusterConfig
+from deta.platform.run.dataset_snapshot import DATA_FILE
+from deta.platform.run.run import ATTEMPT_LOG
+from deta.platform.system.places import child_environment
+from deta.platform.system.process_tree import ATTEMPT_MARK, new_mark
 
-CONFIG = RunConfig(cluster=ClusterConfig(num_workers=4, cpus_per_worker=2, gpu=True))
+CLUSTER = ClusterConfig(num_workers=4, cpus_per_worker=2, gpu=True)
 
 
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
     """Return a function that runs an attempt with some parts of the driver replaced."""
 
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    orders = SimpleNamespace(cluster=lambda: CLUSTER, folder=lambda: Path("/nowhere"))
+
     def attempt(**parts: Callable) -> tuple[str, str]:
         parts = {
-            "read_run_snapshot": lambda folder: SimpleNamespace(config=CONFIG, checkpoints=None),
             "join_cluster": lambda: "Ray cluster of a test",
-            "check_resources": lambda config: None,
-            "check_gpus": lambda config: None,
-            "newest_checkpoint": lambda checkpoints: None,
-            "fit_on_cluster": lambda run, max_failures: None,
+            "check_resources": lambda cluster: None,
+            "check_gpus": lambda cluster: None,
+            "newest_step": lambda folder: -1,
+            "_train": lambda cluster, orders: None,
         } | parts
         for name, part in parts.items():
             monkeypatch.setattr(driver, name, part)
-        outcome = run_attempt(Path("/nowhere"))
+        outcome = run_attempt(orders)  # type: ignore[arg-type]
         return outcome.kind, outcome.message
 
     return attempt
@@ -52,11 +68,11 @@ def raising(error: Exception) -> Callable:
 
 def test_the_outcome_depends_on_what_failed(attempt, monkeypatch: pytest.MonkeyPatch):
     assert attempt() == ("ended", "")
-    assert attempt(read_run_snapshot=raising(SnapshotError("damaged"))) == ("refused", "damaged")
+    assert attempt(_train=raising(RunRefusedError("damaged"))) == ("refused", "damaged")
     assert attempt(join_cluster=raising(OpenClusterError("open"))) == ("refused", "open")
     too_small = ClusterTooSmallError("no GPU")
     assert attempt(check_resources=raising(too_small)) == ("refused", "no GPU")
-    failed = attempt(fit_on_cluster=raising(RuntimeError("a worker failed")))
+    failed = attempt(_train=raising(RuntimeError("a worker failed")))
     assert failed == ("lost", "RuntimeError: a worker failed")
     for address, kind in (("10.0.0.5:6379", "unreachable"), ("", "lost")):
         monkeypatch.setenv("RAY_ADDRESS", address)
@@ -65,19 +81,16 @@ def test_the_outcome_depends_on_what_failed(attempt, monkeypatch: pytest.MonkeyP
 
 
 def test_a_lost_controller_is_replaced_while_there_is_progress(attempt, capsys):
-    steps = iter([0, 1, 2, *[2] * MAX_CONTROLLERS])
+    steps = iter([1, 2, *[2] * MAX_CONTROLLERS])
     calls = []
 
-    def newest(_: object) -> SimpleNamespace:
-        return SimpleNamespace(state=SimpleNamespace(step=next(steps)))
-
-    def lose(run: object, max_failures: int) -> None:
-        calls.append(max_failures)
+    def lose(cluster: ClusterConfig, orders: object) -> None:
+        calls.append(cluster)
         raise ray.exceptions.RayActorError
 
-    kind, _ = attempt(newest_checkpoint=newest, fit_on_cluster=lose)
+    kind, _ = attempt(newest_step=lambda folder: next(steps), _train=lose)
     assert kind == "lost"
-    assert calls == [-1] * (2 + MAX_CONTROLLERS)
+    assert calls == [CLUSTER] * (2 + MAX_CONTROLLERS)
     assert "Ray's controller was lost" in capsys.readouterr().out
 
 
@@ -92,10 +105,10 @@ def test_a_lost_controller_is_replaced_while_there_is_progress(attempt, capsys):
 def test_a_cluster_that_is_too_small_is_refused(monkeypatch, available, lacking):
     monkeypatch.setattr(driver.ray, "cluster_resources", lambda: available)
     if lacking is None:
-        check_resources(CONFIG)
+        check_resources(CLUSTER)
         return
     with pytest.raises(ClusterTooSmallError, match=lacking):
-        check_resources(CONFIG)
+        check_resources(CLUSTER)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +141,55 @@ def test_an_own_cluster_must_require_a_token_and_others_are_reported(
         return
     assert expected in join_cluster()
     assert not stopped
+
+
+def test_a_run_that_cannot_be_read_is_refused(tmp_path: Path):
+    (tmp_path / DATA_FILE).write_bytes(b"not tables")
+    orders: Any = SimpleNamespace(folder=lambda: tmp_path)
+    with pytest.raises(RunRefusedError, match="is damaged"):
+        driver._train(CLUSTER, orders)
+
+
+FOLLOW = """
+import os, sys, threading
+from deta.platform.cluster.driver import Orders
+print("before", flush=True)
+orders = Orders()
+threading.Thread(target=orders.follow, daemon=True).start()
+print(orders.cluster().num_workers, flush=True)
+folder = orders.folder()
+print(folder == orders.folder(), orders.folder_file.read_text() == str(folder), flush=True)
+threading.Event().wait()
+"""
+
+
+def test_orders_come_one_by_one_and_their_end_ends_the_driver(tmp_path: Path):
+    early = (tmp_path / "early").open("w+b")
+    (tmp_path / ATTEMPT_LOG).write_text("of an earlier attempt\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOLLOW],
+        stdin=subprocess.PIPE,
+        stdout=early,
+        env=child_environment({ATTEMPT_MARK: new_mark()}),
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+
+    def say(order: dict[str, Any]) -> None:
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        process.stdin.flush()
+
+    def wait_for(file: Path, text: str) -> None:
+        deadline_s = time.monotonic() + 60
+        while text not in file.read_text():
+            assert time.monotonic() < deadline_s, file.read_text()
+            time.sleep(0.05)
+
+    say({"cluster": asdict(CLUSTER)})
+    wait_for(tmp_path / "early", "before\n4\n")
+    say({"folder": str(tmp_path)})
+    log = "of an earlier attempt\nbefore\n4\nTrue True\n"
+    wait_for(tmp_path / ATTEMPT_LOG, log)
+    assert (tmp_path / "early").read_text() == ""
+    process.stdin.close()
+    assert process.wait(30) == 1
