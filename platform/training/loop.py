@@ -75,7 +75,12 @@ def train(
         CheckpointError: the checkpoint to resume from is inconsistent, or the run has ended and its
             last state cannot be written.
     """
-    watchdog = Watchdog(run.folder, worker.rank, run.config.cluster.hang_timeout_s)
+    watchdog = Watchdog(
+        run.folder,
+        worker.rank,
+        run.config.cluster.hang_timeout_s,
+        spins=worker.device.type == "cuda",
+    )
     try:
         recorder = Recorder(run, leads=worker.is_leader)
         resumed = broadcast_from_leader(
