@@ -12,8 +12,9 @@ files, folders (with all folders below them), or patterns in quotes, such as
   images.json         the file of each image_id, as COCO images and categories
   detections.parquet  the same detections as a table (platform/evaluation/detections_parquet.py)
 
-Detections do not depend on --batch-size, up to the order of float32 sums: only images of equal size
-form a batch, so none is padded.
+Only images of equal size form a batch, so none is padded, and detections do not depend on the size
+of a batch, up to the order of float32 sums. By default a batch is large enough to keep the device
+busy.
 
 --annotations names a COCO file that lists the images and so gives their ids. For a published file
 with a row for every COCO id it also gives class names; otherwise classes are shown as row numbers.
@@ -69,7 +70,8 @@ class PredictOptions(ModelOptions):
     out: Annotated[Path, OUTPUT]  # a folder
     threshold: float = 0.3  # least score to draw
     annotations: Path | None = None  # a file, COCO format
-    batch_size: int = 1  # images of equal size per batch; does not change the results
+    # Images of equal size per batch; does not change the results. Default: enough to keep it busy.
+    batch_size: int | None = None
     no_pictures: bool = False  # draw no images, which is faster
     strict: bool = False  # predict nothing if the header of an image is broken
 
@@ -85,7 +87,7 @@ def _prepare(options: PredictOptions, changes: dict[str, str]) -> tuple[Predicto
 
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold {options.threshold} is not in 0..1")
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
     if not options.image:
         raise ValueError("no images are given; name files or folders")

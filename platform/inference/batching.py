@@ -14,37 +14,53 @@ from deta.platform.data.image_sizes import PixelRules
 NUM_READERS = 4  # threads that read and resize images while the model works
 NUM_SHOWN = 10  # files named in one message
 WINDOW_BATCHES = 32  # images of one size are looked for among those of this many batches
+# Without a given size. A batch keeps a device busy from about this many pixels on, and needs more
+# memory with each image.
+BATCH_PIXELS = {"cpu": 400_000, "cuda": 4_000_000}
+MAX_BATCH = 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+def batches_of_one_shape(
+    shapes: Sequence[tuple[int, int]], batch_size: int | None, device: str = "cpu"
+) -> list[list[int]]:
     """Group images of one shape into batches, in about their order.
+
+    Args:
+        batch_size: the most images in a batch; None: as many as keep the device busy.
 
     An image that is padded beside a larger one gets other features near its right and bottom
     border: the convolutions' biases fill the padding, which would be zeros without it, and
     GroupNorm includes the padding. Scores shift by hundredths. So nothing is padded here.
 
     Returns:
-        Batches of at most `batch_size` indices, each index once. An image waits for others of its
+        Batches of indices, each index once. An image waits for others of its
         shape for at most `WINDOW_BATCHES` batches.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     plan = []
-    window = batch_size * WINDOW_BATCHES
+    window = (batch_size or MAX_BATCH) * WINDOW_BATCHES
     for start in range(0, len(shapes), window):
         by_shape = defaultdict(list)
         for index in range(start, min(start + window, len(shapes))):
             by_shape[shapes[index]].append(index)
         batches = [
-            indices[first : first + batch_size]
-            for indices in by_shape.values()
-            for first in range(0, len(indices), batch_size)
+            indices[first : first + most]
+            for (height, width), indices in by_shape.items()
+            for most in [batch_size or _busy_batch(height * width, device)]
+            for first in range(0, len(indices), most)
         ]
         plan += sorted(batches)  # by their first images, so that results wait little
     return plan
+
+
+def _busy_batch(pixels: int, device: str) -> int:
+    """Return how many images of this many pixels keep a device busy."""
+    most = BATCH_PIXELS.get(device, BATCH_PIXELS["cuda"]) // max(pixels, 1)
+    return min(max(most, 1), MAX_BATCH)
 
 
 def read_headers(

@@ -230,14 +230,17 @@ class Predictor:
             for one, size in zip(found, sizes_px, strict=True)
         ]
 
-    def predict(self, images: Sequence[Image.Image], *, batch_size: int = 1) -> list[Detections]:
+    def predict(
+        self, images: Sequence[Image.Image], *, batch_size: int | None = None
+    ) -> list[Detections]:
         """Return the detections of each image, in pixels of that image, best first.
 
         Args:
             images: of any 8-bit mode; their EXIF orientation is not looked at.
-            batch_size: the most images in a batch. Only images of one size form a batch, so none is
-                padded, and detections do not depend on the other images, up to the order of
-                float32 sums, which changes scores in the sixth digit.
+            batch_size: the most images in a batch; None: as many as keep the device busy. Only
+                images of one size form a batch, so none is padded, and detections do not depend on
+                the other images, up to the order of float32 sums, which changes scores in the
+                sixth digit.
 
         Raises:
             ValueError: an image has more than 8 bits per channel.
@@ -258,7 +261,7 @@ class Predictor:
         self,
         paths: Iterable[Path],
         *,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         on_unreadable: Callable[[Path, ImageError], None] | None = None,
     ) -> Iterator[tuple[Path, Detections]]:
         """Yield the detections of each image file, in the order of the paths.
@@ -335,7 +338,7 @@ class Predictor:
         self,
         sizes_px: Sequence[tuple[int, int]],
         read: Callable[[int], PreparedImage],
-        batch_size: int,
+        batch_size: int | None,
         on_unreadable: Callable[[int, ImageError], None] | None = None,
     ) -> Iterator[tuple[int, Detections]]:
         """Yield the index and detections of each image, in order.
@@ -347,7 +350,7 @@ class Predictor:
         """
         size = self.config.data.evaluation_size
         shapes = [resized_size(*one, size.short_edge, size.max_long_edge) for one in sizes_px]
-        plan = batches_of_one_shape(shapes, batch_size)
+        plan = batches_of_one_shape(shapes, batch_size, self.device.type)
         reading = read_ahead(read, [index for batch in plan for index in batch])
         finished: dict[int, Detections | None] = {}  # None: unreadable
         next_index = 0

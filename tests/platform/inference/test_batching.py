@@ -18,6 +18,14 @@ from deta.platform.inference.batching import (
 )
 
 
+def test_without_a_size_a_batch_keeps_the_device_busy() -> None:
+    shapes = [(100, 100)] * 40 + [(300, 400)] * 7 + [(800, 1333)] * 2
+    sizes = [len(batch) for batch in batches_of_one_shape(shapes, None)]
+    assert sizes == [16, 16, 8, 3, 3, 1, 1, 1]
+    on_gpu = [len(batch) for batch in batches_of_one_shape(shapes, None, "cuda")]
+    assert on_gpu == [16, 16, 8, 7, 2]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_batches_hold_each_image_once_and_one_shape_each(batch_size: int) -> None:
     rng = np.random.default_rng(0)

@@ -110,12 +110,11 @@ def test_predictions_of_an_image_are_those_of_the_evaluation_within_its_border(
     trained, predictor, paths
 ):
     evaluation = predictor.evaluate(trained.val_set)
+    alike = predictor.predict_files(paths, batch_size=predictor.config.micro_batch_size)
 
     paths_by_id = {record.image_id: record.path for record in trained.val_set.records}
     results = []
-    for record, (path, found) in zip(
-        trained.val_set.records, predictor.predict_files(paths), strict=True
-    ):
+    for record, (path, found) in zip(trained.val_set.records, alike, strict=True):
         assert path == record.path
         results += to_coco_results(found, record.image_id, predictor.category_ids)
 
@@ -173,7 +172,7 @@ def test_no_images_give_no_predictions(predictor):
     assert predictor.predict([]) == [*predictor.predict_files([])] == []
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 100])
 def test_detections_do_not_depend_on_the_batch_size(tmp_path, predictor, paths, batch_size):
     """The images have several sizes, so padding would change their detections."""
     files = []
@@ -202,7 +201,9 @@ def test_the_exif_orientation_is_ignored(tmp_path, predictor, paths):
     image.save(tmp_path / "plain.png")
     assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
 
-    turned, plain = predictor.predict_files([tmp_path / "turned.png", tmp_path / "plain.png"])
+    turned, plain = predictor.predict_files(
+        [tmp_path / "turned.png", tmp_path / "plain.png"], batch_size=1
+    )
 
     assert_same(turned[1], plain[1])
     (opened,) = predictor.predict([Image.open(tmp_path / "turned.png")])
@@ -234,7 +235,9 @@ def test_a_model_of_upright_pictures_turns_them_in_every_place(
     turning = Predictor.from_checkpoint(trained.checkpoint, "cpu", changes)
     rules = turning.config.data.pixel_rules
 
-    plain, turned = turning.predict_files([tmp_path / "plain.png", tmp_path / "turned.png"])
+    plain, turned = turning.predict_files(
+        [tmp_path / "plain.png", tmp_path / "turned.png"], batch_size=1
+    )
     dataset = CocoDataset.open(tmp_path, tmp_path / "a.json", rules=rules)
     evaluated = turning.evaluate(dataset).results
     (decoded,) = {
@@ -251,7 +254,7 @@ def test_images_of_other_modes_become_rgb_or_are_refused(predictor, paths):
     grey = decode(paths[0]).convert("L")
     with_alpha = grey.convert("RGBA")
 
-    one, other, third = predictor.predict([grey, with_alpha, grey.convert("RGB")])
+    one, other, third = predictor.predict([grey, with_alpha, grey.convert("RGB")], batch_size=1)
 
     assert_same(one, third)
     assert_same(other, third)
