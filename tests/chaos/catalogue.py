@@ -9,6 +9,7 @@ from tests.chaos import scenarios_network as network
 from tests.chaos import scenarios_numbers as numbers
 from tests.chaos import scenarios_processes as processes
 from tests.chaos import scenarios_storage as storage
+from tests.chaos import scenarios_surroundings as surroundings
 from tests.chaos import stock
 from tests.chaos.scenario import Scenario
 
@@ -32,6 +33,10 @@ SCENARIOS = (
     Scenario("A8", "SIGKILL of gcs_server", "≤ 120 s; no checkpoint lost; not left RUNNING",
              processes.gcs_killed, "driver killed by C++ after 60 s, exit code 1",
              stock.gcs_killed),
+    Scenario("A9", "three busy processes per core beside the training",
+             "0 restarts; bit-equal", surroundings.busy_machine, "not run"),
+    Scenario("A10", "the disk of one worker takes 30 s for an image", "0 restarts; bit-equal",
+             surroundings.slow_disk, "not run"),
     Scenario("A11", "a bug that always raises at step 7", "stops at 3, ≤ 60 s",
              processes.crash_loop, "counts all failures, no backoff, default 0", stock.crash_loop),
     Scenario("GP", "SIGKILL of a worker every two minutes: goodput",
@@ -71,6 +76,8 @@ SCENARIOS = (
              network.mlflow_away_at_the_end, "hung > 280 s (asynchronous)"),
     Scenario("C6", "network partition between two nodes", "≤ 60 s; one writer",
              network.partition, "77 s"),
+    Scenario("C7", "HTTP_PROXY is set, and the proxy accepts nothing",
+             "all rows, none twice; nothing sent to the proxy", surroundings.proxy_set, "not run"),
     Scenario("D1", "NaN loss on rank 1", "0 poisoned weights; ranks bit-equal; stops after 10",
              numbers.nan_loss, "", stock.nan_loss, quick=True),
     Scenario("D2", "infinite gradient on rank 0", "0 poisoned weights; ranks bit-equal",
@@ -89,6 +96,8 @@ SCENARIOS = (
              "not run", quick=True),
     Scenario("F3", "the same name after success", "refused",
              concurrency.name_of_a_finished_run, "0 steps, success", stock.same_name),
+    Scenario("F4", "SIGKILL of a promotion", "the same command finishes it; log and alias agree",
+             surroundings.promotion_killed, "not run", quick=True),
     Scenario("G1", "killed at every step 1 to 30", "all bit-equal",
              exactness.killed_at_every_step, "", stock.resumed, quick=True),
     Scenario("G2", "2 → 1 → 2 workers, 4 → 3", "samples equal; ≤ 1e-5 over 30 steps",
@@ -99,6 +108,11 @@ SCENARIOS = (
              "most projects miss one or more"),
     Scenario("G5", "soak test", "≤ 1 MB/min; no more files, threads or checkpoints",
              exactness.soak, ""),
+    Scenario("H1", "the clock is set back and forward by an hour",
+             "0 restarts; a killed worker is replaced; bit-equal", surroundings.clock_set,
+             "not run"),
+    Scenario("H2", "HOME is absent, or names no folder",
+             "trains, or exit code 2 before anything starts", surroundings.home_absent, "not run"),
 )  # fmt: skip
 
 BY_ID = {scenario.id: scenario for scenario in SCENARIOS}

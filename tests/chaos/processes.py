@@ -78,6 +78,8 @@ class Family:
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
         self._known: dict[int, Process] = {}
+        self._used_s: dict[Process, float] = {}  # processor time, as far as it was seen
+        self._began_s, self._busy_before_s = time.monotonic(), _busy_s()
         self._foreign: dict[int, int] = {}  # pid -> start of others, so that each is read once
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -117,6 +119,10 @@ class Family:
                     if inherits or self._has_mark(pid, start):
                         self._known[pid] = Process(pid, start)
                         fresh = True
+            for process in self._known.values():
+                used_s = process.cpu_s()
+                if used_s > 0:  # else it has ended
+                    self._used_s[process] = used_s
 
     def _has_mark(self, pid: int, start: int) -> bool:
         if self._foreign.get(pid) == start:
@@ -134,6 +140,20 @@ class Family:
     def _scan_regularly(self) -> None:
         while not self._closed.wait(SCAN_EVERY_S):
             self.scan()
+
+    def slowdown(self) -> float:
+        """Return how much longer work takes because of other processes, on average so far.
+
+        1.0 on a machine that has nothing else to do; 2.0 if others take half of its processors.
+        """
+        self.scan()
+        passed_s = time.monotonic() - self._began_s
+        with self._lock:
+            own_s = sum(self._used_s.values())
+        others_s = _busy_s() - self._busy_before_s - own_s
+        share = others_s / (passed_s * (os.cpu_count() or 1)) if passed_s > 0 else 0.0
+        # This process, the kernel and what starts meanwhile take a tenth on a quiet machine, too.
+        return 1 / (1 - min(0.95, max(0.0, share - 0.1)))
 
     def wait_until_gone(self, timeout_s: float) -> tuple[float, list[Process]]:
         """Return the seconds until all were gone, and the processes still alive after the time-out.
@@ -176,6 +196,13 @@ def _stat(pid: int) -> tuple[int, str, int] | None:
         return None
     fields = text.rpartition(")")[2].split()
     return int(fields[1]), fields[0], int(fields[19])
+
+
+def _busy_s() -> float:
+    """Return the processor time of all processes of the machine since it was started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    user, nice, system, _idle, _wait, irq, soft_irq = fields[:7]
+    return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK")
 
 
 def _uptime_ticks() -> int:

@@ -103,6 +103,7 @@ class TinyRun:
         data: ShapesDataset | None = None,
         faults: Sequence[dict[str, Any]] | None = None,
         record: bool = False,
+        clock: Path | None = None,
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
         **overrides: object,
@@ -112,6 +113,7 @@ class TinyRun:
         Args:
             faults: see `inside/sitecustomize.py`.
             record: save what the workers trained on, in `self.records`.
+            clock: file with the seconds by which the clock of the run is wrong.
             prefix: put before the command, such as a change of the network namespace.
             overrides: configuration values; their keys have __ for the dot.
         """
@@ -132,9 +134,9 @@ class TinyRun:
             "RAY_TMPDIR": str(self.ray_folder),
         }
         images = len(list(self.data.train_images.iterdir()))
-        if faults is not None or record:
+        if faults is not None or record or clock is not None:
             self.environment |= inside_environment(
-                faults or (), self.records if record else None, images
+                faults or (), self.records if record else None, images, clock
             )
         self.environment |= environment or {}
         self.process: subprocess.Popen[bytes] | None = None
@@ -192,8 +194,11 @@ class TinyRun:
             ScenarioError: it timed out, or the command ended before.
         """
         timeout_s *= self.place.patience
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
+        began_s = time.monotonic()
+        # Looked at anew when the time is over: the machine may have become busy meanwhile.
+        while time.monotonic() < began_s + timeout_s or (
+            time.monotonic() < began_s + timeout_s * self.family.slowdown()
+        ):
             value = reached()
             if value:
                 return value
@@ -217,6 +222,11 @@ class TinyRun:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            more_s = timeout_s * (self.family.slowdown() - 1)  # other processes took their share
+        try:
+            return self.process.wait(more_s)
+        except subprocess.TimeoutExpired:
+            timeout_s += more_s
             raise ScenarioError(f"did not end within {timeout_s:.0f} s; {self.tail()}") from None
 
     def finish(self, timeout_s: float = 240) -> None:
@@ -232,6 +242,10 @@ class TinyRun:
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
+
+    def limit_s(self, seconds: float, slack: float) -> float:
+        """Return a limit for a quiet machine, as it is on this one."""
+        return seconds * slack * self.family.slowdown()
 
     def tail(self, characters: int = 600) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -277,12 +291,17 @@ def clean_environment() -> dict[str, str]:
 
 
 def inside_environment(
-    faults: Sequence[dict[str, Any]], records: Path | None, images: int = NUM_IMAGES
+    faults: Sequence[dict[str, Any]],
+    records: Path | None,
+    images: int = NUM_IMAGES,
+    clock: Path | None = None,
 ) -> dict[str, str]:
     """Return the variables that activate `inside/sitecustomize.py` in a process tree."""
     spec = {"seed": SEED, "images": images, "batch": BATCH, "faults": list(faults)}
     if records is not None:
         spec["record"] = str(records)
+    if clock is not None:
+        spec["clock"] = str(clock)
     return {
         "DETA_CHAOS_INSIDE": json.dumps(spec),
         "PYTHONPATH": f"{INSIDE}{os.pathsep}{ROOT}",

@@ -8,8 +8,11 @@ DETA_CHAOS_INSIDE is set, to JSON of
      "faults": [{"kind": "nan_loss", "rank": 1, "steps": [20, 20]}, …]}
 
 Steps count from 1 as in the journal; `steps` are the first and the last. Kinds: `nan_loss`,
-`inf_grad`, `raise`, `sleep` (`seconds`), `exit` (SIGKILL of itself), `metric` (the AP of the
-evaluations numbered `calls` is `value`).
+`inf_grad`, `raise`, `sleep` (`seconds`), `exit` (SIGKILL of itself), `slow_read` (the next read of
+an image takes `seconds`), `metric` (the AP of the evaluations numbered `calls` is `value`).
+
+"clock" names a file with seconds that are added to the clock, as if somebody had set it. The times
+of files stay true.
 
 The product is unchanged: the criterion's call and every optimizer's step are wrapped from
 outside. Each process writes `<rank>-<pid>.jsonl` into `record`: a line for each micro-batch
@@ -61,6 +64,7 @@ class _Inside:
         self.file = None
         self.step = 0
         self.evaluations = 0
+        self.slow_steps = set()
 
     def positions(self, seeds):
         from deta.platform.data.sample_order import TrainingOrder, sample_seed
@@ -130,6 +134,20 @@ class _Inside:
             os.kill(os.getpid(), 9)
         return losses
 
+    def on_read(self):
+        import time
+
+        for fault in self.spec.get("faults", []):
+            first, last = fault.get("steps", (0, -1))
+            if (
+                fault["kind"] == "slow_read"
+                and first <= self.step <= last
+                and fault["rank"] == self.rank()[0]
+                and self.step not in self.slow_steps
+            ):
+                self.slow_steps.add(self.step)
+                time.sleep(fault["seconds"])
+
     def on_metrics(self, metrics):
         self.evaluations += 1
         for fault in self.spec.get("faults", []):
@@ -160,18 +178,47 @@ class _Inside:
 
             register_optimizer_step_post_hook(self.on_update)
 
+    def change_dataset(self, module):
+        original = module.CocoDataset.content
+
+        def content(this, index):
+            self.on_read()
+            return original(this, index)
+
+        module.CocoDataset.content = content
+
     def change_evaluate(self, module):
         original = module.CocoMetrics.percent
         module.CocoMetrics.percent = lambda this: self.on_metrics(original(this))
 
 
+def set_clock(file):
+    """Let time.time show what it would after somebody set the clock."""
+    import time
+
+    true_time, true_time_ns = time.time, time.time_ns
+
+    def offset_s():
+        try:
+            with open(file) as text:
+                return float(text.read() or 0)
+        except OSError:
+            return 0.0
+
+    time.time = lambda: true_time() + offset_s()
+    time.time_ns = lambda: true_time_ns() + int(1e9 * offset_s())
+
+
 if SPEC is not None:
+    if SPEC.get("clock"):
+        set_clock(SPEC["clock"])
     inside = _Inside(SPEC)
     sys.meta_path.insert(
         0,
         _Finder(
             {
                 "deta.model.criterion": inside.change_criterion,
+                "deta.platform.data.coco_dataset": inside.change_dataset,
                 "deta.platform.evaluation.coco_metrics": inside.change_evaluate,
             }
         ),
