@@ -47,6 +47,7 @@ class Direct:
         record: bool = True,
         break_images: int = 0,
         as_launched: bool = False,
+        prefix: Sequence[str] = (),
         **overrides: object,
     ) -> None:
         """
@@ -54,8 +55,9 @@ class Direct:
             break_images: number of images at the end of the data set to break, each time after
                 it was opened; the data must be `place.own_data`.
             as_launched: resume only what the supervisor would resume.
+            prefix: put before the command of each rank.
         """
-        self.as_launched = as_launched
+        self.as_launched, self.prefix = as_launched, list(prefix)
         self.break_images = break_images
         self.place, self.name = place, name
         self.folder = place.storage("direct") / name
@@ -96,7 +98,8 @@ class Direct:
         with self.log.open("ab") as log:
             return [
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.chaos.direct", str(spec), str(rank)],
+                    [*self.prefix, sys.executable, "-m", "tests.chaos.direct"]
+                    + [str(spec), str(rank)],
                     cwd=ROOT,
                     env=self.environment,
                     stdin=subprocess.DEVNULL,

@@ -15,36 +15,73 @@ import time
 from collections.abc import Iterator
 
 from tests.chaos import oracles
+from tests.chaos.direct import Direct, kill, undisturbed
 from tests.chaos.mlflow_server import MlflowServer
-from tests.chaos.runs import ROOT, Place, TinyRun, clean_environment, expect, log_progress
+from tests.chaos.runs import (
+    ROOT,
+    Event,
+    Place,
+    TinyRun,
+    clean_environment,
+    expect,
+    log_progress,
+    read_journal,
+)
 from tests.chaos.scenario import Options, Outcome
 from tests.chaos.scenarios_processes import same_as_undisturbed, status_in_mlflow
 
 BUSY_PER_CORE = 3
+STARVED_S, STARVED_TIMEOUT_S = 45.0, 3.0
 SLOW_READ_S = 30.0  # longer than `cluster.hang_timeout_s`
 HOUR_S = 3600.0
 
 
 def busy_machine(place: Place, options: Options) -> Outcome:
-    """A9: other processes take most of the processors, from step 8 to the end."""
+    """A9: other processes take nearly all of the processors, then most of them.
+
+    First beside workers of low priority, whose steps then take longer than the hang timeout; then
+    beside a run as a user starts it.
+    """
     number = BUSY_PER_CORE * (os.cpu_count() or 1)
+    starved = Direct(
+        place, "a9-starved", prefix=["nice", "-n", "15"], cluster__hang_timeout_s=STARVED_TIMEOUT_S
+    )
+    processes = starved.start(2)
+    try:
+        starved.wait_for_step(8, processes)
+        with busy_processes(number):
+            log_progress(f"a9: {number} busy processes beside workers of low priority")
+            until_s = time.monotonic() + STARVED_S
+            while time.monotonic() < until_s and not any(p.poll() for p in processes):
+                time.sleep(0.2)
+        codes = [process.wait(300 * place.patience) for process in processes]
+    finally:
+        kill(processes)
+    expect(codes == [0, 0], f"a starved worker was ended: exit codes {codes}: {starved.tail()}")
+    expect(starved.losses() == undisturbed(place, 4).losses(), "losses of the starved run differ")
+    starved_s = slowest_step_s(read_journal(starved.folder))
+
     with TinyRun(place, "a9", record=True) as run:
         run.start()
         run.wait_for_step(8)
         with busy_processes(number):
-            log_progress(f"a9: {number} busy processes")
+            log_progress(f"a9: {number} busy processes beside a run")
             run.finish(600)
         slowdown = run.family.slowdown()
         starts = count_starts(run)
         same_as_undisturbed(place, run, 4)
-        times = [event["time_s"] for event in run.events() if event["kind"] == "progress"]
-        slowest_s = max(b - a for a, b in itertools.pairwise(times))
         stacks = list((run.folder / "stacks").glob("*"))
     return Outcome(
         starts - 1, "restarts", starts == 1 and not stacks,
-        f"{number} busy processes; slowed down {slowdown:.1f}×, the slowest step took "
-        f"{slowest_s:.1f} s; bit-equal to undisturbed",
+        f"{number} busy processes; a step of starved workers took {starved_s:.1f} s, with "
+        f"cluster.hang_timeout_s={STARVED_TIMEOUT_S:g}; a run as usual was slowed down "
+        f"{slowdown:.1f}×; bit-equal to undisturbed",
     )  # fmt: skip
+
+
+def slowest_step_s(events: list[Event]) -> float:
+    times = [event["time_s"] for event in events if event["kind"] == "progress"]
+    return max(b - a for a, b in itertools.pairwise(times))
 
 
 @contextlib.contextmanager
@@ -72,8 +109,7 @@ def slow_disk(place: Place, options: Options) -> Outcome:
         run.finish()
         starts = count_starts(run)
         same_as_undisturbed(place, run, 4)
-        times = [event["time_s"] for event in run.events() if event["kind"] == "progress"]
-        slowest_s = max(b - a for a, b in itertools.pairwise(times))
+        slowest_s = slowest_step_s(run.events())
     expect(slowest_s >= SLOW_READ_S, f"nothing was slow: {slowest_s:.1f} s")
     return Outcome(
         starts - 1, "restarts", starts == 1,
@@ -86,9 +122,11 @@ def clock_set(place: Place, options: Options) -> Outcome:
     """H1: the clock is set back and forward by an hour; a worker is killed after each."""
     clock = place.folder / "h1-clock"
     epochs = 6
+    slow = [{"kind": "sleep", "steps": [1, 1000], "seconds": 0.6}]  # else it ends too early
     with TinyRun(
-        place, "h1", record=True, clock=clock, schedule__epochs=epochs, evaluate_every_epochs=epochs
-    ) as run:
+        place, "h1", record=True, clock=clock, faults=slow, schedule__epochs=epochs,
+        evaluate_every_epochs=epochs,
+    ) as run:  # fmt: skip
         run.start()
         step = 0
         for kills, offset_s in enumerate((-HOUR_S, HOUR_S)):
@@ -182,6 +220,8 @@ def proxy_set(place: Place, options: Options) -> Outcome:
         server.kill()
         proxy.close()
     expect(status == "FINISHED", f"status in MLflow: {status}")
+    for one in proxy.visitors:
+        log_progress(f"c7: at the proxy: {one.partition(bytes([13]))[0]!r}")
     ours = [one for one in proxy.visitors if b"127.0.0.1" in one or b"localhost" in one]
     return Outcome(
         len(ours), "requests for loopback at the proxy", not ours and rows == (0, 0),

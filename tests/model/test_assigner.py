@@ -17,6 +17,7 @@ from torchvision.ops import box_iou
 
 from deta.model.assigner import (
     Matches,
+    _keep_best_owner,
     assign_by_iou,
     match_one_to_one,
     predicted_object,
@@ -369,3 +370,17 @@ def test_matching_survives_predictions_that_are_not_finite():
 def test_invalid_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **changes)
+
+
+def test_nothing_is_made_on_another_device_than_the_inputs():
+    """On the meta device, which computes shapes only and refuses tensors of other devices."""
+    seeds = torch.zeros(2, dtype=torch.int64, device="meta")
+    assert random_priority(seeds, 5).device.type == "meta"
+    matches = Matches(
+        torch.zeros(2, 3, 4, dtype=torch.int64, device="meta"),
+        torch.ones(2, 3, 4, dtype=torch.bool, device="meta"),
+    )
+    assert predicted_object(matches, 6).device.type == "meta"
+    iou = torch.rand(2, 3, 4, device="meta")
+    kept = _keep_best_owner(matches.predictions, iou, matches.valid, 6)
+    assert kept.device.type == "meta"

@@ -16,6 +16,7 @@ from deta.platform.data.sample_order import (
     epoch_order,
     evaluation_batches,
     even_parts,
+    replacement_index,
     sample_seed,
     splitmix64,
     splitmix64_table,
@@ -237,3 +238,48 @@ def test_first_draws_of_neighbouring_samples_are_uniform():
 def test_impossible_numbers_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(
+    seed=seeds, epoch=st.integers(0, 100), image=st.integers(0, 39), attempt=st.integers(0, 5),
+    more=st.integers(1, 40),
+)  # fmt: skip
+def test_a_replacement_is_its_definition_and_never_the_broken_image(
+    seed, epoch, image, attempt, more
+):
+    num_images = image + more + 1
+    # Purpose 3, then the epoch, then the image, then the attempt: each selects from the stream of
+    # what came before.
+    state = 0
+    for value in (seed, 3, epoch, image, attempt):
+        state = splitmix64(state, value)
+    offset = 1 + (state * (num_images - 1)) // 2**64
+
+    found = replacement_index(seed, epoch, image, attempt, num_images)
+
+    assert found == (image + offset) % num_images
+    assert found != image
+    assert 0 <= found < num_images
+
+
+def test_every_other_image_replaces_a_broken_one_as_often():
+    found = [replacement_index(0, 0, 2, attempt, 5) for attempt in range(4000)]
+    counts = np.bincount(found, minlength=5)
+    assert counts[2] == 0
+    assert np.abs(counts[[0, 1, 3, 4]] - 1000).max() < 140  # five standard deviations
+
+
+@given(seed=st.integers(0, 2**63 - 1), values=st.lists(st.integers(), min_size=1, max_size=20))
+def test_a_choice_is_the_value_at_a_drawn_place(seed, values):
+    draws, places = Draws(seed), Draws(seed)
+    for _ in range(10):
+        assert draws.choice(values) == values[places.integer(0, len(values) - 1)]
+
+
+@given(seed=st.integers(0, 2**63 - 1))
+def test_draws_are_the_stream_of_their_seed(seed):
+    draws = Draws(seed)
+    assert draws.fraction() == (splitmix64(seed, 0) // 2**11) / 2**53
+    assert draws.integer(-3, 8) == -3 + splitmix64(seed, 1) * 12 // 2**64
+    assert draws.integer(5, 5) == 5
+    assert draws.fraction() == (splitmix64(seed, 3) // 2**11) / 2**53
