@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from deta.jobs.command_line import DataOptions, echo, read_command_line, refuse, run_training
 from deta.jobs.total_batch import with_base_batch
-from deta.platform.cluster.auth_token import starts_own_cluster
+from deta.platform.cluster.auth_token import (
+    OpenClusterError,
+    require_token_folder,
+    starts_own_cluster,
+)
 from deta.platform.run.config import RunConfig, flatten, override
 from deta.platform.run.run_paths import require_run_paths
 
@@ -165,6 +169,10 @@ def start_driver(config: RunConfig, options: TrainingOptions) -> RayDriver | Non
     from deta.platform.launch.ray_driver import RayDriver
     from deta.platform.system.process_tree import new_mark
 
+    try:
+        require_token_folder()
+    except OpenClusterError as error:
+        refuse(ValueError(error))
     driver = RayDriver(new_mark())
     driver.plan(config.cluster)
     return driver

@@ -57,7 +57,8 @@ def ensure_private_token() -> None:
     Once that file exists, a plain `ray start --head` requires a token too.
 
     Raises:
-        OpenClusterError: authentication is disabled, or others could read the token.
+        OpenClusterError: authentication is disabled, others could read the token, or it has no
+            place since HOME cannot be written.
     """
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode != "token":
@@ -70,9 +71,7 @@ def ensure_private_token() -> None:
     if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):
         _refuse_wide(Path(named).expanduser())
         return
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.parent.chmod(0o700)
+    path = _default_path()
     if not path.exists():
         # Atomically: another process may read or create it at the same time.
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -88,6 +87,33 @@ def ensure_private_token() -> None:
         )
         path.chmod(0o600)
     _refuse_wide(path)
+
+
+def require_token_folder() -> None:
+    """Refuse a home in which no token can be kept, unless a variable names one, before any work.
+
+    Raises:
+        OpenClusterError: names HOME.
+    """
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        _default_path()
+
+
+def _default_path() -> Path:
+    """Return where Ray looks for a token that no variable names; its folder exists then."""
+    advice = "set HOME to a folder that can be written, or RAY_AUTH_TOKEN_PATH to a private file"
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+    except RuntimeError as error:
+        raise OpenClusterError(f"the home of this user is unknown; {advice}") from error
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.chmod(0o700)
+    except OSError as error:
+        raise OpenClusterError(
+            f"{path.parent}: no place for the token of the cluster ({error.strerror}); {advice}"
+        ) from error
+    return path
 
 
 def _refuse_wide(path: Path) -> None:

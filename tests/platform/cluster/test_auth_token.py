@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from deta.platform.cluster.auth_token import configure_own_cluster, is_open, starts_own_cluster
+from deta.platform.cluster.auth_token import (
+    OpenClusterError,
+    configure_own_cluster,
+    ensure_private_token,
+    is_open,
+    starts_own_cluster,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +52,27 @@ def test_an_own_cluster_requires_a_token_and_settings_of_the_user_stay(
 def test_a_dashboard_that_does_not_answer_is_not_open():
     assert not is_open("127.0.0.1:9")
     assert not is_open("http://127.0.0.1:9")
+
+
+def test_a_home_without_room_for_a_token_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    with pytest.raises(OpenClusterError, match=r"file/\.ray: .*set HOME .* RAY_AUTH_TOKEN_PATH"):
+        ensure_private_token()
+
+
+def test_a_run_without_a_home_is_refused_before_anything_starts(tmp_path: Path):
+    (tmp_path / "file").touch()
+    changed = {"HOME": str(tmp_path / "file")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | changed
+    done = subprocess.run(
+        [sys.executable, "jobs/deta_r50.py", "--variant", "demo", "--name", "homeless",
+         f"storage={tmp_path / 'runs'}"],
+        env=env, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "set HOME to a folder that can be written" in done.stderr
+    assert not (tmp_path / "runs").exists()
