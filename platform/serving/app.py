@@ -146,9 +146,10 @@ class DetectionService:
     ) -> dict[str, Any]:
         model = self.slot.loaded()
         began_s = time.monotonic()
-        prepared = await asyncio.get_running_loop().run_in_executor(
-            self.decoders, _decode_and_prepare, model.predictor, content, self.config, upright
-        )
+        with self.batcher.coming():
+            prepared = await asyncio.get_running_loop().run_in_executor(
+                self.decoders, _decode_and_prepare, model.predictor, content, self.config, upright
+            )
         decode_s = time.monotonic() - began_s
         result = await self.batcher.detect(model.predictor, prepared)
         detections = model.as_json(result.detections, **limits)

@@ -1,9 +1,9 @@
 """Batch requests: images of one shape that wait at the same time share a batch.
 
-Requests queue while the model is busy, so batches grow with the load and not with a timer. Only the
-first image after a pause waits for others, for a few milliseconds. An image stays with the model
-that it was prepared for, so a change of models needs no pause: the old model processes what is
-queued, and is released with its last image.
+Requests queue while the model is busy, so batches grow with the load and not with a timer. After a
+pause the first image waits for others for a few milliseconds, if there are signs of any. An image
+stays with the model that it was prepared for, so a change of models needs no pause: the old model
+processes what is queued, and is released with its last image.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deta.model.postprocess import Detections
@@ -51,6 +53,7 @@ class Batcher:
         self.measurements = measurements
         self.batch_began_s: float | None = None  # start of the current batch
         self.mean_batch_s = 0.1  # a running mean, for Retry-After
+        self._num_coming, self._last_size = 0, 1
         self._queue: list[_QueuedImage] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -82,6 +85,16 @@ class Batcher:
         """Return whether the task that takes images from the queue is alive."""
         return self._task is not None and not self._task.done()
 
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Count an image that is being decoded: the first image of a batch may wait for it."""
+        self._num_coming += 1
+        try:
+            yield
+        finally:
+            self._num_coming -= 1
+            self._arrived.set()
+
     async def detect(self, model: Predictor, image: PreparedImage) -> BatchResult:
         """Return the detections in an image. A cancelled caller leaves the queue.
 
@@ -112,8 +125,11 @@ class Batcher:
             batch = [waiting for waiting in self._queue if waiting.matches(first)]
             batch = batch[: self.max_batch]
             left_s = first.since_s + self.batch_wait_s - time.monotonic()
-            if len(batch) == self.max_batch or left_s <= 0:
+            # A lone client is not kept waiting. Clients that shared a batch come again together.
+            is_alone = not self._num_coming and self._last_size == 1
+            if len(batch) == self.max_batch or left_s <= 0 or is_alone:
                 self._queue = [waiting for waiting in self._queue if waiting not in batch]
+                self._last_size = len(batch)
                 return batch
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left_s)

@@ -24,7 +24,7 @@ class ServingConfig:
     max_bytes: int = 20_000_000  # of one image; a camera's largest JPEG has about 15 MB
     max_pixels: int = 25_000_000  # of one image; each active decoder holds 3 bytes per pixel
     max_batch: int = 8  # images per batch, all of one size
-    batch_wait_s: float = 0.005  # how long the first image of a batch waits for others
+    batch_wait_s: float = 0.005  # the first image of a batch waits for others
     max_requests: int = 32  # concurrent, from first byte to response; more get 503
     decoders: int = 2  # threads that decode and resize
     read_timeout_s: float = 15.0  # for the body of a request to arrive

@@ -19,7 +19,6 @@ from typing import TypeVar
 import torch
 
 from deta.platform.inference.predictor import Predictor
-from deta.platform.registry.mlflow_registry import Registry
 from deta.platform.registry.model_address import is_model_address, parse_address, registry_uri
 from deta.platform.registry.model_uri import resolve_model
 from deta.platform.serving.config import ServingConfig
@@ -56,6 +55,8 @@ class ModelSource:
         """
         if not is_model_address(self.model):
             return str(resolve_model(self.model).path)
+        from deta.platform.registry.mlflow_registry import Registry  # imports MLflow: three seconds
+
         version = Registry(self.tracking_uri or registry_uri()).find(parse_address(self.model))
         # With its content hash: numbers can be reused.
         return f"models:/{version.name}/{version.number}#{version.manifest}"

@@ -86,9 +86,24 @@ async def test_images_of_one_shape_share_a_batch_and_each_gets_its_own_result() 
     assert [result.batch_size for result in results] == [1, 4, 4, 2, 4, 4, 1, 2]
 
 
-async def test_a_single_image_waits_no_longer_than_the_batch_wait() -> None:
+async def test_a_lone_image_does_not_wait_and_others_wait_for_those_that_are_coming() -> None:
+    model: Any = RecordingModel()
+    async with batcher(batch_wait_s=60) as batches:
+        for value in (1, 2):  # one after another
+            await batches.detect(model, prepared(value))
+        with batches.coming():
+            first = asyncio.create_task(batches.detect(model, prepared(3)))
+            await asyncio.sleep(0.05)
+        await asyncio.gather(first, batches.detect(model, prepared(4)))
+    assert model.batches == [[1], [2], [3, 4]]
+
+
+async def test_clients_that_shared_a_batch_wait_for_each_other_no_longer_than_allowed() -> None:
+    model: Any = RecordingModel()
     async with batcher(batch_wait_s=0.02) as batches:
-        result = await batches.detect(RecordingModel(), prepared(1))  # type: ignore[arg-type]
+        await asyncio.gather(*(batches.detect(model, prepared(value)) for value in (1, 2)))
+        result = await batches.detect(model, prepared(3))
+    assert model.batches == [[1, 2], [3]]
     assert 0.015 < result.wait_s < 5  # 5: on a busy machine
 
 

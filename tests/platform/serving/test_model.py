@@ -19,7 +19,7 @@ def served() -> ServedModel:
 
 def test_detections_are_those_of_the_predictor_and_do_not_depend_on_the_batch(served: ServedModel):
     images = [random_image(seed) for seed in range(5)]
-    expected = served.predictor.predict(images)
+    expected = served.predictor.predict(images, batch_size=1)
     predictor = served.predictor
     prepared = [predictor.prepare(image) for image in images]
 
