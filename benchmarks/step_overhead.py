@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from deta.jobs.deta_r50 import demo, official_12ep
 from deta.model.architectures import make_criterion, make_detector, without_download
 from deta.platform.data.coco_dataset import CocoDataset
-from deta.platform.data.data_loader import train_loader
+from deta.platform.data.data_loader import choose_loader_workers, train_loader
 from deta.platform.data.image_sizes import AugmentationConfig
 from deta.platform.data.synthetic_shapes import ShapesDataset, write_shapes
 from deta.platform.learning.distributed import Worker, control_group
@@ -143,7 +143,9 @@ def by_hand(run: Run, worker: Worker) -> Iterator[float]:
         run.train_set, config.data.augmentation, seed=config.seed,
         total_batch_size=config.total_batch_size, micro_batch_size=config.micro_batch_size,
         rank=worker.rank, world_size=worker.world_size, start_step=0, end_step=run.num_steps,
-        num_loader_workers=config.data.loader_workers, pin_memory=device.type == "cuda",
+        num_loader_workers=choose_loader_workers(
+            config.data.loader_workers, on_gpu=device.type == "cuda"
+        ), pin_memory=device.type == "cuda",
     )  # fmt: skip
     autocast = AUTOCAST[config.precision]
     began_s = time.perf_counter()

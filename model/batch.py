@@ -4,11 +4,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Of ImageNet, in RGB order, as the pretrained backbones were trained.
+PIXEL_MEAN = [0.485, 0.456, 0.406]
+PIXEL_STD = [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,12 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of different sizes in one tensor, the smaller ones padded at right and bottom."""
+    """Images of different sizes in one tensor, the smaller ones padded at right and bottom.
 
-    images: Tensor  # B 3 H W, normalised, zero where padded
+    A loader makes it with 8-bit pixels, a quarter of the bytes; `to` normalises them.
+    """
+
+    images: Tensor  # B 3 H W, uint8 or normalised; zero where padded
     padding: Tensor  # B H W, bool, true where there is no image
     targets: Targets
     seeds: Tensor  # B, int64: an image's seed determines all its random choices
@@ -53,9 +61,11 @@ class Batch:
         return int(self.targets.present.sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Copy the batch to a device, and normalise its images there if they are not yet."""
+        padding = self.padding.to(device, non_blocking=non_blocking)
         return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            self.padding.to(device, non_blocking=non_blocking),
+            normalise(self.images.to(device, non_blocking=non_blocking), padding),
+            padding,
             self.targets.to(device, non_blocking=non_blocking),
             self.seeds.to(device, non_blocking=non_blocking),
         )
@@ -72,6 +82,36 @@ class Batch:
             ),
             self.seeds.pin_memory(),
         )
+
+
+def normalise(images: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Subtract the mean of ImageNet's pixels and divide by their deviation.
+
+    On a CPU it gives the same bits as torchvision, image by image; on a GPU it may differ in the
+    last one.
+
+    Args:
+        images: B 3 H W, uint8. Floats are returned as they are: they are normalised already.
+        padding: B H W, true where the result is to be exactly zero.
+
+    Returns:
+        B 3 H W, float32 on the same device, contiguous.
+    """
+    if images.is_floating_point():
+        return images
+    mean, deviation = _statistics(images.device)
+    # Divide, as in the training of the published models; others multiply by 1 / 255.
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    pixels.sub_(mean).div_(deviation)
+    return pixels if padding is None else pixels.masked_fill_(padding[:, None], 0)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation, each 3 1 1. Kept, because a copy to a GPU waits for it."""
+    with torch.inference_mode(False):  # also used in training
+        mean, deviation = (torch.tensor(one, device=device) for one in (PIXEL_MEAN, PIXEL_STD))
+        return mean[:, None, None], deviation[:, None, None]
 
 
 def pad_targets(targets: Sequence[Target]) -> Targets:
@@ -93,7 +133,7 @@ def pad_batch(
     """Put images of different sizes into one batch.
 
     Args:
-        images: each 3 h w, normalised.
+        images: each 3 h w, all uint8 or all normalised.
         targets: one per image.
         seeds: one per image, of at most 63 bits; 0, 1, 2, … by default.
 
@@ -108,7 +148,13 @@ def pad_batch(
         )
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    padded = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    # Decoded images hold the three colours of a pixel side by side, and keep this order here.
+    is_decoded = images[0].dtype == torch.uint8
+    padded = torch.empty(
+        (len(images), images[0].shape[0], height, width),
+        dtype=images[0].dtype,
+        memory_format=torch.channels_last if is_decoded else torch.contiguous_format,
+    ).zero_()
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for row, image in enumerate(images):
         padded[row, :, : image.shape[1], : image.shape[2]] = image

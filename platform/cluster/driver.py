@@ -33,6 +33,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deta.platform.cluster.auth_token import OpenClusterError, starts_own_cluster
+from deta.platform.cluster.cpu_share import fit_cpus
 from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import release_reservations
 from deta.platform.cluster.train_worker import require_gpu
@@ -173,7 +174,7 @@ def run_attempt(orders: Orders) -> AttemptOutcome:
         kind: Literal["unreachable", "lost"] = "lost" if is_own else "unreachable"
         return AttemptOutcome(kind, f"{type(error).__name__}: {error}")
     try:
-        cluster = orders.cluster()
+        cluster = fit_cpus(orders.cluster(), ray.nodes())
         check_resources(cluster)
         check_gpus(cluster)
         train = _train_early if is_own else _train

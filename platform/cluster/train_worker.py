@@ -31,8 +31,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train as one worker of a Ray Train group, from the run's newest checkpoint on.
 
     Args:
-        settings: `run`, a reference to the run. Or `folder_file`, of workers that start while the
-            data are still checked: a file that appears once the run may begin, with its folder.
+        settings: `cpus` of this worker, and `run`, a reference to the run. Or `folder_file`, of
+            workers that start while the data are still checked: a file that appears once the run
+            may begin, with its folder.
     """
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -67,7 +68,8 @@ def _train(settings: dict[str, Any], rank: int, world_size: int) -> None:
         require_gpu()
         device = get_device()
         torch.cuda.set_device(device)
-    worker = Worker(rank, world_size, device, control_group(world_size, device))
+    control = control_group(world_size, device)
+    worker = Worker(rank, world_size, device, control, num_cpus=settings["cpus"])
     meter = WorkerMeter(RayExport(run.config.name), rank, on_gpu=device.type == "cuda")
     train(
         run,

@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from deta.platform.cluster.auth_token import starts_own_cluster
+from deta.platform.cluster.cpu_share import fit_cpus
 from deta.platform.cluster.metrics_export import RunExport
 from deta.platform.cluster.reservations import release_reservations, save_reservation
 from deta.platform.cluster.train_worker import train_worker
@@ -65,9 +66,8 @@ def fit_on_cluster(run: Run, *, max_failures: int, callbacks: list[Any] | None =
         ray.exceptions.RayActorError: Ray's controller was lost.
     """
     settings = {"run": ray.put(run)}
-    trainer = make_trainer(
-        run.config.cluster, settings, run.folder / "ray", max_failures, callbacks
-    )
+    cluster = fit_cpus(run.config.cluster, ray.nodes())
+    trainer = make_trainer(cluster, settings, run.folder / "ray", max_failures, callbacks)
     release_reservations(run.folder)
     save_reservation(run.folder, trainer)
     with RunExport(run.folder, run.config.name):
@@ -84,7 +84,7 @@ def make_trainer(
     """Return a trainer whose workers call `train_worker`.
 
     Args:
-        settings: for `train_worker`.
+        settings: for `train_worker`; `cpus` are added.
         storage: a folder for Ray's own records, that all nodes share.
     """
     resources = {"CPU": cluster.cpus_per_worker}
@@ -98,7 +98,7 @@ def make_trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     return Trainer(
         train_worker,
-        train_loop_config=settings,
+        train_loop_config=settings | {"cpus": cluster.cpus_per_worker},
         backend_config=ProcessGroupConfig("nccl" if cluster.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers, use_gpu=cluster.gpu, resources_per_worker=resources

@@ -26,10 +26,6 @@ from deta.platform.data.coco_dataset import Sample
 from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.sample_order import Draws
 
-# Of ImageNet, in RGB order, as the pretrained backbones were trained.
-PIXEL_MEAN = [0.485, 0.456, 0.406]
-PIXEL_STD = [0.229, 0.224, 0.225]
-
 # The released code has no maximum for the resize before the crop, so that an image 1 px high would
 # grow to 400 x 400 times its width. Aspect ratios below 27 do not reach this maximum.
 MAX_LONG_EDGE_BEFORE_CROP = 16384
@@ -124,13 +120,12 @@ def to_model_input(sample: Sample) -> tuple[Tensor, Target]:
     """Convert the sample to tensors.
 
     Returns:
-        3 H W float32, normalised with the mean and deviation of ImageNet, and the target with
-        boxes in cxcywh relative to this image.
+        3 H W uint8, for `pad_batch` and `normalise`, and the target with boxes in cxcywh relative
+        to this image.
     """
-    # Divide, as in the training of the published models; torchvision's to_dtype multiplies.
-    pixels = functional.pil_to_tensor(sample.image).float() / 255  # 3 H W
-    pixels = functional.normalize(pixels, PIXEL_MEAN, PIXEL_STD)
     x1, y1, x2, y2 = sample.boxes_px.unbind(1)
     boxes_px = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=1)  # N 4, cxcywh
     size_px = boxes_px.new_tensor([sample.image.width, sample.image.height] * 2)
-    return pixels, Target(boxes=boxes_px / size_px, labels=sample.labels)
+    return functional.pil_to_tensor(sample.image), Target(
+        boxes=boxes_px / size_px, labels=sample.labels
+    )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deta.model.batch import normalise
 from deta.model.config import PostprocessConfig
 from deta.model.postprocess import Detections, detect_objects
 from deta.platform.data.coco_dataset import CocoDataset
@@ -40,15 +41,15 @@ def detect_batch(
     """Return the detections in each image, on the host. The model must be in evaluation mode.
 
     Args:
-        images: B 3 H W, normalised, zero where padded.
+        images: B 3 H W, uint8 or normalised; what is padded becomes zero.
         padding: B H W, true where there is no image.
         sizes_px: B (height, width), of each image before it was resized.
     """
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, precision, enabled=precision != torch.float32),
-    ):
-        outputs = model(*(part.to(device, non_blocking=True) for part in (images, padding)))
+    with torch.inference_mode():
+        padding = padding.to(device, non_blocking=True)
+        images = normalise(images.to(device, non_blocking=True), padding)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            outputs = model(images, padding)
     return [found.cpu() for found in detect_objects(outputs, torch.tensor(sizes_px), postprocess)]
 
 

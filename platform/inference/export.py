@@ -25,10 +25,10 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from deta.model.architectures import Detector, DetectorConfig
+from deta.model.batch import PIXEL_MEAN, PIXEL_STD
 from deta.model.config import ModelConfig, PostprocessConfig
 from deta.model.postprocess import detect_fixed_number
 from deta.ops.ms_deform_attn import plain_decompositions
-from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.inference.exported_model import INPUTS
 
 ONNX_OPSET = 18  # the first with GridSample, LayerNormalization and GroupNormalization

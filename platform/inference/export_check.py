@@ -14,10 +14,8 @@ import deta.model.without_dynamo  # noqa: F401
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.utils.benchmark import Timer
-from torchvision.transforms.v2 import functional
 
 from deta.model.postprocess import Detections
-from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.evaluation.evaluate_model import detect_batch
 from deta.platform.inference.exported_model import PackedImages
 from deta.platform.inference.predictor import Predictor
@@ -36,10 +34,9 @@ def run_eagerly(predictor: Predictor, packed: PackedImages) -> list[Detections]:
     padding = torch.ones_like(packed.images[:, 0], dtype=torch.bool)
     for row, (height, width) in zip(padding, packed.sizes_px.tolist(), strict=True):
         row[:height, :width] = False
-    pixels = functional.normalize(packed.images.float() / 255, PIXEL_MEAN, PIXEL_STD)
     return detect_batch(
         predictor.model,
-        pixels.masked_fill(padding[:, None], 0),
+        packed.images,
         padding,
         packed.original_sizes_px.tolist(),
         predictor.config.postprocess,

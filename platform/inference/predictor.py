@@ -27,6 +27,7 @@ from deta.model.postprocess import Detections
 from deta.platform.checkpoint.format import read_checkpoint
 from deta.platform.checkpoint.local import find_checkpoint
 from deta.platform.data.coco_dataset import Category, CocoDataset, Sample
+from deta.platform.data.data_loader import choose_loader_workers
 from deta.platform.data.image_decoding import EIGHT_BIT_MODES, Header, ImageError, decode
 from deta.platform.data.transforms import resize_for_evaluation, resized_size, to_model_input
 from deta.platform.evaluation.evaluate_model import EvaluationResult, detect_batch, evaluate_model
@@ -51,7 +52,7 @@ NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 class PreparedImage(NamedTuple):
     """An image at the size of the model's input."""
 
-    pixels: Tensor  # 3 h w, normalised
+    pixels: Tensor  # 3 h w, uint8
     size_px: tuple[int, int]  # (height, width) before it was resized
 
     @property
@@ -197,7 +198,7 @@ class Predictor:
         )
 
     def prepare(self, image: Image.Image) -> PreparedImage:
-        """Resize and normalise an 8-bit RGB image as for an evaluation. Any thread may call it."""
+        """Resize an 8-bit RGB image as for an evaluation. Any thread may call it."""
         size_px = image.height, image.width
         sample = Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 0, size_px)
         resized = resize_for_evaluation(sample, self.config.data.evaluation_size)
@@ -327,7 +328,9 @@ class Predictor:
             batch_size=config.micro_batch_size,
             precision=AUTOCAST[config.precision],
             worker=Worker(0, 1, self.device),
-            loader_workers=config.data.loader_workers,
+            loader_workers=choose_loader_workers(
+                config.data.loader_workers, on_gpu=self.device.type == "cuda"
+            ),
             engine=config.evaluation.engine,
             on_batch=on_batch,
         )

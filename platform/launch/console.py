@@ -36,6 +36,7 @@ class Console:
         self._ap = ""
         self._has_advised = False
         self._num_windows = 0
+        self._num_loader_workers: int | None = None  # of a training worker, once it has begun
 
     def close(self) -> None:
         """Leave the bar as it is, and print below it from now on."""
@@ -81,6 +82,7 @@ class Console:
                 )
             else:
                 self.echo(f"training has started with {workers}")
+            self._print_loader_workers(event)
         elif kind == "progress":
             self._print_progress(event)
         elif kind == "evaluation":
@@ -111,11 +113,7 @@ class Console:
         self._num_windows += 1  # the loader starts in the first one
         if waited > MUCH_WAITING and self._num_windows > 1 and not self._has_advised:
             self._has_advised = True
-            self.echo(
-                f"training waited for data {100 * waited:.0f} % of the time: raise "
-                f"data.loader_workers (now {self.run.config.data.loader_workers}) if there are "
-                "idle cores, or pack the data (jobs/pack.py) if the storage is slow"
-            )
+            self.echo(self._advice(waited, metrics["train/images_per_s"]))
         loss = metrics.get("train/loss", math.nan)
         speed = f"{metrics['train/images_per_s']:7.1f} images/s"
         left = f"{duration(event['remaining_s'])} left"
@@ -136,6 +134,31 @@ class Console:
             total=event["num_steps"],
         )
         self._bar.start()  # from now on, what is printed appears above it
+
+    def _print_loader_workers(self, event: dict[str, Any]) -> None:
+        self._num_loader_workers = event.get("loader_workers")
+        if self._num_loader_workers is None or self.run.config.data.loader_workers != "auto":
+            return
+        cpus = f"; it has {event['cpus']:g} CPUs" if event.get("cpus") else ""
+        self.echo(
+            f"data.loader_workers: {self._num_loader_workers} for each training worker (auto{cpus})"
+        )
+
+    def _advice(self, waited: float, images_per_s: float) -> str:
+        """Return what to do about a share of the time spent waiting for data."""
+        now = self._num_loader_workers
+        text = f"training waited for data {100 * waited:.0f} % of the time"
+        if now is not None:
+            needed_per_s = images_per_s / max(1 - waited, 0.05)
+            # As fast as now each; a training worker that loads itself is one of them.
+            needed = max(now + 1, math.ceil(max(now, waited) * needed_per_s / images_per_s))
+            text += (
+                f": it got {images_per_s:.1f} images/s and could take {needed_per_s:.1f}. Set "
+                f"data.loader_workers={needed} (now {now}) if there are idle cores"
+            )
+        else:
+            text += ": raise data.loader_workers if there are idle cores"
+        return text + ", or pack the data (jobs/pack.py) if the storage is slow"
 
     def _echo_explanation(self, metrics: dict[str, float]) -> None:
         begins = "val/error_"

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 from deta.model.boxes import cxcywh_to_xyxy
 from deta.platform.data.data_loader import train_loader
 from deta.platform.data.sample_order import TrainingOrder
-from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.pages.draw_boxes import (
     colour_of,
     contact_sheet,
@@ -69,7 +69,7 @@ def first_epoch_images(run: Run, num_images: int = NUM_IMAGES) -> list[SheetImag
     for place in _choose(labels, num_images):
         seen = loader.inputs[keys[place]]
         record = records[keys[place].image_index]
-        image = to_image(seen.image)
+        image = functional.to_pil_image(seen.image)
         size_px = torch.tensor([image.width, image.height] * 2)
         lost = len(record.labels) - len(seen.target.labels)
         samples.append(
@@ -99,13 +99,6 @@ def _choose(labels: Sequence[Sequence[int]], num_images: int) -> list[int]:
             shown[label] += 1
     chosen = set(range(len(labels))) - left.keys()
     return sorted(chosen | set(islice(left, num_images - len(chosen))))
-
-
-def to_image(pixels: torch.Tensor) -> Image.Image:
-    """Convert a 3 H W tensor, normalised for the model, back to 8-bit RGB."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
-    levels = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def write_training_sheet(path: Path, run: Run) -> None:

@@ -26,6 +26,7 @@ class Worker:
     # For messages between the hosts, so that they never wait for a device; None: the default group,
     # which is on the hosts already. See `control_group`.
     control: dist.ProcessGroup | None = None
+    num_cpus: float | None = None  # that the cluster has granted; None: those of this process
 
     @property
     def is_leader(self) -> bool:

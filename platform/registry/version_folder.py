@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from deta.model.batch import PIXEL_MEAN, PIXEL_STD
 from deta.platform.checkpoint.format import (
     MANIFEST,
     Checkpoint,
@@ -36,7 +37,6 @@ from deta.platform.checkpoint.format import (
     parse_manifest,
 )
 from deta.platform.checkpoint.host_snapshot import WrittenFile
-from deta.platform.data.transforms import PIXEL_MEAN, PIXEL_STD
 from deta.platform.inference.export_check import OutputDifference
 from deta.platform.inference.predictor import Predictor
 from deta.platform.registry.lineage import Lineage

@@ -28,7 +28,8 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 def _require_at_least(part: Any, prefix: str, **minima: int) -> None:
     for key, minimum in minima.items():
-        if (value := getattr(part, key)) is not None and value < minimum:
+        value = getattr(part, key)
+        if not isinstance(value, str | None) and value < minimum:
             raise ValueError(f"{prefix}{key}={value} must be at least {minimum}")
 
 
@@ -56,7 +57,8 @@ class DataConfig:
     sixteen_bit_range: tuple[int, int] | None = None
     train_first: int | None = None  # use only this many images, for example to overfit a few
     val_first: int | None = None
-    loader_workers: int = 2  # processes per training worker; affects speed only
+    # Processes that load for each training worker; affects speed only. auto: by the worker's CPUs.
+    loader_workers: int | Literal["auto"] = "auto"
     # An image that proves broken during training is replaced by another, counted and listed. The
     # run stops if more than this share of the training images is broken (one is always tolerated).
     max_broken_share: float = 0.01
@@ -90,7 +92,9 @@ class ClusterConfig:
 
     num_workers: int = 8
     gpu: bool = True  # one GPU per worker and NCCL; otherwise CPUs and gloo
-    cpus_per_worker: float = 4  # must be available; loader workers share them
+    # Loader workers share them. Must be available; but workers with a GPU take fewer where a node
+    # has fewer for each of its GPUs.
+    cpus_per_worker: float = 4
     # Continue with as few as this while the cluster has no more; none: wait for num_workers. The
     # total batch, the image order and the learning rate stay the same: fewer workers accumulate.
     min_workers: int | None = None

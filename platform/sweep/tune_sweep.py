@@ -26,6 +26,7 @@ from typing import Any, Literal, cast
 
 # First: they set variables that Ray reads when it is imported.
 from deta.platform.cluster.connection import ClusterTooSmallError, join_cluster
+from deta.platform.cluster.cpu_share import fit_cpus, num_places
 from deta.platform.cluster.driver import check_resources
 from deta.platform.cluster.trainer import fit_on_cluster
 
@@ -164,28 +165,23 @@ def _room(sweep: Sweep, trials: list[Trial]) -> int:
     clusters: dict[ClusterConfig, str] = {}
     for trial in trials:
         clusters.setdefault(sweep.trial_config(trial).cluster, sweep.trial_name(trial))
-    for cluster, name in (clusters or {sweep.config.cluster: "a trial"}).items():
+    for wanted_cluster, name in (clusters or {sweep.config.cluster: "a trial"}).items():
+        cluster = fit_cpus(wanted_cluster, ray.nodes())
         try:
             check_resources(cluster)
         except ClusterTooSmallError as error:
             raise ClusterTooSmallError(f"{name}: {error}") from None
         num_workers = cluster.min_workers or cluster.num_workers
-        num_places = sum(_places(node, cluster) for node in _nodes())
-        if num_places < num_workers:
+        places = sum(num_places(node, cluster) for node in _nodes())
+        if places < num_workers:
             wanted = f"{cluster.cpus_per_worker:g} CPUs" + (" and a GPU" if cluster.gpu else "")
             raise ClusterTooSmallError(
                 f"{name} needs {num_workers} workers with {wanted} each on one node; the cluster's "
-                f"nodes have room for {num_places}. Lower cluster.cpus_per_worker or "
+                f"nodes have room for {places}. Lower cluster.cpus_per_worker or "
                 "cluster.num_workers"
             )
-        least = min(least, max(1, num_places // cluster.num_workers))
+        least = min(least, max(1, places // cluster.num_workers))
     return min(least, sweep.max_concurrent or least)
-
-
-def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    """Return how many workers fit on a node."""
-    places = int(resources.get("CPU", 0) / cluster.cpus_per_worker + 1e-6)
-    return min(places, int(resources.get("GPU", 0))) if cluster.gpu else places
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from deta.model.architectures import make_criterion
-from deta.platform.data.data_loader import LoadedBatch, train_loader
+from deta.platform.data.data_loader import LoadedBatch, choose_loader_workers, train_loader
 from deta.platform.data.sample_order import splitmix64
 from deta.platform.evaluation.evaluate_model import evaluate_model
 from deta.platform.learning.device_batches import DeviceBatches, StepBatches
@@ -123,6 +123,11 @@ class _Loop:
         self.history = EvaluationHistory(run, recorder.log_event)
         self.criterion = make_criterion(run.config.criterion, run.config.model)
         self.precision = AUTOCAST[run.config.precision]
+        self.num_loader_workers = choose_loader_workers(
+            run.config.data.loader_workers,
+            on_gpu=worker.device.type == "cuda",
+            num_cpus=worker.num_cpus,
+        )
         self.window = LogWindow()
         self.step_ended_s = self.polled_cluster_s = time.monotonic()
         self.is_preempted = False
@@ -131,7 +136,9 @@ class _Loop:
     def run_to_end(self) -> dict[str, float]:
         run, config = self.run, self.run.config
         num_parameters = sum(one.numel() for one in self.train_state.model.parameters())
-        self.recorder.log_begin(self.state, self.worker.world_size, num_parameters)
+        self.recorder.log_begin(
+            self.state, self.worker, num_parameters, num_loader_workers=self.num_loader_workers
+        )
         evaluation_steps = run.evaluation_steps()
         if self.state.step in evaluation_steps and not self.state.metrics:
             self._evaluate_and_save()  # the run was interrupted here
@@ -195,7 +202,7 @@ class _Loop:
             world_size=self.worker.world_size,
             start_step=self.state.step,
             end_step=self.run.num_steps,
-            num_loader_workers=config.data.loader_workers,
+            num_loader_workers=self.num_loader_workers,
             pin_memory=self.worker.device.type == "cuda",
         )
         return DeviceBatches(iter(loader) if len(loader) > 0 else iter(()), self.worker.device)
@@ -320,7 +327,7 @@ class _Loop:
             batch_size=max(1, config.micro_batch_size),
             precision=self.precision,
             worker=self.worker,
-            loader_workers=config.data.loader_workers,
+            loader_workers=self.num_loader_workers,
             engine=config.evaluation.engine,
             on_batch=self._on_evaluated_batch,
         )

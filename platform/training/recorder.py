@@ -12,6 +12,7 @@ import time
 from deta.platform.checkpoint.async_writer import CheckpointWriter
 from deta.platform.checkpoint.format import Checkpoint, CheckpointError
 from deta.platform.checkpoint.local import clean_leftovers, newest_checkpoint, take_snapshot
+from deta.platform.learning.distributed import Worker
 from deta.platform.run.fence import Fence, FencedOffError
 from deta.platform.run.journal import JOURNAL_FILE, Journal, read_events
 from deta.platform.run.run import STOP_FILE, Run
@@ -60,11 +61,14 @@ class Recorder:
         if self._journal is not None:
             self._journal.write(kind, **values)
 
-    def log_begin(self, state: RunState, world_size: int, num_parameters: int) -> None:
+    def log_begin(
+        self, state: RunState, worker: Worker, num_parameters: int, num_loader_workers: int
+    ) -> None:
         """Log that the first step follows, and how many steps and seconds a restart has cost.
 
         Args:
             num_parameters: of the model, trained or not.
+            num_loader_workers: of each training worker.
         """
         if self._journal is None:
             return
@@ -86,7 +90,9 @@ class Recorder:
             "begin",
             step=step,
             num_steps=self.run.num_steps,
-            world_size=world_size,
+            world_size=worker.world_size,
+            loader_workers=num_loader_workers,
+            cpus=worker.num_cpus,
             num_parameters=num_parameters,
             useful_s=state.useful_s,
             **lost,

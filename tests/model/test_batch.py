@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
-from deta.model.batch import Target, pad_batch, pad_targets
+from deta.model.batch import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Target,
+    _statistics,
+    normalise,
+    pad_batch,
+    pad_targets,
+)
 
 
 def make_target(num_boxes: int, seed: int = 0) -> Target:
@@ -65,3 +74,39 @@ def test_images_targets_and_seeds_of_different_numbers_are_refused(num_images, n
     images = [torch.zeros(3, 2, 2)] * num_images
     with pytest.raises(ValueError, match="a batch needs images"):
         pad_batch(images, [make_target(1)] * num_targets, seeds)
+
+
+def test_eight_bit_images_are_normalised_as_one_by_one_and_padded_with_exact_zeros():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(5, 8), (7, 4), (6, 6)]
+    images = [
+        torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8) for size in sizes
+    ]
+    images[0] = images[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as decoded
+    loaded = pad_batch(images, [make_target(1)] * 3)
+    assert loaded.images.dtype == torch.uint8
+    assert (loaded.images.masked_select(loaded.padding[:, None]) == 0).all()
+
+    batch = loaded.to("cpu")
+
+    assert batch.images.is_contiguous()
+    for row, image in enumerate(images):
+        height, width = image.shape[1:]
+        expected = functional.normalize(image.float() / 255, PIXEL_MEAN, PIXEL_STD)
+        assert torch.equal(batch.images[row, :, :height, :width], expected)
+        assert (batch.images[row].masked_select(batch.padding[row]) == 0).all()
+
+
+def test_a_batch_is_normalised_once():
+    batch = pad_batch([torch.full((3, 2, 2), 200, dtype=torch.uint8)], [make_target(1)]).to("cpu")
+    assert torch.equal(batch.to("cpu").images, batch.images)
+
+
+def test_statistics_made_for_predictions_can_be_used_in_training():
+    _statistics.cache_clear()
+    image = torch.full((1, 3, 2, 2), 9, dtype=torch.uint8)
+    with torch.inference_mode():
+        predicted = normalise(image)
+    weight = torch.ones((), requires_grad=True)
+    (normalise(image) * weight).sum().backward()
+    assert torch.equal(predicted, normalise(image))

@@ -41,6 +41,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
     """Return a function that runs an attempt with some parts of the driver replaced."""
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setattr(driver.ray, "nodes", list)
     orders = SimpleNamespace(cluster=lambda: CLUSTER, folder=lambda: Path("/nowhere"))
 
     def attempt(**parts: Callable) -> tuple[str, str]:
@@ -48,6 +49,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
             "join_cluster": lambda: "Ray cluster of a test",
             "check_resources": lambda cluster: None,
             "check_gpus": lambda cluster: None,
+            "fit_cpus": lambda cluster, nodes: cluster,
             "newest_step": lambda folder: -1,
             "_train": lambda cluster, orders: None,
         } | parts

@@ -35,3 +35,9 @@ def test_a_run_with_a_minimum_is_elastic(tmp_path: Path, least: int | None, expe
     scaling = make_trainer(cluster, {}, tmp_path, max_failures=0).scaling_config
     assert scaling.num_workers == expected
     assert scaling.resources_per_worker == {"CPU": 0.5}
+
+
+def test_a_worker_knows_its_cpus(tmp_path: Path):
+    cluster = ClusterConfig(num_workers=1, gpu=False, cpus_per_worker=3)
+    settings = make_trainer(cluster, {"run": 1}, tmp_path, max_failures=0).train_loop_config
+    assert settings == {"run": 1, "cpus": 3}

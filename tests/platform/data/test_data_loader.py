@@ -22,7 +22,13 @@ from PIL import Image
 
 from deta.model.batch import Batch
 from deta.platform.data.coco_dataset import CocoDataset, ImageRecord, Sample
-from deta.platform.data.data_loader import LoadedBatch, TrainLoader, evaluation_loader, train_loader
+from deta.platform.data.data_loader import (
+    LoadedBatch,
+    TrainLoader,
+    choose_loader_workers,
+    evaluation_loader,
+    train_loader,
+)
 from deta.platform.data.image_decoding import ImageError
 from deta.platform.data.image_sizes import AugmentationConfig, EvaluationSize
 from deta.platform.data.loader_errors import LoaderWorkerError
@@ -447,3 +453,34 @@ def test_more_ranks_than_images_leave_some_without_a_batch():
 def test_numbers_that_do_not_fit_are_refused_before_training(changes, message):
     with pytest.raises(ValueError, match=message):
         loader(**changes)
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "on_gpu", "expected"),
+    [
+        (2, True, 1),  # 16 cores, 8 GPUs
+        (4, True, 3),
+        (0.5, True, 1),
+        (64, True, 8),
+        (1, False, 1),
+        (3, False, 1),
+        (16, False, 2),
+    ],
+)
+def test_loader_workers_are_chosen_by_the_cpus_and_the_device(num_cpus, on_gpu, expected):
+    assert choose_loader_workers("auto", on_gpu=on_gpu, num_cpus=num_cpus) == expected
+    assert choose_loader_workers(5, on_gpu=on_gpu, num_cpus=num_cpus) == 5
+
+
+def test_without_a_cluster_loader_workers_are_chosen_by_the_cpus_of_this_process():
+    cpus = len(os.sched_getaffinity(0))
+    chosen = choose_loader_workers("auto", on_gpu=True)
+    assert chosen == choose_loader_workers("auto", on_gpu=True, num_cpus=cpus)
+
+
+@pytest.mark.parametrize("num_loader_workers", [0, 2])
+def test_batches_hold_eight_bits_until_they_are_on_the_device(num_loader_workers):
+    for one in flat(loader(num_loader_workers=num_loader_workers)):
+        assert one.batch.images.dtype == torch.uint8
+        assert one.batch.images.permute(0, 2, 3, 1).is_contiguous()  # as images are decoded
+        assert one.batch.to("cpu").images.dtype == torch.float32

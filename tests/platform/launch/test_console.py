@@ -7,12 +7,14 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deta.platform.launch.console import Console
+from deta.platform.run.config import override
 from deta.platform.run.run import RunResult
 from tests.platform.launch.tiny_splits import DATA, make_run, write_split
 
@@ -43,6 +45,46 @@ def console(tmp_path: Path) -> Console:
 def test_an_event_is_printed(console: Console, event: dict[str, Any], line: str):
     console.print_event(event)
     assert console.printed == [line]  # type: ignore[attr-defined]
+
+
+def test_the_chosen_loader_workers_are_printed(console: Console):
+    begin = {"kind": "begin", "step": 0, "num_steps": 9, "world_size": 2, "loader_workers": 3}
+    for cpus, after in ((4.0, "; it has 4 CPUs"), (None, "")):
+        console.print_event(begin | {"cpus": cpus})
+        line = f"data.loader_workers: 3 for each training worker (auto{after})"
+        assert console.printed[-1] == line  # type: ignore[attr-defined]
+
+    config = override(console.run.config, {"data.loader_workers": 3})
+    console.run = replace(console.run, config=config)
+    console.print_event(begin)
+    assert console.printed[-1] == "training has started with 2 workers"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("now", "waited", "advice"),
+    [
+        # Of 10 s, 4 s waited: 30 images/s in the other 6 s are 50, as 3 / 0.6 loader workers give.
+        (3, 0.4, "it got 30.0 images/s and could take 50.0. Set data.loader_workers=5 (now 3)"),
+        (1, 0.11, "it got 30.0 images/s and could take 33.7. Set data.loader_workers=2 (now 1)"),
+        (0, 0.2, "it got 30.0 images/s and could take 37.5. Set data.loader_workers=1 (now 0)"),
+        # Loading takes three times as long as the rest.
+        (0, 0.75, "it got 30.0 images/s and could take 120.0. Set data.loader_workers=3 (now 0)"),
+        (2, 1.0, "it got 30.0 images/s and could take 600.0. Set data.loader_workers=40 (now 2)"),
+    ],
+)
+def test_a_run_that_waits_for_data_says_how_many_loader_workers_it_needs(
+    console: Console, now: int, waited: float, advice: str
+):
+    shares = {"train/images_per_s": 30.0, "train/data_wait_share": waited}
+    progress = PROGRESS | {"metrics": PROGRESS["metrics"] | shares}
+    console.print_event(
+        {"kind": "begin", "step": 0, "num_steps": 9, "world_size": 1, "loader_workers": now}
+    )
+    for _ in range(3):
+        console.print_event(progress)
+    printed = console.printed  # type: ignore[attr-defined]
+    assert [advice in line for line in printed].count(True) == 1  # once, not for the first window
+    assert advice not in printed[2]
 
 
 def test_other_events_are_not_printed(console: Console):

@@ -246,16 +246,18 @@ def poison(monkeypatch: pytest.MonkeyPatch, *bad_steps: int) -> dict[int, int]:
     poisoned: dict[int, int] = {}
     count = itertools.count()
 
-    def to_model_input(sample):
-        image, target = real(sample)
-        step, place = divmod(next(count), 4)
-        if step + 1 in bad_steps and place == 1:
-            poisoned[step + 1] = sample.image_id
-            image = image * math.nan
-        return image, target
+    def collate(inputs):
+        loaded = real(inputs)
+        step, place = divmod(next(count), 2)
+        if step + 1 not in bad_steps or place == 1:
+            return loaded
+        poisoned[step + 1] = loaded.image_ids[1]
+        batch = loaded.batch.to("cpu")  # normalised: 8 bits hold no NaN
+        batch.images[1] = math.nan
+        return replace(loaded, batch=batch)
 
-    real = loader.to_model_input
-    monkeypatch.setattr(loader, "to_model_input", to_model_input)
+    real = loader._collate
+    monkeypatch.setattr(loader, "_collate", collate)
     return poisoned
 
 
