@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,12 @@ class Batch:
     def num_boxes(self) -> int:
         """The boxes of all images. Read it before the batch is on a device: it would wait."""
         return int(self.targets.present.sum())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the sizes of the images to another process instead of `padding`, a byte a pixel."""
+        heights = (~self.padding[:, :, 0]).sum(1).tolist()
+        widths = (~self.padding[:, 0]).sum(1).tolist()
+        return _with_padding, (self.images, heights, widths, self.targets, self.seeds)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copy the batch to a device, and normalise its images there if they are not yet."""
@@ -154,11 +161,24 @@ def pad_batch(
         (len(images), images[0].shape[0], height, width),
         dtype=images[0].dtype,
         memory_format=torch.channels_last if is_decoded else torch.contiguous_format,
-    ).zero_()
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    )
     for row, image in enumerate(images):
         padded[row, :, : image.shape[1], : image.shape[2]] = image
-        padding[row, : image.shape[1], : image.shape[2]] = False
-    return Batch(
-        padded, padding, pad_targets(targets), torch.tensor(list(seeds), dtype=torch.int64)
+        padded[row, :, image.shape[1] :] = 0
+        padded[row, :, : image.shape[1], image.shape[2] :] = 0
+    return _with_padding(
+        padded,
+        [image.shape[1] for image in images],
+        [image.shape[2] for image in images],
+        pad_targets(targets),
+        torch.tensor(list(seeds), dtype=torch.int64),
     )
+
+
+def _with_padding(
+    images: Tensor, heights: Sequence[int], widths: Sequence[int], targets: Targets, seeds: Tensor
+) -> Batch:
+    padding = torch.ones(len(images), *images.shape[2:], dtype=torch.bool, device=images.device)
+    for row, (height, width) in enumerate(zip(heights, widths, strict=True)):
+        padding[row, :height, :width] = False
+    return Batch(images, padding, targets, seeds)

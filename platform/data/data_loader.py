@@ -178,7 +178,8 @@ def _collate(inputs: list[_ModelInput]) -> LoadedBatch:
         # Otherwise a thread of the queue does this, which on failure (no space in /dev/shm, no file
         # descriptor) drops the batch, and the trainer would wait for ever.
         for tensor in batch_tensors(batch):
-            tensor.share_memory_()
+            if tensor is not batch.padding:  # the trainer makes it; see `Batch.__reduce__`
+                tensor.share_memory_()
     return LoadedBatch(batch, image_ids, sizes_px, [one for one in replaced if one is not None])
 
 

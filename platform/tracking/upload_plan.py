@@ -190,6 +190,8 @@ class UploadRecord:
             self.last_s = max(self.last_s, time_s)
             if kind == "begin" and is_number(event.get("world_size")):
                 self.num_workers = int(event["world_size"])
+                if is_number(event.get("cpus")):  # fewer than asked for, where GPUs share few
+                    self.cpus_per_worker = float(event["cpus"])
 
     def _close_start(self) -> None:
         seconds = max(0.0, self.last_s - self.began_s)

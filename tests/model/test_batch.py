@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional
@@ -110,3 +112,18 @@ def test_statistics_made_for_predictions_can_be_used_in_training():
     weight = torch.ones((), requires_grad=True)
     (normalise(image) * weight).sum().backward()
     assert torch.equal(predicted, normalise(image))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_another_process_gets_the_same_batch(dtype: torch.dtype):
+    images = [torch.ones(3, *size).to(dtype) for size in ((5, 8), (7, 4), (7, 8), (1, 1))]
+    batch = pad_batch(images, [make_target(count) for count in (2, 0, 1, 3)])
+
+    received = pickle.loads(pickle.dumps(batch))
+
+    for one, other in ((batch.images, received.images), (batch.padding, received.padding)):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert torch.equal(batch.targets.boxes, received.targets.boxes)
+    assert torch.equal(batch.targets.present, received.targets.present)
+    assert torch.equal(batch.seeds, received.seeds)
