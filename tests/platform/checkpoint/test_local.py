@@ -26,6 +26,8 @@ from deta.platform.checkpoint.local import (
     all_checkpoints,
     best_checkpoint,
     clean_leftovers,
+    delete_checkpoint,
+    find_checkpoint,
     keep_newest_and_best,
     newest_checkpoint,
     take_snapshot,
@@ -328,3 +330,165 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path):
         os.umask(former)
     assert all(file.stat().st_mode & 0o777 == 0o644 for file in path.iterdir())
     assert checkpoint_format.FORMAT_VERSION == read_checkpoint(path).state.format_version == 2
+
+
+def test_the_room_that_a_snapshot_needs_grows_with_its_tensors_and_lists(tmp_path: Path):
+    def needs(broken: int, num_categories: int, length: int = 3) -> int:
+        state = RunState(
+            step=1, samples_seen=1, epoch=0.1, broken_images=dict.fromkeys(map(str, range(broken)))
+        )
+        categories = tuple(Category(n, f"c{n}") for n in range(num_categories))
+        tensors = {"w": torch.zeros(length)}
+        return take_snapshot(state, RunConfig(), categories, tensors, tensors).num_bytes
+
+    assert needs(15, 16) - needs(14, 16) == 0
+    assert needs(15, 17) - needs(15, 16) == 4096  # 32 in all
+    assert needs(0, 16) - needs(0, 0) == 4096
+    assert needs(0, 0, 2000) - needs(0, 0, 1000) == 2 * 4000  # headers of one length
+    path = write(tmp_path, 1)
+    on_disk = sum(one.stat().st_size for one in path.iterdir())
+    assert on_disk <= needs(0, 2, 3) + 4096
+    assert needs(0, 0, 0) - 8 * 4096 < 1000  # eight small files, and two empty headers
+
+
+def test_a_path_refers_to_itself_or_to_the_best_of_its_run(tmp_path: Path):
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    first, second = write(folder, 1, ap=5.0), write(folder, 2, ap=4.0)
+    third = write(folder, 3)
+    assert find_checkpoint(second) == second
+    for path in (run, folder, run / "best", folder / "best"):
+        assert find_checkpoint(path) == first
+    for path in (first, second):
+        shutil.rmtree(path)
+    for path in (run, folder, run / "best"):
+        assert find_checkpoint(path) == third  # none has an AP
+
+
+def test_a_folder_that_is_named_best_is_a_folder(tmp_path: Path):
+    best = tmp_path / "best"
+    path = write(best / "checkpoints", 1)
+    write(tmp_path / "checkpoints", 2)
+    assert find_checkpoint(best) == path
+
+
+def test_a_path_without_a_checkpoint_says_what_to_give(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"/none: there is no such file or folder$"):
+        find_checkpoint(tmp_path / "none")
+    (tmp_path / "best").mkdir()
+    for path in (tmp_path, tmp_path / "best"):
+        with pytest.raises(ValueError, match="neither") as caught:
+            find_checkpoint(path)
+        assert str(caught.value) == (
+            f"{path}: is neither a checkpoint (no MANIFEST.json in it) nor a run with checkpoints; "
+            "give …/NAME or …/NAME/checkpoints/step-…"
+        )
+    with pytest.raises(ValueError, match="nowhere/best: there is no such file or folder"):
+        find_checkpoint(tmp_path / "nowhere" / "best")
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path):
+    assert all_checkpoints(tmp_path / "none") == []
+    names = ["step-00000009", "step-00000010", "step-100000000", "step-99999999"]
+    for name in [*names, "step-0000001", "step-00000001.old", "damaged-step-00000003"]:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in all_checkpoints(tmp_path)] == [
+        "step-00000009", "step-00000010", "step-99999999", "step-100000000",
+    ]  # fmt: skip
+
+
+def test_the_best_is_the_newest_of_equals(tmp_path: Path):
+    write(tmp_path, 1, ap=3.0)
+    second = write(tmp_path, 2, ap=3.0)
+    write(tmp_path, 3, ap=2.0)
+    write(tmp_path, 4)
+    assert best_checkpoint(tmp_path) == second
+
+
+def test_by_default_one_of_the_newest_is_kept_and_what_is_protected(tmp_path: Path):
+    paths = [write(tmp_path, step) for step in range(1, 6)]
+    keep_newest_and_best(tmp_path, protect=[paths[1]])
+    assert all_checkpoints(tmp_path) == [paths[1], paths[4]]
+    assert sorted(one.name for one in tmp_path.iterdir()) == [paths[1].name, paths[4].name]
+
+
+def test_a_checkpoint_of_another_version_is_complete_and_is_kept_as_the_newest(tmp_path: Path):
+    old, newer = write(tmp_path, 1), write(tmp_path, 2)
+    manifest = json.loads((newer / "MANIFEST.json").read_text())
+    manifest["format_version"] += 1
+    manifest.pop("sha256")
+    (newer / "MANIFEST.json").write_text(json.dumps(manifest))
+    keep_newest_and_best(tmp_path)
+    assert all_checkpoints(tmp_path) == [newer]
+    assert not old.exists()
+
+
+def test_only_leftovers_of_saves_are_removed(tmp_path: Path):
+    others = [
+        ".step-1.0a.unfinished", ".step-00000001.xyz.unfinished", ".step-00000001.0a.other",
+        ".step-00000001.0a.deleted.more", "damaged-step-00000001", "step-00000001.unfinished",
+    ]  # fmt: skip
+    for name in [*others, ".step-00000001.0a1b.deleted", ".step-123456789.unfinished"]:
+        (tmp_path / name).mkdir()
+    clean_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_replaced_checkpoint_comes_back_only_in_its_own_place(tmp_path: Path):
+    there = write(tmp_path, 1)
+    for name in (".step-00000001.0a.replaced", ".step-00000002.0a.replaced", ".step-x.0a.replaced"):
+        shutil.copytree(there, tmp_path / name)
+    (there / "mark").touch()
+    assert newest(tmp_path).path == tmp_path / "step-00000002"
+    assert (there / "mark").exists()
+    assert (tmp_path / ".step-x.0a.replaced").exists()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    (bad / "state.json").write_text("")
+    true_rename = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path == bad:
+            raise OSError(30, "Read-only file system")
+        return true_rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert newest(tmp_path).path == good  # the log is the default place for warnings
+    assert caplog.messages == [
+        f"{bad / 'state.json'}: is missing or cut short; use an older checkpoint; left in place, "
+        "since it cannot be renamed (Read-only file system)"
+    ]
+    monkeypatch.undo()
+    warnings: list[str] = []
+    newest_checkpoint(tmp_path, warnings.append)
+    assert warnings == [
+        f"{bad / 'state.json'}: is missing or cut short; use an older checkpoint; set aside as "
+        "damaged-step-00000002"
+    ]
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_read_is_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    good, gone = write(tmp_path, 1), write(tmp_path, 2)
+    listed = all_checkpoints(tmp_path)
+    shutil.rmtree(gone)
+    monkeypatch.setattr("deta.platform.checkpoint.local.all_checkpoints", lambda _folder: listed)
+    warnings: list[str] = []
+    found = newest_checkpoint(tmp_path, warnings.append)
+    assert found is not None
+    assert found.path == good
+    assert warnings == []
+
+
+def test_a_failed_save_leaves_nothing_and_a_repeated_one_replaces(tmp_path: Path):
+    path = write(tmp_path, 1, ap=1.0)
+    write(tmp_path, 1, ap=2.0)
+    assert read_checkpoint(path).state.metrics == {"AP": 2.0}
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    delete_checkpoint(path)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from deta.platform.learning.distributed import Worker
-from deta.platform.learning.gradient_sum import GradientSum
+from deta.platform.learning.gradient_sum import (
+    ALIGNMENT,
+    GradientSum,
+    batch_norm_statistics,
+    broadcast_statistics,
+)
 from tests.platform.learning.two_workers import on_two
 
 
@@ -118,3 +123,83 @@ def test_one_gradient_of_one_worker_needs_no_sum():
     assert not GradientSum(layers().parameters(), 1, accumulates=False).is_needed
     assert GradientSum(layers().parameters(), 2, accumulates=False).is_needed
     assert GradientSum(layers().parameters(), 1, accumulates=True).is_needed
+
+
+@pytest.mark.parametrize(("num_workers", "accumulates"), [(1, True), (2, False), (3, True)])
+def test_the_sum_lies_in_one_aligned_block_of_the_promised_size(
+    num_workers: int, accumulates: bool
+):
+    """Whole gradients of 33, 32 and 1 elements begin at multiples of 32 elements."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (33, 32, 1)]
+    gradients = GradientSum(parameters, num_workers, accumulates=accumulates)
+    places = [(one.data_ptr() - gradients._block.data_ptr()) // 4 for one in gradients._gradients]
+    assert places == [0, 64, 96]
+    part = num_workers * ALIGNMENT
+    length = -(-128 // part) * part
+    assert len(gradients._block) == length
+    assert gradients._block.dtype == torch.float32
+    sums = gradients._sum
+    assert (sums is None) == (not accumulates)
+    if sums is not None:
+        assert (len(sums), sums.dtype) == (length, torch.float64)
+    assert len(gradients._parts) == (length if num_workers > 1 else 0)
+    assert gradients._parts.dtype == (torch.float64 if accumulates else torch.float32)
+    assert gradients._counts.tolist() == [0, 0, 0]
+    assert gradients._counts.dtype == torch.int32
+
+
+def test_the_buffers_are_where_the_parameters_are():
+    parameters = [nn.Parameter(torch.zeros(5, device="meta"))]
+    gradients = GradientSum(parameters, 2, accumulates=True)
+    assert gradients._sum is not None
+    for buffer in (gradients._block, gradients._sum, gradients._parts):
+        assert buffer.device.type == "meta"
+    assert gradients._counts.device.type == "cpu"  # travels beside the device's
+
+
+def test_a_second_micro_batch_needs_a_sum_to_go_to():
+    model = layers()
+    gradients = GradientSum(model.parameters(), 2, accumulates=False)
+    for is_first in (True, False):
+        model(torch.ones(1, 40)).sum().backward()
+        if is_first:
+            gradients.add()
+            assert all(parameter.grad is None for parameter in model.parameters())
+        else:
+            with pytest.raises(AssertionError):
+                gradients.add()
+
+
+def test_a_gradient_of_an_earlier_micro_batch_is_not_added_twice():
+    """The second micro-batch does not use the last layer."""
+    model = layers()
+    gradients = GradientSum(model.parameters(), 1, accumulates=True)
+    model(torch.ones(1, 40)).sum().backward()
+    gradients.add()
+    model[0](torch.ones(1, 40)).sum().backward()
+    gradients.add()
+    gradients.all_reduce()
+    assert model[2].bias.grad is not None
+    assert model[2].bias.grad.tolist() == [1.0]
+
+
+def test_statistics_of_all_batch_norms_that_track_them_are_found():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False),
+        nn.Sequential(nn.BatchNorm2d(4)), nn.GroupNorm(1, 2),
+    )  # fmt: skip
+    found = batch_norm_statistics(model)
+    assert [one.numel() for one in found] == [3, 3, 1, 4, 4, 1]
+    assert found[0] is model[0].running_mean
+
+
+def test_all_workers_get_the_statistics_of_the_first():
+    def copied(worker: Worker) -> list[float]:
+        statistics = [torch.full((2,), float(worker.rank + 1)), torch.tensor([10.0 + worker.rank])]
+        broadcast_statistics(statistics, worker.world_size)
+        return torch.cat(statistics).tolist()
+
+    assert on_two(copied) == [[1.0, 1.0, 10.0]] * 2
+    alone = torch.ones(1)
+    broadcast_statistics([alone], 1)  # needs no process group
+    assert alone.item() == 1.0
