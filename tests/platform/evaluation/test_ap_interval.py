@@ -12,7 +12,9 @@ from deta.platform.evaluation.ap_interval import (
     AP_PRIOR,
     BIAS_FACTOR,
     DIFFERENCE_PRIOR,
+    EDGE,
     SHARE_PRIOR,
+    SMALLEST_LEVEL,
     ApSpread,
     DifferenceSpread,
     mean_center,
@@ -167,3 +169,107 @@ def test_a_higher_confidence_is_wider_and_p_is_where_zero_is_reached() -> None:
     wide, narrow = spread.interval(0.99), spread.interval(0.9)
     assert (wide[0] < narrow[0]).all()
     assert (wide[1] > narrow[1]).all()
+
+
+def test_the_mean_of_differences_has_the_covariance_of_the_differences() -> None:
+    others = HALVES * 0.8 + RNG.normal(0, 0.02, HALVES.shape)
+    a, b = (
+        ApSpread.of(whole, halves, IMAGES, 40, prior=DIFFERENCE_PRIOR)
+        for whole, halves in ((WHOLE, HALVES), (0.8 * WHOLE, others))
+    )
+    spread = DifferenceSpread.of(a, b, HALVES, others)
+    assert spread.covariance == pytest.approx(2 * np.cov((others - HALVES).T, bias=True)[0, 1] / 4)
+    assert spread.total_images == 40
+    low, high = spread.interval(0.95)
+    extra = spread.covariance * stats.t.ppf(0.975, 39) ** 2
+    downwards, upwards = (((end - spread.center) ** 2).sum() / 4 for end in (low, high))
+    middle = spread.center.mean()
+    assert mean_interval(spread, 0.95) == pytest.approx((
+        middle - math.sqrt(max(downwards + extra, downwards / 2)),
+        middle + math.sqrt(max(upwards + extra, upwards / 2)),
+    ))  # fmt: skip
+
+
+def test_classes_that_make_up_for_each_other_halve_the_square_at_most() -> None:
+    """What one class gains in a half-sample, the other one loses."""
+    halves = np.column_stack([HALVES[:, 0], 1.2 - HALVES[:, 0]])
+    spread = ApSpread.of(np.array([0.6, 0.6]), halves, np.array([30, 30]), 40)
+    low, high = spread.interval(0.95)
+    middle = spread.center.mean()
+    assert spread.covariance == pytest.approx(-spread.own.sum() / 4)
+    own = [((end - spread.center) ** 2).sum() / 4 for end in (low, high)]
+    assert mean_interval(spread, 0.95) == pytest.approx(
+        (middle - math.sqrt(own[0] / 2), middle + math.sqrt(own[1] / 2))
+    )
+
+
+def test_with_one_image_in_all_the_covariance_has_one_degree_of_freedom() -> None:
+    spread = ApSpread.of(WHOLE, HALVES, IMAGES, 1)
+    low, _ = spread.interval(0.95)
+    extra = spread.covariance * stats.t.ppf(0.975, 1) ** 2
+    wanted = spread.center.mean() - math.sqrt(((spread.center - low) ** 2).sum() / 4 + extra)
+    assert mean_interval(spread, 0.95)[0] == pytest.approx(wanted)
+
+
+def test_a_class_of_one_image_has_no_freedom_of_its_own() -> None:
+    images = np.array([30, 1])
+    spread = ApSpread.of(WHOLE, HALVES, images, 40)
+    assert spread.freedom.tolist() == [29 + 0, 0 + min(AP_PRIOR, 29)]
+    center = spread.center
+    expected = center * (1 - center) / images
+    factor = spread.own[0] / expected[0]  # the other class has no weight
+    assert spread.variance == pytest.approx([spread.own[0], factor * expected[1]])
+    difference = DifferenceSpread.of(spread, spread, HALVES, HALVES[::-1])
+    share = (HALVES[::-1] - HALVES).var(axis=0) / (2 * HALVES.var(axis=0))
+    assert difference.share == pytest.approx([share[0], share[0]])
+
+
+def test_a_difference_of_a_class_that_is_not_there_is_not_a_number() -> None:
+    halves = np.column_stack([HALVES, np.full(200, np.nan)])
+    images = np.append(IMAGES, 0)
+    spread = ApSpread.of(np.append(WHOLE, np.nan), halves, images, 40, prior=DIFFERENCE_PRIOR)
+    found = DifferenceSpread.of(spread, spread, halves, halves[::-1])
+    without = ApSpread.of(WHOLE, HALVES, IMAGES, 40, prior=DIFFERENCE_PRIOR)
+    wanted = DifferenceSpread.of(without, without, HALVES, HALVES[::-1])
+    assert found.share[:2] == pytest.approx(wanted.share)
+    assert found.covariance == pytest.approx(wanted.covariance)
+    assert np.isnan(found.interval(0.95)[0]).tolist() == [False, False, True]
+
+
+def test_models_that_are_always_equal_differ_by_nothing() -> None:
+    spread = ApSpread.of(WHOLE, HALVES, IMAGES, 40, prior=DIFFERENCE_PRIOR)
+    same = DifferenceSpread.of(spread, spread, HALVES, HALVES)
+    assert same.share.tolist() == [0.0, 0.0]
+    assert [end.tolist() for end in same.interval(0.95)] == [[0.0, 0.0]] * 2
+    assert mean_center(same) == 0.0
+
+
+@pytest.mark.parametrize("ap", [0.0, 1.0])
+def test_classes_that_never_vary_have_the_edge_of_the_scale(ap: float) -> None:
+    halves = np.full((50, 1), ap)
+    spread = ApSpread.of(np.array([ap]), halves, np.array([9]), 9)
+    low, high = spread.interval(0.95)
+    wanted = (0.0, EDGE) if ap == 0.0 else (1 - EDGE, 1.0)
+    assert (low[0], high[0]) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_center_does_not_leave_the_scale() -> None:
+    """The correction of the bias would: half-samples are better than the whole."""
+    halves = np.column_stack([np.full(50, 0.1), np.full(50, 0.9)])
+    spread = ApSpread.of(np.array([0.01, 0.99]), halves, np.array([9, 9]), 9)
+    assert spread.center.tolist() == [0.0, 1.0]
+
+
+def test_a_p_value_is_exact_from_the_smallest_level_to_one() -> None:
+    """For normal intervals around these centers it is that of the normal distribution."""
+    centers = np.array([[0.0, 1.0, -2.5], [4.0, np.nan, 60.0]])
+
+    def interval(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert confidence.shape == centers.shape
+        half = -stats.norm.ppf((1 - confidence) / 2)
+        return centers - half, centers + half
+
+    found = p_values(interval, (2, 3))
+    wanted = 2 * stats.norm.sf(np.abs(centers))
+    wanted[1, 2] = SMALLEST_LEVEL
+    assert found == pytest.approx(wanted, rel=1e-6, nan_ok=True)
