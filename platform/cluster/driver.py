@@ -35,7 +35,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deta.platform.cluster.auth_token import OpenClusterError, starts_own_cluster
 from deta.platform.cluster.cpu_share import fit_cpus
 from deta.platform.cluster.metrics_export import RunExport
-from deta.platform.cluster.reservations import release_reservations
+from deta.platform.cluster.reservations import (
+    release_reservations,
+    remove_placement_groups,
+    save_reservation,
+)
 from deta.platform.cluster.train_worker import require_gpu
 from deta.platform.cluster.trainer import fit_on_cluster, make_trainer
 from deta.platform.run.config import ClusterConfig, from_json
@@ -185,6 +189,8 @@ def run_attempt(orders: Orders) -> AttemptOutcome:
                 return AttemptOutcome("ended")
             except ray.exceptions.RayActorError as error:  # the controller, not a worker
                 print(f"Ray's controller was lost ({type(error).__name__})", flush=True)
+                if is_own:
+                    remove_placement_groups()
                 before, reached = reached, newest_step(orders.folder())
                 fruitless = 0 if reached > before else fruitless + 1
                 if fruitless == MAX_CONTROLLERS:
@@ -198,7 +204,10 @@ def run_attempt(orders: Orders) -> AttemptOutcome:
 def _train_early(cluster: ClusterConfig, orders: Orders) -> None:
     """Train on a cluster of this process; its workers wait for the run when they have started."""
     settings = {"folder_file": str(orders.folder_file)}
-    make_trainer(cluster, settings, orders.scratch, max_failures=-1).fit()
+    trainer = make_trainer(cluster, settings, orders.scratch, max_failures=-1)
+    release_reservations(orders.scratch)  # of a controller that was lost
+    save_reservation(orders.scratch, trainer)
+    trainer.fit()
 
 
 def _train(cluster: ClusterConfig, orders: Orders) -> None:

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from deta.platform.system.atomic_write import write_json
 
@@ -47,6 +52,17 @@ def release_reservations(folder: Path) -> None:
         write_json(folder / RESERVATIONS_FILE, {"requesters": []})
     except Exception as error:  # they expire on their own
         print(f"reservations of earlier attempts could not be released: {error}", flush=True)
+
+
+def remove_placement_groups() -> None:
+    """Free what a lost controller had reserved on a cluster of this process.
+
+    Ray's cleaner does the same, unless the controller was lost before the cleaner had started; on a
+    busy machine that takes longer than the first steps. Then the next group would wait for good.
+    """
+    for id_, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(id_)))
 
 
 def _saved(folder: Path) -> list[str]:

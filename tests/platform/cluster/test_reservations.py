@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -138,3 +139,38 @@ def _python(
         [sys.executable, "-c", program, str(folder), *names], cwd=ROOT, env=cluster.env,
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
+
+
+GROUP_AND_LOSE = """
+import ray
+from ray.util.placement_group import placement_group
+from deta.platform.cluster.reservations import remove_placement_groups
+
+ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+
+@ray.remote(num_cpus=0)
+class Controller:
+    def group(self):
+        group = placement_group([{"CPU": 1}] * 2, lifetime="detached")
+        return ray.get(group.ready()) and True
+
+controller = Controller.remote()
+assert ray.get(controller.group.remote())
+ray.kill(controller)
+follower = placement_group([{"CPU": 1}] * 2)
+is_free_before = follower.wait(3)
+remove_placement_groups()
+remove_placement_groups()  # what is gone is passed over, also this one that waits
+again = placement_group([{"CPU": 1}] * 2)
+print(is_free_before, again.wait(60))
+"""
+
+
+def test_what_a_lost_controller_held_is_free_for_the_next_group(tmp_path: Path):
+    """Also if Ray's cleaner had not started yet."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP_AND_LOSE], cwd=ROOT, env=env, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "True"], done.stderr[-2000:]
