@@ -134,8 +134,6 @@ class Orders:
                 _move_log(folder)
                 write_atomic(self.folder_file, str(folder))
                 self._folders.put(folder)
-                if starts_own_cluster():  # otherwise `fit_on_cluster` exports
-                    RunExport(folder, folder.name).start()
         # The supervisor closed it on purpose, or died. A driver must not train beside its
         # successor, nor hold reservations that others need.
         if ray.is_initialized() and not starts_own_cluster() and not self._folders.empty():
@@ -203,11 +201,17 @@ def run_attempt(orders: Orders) -> AttemptOutcome:
 
 def _train_early(cluster: ClusterConfig, orders: Orders) -> None:
     """Train on a cluster of this process; its workers wait for the run when they have started."""
+    threading.Thread(target=_export, args=(orders,), daemon=True).start()
     settings = {"folder_file": str(orders.folder_file)}
     trainer = make_trainer(cluster, settings, orders.scratch, max_failures=-1)
     release_reservations(orders.scratch)  # of a controller that was lost
     save_reservation(orders.scratch, trainer)
     trainer.fit()
+
+
+def _export(orders: Orders) -> None:
+    folder = orders.folder()
+    RunExport(folder, folder.name).start()
 
 
 def _train(cluster: ClusterConfig, orders: Orders) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,8 +23,11 @@ from deta.platform.data.image_sizes import PixelRules
 from deta.platform.system.progress import progress_bar
 from deta.platform.system.short_list import short_list
 
-NUM_READERS = 16  # threads that read headers; network storage keeps more of them busy than cores
-IMAGES_PER_TASK = 128
+# Threads of a process that read headers. A network's storage keeps more of them busy than a core
+# does; with many more, they mostly wait for Python's lock.
+NUM_READERS = 4
+IMAGES_PER_TASK = 256
+MANY_IMAGES = 5_000  # from so many on, each core reads headers, in a process of its own
 
 IMAGE_UNREADABLE = "image missing or unreadable"
 IMAGE_OF_OTHER_SIZE = "image of another size than annotated"
@@ -38,7 +43,7 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._root = os.path.realpath(folder)
-        self._is_inside = cache(self._resolves_inside)  # few subfolders, many files
+        self._inside: dict[str, bool] = {}  # few subfolders, many files
 
     def path(self, file_name: str) -> Path:
         """Return the path of a file.
@@ -51,9 +56,10 @@ class ImageFolder:
         """
         name = PurePosixPath(file_name)
         path = self.folder / name
-        if self._is_inside(str(name.parent)) and (
-            not os.path.islink(path) or self._resolves_inside(str(name))
-        ):
+        parent = str(name.parent)
+        if parent not in self._inside:
+            self._inside[parent] = self._resolves_inside(parent)
+        if self._inside[parent] and (not os.path.islink(path) or self._resolves_inside(str(name))):
             return path
         raise OutsideFolderError(
             f"{path} is reached through a link out of the image folder; copy it into the folder, "
@@ -83,25 +89,16 @@ def inspect_images(
     Raises:
         DatasetError: no image file exists.
     """
-    image_folder = ImageFolder(folder)
-
-    def inspect(chunk: list[dict[str, Any]]) -> list[Header | ValueError]:
-        found: list[Header | ValueError] = []
-        for image in chunk:
-            try:
-                found.append(read_header(image_folder.path(image["file_name"]), max_pixels, rules))
-            except (ImageError, OutsideFolderError) as error:
-                found.append(error)
-        return found
-
     headers = {}
     starts = range(0, len(images), IMAGES_PER_TASK)
     chunks = [images[start : start + IMAGES_PER_TASK] for start in starts]
+    names = [[image["file_name"] for image in chunk] for chunk in chunks]
+    read = partial(_read_headers, ImageFolder(folder), max_pixels, rules)
     with (
-        ThreadPoolExecutor(NUM_READERS) as pool,
+        _map_on_cores(len(images) >= MANY_IMAGES) as map_on_cores,
         progress_bar("image headers", len(images), show=progress) as advance,
     ):
-        for chunk, results in zip(chunks, pool.map(inspect, chunks), strict=True):
+        for chunk, results in zip(chunks, map_on_cores(read, names), strict=True):
             for image, found in zip(chunk, results, strict=True):
                 image_id, annotated = image["id"], (image["width"], image["height"])
                 if isinstance(found, OutsideFolderError):
@@ -122,6 +119,37 @@ def inspect_images(
     if images and not headers:
         _require_any(folder, images, problems.path)
     return headers
+
+
+def _read_headers(
+    folder: ImageFolder, max_pixels: int, rules: PixelRules, names: list[str]
+) -> list[Header | ValueError]:
+    """Read the headers of some files, or find why they cannot be used, in a few threads."""
+
+    def read(name: str) -> Header | ValueError:
+        try:
+            return read_header(folder.path(name), max_pixels, rules)
+        except (ImageError, OutsideFolderError) as error:
+            return error
+
+    size = -(-len(names) // NUM_READERS)
+    parts = [names[start : start + size] for start in range(0, len(names), size)]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return [one for part in pool.map(lambda part: [*map(read, part)], parts) for one in part]
+
+
+@contextmanager
+def _map_on_cores(is_much: bool) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield `map`, or one like it that uses a process for each core.
+
+    The processes are forks. Others would import the program of the user again.
+    """
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if not is_much or num_cores == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(num_cores, multiprocessing.get_context("fork")) as pool:
+        yield pool.map
 
 
 def _require_any(folder: Path, images: list[dict[str, Any]], annotations: Path) -> None:

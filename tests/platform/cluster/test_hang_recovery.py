@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from deta.platform.data.synthetic_shapes import write_shapes
-from deta.platform.launch.attempt import LOG_FILE
 from deta.platform.learning.hang_watchdog import HEARTBEATS, STACKS
 from deta.platform.run.journal import read_events
+from deta.platform.run.run import ATTEMPT_LOG
 
 pytestmark = [
     pytest.mark.cluster,
@@ -60,7 +60,7 @@ def test_a_worker_that_does_not_run_is_replaced_without_another_attempt(tmp_path
     assert restarts[0].startswith("the training hung (rank 0, process ")
     assert f"{restarts[0]}; continuing from " in printed
     assert len(list((folder / STACKS).glob("rank-0-*.txt"))) == 1
-    assert (folder / LOG_FILE).read_text().count("Ray cluster on this machine") == 1
+    assert (folder / ATTEMPT_LOG).read_text().count("Ray cluster on this machine") == 1
     assert not Path(f"/proc/{victim}").exists()
 
 
