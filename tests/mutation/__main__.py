@@ -11,6 +11,7 @@ survivor any more.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import sys
 import tomllib
@@ -30,9 +31,12 @@ KILLED = ("killed", "timeout", "suspicious", "segfault")
 class Equivalent:
     """A change of a function that no test could notice."""
 
-    function: str  # with its module, and its class
+    function: str  # with its module, and its class; * stands for any
     change: str  # a part of a changed line
     reason: str
+
+    def covers(self, function: str, added: str) -> bool:
+        return fnmatch.fnmatchcase(function, self.function) and self.change in added
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def main() -> int:
             count["killed"] += 1
             continue
         removed, added = mutant.changes()
-        same = [e for e in equivalents if e.function == mutant.function and e.change in added]
+        same = [e for e in equivalents if e.covers(mutant.function, added)]
         unseen -= set(same)
         if same:
             count["equivalent"] += 1

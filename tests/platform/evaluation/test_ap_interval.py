@@ -273,3 +273,10 @@ def test_a_p_value_is_exact_from_the_smallest_level_to_one() -> None:
     wanted = 2 * stats.norm.sf(np.abs(centers))
     wanted[1, 2] = SMALLEST_LEVEL
     assert found == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+
+
+def test_an_interval_that_ends_at_zero_does_not_exclude_it() -> None:
+    def interval(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([0.0, -1.0, 1e-9]), np.array([1.0, 0.0, 1.0])
+
+    assert p_values(interval, (3,)) == pytest.approx([1.0, 1.0, SMALLEST_LEVEL], rel=1e-6)

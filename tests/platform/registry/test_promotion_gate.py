@@ -376,3 +376,20 @@ def test_few_of_many_classes_are_shown():
     assert found == f"{', '.join(shown)} and {30 - NUM_CLASSES_SHOWN} more"
     assert required == "AP of " + found.replace("20.0", "50.0")
     assert drops(*[(0.5, 0.25)] * 30)[1].endswith(f" and {30 - NUM_CLASSES_SHOWN} more")
+
+
+def test_each_refusal_says_what_is_required():
+    decision = decide_on(policy=(policy := Policy(min_ap=0.01)))
+    assert (decision.policy, decision.challenger, decision.champion) == (
+        policy, CHALLENGER, CHAMPION,
+    )  # fmt: skip
+    assert decision.difference == difference()
+    other = rows(decide_on(replace(CHALLENGER, evaluated_sha256="cc" * 32)))["weights"]
+    assert other[2].startswith("SHA-256 bbbbbbbbbbbb… in the registry")
+    few = replace(difference(), low=np.nan, high=np.nan, num_images=3)
+    gain = rows(decide_on(found=few))["AP gain"]
+    assert gain[0] is False
+    assert gain[1].startswith("+3.00; ")
+    assert gain[2] == "95 % interval above +0.00"
+    dropped = rows(decide_on(found=difference(star=-0.1)))["class drops"]
+    assert dropped[2] == "no class more than 5.0 below the champion's"
