@@ -98,8 +98,9 @@ class ClusterConfig:
     # Continue with as few as this while the cluster has no more; none: wait for num_workers. The
     # total batch, the image order and the learning rate stay the same: fewer workers accumulate.
     min_workers: int | None = None
-    # A worker without progress for this long counts as hung: stacks are written and the group
-    # restarts. Slow steps get more time: at least ten times the median step.
+    # A worker counts as hung if neither it nor a peer has worked for this long in one step: stacks
+    # are written and the group restarts. Time in which it computes, or waits for a processor that
+    # others use, does not count. Slow steps get more: at least ten times the median step.
     hang_timeout_s: float = 20.0
     # After a failure, the run restarts from the last checkpoint as long as it makes progress. It
     # stops after this many attempts in a row without progress.
