@@ -283,3 +283,14 @@ def test_draws_are_the_stream_of_their_seed(seed):
     assert draws.integer(-3, 8) == -3 + splitmix64(seed, 1) * 12 // 2**64
     assert draws.integer(5, 5) == 5
     assert draws.fraction() == (splitmix64(seed, 3) // 2**11) / 2**53
+
+
+def test_what_is_refused_says_what_is_possible():
+    with pytest.raises(ValueError, match="rank") as caught:
+        evaluation_batches(5, 1, 3, 3)
+    assert str(caught.value) == "rank=3 is not one of the 3 ranks 0 .. 2"
+    with pytest.raises(ValueError, match="fewer ranks") as caught:
+        TrainingOrder(0, 5, 2).micro_batch_positions(0, 0, 3, 1)
+    assert str(caught.value).endswith(
+        "without images; use fewer ranks, or a larger total_batch_size"
+    )

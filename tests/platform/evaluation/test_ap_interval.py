@@ -280,3 +280,45 @@ def test_an_interval_that_ends_at_zero_does_not_exclude_it() -> None:
         return np.array([0.0, -1.0, 1e-9]), np.array([1.0, 0.0, 1.0])
 
     assert p_values(interval, (3,)) == pytest.approx([1.0, 1.0, SMALLEST_LEVEL], rel=1e-6)
+
+
+def test_a_class_needs_images_and_half_samples() -> None:
+    halves = np.column_stack([HALVES, HALVES[:, 1], np.full(200, np.nan)])
+    whole = np.append(WHOLE, [0.5, 0.5])
+    with np.errstate(all="raise"):
+        spread = ApSpread.of(whole, halves, np.append(IMAGES, [0, 5]), 40)
+    assert np.isnan(spread.center).tolist() == [False, False, True, True]
+    assert np.isnan(spread.variance).tolist() == [False, False, True, True]
+    assert spread.freedom[:2].tolist() == [29 + min(AP_PRIOR, 5), 5 + min(AP_PRIOR, 29)]
+
+
+def test_one_image_alone_has_no_interval() -> None:
+    with np.errstate(all="raise"):
+        spread = ApSpread.of(np.zeros(1), np.zeros((10, 1)), np.array([1]), 40)
+    assert spread.center.tolist() == [0.0]
+    assert math.isnan(spread.variance[0])
+    assert [math.isnan(end[0]) for end in spread.interval(0.95)] == [True, True]
+    other = ApSpread.of(np.ones(1), np.ones((10, 1)), np.array([1]), 40)
+    assert [math.isnan(end[0]) for end in other.interval(0.95)] == [True, True]
+
+
+def test_two_images_count_with_one_degree_of_freedom() -> None:
+    images = np.array([2, 2])
+    spread = ApSpread.of(WHOLE, HALVES, images, 2)
+    expected = spread.center * (1 - spread.center) / images
+    factor = (spread.own / expected).mean()
+    assert spread.freedom.tolist() == [2.0, 2.0]
+    assert spread.variance == pytest.approx((factor * expected + spread.own) / 2)
+
+
+@pytest.mark.parametrize("ap", [EDGE, 1 - EDGE])
+def test_the_edge_belongs_to_the_end_of_the_scale(ap: float) -> None:
+    spread = ApSpread.of(np.array([ap]), np.full((4, 1), ap), np.array([9]), 9)
+    low, high = spread.interval(0.95)
+    assert (low[0], high[0]) == ((0.0, pytest.approx(EDGE)) if ap == EDGE else (
+        pytest.approx(1 - EDGE), 1.0))  # fmt: skip
+
+
+def test_no_class_has_no_covariance() -> None:
+    nothing = ApSpread.of(np.array([np.nan]), np.full((4, 1), np.nan), np.array([0]), 40)
+    assert nothing.covariance == 0.0
