@@ -492,3 +492,50 @@ def test_a_failed_save_leaves_nothing_and_a_repeated_one_replaces(tmp_path: Path
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
     delete_checkpoint(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_equal_aps_the_later_step_is_the_best_also_with_more_digits(tmp_path: Path):
+    write(tmp_path, 99_999_999, ap=3.0)
+    assert best_checkpoint(tmp_path) == (later := tmp_path / "step-99999999")
+    assert write(tmp_path, 100_000_000, ap=3.0) == best_checkpoint(tmp_path) != later
+
+
+def test_what_cannot_be_deleted_or_renamed_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a disk that became read-only."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    path, left = write(tmp_path, 1), tmp_path / ".step-00000002.0a1b.deleted"
+    shutil.copytree(path, left)
+    replaced = tmp_path / ".step-00000003.0a1b.replaced"
+    shutil.copytree(path, replaced)
+    monkeypatch.setattr(os, "unlink", refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        clean_leftovers(tmp_path)
+        assert replaced.exists()
+    delete_checkpoint(path)
+    assert not path.exists()
+    assert all_checkpoints(tmp_path) == []
+    assert left.exists()
+
+
+@pytest.mark.parametrize("gone", ["key", "part"])
+def test_a_checkpoint_of_format_1_need_not_have_the_keys_that_are_gone(tmp_path: Path, gone: str):
+    path = tmp_path / FORMAT_1.name
+    shutil.copytree(FORMAT_1, path)
+    values = json.loads((path / "config.json").read_text())
+    if gone == "key":
+        values["cluster"].pop("max_failures")
+    else:
+        values.pop("cluster")
+    content = json.dumps(values).encode()
+    (path / "config.json").write_bytes(content)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest["config.json"] = {"bytes": len(content), "sha256": sha256}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert read_checkpoint(path).config.optim.lr == 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,16 @@ def on_two(act: Callable[[Worker], Any]) -> list[Any]:
     ]
     for worker in workers:
         worker.start()
-    found = dict(answers.get(timeout=120) for _ in workers)
+    found: dict[int, Any] = {}
+    while len(found) < 2:
+        try:
+            rank, answer = answers.get(timeout=1)
+            found[rank] = answer
+        except queue.Empty:
+            if any(worker.exitcode for worker in workers):
+                for worker in workers:  # one waits for the other
+                    worker.kill()
+                raise AssertionError("a worker failed") from None
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
