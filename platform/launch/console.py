@@ -139,7 +139,8 @@ class Console:
         self._num_loader_workers = event.get("loader_workers")
         if self._num_loader_workers is None or self.run.config.data.loader_workers != "auto":
             return
-        cpus = f"; it has {event['cpus']:g} CPUs" if event.get("cpus") else ""
+        num_cpus = event.get("cpus")
+        cpus = f"; it has {num_cpus:g} CPU{'s' * (num_cpus != 1)}" if num_cpus else ""
         self.echo(
             f"data.loader_workers: {self._num_loader_workers} for each training worker (auto{cpus})"
         )

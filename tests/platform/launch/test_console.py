@@ -49,7 +49,7 @@ def test_an_event_is_printed(console: Console, event: dict[str, Any], line: str)
 
 def test_the_chosen_loader_workers_are_printed(console: Console):
     begin = {"kind": "begin", "step": 0, "num_steps": 9, "world_size": 2, "loader_workers": 3}
-    for cpus, after in ((4.0, "; it has 4 CPUs"), (None, "")):
+    for cpus, after in ((4.0, "; it has 4 CPUs"), (1, "; it has 1 CPU"), (None, "")):
         console.print_event(begin | {"cpus": cpus})
         line = f"data.loader_workers: 3 for each training worker (auto{after})"
         assert console.printed[-1] == line  # type: ignore[attr-defined]
