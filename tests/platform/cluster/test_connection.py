@@ -66,9 +66,9 @@ import ray
 ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
 os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 from deta.platform.cluster.driver import ClusterTooSmallError, check_gpus
-from deta.platform.run.config import RunConfig
+from deta.platform.run.config import ClusterConfig
 try:
-    check_gpus(RunConfig())
+    check_gpus(ClusterConfig())
 except ClusterTooSmallError as error:
     print(error)
 """
