@@ -32,8 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, cast
 
-import msgspec
-
 from deta.platform.data.other_formats import (
     EXPORT,
     is_json_lines,
@@ -226,17 +224,16 @@ class _Document(TypedDict):
     annotations: list[_Annotation]
 
 
-_decode_quickly = msgspec.json.Decoder(_Document).decode
-
-
 def _parse_quickly(content: bytes) -> dict[str, Any] | None:
     """Return the fields that are used, or None for what is not plainly a COCO file.
 
     Other fields, such as masks, are skipped without making objects of them: a tenth of the time.
     """
+    import msgspec  # here, since a training step without a data set does not need it
+
     try:
         content.decode()  # all of it is to be UTF-8
-        return cast(dict[str, Any], _decode_quickly(content))
+        return cast(dict[str, Any], msgspec.json.decode(content, type=_Document))
     except (ValueError, RecursionError):  # of msgspec, too
         return None
 

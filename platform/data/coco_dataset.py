@@ -32,12 +32,13 @@ Images are sorted by id, whatever the order of the file.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import logging
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +152,19 @@ class CocoDataset:
                 f"{images}: is not a folder; give the folder of images (data.train_images, "
                 "data.val_images, or --images)"
             )
+        with _without_collector():
+            return cls._open(images, annotations, lenient, max_pixels, rules, progress)
+
+    @classmethod
+    def _open(
+        cls,
+        images: Path,
+        annotations: Path,
+        lenient: bool,
+        max_pixels: int,
+        rules: PixelRules,
+        progress: bool,
+    ) -> Self:
         problems = Problems(annotations)
         coco = read_coco_file(annotations, problems)
         headers = inspect_images(images, coco.images, max_pixels, progress, problems, rules)
@@ -379,6 +393,21 @@ class CocoDataset:
         rows = self._targets(start, end)
         boxes_px, labels = rows["box_px"].copy(), rows["label"].copy()
         return ImageRecord(image_id, self._path(index), width, height, boxes_px, labels)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector: it would look through millions of new records, again and again.
+
+    They hold no cycles, so they are freed without it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class ImageRecords(Sequence[ImageRecord]):

@@ -21,7 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from deta.platform.data.coco_annotations import DatasetError, file_name_fault
+from deta.platform.data import coco_annotations
+from deta.platform.data.coco_annotations import (
+    CocoFile,
+    DatasetError,
+    Problems,
+    file_name_fault,
+    read_coco_file,
+)
 from deta.platform.data.coco_dataset import CocoDataset
 from deta.platform.data.coco_tables import MIN_SIDE_PX, training_boxes
 from deta.platform.data.image_decoding import ImageError
@@ -818,3 +825,44 @@ def test_a_reported_set_is_opened_with_a_word_or_refused(path: Path) -> None:
 
     is_of_detections = "compare.py" in path.with_name("README.md").read_text()
     assert is_of_detections or len(said.splitlines()) > loads  # after the fingerprint
+
+
+def without_quick_parser(path: Path, monkeypatch: pytest.MonkeyPatch) -> CocoFile:
+    with monkeypatch.context() as patched:
+        patched.setattr(coco_annotations, "_parse_quickly", lambda content: None)
+        return read_coco_file(path, Problems(path))
+
+
+def used(file: CocoFile) -> list[list[dict[str, Any]]]:
+    fields = ("id", "name", "file_name", "width", "height", "image_id", "category_id", "bbox")
+    fields += ("area", "iscrowd", "neg_category_ids")
+    lists = (file.categories, file.images, file.annotations)
+    return [[{f: r[f] for f in fields if f in r} for r in records] for records in lists]
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.parts[-3] + "/" + path.stem)
+def test_the_quick_parser_reads_what_the_complete_one_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert coco_annotations._parse_quickly(path.read_bytes()) is not None
+    expected = without_quick_parser(path, monkeypatch)
+    assert used(read_coco_file(path, Problems(path))) == used(expected)
+
+
+def test_what_the_quick_parser_skips_or_cannot_read_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coco = small_coco()
+    coco["images"][0] |= {"neg_category_ids": [4], "license": 1}
+    coco["annotations"][1] |= {"iscrowd": False, "area": None, "segmentation": [[0.5, 1, 2, 3]]}
+    text = json.dumps(coco)
+    for changed in (text, text.replace("[[0.5,", "[[NaN,"), "\ufeff" + text):
+        path = tmp_path / "coco.json"
+        path.write_text(changed, encoding="utf-8")
+        found, expected = Problems(path), Problems(path)
+        assert used(read_coco_file(path, found)) == used(without_quick_parser(path, monkeypatch))
+        read_coco_file(path, expected)
+        assert found.notes() == expected.notes() != []
+    path.write_bytes(text.encode().replace(b'"license"', b'"licens\xff"'))
+    with pytest.raises(DatasetError, match="is not UTF-8"):
+        read_coco_file(path, Problems(path))

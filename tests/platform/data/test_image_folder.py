@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from deta.platform.data import image_folder
 from deta.platform.data.coco_annotations import Problems
 from deta.platform.data.image_decoding import MAX_PIXELS, Header
 from deta.platform.data.image_folder import (
@@ -36,7 +37,11 @@ def test_a_path_is_inside_the_folder_whatever_its_links(tmp_path: Path) -> None:
                 images.path(name)
 
 
-def test_images_are_sorted_into_sizes_and_problems(tmp_path: Path) -> None:
+@pytest.mark.parametrize("many", [5_000, 1])
+def test_images_are_sorted_into_sizes_and_problems_on_any_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    monkeypatch.setattr(image_folder, "MANY_IMAGES", many)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / name)
     (tmp_path / "c.png").write_bytes(b"not an image")
