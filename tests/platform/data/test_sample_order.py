@@ -294,3 +294,8 @@ def test_what_is_refused_says_what_is_possible():
     assert str(caught.value).endswith(
         "without images; use fewer ranks, or a larger total_batch_size"
     )
+    with pytest.raises(ValueError, match="no images") as caught:
+        TrainingOrder(0, 0, 2)
+    assert str(caught.value) == (
+        "the training data set has no images; check its path and annotations"
+    )

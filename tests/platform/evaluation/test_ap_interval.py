@@ -322,3 +322,9 @@ def test_the_edge_belongs_to_the_end_of_the_scale(ap: float) -> None:
 def test_no_class_has_no_covariance() -> None:
     nothing = ApSpread.of(np.array([np.nan]), np.full((4, 1), np.nan), np.array([0]), 40)
     assert nothing.covariance == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_of_no_class_is_no_number_without_a_warning() -> None:
+    nothing = ApSpread.of(np.array([np.nan]), np.full((4, 1), np.nan), np.array([0]), 40)
+    assert math.isnan(mean_center(nothing))

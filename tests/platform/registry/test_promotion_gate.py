@@ -393,3 +393,36 @@ def test_each_refusal_says_what_is_required():
     assert gain[2] == "95 % interval above +0.00"
     dropped = rows(decide_on(found=difference(star=-0.1)))["class drops"]
     assert dropped[2] == "no class more than 5.0 below the champion's"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"confidence": 0.499}, "confidence=0.499 is not in 0.5..1"),
+        ({"confidence": 1.0}, "confidence=1.0 is not in 0.5..1"),
+        ({"resamples": 99}, "resamples=99 are too few for an interval; use 1000"),
+        *[({name: value}, f"{name}={value} is not an AP in 0..1")
+          for name in ("min_ap", "max_class_drop", "min_first_ap", "min_class_ap")
+          for value in (-0.001, 1.001)],
+        ({"class_floors": (("disc", 1.5),)}, "disc=1.5 is not an AP in 0..1"),
+        *[({"min_gain": value}, f"min_gain={value} is not a difference of AP in 0..1")
+          for value in (-1.0, 1.0, -1.5, 1.5)],
+        *[({name: 0.0}, f"{name}=0.0 must be above 0, or none")
+          for name in ("max_latency_ms", "max_latency_ratio", "max_megabytes", "max_size_ratio")],
+    ],
+)  # fmt: skip
+def test_an_impossible_policy_names_the_key_and_what_is_possible(
+    change: dict[str, object], message: str
+):
+    with pytest.raises(ValueError, match=r"is not|too few|must be") as caught:
+        Policy(**change)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_the_ends_of_what_is_possible_are_possible():
+    Policy(
+        confidence=0.5, resamples=100, min_ap=1, max_class_drop=1, min_first_ap=1, min_class_ap=1,
+        min_gain=-0.999, max_latency_ms=0.001, max_latency_ratio=0.001, max_megabytes=0.001,
+        max_size_ratio=0.001,
+    )  # fmt: skip
+    Policy(min_ap=0, max_class_drop=0, min_first_ap=0, min_class_ap=0, min_gain=0.999)

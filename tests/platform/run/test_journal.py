@@ -402,3 +402,9 @@ def test_a_worker_that_was_given_up_and_has_written_all_may_close(tmp_path: Path
     Fence.acquire(tmp_path, "new")
     journal.close()
     assert kinds(tmp_path) == ["progress"]
+
+
+def test_zeros_that_a_power_failure_left_before_a_line_do_not_cost_the_line(tmp_path: Path):
+    line = b'{"kind": "a", "time_s": 1.0}\n'
+    (tmp_path / JOURNAL_FILE).write_bytes(line + b"\0" * 100 + line + b"XX" + line)
+    assert kinds(tmp_path) == ["a", "a"]
