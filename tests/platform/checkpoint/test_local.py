@@ -539,3 +539,17 @@ def test_a_checkpoint_of_format_1_need_not_have_the_keys_that_are_gone(tmp_path:
     manifest["config.json"] = {"bytes": len(content), "sha256": sha256}
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     assert read_checkpoint(path).config.optim.lr == 1e-5
+
+
+def test_a_save_that_cannot_even_be_removed_reports_why_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    old = Fence.acquire(tmp_path, "old")
+    Fence.acquire(tmp_path, "new")
+    snapshot = take_snapshot(RunState(step=1, samples_seen=1, epoch=0.1), RunConfig(), (), {}, {})
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(FencedOffError):
+        write_checkpoint(tmp_path / "checkpoints", snapshot, old)
