@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo dashboards test chaos check format wheel parity docs site verified hashes materials
+.PHONY: help install demo dashboards test chaos mutants check format wheel parity docs site verified hashes materials
 
 help:
 	@echo "make install     install what jobs need to run"
@@ -14,6 +14,7 @@ help:
 	@echo "make dashboards  serve MLflow's pages, leaderboard, Prometheus and Grafana on loopback"
 	@echo "make test        run the tests"
 	@echo "make chaos       inject faults into real runs and print a table of what a run survives"
+	@echo "make mutants     change the core rooms in small ways and check that the tests notice"
 	@echo "make check       check format, lint and types, then run the tests"
 	@echo "make format      format the code and fix what ruff can fix"
 	@echo "make parity      print a table of differences to the published implementations"
@@ -52,6 +53,11 @@ test: $(VENV)/.installed-dev
 # Injects all faults for real, in about 40 minutes. For one fault: python -m tests.chaos A1
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.chaos --core --table
+
+# About half an hour on two cores. It goes on where it was stopped.
+mutants: $(VENV)/.installed-mutation
+	OMP_NUM_THREADS=1 $(BIN)/python -c "from mutmut.__main__ import cli; cli()" run --max-children 2
+	$(BIN)/python -m tests.mutation
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
