@@ -57,8 +57,7 @@ def release_reservations(folder: Path) -> None:
 def remove_placement_groups() -> None:
     """Free what a lost controller had reserved on a cluster of this process.
 
-    Ray's cleaner does the same, unless the controller was lost before the cleaner had started; on a
-    busy machine that takes longer than the first steps. Then the next group would wait for good.
+    Such a cluster has no actor of Ray's that does so (`trainer.py`), and the next group would wait.
     """
     for id_, group in placement_group_table().items():
         if group["state"] != "REMOVED":
