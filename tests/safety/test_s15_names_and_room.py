@@ -66,7 +66,7 @@ def sent(folder: Path, events: list[dict[str, Any]]) -> list[tuple[str, str]]:
     uploader = RunUploader(folder, store)  # type: ignore[arg-type]
     try:
         uploader.record = record
-        uploader._send_files("run")
+        list(uploader._send_files("run"))
     finally:
         uploader.close()
     return store.sent

@@ -36,6 +36,7 @@ class World:
                                  wait=lambda: None)  # fmt: skip
         self.reaper_lines: list[bytes] = []
         patches: dict[str, Any] = {
+            "RayDriver": lambda mark: SimpleNamespace(terminate=self.terminate),
             "Attempt": lambda *_: self,
             "write_dataset_snapshot": lambda run: None,
             "start_orphan_reaper": lambda mark, folder: reaper,

@@ -231,6 +231,7 @@ def test_a_clock_that_was_set_makes_no_run_of_another_machine_dead_or_alive(
 def test_a_frozen_owner_is_replaced(tmp_path: Path):
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
         age(tmp_path, 25)
         began_s = time.monotonic()
         with RunLock.acquire(tmp_path) as lock:
