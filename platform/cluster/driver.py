@@ -125,15 +125,10 @@ class Orders:
 
     def follow(self) -> None:
         """Read until the input ends, then end this process and all that it has started."""
-        for line in sys.stdin.buffer:
-            order = json.loads(line)
-            if "cluster" in order:
-                self._clusters.put(from_json(ClusterConfig, json.dumps(order["cluster"])))
-            if "folder" in order:
-                folder = Path(order["folder"])
-                _move_log(folder)
-                write_atomic(self.folder_file, str(folder))
-                self._folders.put(folder)
+        try:
+            self._read()
+        except OSError as error:  # a full disk: the run cannot begin, so this attempt ends
+            print(f"the order to begin could not be followed: {error}", flush=True)
         # The supervisor closed it on purpose, or died. A driver must not train beside its
         # successor, nor hold reservations that others need.
         if ray.is_initialized() and not starts_own_cluster() and not self._folders.empty():
@@ -144,6 +139,17 @@ class Orders:
             releasing.join(RELEASE_WITHIN_S)  # a lost cluster does not answer
         kill_marked(ATTEMPT_MARK, os.environ[ATTEMPT_MARK])
         self.exit(1)
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            order = json.loads(line)
+            if "cluster" in order:
+                self._clusters.put(from_json(ClusterConfig, json.dumps(order["cluster"])))
+            if "folder" in order:
+                folder = Path(order["folder"])
+                _move_log(folder)
+                write_atomic(self.folder_file, str(folder))
+                self._folders.put(folder)
 
     def exit(self, code: int) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)

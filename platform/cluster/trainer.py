@@ -34,7 +34,7 @@ class Trainer(DataParallelTrainer):
     an environment of the controller's own, for which Ray would start a process instead of using one
     that is ready. Each is a process that imports Ray Train, two seconds of a core.
 
-    The methods are private to Ray (2.60). If Ray renames them, all that starts again.
+    The methods and classes are private to Ray 2.60, below whose next version it is pinned.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -195,3 +195,19 @@ def test_orders_come_one_by_one_and_their_end_ends_the_driver(tmp_path: Path):
     assert (tmp_path / "early").read_text() == ""
     process.stdin.close()
     assert process.wait(30) == 1
+
+
+def test_a_folder_that_cannot_be_written_ends_the_driver_instead_of_leaving_it_to_wait(
+    tmp_path: Path,
+):
+    process = subprocess.run(
+        [sys.executable, "-c", FOLLOW],
+        input="\n".join(json.dumps(o) for o in (
+            {"cluster": asdict(CLUSTER)}, {"folder": str(tmp_path / "missing")}, {}
+        )),
+        stdout=(tmp_path / "early").open("w+"),
+        env=child_environment({ATTEMPT_MARK: new_mark()}),
+        text=True, timeout=90, start_new_session=True,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "could not be followed" in (tmp_path / "early").read_text()
